@@ -1,0 +1,65 @@
+"""advmoe: train, attack, dissect and ship adversarially robust mixture-of-experts vision models.
+
+The names below are imported on first use, so that `import advmoe` (and the command line's help) does not load PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from advmoe.attacks import pgd
+    from advmoe.config import Config
+    from advmoe.data import load_dataset
+    from advmoe.evaluation.accuracy import evaluate, load_run
+    from advmoe.models import create_model
+    from advmoe.moe import pathway, route, soft_routing
+    from advmoe.threat import ThreatModel
+    from advmoe.training.trainer import train
+
+_HOMES = {
+    "Config": "advmoe.config",
+    "ThreatModel": "advmoe.threat",
+    "create_model": "advmoe.models",
+    "evaluate": "advmoe.evaluation.accuracy",
+    "load_dataset": "advmoe.data",
+    "load_run": "advmoe.evaluation.accuracy",
+    "pathway": "advmoe.moe",
+    "pgd": "advmoe.attacks",
+    "route": "advmoe.moe",
+    "soft_routing": "advmoe.moe",
+    "train": "advmoe.training.trainer",
+}
+
+try:
+    __version__ = version("advmoe")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'advmoe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
+__all__ = [
+    "Config",
+    "ThreatModel",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "load_dataset",
+    "load_run",
+    "pathway",
+    "pgd",
+    "route",
+    "soft_routing",
+    "train",
+]

@@ -1,0 +1,399 @@
+"""What a run is: typed, validated settings. Imports no torch, so that the command line answers at once.
+
+Pixels lie in [0, 1] and every strength (`eps`, `step_size`) is in the same unit; `8/255` may be written as such.
+Whatever is wrong with a value is a `ValueError` of one line that names the field, the rule and the value received.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+ModelKind = Literal["moe", "dense", "s-dense"]
+RouterKind = Literal["layer", "embedding", "image"]
+ExpertLayout = Literal["subset", "independent"]
+ExpertInit = Literal["independent", "shared"]
+Norm = Literal["linf", "l2"]
+Method = Literal["standard", "at", "at-routers", "at-experts", "advmoe"]
+AttackRouting = Literal["straight-through", "soft"]
+RouterObjective = Literal["trades", "codes"]
+Codes = Literal["mod", "random"]
+Precision = Literal["32-true", "bf16-mixed"]
+
+DATASETS = ("digits", "cifar10", "cifar100", "folder")
+
+_STRENGTH = "a number or a fraction such as 8/255"
+_TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+class Pixels(float):
+    """A strength in pixel units: a number, or a fraction written as text (`8/255`), whose spelling is kept."""
+
+    text: str
+
+    def __new__(cls, value: float | str) -> Pixels:
+        """Read a number or a fraction; a `ValueError` says what else was received."""
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            if isinstance(value, str) and "/" in value:
+                top, bottom = value.split("/")
+                number = float(top) / float(bottom)
+            else:
+                number = float(value)
+        except (ValueError, TypeError, ArithmeticError):
+            raise ValueError(f"a strength must be {_STRENGTH}, got {value!r}") from None
+        self = super().__new__(cls, number)
+        self.text = str(value).strip()
+        return self
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[Pixels], tuple[str]]:
+        return Pixels, (self.text,)
+
+
+def require(ok: bool, name: str, rule: str, value: object) -> None:
+    """Raise the one-line `ValueError` that names field, rule and value unless `ok`."""
+    if not ok:
+        shown = str(value) if isinstance(value, Pixels) else repr(value)
+        raise ValueError(f"{name} must be {rule}, got {shown}")
+
+
+def _number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    # abs() rather than isfinite(), which cannot take an int beyond the range of floats.
+    ok = (value > low if open_low else value >= low) and value <= high and abs(value) < math.inf
+    lower = f"> {low:g}" if open_low else f">= {low:g}"
+    require(ok, name, lower if math.isinf(high) else f"{lower} and <= {high:.10g}", value)
+
+
+def typed(name: str, hint: Any, value: Any) -> Any:
+    """`value` as the type of the field `name`: an int passes for a float, a path for text, a bool for no number."""
+    if get_origin(hint) is Literal:
+        options = get_args(hint)
+        require(isinstance(value, str) and value in options, name, f"one of {', '.join(options)}", value)
+        return value
+    if len(alternatives := get_args(hint)) == 2:  # `T | None`, the only union in use
+        return None if value is None else typed(name, alternatives[0], value)
+    if hint is Pixels:
+        try:
+            return value if isinstance(value, Pixels) else Pixels(value)
+        except ValueError:
+            require(False, name, _STRENGTH, value)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        require(isinstance(value, hint), name, f"a {hint.__name__}", value)
+        return value
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    wanted = {bool: bool, int: Integral, float: Real, str: str}[hint]
+    ok = isinstance(value, wanted) and isinstance(value, bool) == (hint is bool)
+    require(ok, name, _TYPE_RULES[hint], value)
+    try:
+        return hint(value)
+    except OverflowError:
+        return math.inf  # an int that no float holds: the field's range refuses it
+
+
+def _check_types(config: Any, group: str = "") -> None:
+    """Check and convert every field of a dataclass in place: Python callers get no other check."""
+    for name, hint in get_type_hints(type(config)).items():
+        setattr(config, name, typed(f"{group}.{name}" if group else name, hint, getattr(config, name)))
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which network: a backbone and how it is made a mixture of experts."""
+
+    name: str = "resnet18"
+    """Backbone, by its registered name."""
+    kind: ModelKind = "moe"
+    """`moe`, the `dense` backbone, or `s-dense`: the backbone with every layer's channels multiplied by `scale`."""
+    scale: float = 0.5
+    """Model scale r: the fraction of a layer's channels that one pathway uses. In (0, 1]."""
+    num_experts: int = 2
+    """Experts N per MoE layer."""
+    router: RouterKind = "layer"
+    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all."""
+    experts: ExpertLayout = "subset"
+    """Experts as windows of the backbone's channels (`subset`), or with no channel shared (`independent`)."""
+    experts_init: ExpertInit = "independent"
+    """Whether experts start as copies of one another (`shared`) or not."""
+    width: int = 64
+    """Channels of the first stage at scale 1; 64 is the paper's."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "model")
+        _number("model.scale", self.scale, 0, 1, open_low=True)
+        _number("model.num_experts", self.num_experts, 1)
+        _number("model.width", self.width, 1)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how they are prepared."""
+
+    name: str = "cifar10"
+    """`digits`, `cifar10`, `cifar100`, or `folder` for `root/train/<class>/*` and `root/test|val/<class>/*`."""
+    root: str = "data"
+    """Where the images lie, or where downloads go."""
+    download: bool = False
+    """Fetch what is missing (CIFAR), checked by its checksum."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to; by default their own."""
+    augment: bool = True
+    """Random crop (padding of an eighth of the side) and, where the images have no handedness, horizontal flip."""
+    val_fraction: float = 0.02
+    """Share of the training set held out, by seed, to choose the best checkpoint. In [0, 0.5]."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "data")
+        require(self.name in DATASETS, "data.name", f"one of {', '.join(DATASETS)}", self.name)
+        if self.image_size is not None:
+            _number("data.image_size", self.image_size, 8)
+        _number("data.val_fraction", self.val_fraction, 0, 0.5)
+
+
+@dataclass(kw_only=True)
+class ThreatConfig:
+    """What the attacker may do."""
+
+    norm: Norm = "linf"
+    """Norm of the perturbation."""
+    eps: Pixels = field(default_factory=lambda: Pixels("8/255"))
+    """Largest norm of the perturbation, in pixel units."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "threat")
+        # An l2 ball can be wider than the pixel range; an linf ball cannot.
+        _number("threat.eps", self.eps, 0, 1 if self.norm == "linf" else math.inf)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """How the network is trained."""
+
+    method: Method = "advmoe"
+    """What is trained, and against what: see the README's table of methods."""
+    epochs: int = 100
+    """Passes over the training set; one of `advmoe` gives every image once to the routers and once to the experts."""
+    batch_size: int = 128
+    """Images per step, over all processes."""
+    lr: float = 0.1
+    """Peak learning rate, annealed to 0 by a cosine; the same for routers and experts."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 5e-4
+    """SGD weight decay."""
+    beta: float = 6.0
+    """Weight of the KL term of TRADES (1/lambda)."""
+    attack_steps: int = 2
+    """Steps K of the inner maximisation."""
+    step_size: Pixels = field(default_factory=lambda: Pixels("5/255"))
+    """Step of the inner maximisation, in pixel units."""
+    attack_routing: AttackRouting = "straight-through"
+    """How the inner attack sees the routing: through the hard choice, or through experts mixed by softmax."""
+    router_objective: RouterObjective = "trades"
+    """What the routers' step minimises: TRADES, or TRADES and each class's codeword."""
+    codes: Codes = "mod"
+    """Codewords for `router_objective=codes`: class modulo N in every layer, or balanced random columns."""
+    alpha: float = 6.0
+    """Weight of the codeword term."""
+    precision: Precision = "32-true"
+    """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    seed: int = 0
+    """Everything random follows from it."""
+    init_from: str | None = None
+    """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`."""
+    val_attack_steps: int = 10
+    """PGD steps on the validation split, once per epoch, to choose the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "training")
+        for name, low in (("epochs", 1), ("batch_size", 2), ("attack_steps", 1), ("val_attack_steps", 1)):
+            _number(f"training.{name}", getattr(self, name), low)
+        for name in ("weight_decay", "beta", "alpha"):
+            _number(f"training.{name}", getattr(self, name), 0)
+        _number("training.seed", self.seed, 0, 2**32 - 1)  # the range of NumPy's seeds
+        _number("training.lr", self.lr, 0, open_low=True)
+        _number("training.step_size", self.step_size, 0, open_low=True)
+        _number("training.momentum", self.momentum, 0, 1)
+        if self.method in ("at-routers", "at-experts"):
+            rule = f"a run directory to start from when training.method is {self.method}"
+            require(self.init_from is not None, "training.init_from", rule, self.init_from)
+
+
+@dataclass(kw_only=True)
+class AttackConfig:
+    """The PGD attack that measures robust accuracy."""
+
+    steps: int = 50
+    """PGD steps."""
+    step_size: Pixels = field(default_factory=lambda: Pixels("2/255"))
+    """Step, in pixel units."""
+    restarts: int = 1
+    """Random restarts; an example is robust if every one fails."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "attack")
+        _number("attack.steps", self.steps, 1)
+        _number("attack.restarts", self.restarts, 1)
+        _number("attack.step_size", self.step_size, 0, open_low=True)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    threat: ThreatConfig = field(default_factory=ThreatConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        routed = self.model.kind == "moe"
+        if self.training.method in ("at-routers", "at-experts", "advmoe"):
+            require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
+        if self.training.router_objective == "codes":
+            rule = "advmoe or at-routers when training.router_objective is codes"
+            require(self.training.method in ("advmoe", "at-routers"), "training.method", rule, self.training.method)
+            if self.training.codes == "random":
+                rule = "embedding or layer when training.codes is random (one choice per layer)"
+                require(self.model.router != "image", "model.router", rule, self.model.router)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested dictionaries, strengths in their own spelling: what `config.yaml` holds."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Pixels):
+                return value.text if "/" in value.text else float(value)
+            return value
+
+        groups = {f.name: dataclasses.asdict(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {group: {k: plain(v) for k, v in values.items()} for group, values in groups.items()}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Mapping[str, Any] | None]) -> Config:
+        """The inverse of `to_dict`; missing fields take their defaults. Raises `ValueError` for an unknown field."""
+        groups = get_type_hints(Config)
+        require(isinstance(values, Mapping), "a configuration", f"groups of fields ({', '.join(groups)})", values)
+        made = {}
+        for group, fields in values.items():
+            if group not in groups:
+                raise unknown_field(str(group))
+            fields = {} if fields is None else fields
+            require(isinstance(fields, Mapping), group, "a group of fields", fields)
+            known = get_type_hints(groups[group])
+            for name in fields:
+                if name not in known:
+                    raise unknown_field(f"{group}.{name}")
+            made[group] = groups[group](**fields)
+        return Config(**made)
+
+    def to_yaml(self) -> str:
+        """The text of `config.yaml`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write the configuration as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Config:
+        """Read what `dump` or a user wrote. Raises `ValueError`, which names the file, or `FileNotFoundError`."""
+        values = read_yaml(path)
+        try:
+            return Config.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def field_names() -> list[str]:
+    """Every field by its dotted name, e.g. `training.lr`."""
+    return [f"{group}.{name}" for group, hint in get_type_hints(Config).items() for name in get_type_hints(hint)]
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries laid over one another, group by group; the last one to name a field decides."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for group, fields in layer.items():
+            below = result.get(group)
+            if isinstance(below, Mapping) and isinstance(fields, Mapping | None):
+                result[group] = {**below, **(fields or {})}  # an empty group in YAML (`training:`) is None
+            else:
+                result[group] = fields
+    return result
+
+
+def near_matches(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the dotted `names` that a misspelt or misplaced one may have meant, most often one."""
+    names, by_leaf = list(names), dict[str, list[str]]()
+    for known in names:
+        by_leaf.setdefault(known.rsplit(".", 1)[-1], []).append(known)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in by_leaf:  # the right name in a wrong group, or in none
+        return by_leaf[leaf]
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        return close
+    return [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
+
+
+def unknown_field(name: str) -> ValueError:
+    """The error for a field, or a group of fields, that does not exist."""
+    groups = {group: list(get_type_hints(hint)) for group, hint in get_type_hints(Config).items()}
+    if near := near_matches(name, field_names() if "." in name else [*field_names(), *groups]):
+        return ValueError(f"{name} is no known field: did you mean {' or '.join(near)}?")
+    if (group := name.split(".", 1)[0]) in groups:
+        return ValueError(f"{name} is no known field: {group} has {', '.join(groups[group])}")
+    return ValueError(f"{name} is no known field: the groups of fields are {', '.join(groups)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML where `5e-4` is a number (YAML 1.2), and a key given twice is an error rather than the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of a YAML text; a `ValueError` of one line says where `name` is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{name} must be valid YAML, got: {problem or 'unreadable characters'}{where}") from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The groups of fields in a YAML file, not yet checked."""
+    try:
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} must be valid YAML, got: bytes that are not UTF-8") from None
+    require(isinstance(values, dict), str(path), f"groups of fields ({', '.join(get_type_hints(Config))})", values)
+    return dict(values)

@@ -1,0 +1,56 @@
+"""Random crops and flips of a whole batch at once, on the batch's device.
+
+Axes: `N` batch, `C` channels, `H W` size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def augment(images: Tensor, *, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    """Shift every image by its own random offset, zeros moving in, and flip half of them left to right.
+
+    The same as padding with zeros on all sides and cropping at random. Random numbers are drawn on the generator's
+    device and moved, so one seed gives the same crops of uint8 and float images, on any device.
+
+    Args:
+        images: (N, C, H, W), any dtype; contiguous or channels-last.
+        generator: Source of the randomness; it may lie on another device than `images`.
+        padding: Largest shift, in pixels, in each of the four directions.
+        flip: Whether to flip each image with probability 1/2.
+
+    Returns:
+        (N, C, H, W) of the same dtype, device and memory format; never `images` itself.
+
+    Raises:
+        ValueError: `images` is not a batch, or `padding` is negative.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
+    if padding < 0:
+        raise ValueError(f"padding must be >= 0, got {padding!r}")
+    n, _, height, width = images.shape
+    device = images.device
+
+    def draw(high: int) -> Tensor:
+        values = torch.randint(high, (n, 1), generator=generator, device=generator.device)
+        return values.to(device, non_blocking=True)
+
+    rows = torch.arange(height, device=device).expand(n, height)
+    columns = torch.arange(width, device=device).expand(n, width)
+    if flip:
+        columns = torch.where(draw(2) == 1, width - 1 - columns, columns)
+    if padding:
+        rows = rows + draw(2 * padding + 1)
+        columns = columns + draw(2 * padding + 1)
+        images = F.pad(images, (padding, padding, padding, padding))
+    sample = torch.arange(n, device=device)
+    if images.is_contiguous():
+        channel = torch.arange(images.shape[1], device=device)[:, None, None]
+        return images[sample[:, None, None, None], channel, rows[:, None, :, None], columns[:, None, None, :]]
+    # Channels last: one index moves all channels of a pixel, and the result is channels-last again.
+    picked = images.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)

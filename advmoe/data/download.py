@@ -1,0 +1,101 @@
+"""Fetch one file over HTTP: resumed where it stopped, and never under its final name before its checksum is right."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+TRIES = 4
+"""Requests made for a file before giving up; each goes on where the last one stopped."""
+TIMEOUT = 30.0
+"""Seconds without an answer after which a request is given up."""
+_BLOCK = 2**20
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and text as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def file_md5(path: Path) -> str:
+    """Return a file's md5 as hexadecimal text."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(url: str, path: Path, md5: str, *, progress: bool = False) -> None:
+    """Download `url` to `path`, through `<path>.part`, which a later call goes on from if this one is cut off.
+
+    Args:
+        url: Where the file is.
+        path: Final name; it appears at once, whole and with the right checksum.
+        md5: The checksum that the file must have.
+        progress: Whether to show a bar; none is shown where stderr is not a terminal.
+
+    Raises:
+        ValueError: The folder cannot be written, the server cannot be reached or stops early every time (what came is
+            kept), or the checksum is wrong (what came is removed).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
+    reason = "an early end"
+    for _ in range(TRIES):
+        try:
+            if _receive(url, part, md5, progress=progress):
+                break
+        except (OSError, http.client.HTTPException) as error:
+            reason = one_line(error)
+            if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
+                raise ValueError(f"data.download must find {url}, got {reason}") from error
+    else:
+        kept = part.stat().st_size if part.exists() else 0
+        raise ValueError(f"data.download must reach the end of {url}, got {kept} bytes (kept), then {reason}")
+    if (got := file_md5(part)) != md5:
+        part.unlink()
+        raise ValueError(f"data.download must fetch {path.name} with md5 {md5}, got md5 {got} from {url} (removed)")
+    os.replace(part, path)
+
+
+def _receive(url: str, part: Path, md5: str, *, progress: bool) -> bool:
+    """Make one request and write what it brings to `part`; return whether that is the end of the file."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not start:
+            raise
+        # The server has nothing after `start`: the part is either the whole file, or not a beginning of it.
+        if file_md5(part) == md5:
+            return True
+        part.unlink()
+        return False
+    with response:
+        if response.status != 206:
+            start = 0  # Range ignored: the file comes whole.
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            part.unlink(missing_ok=True)
+            return False
+        length = response.headers.get("Content-Length")
+        end = None if length is None else start + int(length)
+        hidden = not (progress and sys.stderr.isatty())
+        bar = tqdm(total=end, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=hidden)
+        with bar, part.open("ab" if start else "wb") as file:
+            while block := response.read(_BLOCK):
+                file.write(block)
+                start += len(block)
+                bar.update(len(block))
+    return end is None or start == end

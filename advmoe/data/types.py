@@ -1,0 +1,196 @@
+"""Image sets in memory, and what is done to a whole set: hold-out split, channel statistics, resizing.
+
+Axes: `N` images, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images, held as uint8.
+
+    Raises `ValueError` if dtypes or shapes are not those below.
+    """
+
+    images: Tensor
+    """Images, (N, C, H, W) uint8."""
+    labels: Tensor
+    """Class of each image, (N,) int64."""
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes."""
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            got = f"{self.images.dtype} of shape {tuple(self.images.shape)}"
+            raise ValueError(f"images must be uint8 of shape (N, C, H, W), got {got}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            got = f"{self.labels.dtype} of shape {tuple(self.labels.shape)}"
+            raise ValueError(f"labels must be int64 of shape ({len(self.images)},), got {got}")
+
+    def __len__(self) -> int:
+        """Return the number of images N."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the same set on `device`."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def pixels(self, index: Tensor | slice) -> Tensor:
+        """Return the chosen images as float32 in [0, 1], (B, C, H, W), on the images' device."""
+        if isinstance(index, Tensor):
+            index = index.to(self.images.device)
+        return self.images[index].to(torch.float32).div_(255)
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """Return the images at `index`, (B,) int64, in that order."""
+        return ImageSet(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a reader of one kind of data returns: the two given parts, before anything is held out."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    flip: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set, split three ways, with what a model needs to know about it."""
+
+    name: str
+    """The name that it was loaded by."""
+    train: ImageSet
+    """Images to train on."""
+    val: ImageSet
+    """Images held out of the given training set; may be empty."""
+    test: ImageSet
+    """The given test set, whole."""
+    classes: tuple[str, ...]
+    """Class names, in the order of the labels."""
+    mean: tuple[float, ...]
+    """Mean of each channel of `train`, pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel of `train`, pixels in [0, 1]; at least 1/255."""
+    flip: bool
+    """Whether a horizontal flip leaves the class as it is (not for digits)."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images, in pixels."""
+        return self.train.images.shape[-1]
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels C."""
+        return self.train.images.shape[1]
+
+
+def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Divide a set at random, class by class, into a part to train on and a part held out.
+
+    The held-out part has `round(fraction * N)` images, but at least one if `fraction > 0`; a class's share of them is
+    its share of the set, rounded up or down so that the total fits. The last image of a class is never taken. Both
+    parts keep the order of `data`.
+
+    Args:
+        data: The set to divide.
+        fraction: Share to hold out, in [0, 0.5].
+        seed: Decides which images are held out.
+
+    Returns:
+        The part to train on, and the part held out.
+
+    Raises:
+        ValueError: `fraction` is out of range, or positive where no class has two images.
+    """
+    if not 0 <= fraction <= 0.5:
+        raise ValueError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
+    n = len(data)
+    labels = data.labels.cpu()
+    counts = torch.bincount(labels)
+    take = torch.zeros_like(counts)
+    if fraction > 0:
+        total = max(1, round(fraction * n))
+        spare = (counts - 1).clamp(min=0)
+        take = torch.minimum(total * counts // n, spare)
+        # Largest remainder first, in integers, so that no rounding decides between equal classes.
+        order = torch.argsort(total * counts % n, descending=True, stable=True)
+        open_classes = order[(take < spare)[order]]
+        take[open_classes[: total - int(take.sum())]] += 1
+        if not take.any():
+            raise ValueError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    first = counts.cumsum(0) - counts
+    rank = torch.arange(n) - first[labels[by_class]]
+    held = torch.zeros(n, dtype=torch.bool)
+    held[by_class] = rank < take[labels[by_class]]
+    device = data.images.device
+    return data.subset((~held).nonzero()[:, 0].to(device)), data.subset(held.nonzero()[:, 0].to(device))
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute mean and standard deviation of each channel, exactly, from the histogram of its values.
+
+    Args:
+        images: (N, C, H, W) uint8, with N at least 1.
+
+    Returns:
+        Mean and (population) standard deviation per channel, in units of pixels in [0, 1]. A standard deviation below
+        one grey level, 1/255, is given as that, so that one may divide by it.
+    """
+    n, channels, height, width = images.shape
+    rows = max(1, _CHUNK // (height * width))
+    histogram = torch.zeros(channels, 256, dtype=torch.int64)
+    for start in range(0, n, rows):
+        for c in range(channels):
+            histogram[c] += torch.bincount(images[start : start + rows, c].reshape(-1), minlength=256).cpu()
+    # Python integers: sums of squares over a large set of large images do not fit float64's 53 bits.
+    means, stds = [], []
+    for counts in histogram.tolist():
+        number = sum(counts)
+        first = sum(value * count for value, count in enumerate(counts))
+        second = sum(value * value * count for value, count in enumerate(counts))
+        means.append(first / number / 255)
+        stds.append(max(math.sqrt((number * second - first * first) / number**2), 1.0) / 255)
+    return tuple(means), tuple(stds)
+
+
+def resize(images: Tensor, size: int | None) -> Tensor:
+    """Resize square images to `size` by antialiased bilinear interpolation; None or their own size changes nothing.
+
+    Args:
+        images: (N, C, H, H) uint8.
+        size: New side in pixels.
+
+    Returns:
+        (N, C, size, size) uint8, rounded to nearest.
+    """
+    if size is None or size == images.shape[-1]:
+        return images
+    n, channels = images.shape[:2]
+    out = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    rows = max(1, _CHUNK // (channels * max(size, images.shape[-1]) ** 2))
+    for start in range(0, n, rows):
+        part = images[start : start + rows].to(torch.float32)
+        part = F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+        out[start : start + rows] = part.round_().clamp_(0, 255).to(torch.uint8)
+    return out

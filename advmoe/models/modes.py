@@ -1,0 +1,30 @@
+"""Train and eval modes, and which parameters learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def frozen(model: object) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside: what an attack on the current model needs. Restores both.
+
+    Anything that is no module (a plain callable) is left alone.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    modes, wanted = [m.training for m in modules], [p.requires_grad for p in parameters]
+    for module in modules:
+        module.training = False
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for parameter, needs in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(needs)

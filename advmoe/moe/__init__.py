@@ -1,0 +1,16 @@
+"""Mixture-of-experts layers, routers, and the routing of a forward pass as a value."""
+
+from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.routers import ImageRouter, LayerRouter, routers_of
+from advmoe.moe.routing import Routing, pathway, route, soft_routing
+
+__all__ = [
+    "ImageRouter",
+    "LayerRouter",
+    "MoEConv2d",
+    "Routing",
+    "pathway",
+    "route",
+    "routers_of",
+    "soft_routing",
+]

@@ -1,0 +1,74 @@
+"""Routers: small networks that score experts.
+
+Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers. Scores are computed in fp32 whatever the precision of
+the backbone: a choice must not depend on rounding to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class LayerRouter(nn.Module):
+    """An MoE layer's own router: its input -> global average pool -> norm -> small MLP -> scores (N, E).
+
+    The norm is a batch norm: pooled features of different images lie close together, and centring them over the data set is
+    what lets an untrained router tell them apart; in eval mode its statistics are fixed, so the choice depends on the sample alone.
+    """
+
+    def __init__(self, channels: int, num_experts: int) -> None:
+        super().__init__()
+        hidden = max(8, min(64, channels // 4))
+        self.norm = nn.BatchNorm1d(channels)
+        self.hidden = nn.Linear(channels, hidden)
+        self.scores = nn.Linear(hidden, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (N, E) for the layer's input `x` (N, C, H, W)."""
+        with _full_precision(x):
+            # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
+            pooled = x.sum((2, 3), dtype=torch.float32) / x[0, 0].numel()
+            scores: Tensor = self.scores(self.hidden(self.norm(pooled)).relu())
+            return scores
+
+
+class ImageRouter(nn.Module):
+    """A router that sees the image once, ahead of all layers: a shallow convolutional embedding and linear heads.
+
+    With `shared` one head chooses the same expert in all L layers (`router="image"`); otherwise each layer has its own head
+    on the embedding (`router="embedding"`, after DeepMoE, Wang et al., UAI 2020). Its width follows the backbone's, so that its share of
+    the cost does not depend on the width.
+    """
+
+    def __init__(self, in_channels: int, width: int, num_layers: int, num_experts: int, *, shared: bool) -> None:
+        super().__init__()
+        self.num_layers, self.num_experts, self.shared = num_layers, num_experts, shared
+        base = max(8, width // 4)
+        shape = [(in_channels, base, 1), (base, 2 * base, 2), (2 * base, 4 * base, 2)]
+        if shared:
+            shape.append((4 * base, 4 * base, 2))
+        layers: list[nn.Module] = []
+        for c_in, c_out, stride in shape:
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.embedding = nn.Sequential(*layers)
+        self.heads = nn.Linear(4 * base, num_experts * (1 if shared else num_layers))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Scores (N, E) of each of the L layers for normalised images `x` (N, C, H, W); one tensor L times if shared."""
+        with _full_precision(x):
+            scores = self.heads(self.embedding(x.float()).mean((2, 3)))
+        if self.shared:
+            return [scores] * self.num_layers
+        return list(scores.unflatten(1, (self.num_layers, self.num_experts)).unbind(1))
+
+
+def routers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Every router in `model`: the modules whose parameters and buffers are phi."""
+    return (module for module in model.modules() if isinstance(module, LayerRouter | ImageRouter))

@@ -1,0 +1,140 @@
+"""A forward pass's routing as a value: how experts are chosen, and what was chosen.
+
+Axes: `N` batch, `L` MoE layers, `E` experts.
+
+MoE layers sit deep inside arbitrary backbones, whose `forward` takes only an image. So the routing of a pass travels in a
+context, not in arguments or on modules:
+
+    with route("soft", temperature=0.5) as routing:
+        logits = model(x)
+    routing.pathway()  # (N, L)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.moe.dispatch import Plan
+
+RoutingMode = Literal["hard", "soft", "masked"]
+
+
+@dataclass
+class Routing:
+    """One forward pass's routing.
+
+    Modes: `hard` computes the chosen expert only; `masked` computes every expert and keeps the chosen one (the reference);
+    `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate.
+    `forced` (N, L), where given, overrules the routers' choice.
+    """
+
+    mode: RoutingMode = "hard"
+    temperature: float = 1.0
+    forced: Tensor | None = None
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    """Scores (N, E) of each MoE layer that ran, by layer index."""
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    """Chosen expert (N,) of each MoE layer that ran, by layer index."""
+    shared: list[Tensor] = field(default_factory=list)
+    """Scores made from the image ahead of all layers, one entry per layer; empty with a router in each layer."""
+    _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
+
+    def choose(self, layer: int, scores: Tensor) -> Tensor:
+        """Record `scores` (N, E) of `layer` and return the choice (N,)."""
+        choice = scores.detach().argmax(1) if self.forced is None else self.forced[:, layer]
+        self.scores[layer], self.choices[layer] = scores, choice
+        return choice
+
+    def plan(self, scores: Tensor, choice: Tensor) -> Plan:
+        """The dispatch plan of `choice`; made once where layers share their scores (one router for all layers)."""
+        if self.forced is None:
+            for known, _, plan in self._plans:
+                if known is scores:
+                    return plan
+        plan = Plan.of(choice, scores.shape[1])
+        if self.shared:
+            self._plans = [(scores, choice, plan)]
+        return plan
+
+    def pathway(self) -> Tensor:
+        """The expert index per sample and MoE layer, (N, L)."""
+        return torch.stack([self.choices[layer] for layer in sorted(self.choices)], 1)
+
+
+_active: ContextVar[Routing | None] = ContextVar("advmoe_routing", default=None)
+
+
+def active_routing() -> Routing:
+    """The routing of the forward pass under way; plain hard routing where no `route` is open."""
+    return _active.get() or Routing()
+
+
+@contextmanager
+def opened(routing: Routing) -> Iterator[Routing]:
+    """Make `routing` the active one."""
+    token = _active.set(routing)
+    try:
+        yield routing
+    finally:
+        _active.reset(token)
+
+
+@contextmanager
+def forward_scope() -> Iterator[Routing]:
+    """The active routing, emptied for a new forward pass; a fresh one where none is open."""
+    routing = _active.get()
+    if routing is None:
+        with opened(Routing()) as routing:
+            yield routing
+        return
+    for record in (routing.scores, routing.choices, routing.shared, routing._plans):
+        record.clear()
+    yield routing
+
+
+@contextmanager
+def route(
+    mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None
+) -> Iterator[Routing]:
+    """Route the forward passes inside by `mode`; the value yielded holds the last pass's scores and choices.
+
+    Raises `ValueError` for a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    with opened(Routing(mode, temperature, forced)) as routing:
+        yield routing
+
+
+def soft_routing(model: nn.Module, temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """`model` as a callable that mixes experts by softmax(scores / temperature): a surrogate for gradients, not for scoring."""
+
+    def predict(x: Tensor) -> Tensor:
+        with route("soft", temperature=temperature):
+            logits: Tensor = model(x)
+        return logits
+
+    return predict
+
+
+def pathway(model: nn.Module, x: Tensor) -> Tensor:
+    """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain model.
+
+    The model is run in eval mode and left in the mode it was in.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), route() as routing:
+            model(x)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    return routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long, device=x.device)

@@ -1,0 +1,17 @@
+"""Random numbers as a function of what they are for.
+
+Every draw comes from a generator seeded by the run's seed and the draw's purpose (epoch, process, ...), so that a run
+continued from a checkpoint needs no saved generator state to go on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator_for(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device` whose seed is a hash of `purpose`: the run's seed first, then what the draws are for."""
+    digest = hashlib.sha256(repr(purpose).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

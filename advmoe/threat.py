@@ -1,0 +1,72 @@
+"""The threat model: which perturbations an attacker may make, and the geometry that attacks need.
+
+Axes: `N` batch, `C` channels, `H W` size. Pixels and `eps` are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-12
+
+
+def _norms(delta: Tensor) -> Tensor:
+    """The l2 norm of each sample's perturbation, (N, 1, 1, 1)."""
+    return delta.flatten(1).norm(dim=1).clamp_min(_TINY).view(-1, *[1] * (delta.dim() - 1))
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of radius `eps` in `norm` around each image, cut with the pixel range [0, 1].
+
+    Raises `ValueError` for an unknown norm or a negative radius.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"threat.norm must be linf or l2, got {self.norm!r}")
+        if not (self.eps >= 0 and math.isfinite(self.eps)) or (self.norm == "linf" and self.eps > 1):
+            raise ValueError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The nearest allowed image to `x_adv`, (N, C, H, W), for the clean images `x` of the same shape.
+
+        The l2 ball is applied before the pixel range: as `x` lies in the range, clipping only shortens the perturbation.
+        """
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
+        delta = x_adv - x
+        return (x + delta * (self.eps / _norms(delta)).clamp_max(1)).clamp(0, 1)
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A uniform draw from the ball around each image of `x`, projected; shape (N, C, H, W)."""
+        if self.norm == "linf":
+            return self.project(x + self.eps * (2 * rand_like(x, generator) - 1), x)
+        direction = randn_like(x, generator)
+        dimensions = x[0].numel()
+        radius = rand_like(x[:, :1, :1, :1], generator) ** (1 / dimensions)
+        return self.project(x + self.eps * radius * direction / _norms(direction), x)
+
+    def steepest_step(self, gradient: Tensor) -> Tensor:
+        """The unit-norm direction of steepest ascent for `gradient`, (N, C, H, W)."""
+        return gradient.sign() if self.norm == "linf" else gradient / _norms(gradient)
+
+
+def rand_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform draws in [0, 1) shaped like `x`, made where `generator` lives so that CPU and CUDA runs agree."""
+    device = generator.device if generator is not None else x.device
+    return torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal draws shaped like `x`, made where `generator` lives."""
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

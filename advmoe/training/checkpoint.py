@@ -1,0 +1,101 @@
+"""Checkpoints that survive a kill at any moment: written whole or not at all, refused by name when damaged.
+
+A checkpoint is a folder: `model.safetensors`, `state.pt` (optimisers and counters; opened with `weights_only`, so that
+it runs no code), and `checksums.json`, which makes damage visible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advmoe.files import sync, write_text
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are missing or not as they were written."""
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on: `weights` and buffers, `optimizers` states, `progress` counters."""
+
+    weights: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+    progress: dict[str, Any]
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) -> None:
+    """Write `checkpoint` to `folder`; what stood there moves to `<folder>-previous` (or goes, without `keep_previous`).
+
+    At every instant at least one complete checkpoint stands under one of the two names.
+    """
+    fresh, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f"{folder.name}-previous")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+    save_file(weights, fresh / "model.safetensors")
+    torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, fresh / "state.pt")
+    names = ("model.safetensors", "state.pt")
+    write_text(fresh / "checksums.json", json.dumps({name: _checksum(fresh / name) for name in names}))
+    for name in names:
+        sync(fresh / name)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.replace(previous)
+    fresh.replace(folder)
+    sync(folder.parent)
+    if not keep_previous:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def load(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
+    try:
+        expected: dict[str, str] = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder / 'checksums.json'} must be readable, got: {error}") from error
+    for name in ("model.safetensors", "state.pt"):
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path} must exist, got nothing")
+        if (found := _checksum(path)) != expected.get(name):
+            raise DamagedCheckpoint(f"{path} must have checksum {expected.get(name)}, got {found}: it is damaged")
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"])
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint of `folder` and `<folder>-previous`; None where neither exists.
+
+    Warns, naming the file, about one that is damaged. Raises `DamagedCheckpoint` if all that exist are.
+    """
+    refused: list[str] = []
+    for candidate in (folder, folder.with_name(f"{folder.name}-previous")):
+        if not candidate.exists():
+            continue
+        try:
+            checkpoint = load(candidate)
+        except DamagedCheckpoint as error:
+            refused.append(str(error))
+            continue
+        for message in refused:
+            warnings.warn(f"{message}; going on from {candidate.name}", stacklevel=2)
+        return checkpoint
+    if refused:
+        raise DamagedCheckpoint("; ".join(refused))
+    return None

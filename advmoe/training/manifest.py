@@ -1,0 +1,67 @@
+"""What a run's numbers depend on besides its configuration: versions, hardware, threads, code, time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advmoe.files import write_text
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, `-dirty` where it was changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        tracked = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if tracked.returncode:
+            return None
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(*, name: str, seed: int, device: torch.device, devices: int, command: list[str] | None) -> dict[str, Any]:
+    """The manifest of a run that starts now."""
+    packages = ("advmoe", "torch", "numpy", "lightning-fabric", "safetensors", "jsonargparse", "pillow", "scikit-learn")
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "name": name,
+        "command": command,
+        "seed": seed,
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": None,
+        "wall_seconds": 0.0,
+    }
+
+
+def write(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json` whole or not at all."""
+    write_text(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,64 @@
+"""What is minimised: named terms, so that a log or an error can say which one went wrong.
+
+Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advmoe.config import Codes
+from advmoe.moe.routing import Routing, route
+from advmoe.seeding import generator_for
+
+Terms = dict[str, Tensor]
+"""Scalar terms by name; what is minimised is their sum."""
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
+    """Standard training's loss on clean images; also the routing and logits it saw."""
+    with route() as routing:
+        logits = model(x).float()
+    return {"ce": F.cross_entropy(logits, y)}, routing, logits
+
+
+def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
+    """KL(f(x) || f(x + delta)), mean over the batch, both sides as log-probabilities: finite gradients at any confidence."""
+    clean, adversarial = F.log_softmax(clean_logits.float(), 1), F.log_softmax(adversarial_logits.float(), 1)
+    return F.kl_div(adversarial, clean, reduction="batchmean", log_target=True)
+
+
+def trades(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
+) -> tuple[Terms, Routing, Routing, Tensor]:
+    """CE(f(x), y) + beta * KL(f(x) || f(x_adv)) (Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta = 1/lambda).
+
+    Gradient flows through both arguments of the KL term. Returns the terms, the routing of the clean and of the adversarial
+    pass, and the clean logits.
+    """
+    terms, clean_routing, logits = cross_entropy(model, x, y)
+    with route() as adversarial_routing:
+        terms["kl"] = beta * kl_divergence(logits, model(x_adv))
+    return terms, clean_routing, adversarial_routing, logits
+
+
+def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:
+    """The table (num_classes, L) of each class's codeword: one expert per MoE layer.
+
+    `mod`: class modulo N in every layer. `random`: every column a balanced random assignment, so that the pathway is an
+    error-correcting code of the class.
+    """
+    balanced = torch.arange(num_classes) % num_experts
+    if codes == "mod":
+        return balanced[:, None].expand(-1, num_layers).clone()
+    generator = generator_for(seed, "codewords")
+    return torch.stack([balanced[torch.randperm(num_classes, generator=generator)] for _ in range(num_layers)], 1)
+
+
+def code_loss(routing: Routing, y: Tensor, table: Tensor, alpha: float) -> Tensor:
+    """alpha times the cross-entropy of each layer's scores with the class's codeword, mean over layers and samples."""
+    layers = sorted(routing.scores)
+    losses = [F.cross_entropy(routing.scores[layer], table[y, layer]) for layer in layers]
+    return alpha * torch.stack(losses).mean()

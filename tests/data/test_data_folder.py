@@ -1,0 +1,346 @@
+"""Image folders: what is decoded, how, and when it is decoded again."""
+
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advmoe.data import folder, load_dataset
+from advmoe.data.folder import CACHE_FOLDER
+
+ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
+
+
+def save(path: Path, image: Image.Image | tuple[int, int, int] = (10, 20, 30), size: int = 8, **options: Any) -> Path:
+    """Save an image, or a square of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Image.new("RGB", (size, size), image) if isinstance(image, tuple) else image
+    made.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two classes, and a cache folder of the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "images"
+    for i in range(3):
+        save(root / "train" / "cat" / f"{i}.png", (i, 0, 0))
+        save(root / "train" / "ant" / f"{i}.png", (i, 100, 0))
+    save(root / "test" / "cat" / "0.png", (7, 0, 0))
+    return root
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths decoded so far."""
+    paths: list[str] = []
+    real = folder._decode
+
+    def spy(path: Path, image_size: int | None) -> folder.Bytes:
+        paths.append(str(path))
+        return real(path, image_size)
+
+    monkeypatch.setattr(folder, "_decode", spy)
+    return paths
+
+
+def first_pixels(root: Path, image_size: int | None = None) -> list[list[int]]:
+    data = load_dataset("folder", root=root, image_size=image_size, val_fraction=0)
+    values: list[list[int]] = data.train.images[:, :, 0, 0].tolist()
+    return values
+
+
+def message(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_classes_labels_and_order(root: Path) -> None:
+    save(root / "train" / "cat" / "notes.txt", (0, 0, 0), format="png")
+    save(root / "train" / "cat" / "._0.png")
+    save(root / "train" / ".hidden" / "0.png")
+    save(root / "train" / "cat" / "inner" / "0.png")
+    data = load_dataset("folder", root=root, val_fraction=0)
+    assert data.classes == ("ant", "cat")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.train.images[:, :, 0, 0].tolist() == [
+        [0, 100, 0],
+        [1, 100, 0],
+        [2, 100, 0],
+        [0, 0, 0],
+        [1, 0, 0],
+        [2, 0, 0],
+    ]
+    assert data.test.labels.tolist() == [1]
+    assert data.test.images[0, :, 3, 4].tolist() == [7, 0, 0]
+    assert (data.in_channels, data.image_size, data.flip) == (3, 8, True)
+    # Red: 0, 1, 2 twice; mean 1. Green: half 100. Blue: 0.
+    assert data.mean == pytest.approx((1 / 255, 50 / 255, 0))
+
+
+def test_val_folder_stands_in_for_test(root: Path) -> None:
+    (root / "test").rename(root / "val")
+    assert len(load_dataset("folder", root=root).test) == 1
+
+
+def test_exif_orientation_is_applied(root: Path) -> None:
+    # Orientation 6: the first row as stored is the right-hand column as shown.
+    stored = Image.new("RGB", (8, 8), (0, 0, 0))
+    for x in range(8):
+        stored.putpixel((x, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(root / "train" / "ant" / "0.png", stored, exif=exif)
+    image = load_dataset("folder", root=root, val_fraction=0).train.images[0]
+    assert (image[:, :, 7] == 255).all()
+    assert (image[:, :, :7] == 0).all()
+
+
+def test_exif_size_counts_as_shown(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(root / "train" / "ant" / "0.png", Image.new("RGB", (4, 9)), exif=exif)
+    got = message(lambda: load_dataset("folder", root=root))
+    assert "with 9x4 in" in got
+
+
+def sixteen_bit(level: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8), level, dtype=np.uint16))
+
+
+def palette() -> Image.Image:
+    return Image.new("RGB", (8, 8), (0, 51, 255)).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "options", "expected"),
+    [
+        ("grey.png", lambda: Image.new("L", (8, 8), 77), {}, [77, 77, 77]),
+        ("one-bit.png", lambda: Image.new("1", (8, 8), 1), {}, [255, 255, 255]),
+        ("grey-alpha.png", lambda: Image.new("LA", (8, 8), (77, 128)), {}, [77, 77, 77]),
+        ("alpha.png", lambda: Image.new("RGBA", (8, 8), (1, 2, 3, 128)), {}, [1, 2, 3]),
+        ("palette.png", palette, {}, [0, 51, 255]),
+        ("palette-clear.png", palette, {"transparency": b"\x00\x80"}, [0, 51, 255]),
+        ("palette.gif", palette, {}, [0, 51, 255]),
+        # (1 - 0.2)(1 - 0) = 0.8 of 255 in red, and full green and blue: no black ink.
+        ("cmyk.tif", lambda: Image.new("CMYK", (8, 8), (51, 0, 0, 0)), {}, [204, 255, 255]),
+        ("cmyk.jpg", lambda: Image.new("CMYK", (8, 8), (51, 0, 0, 0)), {"quality": 100}, [204, 255, 255]),
+        # 16 bits: 257 levels make one. 51 * 257 = 13107; 13107 + 128 still rounds to 51, 13107 + 129 to 52.
+        ("deep.png", lambda: sixteen_bit(13107), {}, [51, 51, 51]),
+        ("deep-below.png", lambda: sixteen_bit(13107 + 128), {}, [51, 51, 51]),
+        ("deep-above.png", lambda: sixteen_bit(13107 + 129), {}, [52, 52, 52]),
+        ("deep.tif", lambda: sixteen_bit(65535), {}, [255, 255, 255]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_modes_become_rgb(
+    root: Path, name: str, make: Callable[[], Image.Image], options: dict[str, Any], expected: list[int]
+) -> None:
+    (root / "train" / "ant" / "0.png").unlink()
+    save(root / "train" / "ant" / f"0-{name}", make(), **options)
+    assert first_pixels(root)[0] == expected
+
+
+def test_floating_point_is_refused(root: Path) -> None:
+    path = save(root / "train" / "ant" / "3.tiff", Image.new("F", (8, 8), 0.5))
+    assert message(lambda: load_dataset("folder", root=root)) == (
+        f"data.root must hold images that can be decoded, got {str(path)!r}: "
+        "ValueError: floating-point pixels have no known range"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_truncated_file_is_named(root: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    path = save(root / "train" / "cat" / f"broken.{suffix}", Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:-60])
+    got = message(lambda: load_dataset("folder", root=root))
+    assert got.startswith(f"data.root must hold images that can be decoded, got {str(path)!r}: ")
+    assert not (root / CACHE_FOLDER).exists()
+    path.write_bytes(b"")
+    assert str(path) in message(lambda: load_dataset("folder", root=root))
+
+
+def test_mixed_sizes_are_named(root: Path) -> None:
+    other = save(root / "test" / "cat" / "1.png", size=9)
+    first = root / "train" / "ant" / "0.png"
+    rule = "data.image_size must be given when sizes differ"
+    got = f"None with 8x8 in {str(first)!r} and 9x9 in {str(other)!r}"
+    assert message(lambda: load_dataset("folder", root=root)) == f"{rule}, got {got}"
+    assert load_dataset("folder", root=root, image_size=8).test.images.shape == (2, 3, 8, 8)
+
+
+def test_images_that_are_not_square_are_named(root: Path) -> None:
+    path = save(root / "train" / "ant" / "0.png", Image.new("RGB", (6, 4)))
+    rule = "data.image_size must be given when images are not square"
+    assert message(lambda: load_dataset("folder", root=root)) == f"{rule}, got None with 6x4 in {str(path)!r}"
+
+
+def test_resize_keeps_the_middle_square(root: Path) -> None:
+    # 12 wide, 4 high: columns 4..7 remain. They are white, the rest black; nothing of the rest may shine through.
+    wide = Image.new("RGB", (12, 4))
+    wide.paste((255, 255, 255), (4, 0, 8, 4))
+    save(root / "train" / "ant" / "0.png", wide)
+    save(root / "train" / "ant" / "1.png", wide.rotate(90, expand=True))
+    images = load_dataset("folder", root=root, image_size=8, val_fraction=0).train.images
+    assert (images[:2] == 255).all()
+
+
+def test_shrinking_is_antialiased(root: Path) -> None:
+    board = Image.fromarray((np.indices((8, 8)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    save(root / "train" / "ant" / "0.png", board)
+    image = load_dataset("folder", root=root, image_size=2, val_fraction=0).train.images[0]
+    assert ((image.int() - 127).abs() <= 12).all()
+
+
+def test_second_use_decodes_nothing(root: Path, decoded: list[str]) -> None:
+    first = load_dataset("folder", root=root)
+    assert len(set(decoded)) == 7
+    decoded.clear()
+    second = load_dataset("folder", root=root)
+    assert decoded == []
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.test.images, second.test.images)
+    assert torch.equal(first.train.labels, second.train.labels)
+
+
+def test_sizes_are_kept_side_by_side(root: Path, decoded: list[str]) -> None:
+    load_dataset("folder", root=root)
+    load_dataset("folder", root=root, image_size=4)
+    decoded.clear()
+    assert load_dataset("folder", root=root).image_size == 8
+    assert load_dataset("folder", root=root, image_size=4).image_size == 4
+    assert decoded == []
+
+
+def test_changes_are_seen(root: Path, decoded: list[str]) -> None:
+    load_dataset("folder", root=root)
+    path = root / "train" / "ant" / "0.png"
+    changes: list[Callable[[], object]] = [
+        lambda: save(path, (200, 0, 0)),
+        lambda: os.utime(path, ns=(0, 123)),
+        lambda: save(root / "train" / "ant" / "9.png"),
+        lambda: (root / "train" / "ant" / "9.png").unlink(),
+        lambda: path.rename(path.with_name("00.png")),
+    ]
+    for change in changes:
+        change()
+        decoded.clear()
+        assert first_pixels(root)[0] == [200, 0, 0]
+        assert decoded
+    # What no fingerprint names any more is gone.
+    assert len(list((root / CACHE_FOLDER).iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty-json", "list-json", "pickled"])
+def test_damaged_cache_is_made_again(root: Path, decoded: list[str], damage: str) -> None:
+    expected = first_pixels(root)
+    array = next((root / CACHE_FOLDER).glob("*-train.npy"))
+    record = root / CACHE_FOLDER / "own.json"
+    content = array.read_bytes()
+    if damage == "truncated":
+        array.write_bytes(content[:-1])
+    elif damage == "flipped":
+        array.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        array.unlink()
+    elif damage == "empty-json":
+        record.write_text("")
+    elif damage == "list-json":
+        record.write_text("[]")
+    else:
+        np.save(array, np.array([{}], dtype=object), allow_pickle=True)
+    decoded.clear()
+    assert first_pixels(root) == expected
+    assert decoded
+    decoded.clear()
+    assert first_pixels(root) == expected
+    assert decoded == []
+
+
+def test_root_that_cannot_be_written(root: Path, tmp_path: Path, decoded: list[str]) -> None:
+    # A plain file where the cache folder would be: fails for every user, unlike permissions.
+    (root / CACHE_FOLDER).write_bytes(b"")
+    expected = first_pixels(root)
+    kept = list((tmp_path / "cache" / "advmoe").rglob("*.npy"))
+    assert len(kept) == 2
+    decoded.clear()
+    assert first_pixels(root) == expected
+    assert decoded == []
+
+
+def test_no_place_for_a_cache_is_a_warning(root: Path, tmp_path: Path) -> None:
+    (root / CACHE_FOLDER).write_bytes(b"")
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.warns(UserWarning, match="could not be kept for the next time"):
+        assert len(first_pixels(root)) == 6
+
+
+def test_structure_errors(root: Path, tmp_path: Path) -> None:
+    def load() -> object:
+        return load_dataset("folder", root=root)
+
+    save(root / "test" / "dog" / "0.png")
+    rule = "data.root must have only classes of train in test"
+    assert message(load) == f"{rule}, got 'dog' in {str(root / 'test')!r}"
+    (root / "train" / "dog").mkdir()
+    rule = "data.root must hold at least one image in train/dog"
+    assert message(load) == f"{rule}, got none in {str(root / 'train/dog')!r}"
+    (root / "test").rename(root / "other")
+    assert message(load) == f"data.root must hold a folder test or val beside train, got {str(root)!r}"
+    (root / "train").rename(root / "training")
+    assert message(load) == f"data.root must hold a folder train, got {str(root)!r}"
+    (root / "train").mkdir()
+    assert message(load) == f"data.root must hold class folders in train, got none in {str(root / 'train')!r}"
+    missing = tmp_path / "nowhere"
+    assert message(lambda: load_dataset("folder", root=missing)) == f"data.root must be a folder, got {str(missing)!r}"
+
+
+def test_links(root: Path) -> None:
+    before = first_pixels(root)
+    (root / "train" / "cat" / "loop").symlink_to(root / "train", target_is_directory=True)
+    (root / "train" / "cat" / "folder.png").symlink_to(root / "train", target_is_directory=True)
+    (root / "train" / "self").symlink_to(root / "train" / "self")
+    assert first_pixels(root) == before
+    (root / "train" / "cat" / "3.png").symlink_to(root / "test" / "cat" / "0.png")
+    assert first_pixels(root)[-1] == [7, 0, 0]
+    (root / "train" / "cat" / "4.png").symlink_to(root / "gone.png")
+    assert re.search(
+        r"^data.root must hold readable files in train/cat, got FileNotFoundError",
+        message(lambda: load_dataset("folder", root=root)),
+    )
+
+
+def test_many_tasks_and_threads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "_FILES_PER_TASK", 2)
+    monkeypatch.setattr(folder, "_SMALL_FILE", 0)
+    assert first_pixels(root) == [[0, 100, 0], [1, 100, 0], [2, 100, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]]
+
+
+@pytest.mark.skipif(not ARCHIVE.is_file(), reason="cifar10-jpeg.tar.xz is not there")
+def test_real_images(tmp_path: Path) -> None:
+    with tarfile.open(ARCHIVE, "r|xz") as tar:
+        for member in islice((m for m in tar if m.isfile()), 300):
+            _, name, file = Path(member.name).parts
+            for part in ("train", "test"):
+                path = tmp_path / part / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stream = tar.extractfile(member) if part == "train" else (tmp_path / "train" / name / file).open("rb")
+                assert stream is not None
+                path.write_bytes(stream.read())
+    data = load_dataset("folder", root=tmp_path, val_fraction=0.1)
+    assert (len(data.train), len(data.val), len(data.test), data.image_size) == (270, 30, 300, 32)
+    # Natural images: neither dark nor bright on average, and varied.
+    assert all(0.3 < mean < 0.7 for mean in data.mean)
+    assert all(0.15 < std < 0.35 for std in data.std)

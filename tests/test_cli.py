@@ -1,0 +1,280 @@
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import yaml
+
+from advmoe import cli
+from advmoe.config import Config
+from advmoe.recipes import recipe, recipe_names
+
+ROOT = str(Path(__file__).parents[1])
+
+
+def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command as users run it, in a process and a working directory of its own."""
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-m", "advmoe", *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("advmoe: error: ") and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+TRAIN = ("train", "--config", "digits-advmoe")
+
+
+# Each of these is a process of its own; those below take the same way inside this one.
+MISTAKES = [
+    ([*TRAIN, "--training.epoch", "3"], ["--training.epoch is no option of train: did you mean --training.epochs?"]),
+    ([*TRAIN, "--training.lr", "fast"], ["training.lr must be a number, got 'fast'"]),
+    ([*TRAIN, "--training.lr", "-1"], ["training.lr must be > 0, got -1.0"]),
+    ([*TRAIN, "--threat.eps", "8/0"], ["threat.eps must be a number or a fraction such as 8/255, got '8/0'"]),
+    ([*TRAIN, "--run-dir", "full"], ["the run directory must be new or empty", "--resume", "--run-dir", "'full'"]),
+    (["train"], ["--config must be", "got nothing", *recipe_names()]),
+    (["train", "--config", "digits-admoe"], ["--config must be", "'digits-admoe' (did you mean digits-advmoe?)"]),
+    (["train", "--config", "full/broken.yaml"], ["full/broken.yaml must be valid YAML, got: ", "line 3"]),
+    (["train", "--config", "full/unknown.yaml"], ["model.wdth is no known field: did you mean model.width?"]),
+    (["train", "--resume", "absent"], ["--resume must be a run directory", "'absent'"]),
+    (["evaluate", "absent"], ["RUN must be a run directory", "'absent'"]),
+    (["evaluate", "full", "--attack.steps", "0"], ["attack.steps must be >= 1, got 0"]),
+    ([], ["train", "evaluate", "recipes"]),
+]
+MORE_MISTAKES = [
+    ([*TRAIN, "--lr=3"], ["--lr is no option of train: did you mean --training.lr?"]),
+    ([*TRAIN, "--run_dir", "x"], ["did you mean --run-dir?"]),
+    ([*TRAIN, "--zzz", "x"], ["--zzz is no option of train: see advmoe train --help"]),
+    ([*TRAIN, "--training.lr", "[1"], ["training.lr must be valid YAML"]),
+    ([*TRAIN, "--training.lr"], ["--training.lr", "expected one argument"]),
+    ([*TRAIN, "--training.compile", "1"], ["training.compile must be true or false, got 1"]),
+    ([*TRAIN, "--model.kind", "mo"], ["model.kind must be one of moe, dense, s-dense, got 'mo'"]),
+    ([*TRAIN, "--model.kind", "dense"], ["model.kind must be moe when training.method is advmoe, got 'dense'"]),
+    ([*TRAIN, "--devices", "0"], ["--devices must be >= 1, got 0"]),
+    ([*TRAIN, "--accelerator", "tpu"], ["--accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
+    (["train", "--config", "absent.yaml"], ["--config must be", "'absent.yaml'"]),
+    (["train", "--resume", "full", "--training.lr", "1"], ["--resume must be without", "'full'"]),
+    (["evaluate", "full", "--num-examples", "some"], ["--num-examples must be a whole number, got 'some'"]),
+    (["evaluate", "full", "--training.lr", "1"], ["--training.lr is no option of evaluate"]),
+    (["evaluate"], ["required: evaluate.run"]),
+    (["trian"], ["'trian'", "train"]),
+]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    full = tmp_path / "full"
+    full.mkdir()
+    Config().dump(full / "config.yaml")
+    (full / "broken.yaml").write_text("training:\n  lr: [1\n")
+    (full / "unknown.yaml").write_text("model:\n  wdth: 16\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("args", "parts"), MISTAKES, ids=lambda value: " ".join(value)[:50])
+def test_a_mistake_is_one_line_and_creates_nothing(workplace: Path, args: Sequence[str], parts: list[str]) -> None:
+    before = sorted(workplace.rglob("*"))
+    assert_refused(run(workplace, *args), *parts)
+    assert sorted(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("args", "parts"), MORE_MISTAKES, ids=lambda value: " ".join(value)[:50])
+def test_more_mistakes(
+    workplace: Path, args: Sequence[str], parts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    before = sorted(workplace.rglob("*"))
+    monkeypatch.chdir(workplace)
+    code = cli.main(list(args))
+    out, err = capsys.readouterr()
+    assert_refused(subprocess.CompletedProcess(args, code, out, err), *parts)
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_a_missing_dataset_is_one_line_and_creates_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "train", "--config", "cifar10-resnet18-advmoe", "--data.root", "nowhere")
+    assert_refused(done, "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_print_config_round_trip(tmp_path: Path) -> None:
+    overrides = ["--threat.eps", "4/255", "--training.weight_decay", "1e-3", "--data.augment", "true"]
+    first = run(tmp_path, *TRAIN, *overrides, "--training.epochs=7", "--data.image_size", "null", "--print_config")
+    assert (first.returncode, first.stderr) == (0, "")
+    config = Config.from_dict(yaml.safe_load(first.stdout))
+    expected = Config.from_dict(recipe("digits-advmoe"))
+    expected.threat.eps = config.threat.eps
+    expected.training.weight_decay, expected.training.epochs = 0.001, 7
+    expected.data.augment, expected.data.image_size = True, None
+    assert config == expected
+    assert str(config.threat.eps) == "4/255"
+
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine.yaml").write_text(first.stdout)
+    second = run(tmp_path, "train", "--config", "mine.yaml", "--print_config")
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+
+
+def test_recipes_and_version(tmp_path: Path) -> None:
+    listed = run(tmp_path, "recipes")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names()
+    assert run(tmp_path, "--version").stdout.startswith("advmoe ")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes"],
+        [*TRAIN, "--print_config"],
+        [*TRAIN, "--training.lr", "0"],
+        ["evaluate", "absent"],
+    ],
+    ids=" ".join,
+)
+def test_answers_without_importing_torch(tmp_path: Path, args: list[str]) -> None:
+    code = (
+        "import sys\nfrom advmoe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'numpy', 'lightning_fabric'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, check=False
+    )
+    assert done.returncode == 0
+
+
+def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for group, fields in Config().to_dict().items():
+        for name in fields:
+            assert f"--{group}.{name} " in text
+    assert "--training.lr NUMBER Peak learning rate, annealed to 0 by a cosine" in text
+    assert "(default: 8/255)" in text
+
+
+# Below, the work itself is replaced: what is tested is what the command line passes on and makes of the outcome.
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, target: str, outcome: BaseException | None = None) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Path:
+        seen.update(kwargs, args=args)
+        if outcome is not None:
+            run_dir = kwargs.get("run_dir", args[0])
+            run_dir.mkdir(exist_ok=True)
+            (run_dir / "config.yaml").write_text("model: {}\n")
+            raise outcome
+        return Path("run")
+
+    monkeypatch.setattr(target, call)
+    return seen
+
+
+def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    seen = fake(monkeypatch, "advmoe.training.trainer.train")
+    monkeypatch.chdir(tmp_path)
+    argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu"]
+    assert cli.main(argv) == 0
+    (config,) = seen.pop("args")
+    assert config.training.seed == 3 and config.model.width == 16
+    assert seen == {
+        "run_dir": Path("runs/digits-advmoe-3"),
+        "name": "digits-advmoe",
+        "devices": 2,
+        "accelerator": "cpu",
+        "threads": 1,
+        "command": ["advmoe", *argv],
+    }
+    assert "advmoe evaluate runs/digits-advmoe-3" in capsys.readouterr().out
+
+
+def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Config().dump(tmp_path / "config.yaml")
+    seen = fake(monkeypatch, "advmoe.training.trainer.resume")
+    assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
+    assert seen == {"args": (tmp_path,), "devices": None, "accelerator": "auto", "threads": 2}
+
+
+def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from advmoe.training import trainer
+
+    def end(name: str, outcome: BaseException) -> tuple[int, str]:
+        fake(monkeypatch, "advmoe.training.trainer.train", outcome)
+        try:
+            code = cli.main([*TRAIN, "--run-dir", str(tmp_path / name)])
+        except SystemExit as stopped:
+            code = int(str(stopped.code))
+        return code, capsys.readouterr().err
+
+    code, text = end("a", KeyboardInterrupt())
+    assert (code, text) == (130, f"advmoe: error: interrupted; to continue: advmoe train --resume {tmp_path / 'a'}\n")
+    code, text = end("b", trainer.TrainingDiverged("step 3: the loss\nis nan"))
+    assert (code, text) == (1, "advmoe: error: step 3: the loss is nan\n")
+    # An error that this package did not raise is a bug, and is not dressed up as a mistake of the user's.
+    with pytest.raises(ValueError, match="a library's"):
+        end("c", ValueError("a library's"))
+
+
+def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    Config().dump(tmp_path / "config.yaml")
+    seen: dict[str, Any] = {}
+
+    def evaluate_run(run_dir: Path, **kwargs: Any) -> dict[str, Any]:
+        seen.update(kwargs, run_dir=run_dir)
+        return {
+            "clean_accuracy": 0.9537,
+            "robust_accuracy": {"pgd-50": 0.7, "pgd-50-soft": 0.6912},
+            "worst_case": 0.68,
+            "num_examples": 360,
+            "threat": {"norm": "linf", "eps": "8/255"},
+            "cost": {"gmacs": 0.139, "parameters": 1234567},
+        }
+
+    monkeypatch.setattr("advmoe.evaluation.accuracy.evaluate_run", evaluate_run)
+    argv = ["--attack.steps", "20", "--threat.eps", "4/255", "--num-examples", "8", "--seed", "0", "--data.root", "7"]
+    assert cli.main(["evaluate", str(tmp_path), *argv]) == 0
+    assert seen == {
+        "run_dir": tmp_path,
+        "overrides": {"threat": {"eps": "4/255"}, "attack": {"steps": 20}, "data": {"root": "7"}},
+        "num_examples": 8,
+        "batch_size": 256,
+        "seed": 0,
+        "accelerator": "auto",
+        "threads": None,
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "360 images, linf eps 8/255",
+        "",
+        "clean           95.4 %",
+        "pgd-50          70.0 %",
+        "pgd-50-soft     69.1 %",
+        "worst case      68.0 %",
+        "gmacs            0.139",
+        "parameters   1,234,567",
+        "",
+        f"written to {tmp_path / 'evaluation.json'}",
+    ]
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "_recipes", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["recipes"])

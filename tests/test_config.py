@@ -1,0 +1,187 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from advmoe.config import AttackConfig, Config, DataConfig, ModelConfig, Pixels, ThreatConfig, TrainingConfig, merged
+from advmoe.recipes import METHODS, SETTINGS, describe, recipe, recipe_names
+
+
+def test_a_strength_keeps_its_spelling() -> None:
+    eps = Pixels("8/255")
+    assert eps == 8 / 255
+    assert str(eps) == "8/255"
+    assert pickle.loads(pickle.dumps(eps)).text == "8/255"
+    assert Pixels(0.1) == 0.1
+
+
+@pytest.mark.parametrize("value", ["x", "1/0", "1/2/3", "/", "", None, True, [1]])
+def test_what_is_no_strength(value: object) -> None:
+    with pytest.raises(ValueError, match="number or a fraction such as 8/255, got"):
+        Pixels(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainingConfig(lr="x"), "training.lr must be a number, got 'x'"),
+        (lambda: TrainingConfig(lr=True), "training.lr must be a number, got True"),
+        (lambda: TrainingConfig(lr=0), "training.lr must be > 0, got 0.0"),
+        (lambda: TrainingConfig(lr=float("nan")), "training.lr must be > 0, got nan"),
+        (lambda: TrainingConfig(lr=10**400), "training.lr must be > 0, got inf"),
+        (lambda: TrainingConfig(lr=None), "training.lr must be a number, got None"),
+        (lambda: TrainingConfig(epochs=2.0), "training.epochs must be a whole number, got 2.0"),
+        (lambda: TrainingConfig(epochs=True), "training.epochs must be a whole number, got True"),
+        (lambda: TrainingConfig(epochs=0), "training.epochs must be >= 1, got 0"),
+        (lambda: TrainingConfig(seed=2**32), "training.seed must be >= 0 and <= 4294967295, got 4294967296"),
+        (lambda: TrainingConfig(momentum=1.5), "training.momentum must be >= 0 and <= 1, got 1.5"),
+        (lambda: TrainingConfig(compile=1), "training.compile must be true or false, got 1"),
+        (lambda: TrainingConfig(step_size="a/b"), "training.step_size must be a number or a fraction such as 8/255"),
+        (lambda: TrainingConfig(precision="fp16"), "training.precision must be one of 32-true, bf16-mixed, got 'fp16'"),
+        (lambda: TrainingConfig(method="at-routers"), "training.init_from must be a run directory to start from"),
+        (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
+        (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, got ['moe']"),
+        (lambda: ModelConfig(name=3), "model.name must be text, got 3"),
+        (lambda: DataConfig(name="mnist"), "data.name must be one of digits, cifar10, cifar100, folder, got 'mnist'"),
+        (lambda: DataConfig(image_size="32"), "data.image_size must be a whole number, got '32'"),
+        (lambda: ThreatConfig(eps="300/255"), "threat.eps must be >= 0 and <= 1, got 300/255"),
+        (lambda: ThreatConfig(eps=None), "threat.eps must be a number or a fraction such as 8/255, got None"),
+        (lambda: AttackConfig(steps=0), "attack.steps must be >= 1, got 0"),
+        (lambda: Config(model={"kind": "moe"}), "model must be a ModelConfig, got {'kind': 'moe'}"),
+        (lambda: Config(model=ModelConfig(kind="dense")), "model.kind must be moe when training.method is advmoe"),
+    ],
+)
+def test_errors_name_field_rule_and_value(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_converted_to_the_field_s_type(tmp_path: Path) -> None:
+    training = TrainingConfig(lr=1, step_size=0.5)
+    assert type(training.lr) is float
+    assert type(training.step_size) is Pixels
+    assert DataConfig(root=tmp_path).root == str(tmp_path)  # type: ignore[arg-type]
+    assert ThreatConfig(norm="l2", eps=Pixels(2)).eps == 2  # an l2 ball may be wider than the pixel range
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": {"epoch": 3}}, "training.epoch is no known field: did you mean training.epochs?"),
+        ({"trainin": {"epochs": 3}}, "trainin is no known field: did you mean training?"),
+        ({"lr": 1}, "lr is no known field: did you mean training.lr?"),
+        ({"training": {"eps": 1}}, "training.eps is no known field: did you mean threat.eps?"),
+        ({"attack": {1: 1}}, "attack.1 is no known field: attack has steps, step_size, restarts"),
+        ({"zzz": {}}, "zzz is no known field: the groups of fields are model, data, threat, training, attack"),
+        ({"training": 3}, "training must be a group of fields, got 3"),
+        ([], "a configuration must be groups of fields (model, data, threat, training, attack), got []"),
+    ],
+)
+def test_unknown_fields_name_their_near_matches(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Config.from_dict(values)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    eps=st.one_of(st.floats(0, 1), st.integers(0, 255).map(lambda n: f"{n}/255")),
+    lr=st.floats(1e-12, 1e12),
+    seed=st.integers(0, 2**32 - 1),
+    root=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+    image_size=st.none() | st.integers(8, 1024),
+)
+def test_yaml_keeps_every_value(eps: float | str, lr: float, seed: int, root: str, image_size: int | None) -> None:
+    config = Config(
+        data=DataConfig(root=root, image_size=image_size),
+        threat=ThreatConfig(eps=Pixels(eps)),
+        training=TrainingConfig(lr=lr, seed=seed),
+    )
+    again = Config.from_dict(yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+    assert again.threat.eps.text == config.threat.eps.text
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    config = Config.from_dict({"threat": {"eps": "8/255"}, "training": {"lr": 0.25}})
+    config.dump(path)
+    assert "eps: 8/255\n" in path.read_text()
+    assert Config.load(path) == config
+
+    # YAML 1.1 reads 5e-4 as text; here it is a number, and an empty group changes nothing.
+    path.write_text("training:\n  weight_decay: 5e-4\n  epochs: 3\nmodel:\n")
+    assert Config.load(path).training.weight_decay == 0.0005
+
+    for text, message in [
+        ("training: [1", "config.yaml must be valid YAML, got: "),
+        ("training: {lr: 1, lr: 2}", "config.yaml must be valid YAML, got: lr is given twice at line 1"),
+        ("training: !!python/object:os.system {}", "could not determine a constructor"),
+        ("", "config.yaml must be groups of fields (model, data, threat, training, attack), got None"),
+        ("training:\n  lr: '1'\n", "config.yaml: training.lr must be a number, got '1'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError) as caught:
+            Config.load(path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="bytes that are not UTF-8"):
+        Config.load(path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        Config.load(tmp_path / "absent.yaml")
+
+
+def test_merged_lays_groups_over_one_another() -> None:
+    base = {"model": {"kind": "moe", "width": 16}, "data": {"name": "digits"}}
+    over = {"model": {"width": 8}, "data": None, "attack": {"steps": 5}}
+    assert merged(base, over) == {
+        "model": {"kind": "moe", "width": 8},
+        "data": {"name": "digits"},
+        "attack": {"steps": 5},
+    }
+    assert base["model"] == {"kind": "moe", "width": 16}
+
+
+def test_every_recipe_is_valid_and_says_what_it_is() -> None:
+    assert len(recipe_names()) == len(SETTINGS) * len(METHODS) == 14
+    for name in recipe_names():
+        config = Config.from_dict(recipe(name))
+        assert config.data.name == name.split("-")[0]
+        assert len(describe(name)) > 20 and "\n" not in describe(name)
+
+
+def test_the_paper_s_setting() -> None:
+    config = Config.from_dict(recipe("cifar10-resnet18-advmoe"))
+    training = config.training
+    assert (config.threat.norm, str(config.threat.eps)) == ("linf", "8/255")
+    assert (training.attack_steps, str(training.step_size)) == (2, "5/255")
+    assert (training.lr, training.momentum, training.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (training.batch_size, training.epochs, training.beta) == (128, 100, 6)
+    assert (config.model.width, config.model.scale, config.model.num_experts) == (64, 0.5, 2)
+    assert (config.attack.steps, config.model.router, training.router_objective) == (50, "layer", "trades")
+
+
+def test_the_methods_of_the_recipes() -> None:
+    kinds = {m: Config.from_dict(recipe(f"digits-{m}")) for m in METHODS}
+    assert {m: (c.model.kind, c.training.method) for m, c in kinds.items()} == {
+        "advmoe": ("moe", "advmoe"),
+        "at-moe": ("moe", "at"),
+        "at-s-dense": ("s-dense", "at"),
+        "at-dense": ("dense", "at"),
+        "standard": ("moe", "standard"),
+        "advmoe-image-mod": ("moe", "advmoe"),
+        "advmoe-embedding-random": ("moe", "advmoe"),
+    }
+    mod, random = kinds["advmoe-image-mod"], kinds["advmoe-embedding-random"]
+    assert (mod.model.router, mod.training.router_objective, mod.training.codes) == ("image", "codes", "mod")
+    assert (random.model.router, random.training.codes) == ("embedding", "random")
+    assert random.training.attack_routing == "soft"
+    with pytest.raises(ValueError, match=r"a recipe must be one of digits-advmoe, .*, got 'digits'"):
+        recipe("digits")
