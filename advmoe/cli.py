@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from advmoe import __version__
 from advmoe import config as config_module
 from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, read_yaml, require, typed
 from advmoe.recipes import describe, recipe, recipe_names
@@ -138,7 +138,7 @@ def _plain(value: Any) -> str:
 def _parse(argv: list[str]) -> dict[str, Any]:
     parser = _new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
-    parser.add_argument("--version", action="version", version=f"advmoe {_version()}")
+    parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     parsers = {"train": _train_parser(), "evaluate": _evaluate_parser(), "recipes": _new_parser("List the recipes.")}
     for name, sub in parsers.items():
@@ -310,10 +310,3 @@ def _fail(error: BaseException | str, code: int) -> int:
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     print("advmoe: error:", " ".join(text.split()), file=sys.stderr)
     return code
-
-
-def _version() -> str:
-    try:
-        return metadata.version("advmoe")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"

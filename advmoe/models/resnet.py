@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from advmoe.models.layers import LayerFactory
+from advmoe.models.norm import BatchNorm2d
 
 
 class BasicBlock(nn.Module):
@@ -17,14 +18,14 @@ class BasicBlock(nn.Module):
         super().__init__()
         narrow_in, narrow_out = layers.channels(c_in), layers.channels(c_out)
         self.conv1 = layers.conv(c_in, c_out, 3, stride, 1)
-        self.norm1 = nn.BatchNorm2d(narrow_out)
+        self.norm1 = BatchNorm2d(narrow_out)
         self.conv2 = layers.conv(c_out, c_out, 3, 1, 1)
-        self.norm2 = nn.BatchNorm2d(narrow_out)
+        self.norm2 = BatchNorm2d(narrow_out)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
             projection = layers.plain_conv(narrow_in, narrow_out, 1, stride)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(narrow_out))
+            self.shortcut = nn.Sequential(projection, BatchNorm2d(narrow_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
@@ -43,7 +44,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         stem = layers.channels(width)
-        self.stem = nn.Sequential(layers.plain_conv(in_channels, stem, 3, 1, 1), nn.BatchNorm2d(stem), nn.ReLU(True))
+        self.stem = nn.Sequential(layers.plain_conv(in_channels, stem, 3, 1, 1), BatchNorm2d(stem), nn.ReLU(True))
         blocks: list[nn.Module] = []
         c_in = width
         for stage, depth in enumerate(depths):

@@ -34,7 +34,7 @@ class LayerRouter(nn.Module):
         """Scores (N, E) for the layer's input `x` (N, C, H, W)."""
         with _full_precision(x):
             # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
-            pooled = x.sum((2, 3), dtype=torch.float32) / x[0, 0].numel()
+            pooled = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / x[0, 0].numel()
             scores: Tensor = self.scores(self.hidden(self.norm(pooled)).relu())
             return scores
 
@@ -63,7 +63,7 @@ class ImageRouter(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Scores (N, E) of each of the L layers for normalised images `x` (N, C, H, W); one tensor L times if shared."""
         with _full_precision(x):
-            scores = self.heads(self.embedding(x.float()).mean((2, 3)))
+            scores = self.heads(self.embedding(x.to(torch.promote_types(x.dtype, torch.float32))).mean((2, 3)))
         if self.shared:
             return [scores] * self.num_layers
         return list(scores.unflatten(1, (self.num_layers, self.num_experts)).unbind(1))
