@@ -6,6 +6,8 @@ attack on the current model, and changes its part alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +38,33 @@ METHODS: dict[Method, tuple[Level, ...]] = {
 }
 
 
-def train_only(model: nn.Module, part: Part) -> None:
-    """Let `part` learn and fix the rest bit for bit: no gradients, and eval mode, so that no batch-norm statistic moves."""
+@contextmanager
+def learning(model: nn.Module, part: Part) -> Iterator[None]:
+    """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
+
+    Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag behind fast early
+    weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6).
+    """
     psi, phi = split_parameters(model)
+    router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
+    modules = list(model.modules())
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = [module.training for module in modules]
+    wanted = [(p, p.requires_grad) for p in (*psi, *phi)]
+    recording = [norm.track_running_stats for norm in norms]
     for parameters, learns in ((psi, part != "routers"), (phi, part != "experts")):
         for parameter in parameters:
             parameter.requires_grad_(learns)
-    model.train(part != "routers")
-    for router in routers_of(model):
-        router.train(part != "experts")
+    model.train()
+    for norm in norms:
+        fixed = "experts" if id(norm) in router_modules else "routers"
+        norm.track_running_stats = part != fixed
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for parameter, needs in wanted:
+            parameter.requires_grad_(needs)
+        for norm, records in zip(norms, recording, strict=True):
+            norm.track_running_stats = records

@@ -31,7 +31,7 @@ from advmoe.threat import ThreatModel
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.methods import METHODS, Level, train_only
+from advmoe.training.methods import METHODS, Level, learning
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import Terms, code_loss, codewords, cross_entropy, trades
 from advmoe.training.processes import average_buffers, average_gradients, total
@@ -108,22 +108,21 @@ class Trainer:
         """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms before it."""
         t = self.config.training
         x_adv = self.attack(x, generator) if level.adversarial else None
-        train_only(self.model, level.part)
-        with self.fabric.autocast():
-            if x_adv is None:
-                terms, routing, logits = cross_entropy(self.model, x, y)
-            else:
-                terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
-                if self.table is not None and level.part == "routers":
-                    terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
-        self.use.add(routing)
-        self._require_finite(terms)
-        parts = ("experts", "routers") if level.part == "all" else (level.part,)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
-        average_gradients(self.fabric, self.model.parameters())
-        for part in parts:
+        with learning(self.model, level.part):
+            with self.fabric.autocast():
+                if x_adv is None:
+                    terms, routing, logits = cross_entropy(self.model, x, y)
+                else:
+                    terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
+                    if self.table is not None and level.part == "routers":
+                        terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
+            self.use.add(routing)
+            self._require_finite(terms)
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+            average_gradients(self.fabric, self.model.parameters())
+        for part in ("experts", "routers") if level.part == "all" else (level.part,):
             if part in self.optimizers:
                 self.optimizers[part].step()
         self.means.add(level.part, {**terms, "accuracy": (logits.argmax(1) == y).float().mean()}, len(y))
