@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from advmoe.models import create_model
     from advmoe.moe import pathway, route, soft_routing
     from advmoe.threat import ThreatModel
-    from advmoe.training.trainer import train
+    from advmoe.training.run import train
 
 _HOMES = {
     "Config": "advmoe.config",
@@ -30,7 +30,7 @@ _HOMES = {
     "pgd": "advmoe.attacks",
     "route": "advmoe.moe",
     "soft_routing": "advmoe.moe",
-    "train": "advmoe.training.trainer",
+    "train": "advmoe.training.run",
 }
 
 try:

@@ -77,15 +77,16 @@ def _train(args: dict[str, Any], argv: list[str]) -> int:
         require(free, "the run directory", rule, str(run_dir))
 
     with _interruptible(run_dir):
-        from advmoe.training import trainer
+        from advmoe.training import run as runs
+        from advmoe.training.trainer import TrainingDiverged
 
         try:
             if resumed is None:
                 command = ["advmoe", *argv]
-                trainer.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
+                runs.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
             else:
-                trainer.resume(run_dir, devices=devices, **engine)
-        except trainer.TrainingDiverged as error:
+                runs.resume(run_dir, devices=devices, **engine)
+        except TrainingDiverged as error:
             return _fail(error, 1)
     print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}")
     return 0

@@ -17,7 +17,8 @@ _TINY = 1e-12
 
 def _norms(delta: Tensor) -> Tensor:
     """The l2 norm of each sample's perturbation, (N, 1, 1, 1)."""
-    return delta.flatten(1).norm(dim=1).clamp_min(_TINY).view(-1, *[1] * (delta.dim() - 1))
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return norms.clamp_min(_TINY).view(-1, *[1] * (delta.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class ThreatModel:
             raise ValueError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The nearest allowed image to `x_adv`, (N, C, H, W), for the clean images `x` of the same shape.
+        """`x_adv`, (N, C, H, W), brought into the ball and the pixel range, for the clean images `x` of the same shape.
 
-        The l2 ball is applied before the pixel range: as `x` lies in the range, clipping only shortens the perturbation.
+        In linf this is the nearest allowed image. In l2 it is an allowed one: the ball is applied before the pixel
+        range and, as `x` lies in the range, clipping only shortens the perturbation.
         """
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
@@ -56,8 +58,13 @@ class ThreatModel:
         return self.project(x + self.eps * radius * direction / _norms(direction), x)
 
     def steepest_step(self, gradient: Tensor) -> Tensor:
-        """The unit-norm direction of steepest ascent for `gradient`, (N, C, H, W)."""
-        return gradient.sign() if self.norm == "linf" else gradient / _norms(gradient)
+        """The unit-norm direction of steepest ascent for `gradient`, (N, C, H, W); zero where the gradient is."""
+        if self.norm == "linf":
+            return gradient.sign()
+        # Scaled first: the squares of a confident model's gradients underflow, and the attack would stand still.
+        largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / largest.view(-1, *[1] * (gradient.dim() - 1))
+        return gradient / _norms(gradient)
 
 
 def rand_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -2,8 +2,8 @@
 
     python benchmarks/table.py --root data/cifar10-jpeg --epochs 2
 
-Runs go to `--runs`, one directory a row, `--jobs` at a time with one thread each; finished ones are kept, interrupted ones continued. Times per
-image are measured last, with nothing else running, all models in turn in one process.
+Runs go to `--runs`, one directory a row, `--jobs` at a time with one thread each; finished ones are kept, interrupted
+ones continued. Times per image are measured last, with nothing else running, all models in turn in one process.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def run_row(method: str, options: argparse.Namespace) -> None:
     log, threads = run.with_suffix(".log"), ["--threads", "1", "--accelerator", "cpu"]
     shared_init = [] if method == "at-s-dense" else ["--model.experts_init", "shared"]
     settings = {
-        "data.name": "folder", "data.root": options.root, "model.width": options.width, "training.epochs": options.epochs,
-        "training.batch_size": options.batch_size, "training.lr": options.lr, "training.seed": options.seed,
+        "data.name": "folder", "data.root": options.root, "model.width": options.width, "training.epochs":
+        options.epochs, "training.batch_size": options.batch_size, "training.lr": options.lr, "training.seed":
+        options.seed,
     }  # fmt: skip
     if (run / "manifest.json").exists():
         if json.loads((run / "manifest.json").read_text())["finished"] is None:
@@ -103,7 +104,9 @@ def main() -> None:
     print(f"trained and evaluated in {(time.perf_counter() - started) / 60:.0f} minutes\n", file=sys.stderr)
     runs = {name: Path(options.runs) / method for name, method in reversed(ROWS.items())}
     milliseconds = times(runs, options.jobs)
-    print("| model | SA % | RA PGD-50 % | RA PGD-50, soft % | worst case % | GMACs | ms/image | busiest expert's load |")
+    print(
+        "| model | SA % | RA PGD-50 % | RA PGD-50, soft % | worst case % | GMACs | ms/image | busiest expert's load |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, run in runs.items():
         result = json.loads((run / "evaluation.json").read_text())

@@ -186,7 +186,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, target: str, outcome: BaseException | 
 
 
 def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    seen = fake(monkeypatch, "advmoe.training.trainer.train")
+    seen = fake(monkeypatch, "advmoe.training.run.train")
     monkeypatch.chdir(tmp_path)
     argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu"]
     assert cli.main(argv) == 0
@@ -205,16 +205,16 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Config().dump(tmp_path / "config.yaml")
-    seen = fake(monkeypatch, "advmoe.training.trainer.resume")
+    seen = fake(monkeypatch, "advmoe.training.run.resume")
     assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
     assert seen == {"args": (tmp_path,), "devices": None, "accelerator": "auto", "threads": 2}
 
 
 def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from advmoe.training import trainer
+    from advmoe.training import run
 
     def end(name: str, outcome: BaseException) -> tuple[int, str]:
-        fake(monkeypatch, "advmoe.training.trainer.train", outcome)
+        fake(monkeypatch, "advmoe.training.run.train", outcome)
         try:
             code = cli.main([*TRAIN, "--run-dir", str(tmp_path / name)])
         except SystemExit as stopped:
@@ -223,7 +223,7 @@ def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
     code, text = end("a", KeyboardInterrupt())
     assert (code, text) == (130, f"advmoe: error: interrupted; to continue: advmoe train --resume {tmp_path / 'a'}\n")
-    code, text = end("b", trainer.TrainingDiverged("step 3: the loss\nis nan"))
+    code, text = end("b", run.TrainingDiverged("step 3: the loss\nis nan"))
     assert (code, text) == (1, "advmoe: error: step 3: the loss is nan\n")
     # An error that this package did not raise is a bug, and is not dressed up as a mistake of the user's.
     with pytest.raises(ValueError, match="a library's"):

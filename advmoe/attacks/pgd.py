@@ -93,8 +93,11 @@ def pgd(
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
-    Raises `ValueError` for pixels outside [0, 1], empty input or mismatched labels.
+    Raises `ValueError` for pixels outside [0, 1], empty input, mismatched labels, or fewer than one step or restart.
     """
+    for name, number in (("steps", steps), ("restarts", restarts)):
+        if number < 1:
+            raise ValueError(f"{name} must be >= 1, got {number!r}")
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):

@@ -72,8 +72,8 @@ def outcomes(
 ) -> dict[str, Tensor]:
     """Per example, whether it is classified correctly: clean, and under each attack, (N,) booleans by name.
 
-    Adversarial examples are always scored by `predict` itself. An example that is wrong without an attack counts as broken and is not
-    attacked. Each batch draws its random starts from the seed and its own position.
+    Adversarial examples are always scored by `predict` itself. An example that is wrong without an attack counts as
+    broken and is not attacked. Each batch draws its random starts from the seed and its own position.
     """
     device = torch.device(device)
     count = len(data) if isinstance(data, ImageSet) else len(data[1])
@@ -134,7 +134,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """SA and RA-PGD of any callable `x -> logits` on [0, 1] pixels; for a routed model of ours, under soft-routing gradients too.
+    """SA and RA-PGD of any callable `x -> logits` on [0, 1] pixels; for a routed model of ours, under soft-routing
+    gradients too.
 
     Args:
         data: an `ImageSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
@@ -166,7 +167,8 @@ def evaluate_run(
     threads: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run on its test set and write `evaluation.json` beside it; `overrides` replace fields of its `config.yaml`.
+    """Evaluate a run on its test set and write `evaluation.json` beside it; `overrides` replace fields of its
+    `config.yaml`.
 
     `num_examples` takes a random subset, by seed. Raises `ValueError` for a run, data or setting that cannot be used.
     """
@@ -188,7 +190,10 @@ def evaluate_run(
         val_fraction=config.data.val_fraction, seed=config.training.seed, progress=True,
     )  # fmt: skip
     if dataset.num_classes != model.spec["num_classes"] or dataset.in_channels != model.spec["in_channels"]:
-        expected, found = (model.spec[key] for key in ("num_classes", "in_channels")), (dataset.num_classes, dataset.in_channels)
+        expected, found = (
+            (model.spec[key] for key in ("num_classes", "in_channels")),
+            (dataset.num_classes, dataset.in_channels),
+        )
         raise ValueError(f"data must have the model's (classes, channels) {tuple(expected)}, got {found}")
     seed = config.training.seed if seed is None else seed
     data = dataset.test

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import Classifier
+from advmoe.models.modes import frozen
 from advmoe.moe.conv import MoEConv2d
 
 
@@ -24,10 +25,9 @@ def example_input(model: Classifier, batch: int) -> Tensor:
 
 def gmacs(model: Classifier) -> float:
     """Multiply-accumulates (10^9) of one image's pathway, routers included, counted on the operators that run."""
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example_input(model, 1))
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops()) / 2e9
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -39,10 +39,9 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7) -> float:
     """Median forward time per image in eval mode, in milliseconds, as the machine stands."""
-    model.eval()
     x = example_input(model, batch)
     times = []
-    with torch.no_grad():
+    with frozen(model), torch.no_grad():
         for attempt in range(repeats + 2):
             start = time.perf_counter()
             model(x)

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RouterKind
+from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RouterKind, typed
 from advmoe.files import write_text, write_whole
 from advmoe.models.layers import LayerFactory
 from advmoe.models.normalize import Normalize
@@ -30,7 +31,9 @@ class Classifier(nn.Module):
     `spec` holds the arguments of `create_model` that rebuild it.
     """
 
-    def __init__(self, normalize: Normalize, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, normalize: Normalize, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec
 
@@ -68,17 +71,22 @@ def create_model(
     """A new model with random weights, in train mode.
 
     Args:
-        name: backbone (`BACKBONES`). num_classes: K. input_size: side of the images in pixels. in_channels: their channels.
-        kind: `moe`, the `dense` backbone, or `s-dense`, whose every layer has `scale` times the channels.
+        name: backbone (`BACKBONES`). num_classes: K. input_size: side of the images in pixels. in_channels: their
+        channels. kind: `moe`, the `dense` backbone, or `s-dense`, whose every layer has `scale` times the channels.
         scale: r, in (0, 1]. num_experts: N. router, experts, experts_init: see `config.ModelConfig`.
-        width: channels of the first stage at scale 1. mean, std: pixel statistics per channel, normalised inside the model.
+        width: channels of the first stage at scale 1. mean, std: pixel statistics per channel, normalised inside the
+        model.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
     if name not in BACKBONES:
         raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, got {name!r}")
-    for argument, value, low in (("num_classes", num_classes, 2), ("input_size", input_size, 8), ("in_channels", in_channels, 1)):
-        if value < low:
+    for argument, value, low in (
+        ("num_classes", num_classes, 2),
+        ("input_size", input_size, 8),
+        ("in_channels", in_channels, 1),
+    ):
+        if typed(argument, int, value) < low:
             raise ValueError(f"{argument} must be >= {low}, got {value!r}")
     config = ModelConfig(
         name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, experts=experts,
@@ -88,6 +96,8 @@ def create_model(
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:
         raise ValueError(f"mean and std must have in_channels={in_channels} entries, got {mean!r} and {std!r}")
+    if not min(std) > 0:
+        raise ValueError(f"std must be > 0 in every channel, got {std!r}")
     layers = LayerFactory(config)
     backbone = BACKBONES[name](layers, width=width, in_channels=in_channels, num_classes=num_classes)
     image_router = None
@@ -111,6 +121,11 @@ def save_model(model: Classifier, folder: Path) -> None:
     write_text(folder / "model.json", json.dumps(model.spec, indent=2) + "\n")
 
 
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def load_model(folder: Path) -> Classifier:
     """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files.
 
@@ -121,11 +136,15 @@ def load_model(folder: Path) -> Classifier:
         if not path.is_file():
             raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
     try:
-        model = create_model(**json.loads(description.read_text()))
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
+            model = create_model(**json.loads(description.read_text()))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{description} must be an undamaged model description, got: {_one_line(error)}") from error
+    try:
         model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{description} and {weights.name} must be an undamaged model, got: {reason}") from error
+    except (SafetensorError, RuntimeError) as error:
+        reason = _one_line(error)
+        raise ValueError(f"{weights} must hold the weights that {description.name} describes, got: {reason}") from error
     return model.eval()
 
 

@@ -29,7 +29,7 @@ class _Affine(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -39,18 +39,21 @@ class _Affine(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, with a faster pass where nothing of it is learnt: eval mode under an attack or in the routers' step.
+    """`torch.nn.BatchNorm2d`, with a faster pass where nothing of it is learnt: eval mode under an attack or in the
+    routers' step.
 
-    There it is a fixed scale and shift per channel. On channels-last CPU tensors PyTorch's kernel loops over the few channels of one
-    pixel; over whole image rows (the scale repeated W times) the same arithmetic fills the vector units.
+    There it is a fixed scale and shift per channel. On channels-last CPU tensors PyTorch's kernel loops over the few
+    channels of one pixel; over whole image rows (the scale repeated W times) the same arithmetic fills the vector
+    units.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        learning = self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
+        learnt = self.weight.requires_grad or self.bias.requires_grad
+        learning = self.training or (torch.is_grad_enabled() and learnt)
         if learning or x.is_cuda or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        normalised: Tensor = _Affine.apply(x, scale, self.bias - self.running_mean * scale)
+        normalised: Tensor = _Affine.apply(x, scale, self.bias - self.running_mean * scale)  # type: ignore[no-untyped-call]
         return normalised

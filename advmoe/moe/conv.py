@@ -1,6 +1,7 @@
 """The MoE convolution: a bank of filters, of which each sample uses one expert's.
 
-Axes: `N` batch, `C_in C_out` channels of one pathway (r times the backbone's), `M` rows of the bank, `E` experts, `k` kernel.
+Axes: `N` batch, `C_in C_out` channels of one pathway (r times the backbone's), `M` rows of the bank, `E` experts, `k`
+kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class MoEConv2d(nn.Module):
     """A convolution of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
     Args:
-        c_in, c_out: channels of one pathway. bank_rows: M, the rows that the experts' windows share (`experts="subset"`), or
+        c_in, c_out: channels of one pathway. bank_rows: M, the rows that the experts' windows share
+        (`experts="subset"`), or
             N * c_out for experts with no row in common.
         num_experts: E. layer: this layer's index in the pathway.
         own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
@@ -87,10 +89,11 @@ class MoEConv2d(nn.Module):
     def _all_experts(self, x: Tensor, bank: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H, W)."""
         weights = torch.cat([self.weight(e, bank) for e in range(self.num_experts)])
-        return self._conv(x, weights).unflatten(1, (self.num_experts, self.c_out))
+        outputs: Tensor = self._conv(x, weights).unflatten(1, (self.num_experts, self.c_out))
+        return outputs
 
     # Grouping reads the choice on the host, which a compiled graph cannot.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), by the active routing (see `routing.route`)."""
         routing = active_routing()
@@ -117,4 +120,6 @@ class MoEConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, for `print(model)`."""
-        return f"{self.c_in}, {self.c_out}, experts={self.num_experts}, bank={tuple(self.bank.shape)}, layer={self.layer}"
+        return (
+            f"{self.c_in}, {self.c_out}, experts={self.num_experts}, bank={tuple(self.bank.shape)}, layer={self.layer}"
+        )

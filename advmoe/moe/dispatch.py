@@ -1,7 +1,8 @@
 """Send each sample to its expert and put the results back in order, at one row copy each way.
 
-Axes: `N` batch, `E` experts, `n_e` samples of expert e. A sample is one contiguous row of memory in either memory format,
-so a permutation of the batch is a row copy; plain `x[index]` on channels-last tensors is up to three times slower.
+Axes: `N` batch, `E` experts, `n_e` samples of expert e. A sample is one contiguous row of memory in either memory
+format, so a permutation of the batch is a row copy; plain `x[index]` on channels-last tensors is up to three times
+slower.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class _Split(torch.autograd.Function):
         return _gather(x, members)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _scatter(grads, ctx.members), *[None] * len(ctx.members)
 
@@ -88,7 +89,7 @@ class _Merge(torch.autograd.Function):
         return _scatter(parts, members)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_gather(grad, ctx.members)
 
@@ -101,7 +102,7 @@ class _Gate(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (y,) = ctx.saved_tensors
         (a, last), (b, other) = _rows(grad), _rows(y)
@@ -114,7 +115,7 @@ def split(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """The samples of each expert of `plan`, (n_e, ...) each, from `x` (N, ...)."""
     if len(plan.experts) == 1:
         return (x,)
-    parts: tuple[Tensor, ...] = _Split.apply(x, *plan.members)
+    parts: tuple[Tensor, ...] = _Split.apply(x, *plan.members)  # type: ignore[no-untyped-call]
     return parts
 
 
@@ -122,11 +123,13 @@ def merge(parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
     """The inverse of `split`: (N, ...) in the batch's own order from the experts' outputs."""
     if len(plan.experts) == 1:
         return parts[0]
-    merged: Tensor = _Merge.apply(plan.members, *parts)
+    merged: Tensor = _Merge.apply(plan.members, *parts)  # type: ignore[no-untyped-call]
     return merged
 
 
 def straight_through(y: Tensor, gate: Tensor) -> Tensor:
-    """`y` (N, ...) unchanged; backward gives `gate` (N,) the gradient <dL/dy, y>, as y * (1 + gate - stop_grad(gate)) would."""
-    gated: Tensor = _Gate.apply(y, gate)
+    """`y` (N, ...) unchanged; backward gives `gate` (N,) the gradient <dL/dy, y>, as y * (1 + gate - stop_grad(gate))
+    would.
+    """
+    gated: Tensor = _Gate.apply(y, gate)  # type: ignore[no-untyped-call]
     return gated

@@ -1,7 +1,7 @@
 """Routers: small networks that score experts.
 
-Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers. Scores are computed in fp32 whatever the precision of
-the backbone: a choice must not depend on rounding to 8 bits.
+Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers. Scores are computed in fp32 whatever the
+precision of the backbone: a choice must not depend on rounding to 8 bits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def _full_precision(x: Tensor) -> torch.autocast:
 class LayerRouter(nn.Module):
     """An MoE layer's own router: its input -> global average pool -> norm -> small MLP -> scores (N, E).
 
-    The norm is a batch norm: pooled features of different images lie close together, and centring them over the data set is
-    what lets an untrained router tell them apart; in eval mode its statistics are fixed, so the choice depends on the sample alone.
+    The norm is a batch norm: pooled features of different images lie close together, and centring them over the data
+    set is what lets an untrained router tell them apart; in eval mode its statistics are fixed, so the choice depends
+    on the sample alone.
     """
 
     def __init__(self, channels: int, num_experts: int) -> None:
@@ -42,9 +43,9 @@ class LayerRouter(nn.Module):
 class ImageRouter(nn.Module):
     """A router that sees the image once, ahead of all layers: a shallow convolutional embedding and linear heads.
 
-    With `shared` one head chooses the same expert in all L layers (`router="image"`); otherwise each layer has its own head
-    on the embedding (`router="embedding"`, after DeepMoE, Wang et al., UAI 2020). Its width follows the backbone's, so that its share of
-    the cost does not depend on the width.
+    With `shared` one head chooses the same expert in all L layers (`router="image"`); otherwise each layer has its own
+    head on the embedding (`router="embedding"`, after DeepMoE, Wang et al., UAI 2020). Its width follows the
+    backbone's, so that its share of the cost does not depend on the width.
     """
 
     def __init__(self, in_channels: int, width: int, num_layers: int, num_experts: int, *, shared: bool) -> None:
@@ -61,7 +62,9 @@ class ImageRouter(nn.Module):
         self.heads = nn.Linear(4 * base, num_experts * (1 if shared else num_layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Scores (N, E) of each of the L layers for normalised images `x` (N, C, H, W); one tensor L times if shared."""
+        """Scores (N, E) of each of the L layers for normalised images `x` (N, C, H, W); one tensor L times if
+        shared.
+        """
         with _full_precision(x):
             scores = self.heads(self.embedding(x.to(torch.promote_types(x.dtype, torch.float32))).mean((2, 3)))
         if self.shared:

@@ -2,8 +2,8 @@
 
 Axes: `N` batch, `L` MoE layers, `E` experts.
 
-MoE layers sit deep inside arbitrary backbones, whose `forward` takes only an image. So the routing of a pass travels in a
-context, not in arguments or on modules:
+MoE layers sit deep inside arbitrary backbones, whose `forward` takes only an image. So the routing of a pass travels
+in a context, not in arguments or on modules:
 
     with route("soft", temperature=0.5) as routing:
         logits = model(x)
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ RoutingMode = Literal["hard", "soft", "masked"]
 class Routing:
     """One forward pass's routing.
 
-    Modes: `hard` computes the chosen expert only; `masked` computes every expert and keeps the chosen one (the reference);
-    `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate.
+    Modes: `hard` computes the chosen expert only; `masked` computes every expert and keeps the chosen one (the
+    reference); `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate.
     `forced` (N, L), where given, overrules the routers' choice.
     """
 
@@ -48,6 +48,8 @@ class Routing:
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Record `scores` (N, E) of `layer` and return the choice (N,)."""
+        if self.forced is not None and (self.forced.dim() != 2 or len(self.forced) != len(scores)):
+            raise ValueError(f"forced must be (N, L) with N = {len(scores)}, got shape {tuple(self.forced.shape)}")
         choice = scores.detach().argmax(1) if self.forced is None else self.forced[:, layer]
         self.scores[layer], self.choices[layer] = scores, choice
         return choice
@@ -100,13 +102,13 @@ def forward_scope() -> Iterator[Routing]:
 
 
 @contextmanager
-def route(
-    mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None
-) -> Iterator[Routing]:
+def route(mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None) -> Iterator[Routing]:
     """Route the forward passes inside by `mode`; the value yielded holds the last pass's scores and choices.
 
-    Raises `ValueError` for a temperature that is not positive.
+    Raises `ValueError` for an unknown mode or a temperature that is not positive.
     """
+    if mode not in get_args(RoutingMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature!r}")
     with opened(Routing(mode, temperature, forced)) as routing:
@@ -114,7 +116,9 @@ def route(
 
 
 def soft_routing(model: nn.Module, temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """`model` as a callable that mixes experts by softmax(scores / temperature): a surrogate for gradients, not for scoring."""
+    """`model` as a callable that mixes experts by softmax(scores / temperature): a surrogate for gradients, not for
+    scoring.
+    """
 
     def predict(x: Tensor) -> Tensor:
         with route("soft", temperature=temperature):
@@ -125,7 +129,8 @@ def soft_routing(model: nn.Module, temperature: float = 1.0) -> Callable[[Tensor
 
 
 def pathway(model: nn.Module, x: Tensor) -> Tensor:
-    """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain model.
+    """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain
+    model.
 
     The model is run in eval mode and left in the mode it was in.
     """

@@ -1,0 +1,1 @@
+"""Training: what is minimised, who is updated when, and the loop that survives an interruption."""

@@ -28,7 +28,9 @@ def _git_commit() -> str | None:
     folder = Path(__file__).parent
     call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        tracked = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
         if tracked.returncode:
             return None
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
@@ -65,3 +67,13 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
 def write(run_dir: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json` whole or not at all."""
     write_text(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The manifest of `run_dir`. Raises `ValueError` naming the file if it is damaged."""
+    path = run_dir / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    return manifest

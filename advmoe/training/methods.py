@@ -1,7 +1,7 @@
 """Who is updated when: a method is the sequence of levels that one iteration runs.
 
-psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'. Each level draws its own batch, makes its own
-attack on the current model, and changes its part alone.
+psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'. Each level draws its own batch,
+makes its own attack on the current model, and changes its part alone.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ METHODS: dict[Method, tuple[Level, ...]] = {
 def learning(model: nn.Module, part: Part) -> Iterator[None]:
     """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
 
-    Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag behind fast early
-    weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6).
+    Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag
+    behind fast early weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against
+    1.6).
     """
     psi, phi = split_parameters(model)
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}

@@ -36,7 +36,9 @@ class LayerUse:
         return [[round(v, 4) for v in (c / c.sum()).tolist()] for _, c in sorted(self.counts.items())]
 
     def report(self, fabric: Fabric) -> list[dict[str, Any]]:
-        """Per MoE layer: load (E shares), entropy of the softmax of the scores in nats, experts that no sample chose."""
+        """Per MoE layer: load (E shares), entropy of the softmax of the scores in nats, experts that no sample
+        chose.
+        """
         if not self.counts:
             return []
         layers = sorted(self.counts)

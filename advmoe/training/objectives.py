@@ -25,7 +25,9 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Terms, Routin
 
 
 def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
-    """KL(f(x) || f(x + delta)), mean over the batch, both sides as log-probabilities: finite gradients at any confidence."""
+    """KL(f(x) || f(x + delta)), mean over the batch, both sides as log-probabilities: finite gradients at any
+    confidence.
+    """
     clean, adversarial = F.log_softmax(clean_logits.float(), 1), F.log_softmax(adversarial_logits.float(), 1)
     return F.kl_div(adversarial, clean, reduction="batchmean", log_target=True)
 
@@ -33,10 +35,11 @@ def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
 def trades(
     model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
 ) -> tuple[Terms, Routing, Routing, Tensor]:
-    """CE(f(x), y) + beta * KL(f(x) || f(x_adv)) (Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta = 1/lambda).
+    """CE(f(x), y) + beta * KL(f(x) || f(x_adv)) (Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta =
+    1/lambda).
 
-    Gradient flows through both arguments of the KL term. Returns the terms, the routing of the clean and of the adversarial
-    pass, and the clean logits.
+    Gradient flows through both arguments of the KL term. Returns the terms, the routing of the clean and of the
+    adversarial pass, and the clean logits.
     """
     terms, clean_routing, logits = cross_entropy(model, x, y)
     with route() as adversarial_routing:

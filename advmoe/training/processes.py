@@ -1,7 +1,9 @@
-"""What several processes of one run must agree on: gradients after every step, batch-norm statistics before every measurement.
+"""What several processes of one run must agree on: gradients after every step, batch-norm statistics before every
+measurement.
 
-The gradients of a level are averaged in one all-reduce after its backward pass. A wrapper that hooks into backward would have to know
-which experts got samples on which process, and one half of the parameters is fixed at any time; an average afterwards needs neither.
+The gradients of a level are averaged in one all-reduce after its backward pass. A wrapper that hooks into backward
+would have to know which experts got samples on which process, and one half of the parameters is fixed at any time; an
+average afterwards needs neither.
 """
 
 from __future__ import annotations

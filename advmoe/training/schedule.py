@@ -11,15 +11,18 @@ from advmoe.seeding import generator_for
 
 
 def cosine(step: int, total: int) -> float:
-    """Factor on the peak learning rate at `step` of `total`: 1 at the start, 0 at the end (Loshchilov & Hutter, ICLR 2017)."""
+    """Factor on the peak learning rate at `step` of `total`: 1 at the start, 0 at the end (Loshchilov & Hutter, ICLR
+    2017).
+    """
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def batches(num_images: int, batch_size: int, *, seed: int, epoch: int, levels: int = 1) -> list[tuple[Tensor, ...]]:
     """Image indices of every iteration of an epoch: for each, one batch per level.
 
-    Each level sees every image at most once an epoch (the incomplete last batch is left out) in a fresh random order; the levels'
-    orders are rotations of one another, so that the batches of an iteration share no image wherever the set holds enough.
+    Each level sees every image at most once an epoch (the incomplete last batch is left out) in a fresh random order;
+    the levels' orders are rotations of one another, so that the batches of an iteration share no image wherever the
+    set holds enough.
     """
     size = min(batch_size, num_images)
     iterations = num_images // size

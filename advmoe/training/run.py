@@ -1,0 +1,236 @@
+"""A run: a directory that training fills, from its start or from its last checkpoint, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.multiprocessing.spawn import ProcessRaisedException
+from tqdm import tqdm
+
+from advmoe.config import Config
+from advmoe.data import Dataset, load_dataset
+from advmoe.files import write_text
+from advmoe.models import save_model
+from advmoe.training import checkpoint as checkpoints
+from advmoe.training import manifest as manifests
+from advmoe.training.schedule import batches, cosine
+from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
+
+
+def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
+    model.
+    """
+    fabric, t = trainer.fabric, trainer.config.training
+    progress: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
+    found = checkpoints.load_latest(run_dir / "last")
+    if found is not None:
+        trainer.restore(found)
+        progress = found.progress
+    if fabric.is_global_zero:
+        _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+    iterations = len(batches(len(trainer.train_set), t.batch_size, seed=t.seed, epoch=0))
+    bar = tqdm(
+        total=t.epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
+        disable=None if fabric.is_global_zero else True,
+    )  # fmt: skip
+    with bar:
+        for epoch in range(progress["epoch"], t.epochs):
+            started = time.perf_counter()
+            bar.set_description(f"epoch {epoch + 1}/{t.epochs}")
+            trainer.train_epoch(epoch, bar)
+            seconds = time.perf_counter() - started
+            measured = trainer.validate()
+            line = _epoch_line(trainer, epoch, seconds, iterations, measured)
+            score = _score(t.method, measured)
+            best = progress["best"]
+            better = best is None or score is None or score >= best["score"]
+            progress = {
+                "epoch": epoch + 1,
+                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
+                "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
+            }
+            if fabric.is_global_zero:
+                with (run_dir / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                state = trainer.state(progress)
+                if better:
+                    checkpoints.save(run_dir / "best", state, keep_previous=False)
+                    save_model(trainer.model, run_dir)
+                checkpoints.save(run_dir / "last", state)
+            fabric.barrier()
+    if fabric.is_global_zero:
+        _finish(trainer, run_dir, manifest, progress)
+
+
+def _score(method: str, measured: dict[str, float] | None) -> float | None:
+    """What the best checkpoint is chosen by; None (the last one is best) without a validation split."""
+    if measured is None:
+        return None
+    return measured["clean_accuracy" if method == "standard" else "robust_accuracy"]
+
+
+def _epoch_line(
+    trainer: Trainer, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
+) -> dict[str, Any]:
+    t = trainer.config.training
+    seen = sum(trainer.means.counts.values()) * trainer.fabric.world_size
+    return {
+        "epoch": epoch + 1,
+        "lr": t.lr * cosine(epoch * iterations, t.epochs * iterations),
+        "train": trainer.means.report(trainer.fabric),
+        "val": measured,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(seen / seconds, 1),
+        "layers": trainer.use.report(trainer.fabric),
+    }
+
+
+def _trim_metrics(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs that an interrupted run logged but did not save."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] <= epochs:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+    best = checkpoints.load_latest(run_dir / "best")
+    if best is not None:
+        trainer.model.load_state_dict(best.weights)
+    save_model(trainer.model, run_dir)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifests.write(run_dir, {**manifest, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What each process of a run is told."""
+
+    config: Config
+    run_dir: Path
+    name: str
+    devices: int
+    accelerator: str
+    threads: int | None
+    command: list[str] | None
+    fresh: bool
+
+
+def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
+    """What each process of a run does. The directory is made once data and model are known to be good."""
+    torch.set_num_threads(threads)
+    config, folder = launch.config, launch.run_dir
+    dataset = _load(config, progress=fabric.is_global_zero)
+    trainer = Trainer(config, build_model(config, dataset), dataset, fabric)
+    if fabric.is_global_zero and launch.fresh:
+        described = manifests.describe(
+            name=launch.name,
+            seed=config.training.seed,
+            device=fabric.device,
+            devices=fabric.world_size,
+            command=launch.command,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        manifests.write(folder, described)
+        config.dump(folder / "config.yaml")
+    fabric.barrier()
+    fit(trainer, folder, manifests.read(folder))
+
+
+def _load(config: Config, *, progress: bool) -> Dataset:
+    data = config.data
+    return load_dataset(
+        data.name,
+        root=data.root,
+        download=data.download,
+        image_size=data.image_size,
+        val_fraction=data.val_fraction,
+        seed=config.training.seed,
+        progress=progress,
+    )
+
+
+def _start(launch: _Launch) -> Path:
+    devices, batch_size = launch.devices, launch.config.training.batch_size
+    if devices < 1 or batch_size % devices:
+        raise ValueError(f"devices must be >= 1 and divide training.batch_size={batch_size}, got {devices!r}")
+    if launch.accelerator == "cuda" and torch.cuda.device_count() < devices:
+        raise ValueError(f"devices must be <= the {torch.cuda.device_count()} CUDA devices present, got {devices!r}")
+    fabric = Fabric(
+        accelerator=launch.accelerator,
+        devices=devices,
+        strategy="ddp_spawn" if devices > 1 else "auto",
+        precision=launch.config.training.precision,
+    )
+    if devices > 1:
+        # Here first, so that bad input is one line from one process and a first decode or download happens once.
+        build_model(launch.config, _load(launch.config, progress=True))
+    threads = launch.threads or max(1, torch.get_num_threads() // devices)
+    try:
+        fabric.launch(partial(_process, launch=launch, threads=threads))
+    except ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        if TrainingDiverged.__name__ in last:
+            raise TrainingDiverged(last.split(": ", 1)[1]) from error
+        raise
+    return launch.run_dir
+
+
+def train(
+    config: Config,
+    *,
+    run_dir: str | Path,
+    name: str = "run",
+    devices: int = 1,
+    accelerator: str = "auto",
+    threads: int | None = None,
+    command: list[str] | None = None,
+) -> Path:
+    """Train `config` from its start and fill `run_dir`, which must be new or empty.
+
+    Args:
+        name: the recipe's, for the manifest. command: what the user typed, likewise.
+        devices: processes, one per device; they share each batch. accelerator: `auto`, `cpu` or `cuda`.
+        threads: CPU threads per process; by default what PyTorch has, shared among them.
+
+    Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
+    for a NaN or infinite loss.
+    """
+    run_dir = Path(run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(run_dir)!r}")
+    return _start(_Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True))
+
+
+def resume(
+    run_dir: str | Path, *, devices: int | None = None, accelerator: str = "auto", threads: int | None = None
+) -> Path:
+    """Continue the run in `run_dir` from its last sound checkpoint, by default with the processes and threads it had.
+
+    On CPU the weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`. Raises
+    `ValueError` for a directory that holds no run, or only damaged checkpoints.
+    """
+    run_dir = Path(run_dir)
+    for name in ("config.yaml", "manifest.json"):
+        if not (run_dir / name).is_file():
+            raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
+    config, manifest = Config.load(run_dir / "config.yaml"), manifests.read(run_dir)
+    devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    return _start(
+        _Launch(config, run_dir, manifest["name"], devices, accelerator, threads, manifest["command"], fresh=False)
+    )

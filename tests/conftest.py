@@ -1,0 +1,54 @@
+"""What several test modules need."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from advmoe.models import Classifier, create_model
+from advmoe.moe import pathway
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Tensor]:
+    """Makes channels-last images (N, 3, 16, 16) in [0, 1] that differ in brightness, colour and shapes."""
+
+    def make(n: int = 12, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        light = torch.rand(n, 3, 1, 1, generator=generator)
+        shapes = F.interpolate(torch.rand(n, 3, 4, 4, generator=generator), 16, mode="bilinear")
+        noise = torch.rand(n, 3, 16, 16, generator=generator)
+        return (0.5 * light + 0.3 * shapes + 0.2 * noise).contiguous(memory_format=torch.channels_last)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_routed(make_images: Callable[..., Tensor]) -> Callable[..., Classifier]:
+    """Makes small routed ResNet-18s (5 classes, channels-last, eval mode) that send `make_images()` several ways.
+
+    Their batch norms have seen images: running statistics are what spreads samples before anything is learnt.
+    """
+    made: dict[str, Classifier] = {}
+
+    def warm(seed: int, **kwargs: Any) -> Classifier:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            settings = {"num_classes": 5, "width": 8, "input_size": 16, **kwargs}
+            model = create_model("resnet18", **settings).to(memory_format=torch.channels_last)
+            for each in range(12):
+                model(make_images(16, seed=100 + each))
+        return model.eval()
+
+    def make(**kwargs: Any) -> Classifier:
+        key = repr(sorted(kwargs.items()))
+        if key not in made:
+            candidates = (warm(seed, **kwargs) for seed in range(20))
+            made[key] = next(m for m in candidates if len(pathway(m, make_images()).unique(dim=0)) > 1)
+        return copy.deepcopy(made[key])
+
+    return make

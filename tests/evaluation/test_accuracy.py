@@ -1,0 +1,165 @@
+"""Accuracies of a classifier whose every answer is known by hand, and what an evaluation leaves alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from advmoe.config import AttackConfig, Pixels
+from advmoe.data import ImageSet
+from advmoe.evaluation.accuracy import evaluate, outcomes, summary
+from advmoe.moe.routing import active_routing
+from advmoe.threat import ThreatModel
+
+
+class Threshold(nn.Module):
+    """Class 1 where the first pixel exceeds 1/2, class 0 below."""
+
+    def forward(self, x):
+        score = 10 * (x[:, :1, 0, 0] - 0.5)
+        return torch.cat([-score, score], 1)
+
+
+# First pixel (of 255) and label. Within eps = 26/255 of the threshold 127.5 an image can be turned over.
+#            robust      wrong       turned      robust    turned     robust (154 - 26 = 128 > 127.5)
+PLANTED = [(250, 1), (200, 0), (140, 1), (10, 0), (110, 0), (154, 1)]
+THREAT = ThreatModel("linf", 26 / 255)
+
+
+def planted():
+    images = torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 0, 0, 0] = torch.tensor([pixel for pixel, _ in PLANTED], dtype=torch.uint8)
+    return ImageSet(images, torch.tensor([label for _, label in PLANTED]))
+
+
+def test_planted_accuracies():
+    result = evaluate(Threshold(), planted(), threat=THREAT, steps=20, step_size=0.02, restarts=2, seed=3)
+    assert result == {
+        "clean_accuracy": pytest.approx(5 / 6),
+        "robust_accuracy": {"pgd-20": pytest.approx(3 / 6)},
+        "worst_case": pytest.approx(3 / 6),
+        "num_examples": 6,
+        "threat": {"norm": "linf", "eps": 26 / 255},
+        "attack": {"steps": 20, "step_size": 0.02, "restarts": 2, "seed": 3},
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_outcomes_are_per_example_and_in_order(batch_size):
+    attack = AttackConfig(steps=20, step_size=Pixels(0.02))
+    found = outcomes(Threshold(), planted(), threat=THREAT, attack=attack, batch_size=batch_size)
+    assert found["clean"].tolist() == [True, False, True, True, True, True]
+    assert found["pgd-20"].tolist() == [True, False, False, True, False, True]
+
+
+def test_a_radius_of_0_is_clean_accuracy():
+    result = evaluate(Threshold(), planted(), threat=ThreatModel("linf", 0), steps=3)
+    assert result["robust_accuracy"]["pgd-3"] == result["clean_accuracy"]
+
+
+def test_the_worst_case_is_the_conjunction():
+    found = {"clean": [1, 1, 1, 1, 0], "pgd-5": [1, 0, 1, 1, 0], "pgd-5-soft": [0, 1, 1, 1, 0]}
+    result = summary({name: torch.tensor(values).bool() for name, values in found.items()})
+    assert result == {
+        "clean_accuracy": pytest.approx(0.8),
+        "robust_accuracy": {"pgd-5": pytest.approx(0.6), "pgd-5-soft": pytest.approx(0.6)},
+        "worst_case": pytest.approx(0.4),  # the third and fourth: no single attack shows it
+        "num_examples": 5,
+    }
+
+
+def test_bytes_and_pixels_agree():
+    data = planted()
+    pixels = (data.images.float() / 255, data.labels)
+    assert evaluate(Threshold(), data, threat=THREAT, steps=5) == evaluate(Threshold(), pixels, threat=THREAT, steps=5)
+
+
+@pytest.fixture
+def routed(make_routed, make_images):
+    """A routed model, and images labelled by it, so that its clean accuracy is 1."""
+    model, x = make_routed(router="embedding"), make_images(16, seed=5)
+    with torch.no_grad():
+        return model, x, model(x).argmax(1)
+
+
+def test_a_routed_model_faces_soft_routing_too(routed):
+    model, x, y = routed
+    threat, attack = ThreatModel("linf", 4 / 255), AttackConfig(steps=3, step_size=Pixels(2 / 255))
+    found = outcomes(model, (x, y), threat=threat, attack=attack, batch_size=16)
+    assert list(found) == ["clean", "pgd-3", "pgd-3-soft"]
+    assert found["clean"].all()
+    worst = summary(found)["worst_case"]
+    assert worst == (found["pgd-3"] & found["pgd-3-soft"]).float().mean().item()
+    # The two ways find different examples here, and the model as deployed decided both.
+    assert not torch.equal(found["pgd-3"], found["pgd-3-soft"])
+
+
+def test_gradients_come_from_soft_routing_and_the_score_from_hard(routed):
+    model, x, y = routed
+    modes = []
+
+    def note(module, args):
+        modes.append((active_routing().mode, torch.is_grad_enabled()))
+
+    handle = model.backbone.register_forward_pre_hook(note)
+    evaluate(model, (x, y), threat=ThreatModel("linf", 1 / 255), steps=2)
+    handle.remove()
+    # Clean; two steps and the score; two soft steps and the score.
+    hard, soft = [("hard", True)] * 2, [("soft", True)] * 2
+    assert modes == [("hard", False), *hard, ("hard", False), *soft, ("hard", False)]
+
+
+def test_the_model_is_measured_in_eval_mode_and_restored(routed):
+    model, x, y = routed
+    expected = evaluate(model, (x, y), steps=2)
+    model.train().backbone.stem.eval()
+    model.backbone.classifier.weight.requires_grad_(False)
+    modes, wanted = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert evaluate(model, (x, y), steps=2) == expected
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_restored_after_a_failure_too():
+    class Failing(Threshold):
+        def forward(self, x):
+            seen.append((self.training, torch.backends.cudnn.allow_tf32))
+            raise RuntimeError("planned")
+
+    seen, model, tf32 = [], Failing(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        with pytest.raises(RuntimeError, match="planned"):
+            evaluate(model, planted())
+        assert seen == [(False, False)]
+        assert model.training and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def test_the_same_seed_gives_the_same_attack(routed):
+    model, x, y = routed
+    starts = []
+    for seed in (0, 0, 1):
+        seen = []
+        handle = model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach().clone()))
+        evaluate(model, (x, y), steps=1, seed=seed)
+        handle.remove()
+        starts.append(seen[1])
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("data", [(torch.empty(0, 1, 2, 2), torch.empty(0, dtype=torch.long)), "ImageSet"])
+def test_empty_data_is_an_error(data):
+    if data == "ImageSet":
+        data = ImageSet(torch.empty(0, 1, 2, 2, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
+    with pytest.raises(ValueError, match="the evaluation data must hold at least 1 example, got 0"):
+        evaluate(Threshold(), data)
+
+
+def test_pixels_outside_the_range_are_an_error():
+    data = planted()
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
+        evaluate(Threshold(), (data.images.float(), data.labels))

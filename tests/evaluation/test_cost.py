@@ -1,0 +1,96 @@
+"""Cost against the shapes' own arithmetic and the figures of the paper."""
+
+import pytest
+import torch
+
+from advmoe.evaluation.cost import cost, example_input, gmacs, milliseconds_per_image, parameters
+from advmoe.models import create_model
+
+ROUTERS = ["layer", "embedding", "image"]
+
+
+def model(width=64, **kwargs):
+    return create_model("resnet18", width=width, **{"num_classes": 10, **kwargs})
+
+
+def backbone_macs(width, r, *, size=32, classes=10, in_channels=3):
+    """Multiply-accumulates of ResNet-18 at model scale `r`: k^2 C_in C_out H' W' a convolution, and the classifier."""
+    c = [int(r * width * 2**stage) for stage in range(4)]
+    total = 9 * in_channels * c[0] * size**2
+    for stage, out in enumerate(c):
+        before, side = c[max(stage - 1, 0)], size // 2**stage
+        total += side**2 * 9 * (before * out + 3 * out * out)  # four 3x3 convolutions
+        total += side**2 * before * out if stage else 0  # the 1x1 shortcut
+    return total + c[3] * classes
+
+
+def router_macs(router, width, r, *, experts=2, size=32, in_channels=3):
+    if router == "layer":
+        total = 0
+        for stage in range(4):
+            out = int(r * width * 2**stage)
+            inputs = [out // 2 if stage else out, out, out, out]
+            total += sum(c * (hidden := max(8, min(64, c // 4))) + hidden * experts for c in inputs)
+        return total
+    b = max(8, width // 4)
+    total = 9 * (in_channels * b * size**2 + 2 * b * b * (size // 2) ** 2 + 8 * b * b * (size // 4) ** 2)
+    if router == "image":
+        return total + 9 * 16 * b * b * (size // 8) ** 2 + 4 * b * experts
+    return total + 4 * b * experts * 16
+
+
+@pytest.mark.parametrize(("kind", "r"), [("dense", 1.0), ("s-dense", 0.5)])
+def test_plain_backbones(kind, r):
+    made = model(kind=kind)
+    assert gmacs(made) == pytest.approx(backbone_macs(64, r) / 1e9, rel=1e-9)
+    # The paper's 0.56 and 0.14 G, to three digits.
+    assert round(gmacs(made), 3) == {"dense": 0.555, "s-dense": 0.139}[kind]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_routed_model_costs_s_dense_and_its_routers(router):
+    made = model(router=router)
+    expected = backbone_macs(64, 0.5) + router_macs(router, 64, 0.5)
+    assert gmacs(made) == pytest.approx(expected / 1e9, rel=1e-9)
+    assert 1 < gmacs(made) / gmacs(model(kind="s-dense")) < 1.08
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_more_experts_cost_no_more_than_their_scores(experts):
+    kwargs = {"num_experts": experts, "experts": "independent", "width": 16, "in_channels": 1, "input_size": 16}
+    expected = backbone_macs(16, 0.5, size=16, in_channels=1)
+    expected += router_macs("layer", 16, 0.5, size=16, in_channels=1, experts=experts)
+    assert gmacs(model(**kwargs)) == pytest.approx(expected / 1e9, rel=1e-9)
+
+
+def test_parameters():
+    dense, narrow = parameters(model(kind="dense")), parameters(model(kind="s-dense"))
+    assert dense[0] == dense[1] == 11_173_962  # published as 11.17 M
+    for kwargs in ({}, {"num_experts": 4, "experts": "independent"}, {"num_experts": 3}, {"scale": 1.0}):
+        made = model(**kwargs)
+        stored, active = parameters(made)
+        assert stored == sum(p.numel() for p in made.parameters())
+        routers = sum(p.numel() for name, p in made.named_parameters() if "router" in name)
+        assert active - routers == (dense if kwargs.get("scale") else narrow)[0]
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    made = model(width=8, input_size=16, in_channels=1)
+    made.backbone.stem.eval()
+    modes = [m.training for m in made.modules()]
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    figures = cost(made, batch=4)
+    assert [m.training for m in made.modules()] == modes
+    assert all(p.requires_grad for p in made.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert figures["gmacs"] == pytest.approx(gmacs(made), abs=1e-6)
+    assert (figures["parameters"], figures["active_parameters"]) == parameters(made)
+    assert (figures["batch"], figures["device"], figures["threads"]) == (4, "cpu", torch.get_num_threads())
+    assert 0 < figures["ms_per_image"] < 1000
+
+
+def test_the_example_is_an_image_of_the_model():
+    made = model(width=8, input_size=16, in_channels=1)
+    x = example_input(made, 4)
+    assert x.shape == (4, 1, 16, 16) and x.min() >= 0 and x.max() <= 1
+    assert milliseconds_per_image(made, 4, repeats=1) > 0

@@ -1,0 +1,124 @@
+"""What `create_model` makes: layers by kind, both parts' parameters, modes, errors."""
+
+import pytest
+import torch
+from torch import nn
+
+from advmoe.models import create_model, split_parameters
+from advmoe.models.modes import frozen
+from advmoe.moe import MoEConv2d, route, routers_of
+
+ROUTERS = ["layer", "embedding", "image"]
+
+
+def small(**kwargs):
+    return create_model("resnet18", **{"num_classes": 7, "width": 8, **kwargs})
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_convolution_is_an_moe_layer_but_stem_and_shortcuts(router):
+    model = small(router=router)
+    moe = [m for m in model.modules() if isinstance(m, MoEConv2d)]
+    plain = [name for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
+    assert [m.layer for m in moe] == list(range(16))
+    # Stages 2 to 4 begin with the blocks 2, 4 and 6, which change the shape.
+    assert plain == ["stem.0", *(f"blocks.{block}.shortcut.0" for block in (2, 4, 6))]
+    assert model.routed and len(list(routers_of(model))) == (16 if router == "layer" else 1)
+    assert isinstance(model.backbone.classifier, nn.Linear)
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("dense", [8, 16, 32, 64]), ("s-dense", [4, 8, 16, 32])])
+def test_plain_kinds(kind, widths):
+    model = small(kind=kind)
+    assert not model.routed and not list(routers_of(model))
+    assert [model.backbone.blocks[i].conv2.out_channels for i in (1, 3, 5, 7)] == widths
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_pathway_is_as_wide_as_s_dense(router):
+    # Forced through one expert, the routed model with S-Dense's filters in that expert's rows is S-Dense.
+    torch.manual_seed(0)
+    routed, narrow = small(router=router).eval(), small(kind="s-dense").eval()
+    state = narrow.backbone.state_dict()
+    with torch.no_grad():
+        for name, module in routed.backbone.named_modules():
+            if isinstance(module, MoEConv2d):
+                module.bank[module.rows[1]] = state.pop(f"{name}.weight")
+    missing, unexpected = routed.backbone.load_state_dict(state, strict=False)
+    assert not unexpected and all("router" in name or name.endswith("bank") for name in missing)
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad(), route(forced=torch.ones(3, 16, dtype=torch.long)):
+        torch.testing.assert_close(routed(x), narrow(x))
+
+
+@pytest.mark.parametrize("kwargs", [{"router": r} for r in ROUTERS] + [{"kind": "dense"}], ids=str)
+def test_psi_and_phi_partition_the_parameters(kwargs):
+    model = small(**kwargs)
+    psi, phi = split_parameters(model)
+    everything = {id(p) for p in model.parameters()}
+    assert {id(p) for p in psi} | {id(p) for p in phi} == everything
+    assert len(psi) + len(phi) == len(everything)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("router" in names[id(p)] for p in phi) and not any("router" in names[id(p)] for p in psi)
+    assert bool(phi) == model.routed
+
+
+def test_pixels_are_normalised_inside():
+    model = small(kind="dense", mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 1.0]).eval()
+    x = torch.tensor([0.6, 0.7, 0.8]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    # (0.6 - 0.1) / 0.5, (0.7 - 0.2) / 0.25, (0.8 - 0.3) / 1
+    assert seen[0][0, :, 5, 5].tolist() == pytest.approx([1.0, 2.0, 0.5])
+
+
+@pytest.mark.parametrize(("in_channels", "size"), [(1, 8), (3, 16), (4, 28)])
+def test_other_images(in_channels, size):
+    for router in ROUTERS:
+        model = small(in_channels=in_channels, input_size=size, router=router, num_experts=3)
+        assert model(torch.rand(2, in_channels, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "resnet19"}, "model.name must be one of resnet18, got 'resnet19'"),
+        ({"num_classes": 1}, "num_classes must be >= 2, got 1"),
+        ({"num_classes": "10"}, "num_classes must be a whole number, got '10'"),
+        ({"input_size": 4}, "input_size must be >= 8, got 4"),
+        ({"in_channels": 0}, "in_channels must be >= 1, got 0"),
+        ({"scale": 0.0}, "model.scale must be > 0 and <= 1, got 0.0"),
+        ({"num_experts": 0}, "model.num_experts must be >= 1, got 0"),
+        ({"width": 0}, "model.width must be >= 1, got 0"),
+        ({"router": "none"}, "model.router must be one of layer, embedding, image, got 'none'"),
+        ({"kind": "sparse"}, "model.kind must be one of moe, dense, s-dense, got 'sparse'"),
+        ({"experts": "all"}, "model.experts must be one of subset, independent, got 'all'"),
+        ({"experts_init": "zero"}, "model.experts_init must be one of independent, shared, got 'zero'"),
+        ({"experts_init": "shared", "num_experts": 3}, "model.experts_init must be independent where experts overlap"),
+        ({"mean": [0.5]}, "mean and std must have in_channels=3 entries, got [0.5] and [0.25, 0.25, 0.25]"),
+        ({"std": [0.2, 0.0, 0.2]}, "std must be > 0 in every channel, got [0.2, 0.0, 0.2]"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_name_argument_rule_and_value(change, message):
+    with pytest.raises(ValueError) as error:
+        create_model(**{"name": "resnet18", "num_classes": 10, "width": 8, **change})
+    assert str(error.value).startswith(message)
+
+
+def test_frozen_restores_what_it_found():
+    model = small()
+    model.backbone.stem.eval()
+    model.backbone.classifier.weight.requires_grad_(False)
+    modes, wanted = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    assert {True, False} == set(modes) == set(wanted)
+    with pytest.raises(RuntimeError, match="planned"), frozen(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        raise RuntimeError("planned")
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    with frozen(lambda x: x):  # any callable can be attacked
+        pass

@@ -1,0 +1,152 @@
+"""The MoE convolution: which rows an expert has, how they start, and what the layer computes under each routing."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from advmoe.models import create_model
+from advmoe.moe import MoEConv2d, route
+from advmoe.moe.conv import expert_rows
+
+
+def layer(c_in=3, c_out=4, *, bank_rows=8, num_experts=2, **kwargs):
+    torch.manual_seed(0)
+    made = MoEConv2d(c_in, c_out, 3, 1, 1, bank_rows=bank_rows, num_experts=num_experts, layer=0, **kwargs)
+    with torch.no_grad():  # statistics under which both experts are in use
+        for _ in range(20):
+            made.router(images(32, c_in))
+    return made.eval()
+
+
+def images(n=12, channels=3):
+    return torch.rand(n, channels, 1, 1) * torch.rand(n, channels, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("bank", "window", "experts", "expected"),
+    [
+        (8, 4, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # r = 1/2: disjoint halves
+        (6, 6, 2, [[0, 1, 2, 3, 4, 5]] * 2),  # r = 1: all the same
+        (8, 4, 3, [[0, 1, 2, 3], [2, 3, 4, 5], [0, 5, 6, 7]]),  # starts 0, 8/3, 16/3; the last wraps around
+        (9, 6, 3, [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [0, 1, 2, 6, 7, 8]]),
+        (8, 2, 2, [[0, 1], [4, 5]]),  # r N < 1: some rows belong to nobody
+        (4, 4, 1, [[0, 1, 2, 3]]),
+    ],
+)
+def test_expert_rows_by_hand(bank, window, experts, expected):
+    assert expert_rows(bank, window, experts) == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "rows"),
+    [
+        ({"experts": "subset"}, 16),
+        ({"experts": "subset", "num_experts": 3}, 16),
+        ({"experts": "independent"}, 16),
+        ({"experts": "independent", "num_experts": 3}, 24),
+        ({"experts": "independent", "num_experts": 3, "scale": 0.25}, 12),
+        ({"experts": "independent", "scale": 1.0}, 32),
+    ],
+    ids=str,
+)
+def test_bank_shapes_in_a_model(kwargs, rows):
+    model = create_model("resnet18", num_classes=5, width=8, **kwargs)
+    conv = next(m for m in model.modules() if isinstance(m, MoEConv2d) and m.c_out != m.c_in)  # 8 -> 16 when dense
+    r, experts = kwargs.get("scale", 0.5), kwargs.get("num_experts", 2)
+    assert conv.bank.shape == (rows, 8 * r, 3, 3)
+    assert [len(each) for each in conv.rows] == [16 * r] * experts
+    if kwargs["experts"] == "independent":
+        assert sorted(row for each in conv.rows for row in each) == list(range(rows))
+
+
+def test_experts_are_the_rows_of_the_bank():
+    conv = layer(num_experts=3)
+    for expert, rows in enumerate(conv.rows):
+        assert torch.equal(conv.weight(expert), conv.bank[rows])
+    assert conv.weight(0).data_ptr() == conv.bank.data_ptr()  # adjacent rows are a view, no copy
+
+
+def test_initialisation_is_that_of_one_pathway():
+    conv = layer(c_in=32, c_out=64, bank_rows=128)
+    # Fan-out of one pathway: sqrt(2 / (64 * 9)); 36864 draws, so the estimate is good to 1 %.
+    assert conv.bank.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+
+
+def test_shared_experts_start_equal():
+    plain, shared = layer(bank_rows=12, num_experts=3), layer(bank_rows=12, num_experts=3, shared_init=True)
+    assert torch.equal(shared.weight(0), plain.weight(0))
+    assert torch.equal(shared.weight(1), shared.weight(0)) and torch.equal(shared.weight(2), shared.weight(0))
+    assert not torch.equal(plain.weight(1), plain.weight(0))
+    layer(bank_rows=4, shared_init=True)  # r = 1: equal anyhow
+
+
+def test_overlapping_experts_cannot_start_equal():
+    with pytest.raises(ValueError, match=r"experts_init must be independent where experts overlap .* got 'shared'"):
+        layer(bank_rows=8, num_experts=3, shared_init=True)
+
+
+def by_hand(conv, x):
+    """(scores, every expert's output (N, E, C_out, H, W)), from the layer's parts."""
+    outputs = [F.conv2d(x, conv.bank[rows], padding=1) for rows in conv.rows]
+    return conv.router(x), torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("mode", ["hard", "masked"])
+def test_a_sample_gets_the_expert_of_its_highest_score(mode):
+    conv, x = layer(num_experts=3), images()
+    scores, outputs = by_hand(conv, x)
+    choice = scores.argmax(1)
+    assert len(choice.unique()) > 1
+    with route(mode) as routing:
+        y = conv(x)
+    torch.testing.assert_close(y, outputs[torch.arange(12), choice])
+    assert torch.equal(routing.choices[0], choice) and torch.equal(routing.scores[0], scores)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_soft_routing_mixes_experts_by_probability(temperature):
+    conv, x = layer(num_experts=3), images()
+    scores, outputs = by_hand(conv, x)
+    p = (scores / temperature).exp() / (scores / temperature).exp().sum(1, keepdim=True)
+    with route("soft", temperature=temperature):
+        y = conv(x)
+    torch.testing.assert_close(y, sum(p[:, e].view(-1, 1, 1, 1) * outputs[:, e] for e in range(3)))
+
+
+def test_the_router_s_gradient_by_hand():
+    # p = softmax(s)[k] has gradient p (1[i = k] - softmax(s)_i) in s_i, and dL/dp = <dL/dy, y>.
+    conv, x = layer(), images()
+    c = torch.rand(12, 4, 4, 4)
+    with route() as routing:
+        y = conv(x)
+    scores, choice = routing.scores[0], routing.choices[0]
+    (gradient,) = torch.autograd.grad((y * c).sum(), scores)
+    q, k = scores.softmax(1).detach(), F.one_hot(choice, 2)
+    inner = (c * y).sum((1, 2, 3)).detach()
+    expected = (inner * q.gather(1, choice[:, None])[:, 0])[:, None] * (k - q)
+    torch.testing.assert_close(gradient, expected)
+    assert expected.abs().max() > 1e-3
+
+
+def test_a_forced_choice_overrules_the_scores_and_takes_their_gradient():
+    conv, x = layer(), images(6)
+    scores, outputs = by_hand(conv, x)
+    other = 1 - scores.argmax(1)
+    with route(forced=other[:, None]) as routing:
+        y = conv(x)
+    torch.testing.assert_close(y, outputs[torch.arange(6), other])
+    assert torch.equal(routing.pathway(), other[:, None])
+    (gradient,) = torch.autograd.grad(y.sum(), routing.scores[0])
+    # The gradient in the two scores is opposite, as their softmax sums to 1.
+    torch.testing.assert_close(gradient[:, 0], -gradient[:, 1])
+    assert gradient.abs().max() > 0
+
+
+def test_memory_format_changes_nothing():
+    conv, x = layer(num_experts=3), images()
+    plain = conv(x)
+    fast = conv.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fast, plain)

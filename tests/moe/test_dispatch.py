@@ -1,0 +1,95 @@
+"""Sending samples to experts and back, and the gate's straight-through gradient."""
+
+import pytest
+import torch
+
+from advmoe.moe.dispatch import Plan, merge, split, straight_through
+
+FORMATS = {"flat": None, "nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def batch(layout, *, channels=3):
+    torch.manual_seed(0)
+    if layout == "flat":
+        return torch.rand(7, 5)
+    return torch.rand(7, channels, 4, 2).contiguous(memory_format=FORMATS[layout])
+
+
+def test_plan_groups_in_order_and_leaves_out_idle_experts():
+    plan = Plan.of(torch.tensor([3, 0, 3, 0, 0]), num_experts=4)
+    assert plan.experts == (0, 3)
+    assert [members.tolist() for members in plan.members] == [[1, 3, 4], [0, 2]]
+    assert Plan.of(torch.tensor([2, 2]), 4).experts == (2,)
+    assert Plan.of(torch.tensor([1]), 4).experts == (1,)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_split_and_merge_are_indexing(layout):
+    x, plan = batch(layout), Plan.of(torch.tensor([2, 0, 1, 0, 2, 2, 0]), 3)
+    parts = split(x, plan)
+    for part, members in zip(parts, plan.members, strict=True):
+        assert torch.equal(part, x[members])
+    merged = merge(parts, plan)
+    assert torch.equal(merged, x)
+    if layout == "nhwc":
+        assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (*parts, merged))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_gradients_are_those_of_indexing(layout):
+    plan = Plan.of(torch.tensor([2, 0, 1, 0, 2, 2, 0]), 3)
+    factors = [torch.rand(len(m), *batch(layout).shape[1:]) for m in plan.members]
+    weight = torch.rand_like(batch(layout))
+    fast, plain = batch(layout).requires_grad_(), batch(layout).requires_grad_()
+    (merge(tuple(p * f for p, f in zip(split(fast, plan), factors, strict=True)), plan) * weight).sum().backward()
+    out = torch.zeros_like(plain)
+    for members, factor in zip(plan.members, factors, strict=True):
+        out = out.index_copy(0, members, plain[members] * factor)
+    (out * weight).sum().backward()
+    torch.testing.assert_close(fast.grad, plain.grad)
+
+
+def test_parts_of_different_memory_formats_merge():
+    x, plan = batch("nhwc"), Plan.of(torch.tensor([1, 0, 1, 0, 1, 1, 0]), 2)
+    first, second = split(x, plan)
+    assert torch.equal(merge((first, second.contiguous()), plan), x)
+    assert torch.equal(merge((first.contiguous(), second), plan), x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_expert_whose_output_goes_unused_gives_zero_gradient(channels):
+    x, plan = batch("nhwc", channels=channels).requires_grad_(), Plan.of(torch.tensor([1, 0, 1, 0, 1, 1, 0]), 2)
+    split(x, plan)[1].sum().backward()
+    expected = torch.tensor([1.0, 0, 1, 0, 1, 1, 0]).view(7, 1, 1, 1).expand_as(x)
+    assert torch.equal(x.grad, expected)
+
+
+def test_straight_through_by_hand():
+    y = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    gate = torch.tensor([0.9, 0.2], requires_grad=True)
+    c = torch.tensor([[0.5, -1.0], [2.0, 0.25]])  # L = <c, output>, so dL/dy = c
+    output = straight_through(y, gate)
+    assert torch.equal(output, y)
+    (output * c).sum().backward()
+    assert torch.equal(y.grad, c)
+    # <c, y> per sample: 0.5 - 2 = -1.5 and 6 + 1 = 7, whatever the gate's own value.
+    assert gate.grad.tolist() == [-1.5, 7.0]
+
+
+@pytest.mark.parametrize("grad_layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("y_layout", ["nchw", "nhwc"])
+def test_straight_through_in_any_memory_format(y_layout, grad_layout):
+    y, gate = batch(y_layout).requires_grad_(), torch.rand(7, requires_grad=True)
+    c = torch.rand(7, 3, 4, 2).contiguous(memory_format=FORMATS[grad_layout])
+    straight_through(y, gate).backward(c)
+    torch.testing.assert_close(gate.grad, (c * y).sum((1, 2, 3)).detach())
+    reference = torch.rand(7, requires_grad=True)
+    (y * (1 + reference - reference.detach()).view(-1, 1, 1, 1)).backward(c)
+    torch.testing.assert_close(gate.grad, reference.grad)
+
+
+def test_the_gate_of_a_half_precision_output_has_its_own_precision():
+    y, gate = torch.rand(2, 3, 4, 4, dtype=torch.bfloat16), torch.rand(2, requires_grad=True)
+    straight_through(y, gate).sum().backward()
+    assert gate.grad.dtype == torch.float32
+    torch.testing.assert_close(gate.grad, y.float().sum((1, 2, 3)), rtol=1e-5, atol=0)

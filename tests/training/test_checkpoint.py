@@ -1,0 +1,102 @@
+"""Checkpoints: written whole, verified when read, damage named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from advmoe.training import checkpoint as checkpoints
+from advmoe.training.checkpoint import Checkpoint, DamagedCheckpoint
+
+
+def _checkpoint(value: float) -> Checkpoint:
+    parameter = torch.nn.Parameter(torch.full((3,), float(value)))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()
+    return Checkpoint({"w": torch.full((2, 2), float(value))}, [optimizer.state_dict()], {"epoch": int(value)})
+
+
+def test_round_trip_keeps_weights_optimizer_and_progress(tmp_path):
+    checkpoints.save(tmp_path / "last", _checkpoint(3))
+    found = checkpoints.load(tmp_path / "last")
+    assert torch.equal(found.weights["w"], torch.full((2, 2), 3.0))
+    assert found.progress == {"epoch": 3}
+    assert torch.equal(found.optimizers[0]["state"][0]["momentum_buffer"], torch.ones(3))
+
+
+def test_second_save_keeps_the_one_before(tmp_path):
+    for value in (1, 2, 3):
+        checkpoints.save(tmp_path / "last", _checkpoint(value))
+    assert checkpoints.load(tmp_path / "last").progress["epoch"] == 3
+    assert checkpoints.load(tmp_path / "last-previous").progress["epoch"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "last-previous"]
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert checkpoints.load_latest(tmp_path / "last") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(tmp_path, name, damage):
+    for value in (1, 2):
+        checkpoints.save(tmp_path / "last", _checkpoint(value))
+    path = tmp_path / "last" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(DamagedCheckpoint, match=name):
+        checkpoints.load(tmp_path / "last")
+    with pytest.warns(UserWarning, match=f"{name}.*going on from last-previous"):
+        found = checkpoints.load_latest(tmp_path / "last")
+    assert found.progress["epoch"] == 1
+
+
+def test_all_damaged_is_an_error_that_names_both(tmp_path):
+    for value in (1, 2):
+        checkpoints.save(tmp_path / "last", _checkpoint(value))
+    for folder in ("last", "last-previous"):
+        (tmp_path / folder / "checksums.json").write_text("{")
+    with pytest.raises(DamagedCheckpoint, match=r"last/checksums.json.*last-previous/checksums.json"):
+        checkpoints.load_latest(tmp_path / "last")
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_a_kill_at_either_rename_leaves_a_sound_checkpoint(tmp_path, monkeypatch, survived):
+    checkpoints.save(tmp_path / "last", _checkpoint(1))
+    real, renames = Path.replace, []
+
+    def killed(self, target):
+        if self.is_dir():
+            renames.append(target)
+            if len(renames) > survived:
+                raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path / "last", _checkpoint(2))
+    monkeypatch.undo()
+    assert (tmp_path / "last").exists() == (survived == 0)
+    assert checkpoints.load_latest(tmp_path / "last").progress["epoch"] == 1
+    checkpoints.save(tmp_path / "last", _checkpoint(3))
+    assert checkpoints.load_latest(tmp_path / "last").progress["epoch"] == 3
+
+
+def test_opening_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    checkpoints.save(tmp_path / "last", _checkpoint(1))
+    torch.save({"optimizers": [Evil()], "progress": {}}, tmp_path / "last" / "state.pt")
+    sums = {name: checkpoints._checksum(tmp_path / "last" / name) for name in ("model.safetensors", "state.pt")}
+    (tmp_path / "last" / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
+        checkpoints.load(tmp_path / "last")
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,108 @@
+"""Which part learns: the table of methods, and that the rest is fixed bit for bit."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from advmoe.config import Method
+from advmoe.models import create_model, split_parameters
+from advmoe.moe import routers_of
+from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.objectives import trades
+
+ROUTERS = ["layer", "embedding", "image"]
+
+
+def test_the_table_of_methods():
+    assert set(METHODS) == set(get_args(Method))
+    levels = {name: [(level.part, level.adversarial) for level in method] for name, method in METHODS.items()}
+    assert levels == {
+        "standard": [("all", False)],
+        "at": [("all", True)],
+        "at-routers": [("routers", True)],
+        "at-experts": [("experts", True)],
+        "advmoe": [("routers", True), ("experts", True)],  # the lower level comes first
+    }
+    assert METHODS["at"] == (Level("all"),)
+
+
+def halves(model):
+    """State (parameters and buffers) of the experts' and of the routers' half, by name."""
+    state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("normalize")}
+    phi = {name for name in state if "router" in name}
+    assert phi and phi < set(state)
+    assert sum(p.numel() for r in routers_of(model) for p in r.parameters()) == sum(
+        p.numel() for name, p in model.named_parameters() if name in phi
+    )
+    return {"experts": {n: state[n] for n in state if n not in phi}, "routers": {n: state[n] for n in phi}}
+
+
+def train_once(model, part, make_images):
+    psi, phi = split_parameters(model)
+    optimizers = {"experts": torch.optim.SGD(psi, lr=0.1), "routers": torch.optim.SGD(phi, lr=0.1)}
+    with learning(model, part):
+        terms, *_ = trades(model, make_images(16), make_images(16, seed=2), torch.arange(16) % 5, beta=6.0)
+        sum(terms.values()).backward()
+    for name, optimizer in optimizers.items():
+        if part in (name, "all"):
+            optimizer.step()
+    # Nothing of the fixed half may have as much as a gradient.
+    for name, parameters in (("experts", psi), ("routers", phi)):
+        assert all((p.grad is not None) == (part in (name, "all")) for p in parameters)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("part", ["routers", "experts", "all"])
+def test_one_part_moves_and_the_rest_does_not(make_routed, make_images, part, router):
+    model = make_routed(router=router)
+    before = halves(model)
+    train_once(model, part, make_images)
+    after = halves(model)
+    for half in ("experts", "routers"):
+        moved = {name for name, value in after[half].items() if not torch.equal(value, before[half][name])}
+        if part not in (half, "all"):
+            assert not moved
+            continue
+        assert moved == set(after[half]), set(after[half]) - moved
+        assert any("running_mean" in name for name in moved) and any("weight" in name for name in moved)
+
+
+@pytest.mark.parametrize("part", ["routers", "experts", "all"])
+def test_flags_come_back(make_routed, part):
+    model = make_routed()
+    model.train().backbone.stem.eval()
+    model.backbone.classifier.bias.requires_grad_(False)
+    norm = model.backbone.blocks[0].norm1
+    norm.track_running_stats = False
+
+    def flags():
+        modules = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+        return modules, [p.requires_grad for p in model.parameters()]
+
+    before = flags()
+    with pytest.raises(RuntimeError, match="planned"), learning(model, part):
+        psi, phi = split_parameters(model)
+        assert all(m.training for m in model.modules())
+        assert {p.requires_grad for p in psi} == {part != "routers"}
+        assert {p.requires_grad for p in phi} == {part != "experts"}
+        raise RuntimeError("planned")
+    assert flags() == before
+
+
+@pytest.mark.parametrize("part", ["routers", "experts"])
+def test_fixed_norms_normalise_by_the_batch(make_routed, make_images, part):
+    model, x = make_routed(), make_images()
+    with torch.no_grad(), learning(model, part):
+        within = model(x)
+    with torch.no_grad():
+        assert torch.equal(model.train()(x), within)
+        assert not torch.allclose(model.eval()(x), within, atol=1e-3)
+
+
+def test_a_plain_model_learns_whole():
+    model = create_model("resnet18", kind="dense", num_classes=3, width=4).eval()
+    with learning(model, "all"):
+        model(torch.rand(4, 3, 16, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not model.training and model.backbone.blocks[0].norm1.num_batches_tracked == 1

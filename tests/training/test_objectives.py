@@ -1,0 +1,109 @@
+"""Losses and codewords, worked by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from advmoe.moe import Routing
+from advmoe.training.objectives import code_loss, codewords, cross_entropy, kl_divergence, trades
+
+LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
+
+
+def as_images(logits):
+    """Images that `nn.Flatten` turns into the given logits."""
+    return torch.tensor(logits).view(len(logits), 1, 1, -1).requires_grad_()
+
+
+# Two samples, two classes. Clean p: (3/4, 1/4), (1/2, 1/2); adversarial q: (1/2, 1/2), (1/5, 4/5); true class 0, 1.
+CLEAN, ADVERSARIAL, LABELS = [[LN3, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, LN4]], torch.tensor([0, 1])
+P, Q = torch.tensor([[3 / 4, 1 / 4], [1 / 2, 1 / 2]]), torch.tensor([[1 / 2, 1 / 2], [1 / 5, 4 / 5]])
+KL = [0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.5 * math.log(5 / 2) + 0.5 * math.log(5 / 8)]
+
+
+def test_trades_by_hand():
+    terms, clean, adversarial, logits = trades(nn.Flatten(), as_images(CLEAN), as_images(ADVERSARIAL), LABELS, beta=6.0)
+    assert list(terms) == ["ce", "kl"]
+    assert terms["ce"].item() == pytest.approx((math.log(4 / 3) + LN2) / 2, rel=1e-6)
+    assert terms["kl"].item() == pytest.approx(6 * sum(KL) / 2, rel=1e-6)
+    assert logits.tolist() == torch.tensor(CLEAN).tolist()
+    assert clean is not adversarial and not clean.choices
+
+
+def test_trades_gradient_reaches_both_arguments():
+    x, x_adv = as_images(CLEAN), as_images(ADVERSARIAL)
+    terms, *_ = trades(nn.Flatten(), x, x_adv, LABELS, beta=6.0)
+    terms["kl"].backward(retain_graph=True)
+    # By the adversarial logits: q - p. By the clean ones: p (log(p / q) - KL). Mean over 2 samples, times 6.
+    torch.testing.assert_close(x_adv.grad.view(2, 2), 6 / 2 * (Q - P))
+    by_clean = 6 / 2 * P * ((P / Q).log() - torch.tensor(KL)[:, None])
+    torch.testing.assert_close(x.grad.view(2, 2), by_clean)
+    terms["ce"].backward()
+    # CE adds p - 1[true] to the clean side alone.
+    torch.testing.assert_close(x.grad.view(2, 2), by_clean + 1 / 2 * (P - torch.eye(2)))
+    torch.testing.assert_close(x_adv.grad.view(2, 2), 6 / 2 * (Q - P))
+
+
+def test_kl_is_finite_at_any_confidence():
+    clean, adversarial = (torch.tensor([v], requires_grad=True) for v in ([200.0, -200.0], [-200.0, 200.0]))
+    kl = kl_divergence(clean, adversarial)
+    kl.backward()
+    assert kl.item() == pytest.approx(400)
+    assert clean.grad.isfinite().all() and adversarial.grad.tolist() == [[-1.0, 1.0]]
+    assert kl_divergence(clean, clean).item() == 0
+    assert kl_divergence(clean.bfloat16(), adversarial.bfloat16()).dtype == torch.float32
+
+
+def test_cross_entropy_records_the_routing(make_routed, make_images):
+    model, x, y = make_routed(), make_images(), torch.arange(12) % 5
+    terms, routing, logits = cross_entropy(model, x, y)
+    assert list(terms) == ["ce"] and routing.pathway().shape == (12, 16)
+    expected = -logits.log_softmax(1)[torch.arange(12), y].mean()
+    torch.testing.assert_close(terms["ce"], expected)
+
+
+def test_trades_records_both_routings(make_routed, make_images):
+    model, x, x_adv = make_routed(), make_images(), make_images(seed=8)
+    _, clean, adversarial, _ = trades(model, x, x_adv, torch.zeros(12, dtype=torch.long), beta=1.0)
+    for routing, images in ((clean, x), (adversarial, x_adv)):
+        _, expected, _ = cross_entropy(model, images, torch.zeros(12, dtype=torch.long))
+        assert torch.equal(routing.pathway(), expected.pathway())
+    assert not torch.equal(clean.pathway(), adversarial.pathway())
+
+
+def test_mod_codewords():
+    table = codewords("mod", num_classes=5, num_layers=3, num_experts=2, seed=0)
+    assert table.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert torch.equal(table, codewords("mod", 5, 3, 2, seed=9))
+
+
+@pytest.mark.parametrize(("classes", "experts", "counts"), [(10, 2, [5, 5]), (10, 3, [4, 3, 3]), (100, 4, [25] * 4)])
+def test_random_codewords_are_balanced_columns(classes, experts, counts):
+    table = codewords("random", classes, 16, experts, seed=0)
+    assert table.shape == (classes, 16)
+    for column in table.T:
+        assert column.bincount(minlength=experts).tolist() == counts
+    assert len(table.unique(dim=1).T) > 8  # the columns differ
+    assert len(table.unique(dim=0)) == classes  # and so do the classes
+    assert torch.equal(table, codewords("random", classes, 16, experts, seed=0))
+    assert not torch.equal(table, codewords("random", classes, 16, experts, seed=1))
+
+
+def test_code_loss_by_hand():
+    # Classes 2 and 0; codewords (1, 0) and (0, 1); probabilities of the wanted experts: layer 0 3/4 and 1/2, layer 1
+    # 1/2 and 1/4. Mean of log(4/3), log 2, log 2, log 4 is (4 log 2 + log 4/3) / 4.
+    table = torch.tensor([[0, 1], [0, 0], [1, 0]])
+    scores = {0: torch.tensor([[0.0, LN3], [0.0, 0.0]]), 1: torch.tensor([[0.0, 0.0], [LN3, 0.0]])}
+    loss = code_loss(Routing(scores=scores), torch.tensor([2, 0]), table, alpha=6.0)
+    assert loss.item() == pytest.approx(6 * (4 * LN2 + math.log(4 / 3)) / 4, rel=1e-6)
+
+
+def test_code_loss_reaches_the_routers_alone(make_routed, make_images):
+    model, y = make_routed(router="embedding"), torch.arange(12) % 5
+    table = codewords("random", 5, 16, 2, seed=0)
+    _, routing, _ = cross_entropy(model, make_images(), y)
+    code_loss(routing, y, table, alpha=6.0).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached == {name for name, _ in model.named_parameters() if "router" in name}

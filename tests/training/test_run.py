@@ -1,0 +1,238 @@
+"""Whole runs, as real processes: what they leave behind, how they continue, how processes agree."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import advmoe
+from advmoe.config import Config
+from advmoe.training.run import TrainingDiverged, resume, train
+
+TINY = {
+    "model": {"width": 4, "experts_init": "shared"},
+    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": True},
+    "threat": {"eps": "0.1"},
+    "training": {"epochs": 3, "batch_size": 640, "step_size": 0.06, "val_attack_steps": 2},
+}
+THREADS = {"accelerator": "cpu", "threads": 1}
+
+
+def tiny(**groups):
+    merged = {name: {**TINY.get(name, {}), **groups.get(name, {})} for name in {*TINY, *groups}}
+    return Config.from_dict(merged)
+
+
+def weights(run):
+    return load_file(run / "last" / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted AdvMoE run."""
+    return train(tiny(), run_dir=tmp_path_factory.mktemp("runs") / "whole", name="tiny", **THREADS)
+
+
+def test_run_directory_holds_what_is_needed_to_trust_and_repeat_it(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "metrics.jsonl", "model.safetensors", "model.json", "best", "last",
+        "last-previous",
+    }  # fmt: skip
+    assert Config.load(finished / "config.yaml") == tiny()
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert torch.__version__.startswith(manifest["versions"]["torch"].split("+")[0])
+    assert manifest["threads"] == 1 and manifest["seed"] == 0 and manifest["wall_seconds"] > 0
+    assert manifest["finished"] is not None
+
+
+def test_metrics_name_every_level_layer_and_speed(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert set(line["train"]) == {"routers", "experts"}
+        assert {"ce", "kl", "accuracy"} <= set(line["train"]["experts"])
+        assert line["images_per_second"] > 0 and line["seconds"] > 0
+        assert [layer["layer"] for layer in line["layers"]] == list(range(16))
+        for layer in line["layers"]:
+            assert sum(layer["load"]) == pytest.approx(1, abs=1e-5)
+            assert 0 <= layer["entropy"] <= 0.6932  # at most log 2 for two experts
+            assert layer["dead_experts"] == [e for e, share in enumerate(layer["load"]) if share == 0]
+
+
+def test_shipped_model_is_the_best_checkpoint_and_rebuilds_alone(finished, tmp_path):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["val"]["robust_accuracy"] for line in lines]
+    state = torch.load(finished / "best" / "state.pt", weights_only=True)
+    best = state["progress"]["best"]
+    assert best["score"] == max(scores)
+    assert_same_weights(load_file(finished / "model.safetensors"), load_file(finished / "best" / "model.safetensors"))
+    for name in ("model.safetensors", "model.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    model = advmoe.load_run(tmp_path)
+    assert not model.training
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(x), advmoe.load_run(finished)(x))
+    assert advmoe.pathway(model, x).shape == (2, 16)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
+    again = train(tiny(), run_dir=tmp_path / "again", **THREADS)
+    assert_same_weights(weights(again), weights(finished))
+    other = train(tiny(training={"seed": 1, "epochs": 1}), run_dir=tmp_path / "other", **THREADS)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(other).values(), weights(finished).values(), strict=True))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+def test_interrupted_anywhere_and_resumed_ends_bit_identical(finished, tmp_path, how):
+    run = tmp_path / "run"
+    tiny().dump(tmp_path / "tiny.yaml")
+    command = [sys.executable, "-m", "advmoe", "train", "--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(run)]
+    process = subprocess.Popen([*command, "--threads", "1", "--accelerator", "cpu"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (run / "last" / "checksums.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the next epoch
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130), error
+    if how == signal.SIGINT:
+        assert error.count("\n") == 1 and "--resume" in error
+    assert json.loads((run / "manifest.json").read_text())["finished"] is None
+    (run / "metrics.jsonl").open("a").write('{"epoch": 9, "torn')  # a line cut off by the kill
+    resume(run)
+    assert_same_weights(weights(run), weights(finished))
+    assert_same_weights(load_file(run / "model.safetensors"), load_file(finished / "model.safetensors"))
+    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3]
+
+
+def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    content = bytearray((run / "last" / "model.safetensors").read_bytes())
+    content[-5] ^= 255
+    (run / "last" / "model.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"last/model\.safetensors.*damaged.*last-previous"):
+        resume(run)
+    assert_same_weights(weights(run), weights(finished))
+
+
+@pytest.mark.parametrize("method", ["advmoe", "at"])
+def test_two_processes_end_with_the_same_weights_on_both(tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys, torch
+from pathlib import Path
+from advmoe.config import Config
+from advmoe.training import run as runs
+
+class Watched(runs.Trainer):
+    def validate(self):
+        measured = super().validate()
+        torch.save(self.model.state_dict(), Path({str(tmp_path)!r}) / f"rank{{self.fabric.global_rank}}.pt")
+        return measured
+
+runs.Trainer = Watched
+if __name__ == "__main__":
+    config = Config.load("{tmp_path}/tiny.yaml")
+    runs.train(config, run_dir=Path({str(tmp_path)!r}) / "run", devices=2, accelerator="cpu", threads=1)
+"""
+    )
+    tiny(training={"method": method, "epochs": 1}).dump(tmp_path / "tiny.yaml")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_weights(*ranks)
+    saved = weights(tmp_path / "run")
+    assert_same_weights({name: ranks[0][name].contiguous() for name in saved}, saved)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["devices"] == 2
+    assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-5) for layer in line["layers"])
+
+
+def test_diverging_loss_stops_with_step_term_and_loads_and_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    from advmoe.training import trainer
+
+    real, calls = trainer.trades, []
+
+    def poisoned(*args, **kwargs):
+        terms, *rest = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 6:  # two iterations of two levels an epoch: in the second epoch
+            terms["kl"] = terms["kl"] * float("nan")
+        return terms, *rest
+
+    monkeypatch.setattr(trainer, "trades", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"step \d+ \(epoch 2, experts\).*kl=nan.*loads per layer: \[\["):
+        train(tiny(), run_dir=tmp_path / "run", **THREADS)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"] is None
+    resume(tmp_path / "run")
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"training": {"method": "standard"}},
+        {"model": {"kind": "s-dense"}, "training": {"method": "at"}},
+        {"model": {"kind": "dense"}, "training": {"method": "at", "precision": "bf16-mixed"}},
+        {"model": {"router": "image"}, "training": {"router_objective": "codes", "codes": "mod"}},
+        {
+            "model": {"router": "embedding", "experts": "independent"},
+            "training": {"router_objective": "codes", "codes": "random", "attack_routing": "soft"},
+        },
+        {"training": {"router_objective": "codes", "codes": "random", "precision": "bf16-mixed"}},
+        {"threat": {"norm": "l2", "eps": 0.5}, "data": {"val_fraction": 0.0}},
+    ],
+    ids=lambda groups: "-".join(str(v) for fields in groups.values() for v in fields.values()),
+)
+def test_every_method_router_objective_and_precision_trains(groups, tmp_path):
+    groups["training"] = {**groups.get("training", {}), "epochs": 1}
+    run = train(tiny(**groups), run_dir=tmp_path / "run", **THREADS)
+    line = json.loads((run / "metrics.jsonl").read_text())
+    codes = groups["training"].get("router_objective") == "codes"
+    assert ("codes" in line["train"].get("routers", {})) == codes
+    assert (line["val"] is None) == (groups.get("data", {}).get("val_fraction") == 0.0)
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert tensor.dtype in (torch.float32, torch.int64) and torch.isfinite(tensor).all(), name
+
+
+def test_router_then_expert_training_moves_one_half_each(tmp_path):
+    standard = train(tiny(training={"method": "standard", "epochs": 1}), run_dir=tmp_path / "standard", **THREADS)
+    settings = {"method": "at-routers", "init_from": str(standard), "epochs": 1}
+    routers = train(tiny(training=settings), run_dir=tmp_path / "routers", **THREADS)
+    settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1}
+    experts = train(tiny(training=settings), run_dir=tmp_path / "experts", **THREADS)
+    before, middle, after = (load_file(run / "model.safetensors") for run in (standard, routers, experts))
+    for name in before:
+        phi = ".router." in name
+        assert torch.equal(before[name], middle[name]) != phi, name
+        assert torch.equal(middle[name], after[name]) == (phi or name.startswith("normalize")), name
+
+
+def test_init_from_another_shape_names_the_field(tmp_path, finished):
+    settings = {"method": "at-routers", "init_from": str(finished)}
+    with pytest.raises(ValueError, match=r"training\.init_from must hold a model of the shape in model\.\*"):
+        train(tiny(model={"width": 8}, training=settings), run_dir=tmp_path / "run", **THREADS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_a_model_that_loads(tmp_path):
+    run = train(tiny(training={"compile": True, "epochs": 1}), run_dir=tmp_path / "run", **THREADS)
+    assert advmoe.load_run(run)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
