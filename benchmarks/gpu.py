@@ -202,7 +202,8 @@ def make_config(method: str, options: argparse.Namespace) -> Config:
     changes: dict[str, dict[str, Any]] = {"training": training | {"epochs": options.epochs}}
     if options.smoke:
         setting = "digits"
-        changes["model"] = {"width": 8}
+        changes["model"], changes["data"] = {"width": 8}, {"val_fraction": 0.02}
+        changes["training"]["batch_size"] = 128
     else:
         setting = "cifar10-resnet18"
         name = "folder" if (Path(options.root) / "train").is_dir() else "cifar10"
@@ -419,8 +420,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    options = parse()
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     budget = Budget(options.minutes)
     torch.set_num_threads(options.threads)
     try:

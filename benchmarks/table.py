@@ -112,8 +112,9 @@ def main() -> None:
         result = json.loads((run / "evaluation.json").read_text())
         robust = {k.removeprefix("pgd-50"): f"{100 * v:.1f}" for k, v in result["robust_accuracy"].items()}
         cells = [
-            name, f"{100 * result['clean_accuracy']:.1f}", robust[""], robust.get("-soft", "-"), f"{100 * result['worst_case']:.1f}",
-            f"{result['cost']['gmacs']:.4f}", f"{milliseconds[name]:.3f}", describe_load(run),
+            name, f"{100 * result['clean_accuracy']:.1f}", robust[""], robust.get("-soft", "-"),
+            f"{100 * result['worst_case']:.1f}", f"{result['cost']['gmacs']:.4f}", f"{milliseconds[name]:.3f}",
+            describe_load(run),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
 

@@ -116,15 +116,27 @@ def test_gpu_smoke_measures_trains_evaluates_and_packs(tmp_path: Path, gpu: Modu
         assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
 
 
-def test_gpu_reports_mistakes_in_one_line(tmp_path: Path) -> None:
-    for args, text in (
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
         (["--resume"], "--resume must find a run to continue in --runs, got 'runs/gpu'"),
         (["--set", "training.lr=-1"], "training.lr must be > 0, got -1"),
         (["--set", "lr"], "--set must be GROUP.FIELD=VALUE, got 'lr'"),
-    ):
-        done = run("gpu.py", "--smoke", *args, cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == "", done
-        assert done.stderr.startswith("gpu.py: error: ") and text in done.stderr and done.stderr.count("\n") == 1
+        (["--archive", "absent.tar.xz"], "absent.tar.xz"),
+    ],
+)
+def test_gpu_reports_mistakes_in_one_line(
+    tmp_path: Path,
+    gpu: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gpu.main(["--smoke", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("gpu.py: error: ") and text in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,12 +174,20 @@ def test_gpu_stops_at_an_epoch_and_continues_exactly(tmp_path: Path, gpu: Module
     assert all(torch.equal(tensor, weights["cut"][name]) for name, tensor in weights["whole"].items())
 
 
-def test_gpu_stops_before_the_first_epoch_without_time(tmp_path: Path) -> None:
-    done = run("gpu.py", "--smoke", "--no-speed", "--minutes", "0", "--out", "flat", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_gpu_starts_nothing_without_time_and_refuses_other_settings(
+    tmp_path: Path, gpu: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--smoke", "--no-speed", "--methods", "at-s-dense", "--accelerator", "cpu", "--out", str(tmp_path / "flat")]
+    args += ["--runs", str(tmp_path / "runs"), "--minutes", "0"]
+    assert gpu.main(args) == 0
     results = json.loads((tmp_path / "flat" / "results.json").read_text())
-    assert [(entry["status"], entry["epochs_done"]) for entry in results["runs"]] == [("not started", 0)] * 2
+    assert [(entry["status"], entry["epochs_done"]) for entry in results["runs"]] == [("not started", 0)]
     assert results["speed"] == []
+    run_dir = tmp_path / "runs" / "at-s-dense"
+    run_dir.mkdir()
+    gpu.make_config("at-s-dense", gpu.parse([*args, "--seed", "1"])).dump(run_dir / "config.yaml")
+    assert gpu.main(args) == 2
+    assert "holds a run with other settings: training.seed" in capsys.readouterr().err
 
 
 def test_weights_are_split_over_files_and_read_back(tmp_path: Path, gpu: ModuleType) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from advmoe.attacks.pgd import Predict, pgd
@@ -23,7 +23,8 @@ from advmoe.evaluation.cost import cost
 from advmoe.files import write_text
 from advmoe.models import Classifier, load_model
 from advmoe.models.modes import frozen
-from advmoe.moe.routing import soft_routing
+from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.routing import route, soft_routing
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
 
@@ -32,15 +33,15 @@ EvaluationData = ImageSet | tuple[Tensor, Tensor]
 
 
 @contextmanager
-def measuring(predict: Predict) -> Iterator[None]:
-    """Eval mode, frozen parameters and full fp32 while numbers are taken; what was set before comes back."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
+    """Eval mode, frozen parameters, hard routing, full fp32 while numbers are taken; restores what was set before."""
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with frozen(predict):
+        with frozen(predict), route(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -51,10 +52,24 @@ def _take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Ten
     return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
 
 
+def _count(data: EvaluationData) -> int:
+    images, labels = (len(data), len(data)) if isinstance(data, ImageSet) else (len(data[0]), len(data[1]))
+    if images == 0 or images != labels:
+        raise ValueError(
+            f"data must hold at least 1 example, and a class for each, got {images} images, {labels} labels"
+        )
+    return images
+
+
+def _correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each row's largest logit is its class's; a row with NaN has none, whatever `argmax` says."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+
+
 def surrogates(predict: Predict, steps: int) -> dict[str, Predict | None]:
     """The PGD variants that a model calls for, by name: its own gradients, and soft routing's for a routed model."""
     variants: dict[str, Predict | None] = {f"pgd-{steps}": None}
-    if isinstance(predict, Classifier) and predict.routed:
+    if isinstance(predict, nn.Module) and any(isinstance(module, MoEConv2d) for module in predict.modules()):
         variants[f"pgd-{steps}-soft"] = soft_routing(predict)
     return variants
 
@@ -76,17 +91,17 @@ def outcomes(
     broken and is not attacked. Each batch draws its random starts from the seed and its own position.
     """
     device = torch.device(device)
-    count = len(data) if isinstance(data, ImageSet) else len(data[1])
-    if count == 0:
-        raise ValueError("the evaluation data must hold at least 1 example, got 0")
+    count = _count(data)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
     variants = surrogates(predict, attack.steps)
     found: dict[str, list[Tensor]] = {name: [] for name in ("clean", *variants)}
     bar = tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True)
-    with measuring(predict), bar:
+    with measuring(predict, device), bar:
         for first in range(0, count, batch_size):
             x, y = _take(data, slice(first, first + batch_size), device)
             with torch.no_grad():
-                correct = predict(x).argmax(1) == y
+                correct = _correct(predict(x), y)
             found["clean"].append(correct)
             for name, surrogate in variants.items():
                 robust = correct.clone()
@@ -103,7 +118,7 @@ def outcomes(
                         generator=generator_for(seed, name, first, device=device),
                     )
                     with torch.no_grad():
-                        robust[correct] = predict(x_adv).argmax(1) == y[correct]
+                        robust[correct] = _correct(predict(x_adv), y[correct])
                 found[name].append(robust)
             bar.update(len(y))
     return {name: torch.cat(parts).cpu() for name, parts in found.items()}

@@ -30,12 +30,14 @@ class MoEConv2d(nn.Module):
     """A convolution of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
     Args:
-        c_in, c_out: channels of one pathway. bank_rows: M, the rows that the experts' windows share
-        (`experts="subset"`), or
-            N * c_out for experts with no row in common.
+        c_in, c_out: channels of one pathway.
+        bank_rows: M, the rows that the experts' windows share (`experts="subset"`), or N * c_out for experts with no
+            row in common.
         num_experts: E. layer: this layer's index in the pathway.
         own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
     """
+
+    row_index: Tensor
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class MoEConv2d(nn.Module):
         self.c_in, self.c_out, self.stride, self.padding = c_in, c_out, stride, padding
         self.num_experts, self.layer = num_experts, layer
         self.rows = expert_rows(bank_rows, c_out, num_experts)
+        self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
         self.bank = nn.Parameter(torch.empty(bank_rows, c_in, kernel_size, kernel_size))
         self.router = LayerRouter(c_in, num_experts) if own_router else None
         # The backbone's own initialisation: fan-out of one pathway, as in S-Dense.
@@ -81,7 +84,7 @@ class MoEConv2d(nn.Module):
         rows = self.rows[expert]
         if rows[-1] - rows[0] + 1 == len(rows):
             return bank.narrow(0, rows[0], len(rows))
-        return bank.index_select(0, torch.tensor(rows, device=bank.device))
+        return bank.index_select(0, self.row_index[expert])
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding)

@@ -29,8 +29,9 @@ class Plan:
         """Group the samples of `choice`, (N,) expert indices, by expert; order within a group is kept."""
         if len(choice) == 1:
             return Plan((int(choice.item()),), (torch.zeros_like(choice),))
-        counts = torch.bincount(choice, minlength=num_experts).tolist()
-        used = tuple(e for e, n in enumerate(counts) if n)
+        # One wait for the device; `bincount` would add two.
+        counts: list[int] = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0).tolist()
+        used = tuple(e for e, n in enumerate(counts) if n) or (0,)
         if len(used) == 1:
             return Plan(used, (torch.arange(len(choice), device=choice.device),))
         order = choice.argsort(stable=True)

@@ -19,9 +19,11 @@ def _full_precision(x: Tensor) -> torch.autocast:
 class LayerRouter(nn.Module):
     """An MoE layer's own router: its input -> global average pool -> norm -> small MLP -> scores (N, E).
 
-    The norm is a batch norm: pooled features of different images lie close together, and centring them over the data
-    set is what lets an untrained router tell them apart; in eval mode its statistics are fixed, so the choice depends
-    on the sample alone.
+    The norm is a batch norm: pooled features of different images lie close together, and only centred over the data do
+    they let an untrained router tell images apart. In eval mode its statistics are fixed, so the choice depends on the
+    sample alone. A second norm, ahead of the scores, would split untrained loads evenly (now 73-87% to the busier of two
+    experts on CIFAR images), but experts that share the data from the first step learn far slower: digits, 5 epochs, 14%
+    robust validation accuracy against 54%, and 26% against 58% with `experts_init="shared"`.
     """
 
     def __init__(self, channels: int, num_experts: int) -> None:
@@ -35,7 +37,7 @@ class LayerRouter(nn.Module):
         """Scores (N, E) for the layer's input `x` (N, C, H, W)."""
         with _full_precision(x):
             # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
-            pooled = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / x[0, 0].numel()
+            pooled = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
             scores: Tensor = self.scores(self.hidden(self.norm(pooled)).relu())
             return scores
 
@@ -59,6 +61,8 @@ class ImageRouter(nn.Module):
         for c_in, c_out, stride in shape:
             layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.embedding = nn.Sequential(*layers)
+        # Centred over the data, as in `LayerRouter`: without it one untrained expert got 82-100% of the images.
+        self.norm = nn.BatchNorm1d(4 * base)
         self.heads = nn.Linear(4 * base, num_experts * (1 if shared else num_layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -66,7 +70,8 @@ class ImageRouter(nn.Module):
         shared.
         """
         with _full_precision(x):
-            scores = self.heads(self.embedding(x.to(torch.promote_types(x.dtype, torch.float32))).mean((2, 3)))
+            embedded = self.embedding(x.to(torch.promote_types(x.dtype, torch.float32)))
+            scores = self.heads(self.norm(embedded.mean((2, 3))))
         if self.shared:
             return [scores] * self.num_layers
         return list(scores.unflatten(1, (self.num_layers, self.num_experts)).unbind(1))

@@ -1,6 +1,6 @@
 """What an epoch leaves behind for its reader: mean losses, and how each MoE layer used its experts.
 
-Axes: `E` experts.
+Axes: `E` experts, `L` MoE layers, `N` samples.
 """
 
 from __future__ import annotations
@@ -16,36 +16,39 @@ from advmoe.training.processes import total
 
 
 class LayerUse:
-    """Expert counts and routing entropy of each MoE layer, gathered over the clean passes of an epoch."""
+    """Expert counts (L, E) and summed routing entropy (L,), gathered over the clean passes of an epoch."""
 
     def __init__(self) -> None:
-        self.counts: dict[int, Tensor] = {}
-        self.entropy: dict[int, Tensor] = {}
+        self.counts: Tensor | None = None
+        self.entropy: Tensor | None = None
 
     def add(self, routing: Routing) -> None:
         """Count one pass."""
-        for layer, scores in routing.scores.items():
-            scores = scores.detach()
-            counts = torch.bincount(routing.choices[layer], minlength=scores.shape[1]).float()
-            entropy = torch.special.entr(scores.softmax(1)).sum()
-            self.counts[layer] = self.counts.get(layer, 0) + counts
-            self.entropy[layer] = self.entropy.get(layer, 0) + entropy
+        if not routing.scores:
+            return
+        layers = sorted(routing.scores)
+        scores = torch.stack([routing.scores[layer].detach() for layer in layers])
+        experts = torch.arange(scores.shape[2], device=scores.device)
+        counts = (routing.pathway().T[:, :, None] == experts).sum(1).float()
+        entropy = torch.special.entr(scores.softmax(2)).sum((1, 2))
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.entropy = entropy if self.entropy is None else self.entropy + entropy
 
     def loads(self) -> list[list[float]]:
         """Share of samples of each expert, per layer, on this process."""
-        return [[round(v, 4) for v in (c / c.sum()).tolist()] for _, c in sorted(self.counts.items())]
+        if self.counts is None:
+            return []
+        return [[round(v, 4) for v in (c / c.sum()).tolist()] for c in self.counts]
 
     def report(self, fabric: Fabric) -> list[dict[str, Any]]:
         """Per MoE layer: load (E shares), entropy of the softmax of the scores in nats, experts that no sample
         chose.
         """
-        if not self.counts:
+        if self.counts is None or self.entropy is None:
             return []
-        layers = sorted(self.counts)
-        counts = total(fabric, torch.stack([self.counts[layer] for layer in layers]))
-        entropy = total(fabric, torch.stack([self.entropy[layer] for layer in layers]))
+        counts, entropy = total(fabric, self.counts), total(fabric, self.entropy)
         report = []
-        for layer, c, h in zip(layers, counts, entropy, strict=True):
+        for layer, (c, h) in enumerate(zip(counts, entropy, strict=True)):
             dead = (c == 0).nonzero().flatten().tolist()
             load = [round(v, 6) for v in (c / c.sum()).tolist()]
             report.append({"layer": layer, "load": load, "entropy": (h / c.sum()).item(), "dead_experts": dead})

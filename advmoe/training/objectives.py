@@ -53,6 +53,8 @@ def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int,
     `mod`: class modulo N in every layer. `random`: every column a balanced random assignment, so that the pathway is an
     error-correcting code of the class.
     """
+    if num_experts > num_classes:
+        raise ValueError(f"model.num_experts must be <= the {num_classes} classes with codewords, got {num_experts!r}")
     balanced = torch.arange(num_classes) % num_experts
     if codes == "mod":
         return balanced[:, None].expand(-1, num_layers).clone()

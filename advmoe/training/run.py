@@ -167,8 +167,9 @@ def _load(config: Config, *, progress: bool) -> Dataset:
 
 def _start(launch: _Launch) -> Path:
     devices, batch_size = launch.devices, launch.config.training.batch_size
-    if devices < 1 or batch_size % devices:
-        raise ValueError(f"devices must be >= 1 and divide training.batch_size={batch_size}, got {devices!r}")
+    # Two images a process at least: the routers' batch norms need a batch.
+    if devices < 1 or batch_size % devices or batch_size // devices < 2:
+        raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     if launch.accelerator == "cuda" and torch.cuda.device_count() < devices:
         raise ValueError(f"devices must be <= the {torch.cuda.device_count()} CUDA devices present, got {devices!r}")
     fabric = Fabric(

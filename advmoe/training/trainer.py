@@ -87,6 +87,8 @@ class Trainer:
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, c.training.seed)
             self.table = codewords(c.training.codes, *arguments).to(device)
         if c.training.compile:
+            # Blocks share their code, which recompiles for each shape and each mode (attack, loss, measurement).
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self.model.backbone.compile()
         self.use, self.means = LayerUse(), EpochMeans()
 
