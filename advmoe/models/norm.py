@@ -39,19 +39,19 @@ class _Affine(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, with a faster pass where nothing of it is learnt: eval mode under an attack or in the
-    routers' step.
+    """`torch.nn.BatchNorm2d`, with a faster pass under an attack: eval mode, gradients for the input alone.
 
-    There it is a fixed scale and shift per channel. On channels-last CPU tensors PyTorch's kernel loops over the few
+    There it is a fixed scale and shift per channel. On channels-last CPU tensors PyTorch's backward loops over the few
     channels of one pixel; over whole image rows (the scale repeated W times) the same arithmetic fills the vector
-    units.
+    units. Forward alone gains nothing, so inference keeps PyTorch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        learnt = self.weight.requires_grad or self.bias.requires_grad
-        learning = self.training or (torch.is_grad_enabled() and learnt)
-        if learning or x.is_cuda or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+        learnt = self.training or self.weight.requires_grad or self.bias.requires_grad
+        attacked = torch.is_grad_enabled() and x.requires_grad and not learnt
+        suited = x.device.type == "cpu" and x.dtype == torch.float32
+        if not (attacked and suited and x.is_contiguous(memory_format=torch.channels_last)):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()

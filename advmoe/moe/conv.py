@@ -57,6 +57,7 @@ class MoEConv2d(nn.Module):
         self.c_in, self.c_out, self.stride, self.padding = c_in, c_out, stride, padding
         self.num_experts, self.layer = num_experts, layer
         self.rows = expert_rows(bank_rows, c_out, num_experts)
+        self.adjacent = [r[0] if r[-1] - r[0] + 1 == len(r) else None for r in self.rows]
         self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
         self.bank = nn.Parameter(torch.empty(bank_rows, c_in, kernel_size, kernel_size))
         self.router = LayerRouter(c_in, num_experts) if own_router else None
@@ -81,9 +82,9 @@ class MoEConv2d(nn.Module):
     def weight(self, expert: int, bank: Tensor | None = None) -> Tensor:
         """The filters of `expert`, (C_out, C_in, k, k): a view where its rows are adjacent, which costs no copy."""
         bank = self.bank if bank is None else bank
-        rows = self.rows[expert]
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return bank.narrow(0, rows[0], len(rows))
+        first = self.adjacent[expert]
+        if first is not None:
+            return bank.narrow(0, first, self.c_out)
         return bank.index_select(0, self.row_index[expert])
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -95,22 +96,25 @@ class MoEConv2d(nn.Module):
         outputs: Tensor = self._conv(x, weights).unflatten(1, (self.num_experts, self.c_out))
         return outputs
 
-    # Grouping reads the choice on the host, which a compiled graph cannot.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), by the active routing (see `routing.route`)."""
         routing = active_routing()
-        scores = self.router(x) if self.router is not None else routing.shared[self.layer]
+        router = self.router
+        scores = router(x) if router is not None else routing.shared[self.layer]
         choice = routing.choose(self.layer, scores)
         # One cast of the bank a pass: autocast would cast every expert's slice anew.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.bank.dtype
-        bank, x = self.bank.to(dtype), x.to(dtype)
+        bank: Tensor = self.bank
+        dtype = bank.dtype
+        if torch.is_autocast_enabled(device := x.device.type):
+            dtype = torch.get_autocast_dtype(device)
+            bank, x = bank.to(dtype), x.to(dtype)
         if routing.mode == "hard":
             plan = routing.plan(scores, choice)
-            parts = split(x, plan)
-            outputs = tuple(self._conv(p, self.weight(e, bank)) for e, p in zip(plan.experts, parts, strict=True))
-            y = merge(outputs, plan)
+            if len(plan.experts) == 1:
+                y = self._conv(x, self.weight(plan.experts[0], bank))
+            else:
+                parts = zip(plan.experts, split(x, plan), strict=True)
+                y = merge(tuple(self._conv(part, self.weight(expert, bank)) for expert, part in parts), plan)
             if not (torch.is_grad_enabled() and scores.requires_grad):
                 return y
             return straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])

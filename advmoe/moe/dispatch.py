@@ -18,7 +18,7 @@ from torch import Tensor
 class Plan:
     """Which samples go to which expert: `members[i]` (n_e,) are the batch positions of expert `experts[i]`.
 
-    Experts without a sample are left out, so a batch with one pathway costs one plain convolution.
+    Experts without a sample are left out; where one expert has them all, nothing is moved and `members` is empty.
     """
 
     experts: tuple[int, ...]
@@ -28,12 +28,12 @@ class Plan:
     def of(choice: Tensor, num_experts: int) -> Plan:
         """Group the samples of `choice`, (N,) expert indices, by expert; order within a group is kept."""
         if len(choice) == 1:
-            return Plan((int(choice.item()),), (torch.zeros_like(choice),))
+            return Plan((int(choice.item()),), ())
         # One wait for the device; `bincount` would add two.
         counts: list[int] = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0).tolist()
         used = tuple(e for e, n in enumerate(counts) if n) or (0,)
         if len(used) == 1:
-            return Plan(used, (torch.arange(len(choice), device=choice.device),))
+            return Plan(used, ())
         order = choice.argsort(stable=True)
         return Plan(used, order.split([counts[e] for e in used]))
 

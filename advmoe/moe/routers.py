@@ -10,10 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+from torch.nn import functional as F
 
 
 class LayerRouter(nn.Module):
@@ -21,9 +18,9 @@ class LayerRouter(nn.Module):
 
     The norm is a batch norm: pooled features of different images lie close together, and only centred over the data do
     they let an untrained router tell images apart. In eval mode its statistics are fixed, so the choice depends on the
-    sample alone. A second norm, ahead of the scores, would split untrained loads evenly (now 73-87% to the busier of two
-    experts on CIFAR images), but experts that share the data from the first step learn far slower: digits, 5 epochs, 14%
-    robust validation accuracy against 54%, and 26% against 58% with `experts_init="shared"`.
+    sample alone. A second norm, ahead of the scores, would split untrained loads evenly (now 73-87% to the busier of
+    two experts on CIFAR images), but experts that share the data from the first step learn far slower: digits, 5
+    epochs, 14% robust validation accuracy against 54%, and 26% against 58% with `experts_init="shared"`.
     """
 
     def __init__(self, channels: int, num_experts: int) -> None:
@@ -35,11 +32,22 @@ class LayerRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (N, E) for the layer's input `x` (N, C, H, W)."""
-        with _full_precision(x):
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        norm, hidden, last = self.norm, self.hidden, self.scores
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.training or torch.is_grad_enabled():
             # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
-            pooled = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
-            scores: Tensor = self.scores(self.hidden(self.norm(pooled)).relu())
+            pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
+            scores: Tensor = last(hidden(norm(pooled)).relu())
             return scores
+        # For one image a router's cost is that of its calls, and functions have less around them than modules.
+        mean, var = norm.running_mean, norm.running_var
+        centred = torch.batch_norm(
+            x.mean((2, 3), dtype=dtype), norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False
+        )
+        return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 
 
 class ImageRouter(nn.Module):
@@ -69,7 +77,7 @@ class ImageRouter(nn.Module):
         """Scores (N, E) of each of the L layers for normalised images `x` (N, C, H, W); one tensor L times if
         shared.
         """
-        with _full_precision(x):
+        with torch.autocast(x.device.type, enabled=False):
             embedded = self.embedding(x.to(torch.promote_types(x.dtype, torch.float32)))
             scores = self.heads(self.norm(embedded.mean((2, 3))))
         if self.shared:

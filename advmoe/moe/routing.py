@@ -50,7 +50,7 @@ class Routing:
         """Record `scores` (N, E) of `layer` and return the choice (N,)."""
         if self.forced is not None and (self.forced.dim() != 2 or len(self.forced) != len(scores)):
             raise ValueError(f"forced must be (N, L) with N = {len(scores)}, got shape {tuple(self.forced.shape)}")
-        choice = scores.detach().argmax(1) if self.forced is None else self.forced[:, layer]
+        choice = scores.argmax(1) if self.forced is None else self.forced[:, layer]
         self.scores[layer], self.choices[layer] = scores, choice
         return choice
 
