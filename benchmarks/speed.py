@@ -125,10 +125,10 @@ def settled(model: Classifier, x: Tensor, passes: int) -> Classifier:
     def balance(module: nn.Module, _: Any, scores: Tensor) -> Tensor:
         # With two experts: half of the samples lie on either side of the median of the scores' difference, none on it.
         middle = (scores - scores[:, :1]).quantile(0.5, dim=0)
-        cast(nn.Linear, module).bias.sub_(middle)
+        cast(LayerRouter, module).scores.bias.sub_(middle)
         return scores - middle
 
-    hooks = [r.scores.register_forward_hook(balance) for r in routers_of(model) if isinstance(r, LayerRouter)]
+    hooks = [r.register_forward_hook(balance) for r in routers_of(model) if isinstance(r, LayerRouter)]
     model.eval()
     model(x)
     for hook in hooks:
