@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_attack(routed):
 def test_empty_data_is_an_error(data):
     if data == "ImageSet":
         data = ImageSet(torch.empty(0, 1, 2, 2, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
-    with pytest.raises(ValueError, match="data must hold at least 1 example.*got 0 images, 0 labels"):
+    with pytest.raises(ValueError, match=r"data must hold at least 1 example.*got 0 images, 0 labels"):
         evaluate(Threshold(), data)
 
 
