@@ -84,7 +84,7 @@ class Trainer:
             if parameters
         }
         if c.training.router_objective == "codes":
-            layers = len([name for name, _ in self.model.named_parameters() if name.endswith("bank")])
+            layers = sum(isinstance(module, MoEConv2d) for module in self.model.modules())
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, c.training.seed)
             self.table = codewords(c.training.codes, *arguments).to(device)
         if c.training.compile:
