@@ -109,7 +109,8 @@ class _Gate(torch.autograd.Function):
         (a, last), (b, other) = _rows(grad), _rows(y)
         if last != other:
             b, _ = _rows(y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
-        return grad, (a * b).sum(1, dtype=ctx.gate_dtype)
+        # The sum keeps fp32 inside; asked for an fp32 result, PyTorch would first copy a bf16 product whole.
+        return grad, (a * b).sum(1).to(ctx.gate_dtype)
 
 
 def split(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:

@@ -7,10 +7,38 @@ precision of the backbone: a choice must not depend on rounding to 8 bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class _LowPrecisionPool(torch.autograd.Function):
+    """Global average pool of a bf16 or fp16 (N, C, H, W) to fp32 (N, C), without an fp32 copy either way.
+
+    Columns are summed first, each rounded once to the input's precision, then added in fp32: errors average out over W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.dtype, ctx.shape = x.dtype, x.shape
+        return x.sum(2).sum(2, dtype=torch.float32) / (x.shape[2] * x.shape[3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _, _, h, w = ctx.shape
+        return (grad / (h * w)).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """The mean of `x` (N, C, H, W) over its pixels, (N, C), in fp32 or better."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        pooled: Tensor = _LowPrecisionPool.apply(x)  # type: ignore[no-untyped-call]
+        return pooled
+    # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
+    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 
 class LayerRouter(nn.Module):
@@ -36,17 +64,13 @@ class LayerRouter(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         norm, hidden, last = self.norm, self.hidden, self.scores
-        dtype = torch.promote_types(x.dtype, torch.float32)
         if self.training or torch.is_grad_enabled():
-            # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
-            pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
-            scores: Tensor = last(hidden(norm(pooled)).relu())
+            scores: Tensor = last(hidden(norm(global_pool(x))).relu())
             return scores
         # For one image a router's cost is that of its calls, and functions have less around them than modules.
         mean, var = norm.running_mean, norm.running_var
-        centred = torch.batch_norm(
-            x.mean((2, 3), dtype=dtype), norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False
-        )
+        pooled = x.mean((2, 3)) if x.dtype == torch.float32 else global_pool(x)
+        centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 
 

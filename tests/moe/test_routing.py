@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from advmoe.models import create_model
 from advmoe.moe import pathway, route, soft_routing
+from advmoe.moe.routers import global_pool
 from advmoe.moe.routing import active_routing
 
 ROUTERS = ["layer", "embedding", "image"]
@@ -185,3 +186,17 @@ def test_errors_name_what_is_wrong(make_routed, make_images):
         route(forced=forced),
     ):
         make_routed()(make_images(4))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pooling_in_bf16_is_fp32_but_for_one_rounding_and_its_gradient_is_the_mean_s(memory_format):
+    values = torch.rand(5, 7, 6, 4, generator=torch.Generator().manual_seed(0))
+    x = values.bfloat16().contiguous(memory_format=memory_format).requires_grad_()
+    pooled = global_pool(x)
+    assert pooled.dtype == torch.float32
+    exact = x.detach().double().mean((2, 3))
+    # Every column sum is rounded to 8 bits once: at most 2^-9 of itself, all of one sign here.
+    assert ((pooled - exact).abs() / exact).max() <= 2**-9
+    weights = torch.arange(35.0).view(5, 7)
+    (pooled * weights).sum().backward()
+    assert torch.equal(x.grad, (weights / 24).bfloat16()[:, :, None, None].expand_as(x))
