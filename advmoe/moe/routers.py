@@ -29,7 +29,8 @@ class _LowPrecisionPool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _, _, h, w = ctx.shape
-        return (grad / (h * w)).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
+        spread: Tensor = (grad / (h * w)).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
+        return spread
 
 
 def global_pool(x: Tensor) -> Tensor:
