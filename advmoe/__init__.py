@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from advmoe.attacks import pgd
     from advmoe.config import Config
     from advmoe.data import load_dataset
-    from advmoe.evaluation.accuracy import evaluate, load_run
+    from advmoe.evaluation.accuracy import evaluate
+    from advmoe.evaluation.runs import load_run
     from advmoe.models import create_model
     from advmoe.moe import pathway, route, soft_routing
     from advmoe.threat import ThreatModel
@@ -25,7 +26,7 @@ _HOMES = {
     "create_model": "advmoe.models",
     "evaluate": "advmoe.evaluation.accuracy",
     "load_dataset": "advmoe.data",
-    "load_run": "advmoe.evaluation.accuracy",
+    "load_run": "advmoe.evaluation.runs",
     "pathway": "advmoe.moe",
     "pgd": "advmoe.attacks",
     "route": "advmoe.moe",

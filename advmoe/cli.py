@@ -29,7 +29,7 @@ from advmoe.recipes import describe, recipe, recipe_names
 Accelerator = Literal["auto", "cpu", "cuda"]
 
 # What `evaluate` may change of a run: how it is attacked and where its images lie, never the model.
-EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("root", "download")}
+EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size")}
 
 
 class _Parser(ArgumentParser):
@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         command = args["command"]
         if command == "recipes":
             return _recipes()
-        return _train(args[command], argv) if command == "train" else _evaluate(args[command])
+        if command == "train":
+            return _train(args[command], argv)
+        commands = {"evaluate": _evaluate, "sweep-eps": _sweep, "dissect": _dissect}
+        return commands[command](args[command])
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if not _is_ours(error):
             raise
@@ -76,7 +79,7 @@ def _train(args: dict[str, Any], argv: list[str]) -> int:
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(free, "the run directory", rule, str(run_dir))
 
-    with _interruptible(run_dir):
+    with _interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}", "config.yaml"):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 
@@ -93,22 +96,95 @@ def _train(args: dict[str, Any], argv: list[str]) -> int:
 
 
 def _evaluate(args: dict[str, Any]) -> int:
-    run_dir = _existing_run("RUN", args["run"])
-    overrides = _overrides(args)
-    options: dict[str, Any] = {
+    target, options = _measured(args)
+    options["workers"] = _count("--workers", args.get("workers"))
+    options["threads"] = options["threads"] or 1
+    options["resume"] = "resume" in args
+
+    from advmoe.evaluation.runs import evaluate_run
+
+    again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
+    with _interruptible(options.get("out") or _home(target), again, ".evaluation"):
+        result = evaluate_run(target, **options)
+    print(_table(result))
+    print(f"\nwritten to {options.get('out') or _home(target)}/evaluation.json and evaluation-examples.npz")
+    return 0
+
+
+def _sweep(args: dict[str, Any]) -> int:
+    target, options = _measured(args)
+    rule = "radii in pixels of [0, 1] separated by commas"
+    require("eps" in args, "--eps", rule, None)
+    epsilons = [float(Pixels(text)) for text in _words(args["eps"])]
+    draw = _figures(args)
+
+    from advmoe.evaluation.runs import sweep_run
+    from advmoe.evaluation.sweep import table
+
+    home, result = sweep_run(target, epsilons=epsilons, **options)
+    for name, curve in result["curves"].items():
+        print(f"{name}\n{table(curve)}\n")
+    if draw is not None:
+        draw.sweep_figure(result["curves"], home / "sweep.svg")
+    print(f"written to {home / 'sweep.json'}" + (f" and {home / 'sweep.svg'}" if draw else ""))
+    return 0
+
+
+def _dissect(args: dict[str, Any]) -> int:
+    target, options = _measured(args)
+    draw = _figures(args)
+
+    from advmoe.evaluation.runs import dissect_run
+
+    home, found = dissect_run(target, **options)
+    for name, dissection in found.items():
+        print(f"{name}\n{dissection.table()}\n")
+        if draw is not None:
+            draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
+    print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
+    return 0
+
+
+def _measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What is measured, and the options that all measurements share; mistakes show before torch is imported."""
+    target, overrides = args["target"], _overrides(args)
+    below = {}
+    if not _is_source(target):
+        below = Config.load(_existing_run("RUN", target) / "config.yaml").to_dict()
+    Config.from_dict(merged(below, overrides))
+    options = {
+        "overrides": overrides,
         "num_examples": _count("--num-examples", args.get("num_examples")),
-        "batch_size": _count("--batch-size", args.get("batch_size", "256")),
+        "batch_size": _count("--batch-size", args.get("batch_size", "250")),
         "seed": _count("--seed", args.get("seed"), low=0),
+        "attacks": _words(args["attacks"]) if "attacks" in args else None,
+        "allow": _words(args.get("allow", "")),
         **_engine(args),
     }
-    # Mistakes show before torch is imported.
-    Config.from_dict(merged(Config.load(run_dir / "config.yaml").to_dict(), overrides))
+    return target, options | {name: args[name] for name in ("out", "weights") if name in args}
 
-    from advmoe.evaluation.accuracy import evaluate_run
 
-    print(_table(evaluate_run(run_dir, overrides=overrides, **options)))
-    print(f"\nwritten to {run_dir / 'evaluation.json'}")
-    return 0
+def _is_source(text: str) -> bool:
+    return ".py:" in text
+
+
+def _home(target: str) -> Path:
+    file, _, factory = target.rpartition(":")
+    return Path("evaluations") / f"{Path(file).stem}-{factory}" if _is_source(target) else Path(target)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def _figures(args: dict[str, Any]) -> Any:
+    """The module that draws, unless no figure is wanted. Raises `ValueError` where it cannot."""
+    if "no_figure" in args:
+        return None
+    from advmoe.report import figures
+
+    figures.require_matplotlib()
+    return figures
 
 
 def _recipes() -> int:
@@ -120,14 +196,29 @@ def _recipes() -> int:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """What `evaluation.json` holds, as aligned lines: accuracies in percent, then costs."""
-    threat = result["threat"]
-    percent = {"clean": result["clean_accuracy"], **result["robust_accuracy"], "worst case": result["worst_case"]}
-    rows = [(name, f"{100 * value:.1f} %") for name, value in percent.items()]
-    rows += [(name.replace("_", " "), _plain(value)) for name, value in result["cost"].items()]
+    """What `evaluation.json` holds, as aligned lines: accuracies in percent with 95% intervals, then costs."""
+    threat, gap = result["threat"], result.get("masking_gap")
+    attacks = result.get("attacks", {})
+    rows = [("clean", f"{100 * result['clean_accuracy']:.1f} %", "")]
+    for name, value in result["robust_accuracy"].items():
+        report = attacks.get(name, {})
+        low, high = report.get("interval", (None, None))
+        note = "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}, {report['seconds']:.0f} s"
+        rows.append((name, f"{100 * value:.1f} %", note))
+        if len(parts := report.get("parts", {})) > 1:
+            rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
+    rows.append(("worst case", f"{100 * result['worst_case']:.1f} %", ""))
+    if "masking_gap" in result:
+        rows.append(("masking gap", "-" if gap is None else f"{100 * gap:.1f} points", _GAP))
+    rows += [(name.replace("_", " "), _plain(value), "") for name, value in result.get("cost", {}).items()]
     left, right = (max(len(row[column]) for row in rows) for column in (0, 1))
-    lines = [f"{name:<{left}}  {value:>{right}}" for name, value in rows]
-    return "\n".join([f"{result['num_examples']} images, {threat['norm']} eps {threat['eps']}", "", *lines])
+    lines = [f"{name:<{left}}  {value:>{right}}  {note}".rstrip() for name, value, note in rows]
+    lines += [f"\n{name}: {report['skipped']}" for name, report in attacks.items() if "skipped" in report]
+    lines += [f"flag  {name}: {flag}" for name, report in attacks.items() for flag in report.get("flags", ())]
+    return "\n".join([f"{result['num_examples']} images, {threat['norm']} eps {threat['eps']:.4g}", "", *lines])
+
+
+_GAP = "straight-through PGD less the worst case"
 
 
 def _plain(value: Any) -> str:
@@ -141,7 +232,13 @@ def _parse(argv: list[str]) -> dict[str, Any]:
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
-    parsers = {"train": _train_parser(), "evaluate": _evaluate_parser(), "recipes": _new_parser("List the recipes.")}
+    parsers = {
+        "train": _train_parser(),
+        "evaluate": _evaluate_parser(),
+        "sweep-eps": _sweep_parser(),
+        "dissect": _dissect_parser(),
+        "recipes": _new_parser("List the recipes."),
+    }
     for name, sub in parsers.items():
         commands.add_subcommand(name, sub, help=sub.description)
     try:
@@ -171,12 +268,41 @@ def _train_parser() -> _Parser:
 
 
 def _evaluate_parser() -> _Parser:
-    parser = _new_parser("Measure clean and robust accuracy of a run.")
+    parser = _measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.")
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory")
+    add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
+    add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")
+    return parser
+
+
+def _sweep_parser() -> _Parser:
+    parser = _measuring_parser("Measure robust accuracy against the attack's radius, and whether it can be believed.")
+    parser.add_argument("--eps", metavar="E,E,...", help="radii, as in 0,2/255,4/255,8/255,16/255")
+    parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
+    return parser
+
+
+def _dissect_parser() -> _Parser:
+    parser = _measuring_parser("Dissect an attack on a routed run: predictions and choices of experts that survive.")
+    parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
+    return parser
+
+
+def _measuring_parser(description: str) -> _Parser:
+    parser = _new_parser(description)
+    add = parser.add_argument
+    add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
+    add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
+    add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
+    add(
+        "--attacks", metavar="NAME,...",
+        help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
+        "autoattack:apgd-ce+square, routed (default: PGD, through soft routing too for a routed model)",
+    )  # fmt: skip
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
-    add("--batch-size", metavar="B", help="images attacked at once (default: 256)")
-    add("--seed", metavar="SEED", help="of the images drawn and the attacks' random starts (default: the run's)")
+    add("--batch-size", metavar="B", help="images attacked at once (default: 250)")
+    add("--seed", metavar="SEED", help="of the images drawn and the attacks' random draws (default: the run's)")
+    add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
     _add_engine(parser)
     _add_fields(parser, EVALUATE_FIELDS, defaults=False)
     return parser
@@ -289,13 +415,14 @@ def _explained(message: str, command: str | None, parsers: dict[str, _Parser]) -
 
 
 @contextmanager
-def _interruptible(run_dir: Path) -> Iterator[None]:
+def _interruptible(home: Path | str, again: str, mark: str) -> Iterator[None]:
+    """Where an interruption leaves something to continue (`mark` exists in `home`), say how."""
     try:
         yield
     except KeyboardInterrupt:
-        if not (run_dir / "config.yaml").exists():
+        if not (Path(home) / mark).exists():
             raise
-        code = _fail(f"interrupted; to continue: advmoe train --resume {shlex.quote(str(run_dir))}", 130)
+        code = _fail(f"interrupted; to continue: {again}", 130)
         raise SystemExit(code) from None
 
 

@@ -245,9 +245,15 @@ class AttackConfig:
     """Step, in pixel units."""
     restarts: int = 1
     """Random restarts; an example is robust if every one fails."""
+    pathways: int = 32
+    """Of `routed`: how many of the pathways that samples reach are attacked, the most frequent first."""
+    queries: int = 25_000
+    """Of `routed`: queries of the black-box Square attack on what is left; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         _check_types(self, "attack")
+        _number("attack.pathways", self.pathways, 0)
+        _number("attack.queries", self.queries, 0)
         _number("attack.steps", self.steps, 1)
         _number("attack.restarts", self.restarts, 1)
         _number("attack.step_size", self.step_size, 0, open_low=True)

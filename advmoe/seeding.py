@@ -11,7 +11,12 @@ import hashlib
 import torch
 
 
-def generator_for(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device` whose seed is a hash of `purpose`: the run's seed first, then what the draws are for."""
+def seed_for(*purpose: int | str) -> int:
+    """A seed (63 bits) that is a hash of `purpose`: the run's seed first, then what the draws are for."""
     digest = hashlib.sha256(repr(purpose).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device`, seeded by `seed_for(*purpose)`."""
+    return torch.Generator(device).manual_seed(seed_for(*purpose))

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from advmoe.config import Config, Method, ModelConfig, ModelKind, Precision, TrainingConfig
 from advmoe.data import Dataset, ImageSet
-from advmoe.evaluation.accuracy import measuring
+from advmoe.evaluation.scoring import measuring
 from advmoe.models import Classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import pathway

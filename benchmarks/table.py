@@ -59,7 +59,7 @@ def times(runs: dict[str, Path], threads: int, batch: int = 128, repeats: int = 
     """Median milliseconds per image of each model, interleaved so that a busy moment hits all alike."""
     import torch
 
-    from advmoe.evaluation.accuracy import load_run
+    from advmoe.evaluation.runs import load_run
     from advmoe.evaluation.cost import example_input
 
     torch.set_num_threads(threads)

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+from advmoe.models import save_model
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--threads", "1", "--width", "8", "--batch", "8", "--image-size", "16", "--repeats", "2", "--settle", "5")
@@ -85,6 +88,44 @@ def test_speed_refuses_an_unknown_result(tmp_path: Path) -> None:
     done = run("speed.py", "--only", "forward,stride", cwd=tmp_path)
     assert done.returncode == 2 and "--only must name some of forward, step, plain, got stride" in done.stderr
     assert done.stdout == ""
+
+
+def test_attacks_reports_pgd_and_autoattack(tmp_path: Path, make_routed: Any, make_images: Any) -> None:
+    pytest.importorskip("pyautoattack")
+    model, images = make_routed(num_classes=10), (255 * make_images(6)).byte()
+    (tmp_path / "run").mkdir()
+    save_model(model, tmp_path / "run")
+    classes = model(images / 255).argmax(1).tolist()
+    # Each image as its class, so that there is something to attack, and one image as every class, so that all exist.
+    labelled = [*zip(images, classes, strict=True), *((images[0], k) for k in range(10))]
+    for part in ("train", "test"):
+        for number, (image, label) in enumerate(labelled):
+            path = tmp_path / "images" / part / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    args = ["--only", "pgd,autoattack", "--steps", "2", "--run", "run", "--root", "images", "--num-examples", "4"]
+    done = run("attacks.py", *TINY, *args, "--out", "lines.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lines.jsonl").read_text() == done.stdout
+    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(lines) == ["pgd-moe", "pgd-s-dense", "autoattack"]
+    check(lines["pgd-moe"], 8)
+    for name, line in lines.items():
+        for target in line["targets"]:
+            assert target["met"] == (line["ratios"][target["ratio"]] >= target["at_least"])
+        for side, median in line["medians_ms"].items():
+            expected = 1000 * line["setting"]["batch"] / median
+            assert line["images_per_second"][side] == pytest.approx(expected, abs=1e-2), name
+    found = lines["autoattack"]
+    assert found["setting"]["batch"] == 4 and found["setting"]["memory_format"]["plain"] == "contiguous"
+    assert set(found["robust_accuracy"]) == {"ours", "plain"}
+    assert found["same_robust_accuracy"] == (found["robust_accuracy"]["ours"] == found["robust_accuracy"]["plain"])
+    assert 0 <= found["robust_accuracy"]["ours"] <= found["clean_accuracy"] <= 1
+
+
+def test_attacks_needs_a_run_for_autoattack(tmp_path: Path) -> None:
+    done = run("attacks.py", "--only", "autoattack", cwd=tmp_path)
+    assert done.returncode == 2 and "--run must name a run directory for autoattack, got None" in done.stderr
 
 
 def test_gpu_smoke_measures_trains_evaluates_and_packs(tmp_path: Path, gpu: ModuleType) -> None:

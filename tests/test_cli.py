@@ -64,7 +64,7 @@ MORE_MISTAKES = [
     (["train", "--resume", "full", "--training.lr", "1"], ["--resume must be without", "'full'"]),
     (["evaluate", "full", "--num-examples", "some"], ["--num-examples must be a whole number, got 'some'"]),
     (["evaluate", "full", "--training.lr", "1"], ["--training.lr is no option of evaluate"]),
-    (["evaluate"], ["required: evaluate.run"]),
+    (["evaluate"], ["required: evaluate.target"]),
     (["trian"], ["'trian'", "train"]),
 ]
 
@@ -234,40 +234,55 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
     Config().dump(tmp_path / "config.yaml")
     seen: dict[str, Any] = {}
 
-    def evaluate_run(run_dir: Path, **kwargs: Any) -> dict[str, Any]:
+    def evaluate_run(run_dir: str, **kwargs: Any) -> dict[str, Any]:
         seen.update(kwargs, run_dir=run_dir)
         return {
             "clean_accuracy": 0.9537,
             "robust_accuracy": {"pgd-50": 0.7, "pgd-50-soft": 0.6912},
             "worst_case": 0.68,
             "num_examples": 360,
-            "threat": {"norm": "linf", "eps": "8/255"},
+            "masking_gap": 0.02,
+            "threat": {"norm": "linf", "eps": 8 / 255},
+            "attacks": {
+                "pgd-50": {"interval": [0.65, 0.745], "seconds": 3.2, "parts": {"pgd": {"attempted": 9, "broken": 1}}},
+                "pgd-50-soft": {"flags": {"a warning": 2}},
+                "routed": {"skipped": "nothing to attack"},
+            },
             "cost": {"gmacs": 0.139, "parameters": 1234567},
         }
 
-    monkeypatch.setattr("advmoe.evaluation.accuracy.evaluate_run", evaluate_run)
+    monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
     argv = ["--attack.steps", "20", "--threat.eps", "4/255", "--num-examples", "8", "--seed", "0", "--data.root", "7"]
+    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--resume"]
     assert cli.main(["evaluate", str(tmp_path), *argv]) == 0
     assert seen == {
-        "run_dir": tmp_path,
+        "run_dir": str(tmp_path),
         "overrides": {"threat": {"eps": "4/255"}, "attack": {"steps": 20}, "data": {"root": "7"}},
+        "attacks": ["pgd-50", "routed"],
+        "allow": ["gradients"],
         "num_examples": 8,
-        "batch_size": 256,
+        "batch_size": 250,
         "seed": 0,
         "accelerator": "auto",
-        "threads": None,
+        "threads": 1,
+        "workers": 3,
+        "resume": True,
     }
     assert capsys.readouterr().out.splitlines() == [
-        "360 images, linf eps 8/255",
+        "360 images, linf eps 0.03137",
         "",
-        "clean           95.4 %",
-        "pgd-50          70.0 %",
-        "pgd-50-soft     69.1 %",
-        "worst case      68.0 %",
-        "gmacs            0.139",
-        "parameters   1,234,567",
+        "clean            95.4 %",
+        "pgd-50           70.0 %  65.0 to 74.5, 3 s",
+        "pgd-50-soft      69.1 %",
+        "worst case       68.0 %",
+        "masking gap  2.0 points  straight-through PGD less the worst case",
+        "gmacs             0.139",
+        "parameters    1,234,567",
         "",
-        f"written to {tmp_path / 'evaluation.json'}",
+        "routed: nothing to attack",
+        "flag  pgd-50-soft: a warning",
+        "",
+        f"written to {tmp_path / 'evaluation.json'} and evaluation-examples.npz",
     ]
 
 

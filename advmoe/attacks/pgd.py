@@ -6,8 +6,8 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,29 +19,42 @@ Predict = Callable[[Tensor], Tensor]
 """(N, C, H, W) pixels -> (N, K) logits."""
 AttackLoss = Callable[[Tensor], Tensor]
 """(N, K) logits of the current iterate -> scalar to ascend, a sum over samples."""
+LossName = Literal["ce", "margin", "dlr", "kl"]
+Output = TypeVar("Output")
 
 
 def ascend(
-    predict: Predict,
+    predict: Callable[[Tensor], Output],
     x: Tensor,
     start: Tensor,
-    loss: AttackLoss,
+    loss: Callable[[Output], Tensor],
     *,
     threat: ThreatModel,
     steps: int,
-    step_size: float,
+    step_size: float | Sequence[float],
+    visit: Callable[[int, Tensor, Output], None] | None = None,
 ) -> Tensor:
     """`steps` steepest-ascent steps of `loss(predict(.))` from `start`, each projected to the ball around `x`.
 
-    Returns (N, C, H, W), detached. Gradients of parameters are neither computed nor touched.
+    `step_size` may give each step its own. `visit(step, iterate, output)` sees every iterate that is evaluated, hence
+    all but the last. Returns (N, C, H, W), detached. Gradients of parameters are neither computed nor touched; where
+    the loss does not depend on the input at all, the gradient is zero and the iterate stays.
     """
+    sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     x_adv = start.detach()
-    for _ in range(steps):
+    for step, size in zip(range(steps), sizes, strict=True):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
-            objective = loss(predict(x_adv))
-        (gradient,) = torch.autograd.grad(objective, x_adv)
-        x_adv = threat.project(x_adv.detach() + step_size * threat.steepest_step(gradient), x)
+            output = predict(x_adv)
+            objective = loss(output)
+        gradient = None
+        if objective.requires_grad:
+            (gradient,) = torch.autograd.grad(objective, x_adv, allow_unused=True)
+        x_adv = x_adv.detach()
+        if visit is not None:
+            visit(step, x_adv, output)
+        if gradient is not None:
+            x_adv = threat.project(x_adv + size * threat.steepest_step(gradient), x)
     return x_adv
 
 
@@ -50,13 +63,28 @@ def cross_entropy_loss(labels: Tensor) -> AttackLoss:
     return lambda logits: F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit less the true one (Carlini & Wagner, 2017), (N,) for (N, K) and `labels` (N,)."""
+    logits = logits.float()
+    true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+
+
 def margin_loss(labels: Tensor) -> AttackLoss:
-    """Largest wrong logit less the true one (Carlini & Wagner, 2017), for `labels` (N,)."""
+    """The margin by which the true classes `labels` (N,) lose: unlike cross-entropy it does not saturate."""
+    return lambda logits: margins(logits, labels).sum()
+
+
+def dlr_loss(labels: Tensor) -> AttackLoss:
+    """Difference of logits ratio (Croce & Hein, ICML 2020, eq. 6): the margin over the largest logit's lead on the
+    third, so that neither a shift nor a scale of the logits changes it. Needs at least 3 classes.
+    """
 
     def loss(logits: Tensor) -> Tensor:
-        logits = logits.float()
-        true = F.one_hot(labels, logits.shape[1]).bool()
-        return (logits.masked_fill(true, -torch.inf).amax(1) - logits[true]).sum()
+        if logits.shape[1] < 3:
+            raise ValueError(f"loss dlr must have at least 3 classes, got {logits.shape[1]}")
+        top = logits.float().topk(3, 1).values
+        return (margins(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)).sum()
 
     return loss
 
@@ -70,6 +98,14 @@ def kl_loss(clean_logits: Tensor) -> AttackLoss:
     return lambda logits: F.kl_div(F.log_softmax(logits.float(), 1), target, reduction="sum", log_target=True)
 
 
+def loss_named(name: LossName, forward: Predict, x: Tensor, labels: Tensor) -> AttackLoss:
+    """The loss to ascend by its name, for clean images `x` (N, C, H, W) and true classes `labels` (N,)."""
+    if name == "kl":
+        with torch.no_grad():
+            return kl_loss(forward(x))
+    return {"ce": cross_entropy_loss, "margin": margin_loss, "dlr": dlr_loss}[name](labels)
+
+
 def pgd(
     predict: Predict,
     x: Tensor,
@@ -79,7 +115,7 @@ def pgd(
     steps: int = 50,
     step_size: float = 2 / 255,
     restarts: int = 1,
-    loss: Literal["ce", "margin"] = "ce",
+    loss: LossName = "ce",
     surrogate: Predict | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -90,6 +126,7 @@ def pgd(
         x: clean images, (N, C, H, W) in [0, 1]. y: true classes, (N,).
         surrogate: takes `predict`'s place where gradients are needed (a routed model under soft routing, say).
         restarts: only examples that every earlier start failed on are attacked again.
+        loss: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction.
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
@@ -102,17 +139,16 @@ def pgd(
         raise ValueError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    losses = {"ce": cross_entropy_loss, "margin": margin_loss}
-    if loss not in losses:
-        raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
+    if loss not in get_args(LossName):
+        raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {loss!r}")
+    forward = surrogate or predict
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
         clean, labels = x[unbroken], y[unbroken]
         start = threat.random_start(clean, generator)
-        x_adv = ascend(
-            surrogate or predict, clean, start, losses[loss](labels), threat=threat, steps=steps, step_size=step_size
-        )
+        objective = loss_named(loss, forward, clean, labels)
+        x_adv = ascend(forward, clean, start, objective, threat=threat, steps=steps, step_size=step_size)
         result[unbroken] = x_adv
         if restarts > 1:
             with torch.no_grad():

@@ -1,77 +1,36 @@
-"""Clean and robust accuracy, always in fp32, of any classifier of [0, 1] pixels.
+"""Clean and robust accuracy of any classifier of [0, 1] pixels, under one attack or many, and in the worst case.
 
-Axes: `N` examples, `C` channels, `H W` size, `K` classes. Fractions, not percent.
+Axes: `N` examples, `C` channels, `H W` size, `K` classes, `L` MoE layers. Fractions, not percent.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import hashlib
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from advmoe.attacks.pgd import Predict, pgd
-from advmoe.config import AttackConfig, Config
-from advmoe.data import ImageSet, load_dataset
-from advmoe.evaluation.cost import cost
-from advmoe.files import write_text
-from advmoe.models import Classifier, load_model
-from advmoe.models.modes import frozen
-from advmoe.moe.conv import MoEConv2d
-from advmoe.moe.routing import route, soft_routing
-from advmoe.seeding import generator_for
+from advmoe.attacks.pgd import Predict
+from advmoe.attacks.routed import RoutedPlan, plan_attack
+from advmoe.config import AttackConfig
+from advmoe.data import ImageSet
+from advmoe.evaluation.checks import check, check_data, require_passed
+from advmoe.evaluation.harness import Job, Journal, run_tasks, threads_set
+from advmoe.evaluation.intervals import wilson
+from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, take
+from advmoe.evaluation.suite import Setting, default_attacks, named
+from advmoe.moe.routing import route
+from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 
-EvaluationData = ImageSet | tuple[Tensor, Tensor]
-"""Images with labels: an `ImageSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""
-
-
-@contextmanager
-def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
-    """Eval mode, frozen parameters, hard routing, full fp32 while numbers are taken; restores what was set before."""
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with frozen(predict), route(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
-
-
-def _take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    if isinstance(data, ImageSet):
-        x, y = data.pixels(index), data.labels[index]
-    else:
-        x, y = data[0][index], data[1][index]
-    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
-
-
-def _count(data: EvaluationData) -> int:
-    images, labels = (len(data), len(data)) if isinstance(data, ImageSet) else (len(data[0]), len(data[1]))
-    if images == 0 or images != labels:
-        raise ValueError(
-            f"data must hold at least 1 example, and a class for each, got {images} images, {labels} labels"
-        )
-    return images
-
-
-def _correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether each row's largest logit is its class's; a row with NaN has none, whatever `argmax` says."""
-    return (logits.argmax(1) == y) & logits.isfinite().all(1)
-
-
-def surrogates(predict: Predict, steps: int) -> dict[str, Predict | None]:
-    """The PGD variants that a model calls for, by name: its own gradients, and soft routing's for a routed model."""
-    variants: dict[str, Predict | None] = {f"pgd-{steps}": None}
-    if isinstance(predict, nn.Module) and any(isinstance(module, MoEConv2d) for module in predict.modules()):
-        variants[f"pgd-{steps}-soft"] = soft_routing(predict)
-    return variants
+CHECKED = 128
+"""Images that the checks before an attack look at."""
 
 
 def outcomes(
@@ -80,6 +39,7 @@ def outcomes(
     *,
     threat: ThreatModel,
     attack: AttackConfig,
+    attacks: Sequence[str] | None = None,
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -87,52 +47,251 @@ def outcomes(
 ) -> dict[str, Tensor]:
     """Per example, whether it is classified correctly: clean, and under each attack, (N,) booleans by name.
 
-    Adversarial examples are always scored by `predict` itself. An example that is wrong without an attack counts as
-    broken and is not attacked. Each batch draws its random starts from the seed and its own position.
+    `attacks` are names as in `suite`; by default PGD, and for a routed model PGD through soft routing. No checks are
+    made: this is what `evaluate` and training count with. Raises `ValueError` for empty data.
     """
-    device = torch.device(device)
-    count = _count(data)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
-    variants = surrogates(predict, attack.steps)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("clean", *variants)}
-    bar = tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True)
-    with measuring(predict, device), bar:
-        for first in range(0, count, batch_size):
-            x, y = _take(data, slice(first, first + batch_size), device)
-            with torch.no_grad():
-                correct = _correct(predict(x), y)
-            found["clean"].append(correct)
-            for name, surrogate in variants.items():
-                robust = correct.clone()
-                if correct.any():
-                    x_adv = pgd(
-                        predict,
-                        x[correct],
-                        y[correct],
-                        threat=threat,
-                        steps=attack.steps,
-                        step_size=attack.step_size,
-                        restarts=attack.restarts,
-                        surrogate=surrogate,
-                        generator=generator_for(seed, name, first, device=device),
-                    )
-                    with torch.no_grad():
-                        robust[correct] = _correct(predict(x_adv), y[correct])
-                found[name].append(robust)
-            bar.update(len(y))
-    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict))
+    names = named(attacks if attacks is not None else default_attacks(setting), setting)
+    job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
+    device, journal = torch.device(device), Journal()
+    clean = _clean(predict, job, device)
+    run_tasks(job, names, lambda: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
+    return {"clean": clean.correct, **{name: _joined(job, journal, name, "robust").bool() for name in names}}
 
 
 def summary(found: dict[str, Tensor]) -> dict[str, Any]:
     """Accuracies of `outcomes`: clean, per attack, and `worst_case`: robust only if every attack failed."""
-    attacks = {name: correct for name, correct in found.items() if name != "clean"}
-    worst = torch.stack(list(attacks.values())).all(0)
+    attacks = {name: held for name, held in found.items() if name != "clean"}
+    worst = torch.stack([found["clean"], *attacks.values()]).all(0)
     return {
         "clean_accuracy": found["clean"].float().mean().item(),
-        "robust_accuracy": {name: correct.float().mean().item() for name, correct in attacks.items()},
+        "robust_accuracy": {name: held.float().mean().item() for name, held in attacks.items()},
         "worst_case": worst.float().mean().item(),
         "num_examples": len(found["clean"]),
+    }
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What a classifier does with the images as they are."""
+
+    correct: Tensor
+    """(N,) booleans."""
+    predicted: Tensor
+    """(N,) classes."""
+    pathways: Tensor
+    """(N, L) expert indices; (N, 0) for a plain model."""
+
+
+def _clean(predict: Predict, job: Job, device: torch.device) -> Clean:
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with measuring(predict, device), torch.no_grad():
+        for first in range(0, size(job.data), job.batch_size):
+            x, y = take(job.data, slice(first, first + job.batch_size), device)
+            with route() as routing:
+                logits = predict(x)
+            chosen = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
+            found.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), chosen.cpu()))
+    return Clean(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _joined(job: Job, journal: Journal, name: str, column: str) -> Tensor:
+    """One column of an attack's results over all batches, (N,)."""
+    results = [journal.get(task) for task in job.tasks([name])]
+    return torch.cat([torch.tensor(result[column]) for result in results if result is not None])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation's numbers, and the outcome of every example behind them."""
+
+    result: dict[str, Any]
+    """What `evaluation.json` holds."""
+    examples: dict[str, np.ndarray[Any, Any]]
+    """What `evaluation-examples.npz` holds: label, clean_correct, clean_predicted, pathway, and for each attack
+    `robust/NAME` and `predicted/NAME`, all in the order of the images.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How an evaluation is run: where, by how many processes, kept in what place."""
+
+    workers: int = 1
+    threads: int | None = None
+    """CPU threads of each process; None leaves PyTorch's number, and then results of different machines may differ."""
+    accelerator: str = "cpu"
+    progress: bool = False
+    journal: Path | None = None
+    """Where finished batches are kept until the end."""
+    resume: bool = False
+
+    def devices(self) -> list[torch.device]:
+        """The device of each process, repeated if there are more processes. Raises `ValueError` without CUDA."""
+        present = torch.cuda.device_count() if self.accelerator != "cpu" else 0
+        if self.accelerator == "cuda" and not present:
+            raise ValueError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
+        return [torch.device("cuda", i) for i in range(present)] or [torch.device("cpu")]
+
+
+def assess(
+    load: Callable[[], Predict],
+    data: EvaluationData,
+    *,
+    threat: ThreatModel,
+    attack: AttackConfig,
+    attacks: Sequence[str] | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    allow: Collection[str] = (),
+    plan: Plan | None = None,
+) -> Evaluation:
+    """Check a classifier, attack it in every way that `attacks` names, and count.
+
+    Args:
+        load: makes the classifier, `x -> logits` on [0, 1] pixels; each process calls it once.
+        attacks: names as in `suite`. attack: what `pgd` and `routed` take their steps from.
+        batch_size: images per attack call. seed: every random draw follows from it and an image's position.
+        allow: checks that may fail (see `checks`).
+        plan: processes, devices, and where finished batches are kept.
+
+    Raises `ValueError` for a failed check, an unknown attack or data that cannot be used; nothing has run then.
+    """
+    plan = plan or Plan()
+    devices = plan.devices()
+    predict = placed(load(), devices[0])
+    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict))
+    wanted = named(attacks if attacks is not None else default_attacks(setting), setting)
+    names = tuple(name for name in wanted if name != "routed" or setting.routed)
+    job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
+    journal = Journal(plan.journal)
+    with threads_set(plan.threads):
+        checks = checked(predict, job, devices[0], allow)
+        stored = journal.open(_fingerprint(predict, job, names), resume=plan.resume)
+        clean = _clean(predict, job, devices[0])
+        if "routed" in names:
+            ready = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
+            ready = ready or _routed_plan(predict, job, clean, devices[0])
+            journal.note(plan=ready.to_json())
+            job = Job(data=data, setting=setting, batch_size=batch_size, seed=seed, plan=ready)
+        run_tasks(
+            job, names, load if plan.workers > 1 else lambda: predict, journal, workers=plan.workers, devices=devices,
+            threads=plan.threads, progress=plan.progress,
+        )  # fmt: skip
+    return _evaluation(job, journal, clean, names, wanted, [each.to_dict() for each in checks])
+
+
+def placed(predict: Predict, device: torch.device) -> Predict:
+    """A module on `device`, channels-last; any other callable as it is."""
+    if isinstance(predict, nn.Module):
+        return predict.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return predict
+
+
+def checked(predict: Predict, job: Job, device: torch.device, allow: Collection[str]) -> list[Any]:
+    """The checks on the first images, all of which passed or may fail; and the whole data's pixels and labels."""
+    size(job.data)
+    x, y = take(job.data, slice(0, CHECKED), device)
+    with measuring(predict, device):
+        checks = check(predict, x, y)
+        require_passed(checks, allow)
+        with torch.no_grad():
+            num_classes = predict(x[:1]).shape[1]
+    images, labels = (job.data.images, job.data.labels) if isinstance(job.data, ImageSet) else job.data
+    check_data(images, labels, num_classes)
+    return checks
+
+
+def _routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device) -> RoutedPlan:
+    """Search on the first correctly classified images, and count the pathways that all of them take."""
+    budget = job.setting.budget
+    chosen = clean.correct.nonzero()[:, 0][: budget.search_examples].tolist()
+    x, y = zip(*(take(job.data, slice(i, i + 1), device) for i in chosen), strict=True) if chosen else ((), ())
+    with measuring(predict, device):
+        empty = take(job.data, slice(0, 0), device)
+        return plan_attack(
+            OpenRouting(predict), predict, torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last),
+            torch.cat([*y, empty[1]]), clean.pathways, threat=job.setting.threat, budget=budget,
+            seed=seed_for(job.seed, "search"),
+        )  # fmt: skip
+
+
+def _fingerprint(predict: Predict, job: Job, names: Sequence[str]) -> dict[str, Any]:
+    """What the numbers depend on: an interrupted evaluation continues only where all of it is the same."""
+    images, labels = (job.data.images, job.data.labels) if isinstance(job.data, ImageSet) else job.data
+    state = predict.state_dict() if isinstance(predict, nn.Module) else {}
+    attack = job.setting.attack
+    return {
+        "attacks": list(names), "threat": asdict(job.setting.threat), "batch_size": job.batch_size, "seed": job.seed,
+        "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
+                   "pathways": attack.pathways, "queries": attack.queries},
+        "data": _digest(images, labels), "model": _digest(*(state[name] for name in sorted(state))),
+    }  # fmt: skip
+
+
+def _digest(*tensors: Tensor) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _evaluation(
+    job: Job, journal: Journal, clean: Clean, names: Sequence[str], wanted: Sequence[str], checks: list[dict[str, Any]]
+) -> Evaluation:
+    held = {name: _joined(job, journal, name, "robust").bool() for name in names}
+    labels = job.data.labels if isinstance(job.data, ImageSet) else job.data[1]
+    numbers = summary({"clean": clean.correct, **held})
+    reference = next((name for name in names if re.fullmatch(r"pgd-\d+", name)), None)
+    gap = numbers["robust_accuracy"][reference] - numbers["worst_case"] if reference is not None else None
+    reports = {name: _report(job, journal, name, held[name]) for name in names}
+    reports |= {name: {"skipped": _ADDS_NOTHING} for name in wanted if name not in names}
+    result = {
+        **numbers,
+        "masking_gap": gap,
+        "threat": asdict(job.setting.threat),
+        "attack": {
+            "steps": job.setting.attack.steps, "step_size": float(job.setting.attack.step_size),
+            "restarts": job.setting.attack.restarts, "seed": job.seed,
+        },
+        "attacks": reports,
+        "checks": checks,
+    }  # fmt: skip
+    examples = {
+        "label": labels.cpu().numpy(),
+        "clean_correct": clean.correct.numpy(),
+        "clean_predicted": clean.predicted.numpy(),
+        "pathway": clean.pathways.numpy(),
+    }
+    for name in names:
+        examples[f"robust/{name}"] = held[name].numpy()
+        examples[f"predicted/{name}"] = _joined(job, journal, name, "predicted").numpy()
+    return Evaluation(result, examples)
+
+
+_ADDS_NOTHING = "the model has no MoE layers, so routed adds nothing"
+
+
+def _report(job: Job, journal: Journal, name: str, held: Tensor) -> dict[str, Any]:
+    """One attack's entry in `evaluation.json`."""
+    found = [result for task in job.tasks([name]) if (result := journal.get(task)) is not None]
+    parts: dict[str, dict[str, int]] = {}
+    for result in found:
+        for part in result["parts"]:
+            kept = parts.setdefault(part["name"], {"attempted": 0, "broken": 0})
+            kept["attempted"] += part["attempted"]
+            kept["broken"] += part["broken"]
+    flags = [flag for result in found for flag in result["flags"]]
+    return {
+        "robust_accuracy": held.float().mean().item(),
+        "interval": list(wilson(int(held.sum()), len(held))),
+        "examples": len(held),
+        "seconds": round(sum(result["seconds"] for result in found), 3),
+        "model_calls": {kind: sum(result["model_calls"][kind] for result in found) for kind in ("forward", "gradient")},
+        "seed": job.seed,
+        "flags": {flag: flags.count(flag) for flag in dict.fromkeys(flags)},
+        "parts": parts,
+        "settings": found[0]["settings"],
     }
 
 
@@ -140,87 +299,39 @@ def evaluate(
     model: Predict,
     data: EvaluationData,
     *,
+    attacks: Sequence[str] | None = None,
     threat: ThreatModel | None = None,
     steps: int = 50,
     step_size: float = 2 / 255,
     restarts: int = 1,
     batch_size: int = 250,
     seed: int = 0,
+    allow: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """SA and RA-PGD of any callable `x -> logits` on [0, 1] pixels; for a routed model of ours, under soft-routing
-    gradients too.
+    """Clean and robust accuracy of any callable `x -> logits` on [0, 1] pixels.
 
     Args:
         data: an `ImageSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
-        steps, step_size, restarts: of PGD. seed: of its random starts. progress: show a bar on a terminal.
+        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
+            under soft-routing gradients too.
+        steps, step_size, restarts: of PGD. seed: of every random draw. progress: show a bar on a terminal.
+        allow: checks made before the attack that may fail, by name.
 
-    Returns `evaluation.json`'s content (fractions). Raises `ValueError` for empty data or pixels outside [0, 1].
+    Returns `evaluation.json`'s content (fractions). Raises `ValueError` for data or a model that fail the checks, and
+    for an unknown attack.
     """
-    threat = threat or ThreatModel()
+    plan = Plan(accelerator=torch.device(device).type, progress=progress)
     attack = AttackConfig(steps=steps, step_size=step_size, restarts=restarts)  # type: ignore[arg-type]
-    found = outcomes(
-        model, data, threat=threat, attack=attack, batch_size=batch_size, seed=seed, device=device, progress=progress
-    )
-    settings = {"steps": steps, "step_size": float(step_size), "restarts": restarts, "seed": seed}
-    return {**summary(found), "threat": asdict(threat), "attack": settings}
+    return assess(
+        lambda: model, data, threat=threat or ThreatModel(), attack=attack, attacks=attacks, batch_size=batch_size,
+        seed=seed, allow=allow, plan=plan,
+    ).result  # fmt: skip
 
 
-def load_run(path: str | Path) -> Classifier:
-    """The model of a run directory, in eval mode on the CPU. Raises `ValueError` naming what is missing or damaged."""
-    return load_model(Path(path))
-
-
-def evaluate_run(
-    run_dir: Path,
-    *,
-    overrides: dict[str, dict[str, Any]] | None = None,
-    num_examples: int | None = None,
-    batch_size: int = 250,
-    accelerator: str = "auto",
-    threads: int | None = None,
-    seed: int | None = None,
-) -> dict[str, Any]:
-    """Evaluate a run on its test set and write `evaluation.json` beside it; `overrides` replace fields of its
-    `config.yaml`.
-
-    `num_examples` takes a random subset, by seed. Raises `ValueError` for a run, data or setting that cannot be used.
-    """
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"num_examples must be >= 1, got {num_examples!r}")
-    model = load_run(run_dir)
-    settings = Config.load(run_dir / "config.yaml").to_dict()
-    for group, fields in (overrides or {}).items():
-        settings[group].update(fields)
-    config = Config.from_dict(settings)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    if accelerator == "cuda" and device.type != "cuda":
-        raise ValueError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dataset = load_dataset(
-        config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
-        val_fraction=config.data.val_fraction, seed=config.training.seed, progress=True,
-    )  # fmt: skip
-    if dataset.num_classes != model.spec["num_classes"] or dataset.in_channels != model.spec["in_channels"]:
-        expected, found = (
-            (model.spec[key] for key in ("num_classes", "in_channels")),
-            (dataset.num_classes, dataset.in_channels),
-        )
-        raise ValueError(f"data must have the model's (classes, channels) {tuple(expected)}, got {found}")
-    seed = config.training.seed if seed is None else seed
-    data = dataset.test
-    if num_examples is not None and num_examples < len(data):
-        chosen = torch.randperm(len(data), generator=generator_for(seed, "examples"))[:num_examples].sort().values
-        data = ImageSet(data.images[chosen], data.labels[chosen])
-    threat = ThreatModel(config.threat.norm, float(config.threat.eps))
-    result = evaluate(
-        model, data, threat=threat, steps=config.attack.steps, step_size=config.attack.step_size,
-        restarts=config.attack.restarts, batch_size=batch_size, seed=seed, device=device, progress=True,
-    )  # fmt: skip
-    result["data"] = {"name": dataset.name, "split": "test"}
-    result["cost"] = cost(model)
-    write_text(run_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    return result
+def positive(name: str, value: int) -> int:
+    """`value`, which must be at least 1: else a `ValueError` that calls it `name`."""
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value!r}")
+    return value

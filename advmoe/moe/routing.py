@@ -115,15 +115,14 @@ def route(mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tenso
         yield routing
 
 
-def soft_routing(model: nn.Module, temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
+def soft_routing(model: Callable[[Tensor], Tensor], temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
     """`model` as a callable that mixes experts by softmax(scores / temperature): a surrogate for gradients, not for
     scoring.
     """
 
     def predict(x: Tensor) -> Tensor:
         with route("soft", temperature=temperature):
-            logits: Tensor = model(x)
-        return logits
+            return model(x)
 
     return predict
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from advmoe.attacks.base import Attack, Found, Part
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
-from advmoe.evaluation.accuracy import evaluate, outcomes, summary
+from advmoe.evaluation.accuracy import assess, evaluate, outcomes, summary
+from advmoe.evaluation.scoring import run_attack
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
 
@@ -25,6 +27,13 @@ PLANTED = [(250, 1), (200, 0), (140, 1), (10, 0), (110, 0), (154, 1)]
 THREAT = ThreatModel("linf", 26 / 255)
 
 
+def timeless(result):
+    """A result without what differs from run to run."""
+    for report in result["attacks"].values():
+        report.pop("seconds")
+    return result
+
+
 def planted():
     images = torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 0, 0, 0] = torch.tensor([pixel for pixel, _ in PLANTED], dtype=torch.uint8)
@@ -33,14 +42,91 @@ def planted():
 
 def test_planted_accuracies():
     result = evaluate(Threshold(), planted(), threat=THREAT, steps=20, step_size=0.02, restarts=2, seed=3)
+    report, checks = result.pop("attacks")["pgd-20"], result.pop("checks")
     assert result == {
         "clean_accuracy": pytest.approx(5 / 6),
         "robust_accuracy": {"pgd-20": pytest.approx(3 / 6)},
         "worst_case": pytest.approx(3 / 6),
+        "masking_gap": 0,
         "num_examples": 6,
         "threat": {"norm": "linf", "eps": 26 / 255},
         "attack": {"steps": 20, "step_size": 0.02, "restarts": 2, "seed": 3},
     }
+    assert all(check["passed"] for check in checks)
+    assert report.pop("seconds") > 0
+    assert report == {
+        "robust_accuracy": pytest.approx(3 / 6),
+        "interval": [pytest.approx(0.188, abs=1e-3), pytest.approx(0.812, abs=1e-3)],  # Wilson's, for 3 of 6
+        "examples": 6,
+        # The clean pass over 6; 20 steps on the 5 that are right, whose 3 survivors are started on again; passes that
+        # decide what a restart is for (5 and, after the last, 3) and the final score of all 5.
+        "model_calls": {"forward": 6 + 20 * 5 + 5 + 20 * 3 + 3 + 5, "gradient": 20 * 5 + 20 * 3},
+        "seed": 3,
+        "flags": {},
+        "parts": {"pgd": {"attempted": 5, "broken": 2}},
+        "settings": {"steps": 20, "step_size": 0.02, "restarts": 2, "loss": "ce"},
+    }
+
+
+def test_examples_tell_what_became_of_each():
+    attack = AttackConfig(steps=20, step_size=Pixels(0.02))
+    found = assess(Threshold, planted(), threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"]).examples
+    assert found["label"].tolist() == [1, 0, 1, 0, 0, 1]
+    assert found["clean_correct"].tolist() == [True, False, True, True, True, True]
+    assert found["clean_predicted"].tolist() == [1, 1, 1, 0, 0, 1]
+    assert found["pathway"].shape == (6, 0)
+    for name in ("pgd-20", "pgd-9-margin"):
+        assert found[f"robust/{name}"].tolist() == [True, False, False, True, False, True]
+        assert found[f"predicted/{name}"].tolist() == [1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["pgd-0"], r"attacks must be among pgd-STEPS.*routed, got 'pgd-0'"),
+        (["autoatack"], "attacks must be among .*got 'autoatack'"),
+        (["autoattack:apgd-ce+cube"], r"attacks must name parts of AutoAttack \(apgd-ce, .*\), got 'cube'"),
+        (["pgd-5-soft"], "must not name soft routing for a model without MoE layers, got 'pgd-5-soft'"),
+        (["pgd-5-dlr"], "loss dlr must have at least 3 classes, got 2"),
+    ],
+)
+def test_an_attack_that_cannot_be_made_is_named(names, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Threshold(), planted(), attacks=names)
+
+
+def test_steps_too_short_for_the_ball_are_flagged():
+    result = evaluate(Threshold(), planted(), threat=THREAT, steps=2, step_size=0.05)
+    flag = "2 steps of 0.05 cannot cross the ball from its centre to its edge, 0.102"
+    assert result["attacks"]["pgd-2"]["flags"] == {flag: 1}
+
+
+def test_a_failed_check_stops_the_attack_unless_allowed():
+    class Probabilities(Threshold):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    with pytest.raises(ValueError, match="logits: .*--allow logits"):
+        evaluate(Probabilities(), planted(), threat=THREAT)
+    result = evaluate(Probabilities(), planted(), threat=THREAT, steps=2, allow=["logits", "gradients"])
+    assert not next(check for check in result["checks"] if check["name"] == "logits")["passed"]
+
+
+def test_proposals_are_brought_back_into_the_ball_and_scored_again():
+    def liar(x, y, seed):
+        """Claims the other class's pixel, far outside the ball, and one that is no number."""
+        wild = torch.where(y[:, None, None, None] == 1, -5.0, 5.0).expand_as(x).clone()
+        wild[0] = torch.nan
+        return Found(wild)
+
+    x, y = planted().pixels(slice(None)), planted().labels
+    attack = Attack("liar", (Part("lie", liar),))
+    found = run_attack(attack, Threshold(), x, y, threat=THREAT, purpose=(0,))
+    assert ((found.x_adv - x).abs() <= THREAT.eps + 1e-6).all() and ((found.x_adv >= 0) & (found.x_adv <= 1)).all()
+    assert torch.equal(found.x_adv[0], x[0])  # no numbers: the clean image stands
+    assert torch.equal(found.x_adv[1], x[1])  # wrong without an attack: left alone
+    assert found.robust.tolist() == [True, False, False, True, False, True]
+    assert found.parts == [{"name": "lie", "attempted": 5, "broken": 2}]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
@@ -70,7 +156,9 @@ def test_the_worst_case_is_the_conjunction():
 def test_bytes_and_pixels_agree():
     data = planted()
     pixels = (data.images.float() / 255, data.labels)
-    assert evaluate(Threshold(), data, threat=THREAT, steps=5) == evaluate(Threshold(), pixels, threat=THREAT, steps=5)
+    assert timeless(evaluate(Threshold(), data, threat=THREAT, steps=5)) == timeless(
+        evaluate(Threshold(), pixels, threat=THREAT, steps=5)
+    )
 
 
 @pytest.fixture
@@ -101,21 +189,21 @@ def test_gradients_come_from_soft_routing_and_the_score_from_hard(routed):
         modes.append((active_routing().mode, torch.is_grad_enabled()))
 
     handle = model.backbone.register_forward_pre_hook(note)
-    evaluate(model, (x, y), threat=ThreatModel("linf", 1 / 255), steps=2)
+    outcomes(model, (x, y), threat=ThreatModel("linf", 1 / 255), attack=AttackConfig(steps=2))
     handle.remove()
-    # Clean; two steps and the score; two soft steps and the score.
-    hard, soft = [("hard", True)] * 2, [("soft", True)] * 2
-    assert modes == [("hard", False), *hard, ("hard", False), *soft, ("hard", False)]
+    # Clean; for each attack who is right, two steps (hard, then soft) and the score.
+    hard, soft, score = [("hard", True)] * 2, [("soft", True)] * 2, ("hard", False)
+    assert modes == [score, score, *hard, score, score, *soft, score]
 
 
 def test_the_model_is_measured_in_eval_mode_and_restored(routed):
     model, x, y = routed
-    expected = evaluate(model, (x, y), steps=2)
+    expected = timeless(evaluate(model, (x, y), steps=2))
     model.train().backbone.stem.eval()
     model.backbone.classifier.weight.requires_grad_(False)
     modes, wanted = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert evaluate(model, (x, y), steps=2) == expected
+    assert timeless(evaluate(model, (x, y), steps=2)) == expected
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -145,9 +233,9 @@ def test_the_same_seed_gives_the_same_attack(routed):
     for seed in (0, 0, 1):
         seen = []
         handle = model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach().clone()))
-        evaluate(model, (x, y), steps=1, seed=seed)
+        outcomes(model, (x, y), threat=ThreatModel(), attack=AttackConfig(steps=1), seed=seed)
         handle.remove()
-        starts.append(seen[1])
+        starts.append(seen[2])  # after the clean pass, and the one that tells who is right
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
@@ -161,5 +249,5 @@ def test_empty_data_is_an_error(data):
 
 def test_pixels_outside_the_range_are_an_error():
     data = planted()
-    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"pixels must lie in \[0, 1\]"):
         evaluate(Threshold(), (data.images.float(), data.labels))

@@ -1,0 +1,281 @@
+"""AutoAttack by its authors' code (the package `pyautoattack`), behind this library's interface for attacks.
+
+Axes: `N` batch, `C` channels, `H W` size, `K` classes. Pixels and `eps` are in [0, 1].
+Source: Croce & Hein, ICML 2020 (AutoAttack, APGD); Croce & Hein, ICML 2020 (FAB); Andriushchenko et al., ECCV 2020
+(Square). The package is imported when an attack is made or run, not before.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.pgd import Predict
+from advmoe.threat import ThreatModel
+
+Version = Literal["standard", "plus", "rand", "custom"]
+"""The official ensembles; `custom` runs the attacks it is given, APGD and FAB with 5 restarts."""
+
+ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+"""Names that `custom` knows."""
+_TARGETED = ("apgd-t", "fab-t")
+_FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+"""How many logits an attack's loss sorts; every other attack needs 2."""
+_NORMS = {"linf": "Linf", "l2": "L2"}
+_POINTER = " See flags_doc.md for details."
+
+
+def autoattack(
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    seed: int,
+    version: Version = "standard",
+    attacks: Sequence[str] | None = None,
+    num_classes: int | None = None,
+) -> Found:
+    """AutoAttack's proposals for a batch, as the official code makes them for these images as one batch.
+
+    With fewer classes than the ensemble is made for, targets are capped at K - 1 and attacks whose loss needs more
+    logits are left out; flags say so, and hold what the official code warned of. A module runs in eval mode with frozen
+    parameters; its modes, the random state, the trace function and the logger are left as they were.
+
+    Args:
+        predict: (N, C, H, W) pixels, contiguous -> (N, K) logits. The official code overwrites logits in place.
+        x: clean images, (N, C, H, W) in [0, 1], in any memory format. y: true classes, (N,).
+        attacks: what `custom` runs, in this order (`ATTACKS`); for no other version.
+        num_classes: K where it is known; otherwise one image is classified to learn it.
+
+    Returns x itself where no attack succeeded. Raises `ValueError` for an unknown version or attack, unusable images,
+    fewer than 2 classes, too few for any of the attacks, or a missing package.
+    """
+    library = _library()
+    _check_choice(version, attacks)
+    x, y = _checked(x, y)
+    if len(x) == 0:
+        return Found(x)
+    with _contained(library, predict) as said:
+        official = _official(library, predict, x.device, threat, seed, version, attacks)
+        notes = _fit(official, _count_classes(predict, x) if num_classes is None else num_classes)
+        x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
+    return Found(x_adv, (*notes, *_flags(said)))
+
+
+def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Found:
+    """The Square attack's proposals, by the official code with AutoAttack's settings but for the number of `queries`.
+
+    It needs no gradients. `predict`, `x` and `y` are as in `autoattack`. Returns x itself where it failed or where the
+    clean image is misclassified. Raises `ValueError` for fewer than one query, unusable images, or a missing package.
+    """
+    library = _library()
+    if queries < 1:
+        raise ValueError(f"queries must be >= 1, got {queries!r}")
+    x, y = _checked(x, y)
+    if len(x) == 0:
+        return Found(x)
+    with _contained(library, predict) as said, torch.no_grad():
+        attack = library.square.SquareAttack(
+            predict, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
+            verbose=False, device=x.device, resc_schedule=False,
+        )  # fmt: skip
+        x_adv = attack.perturb(x, y)
+    return Found(x_adv, _flags(said))
+
+
+def autoattack_attack(
+    predict: Predict,
+    *,
+    threat: ThreatModel,
+    version: Version = "standard",
+    attacks: Sequence[str] | None = None,
+) -> Attack:
+    """`autoattack` on `predict` as an attack of one part, `autoattack` or, but for the standard one,
+    `autoattack-<version>`.
+
+    Its settings hold the version, the package's version and the attacks by name. Raises `ValueError` for an unknown
+    version or attack, or a missing package.
+    """
+    library = _library()
+    _check_choice(version, attacks)
+    with _overhearing(library, []):
+        made = _official(library, predict, torch.device("cpu"), threat, 0, version, attacks)
+    settings = {
+        "version": version,
+        "library": f"pyautoattack {library.__version__}",
+        "attacks": list(made.attacks_to_run),
+    }
+
+    def run(x: Tensor, y: Tensor, seed: int) -> Found:
+        return autoattack(predict, x, y, threat=threat, seed=seed, version=version, attacks=attacks)
+
+    name = "autoattack" if version == "standard" else f"autoattack-{version}"
+    return Attack(name, (Part(name, run),), settings)
+
+
+# The official code, adapted
+
+
+def _library() -> Any:
+    """The package. Raises `ValueError` where it is missing."""
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise ValueError(
+            f"autoattack needs the extra autoattack: pip install 'advmoe[autoattack]', got: {error}"
+        ) from error
+    return pyautoattack
+
+
+def _check_choice(version: str, attacks: Sequence[str] | None) -> None:
+    if version not in get_args(Version):
+        raise ValueError(f"version must be one of {', '.join(get_args(Version))}, got {version!r}")
+    if version != "custom":
+        if attacks is not None:
+            raise ValueError(f"attacks must be left out unless version is custom, got {attacks!r} with {version!r}")
+    elif not attacks or isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
+        raise ValueError(f"attacks must be names out of {', '.join(ATTACKS)} for version custom, got {attacks!r}")
+
+
+def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` and `y` as the official code takes them; it calls `view`, which a channels-last tensor refuses."""
+    if x.dim() != 4 or len(x) != len(y):
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"x and y must be images (N, C, H, W) and a class for each, got shapes {shapes}")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
+    return x.detach().contiguous(), y.to(x.device, torch.long)
+
+
+def _official(
+    library: Any,
+    predict: Predict,
+    device: torch.device,
+    threat: ThreatModel,
+    seed: int,
+    version: str,
+    attacks: Sequence[str] | None,
+) -> Any:
+    return library.AutoAttack(
+        predict, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, version=version, device=device,
+        attacks=None if attacks is None else list(attacks),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _count_classes(predict: Predict, x: Tensor) -> int:
+    return predict(x[:1]).shape[1]
+
+
+def _fit(official: Any, classes: int) -> list[str]:
+    """Make the ensemble one that can run with so few `classes`; returns what that changed, a line each."""
+    if classes < 2:
+        raise ValueError(f"num_classes must be >= 2, got {classes!r}")
+    wanted, notes = list(official.attacks_to_run), []
+    possible = [name for name in wanted if classes >= _FEWEST_CLASSES.get(name, 2)]
+    if not possible:
+        raise ValueError(f"attacks must hold one that {classes} classes are enough for, got {', '.join(wanted)}")
+    if left_out := [name for name in wanted if name not in possible]:
+        needs = ", ".join(f"{name} (needs {_FEWEST_CLASSES[name]})" for name in left_out)
+        notes.append(f"not {official.version} AutoAttack: {classes} classes are too few for {needs}")
+    official.attacks_to_run = possible
+    usual = official.fab.n_target_classes
+    if classes - 1 < usual:
+        official.fab.n_target_classes = official.apgd_targeted.n_target_classes = classes - 1
+        if any(name in possible for name in _TARGETED):
+            notes.append(
+                f"not {official.version} AutoAttack: {classes} classes allow only {classes - 1} of {usual} targets"
+            )
+    return notes
+
+
+# What it must not leave behind
+
+
+@contextmanager
+def _contained(library: Any, predict: Predict) -> Iterator[list[str]]:
+    """Undoes what the official code changes in the process; yields the list that its warnings are put into."""
+    said: list[str] = []
+    # It counts calls of autograd for as long as the process lives: one dynamic model would taint all later ones.
+    library.checks.funcs.update(dict.fromkeys(library.checks.funcs, 0))
+    trace = sys.gettrace()
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with _frozen(predict), _overhearing(library, said), torch.random.fork_rng(devices):
+            yield said
+    finally:
+        sys.settrace(trace)
+
+
+@contextmanager
+def _frozen(predict: Predict) -> Iterator[None]:
+    """Eval mode without parameter gradients for a module, which FAB would add to; any other callable is left alone."""
+    modules = list(predict.modules()) if isinstance(predict, nn.Module) else []
+    parameters = list(predict.parameters()) if isinstance(predict, nn.Module) else []
+    before = [module.training for module in modules], [parameter.requires_grad for parameter in parameters]
+    try:
+        for module in modules:
+            module.training = False
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in zip(modules, before[0], strict=True):
+            module.training = mode
+        for parameter, wanted in zip(parameters, before[1], strict=True):
+            parameter.requires_grad_(wanted)
+
+
+class _Ear(logging.Handler):
+    """Puts every message into a list."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.said.append(record.getMessage())
+
+
+@contextmanager
+def _overhearing(library: Any, said: list[str]) -> Iterator[None]:
+    """Warnings of the official code, logged or raised by `warnings`, go to `said` and nowhere else."""
+    logger = logging.getLogger("auto-attack")
+    before = logger.level, logger.handlers, logger.propagate, logger.disabled
+    package = str(Path(library.__file__).parent)
+    try:
+        logger.handlers, logger.propagate, logger.disabled = [_Ear(said)], False, False
+        logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def overhear(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+                if filename.startswith(package):
+                    said.append(str(message))
+                else:
+                    show(message, category, filename, *rest)
+
+            warnings.filterwarnings("always", module=library.__name__)
+            warnings.showwarning = overhear  # type: ignore[assignment]
+            yield
+    finally:
+        level, logger.handlers, logger.propagate, logger.disabled = before
+        logger.setLevel(level)
+
+
+def _flags(said: Sequence[str]) -> tuple[str, ...]:
+    """One line for each message, those said more than once with their number."""
+    counts = Counter(" ".join(text.split()).removesuffix(_POINTER) for text in said)
+    return tuple(text if count == 1 else f"{text} ({count} times)" for text, count in counts.items())

@@ -1,0 +1,251 @@
+"""What an attack broke: the prediction, the routing, both or neither (Zhang et al., 2023, sec. 4, figs. 4 and 5).
+
+Axes: `N` examples, `C` channels, `H W` size, `L` MoE layers, `E` experts. Fractions, except in `Dissection.table`.
+
+    category                clean image's pathway kept in all layers    prediction right
+    1 both survive          yes                                         yes
+    2 only routing fails    no                                          yes
+    3 only prediction fails yes                                         no
+    4 both fail             no                                          no
+
+1 + 3 is the routers' robustness, 1 + 2 the model's. An example that is wrong without an attack counts as wrong, also
+where the attack happens to put it right: so 1 + 2 over all examples is the robust accuracy. As it has lost its
+prediction before any attack, the categories are given twice, over all examples and over those that are right clean.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import Predict
+from advmoe.evaluation.scoring import correct, measuring
+from advmoe.moe.routing import route
+
+CATEGORIES = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail")
+"""Names of the categories 1 to 4."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dissection:
+    """The outcome of an attack per example, and what follows from it. Parts over batches join by `merge`.
+
+    Raises `ValueError` for tensors of unequal length, no example, no MoE layer, or an expert outside 0 ... E - 1.
+    """
+
+    clean_pathway: Tensor
+    """Expert chosen for the clean image, (N, L)."""
+    adv_pathway: Tensor
+    """Expert chosen for the adversarial image, (N, L)."""
+    clean_correct: Tensor
+    """Whether the clean image is classified right, (N,) booleans."""
+    adv_correct: Tensor
+    """Whether the adversarial image is classified right, (N,) booleans."""
+    num_experts: int
+    """E."""
+    labels: Tensor | None = None
+    """True classes (N,), where shares per class are wanted."""
+
+    def __post_init__(self) -> None:
+        clean, adv = self.clean_pathway, self.adv_pathway
+        if clean.dim() != 2 or clean.shape != adv.shape or 0 in clean.shape:
+            shapes = f"{tuple(clean.shape)} and {tuple(adv.shape)}"
+            raise ValueError(f"clean_pathway and adv_pathway must both be (N, L) with N, L >= 1, got {shapes}")
+        for name in ("clean_correct", "adv_correct", "labels"):
+            value = getattr(self, name)
+            if value is not None and value.shape != clean.shape[:1]:
+                raise ValueError(f"{name} must be (N,) with N = {len(clean)}, got shape {tuple(value.shape)}")
+        lowest, highest = (int(torch.stack([clean, adv]).aminmax()[end]) for end in (0, 1))
+        if lowest < 0 or highest >= self.num_experts:
+            raise ValueError(f"experts must lie in 0 ... {self.num_experts - 1}, got {lowest} ... {highest}")
+
+    @classmethod
+    def merge(cls, parts: Sequence[Dissection]) -> Dissection:
+        """The dissection of all examples of `parts`, in order. Raises `ValueError` for none, or for unlike models."""
+        shapes = {(part.clean_pathway.shape[1], part.num_experts, part.labels is None) for part in parts}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"parts must be at least 1, with the same layers, experts and labels, got {len(shapes)} kinds"
+            )
+        labels = [part.labels for part in parts if part.labels is not None]
+        return cls(
+            clean_pathway=torch.cat([part.clean_pathway for part in parts]),
+            adv_pathway=torch.cat([part.adv_pathway for part in parts]),
+            clean_correct=torch.cat([part.clean_correct for part in parts]),
+            adv_correct=torch.cat([part.adv_correct for part in parts]),
+            num_experts=parts[0].num_experts,
+            labels=torch.cat(labels) if labels else None,
+        )
+
+    @property
+    def survived(self) -> Tensor:
+        """Whether the prediction is right with and without the attack, (N,)."""
+        return self.clean_correct.bool() & self.adv_correct.bool()
+
+    @property
+    def flipped(self) -> Tensor:
+        """Whether a layer chose another expert under attack, (N, L)."""
+        return self.clean_pathway != self.adv_pathway
+
+    @property
+    def categories(self) -> Tensor:
+        """The category of each example, (N,) of 1 to 4."""
+        return 1 + self.flipped.any(1).long() + 2 * (~self.survived).long()
+
+    @property
+    def flip_rate(self) -> list[float]:
+        """Per MoE layer, the share of all examples whose choice changed; L numbers."""
+        return [_share(layer) for layer in self.flipped.T]
+
+    @property
+    def flipped_layers(self) -> list[float]:
+        """The share of examples with 0, 1, ... L changed layers; L + 1 numbers."""
+        counts = torch.bincount(self.flipped.sum(1), minlength=self.flipped.shape[1] + 1)
+        return [count / len(self.flipped) for count in counts.tolist()]
+
+    def shares(self, among: Tensor | None = None) -> dict[str, float] | None:
+        """The share of each category, by name, of all examples or those in `among`, (N,) booleans; None of none."""
+        found = self.categories if among is None else self.categories[among.bool()]
+        if len(found) == 0:
+            return None
+        return {name: _share(found == number) for number, name in enumerate(CATEGORIES, start=1)}
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """The shares of each class that occurs, over its own examples; empty without labels."""
+        if self.labels is None:
+            return []
+        members = {int(label): self.labels == label for label in self.labels.unique()}
+        return [
+            {"class": label, "num_examples": int(among.sum()), "categories": self.shares(among)}
+            for label, among in members.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON, as fractions. `categories_of_clean_correct` is None where no example is right
+        clean; `load` is (L, E).
+        """
+        examples, layers = self.clean_pathway.shape
+        return {
+            "num_examples": examples,
+            "num_clean_correct": int(self.clean_correct.sum()),
+            "num_layers": layers,
+            "num_experts": self.num_experts,
+            "clean_accuracy": _share(self.clean_correct.bool()),
+            "robust_accuracy": _share(self.survived),
+            "router_robustness": _share(~self.flipped.any(1)),
+            "categories": self.shares(),
+            "categories_of_clean_correct": self.shares(self.clean_correct),
+            "flip_rate": self.flip_rate,
+            "flipped_layers": self.flipped_layers,
+            "load": {
+                "clean": _load(self.clean_pathway, self.num_experts),
+                "adversarial": _load(self.adv_pathway, self.num_experts),
+            },
+            "distinct_pathways": {
+                "clean": len(self.clean_pathway.unique(dim=0)),
+                "adversarial": len(self.adv_pathway.unique(dim=0)),
+            },
+            "per_class": self.per_class(),
+        }
+
+    def table(self) -> str:
+        """The dissection as aligned lines for a terminal, in percent."""
+        found = self.to_dict()
+        pathways, counts = found["distinct_pathways"], found["flipped_layers"]
+        spread = ", ".join(f"{flips}: {100 * share:.1f}" for flips, share in enumerate(counts) if share > 0)
+        return "\n".join(
+            [
+                f"{found['num_examples']} images, {found['num_clean_correct']} of them right clean; "
+                f"{found['num_layers']} MoE layers of {self.num_experts} experts",
+                "",
+                *_category_lines(found),
+                "",
+                *_layer_lines(found),
+                "",
+                *textwrap.wrap(f"layers flipped (% images) {spread}", 100, subsequent_indent=26 * " "),
+                f"distinct pathways         clean {pathways['clean']}, adversarial {pathways['adversarial']}",
+            ]
+        )
+
+
+def _share(chosen: Tensor) -> float:
+    return int(chosen.sum()) / len(chosen)
+
+
+def _load(pathways: Tensor, num_experts: int) -> list[list[float]]:
+    counts = [torch.bincount(layer, minlength=num_experts).tolist() for layer in pathways.T]
+    return [[count / len(pathways) for count in layer] for layer in counts]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _category_lines(found: dict[str, Any]) -> list[str]:
+    columns = found["categories"], found["categories_of_clean_correct"]
+    sums: dict[str, tuple[str, ...]] = {
+        f"{number} {name.replace('_', ' ')}": (name,) for number, name in enumerate(CATEGORIES, start=1)
+    }
+    sums["1 + 2 model robust"] = ("both_survive", "only_routing_fails")
+    sums["1 + 3 routers robust"] = ("both_survive", "only_prediction_fails")
+    lines = [f"{'share':<23}  {'of all':>8}  {'of right clean':>14}"]
+    for title, names in sums.items():
+        all_, right = ("-" if shares is None else _percent(sum(shares[n] for n in names)) for shares in columns)
+        lines.append(f"{title:<23}  {all_:>8}  {right:>14}")
+    return lines
+
+
+def _layer_lines(found: dict[str, Any]) -> list[str]:
+    loads = [
+        [" ".join(f"{100 * e:5.1f}" for e in layer) for layer in found["load"][k]] for k in ("clean", "adversarial")
+    ]
+    width = max(len("clean load (%)"), len(loads[0][0]))
+    lines = [f"layer   flipped  {'clean load (%)':<{width}}  adversarial load (%)"]
+    for layer, (rate, clean, adversarial) in enumerate(zip(found["flip_rate"], *loads, strict=True)):
+        lines.append(f"{layer:>5}  {_percent(rate):>8}  {clean:<{width}}  {adversarial}")
+    return lines
+
+
+def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: int = 250) -> Dissection:
+    """Dissect an attack on a routed model.
+
+    Args:
+        model: routed, (N, C, H, W) pixels -> logits; run under hard routing, in eval mode and fp32, and restored.
+        x: clean images, (N, C, H, W) in [0, 1]. x_adv: an adversarial image for each, made by the caller, of the same
+            shape. An image left as it is, because it is wrong without an attack, counts as routing that survived: for
+            shares over all images attack those too; the shares of images right clean do not depend on it.
+        y: true classes, (N,).
+        batch_size: images per pass.
+
+    Returns a `Dissection` on the CPU. Raises `ValueError` for a model without MoE layers, or data that do not match.
+    """
+    if x.shape != x_adv.shape or y.shape != x.shape[:1] or len(x) == 0:
+        shapes = f"{tuple(x.shape)}, {tuple(x_adv.shape)}, {tuple(y.shape)}"
+        raise ValueError(f"x, x_adv and y must be (N, C, H, W) twice and (N,) with N >= 1, got {shapes}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = x.device if parameter is None else parameter.device
+    with measuring(model, device), torch.no_grad():
+        batches = zip(x.split(batch_size), x_adv.split(batch_size), y.split(batch_size), strict=True)
+        return Dissection.merge([_dissect_batch(model, *(part.to(device) for part in batch)) for batch in batches])
+
+
+def _dissect_batch(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor) -> Dissection:
+    clean_pathway, clean_correct, num_experts = _run(model, x, y)
+    adv_pathway, adv_correct, _ = _run(model, x_adv, y)
+    return Dissection(clean_pathway, adv_pathway, clean_correct, adv_correct, num_experts, y.cpu())
+
+
+def _run(model: Predict, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The pathway (N, L), whether each row is classified right (N,), and E."""
+    with route() as routing:
+        logits = model(x.contiguous(memory_format=torch.channels_last))
+    if not routing.choices:
+        raise ValueError(f"model must have MoE layers to be dissected, got {type(model).__name__} with none")
+    return routing.pathway().cpu(), correct(logits, y).cpu(), max(scores.shape[1] for scores in routing.scores.values())

@@ -1,0 +1,230 @@
+"""Attacks over a data set: in batches that are tasks of their own, kept as they finish, shared by processes.
+
+Axes: `N` examples. A batch is fixed by the position of its first example and draws its seeds from it, so that neither
+the number of processes nor an interruption changes a result. (The threads of a process may: convolutions of small
+batches round differently, and an attack's signs amplify it.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+from tqdm import tqdm
+
+from advmoe.attacks.pgd import Predict
+from advmoe.attacks.routed import RoutedPlan
+from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, take
+from advmoe.evaluation.suite import Setting, build
+from advmoe.files import write_text
+
+Result = dict[str, Any]
+"""What one task found, as plain values."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attack on one batch."""
+
+    attack: str
+    first: int
+    """The position of the batch's first example."""
+
+    @property
+    def file(self) -> str:
+        """The name that its result is kept under."""
+        return f"{re.sub('[^a-z0-9-]', '_', self.attack)}.{self.first}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a process needs besides the model."""
+
+    data: EvaluationData
+    setting: Setting
+    batch_size: int
+    seed: int
+    plan: RoutedPlan | None = None
+
+    def tasks(self, names: Iterable[str]) -> Iterator[Task]:
+        """Every task of the attacks `names`, one attack after another."""
+        return (Task(name, first) for name in names for first in range(0, size(self.data), self.batch_size))
+
+    def run(self, task: Task, predict: Predict, device: torch.device) -> tuple[Result, Outcome]:
+        """Do one task. The model must be as `measuring` sets it."""
+        counted = Counted(predict)
+        x, y = take(self.data, slice(task.first, task.first + self.batch_size), device)
+        attack = build(task.attack, counted, self.setting, self.plan)
+        outcome = run_attack(attack, counted, x, y, threat=self.setting.threat, purpose=(self.seed, task.first))
+        result = {
+            "robust": outcome.robust.int().tolist(), "predicted": outcome.predicted.tolist(), "parts": outcome.parts,
+            "flags": outcome.flags, "seconds": outcome.seconds, "settings": dict(attack.settings),
+            "model_calls": {"forward": counted.forward, "gradient": counted.gradient},
+        }  # fmt: skip
+        return result, outcome
+
+
+@dataclass
+class Journal:
+    """Results by task: in memory, and in a directory where there is one, each file written whole."""
+
+    path: Path | None = None
+    kept: dict[Task, Result] = field(default_factory=dict)
+
+    def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+        """Begin, or with `resume` continue what an interrupted evaluation left here.
+
+        Returns the plan that was stored with it, if any. Raises `ValueError` where it had other settings.
+        """
+        if self.path is None:
+            return None
+        head = self.path / "evaluation.json"
+        if resume and head.exists():
+            stored = json.loads(head.read_text())
+            for name, value in json.loads(json.dumps(fingerprint)).items():
+                if stored["fingerprint"].get(name) != value:
+                    rule = f"repeat the settings of the evaluation that it continues ({name})"
+                    raise ValueError(f"--resume must {rule}: {stored['fingerprint'].get(name)}, got {value}")
+            return dict(stored)
+        self.remove()
+        self.path.mkdir(parents=True)
+        write_text(head, json.dumps({"fingerprint": fingerprint}))
+        return None
+
+    def note(self, **values: Any) -> None:
+        """Store `values` beside the fingerprint."""
+        if self.path is not None:
+            head = self.path / "evaluation.json"
+            write_text(head, json.dumps(json.loads(head.read_text()) | values))
+
+    def get(self, task: Task) -> Result | None:
+        """The result of a task, if it is done."""
+        if task not in self.kept and self.path is not None and (file := self.path / task.file).exists():
+            self.kept[task] = json.loads(file.read_text())
+        return self.kept.get(task)
+
+    def put(self, task: Task, result: Result) -> None:
+        """Keep a result."""
+        self.kept[task] = result
+        if self.path is not None:
+            write_text(self.path / task.file, json.dumps(result))
+
+    def remove(self) -> None:
+        """Delete the directory, once the results stand elsewhere or are not wanted."""
+        if self.path is not None and self.path.exists():
+            shutil.rmtree(self.path)
+
+
+def run_tasks(
+    job: Job,
+    names: Iterable[str],
+    load: Callable[[], Predict],
+    journal: Journal,
+    *,
+    workers: int,
+    devices: list[torch.device],
+    threads: int | None,
+    progress: bool,
+) -> None:
+    """Do the tasks that `journal` lacks, in this process or in `workers` others that each `load` the model."""
+    tasks = [task for task in job.tasks(names) if journal.get(task) is None]
+    bar = tqdm(total=len(tasks), desc="attack", unit="batch", disable=None if progress else True)
+    with bar:
+        if workers == 1 or len(tasks) <= 1:
+            predict = load()
+            with measuring(predict, devices[0]):
+                for task in tasks:
+                    bar.set_description(task.attack)
+                    journal.put(task, job.run(task, predict, devices[0])[0])
+                    bar.update()
+            return
+        with closing(_shared(job, tasks, load, workers, devices, threads)) as finished:
+            for task, result in finished:
+                bar.set_description(task.attack)
+                journal.put(task, result)
+                bar.update()
+
+
+# Several processes
+
+
+def _shared(
+    job: Job, tasks: list[Task], load: Callable[[], Predict], workers: int, devices: list[torch.device],
+    threads: int | None,
+) -> Generator[tuple[Task, Result]]:  # fmt: skip
+    """The results of `tasks`, as the processes finish them."""
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    for task in tasks:
+        todo.put(task)
+    arguments = [(job, load, devices[i % len(devices)], threads, todo, done) for i in range(min(workers, len(tasks)))]
+    processes = [context.Process(target=_work, args=each, daemon=True) for each in arguments]
+    try:
+        for process in processes:
+            process.start()
+        for _ in tasks:
+            yield _next(done, processes)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _next(done: Any, processes: list[Any]) -> tuple[Task, Result]:
+    while True:
+        try:
+            task, result, error = done.get(timeout=1)
+        except queue.Empty:
+            for process in processes:
+                if process.exitcode not in (None, 0):
+                    raise RuntimeError(f"a worker process died with exit code {process.exitcode}") from None
+            continue
+        if error is not None:
+            raise error
+        return task, result
+
+
+def _work(
+    job: Job, load: Callable[[], Predict], device: torch.device, threads: int | None, todo: Any, done: Any
+) -> None:  # pragma: no cover - runs in a process of its own
+    """Do tasks until none is left, or until the parent process is gone."""
+    parent = os.getppid()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        predict = load()
+        if isinstance(predict, torch.nn.Module):
+            predict = predict.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with measuring(predict, device):
+            while os.getppid() == parent:
+                try:
+                    task = todo.get(timeout=1)
+                except queue.Empty:
+                    continue
+                done.put((task, job.run(task, predict, device)[0], None))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        done.put((None, None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))
+
+
+@contextmanager
+def threads_set(threads: int | None) -> Iterator[None]:
+    """PyTorch's CPU threads inside, where a number is given; restored after."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

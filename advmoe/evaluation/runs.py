@@ -1,0 +1,273 @@
+"""Measuring a run directory, or a user's own classifier, and keeping what was found beside it.
+
+Axes: `N` examples, `L` MoE layers. Fractions, not percent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advmoe.attacks.pgd import Predict
+from advmoe.config import AttackConfig, Config, Pixels
+from advmoe.data import ImageSet, load_dataset
+from advmoe.evaluation import sweep as sweeps
+from advmoe.evaluation.accuracy import Plan, assess, checked, outcomes, placed, positive
+from advmoe.evaluation.cost import cost
+from advmoe.evaluation.dissection import Dissection, dissect
+from advmoe.evaluation.harness import Job, Journal, threads_set
+from advmoe.evaluation.scoring import is_routed, measuring, take
+from advmoe.evaluation.sources import is_source, load_classifier
+from advmoe.evaluation.suite import Setting, build, default_attacks, named
+from advmoe.files import write_text, write_whole
+from advmoe.models import Classifier, load_model
+from advmoe.seeding import generator_for, seed_for
+from advmoe.threat import ThreatModel
+
+
+def load_run(path: str | Path) -> Classifier:
+    """The model of a run directory, in eval mode on the CPU. Raises `ValueError` naming what is missing or damaged."""
+    return load_model(Path(path))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A classifier to be measured, with the images that measure it."""
+
+    load: Callable[[], Predict]
+    data: ImageSet
+    index: Tensor
+    """The position of each image in the test set, (N,)."""
+    config: Config
+    home: Path
+    """Where results are written."""
+    seed: int
+    source: str
+
+
+def subject(
+    target: str | Path,
+    *,
+    weights: str | None = None,
+    out: str | Path | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    num_examples: int | None = None,
+    seed: int | None = None,
+) -> Subject:
+    """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
+
+    Args:
+        overrides: fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier).
+        num_examples: a random subset of the test images, by `seed`.
+        out: where results go; by default the run, or `evaluations/<file>-<factory>`.
+
+    Raises `ValueError` for a run, model, data or setting that cannot be used.
+    """
+    if num_examples is not None:
+        positive("num_examples", num_examples)
+    own = is_source(str(target))
+    load: Callable[[], Predict] = partial(load_classifier, str(target), weights) if own else partial(load_run, target)
+    if not own and weights is not None:
+        raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
+    settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
+    for group, fields in (overrides or {}).items():
+        settings[group].update(fields)
+    config = Config.from_dict(settings)
+    if not own:
+        load()  # a damaged run shows before its data are read
+    dataset = load_dataset(
+        config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
+        val_fraction=config.data.val_fraction, seed=config.training.seed, progress=True,
+    )  # fmt: skip
+    model = None if own else load_run(target)
+    if model is not None and (dataset.num_classes, dataset.in_channels) != (
+        model.spec["num_classes"], model.spec["in_channels"]
+    ):  # fmt: skip
+        expected = model.spec["num_classes"], model.spec["in_channels"]
+        found = dataset.num_classes, dataset.in_channels
+        raise ValueError(f"data must have the model's (classes, channels) {expected}, got {found}")
+    seed = config.training.seed if seed is None else seed
+    index = torch.arange(len(dataset.test))
+    if num_examples is not None and num_examples < len(index):
+        index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
+    file, _, factory = str(target).rpartition(":")
+    home = Path(out) if out is not None else Path("evaluations") / f"{Path(file).stem}-{factory}" if own else None
+    return Subject(load, dataset.test.subset(index), index, config, home or Path(target), seed, dataset.name)
+
+
+def evaluate_run(
+    target: str | Path,
+    *,
+    weights: str | None = None,
+    out: str | Path | None = None,
+    attacks: Sequence[str] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    num_examples: int | None = None,
+    batch_size: int = 250,
+    accelerator: str = "auto",
+    threads: int = 1,
+    workers: int | None = None,
+    seed: int | None = None,
+    allow: Collection[str] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run, or a user's `FILE.py:FACTORY`, on its test set; write `evaluation.json` and
+    `evaluation-examples.npz`.
+
+    Args: as of `subject` and `assess`. workers: processes that share the images, by default one per GPU or, without,
+        per core, but no more than there are batches; their number changes no result.
+        threads: CPU threads of each. resume: continue an interrupted evaluation, whose finished batches lie in
+        `.evaluation` beside the results.
+
+    Raises `ValueError` for whatever cannot be used; what was written before stays as it was.
+    """
+    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
+    plan = Plan(
+        workers=_processes(len(given.data) // positive("batch_size", batch_size)) if workers is None else positive("workers", workers),
+        threads=positive("threads", threads), accelerator=accelerator, progress=True,
+        journal=given.home / ".evaluation", resume=resume,
+    )  # fmt: skip
+    found = assess(
+        given.load, given.data, threat=threat, attack=given.config.attack, attacks=attacks, batch_size=batch_size,
+        seed=given.seed, allow=allow, plan=plan,
+    )  # fmt: skip
+    result = found.result | {"data": {"name": given.source, "split": "test"}}
+    model = given.load()
+    if isinstance(model, Classifier):
+        result["cost"] = cost(placed(model, plan.devices()[0]))  # type: ignore[arg-type]
+    save(given.home, result, {"index": given.index.numpy(), **found.examples})
+    Journal(plan.journal).remove()
+    return result
+
+
+def _processes(batches: int) -> int:
+    """One process per GPU or core, where each has a whole batch to do; starting one takes seconds."""
+    return max(1, min(torch.cuda.device_count() or os.cpu_count() or 1, batches))
+
+
+def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write `evaluation.json` and `evaluation-examples.npz` into `home`, each whole or not at all."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **examples)  # type: ignore[arg-type]
+
+    home.mkdir(parents=True, exist_ok=True)
+    write_whole(home / "evaluation-examples.npz", write)
+    write_text(home / "evaluation.json", json.dumps(result, indent=2) + "\n")
+
+
+def sweep_run(
+    target: str | Path,
+    *,
+    epsilons: Sequence[float],
+    weights: str | None = None,
+    out: str | Path | None = None,
+    attacks: Sequence[str] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    num_examples: int | None = None,
+    batch_size: int = 250,
+    accelerator: str = "auto",
+    threads: int | None = None,
+    seed: int | None = None,
+    allow: Collection[str] = (),
+) -> tuple[Path, dict[str, Any]]:
+    """Robust accuracy against the attack's radius, for each attack and in the worst case over them.
+
+    The step of gradient attacks is the configured one or, where that is more, 2.5 eps / steps, so that every radius can
+    be crossed. Writes `sweep.json` beside the run's other results and returns where that is, and its content: a
+    `sweep.sweep` by attack, and under `worst case`. Raises `ValueError` for whatever cannot be used.
+    """
+    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    plan = Plan(threads=threads, accelerator=accelerator)
+    device = plan.devices()[0]
+    predict = placed(given.load(), device)
+    norm, attack = given.config.threat.norm, given.config.attack
+    setting = Setting(threat=ThreatModel(norm, 0), attack=attack, routed=is_routed(predict))
+    names = named(attacks if attacks is not None else default_attacks(setting), setting)
+    found: dict[float, dict[str, Tensor]] = {}
+
+    def at(eps: float) -> dict[str, Tensor]:
+        if eps not in found:
+            step = Pixels(max(float(attack.step_size), 2.5 * eps / attack.steps))
+            stretched = AttackConfig(steps=attack.steps, step_size=step, restarts=attack.restarts)
+            results = outcomes(
+                predict, given.data, threat=ThreatModel(norm, eps), attack=stretched, attacks=names,
+                batch_size=batch_size, seed=given.seed, device=device, progress=True,
+            )  # fmt: skip
+            clean = results.pop("clean")
+            found[eps] = results | {"worst case": torch.stack([clean, *results.values()]).all(0)}
+        return found[eps]
+
+    probe = None if norm == "linf" else float(given.data.images[0].numel()) ** 0.5
+    with threads_set(threads):
+        job = Job(data=given.data, setting=setting, batch_size=positive("batch_size", batch_size), seed=given.seed)
+        checked(predict, job, device, allow)
+        curves = {
+            name: sweeps.sweep(lambda eps, name=name: at(eps)[name], epsilons, norm=norm, probe=probe)  # type: ignore[misc]
+            for name in (*names, "worst case")
+        }
+    settings = {"steps": attack.steps, "restarts": attack.restarts, "seed": given.seed}
+    result = {"curves": curves, "attack": settings, "data": {"name": given.source, "split": "test"}}
+    given.home.mkdir(parents=True, exist_ok=True)
+    write_text(given.home / "sweep.json", json.dumps(result, indent=2) + "\n")
+    return given.home, result
+
+
+def dissect_run(
+    target: str | Path,
+    *,
+    out: str | Path | None = None,
+    attacks: Sequence[str] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    num_examples: int | None = None,
+    batch_size: int = 250,
+    accelerator: str = "auto",
+    threads: int | None = None,
+    seed: int | None = None,
+    allow: Collection[str] = (),
+) -> tuple[Path, dict[str, Dissection]]:
+    """Dissect PGD on a routed run: which predictions and which choices of experts survive it.
+
+    Every image is attacked, those that are wrong without an attack too. `attacks` are PGD's names as in `suite`, one
+    dissection each. Writes `dissection.json` and returns where that is, and the dissections. Raises `ValueError` for a
+    model without MoE layers and whatever else cannot be used.
+    """
+    given = subject(target, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    device = Plan(accelerator=accelerator).devices()[0]
+    predict = placed(given.load(), device)
+    if not is_routed(predict):
+        raise ValueError(f"a model to dissect must have MoE layers, got {str(target)!r} without")
+    threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
+    setting = Setting(threat=threat, attack=given.config.attack, routed=True)
+    names = named(attacks if attacks is not None else [f"pgd-{given.config.attack.steps}"], setting)
+    for name in names:
+        if not name.startswith("pgd-"):
+            raise ValueError(f"attacks to dissect must be PGD's, got {name!r}")
+    job = Job(data=given.data, setting=setting, batch_size=positive("batch_size", batch_size), seed=given.seed)
+    found: dict[str, Dissection] = {}
+    with threads_set(threads):
+        checked(predict, job, device, allow)
+        for name in names:
+            (part,) = build(name, predict, setting, None).parts
+            batches = []
+            for task in job.tasks([name]):
+                x, y = take(given.data, slice(task.first, task.first + batch_size), device)
+                with measuring(predict, device):
+                    x_adv = part.run(x, y, seed_for(given.seed, task.first, name, part.name)).x_adv
+                batches.append(dissect(predict, x, threat.project(x_adv, x), y, batch_size=batch_size))
+            found[name] = Dissection.merge(batches)
+    result = {name: each.to_dict() for name, each in found.items()}
+    given.home.mkdir(parents=True, exist_ok=True)
+    write_text(given.home / "dissection.json", json.dumps(result, indent=2) + "\n")
+    return given.home, found

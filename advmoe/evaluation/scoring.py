@@ -1,0 +1,150 @@
+"""How numbers are taken: by the model as deployed, in eval mode and fp32, on images brought back into the threat model.
+
+Axes: `N` examples, `C` channels, `H W` size, `K` classes, `L` MoE layers. Pixels are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.base import Attack
+from advmoe.attacks.pgd import Predict
+from advmoe.attacks.routed import Pass
+from advmoe.data import ImageSet
+from advmoe.models.modes import frozen
+from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.routing import route
+from advmoe.seeding import seed_for
+from advmoe.threat import ThreatModel
+
+EvaluationData = ImageSet | tuple[Tensor, Tensor]
+"""Images with labels: an `ImageSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""
+
+
+@contextmanager
+def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
+    """Eval mode, frozen parameters, hard routing, full fp32 while numbers are taken; restores what was set before."""
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with frozen(predict), route(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The chosen examples on `device`: channels-last pixels (B, C, H, W) and classes (B,)."""
+    if isinstance(data, ImageSet):
+        x, y = data.pixels(index), data.labels[index]
+    else:
+        x, y = data[0][index], data[1][index]
+    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
+
+
+def size(data: EvaluationData) -> int:
+    """The number of examples. Raises `ValueError` for none, or where images and labels differ in number."""
+    images, labels = (len(data), len(data)) if isinstance(data, ImageSet) else (len(data[0]), len(data[1]))
+    if images == 0 or images != labels:
+        raise ValueError(
+            f"data must hold at least 1 example, and a class for each, got {images} images, {labels} labels"
+        )
+    return images
+
+
+def is_routed(predict: object) -> bool:
+    """Whether `predict` is a module with MoE layers of ours."""
+    return isinstance(predict, nn.Module) and any(isinstance(module, MoEConv2d) for module in predict.modules())
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each row's largest logit is its class's; a row with NaN has none, whatever `argmax` says."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+
+
+@dataclass
+class Counted:
+    """A classifier that counts the images it is asked about: a gradient pass counts as both."""
+
+    predict: Predict
+    forward: int = 0
+    gradient: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of pixels (N, C, H, W)."""
+        self.forward += len(x)
+        self.gradient += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
+        return self.predict(x)
+
+
+@dataclass
+class OpenRouting:
+    """A routed model with its routing laid open, as `attacks.routed` wants it."""
+
+    predict: Predict
+
+    def __call__(self, x: Tensor, *, temperature: float | None = None, forced: Tensor | None = None) -> Pass:
+        """Run images `x` (N, C, H, W): hard, or mixed by softmax(scores / temperature), or along `forced` (N, L)."""
+        mode = route("hard", forced=forced) if temperature is None else route("soft", temperature=temperature)
+        with mode as routing:
+            logits = self.predict(x)
+        scores = tuple(routing.scores[layer] for layer in sorted(routing.scores))
+        return Pass(logits, scores, routing.pathway())
+
+
+@dataclass
+class Outcome:
+    """What one attack did to a batch."""
+
+    robust: Tensor
+    """Whether each example is still classified correctly, (N,); those wrong without an attack are not."""
+    predicted: Tensor
+    """The class predicted for the adversarial image, (N,)."""
+    x_adv: Tensor
+    """The adversarial images, (N, C, H, W); clean where an example was not attacked."""
+    parts: list[dict[str, int | str]] = field(default_factory=list)
+    """Per part, its name, how many examples it was given and how many it broke."""
+    flags: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_attack(
+    attack: Attack,
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    purpose: tuple[int | str, ...],
+) -> Outcome:
+    """Attack `x` (N, C, H, W) of classes `y` and score what comes of it by `predict`, whatever the attack claims.
+
+    Every proposal is projected into the threat model first; pixels that are no numbers become the clean image's. Only
+    examples that are right without an attack, and that no earlier part has broken, are attacked. `purpose` seeds it.
+    """
+    started = time.perf_counter()
+    with torch.no_grad():
+        logits = predict(x)
+    outcome = Outcome(correct(logits, y), logits.argmax(1), x.clone(), flags=list(attack.flags))
+    for part in attack.parts:
+        left = outcome.robust.nonzero()[:, 0]
+        broken = 0
+        if len(left):
+            found = part.run(x[left], y[left], seed_for(*purpose, attack.name, part.name))
+            x_adv = torch.where(found.x_adv.isnan(), x[left], found.x_adv.detach().to(x.dtype))
+            x_adv = threat.project(x_adv, x[left]).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                logits = predict(x_adv)
+            held = correct(logits, y[left])
+            outcome.x_adv[left], outcome.predicted[left], outcome.robust[left] = x_adv, logits.argmax(1), held
+            broken = int((~held).sum())
+            outcome.flags += [flag for flag in found.flags if flag not in outcome.flags]
+        outcome.parts.append({"name": part.name, "attempted": len(left), "broken": broken})
+    outcome.seconds = time.perf_counter() - started
+    return outcome

@@ -1,0 +1,1 @@
+"""Results, as dictionaries or JSON, made into figures."""
