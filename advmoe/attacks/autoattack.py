@@ -61,7 +61,7 @@ def autoattack(
     Returns x itself where no attack succeeded. Raises `ValueError` for an unknown version or attack, unusable images,
     fewer than 2 classes, too few for any of the attacks, or a missing package.
     """
-    library = _library()
+    library = official_library()
     _check_choice(version, attacks)
     x, y = _checked(x, y)
     if len(x) == 0:
@@ -79,7 +79,7 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     It needs no gradients. `predict`, `x` and `y` are as in `autoattack`. Returns x itself where it failed or where the
     clean image is misclassified. Raises `ValueError` for fewer than one query, unusable images, or a missing package.
     """
-    library = _library()
+    library = official_library()
     if queries < 1:
         raise ValueError(f"queries must be >= 1, got {queries!r}")
     x, y = _checked(x, y)
@@ -107,7 +107,7 @@ def autoattack_attack(
     Its settings hold the version, the package's version and the attacks by name. Raises `ValueError` for an unknown
     version or attack, or a missing package.
     """
-    library = _library()
+    library = official_library()
     _check_choice(version, attacks)
     with _overhearing(library, []):
         made = _official(library, predict, torch.device("cpu"), threat, 0, version, attacks)
@@ -127,7 +127,7 @@ def autoattack_attack(
 # The official code, adapted
 
 
-def _library() -> Any:
+def official_library() -> Any:
     """The package. Raises `ValueError` where it is missing."""
     try:
         import pyautoattack

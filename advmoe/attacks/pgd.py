@@ -54,6 +54,7 @@ def ascend(
         if visit is not None:
             visit(step, x_adv, output)
         if gradient is not None:
+            gradient = gradient.nan_to_num(0, 0, 0)  # else one overflow would end an image's attack for good
             x_adv = threat.project(x_adv + size * threat.steepest_step(gradient), x)
     return x_adv
 

@@ -79,7 +79,7 @@ class Budget:
     """Longer where the steps could not cross the ball (see `stride`)."""
     temperatures: tuple[float, ...] = (0.3, 1.0, 3.0)
     """Of soft routing, part (a)."""
-    weights: tuple[float, ...] = (0.1, 1.0, 10.0)
+    weights: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Of the routers' loss, part (b)."""
     pathways: int = 32
     """Of the pathways that samples reach, how many are attacked (the most frequent), part (c)."""

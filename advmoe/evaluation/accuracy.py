@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
-from advmoe.config import AttackConfig
+from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
 from advmoe.evaluation.checks import check, check_data, require_passed
-from advmoe.evaluation.harness import Job, Journal, run_tasks, threads_set
+from advmoe.evaluation.harness import Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, take
 from advmoe.evaluation.suite import Setting, default_attacks, named
@@ -50,12 +50,14 @@ def outcomes(
     `attacks` are names as in `suite`; by default PGD, and for a routed model PGD through soft routing. No checks are
     made: this is what `evaluate` and training count with. Raises `ValueError` for empty data.
     """
-    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict))
+    device, journal = torch.device(device), Journal()
+    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict, data, device))
     names = named(attacks if attacks is not None else default_attacks(setting), setting)
     job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
-    device, journal = torch.device(device), Journal()
     clean = _clean(predict, job, device)
-    run_tasks(job, names, lambda: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
+    if "routed" in names:
+        job = replace(job, plan=_routed_plan(predict, job, clean, device))
+    run_tasks(job, names, lambda _: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
     return {"clean": clean.correct, **{name: _joined(job, journal, name, "robust").bool() for name in names}}
 
 
@@ -121,6 +123,7 @@ class Plan:
     threads: int | None = None
     """CPU threads of each process; None leaves PyTorch's number, and then results of different machines may differ."""
     accelerator: str = "cpu"
+    """`auto`, `cpu` or `cuda`, or one device such as `cuda:1`."""
     progress: bool = False
     journal: Path | None = None
     """Where finished batches are kept until the end."""
@@ -128,6 +131,8 @@ class Plan:
 
     def devices(self) -> list[torch.device]:
         """The device of each process, repeated if there are more processes. Raises `ValueError` without CUDA."""
+        if self.accelerator not in ("auto", "cpu", "cuda"):
+            return [torch.device(self.accelerator)]
         present = torch.cuda.device_count() if self.accelerator != "cpu" else 0
         if self.accelerator == "cuda" and not present:
             raise ValueError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
@@ -135,7 +140,7 @@ class Plan:
 
 
 def assess(
-    load: Callable[[], Predict],
+    load: Load,
     data: EvaluationData,
     *,
     threat: ThreatModel,
@@ -149,7 +154,7 @@ def assess(
     """Check a classifier, attack it in every way that `attacks` names, and count.
 
     Args:
-        load: makes the classifier, `x -> logits` on [0, 1] pixels; each process calls it once.
+        load: makes the classifier, `x -> logits` on [0, 1] pixels, for a device; each process calls it once.
         attacks: names as in `suite`. attack: what `pgd` and `routed` take their steps from.
         batch_size: images per attack call. seed: every random draw follows from it and an image's position.
         allow: checks that may fail (see `checks`).
@@ -159,10 +164,12 @@ def assess(
     """
     plan = plan or Plan()
     devices = plan.devices()
-    predict = placed(load(), devices[0])
-    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict))
+    predict = load(devices[0])
+    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict, data, devices[0]))
     wanted = named(attacks if attacks is not None else default_attacks(setting), setting)
     names = tuple(name for name in wanted if name != "routed" or setting.routed)
+    if not names:
+        raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
     job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
     journal = Journal(plan.journal)
     with threads_set(plan.threads):
@@ -173,9 +180,9 @@ def assess(
             ready = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
             ready = ready or _routed_plan(predict, job, clean, devices[0])
             journal.note(plan=ready.to_json())
-            job = Job(data=data, setting=setting, batch_size=batch_size, seed=seed, plan=ready)
+            job = replace(job, plan=ready)
         run_tasks(
-            job, names, load if plan.workers > 1 else lambda: predict, journal, workers=plan.workers, devices=devices,
+            job, names, load if plan.workers > 1 else lambda _: predict, journal, workers=plan.workers, devices=devices,
             threads=plan.threads, progress=plan.progress,
         )  # fmt: skip
     return _evaluation(job, journal, clean, names, wanted, [each.to_dict() for each in checks])
@@ -304,6 +311,7 @@ def evaluate(
     steps: int = 50,
     step_size: float = 2 / 255,
     restarts: int = 1,
+    queries: int = 25_000,
     batch_size: int = 250,
     seed: int = 0,
     allow: Collection[str] = (),
@@ -316,16 +324,18 @@ def evaluate(
         data: an `ImageSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
         attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
             under soft-routing gradients too.
-        steps, step_size, restarts: of PGD. seed: of every random draw. progress: show a bar on a terminal.
+        steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
+        seed: of every random draw. progress: show a bar on a terminal.
         allow: checks made before the attack that may fail, by name.
 
     Returns `evaluation.json`'s content (fractions). Raises `ValueError` for data or a model that fail the checks, and
     for an unknown attack.
     """
-    plan = Plan(accelerator=torch.device(device).type, progress=progress)
-    attack = AttackConfig(steps=steps, step_size=step_size, restarts=restarts)  # type: ignore[arg-type]
+    plan = Plan(accelerator=str(device), progress=progress)
+    size = Pixels(step_size)
+    attack = AttackConfig(steps=steps, step_size=size, restarts=restarts, queries=queries)
     return assess(
-        lambda: model, data, threat=threat or ThreatModel(), attack=attack, attacks=attacks, batch_size=batch_size,
+        lambda _: model, data, threat=threat or ThreatModel(), attack=attack, attacks=attacks, batch_size=batch_size,
         seed=seed, allow=allow, plan=plan,
     ).result  # fmt: skip
 

@@ -28,6 +28,8 @@ from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measurin
 from advmoe.evaluation.suite import Setting, build
 from advmoe.files import write_text
 
+Load = Callable[[torch.device], Predict]
+"""Makes the classifier, on a device; each process calls it once."""
 Result = dict[str, Any]
 """What one task found, as plain values."""
 
@@ -128,7 +130,7 @@ class Journal:
 def run_tasks(
     job: Job,
     names: Iterable[str],
-    load: Callable[[], Predict],
+    load: Load,
     journal: Journal,
     *,
     workers: int,
@@ -141,7 +143,7 @@ def run_tasks(
     bar = tqdm(total=len(tasks), desc="attack", unit="batch", disable=None if progress else True)
     with bar:
         if workers == 1 or len(tasks) <= 1:
-            predict = load()
+            predict = load(devices[0])
             with measuring(predict, devices[0]):
                 for task in tasks:
                     bar.set_description(task.attack)
@@ -159,7 +161,7 @@ def run_tasks(
 
 
 def _shared(
-    job: Job, tasks: list[Task], load: Callable[[], Predict], workers: int, devices: list[torch.device],
+    job: Job, tasks: list[Task], load: Load, workers: int, devices: list[torch.device],
     threads: int | None,
 ) -> Generator[tuple[Task, Result]]:  # fmt: skip
     """The results of `tasks`, as the processes finish them."""
@@ -195,16 +197,14 @@ def _next(done: Any, processes: list[Any]) -> tuple[Task, Result]:
 
 
 def _work(
-    job: Job, load: Callable[[], Predict], device: torch.device, threads: int | None, todo: Any, done: Any
+    job: Job, load: Load, device: torch.device, threads: int | None, todo: Any, done: Any
 ) -> None:  # pragma: no cover - runs in a process of its own
     """Do tasks until none is left, or until the parent process is gone."""
     parent = os.getppid()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        predict = load()
-        if isinstance(predict, torch.nn.Module):
-            predict = predict.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        predict = load(device)
         with measuring(predict, device):
             while os.getppid() == parent:
                 try:

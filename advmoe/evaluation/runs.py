@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from advmoe.evaluation import sweep as sweeps
 from advmoe.evaluation.accuracy import Plan, assess, checked, outcomes, placed, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
-from advmoe.evaluation.harness import Job, Journal, threads_set
+from advmoe.evaluation.harness import Job, Journal, Load, threads_set
 from advmoe.evaluation.scoring import is_routed, measuring, take
 from advmoe.evaluation.sources import is_source, load_classifier
 from advmoe.evaluation.suite import Setting, build, default_attacks, named
@@ -39,11 +39,16 @@ def load_run(path: str | Path) -> Classifier:
     return load_model(Path(path))
 
 
+def _loaded(target: str, weights: str | None, device: torch.device) -> Predict:
+    """The classifier of a run or a source, on `device`."""
+    return placed(load_classifier(target, weights) if is_source(target) else load_run(target), device)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A classifier to be measured, with the images that measure it."""
 
-    load: Callable[[], Predict]
+    load: Load
     data: ImageSet
     index: Tensor
     """The position of each image in the test set, (N,)."""
@@ -75,21 +80,19 @@ def subject(
     if num_examples is not None:
         positive("num_examples", num_examples)
     own = is_source(str(target))
-    load: Callable[[], Predict] = partial(load_classifier, str(target), weights) if own else partial(load_run, target)
+    load = partial(_loaded, str(target), weights)
     if not own and weights is not None:
         raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
     settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
     for group, fields in (overrides or {}).items():
         settings[group].update(fields)
     config = Config.from_dict(settings)
-    if not own:
-        load()  # a damaged run shows before its data are read
+    model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
     dataset = load_dataset(
         config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
         val_fraction=config.data.val_fraction, seed=config.training.seed, progress=True,
     )  # fmt: skip
-    model = None if own else load_run(target)
-    if model is not None and (dataset.num_classes, dataset.in_channels) != (
+    if isinstance(model, Classifier) and (dataset.num_classes, dataset.in_channels) != (
         model.spec["num_classes"], model.spec["in_channels"]
     ):  # fmt: skip
         expected = model.spec["num_classes"], model.spec["in_channels"]
@@ -132,8 +135,10 @@ def evaluate_run(
     """
     given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
     threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
+    if workers is None:
+        workers = _processes(len(given.data) // positive("batch_size", batch_size))
     plan = Plan(
-        workers=_processes(len(given.data) // positive("batch_size", batch_size)) if workers is None else positive("workers", workers),
+        workers=positive("workers", workers),
         threads=positive("threads", threads), accelerator=accelerator, progress=True,
         journal=given.home / ".evaluation", resume=resume,
     )  # fmt: skip
@@ -142,9 +147,9 @@ def evaluate_run(
         seed=given.seed, allow=allow, plan=plan,
     )  # fmt: skip
     result = found.result | {"data": {"name": given.source, "split": "test"}}
-    model = given.load()
+    model = given.load(plan.devices()[0])
     if isinstance(model, Classifier):
-        result["cost"] = cost(placed(model, plan.devices()[0]))  # type: ignore[arg-type]
+        result["cost"] = cost(model)
     save(given.home, result, {"index": given.index.numpy(), **found.examples})
     Journal(plan.journal).remove()
     return result
@@ -191,9 +196,9 @@ def sweep_run(
     given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
     plan = Plan(threads=threads, accelerator=accelerator)
     device = plan.devices()[0]
-    predict = placed(given.load(), device)
+    predict = given.load(device)
     norm, attack = given.config.threat.norm, given.config.attack
-    setting = Setting(threat=ThreatModel(norm, 0), attack=attack, routed=is_routed(predict))
+    setting = Setting(threat=ThreatModel(norm, 0), attack=attack, routed=is_routed(predict, given.data, device))
     names = named(attacks if attacks is not None else default_attacks(setting), setting)
     found: dict[float, dict[str, Tensor]] = {}
 
@@ -245,8 +250,8 @@ def dissect_run(
     """
     given = subject(target, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
     device = Plan(accelerator=accelerator).devices()[0]
-    predict = placed(given.load(), device)
-    if not is_routed(predict):
+    predict = given.load(device)
+    if not is_routed(predict, given.data, device):
         raise ValueError(f"a model to dissect must have MoE layers, got {str(target)!r} without")
     threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
     setting = Setting(threat=threat, attack=given.config.attack, routed=True)

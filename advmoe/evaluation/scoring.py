@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
 from advmoe.data import ImageSet
 from advmoe.models.modes import frozen
-from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import route
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
@@ -58,9 +57,12 @@ def size(data: EvaluationData) -> int:
     return images
 
 
-def is_routed(predict: object) -> bool:
-    """Whether `predict` is a module with MoE layers of ours."""
-    return isinstance(predict, nn.Module) and any(isinstance(module, MoEConv2d) for module in predict.modules())
+def is_routed(predict: Predict, data: EvaluationData, device: torch.device) -> bool:
+    """Whether MoE layers of ours run inside `predict`, module or any other callable: seen on the first example."""
+    size(data)
+    with measuring(predict, device), torch.no_grad(), route() as routing:
+        predict(take(data, slice(0, 1), device)[0])
+        return bool(routing.choices)
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def run_attack(
 ) -> Outcome:
     """Attack `x` (N, C, H, W) of classes `y` and score what comes of it by `predict`, whatever the attack claims.
 
-    Every proposal is projected into the threat model first; pixels that are no numbers become the clean image's. Only
+    Every proposal is projected into the threat model first; pixels that are not finite become the clean image's. Only
     examples that are right without an attack, and that no earlier part has broken, are attacked. `purpose` seeds it.
     """
     started = time.perf_counter()
@@ -137,7 +139,7 @@ def run_attack(
         broken = 0
         if len(left):
             found = part.run(x[left], y[left], seed_for(*purpose, attack.name, part.name))
-            x_adv = torch.where(found.x_adv.isnan(), x[left], found.x_adv.detach().to(x.dtype))
+            x_adv = torch.where(found.x_adv.isfinite(), found.x_adv.detach().to(x.dtype), x[left])
             x_adv = threat.project(x_adv, x[left]).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 logits = predict(x_adv)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from advmoe.attacks.autoattack import autoattack_attack
+from advmoe.attacks.autoattack import autoattack_attack, official_library
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LossName, Predict, pgd
 from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
@@ -61,11 +61,13 @@ def default_attacks(setting: Setting) -> tuple[str, ...]:
 def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
     """The full names of the attacks asked for, each once, in order.
 
-    Raises `ValueError` for an unknown one, or one that the model has no use for.
+    Raises `ValueError` for an unknown one, one that the model has no use for, or a missing extra.
     """
     found = []
     for name in names:
         check_name(name)
+        if name.startswith("autoattack") or (name == "routed" and setting.routed and setting.attack.queries):
+            official_library()
         if match := _PGD.fullmatch(name):
             parts = match.groupdict()
             loss = f"-{parts['loss']}" if parts["loss"] else ""
@@ -104,7 +106,7 @@ def _pgd_attack(name: str, predict: Predict, setting: Setting, steps: int, loss:
     surrogate = soft_routing(predict) if soft else None
 
     def run(x: Tensor, y: Tensor, seed: int) -> Found:
-        generator = torch.Generator(x.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         return Found(
             pgd(predict, x, y, threat=threat, steps=steps, step_size=size, restarts=restarts, loss=loss,
                 surrogate=surrogate, generator=generator)

@@ -393,9 +393,9 @@ def test_every_part_gets_what_the_ones_before_left(no_straight_through):
         "soft T=0.3": (10, 3),
         "soft T=1": (7, 3),
         "soft T=3": (4, 2),
+        "routers w=0.01": (2, 0),
         "routers w=0.1": (2, 0),
         "routers w=1": (2, 0),
-        "routers w=10": (2, 0),
         "pathways": (2, 0),
         "strongest": (2, 0),
     }

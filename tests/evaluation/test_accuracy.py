@@ -1,5 +1,7 @@
 """Accuracies of a classifier whose every answer is known by hand, and what an evaluation leaves alone."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -70,7 +72,9 @@ def test_planted_accuracies():
 
 def test_examples_tell_what_became_of_each():
     attack = AttackConfig(steps=20, step_size=Pixels(0.02))
-    found = assess(Threshold, planted(), threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"]).examples
+    found = assess(
+        lambda _: Threshold(), planted(), threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"]
+    ).examples
     assert found["label"].tolist() == [1, 0, 1, 0, 0, 1]
     assert found["clean_correct"].tolist() == [True, False, True, True, True, True]
     assert found["clean_predicted"].tolist() == [1, 1, 1, 0, 0, 1]
@@ -106,7 +110,7 @@ def test_a_failed_check_stops_the_attack_unless_allowed():
         def forward(self, x):
             return super().forward(x).softmax(1)
 
-    with pytest.raises(ValueError, match="logits: .*--allow logits"):
+    with pytest.raises(ValueError, match=r"logits: .*--allow logits"):
         evaluate(Probabilities(), planted(), threat=THREAT)
     result = evaluate(Probabilities(), planted(), threat=THREAT, steps=2, allow=["logits", "gradients"])
     assert not next(check for check in result["checks"] if check["name"] == "logits")["passed"]
@@ -251,3 +255,16 @@ def test_pixels_outside_the_range_are_an_error():
     data = planted()
     with pytest.raises(ValueError, match=r"pixels must lie in \[0, 1\]"):
         evaluate(Threshold(), (data.images.float(), data.labels))
+
+
+@pytest.mark.parametrize("names", [["pgd-1", "autoattack"], ["pgd-1", "routed"]])
+def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatch):
+    model, x, y = routed
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    calls = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    with pytest.raises(ValueError, match=r"extra autoattack.*pip install 'advmoe\[autoattack\]'"):
+        evaluate(model, (x, y), attacks=names)
+    assert calls == [1]  # the look for MoE layers
+    # Without queries nothing of it is needed.
+    evaluate(model, (x, y), attacks=["routed"], steps=1, queries=0)

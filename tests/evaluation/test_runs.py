@@ -1,0 +1,240 @@
+"""Measuring a run as a user does: in processes, interrupted, continued; and a classifier of the user's own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advmoe.config import Config
+from advmoe.evaluation.runs import evaluate_run, load_run
+from advmoe.training.run import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--attack.steps", "4", "--attack.queries", "5", "--attack.pathways", "1", "--num-examples", "36"]
+ATTACKS = ["--attacks", "pgd,pgd-margin,routed", "--batch-size", "12", "--accelerator", "cpu"]
+TASKS = 9
+"""Three attacks on three batches."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A routed run on digits that is right about most images, and wrong about some under a weak attack."""
+    config = Config.from_dict(
+        {
+            "model": {"width": 8, "experts_init": "shared"},
+            "data": {"name": "digits", "image_size": 8, "augment": False},
+            "threat": {"eps": "0.1"},
+            "training": {"method": "at", "epochs": 2, "batch_size": 64, "attack_steps": 1, "step_size": 0.1},
+            "attack": {"step_size": 0.03},
+        }
+    )
+    return train(config, run_dir=tmp_path_factory.mktemp("runs") / "run", accelerator="cpu", threads=1)
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def start(*words, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "advmoe", *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def written(home):
+    """What an evaluation left, but for how long it took."""
+    result = json.loads((home / "evaluation.json").read_text())
+    for report in result["attacks"].values():
+        report.pop("seconds")
+    result["cost"].pop("ms_per_image", None)
+    with np.load(home / "evaluation-examples.npz", allow_pickle=False) as file:
+        return result, {name: file[name].tolist() for name in file.files}
+
+
+def test_the_number_of_workers_changes_no_number(run_dir, tmp_path):
+    one, three = tmp_path / "one", tmp_path / "three"
+    for home, workers in ((one, 1), (three, 3)):
+        code, out, err = finish(start("evaluate", run_dir, *SMALL, *ATTACKS, "--workers", workers, "--out", home))
+        assert (code, err) == (0, "")
+        assert "worst case" in out and f"written to {home}/evaluation.json" in out
+    result, examples = written(one)
+    assert (result, examples) == written(three)
+    # And the numbers are those of the examples.
+    held = {name.removeprefix("robust/"): np.array(examples[name]) for name in examples if name.startswith("robust/")}
+    assert list(held) == ["pgd-4", "pgd-4-margin", "routed"]
+    assert result["robust_accuracy"] == {name: pytest.approx(each.mean()) for name, each in held.items()}
+    worst = np.logical_and.reduce(list(held.values()))
+    assert result["worst_case"] == pytest.approx(worst.mean())
+    assert result["masking_gap"] == pytest.approx(held["pgd-4"].mean() - worst.mean())
+    assert 0 < result["worst_case"] <= result["robust_accuracy"]["pgd-4"] < result["clean_accuracy"]
+    assert not (one / ".evaluation").exists()
+    assert len(set(examples["index"])) == len(examples["label"]) == 36
+    for name, report in result["attacks"].items():
+        broken = sum(part["broken"] for part in report["parts"].values())
+        assert broken == np.sum(examples["clean_correct"]) - held[name].sum()
+
+
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGINT, 2)])
+def test_an_interrupted_evaluation_ends_with_the_same_numbers(run_dir, tmp_path, how, workers):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [*SMALL, *ATTACKS, "--workers", workers]
+    evaluate_run(
+        run_dir, out=whole, attacks=["pgd", "pgd-margin", "routed"], num_examples=36, batch_size=12, workers=1,
+        overrides={"attack": {"steps": 4, "queries": 5, "pathways": 1}}, accelerator="cpu",
+    )  # fmt: skip
+    process = start("evaluate", run_dir, *options, "--out", cut, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list((cut / ".evaluation").glob("*.*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    code, _, err = finish(process)
+    done = {path: path.stat().st_mtime_ns for path in (cut / ".evaluation").glob("*.*.json")}
+    assert 0 < len(done) < TASKS and not (cut / "evaluation.json").exists()
+    if how == signal.SIGINT:
+        assert code == 130 and "interrupted; to continue: advmoe evaluate" in err and "--resume" in err
+
+    # Other settings do not mix with what is there, and leave it alone.
+    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume", "--seed", 5))
+    assert code == 2 and "--resume must repeat the settings" in err and err.count("\n") == 1
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume"))
+    assert (code, err) == (0, "")
+    assert written(cut) == written(whole)
+
+
+def test_without_resume_an_evaluation_begins_anew(run_dir):
+    stale = run_dir / ".evaluation"
+    stale.mkdir()
+    (stale / "evaluation.json").write_text(json.dumps({"fingerprint": {}}))
+    (stale / "pgd-4.0.json").write_text("{}")
+    overrides = {"attack": {"steps": 4}}
+    result = evaluate_run(run_dir, attacks=["pgd"], overrides=overrides, num_examples=20, accelerator="cpu")
+    assert result["num_examples"] == 20 and not stale.exists()
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Bright(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(10))
+
+    def forward(self, x):
+        rows = x.mean((1, 3))[:, :8]
+        return torch.cat([rows, rows[:, :2] * 0.5], 1) * self.scale
+
+def make():
+    return Bright()
+"""
+
+
+def test_a_classifier_of_the_user_s_own(tmp_path):
+    (tmp_path / "model.py").write_text(OWN)
+    data = ["--data.name", "digits", "--data.image_size", "8", "--threat.eps", "0.05"]
+    command = ["evaluate", "model.py:make", *data, "--attacks", "pgd-3,routed", "--num-examples", "20"]
+    code, out, err = finish(start(*command, "--accelerator", "cpu", cwd=tmp_path))
+    assert (code, err) == (0, "")
+    assert "routed: the model has no MoE layers, so routed adds nothing" in out
+    home = tmp_path / "evaluations" / "model-make"
+    result = json.loads((home / "evaluation.json").read_text())
+    assert list(result["robust_accuracy"]) == ["pgd-3"] and result["worst_case"] == result["robust_accuracy"]["pgd-3"]
+    assert result["attacks"]["routed"] == {"skipped": "the model has no MoE layers, so routed adds nothing"}
+    assert "cost" not in result and (home / "evaluation-examples.npz").exists()
+    code, _, err = finish(start(*command[:2], *data, "--attacks", "routed", cwd=tmp_path))
+    assert code == 2 and "attacks must hold more than routed" in err
+
+
+def test_a_sweep_falls_and_is_drawn(run_dir):
+    eps = "0,0.1,0.3"
+    code, out, err = finish(start("sweep-eps", run_dir, "--eps", eps, *SMALL, "--accelerator", "cpu"))
+    assert (code, err) == (0, "")
+    found = json.loads((run_dir / "sweep.json").read_text())["curves"]
+    assert list(found) == ["pgd-4", "pgd-4-soft", "worst case"]
+    worst = found["worst case"]
+    assert [point["eps"] for point in worst["points"]] == pytest.approx([0, 0.1, 0.3])
+    accuracies = [point["robust_accuracy"] for point in worst["points"]]
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[0] > accuracies[-1]
+    clean = evaluate_run(run_dir, attacks=["pgd-1"], num_examples=36, accelerator="cpu")["clean_accuracy"]
+    assert accuracies[0] == pytest.approx(clean)
+    assert worst["probe"]["eps"] == 1
+    assert "worst case" in out and (run_dir / "sweep.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_dissection_adds_up_and_is_drawn(run_dir):
+    code, out, err = finish(start("dissect", run_dir, *SMALL, "--accelerator", "cpu"))
+    assert (code, err) == (0, "")
+    found = json.loads((run_dir / "dissection.json").read_text())["pgd-4"]
+    assert sum(found["categories"].values()) == pytest.approx(1)
+    survived = found["categories"]["both_survive"] + found["categories"]["only_routing_fails"]
+    assert survived == pytest.approx(found["robust_accuracy"])
+    assert len(found["flip_rate"]) == found["num_layers"] == 16
+    assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out
+    # The same attack, of the same seed and batches, measured the other way.
+    result = evaluate_run(
+        run_dir, attacks=["pgd-4"], num_examples=36, accelerator="cpu", overrides={"attack": {"steps": 4}}
+    )
+    assert result["robust_accuracy"]["pgd-4"] == pytest.approx(found["robust_accuracy"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "RUN", "--threat.eps", "1.5"], r"threat.eps must be .*got 1.5"),
+        (["evaluate", "RUN", "--threat.eps", "-0.1"], r"threat.eps must be .*got -0.1"),
+        (["evaluate", "RUN", "--attacks", "pdg-50"], r"attacks must be among .*autoattack.*routed, got 'pdg-50'"),
+        (["evaluate", "RUN", "--allow", "pixel"], r"allow must name checks of logits, .*got 'pixel'"),
+        (["evaluate", "RUN", "--workers", "0"], r"--workers must be >= 1, got 0"),
+        (["evaluate", "RUN", "--weights", "w.safetensors"], r"weights must go with FILE.py:FACTORY"),
+        (["evaluate", "absent.py:make"], r"absent.py"),
+        (["evaluate", "absent"], r"RUN must be a run directory"),
+        (["sweep-eps", "RUN"], r"--eps must be radii .*got None"),
+        (["sweep-eps", "RUN", "--eps", "0,much"], r"much"),
+        (["sweep-eps", "RUN", "--eps", "0,2"], r"eps.*2"),
+        (["dissect", "RUN", "--attacks", "routed"], r"attacks to dissect must be PGD's, got 'routed'"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, words, message):
+    before = sorted(run_dir.rglob("*"))
+    code, out, err = finish(start(*[str(run_dir) if word == "RUN" else word for word in words], cwd=tmp_path))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and re.search(message, err)
+    assert sorted(run_dir.rglob("*")) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_damaged_weights_are_named(run_dir):
+    (run_dir / "model.safetensors").write_bytes(b"not weights")
+    code, _, err = finish(start("evaluate", run_dir))
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
+
+
+def test_a_plain_run_cannot_be_dissected(tmp_path, run_dir):
+    model = load_run(run_dir)
+    assert model.routed
+    torch.manual_seed(0)
+    config = Config.load(run_dir / "config.yaml").to_dict()
+    config["model"]["kind"] = "s-dense"
+    plain = Config.from_dict(config)
+    plain.training.epochs = 1
+    home = train(plain, run_dir=tmp_path / "plain", accelerator="cpu", threads=1)
+    code, _, err = finish(start("dissect", home, "--num-examples", "20"))
+    assert code == 2 and "must have MoE layers" in err
