@@ -2,12 +2,15 @@
 
     python benchmarks/attacks.py --threads 2 --out benchmarks/results/attacks.jsonl
     python benchmarks/attacks.py --only autoattack --run runs/advmoe --root data/cifar10-jpeg --num-examples 200
+    python benchmarks/attacks.py --only workers --run runs/advmoe --root data/cifar10-jpeg --num-examples 1000
 
 `pgd`         PGD-50 on routed ResNet-18 and on S-Dense, against 50 bare forward and backward passes of the same model
 `autoattack`  the standard version through the library on the model of `--run`, against the official code on the same
               weights computing every expert and masking, in NCHW; needs the extra autoattack
+`workers`     an evaluation by PGD-50 of the model of `--run`, by two processes against one, each of one thread; their
+              start is part of it
 
-Lines, timing and models are those of `speed.py`. `autoattack` takes hours and times each side once.
+Lines, timing and models are those of `speed.py`. `autoattack` takes long and times each side once.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +43,9 @@ from torch.nn import functional as F
 
 from advmoe.attacks.autoattack import autoattack
 from advmoe.attacks.pgd import pgd
-from advmoe.config import ModelKind
+from advmoe.config import AttackConfig, ModelKind
 from advmoe.data import load_dataset
+from advmoe.evaluation.accuracy import Plan, assess
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.scoring import measuring
 from advmoe.models import Classifier
@@ -200,7 +205,49 @@ def accuracy(model: Classifier, x: Tensor, y: Tensor) -> float:
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-RESULTS = {"pgd": measure_pgd, "autoattack": measure_autoattack}
+# Processes
+
+
+def measure_workers(options: Options) -> Iterator[Line]:
+    """What a second process is worth, from the call of an evaluation to its numbers."""
+    assert options.run is not None
+    model = load_run(options.run)
+    x, y = chosen_images(model, options)
+    load = partial(_on_device, options.run)
+    attack = AttackConfig(steps=options.steps)
+    found: dict[int, float] = {}
+
+    def by(workers: int) -> Side:
+        def side() -> None:
+            plan = Plan(workers=workers, threads=1, accelerator=options.device)
+            evaluation = assess(
+                load, (x, y), threat=THREAT, attack=attack, attacks=[f"pgd-{options.steps}"], batch_size=125, plan=plan
+            )
+            found[workers] = evaluation.result["worst_case"]
+
+        return side
+
+    options = replace(options, batch=125, width=model.spec["width"], image_size=model.spec["input_size"], threads=1)
+    laps = interleaved({"1 worker": by(1), "2 workers": by(2)}, options, warm_up=0)
+    line = result(
+        "workers",
+        f"an evaluation (checks, clean pass, PGD-{options.steps}) of {len(x)} images in batches of 125, by two "
+        "processes started for it over one process; one thread each, fp32",
+        laps,
+        {"1 worker/2 workers": ("1 worker", "2 workers")},
+        options,
+        at_least={"1 worker/2 workers": 1.7},
+        changed={"model": f"{model.spec['name']}, {model.spec['kind']}", "images": len(x)},
+        robust_accuracy=found,
+    )
+    yield line | {"images_per_second": images_per_second(line, len(x))}
+
+
+def _on_device(run: Path, device: torch.device) -> Classifier:
+    return load_run(run).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+RESULTS = {"pgd": measure_pgd, "autoattack": measure_autoattack, "workers": measure_workers}
 """Results by the name that `--only` takes."""
 
 
@@ -219,8 +266,8 @@ def main() -> None:
     options = Options(device=given.pop("accelerator"), **given)
     if unknown := sorted(set(names) - set(RESULTS)):
         parser.error(f"--only must name some of {', '.join(RESULTS)}, got {', '.join(unknown)}")
-    if "autoattack" in names and options.run is None:
-        parser.error("--run must name a run directory for autoattack, got None")
+    if options.run is None and (needing := [name for name in names if name != "pgd"]):
+        parser.error(f"--run must name a run directory for {needing[0]}, got None")
     torch.set_num_threads(options.threads)
     for name in names:
         log(f"{name}: {options.device}, {options.threads} threads")

@@ -195,9 +195,9 @@ def test_gradients_come_from_soft_routing_and_the_score_from_hard(routed):
     handle = model.backbone.register_forward_pre_hook(note)
     outcomes(model, (x, y), threat=ThreatModel("linf", 1 / 255), attack=AttackConfig(steps=2))
     handle.remove()
-    # Clean; for each attack who is right, two steps (hard, then soft) and the score.
+    # A look for MoE layers; clean; for each attack who is right, two steps (hard, then soft) and the score.
     hard, soft, score = [("hard", True)] * 2, [("soft", True)] * 2, ("hard", False)
-    assert modes == [score, score, *hard, score, score, *soft, score]
+    assert modes == [score, score, score, *hard, score, score, *soft, score]
 
 
 def test_the_model_is_measured_in_eval_mode_and_restored(routed):
@@ -239,7 +239,7 @@ def test_the_same_seed_gives_the_same_attack(routed):
         handle = model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach().clone()))
         outcomes(model, (x, y), threat=ThreatModel(), attack=AttackConfig(steps=1), seed=seed)
         handle.remove()
-        starts.append(seen[2])  # after the clean pass, and the one that tells who is right
+        starts.append(seen[3])  # after the look for MoE layers, the clean pass, and the one that tells who is right
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
