@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from advmoe.config import Config
     from advmoe.data import load_dataset
     from advmoe.evaluation.accuracy import evaluate
+    from advmoe.evaluation.dissection import dissect
     from advmoe.evaluation.runs import load_run
     from advmoe.models import create_model
     from advmoe.moe import pathway, route, soft_routing
@@ -24,6 +25,7 @@ _HOMES = {
     "Config": "advmoe.config",
     "ThreatModel": "advmoe.threat",
     "create_model": "advmoe.models",
+    "dissect": "advmoe.evaluation.dissection",
     "evaluate": "advmoe.evaluation.accuracy",
     "load_dataset": "advmoe.data",
     "load_run": "advmoe.evaluation.runs",
@@ -55,6 +57,7 @@ __all__ = [
     "ThreatModel",
     "__version__",
     "create_model",
+    "dissect",
     "evaluate",
     "load_dataset",
     "load_run",

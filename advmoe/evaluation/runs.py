@@ -136,7 +136,7 @@ def evaluate_run(
     given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
     threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
     if workers is None:
-        workers = _processes(len(given.data) // positive("batch_size", batch_size))
+        workers = _processes(-(-len(given.data) // positive("batch_size", batch_size)))
     plan = Plan(
         workers=positive("workers", workers),
         threads=positive("threads", threads), accelerator=accelerator, progress=True,
@@ -156,7 +156,7 @@ def evaluate_run(
 
 
 def _processes(batches: int) -> int:
-    """One process per GPU or core, where each has a whole batch to do; starting one takes seconds."""
+    """One process per GPU or core, where there are batches for all; starting one takes seconds."""
     return max(1, min(torch.cuda.device_count() or os.cpu_count() or 1, batches))
 
 
