@@ -5,6 +5,16 @@ from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import ascend, cross_entropy_loss, dlr_loss, kl_loss, margin_loss, pgd, trades_attack
 
 __all__ = [
-    "Attack", "Found", "Part", "ascend", "autoattack", "cross_entropy_loss", "dlr_loss", "kl_loss", "margin_loss", "pgd",
-    "square", "trades_attack",
-]  # fmt: skip
+    "Attack",
+    "Found",
+    "Part",
+    "ascend",
+    "autoattack",
+    "cross_entropy_loss",
+    "dlr_loss",
+    "kl_loss",
+    "margin_loss",
+    "pgd",
+    "square",
+    "trades_attack",
+]
