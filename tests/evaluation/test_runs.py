@@ -46,10 +46,11 @@ def run_dir(trained, tmp_path):
 
 
 def start(*words, **kwargs):
+    """A process of the command line, which Ctrl-C reaches even where the shell around the tests ignores it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "advmoe", *map(str, words)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **kwargs,
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kwargs,
     )  # fmt: skip
 
 

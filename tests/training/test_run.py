@@ -100,7 +100,10 @@ def test_interrupted_anywhere_and_resumed_ends_bit_identical(finished, tmp_path,
     run = tmp_path / "run"
     tiny().dump(tmp_path / "tiny.yaml")
     command = [sys.executable, "-m", "advmoe", "train", "--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(run)]
-    process = subprocess.Popen([*command, "--threads", "1", "--accelerator", "cpu"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--threads", "1", "--accelerator", "cpu"], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     while not (run / "last" / "checksums.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
