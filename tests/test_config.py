@@ -76,7 +76,7 @@ def test_values_are_converted_to_the_field_s_type(tmp_path: Path) -> None:
         ({"trainin": {"epochs": 3}}, "trainin is no known field: did you mean training?"),
         ({"lr": 1}, "lr is no known field: did you mean training.lr?"),
         ({"training": {"eps": 1}}, "training.eps is no known field: did you mean threat.eps?"),
-        ({"attack": {1: 1}}, "attack.1 is no known field: attack has steps, step_size, restarts"),
+        ({"attack": {1: 1}}, "attack.1 is no known field: attack has steps, step_size, restarts, pathways, queries"),
         ({"zzz": {}}, "zzz is no known field: the groups of fields are model, data, threat, training, attack"),
         ({"training": 3}, "training must be a group of fields, got 3"),
         ([], "a configuration must be groups of fields (model, data, threat, training, attack), got []"),

@@ -106,7 +106,7 @@ def no_straight_through(monkeypatch):
 
 def assessed(model, data, *, threat=LINF, attacks=("pgd-20", "routed"), allow=(), steps=8, queries=0, **kwargs):
     attack = AttackConfig(steps=steps, step_size=Pixels("2/255"), queries=queries, pathways=2)
-    return assess(lambda: model, data, threat=threat, attack=attack, attacks=attacks, allow=allow, **kwargs).result
+    return assess(lambda _: model, data, threat=threat, attack=attack, attacks=attacks, allow=allow, **kwargs).result
 
 
 def counts(result):
@@ -427,7 +427,7 @@ def test_masked_gradients_are_found(no_straight_through):
     assert result["clean_accuracy"] == result["robust_accuracy"]["pgd-20"] == 1
     assert result["robust_accuracy"]["routed"] == result["worst_case"] == 0 and result["masking_gap"] == 1
     assert counts(result)["square"] == (0, 0)  # gradients found them all, of the routers at the latest
-    assert counts(result)["soft T=1"] == (12, 0) and counts(result)["routers w=0.1"] == (12, 12)
+    assert counts(result)["soft T=1"] == (12, 0) and counts(result)["routers w=0.01"] == (12, 12)
 
 
 def test_masked_gradients_of_a_network_are_found(make_routed, make_images, no_straight_through):
