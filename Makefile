@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	@echo "run kept in runs/demo"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

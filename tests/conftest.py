@@ -1,6 +1,7 @@
 """What several test modules need."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch.nn import functional as F
 
 from advmoe.models import Classifier, create_model
 from advmoe.moe import pathway
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores, and for theirs
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
