@@ -66,9 +66,9 @@ def summary(found: dict[str, Tensor]) -> dict[str, Any]:
     attacks = {name: held for name, held in found.items() if name != "clean"}
     worst = torch.stack([found["clean"], *attacks.values()]).all(0)
     return {
-        "clean_accuracy": found["clean"].float().mean().item(),
-        "robust_accuracy": {name: held.float().mean().item() for name, held in attacks.items()},
-        "worst_case": worst.float().mean().item(),
+        "clean_accuracy": found["clean"].double().mean().item(),
+        "robust_accuracy": {name: held.double().mean().item() for name, held in attacks.items()},
+        "worst_case": worst.double().mean().item(),
         "num_examples": len(found["clean"]),
     }
 
@@ -290,7 +290,7 @@ def _report(job: Job, journal: Journal, name: str, held: Tensor) -> dict[str, An
             kept["broken"] += part["broken"]
     flags = [flag for result in found for flag in result["flags"]]
     return {
-        "robust_accuracy": held.float().mean().item(),
+        "robust_accuracy": held.double().mean().item(),
         "interval": list(wilson(int(held.sum()), len(held))),
         "examples": len(held),
         "seconds": round(sum(result["seconds"] for result in found), 3),
