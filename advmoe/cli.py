@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from advmoe import __version__
 from advmoe import config as config_module
 from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, read_yaml, require, typed
+from advmoe.evaluation.targets import home_of, is_source
 from advmoe.recipes import describe, recipe, recipe_names
 
 Accelerator = Literal["auto", "cpu", "cuda"]
@@ -103,11 +104,12 @@ def _evaluate(args: dict[str, Any]) -> int:
 
     from advmoe.evaluation.runs import evaluate_run
 
+    home = home_of(target, options.get("out"))
     again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
-    with _interruptible(options.get("out") or _home(target), again, ".evaluation"):
+    with _interruptible(home, again, ".evaluation"):
         result = evaluate_run(target, **options)
     print(_table(result))
-    print(f"\nwritten to {options.get('out') or _home(target)}/evaluation.json and evaluation-examples.npz")
+    print(f"\nwritten to {home / 'evaluation.json'} and evaluation-examples.npz")
     return 0
 
 
@@ -149,7 +151,7 @@ def _measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """What is measured, and the options that all measurements share; mistakes show before torch is imported."""
     target, overrides = args["target"], _overrides(args)
     below = {}
-    if not _is_source(target):
+    if not is_source(target):
         below = Config.load(_existing_run("RUN", target) / "config.yaml").to_dict()
     Config.from_dict(merged(below, overrides))
     options = {
@@ -162,15 +164,6 @@ def _measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         **_engine(args),
     }
     return target, options | {name: args[name] for name in ("out", "weights") if name in args}
-
-
-def _is_source(text: str) -> bool:
-    return ".py:" in text
-
-
-def _home(target: str) -> Path:
-    file, _, factory = target.rpartition(":")
-    return Path("evaluations") / f"{Path(file).stem}-{factory}" if _is_source(target) else Path(target)
 
 
 def _words(text: str) -> list[str]:
@@ -415,12 +408,12 @@ def _explained(message: str, command: str | None, parsers: dict[str, _Parser]) -
 
 
 @contextmanager
-def _interruptible(home: Path | str, again: str, mark: str) -> Iterator[None]:
+def _interruptible(home: Path, again: str, mark: str) -> Iterator[None]:
     """Where an interruption leaves something to continue (`mark` exists in `home`), say how."""
     try:
         yield
     except KeyboardInterrupt:
-        if not (Path(home) / mark).exists():
+        if not (home / mark).exists():
             raise
         code = _fail(f"interrupted; to continue: {again}", 130)
         raise SystemExit(code) from None

@@ -52,7 +52,7 @@ def run_row(method: str, options: argparse.Namespace) -> None:
         recipe = f"cifar10-resnet18-{method}"
         call(["train", "--config", recipe, "--run-dir", str(run), *overrides, *shared_init, *threads], log)
     if not (run / "evaluation.json").exists():
-        call(["evaluate", str(run), "--num-examples", str(options.num_examples), *threads], log)
+        call(["evaluate", str(run), "--num-examples", str(options.num_examples), "--workers", "1", *threads], log)
 
 
 def times(runs: dict[str, Path], threads: int, batch: int = 128, repeats: int = 9) -> dict[str, float]:

@@ -51,14 +51,31 @@ def outcomes(
     made: this is what `evaluate` and training count with. Raises `ValueError` for empty data.
     """
     device, journal = torch.device(device), Journal()
-    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict, data, device))
-    names = named(attacks if attacks is not None else default_attacks(setting), setting)
-    job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
+    job, wanted = make_job(predict, data, device, threat, attack, attacks, batch_size, seed)
+    names = applicable(wanted, job)
     clean = _clean(predict, job, device)
     if "routed" in names:
         job = replace(job, plan=_routed_plan(predict, job, clean, device))
     run_tasks(job, names, lambda _: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
     return {"clean": clean.correct, **{name: _joined(job, journal, name, "robust").bool() for name in names}}
+
+
+def make_job(
+    predict: Predict, data: EvaluationData, device: torch.device, threat: ThreatModel, attack: AttackConfig,
+    attacks: Sequence[str] | None, batch_size: int, seed: int,
+) -> tuple[Job, tuple[str, ...]]:  # fmt: skip
+    """The job, but for what `routed` has to plan, and the full names of the attacks asked for (by default PGD's)."""
+    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict, data, device))
+    wanted = named(attacks if attacks is not None else default_attacks(setting), setting)
+    return Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed), wanted
+
+
+def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
+    """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
+    names = tuple(name for name in wanted if name != "routed" or job.setting.routed)
+    if wanted and not names:
+        raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
+    return names
 
 
 def summary(found: dict[str, Tensor]) -> dict[str, Any]:
@@ -165,16 +182,11 @@ def assess(
     plan = plan or Plan()
     devices = plan.devices()
     predict = load(devices[0])
-    setting = Setting(threat=threat, attack=attack, routed=is_routed(predict, data, devices[0]))
-    wanted = named(attacks if attacks is not None else default_attacks(setting), setting)
-    names = tuple(name for name in wanted if name != "routed" or setting.routed)
-    if not names:
-        raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
-    job = Job(data=data, setting=setting, batch_size=positive("batch_size", batch_size), seed=seed)
-    journal = Journal(plan.journal)
+    job, wanted = make_job(predict, data, devices[0], threat, attack, attacks, batch_size, seed)
+    names, journal = applicable(wanted, job), Journal(plan.journal)
     with threads_set(plan.threads):
         checks = checked(predict, job, devices[0], allow)
-        stored = journal.open(_fingerprint(predict, job, names), resume=plan.resume)
+        stored = journal.open(_fingerprint(predict, job, names, devices[0]), resume=plan.resume)
         clean = _clean(predict, job, devices[0])
         if "routed" in names:
             ready = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
@@ -223,7 +235,7 @@ def _routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device)
         )  # fmt: skip
 
 
-def _fingerprint(predict: Predict, job: Job, names: Sequence[str]) -> dict[str, Any]:
+def _fingerprint(predict: Predict, job: Job, names: Sequence[str], device: torch.device) -> dict[str, Any]:
     """What the numbers depend on: an interrupted evaluation continues only where all of it is the same."""
     images, labels = (job.data.images, job.data.labels) if isinstance(job.data, ImageSet) else job.data
     state = predict.state_dict() if isinstance(predict, nn.Module) else {}
@@ -232,6 +244,7 @@ def _fingerprint(predict: Predict, job: Job, names: Sequence[str]) -> dict[str, 
         "attacks": list(names), "threat": asdict(job.setting.threat), "batch_size": job.batch_size, "seed": job.seed,
         "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
                    "pathways": attack.pathways, "queries": attack.queries},
+        "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "data": _digest(images, labels), "model": _digest(*(state[name] for name in sorted(state))),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
-from advmoe.config import AttackConfig, Config, Pixels
+from advmoe.config import Config, Pixels
 from advmoe.data import ImageSet, load_dataset
 from advmoe.evaluation import sweep as sweeps
-from advmoe.evaluation.accuracy import Plan, assess, checked, outcomes, placed, positive
+from advmoe.evaluation.accuracy import Plan, applicable, assess, checked, make_job, outcomes, placed, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Job, Journal, Load, threads_set
-from advmoe.evaluation.scoring import is_routed, measuring, take
-from advmoe.evaluation.sources import is_source, load_classifier
-from advmoe.evaluation.suite import Setting, build, default_attacks, named
+from advmoe.evaluation.scoring import measuring, take
+from advmoe.evaluation.sources import load_classifier
+from advmoe.evaluation.suite import build
+from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import write_text, write_whole
 from advmoe.models import Classifier, load_model
 from advmoe.seeding import generator_for, seed_for
@@ -57,6 +58,11 @@ class Subject:
     """Where results are written."""
     seed: int
     source: str
+
+    @property
+    def threat(self) -> ThreatModel:
+        """Of the configuration."""
+        return ThreatModel(self.config.threat.norm, float(self.config.threat.eps))
 
 
 def subject(
@@ -102,9 +108,8 @@ def subject(
     index = torch.arange(len(dataset.test))
     if num_examples is not None and num_examples < len(index):
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
-    file, _, factory = str(target).rpartition(":")
-    home = Path(out) if out is not None else Path("evaluations") / f"{Path(file).stem}-{factory}" if own else None
-    return Subject(load, dataset.test.subset(index), index, config, home or Path(target), seed, dataset.name)
+    home = home_of(str(target), out)
+    return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name)
 
 
 def evaluate_run(
@@ -117,7 +122,7 @@ def evaluate_run(
     num_examples: int | None = None,
     batch_size: int = 250,
     accelerator: str = "auto",
-    threads: int = 1,
+    threads: int | None = 1,
     workers: int | None = None,
     seed: int | None = None,
     allow: Collection[str] = (),
@@ -128,22 +133,21 @@ def evaluate_run(
 
     Args: as of `subject` and `assess`. workers: processes that share the images, by default one per GPU or, without,
         per core, but no more than there are batches; their number changes no result.
-        threads: CPU threads of each. resume: continue an interrupted evaluation, whose finished batches lie in
-        `.evaluation` beside the results.
+        threads: CPU threads of each, None for PyTorch's number. resume: continue an interrupted evaluation, whose
+        finished batches lie in `.evaluation` beside the results.
 
     Raises `ValueError` for whatever cannot be used; what was written before stays as it was.
     """
     given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
-    threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
     if workers is None:
         workers = _processes(-(-len(given.data) // positive("batch_size", batch_size)))
     plan = Plan(
         workers=positive("workers", workers),
-        threads=positive("threads", threads), accelerator=accelerator, progress=True,
+        threads=threads and positive("threads", threads), accelerator=accelerator, progress=True,
         journal=given.home / ".evaluation", resume=resume,
     )  # fmt: skip
     found = assess(
-        given.load, given.data, threat=threat, attack=given.config.attack, attacks=attacks, batch_size=batch_size,
+        given.load, given.data, threat=given.threat, attack=given.config.attack, attacks=attacks, batch_size=batch_size,
         seed=given.seed, allow=allow, plan=plan,
     )  # fmt: skip
     result = found.result | {"data": {"name": given.source, "split": "test"}}
@@ -172,6 +176,18 @@ def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any,
     write_text(home / "evaluation.json", json.dumps(result, indent=2) + "\n")
 
 
+def _opened(
+    given: Subject, accelerator: str, attacks: Sequence[str] | None, batch_size: int
+) -> tuple[torch.device, Predict, Job, tuple[str, ...]]:
+    """A subject ready to be attacked in this process: where, the classifier, the job, and the attacks' full names."""
+    device = Plan(accelerator=accelerator).devices()[0]
+    predict = given.load(device)
+    job, names = make_job(
+        predict, given.data, device, given.threat, given.config.attack, attacks, batch_size, given.seed
+    )
+    return device, predict, job, names
+
+
 def sweep_run(
     target: str | Path,
     *,
@@ -194,18 +210,15 @@ def sweep_run(
     `sweep.sweep` by attack, and under `worst case`. Raises `ValueError` for whatever cannot be used.
     """
     given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
-    plan = Plan(threads=threads, accelerator=accelerator)
-    device = plan.devices()[0]
-    predict = given.load(device)
+    device, predict, job, wanted = _opened(given, accelerator, attacks, batch_size)
+    names = applicable(wanted, job)
     norm, attack = given.config.threat.norm, given.config.attack
-    setting = Setting(threat=ThreatModel(norm, 0), attack=attack, routed=is_routed(predict, given.data, device))
-    names = named(attacks if attacks is not None else default_attacks(setting), setting)
     found: dict[float, dict[str, Tensor]] = {}
 
     def at(eps: float) -> dict[str, Tensor]:
         if eps not in found:
             step = Pixels(max(float(attack.step_size), 2.5 * eps / attack.steps))
-            stretched = AttackConfig(steps=attack.steps, step_size=step, restarts=attack.restarts)
+            stretched = replace(attack, step_size=step)
             results = outcomes(
                 predict, given.data, threat=ThreatModel(norm, eps), attack=stretched, attacks=names,
                 batch_size=batch_size, seed=given.seed, device=device, progress=True,
@@ -216,7 +229,6 @@ def sweep_run(
 
     probe = None if norm == "linf" else float(given.data.images[0].numel()) ** 0.5
     with threads_set(threads):
-        job = Job(data=given.data, setting=setting, batch_size=positive("batch_size", batch_size), seed=given.seed)
         checked(predict, job, device, allow)
         curves = {
             name: sweeps.sweep(lambda eps, name=name: at(eps)[name], epsilons, norm=norm, probe=probe)  # type: ignore[misc]
@@ -232,6 +244,7 @@ def sweep_run(
 def dissect_run(
     target: str | Path,
     *,
+    weights: str | None = None,
     out: str | Path | None = None,
     attacks: Sequence[str] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
@@ -248,29 +261,24 @@ def dissect_run(
     dissection each. Writes `dissection.json` and returns where that is, and the dissections. Raises `ValueError` for a
     model without MoE layers and whatever else cannot be used.
     """
-    given = subject(target, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
-    device = Plan(accelerator=accelerator).devices()[0]
-    predict = given.load(device)
-    if not is_routed(predict, given.data, device):
+    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    device, predict, job, names = _opened(given, accelerator, attacks if attacks is not None else ["pgd"], batch_size)
+    if not job.setting.routed:
         raise ValueError(f"a model to dissect must have MoE layers, got {str(target)!r} without")
-    threat = ThreatModel(given.config.threat.norm, float(given.config.threat.eps))
-    setting = Setting(threat=threat, attack=given.config.attack, routed=True)
-    names = named(attacks if attacks is not None else [f"pgd-{given.config.attack.steps}"], setting)
     for name in names:
         if not name.startswith("pgd-"):
             raise ValueError(f"attacks to dissect must be PGD's, got {name!r}")
-    job = Job(data=given.data, setting=setting, batch_size=positive("batch_size", batch_size), seed=given.seed)
     found: dict[str, Dissection] = {}
     with threads_set(threads):
         checked(predict, job, device, allow)
         for name in names:
-            (part,) = build(name, predict, setting, None).parts
+            (part,) = build(name, predict, job.setting, None).parts
             batches = []
             for task in job.tasks([name]):
                 x, y = take(given.data, slice(task.first, task.first + batch_size), device)
                 with measuring(predict, device):
                     x_adv = part.run(x, y, seed_for(given.seed, task.first, name, part.name)).x_adv
-                batches.append(dissect(predict, x, threat.project(x_adv, x), y, batch_size=batch_size))
+                batches.append(dissect(predict, x, job.setting.threat.project(x_adv, x), y, batch_size=batch_size))
             found[name] = Dissection.merge(batches)
     result = {name: each.to_dict() for name, each in found.items()}
     given.home.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -30,14 +29,6 @@ from torch.nn.parameter import is_lazy
 from advmoe.attacks.pgd import Predict
 
 _numbers = itertools.count(1)
-
-
-def is_source(text: str) -> bool:
-    """Whether `text` means a Python file and a name in it (`model.py:net`), not a run directory.
-
-    A file with its name missing or misspelt is meant as one too, so that `load_classifier` can say what is wrong.
-    """
-    return re.fullmatch(r".*\.py(:[^/\\]*)?", text) is not None
 
 
 def load_classifier(spec: str, weights: str | None = None) -> Predict:

@@ -116,6 +116,10 @@ def test_an_interrupted_evaluation_ends_with_the_same_numbers(run_dir, tmp_path,
     assert code == 2 and "--resume must repeat the settings" in err and err.count("\n") == 1
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
+    # Nor does another number of threads, which rounds small batches' convolutions differently.
+    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume", "--threads", 2))
+    assert code == 2 and "--resume must repeat the settings" in err
+
     code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume"))
     assert (code, err) == (0, "")
     assert written(cut) == written(whole)
@@ -163,6 +167,26 @@ def test_a_classifier_of_the_user_s_own(tmp_path):
     assert "cost" not in result and (home / "evaluation-examples.npz").exists()
     code, _, err = finish(start(*command[:2], *data, "--attacks", "routed", cwd=tmp_path))
     assert code == 2 and "attacks must hold more than routed" in err
+    code, _, err = finish(start("evaluate", "model.py", *data, cwd=tmp_path))
+    assert code == 2 and "model.py" in err and err.count("\n") == 1
+    # A sweep leaves `routed` out too.
+    sweep = ["sweep-eps", "model.py:make", *data, "--eps", "0,0.1", "--attacks", "pgd-3,routed", "--num-examples", "20"]
+    code, _, err = finish(start(*sweep, "--accelerator", "cpu", cwd=tmp_path))
+    assert (code, err) == (0, "")
+    assert list(json.loads((home / "sweep.json").read_text())["curves"]) == ["pgd-3", "worst case"]
+
+
+def test_a_routed_classifier_of_the_user_s_own_with_its_weights(run_dir, tmp_path):
+    spec = json.loads((run_dir / "model.json").read_text())
+    (tmp_path / "own.py").write_text(f"from advmoe import create_model\ndef net():\n    return create_model(**{spec})\n")
+    data = ["--data.name", "digits", "--data.image_size", "8", "--threat.eps", "0.1", "--attack.step_size", "0.03"]
+    shared = [*SMALL, *data, "--accelerator", "cpu", "--seed", 0]
+    weights = ["--weights", run_dir / "model.safetensors"]
+    for target, more in ((run_dir, []), ("own.py:net", weights)):
+        code, _, err = finish(start("dissect", target, *shared, *more, "--out", Path(target).name[:3], cwd=tmp_path))
+        assert (code, err) == (0, "")
+    ours, theirs = (json.loads((tmp_path / name / "dissection.json").read_text()) for name in ("run", "own"))
+    assert ours == theirs
 
 
 def test_a_sweep_falls_and_is_drawn(run_dir):

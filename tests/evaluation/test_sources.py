@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from advmoe.evaluation.sources import is_source, load_classifier
+from advmoe.evaluation.sources import load_classifier
+from advmoe.evaluation.targets import is_source
 
 NET = """
 import torch
