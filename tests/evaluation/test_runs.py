@@ -178,7 +178,8 @@ def test_a_classifier_of_the_user_s_own(tmp_path):
 
 def test_a_routed_classifier_of_the_user_s_own_with_its_weights(run_dir, tmp_path):
     spec = json.loads((run_dir / "model.json").read_text())
-    (tmp_path / "own.py").write_text(f"from advmoe import create_model\ndef net():\n    return create_model(**{spec})\n")
+    code = f"from advmoe import create_model\ndef net():\n    return create_model(**{spec})\n"
+    (tmp_path / "own.py").write_text(code)
     data = ["--data.name", "digits", "--data.image_size", "8", "--threat.eps", "0.1", "--attack.step_size", "0.03"]
     shared = [*SMALL, *data, "--accelerator", "cpu", "--seed", 0]
     weights = ["--weights", run_dir / "model.safetensors"]
