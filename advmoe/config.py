@@ -129,14 +129,15 @@ class ModelConfig:
     """Experts as windows of the backbone's channels (`subset`), or with no channel shared (`independent`)."""
     experts_init: ExpertInit = "independent"
     """Whether experts start as copies of one another (`shared`) or not."""
-    width: int = 64
-    """Channels of the first stage at scale 1; 64 is the paper's."""
+    width: int | None = None
+    """Channels of the first stage at scale 1; by default the backbone's own, which is the paper's (ResNet: 64)."""
 
     def __post_init__(self) -> None:
         _check_types(self, "model")
         _number("model.scale", self.scale, 0, 1, open_low=True)
         _number("model.num_experts", self.num_experts, 1)
-        _number("model.width", self.width, 1)
+        if self.width is not None:
+            _number("model.width", self.width, 1)
 
 
 @dataclass(kw_only=True)

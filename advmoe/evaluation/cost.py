@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import Classifier
 from advmoe.models.modes import frozen
-from advmoe.moe.conv import MoEConv2d
+from advmoe.moe import MoELayer
 
 
 def example_input(model: Classifier, batch: int) -> Tensor:
@@ -33,7 +33,7 @@ def gmacs(model: Classifier) -> float:
 def parameters(model: nn.Module) -> tuple[int, int]:
     """(stored, active): all parameters, and those that one image's pathway uses."""
     stored = sum(p.numel() for p in model.parameters())
-    idle = sum(m.bank[0].numel() * (len(m.bank) - m.c_out) for m in model.modules() if isinstance(m, MoEConv2d))
+    idle = sum(layer.idle_parameters() for layer in model.modules() if isinstance(layer, MoELayer))
     return stored, stored - idle
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,19 @@ from advmoe.models.resnet import ResNet
 from advmoe.moe.routers import ImageRouter, routers_of
 from advmoe.moe.routing import forward_scope
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet18": partial(ResNet, depths=(2, 2, 2, 2))}
-"""Backbone constructors by name: `(layers, *, width, in_channels, num_classes) -> module`."""
+
+@dataclass(frozen=True)
+class Backbone:
+    """How a backbone is built."""
+
+    build: Callable[..., nn.Module]
+    """`(layers, *, width, in_channels, num_classes, input_size) -> module` of normalised images."""
+    width: int
+    """Channels of the first stage at scale 1, unless others are asked for."""
+
+
+BACKBONES: dict[str, Backbone] = {"resnet18": Backbone(partial(ResNet, depths=(2, 2, 2, 2)), 64)}
+"""Backbones by name."""
 
 
 class Classifier(nn.Module):
@@ -62,7 +74,7 @@ def create_model(
     router: RouterKind = "layer",
     experts: ExpertLayout = "subset",
     experts_init: ExpertInit = "independent",
-    width: int = 64,
+    width: int | None = None,
     input_size: int = 32,
     in_channels: int = 3,
     mean: Sequence[float] | None = None,
@@ -74,8 +86,8 @@ def create_model(
         name: backbone (`BACKBONES`). num_classes: K. input_size: side of the images in pixels. in_channels: their
         channels. kind: `moe`, the `dense` backbone, or `s-dense`, whose every layer has `scale` times the channels.
         scale: r, in (0, 1]. num_experts: N. router, experts, experts_init: see `config.ModelConfig`.
-        width: channels of the first stage at scale 1. mean, std: pixel statistics per channel, normalised inside the
-        model.
+        width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets). mean, std: pixel
+        statistics per channel, normalised inside the model.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
@@ -99,10 +111,13 @@ def create_model(
     if not min(std) > 0:
         raise ValueError(f"std must be > 0 in every channel, got {std!r}")
     layers = LayerFactory(config)
-    backbone = BACKBONES[name](layers, width=width, in_channels=in_channels, num_classes=num_classes)
+    config.width = wide = config.width or BACKBONES[name].width
+    backbone = BACKBONES[name].build(
+        layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size
+    )
     image_router = None
     if kind == "moe" and router != "layer":
-        image_router = ImageRouter(in_channels, width, layers.num_moe_layers, num_experts, shared=router == "image")
+        image_router = ImageRouter(in_channels, wide, layers.num_moe_layers, num_experts, shared=router == "image")
     spec = {**vars(config), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})
 

@@ -40,7 +40,14 @@ class ResNet(nn.Module):
     """Four stages of basic blocks; `depths` blocks each, channels doubling from `width`."""
 
     def __init__(
-        self, layers: LayerFactory, *, depths: tuple[int, ...], width: int, in_channels: int, num_classes: int
+        self,
+        layers: LayerFactory,
+        *,
+        depths: tuple[int, ...],
+        width: int,
+        in_channels: int,
+        num_classes: int,
+        input_size: int,
     ) -> None:
         super().__init__()
         stem = layers.channels(width)

@@ -1,6 +1,7 @@
 """Mixture-of-experts layers, routers, and the routing of a forward pass as a value."""
 
 from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import ImageRouter, LayerRouter, routers_of
 from advmoe.moe.routing import Routing, pathway, route, soft_routing
 
@@ -8,6 +9,7 @@ __all__ = [
     "ImageRouter",
     "LayerRouter",
     "MoEConv2d",
+    "MoELayer",
     "Routing",
     "pathway",
     "route",

@@ -34,7 +34,10 @@ class _LowPrecisionPool(torch.autograd.Function):
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """The mean of `x` (N, C, H, W) over its pixels, (N, C), in fp32 or better."""
+    """The mean of `x` over its pixels (N, C, H, W) or tokens (N, T, C), (N, C), in fp32 or better; (N, C) as it is."""
+    if x.dim() != 4:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.sum(1) / x.shape[1] if x.dim() == 3 else x
     if x.dtype in (torch.bfloat16, torch.float16):
         pooled: Tensor = _LowPrecisionPool.apply(x)  # type: ignore[no-untyped-call]
         return pooled
@@ -60,7 +63,7 @@ class LayerRouter(nn.Module):
         self.scores = nn.Linear(hidden, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, E) for the layer's input `x` (N, C, H, W)."""
+        """Scores (N, E) for the layer's input `x`: (N, C, H, W), tokens (N, T, C) or features (N, C)."""
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
@@ -70,7 +73,7 @@ class LayerRouter(nn.Module):
             return scores
         # For one image a router's cost is that of its calls, and functions have less around them than modules.
         mean, var = norm.running_mean, norm.running_var
-        pooled = x.mean((2, 3)) if x.dtype == torch.float32 else global_pool(x)
+        pooled = x.mean((2, 3)) if x.dtype == torch.float32 and x.dim() == 4 else global_pool(x)
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 

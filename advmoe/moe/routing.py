@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from advmoe.moe.dispatch import Plan
 
-RoutingMode = Literal["hard", "soft", "masked"]
+RoutingMode = Literal["hard", "soft", "masked", "gathered"]
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Routing:
     """One forward pass's routing.
 
     Modes: `hard` computes the chosen expert only; `masked` computes every expert and keeps the chosen one (the
-    reference); `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate.
+    reference); `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate; `gathered` picks
+    the chosen expert's weights by index, for a batch of one and without gradients: a graph that can be exported.
     `forced` (N, L), where given, overrules the routers' choice.
     """
 

@@ -20,7 +20,7 @@ from advmoe.data import Dataset, augment
 from advmoe.evaluation.accuracy import outcomes, summary
 from advmoe.models import Classifier, create_model, load_model, split_parameters
 from advmoe.models.modes import frozen
-from advmoe.moe.conv import MoEConv2d
+from advmoe.moe import MoELayer
 from advmoe.moe.routing import soft_routing
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
@@ -84,14 +84,14 @@ class Trainer:
             if parameters
         }
         if c.training.router_objective == "codes":
-            layers = sum(isinstance(module, MoEConv2d) for module in self.model.modules())
+            layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, c.training.seed)
             self.table = codewords(c.training.codes, *arguments).to(device)
         if c.training.compile:
             # Blocks share their code, which recompiles for each shape and each mode (attack, loss, measurement).
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in self.model.modules():
-                if isinstance(layer, MoEConv2d):
+                if isinstance(layer, MoELayer):
                     # Grouping reads the choice on the host, which a compiled graph cannot.
                     layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
             self.model.backbone.compile()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from advmoe.models import create_model
 from advmoe.moe import MoEConv2d, route
-from advmoe.moe.conv import expert_rows
+from advmoe.moe.layer import windows
 
 
 def layer(c_in=3, c_out=4, *, bank_rows=8, num_experts=2, **kwargs):
@@ -35,8 +35,8 @@ def images(n=12, channels=3):
         (4, 4, 1, [[0, 1, 2, 3]]),
     ],
 )
-def test_expert_rows_by_hand(bank, window, experts, expected):
-    assert expert_rows(bank, window, experts) == expected
+def test_windows_by_hand(bank, window, experts, expected):
+    assert windows(bank, window, experts) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_bank_shapes_in_a_model(kwargs, rows):
 def test_experts_are_the_rows_of_the_bank():
     conv = layer(num_experts=3)
     for expert, rows in enumerate(conv.rows):
-        assert torch.equal(conv.weight(expert), conv.bank[rows])
-    assert conv.weight(0).data_ptr() == conv.bank.data_ptr()  # adjacent rows are a view, no copy
+        assert torch.equal(conv.of_expert(expert, conv.bank), conv.bank[rows])
+    assert conv.of_expert(0, conv.bank).data_ptr() == conv.bank.data_ptr()  # adjacent rows are a view, no copy
 
 
 def test_initialisation_is_that_of_one_pathway():
@@ -76,9 +76,11 @@ def test_initialisation_is_that_of_one_pathway():
 
 def test_shared_experts_start_equal():
     plain, shared = layer(bank_rows=12, num_experts=3), layer(bank_rows=12, num_experts=3, shared_init=True)
-    assert torch.equal(shared.weight(0), plain.weight(0))
-    assert torch.equal(shared.weight(1), shared.weight(0)) and torch.equal(shared.weight(2), shared.weight(0))
-    assert not torch.equal(plain.weight(1), plain.weight(0))
+    assert torch.equal(shared.of_expert(0, shared.bank), plain.of_expert(0, plain.bank))
+    assert torch.equal(shared.of_expert(1, shared.bank), shared.of_expert(0, shared.bank)) and torch.equal(
+        shared.of_expert(2, shared.bank), shared.of_expert(0, shared.bank)
+    )
+    assert not torch.equal(plain.of_expert(1, plain.bank), plain.of_expert(0, plain.bank))
     layer(bank_rows=4, shared_init=True)  # r = 1: equal anyhow
 
 

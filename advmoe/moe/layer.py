@@ -1,0 +1,123 @@
+"""What all MoE layers share: banks of rows, of which each sample uses one expert's, by the active routing.
+
+Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advmoe.moe.dispatch import merge, split, straight_through
+from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routing import active_routing
+
+
+def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int]]:
+    """Rows of each expert: windows of `expert_rows`, evenly spaced over the bank and wrapping around, sorted.
+
+    Two experts of half the bank are its halves; experts as large as the bank are all the same.
+    """
+    starts = [e * bank_rows // num_experts for e in range(num_experts)]
+    return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
+
+
+class MoELayer(nn.Module):
+    """A layer of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
+
+    A kind of layer says which parameters are `banks`, whose first axis the experts share out by the same windows of
+    rows, and how to `compute` with one expert's rows of each.
+
+    Args:
+        bank_rows: M, the rows that the experts' windows share (`experts="subset"`), or E * R for experts with no row in
+            common. expert_rows: R.
+        num_experts: E. layer: this layer's index in the pathway.
+        router: the layer's own (`router="layer"`), or None where scores are made ahead of all layers.
+    """
+
+    row_index: Tensor
+
+    def __init__(
+        self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: LayerRouter | None
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.layer, self.bank_rows, self.expert_rows = num_experts, layer, bank_rows, expert_rows
+        self.rows = windows(bank_rows, expert_rows, num_experts)
+        self.adjacent = [r[0] if r[-1] - r[0] + 1 == len(r) else None for r in self.rows]
+        self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
+        self.router = router
+
+    def banks(self) -> tuple[Tensor, ...]:
+        """The parameters that the experts share out, (M, ...) each."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """One expert's output for `x` (N, ...), `weights` being its rows (R, ...) of each bank."""
+        raise NotImplementedError
+
+    def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
+        """Every expert's output, (N, E, ...)."""
+        each = [self.compute(x, *(self.of_expert(e, bank) for bank in banks)) for e in range(self.num_experts)]
+        return torch.stack(each, 1)
+
+    def of_expert(self, expert: int, bank: Tensor) -> Tensor:
+        """The rows (R, ...) of `expert` in `bank`: a view where they are adjacent, which costs no copy."""
+        first = self.adjacent[expert]
+        if first is not None:
+            return bank.narrow(0, first, self.expert_rows)
+        return bank.index_select(0, self.row_index[expert])
+
+    def idle_parameters(self) -> int:
+        """How many of the banks' numbers one pathway leaves unused."""
+        return sum(bank[0].numel() * (len(bank) - self.expert_rows) for bank in self.banks())
+
+    def copy_first_expert(self) -> None:
+        """Make every expert a copy of the first (`experts_init="shared"`). Raises `ValueError` where they overlap."""
+        taken = [row for rows in self.rows for row in rows]
+        same = all(rows == self.rows[0] for rows in self.rows)
+        if not same and len(set(taken)) < len(taken):
+            raise ValueError(
+                f"model.experts_init must be independent where experts overlap (scale * num_experts > 1), got 'shared' "
+                f"with {self.num_experts} experts of {self.expert_rows} of {self.bank_rows} channels"
+            )
+        with torch.no_grad():
+            for bank in self.banks():
+                first = bank[self.rows[0]].clone()
+                for rows in self.rows[1:]:
+                    bank[rows] = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...), by the active routing (see `routing.route`)."""
+        routing = active_routing()
+        router = self.router
+        scores = router(x) if router is not None else routing.shared[self.layer]
+        choice = routing.choose(self.layer, scores)
+        banks = self.banks()
+        dtype = banks[0].dtype
+        if torch.is_autocast_enabled(device := x.device.type):
+            # One cast of the banks a pass: autocast would cast every expert's slice anew.
+            dtype = torch.get_autocast_dtype(device)
+            banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
+        if routing.mode == "hard":
+            plan = routing.plan(scores, choice)
+            if len(plan.experts) == 1:
+                y = self.compute(x, *(self.of_expert(plan.experts[0], bank) for bank in banks))
+            else:
+                parts = zip(plan.experts, split(x, plan), strict=True)
+                y = merge(
+                    tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan
+                )
+            if not (torch.is_grad_enabled() and scores.requires_grad):
+                return y
+            return straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])
+        if routing.mode == "gathered":
+            rows = self.row_index.index_select(0, choice)[0]
+            return self.compute(x, *(bank.index_select(0, rows) for bank in banks))
+        if routing.mode == "soft":
+            weights = (scores / routing.temperature).softmax(1)
+        else:
+            probability = scores.softmax(1)
+            weights = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
+        every = self.compute_all(x, *banks)
+        return (every * weights.to(dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1)
