@@ -178,7 +178,7 @@ def test_bf16_training_pass_gives_fp32_gradients_to_all(make_routed, make_images
 def test_errors_name_what_is_wrong(make_routed, make_images):
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"), route("soft", temperature=0):
         pass
-    with pytest.raises(ValueError, match="mode must be one of hard, soft, masked, got 'sfot'"), route("sfot"):
+    with pytest.raises(ValueError, match="mode must be one of hard, soft, masked, gathered, got 'sfot'"), route("sfot"):
         pass
     forced = torch.zeros(6, LAYERS, dtype=torch.long)
     with (
