@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from advmoe.evaluation.accuracy import evaluate
     from advmoe.evaluation.dissection import dissect
     from advmoe.evaluation.runs import load_run
+    from advmoe.export import export_model, export_run
+    from advmoe.hub import from_pretrained, push_to_hub, save_pretrained
     from advmoe.models import create_model
+    from advmoe.models.convert import to_moe
     from advmoe.moe import pathway, route, soft_routing
     from advmoe.threat import ThreatModel
     from advmoe.training.run import train
@@ -27,12 +30,18 @@ _HOMES = {
     "create_model": "advmoe.models",
     "dissect": "advmoe.evaluation.dissection",
     "evaluate": "advmoe.evaluation.accuracy",
+    "export_model": "advmoe.export",
+    "export_run": "advmoe.export",
+    "from_pretrained": "advmoe.hub",
     "load_dataset": "advmoe.data",
     "load_run": "advmoe.evaluation.runs",
     "pathway": "advmoe.moe",
     "pgd": "advmoe.attacks",
+    "push_to_hub": "advmoe.hub",
     "route": "advmoe.moe",
+    "save_pretrained": "advmoe.hub",
     "soft_routing": "advmoe.moe",
+    "to_moe": "advmoe.models.convert",
     "train": "advmoe.training.run",
 }
 
@@ -59,11 +68,17 @@ __all__ = [
     "create_model",
     "dissect",
     "evaluate",
+    "export_model",
+    "export_run",
+    "from_pretrained",
     "load_dataset",
     "load_run",
     "pathway",
     "pgd",
+    "push_to_hub",
     "route",
+    "save_pretrained",
     "soft_routing",
+    "to_moe",
     "train",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 import shlex
 import sys
 from argparse import SUPPRESS
@@ -23,14 +24,16 @@ from jsonargparse import ArgumentParser
 
 from advmoe import __version__
 from advmoe import config as config_module
-from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, read_yaml, require, typed
+from advmoe.config import OWN_MODEL, Config, Pixels, merged, near_matches, parse_yaml, read_yaml, require, typed
 from advmoe.evaluation.targets import home_of, is_source
-from advmoe.recipes import describe, recipe, recipe_names
+from advmoe.recipes import METHODS, SETTINGS, describe_method, describe_setting, recipe, recipe_names
 
 Accelerator = Literal["auto", "cpu", "cuda"]
+Device = Literal["cpu", "cuda"]
 
 # What `evaluate` may change of a run: how it is attacked and where its images lie, never the model.
-EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size")}
+EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size", "workers")}
+COST_FIELDS = {"data": ("name", "root", "image_size", "workers")}
 
 
 class _Parser(ArgumentParser):
@@ -41,7 +44,9 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (training diverged), 2 (a mistake in the input) or 130 (interrupted)."""
+    """Run one command; the exit code is 0, 1 (training diverged, or an exported file computes something else), 2 (a
+    mistake in the input) or 130 (interrupted).
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parse(argv)
@@ -50,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             return _recipes()
         if command == "train":
             return _train(args[command], argv)
-        commands = {"evaluate": _evaluate, "sweep-eps": _sweep, "dissect": _dissect}
+        commands = {
+            "evaluate": _evaluate, "sweep-eps": _sweep, "dissect": _dissect, "cost": _cost, "push": _push,
+            "export": _export,
+        }  # fmt: skip
         return commands[command](args[command])
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if not _is_ours(error):
@@ -62,15 +70,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: dict[str, Any], argv: list[str]) -> int:
     overrides, resumed = _overrides(args), args.get("resume")
+    model = overrides.get("model", {})
     devices, engine = _count("--devices", args.get("devices")), _engine(args)
     if resumed is not None:
-        alone = not overrides and "config" not in args and "run_dir" not in args
+        alone = not overrides or overrides == {"model": {"source": model.get("source")}}
+        alone = alone and "config" not in args and "run_dir" not in args
         require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
         run_dir = _existing_run("--resume", resumed)
         config = Config.load(run_dir / "config.yaml")
     else:
-        name, values = _source(args.get("config"))
+        name, values = _source(args.get("config"), model.get("source"))
         config = Config.from_dict(merged(values, overrides))
+        for field in OWN_MODEL if config.model.source is not None else ():
+            rule = "left out with a network of your own (--model)"
+            require(field not in model, f"model.{field}", rule, model.get(field))
         run_dir = Path(args.get("run_dir", f"runs/{name}-{config.training.seed}"))
     if "print_config" in args:
         print(config.to_yaml(), end="")
@@ -80,7 +93,9 @@ def _train(args: dict[str, Any], argv: list[str]) -> int:
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(free, "the run directory", rule, str(run_dir))
 
-    with _interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}", "config.yaml"):
+    named = model.get("source", config.model.source)
+    own = f" --model {shlex.quote(named)}" if named is not None else ""
+    with _interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 
@@ -89,10 +104,10 @@ def _train(args: dict[str, Any], argv: list[str]) -> int:
                 command = ["advmoe", *argv]
                 runs.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
             else:
-                runs.resume(run_dir, devices=devices, **engine)
+                runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
         except TrainingDiverged as error:
             return _fail(error, 1)
-    print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}")
+    print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
     return 0
 
 
@@ -147,6 +162,68 @@ def _dissect(args: dict[str, Any]) -> int:
     return 0
 
 
+def _export(args: dict[str, Any]) -> int:
+    options: dict[str, Any] = {
+        "dynamic_batch": "dynamic_batch" in args,
+        "opset": _count("--opset", args.get("opset")),
+        "threads": _count("--threads", args.get("threads")),
+        "num_examples": _count("--num-examples", args.get("num_examples", "100")),
+        **{name: args[name] for name in ("format", "out", "source") if name in args},
+    }
+
+    from advmoe.export import ExportFailed, export_run
+
+    try:
+        path, report = export_run(args["run"], **options)
+    except ExportFailed as error:
+        return _fail(error, 1)
+    print(_exported(report))
+    print(f"\nwritten to {path} and {path.name}.json")
+    return 0
+
+
+def _cost(args: dict[str, Any]) -> int:
+    numbers = ("input_size", "num_classes", "num_experts", "width")
+    model: dict[str, Any] = {
+        name: _count(f"--{name.replace('_', '-')}", args[name]) for name in numbers if name in args
+    }
+    model |= {"router": args["router"]} if "router" in args else {}
+    model |= {"scale": typed("--scale", float, parse_yaml(args["scale"], "--scale"))} if "scale" in args else {}
+    options: dict[str, Any] = {
+        "model": model,
+        "batches": [_count("--batch", text) for text in _words(args.get("batch", "1,32,128"))],
+        "device": typed("--device", Device, args.get("device", "cpu")),
+        "threads": _count("--threads", args.get("threads")),
+        "seconds": typed("--seconds", float, parse_yaml(args.get("seconds", "10"), "--seconds")),
+        "source": args.get("source"),
+        "overrides": _overrides(args),
+    }
+    require(bool(options["batches"]), "--batch", "batch sizes separated by commas", args.get("batch"))
+    out = Path(args["out"]) if "out" in args else None
+    require(out is None or not out.is_dir(), "--out", "a file to write", str(out))
+
+    from advmoe.evaluation.cost_report import cost_report, table
+    from advmoe.files import write_text
+
+    report = cost_report(args["target"], **options)
+    print(table(report))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps(report, indent=2) + "\n")
+        print(f"written to {out}")
+    return 0
+
+
+def _push(args: dict[str, Any]) -> int:
+    run = _existing_run("RUN", args["run"])
+
+    from advmoe.hub import push_to_hub
+
+    options = {name: args[name] for name in ("branch", "license", "source") if name in args}
+    print(push_to_hub(run, args["repo"], private=True if "private" in args else None, **options))
+    return 0
+
+
 def _measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """What is measured, and the options that all measurements share; mistakes show before torch is imported."""
     target, overrides = args["target"], _overrides(args)
@@ -163,7 +240,7 @@ def _measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "allow": _words(args.get("allow", "")),
         **_engine(args),
     }
-    return target, options | {name: args[name] for name in ("out", "weights") if name in args}
+    return target, options | {name: args[name] for name in ("out", "weights", "source") if name in args}
 
 
 def _words(text: str) -> list[str]:
@@ -181,10 +258,12 @@ def _figures(args: dict[str, Any]) -> Any:
 
 
 def _recipes() -> int:
-    names = recipe_names()
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:<{width}}  {describe(name)}")
+    width = max(map(len, (*SETTINGS, *METHODS)))
+    print("A recipe is a setting and a method, as in cifar10-resnet18-advmoe; any pair will do.")
+    for title, names, describe in (("settings", SETTINGS, describe_setting), ("methods", METHODS, describe_method)):
+        print(f"\n{title}")
+        for name in names:
+            print(f"  {name:<{width}}  {describe(name)}")
     return 0
 
 
@@ -211,6 +290,30 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join([f"{result['num_examples']} images, {threat['norm']} eps {threat['eps']:.4g}", "", *lines])
 
 
+def _exported(report: dict[str, Any]) -> str:
+    """What an export's report holds, as aligned lines."""
+    check, times = report["check"], report["time"]
+    opset = f"opset {report['opset']}, " if "opset" in report else ""
+    sides = "x".join(map(str, report["input"]["shape"]))
+    rows = [
+        ("file", f"{report['format']}, {opset}{report['bytes'] / 1e6:.1f} MB, computes {report['computes']}"),
+        ("input", f"{report['input']['name']} {sides} {report['input']['type']}, {report['input']['meaning']}"),
+        ("outputs", ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["outputs"].items())),
+    ]
+    if "gmacs" in report:
+        rows.append(("GMACs", f"{report['gmacs']:.4g} per image"))
+    for part in [check, *filter(None, [check.get("also")])]:
+        routed = f", {part['pathways']} pathways" if "pathway" in report["outputs"] else ""
+        rows.append(("check", f"{part['images']} {part['on']}{routed}: {part['largest_difference']:.2g} from PyTorch"))
+        for tie in part["ties"]:
+            where = f"image {tie['image']}, layer {tie['layer']}"
+            rows.append(("tie", f"{where}: another expert, whose score is {tie['gap']:.2g} less"))
+    speeds = f"PyTorch {times['pytorch_ms']:.3g}, exported {times['exported_ms']:.3g}: {times['speedup']:.2f}x as fast"
+    note = f"batch 1, {times['threads']} threads, medians of {times['passes']}"
+    rows.append(("ms/image", f"{speeds} ({note})"))
+    return "\n".join(f"{name:<8}  {text}" for name, text in rows)
+
+
 _GAP = "straight-through PGD less the worst case"
 
 
@@ -230,16 +333,32 @@ def _parse(argv: list[str]) -> dict[str, Any]:
         "evaluate": _evaluate_parser(),
         "sweep-eps": _sweep_parser(),
         "dissect": _dissect_parser(),
+        "cost": _cost_parser(),
+        "push": _push_parser(),
+        "export": _export_parser(),
         "recipes": _new_parser("List the recipes."),
     }
     for name, sub in parsers.items():
         commands.add_subcommand(name, sub, help=sub.description)
     try:
-        args: dict[str, Any] = parser.parse_args(argv).as_dict()
+        args: dict[str, Any] = parser.parse_args(_in_full(argv)).as_dict()
     except ValueError as error:
         command = next((word for word in argv if word in parsers), None)
+        if command is None and not any(word.startswith("-") for word in argv[:1]):
+            got = repr(argv[0]) if argv else "nothing"  # the parser names but a few of those there are
+            raise ValueError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
         raise _explained(str(error), command, parsers) from None
     return args
+
+
+def _in_full(argv: list[str]) -> list[str]:
+    """`argv` with the short options of `train` written out: the parser takes `--model` for the group of fields."""
+    if argv[:1] != ["train"]:
+        return argv
+    full = {"--model": "--model.source", "--to-moe": "--model.to_moe"}
+    words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
+    parts = (word.partition("=") for word in words)
+    return [full.get(option, option) + equals + rest for option, equals, rest in parts]
 
 
 def _new_parser(description: str) -> _Parser:
@@ -248,7 +367,10 @@ def _new_parser(description: str) -> _Parser:
 
 
 def _train_parser() -> _Parser:
-    parser = _new_parser("Train a model, or continue a run.")
+    parser = _new_parser(
+        "Train a model, or continue a run. --model FILE.py:FACTORY and --to-moe, which converts it, are short for "
+        "--model.source and --model.to_moe true."
+    )
     add = parser.add_argument
     add("--config", metavar="RECIPE|YAML", help="a recipe by name (see `advmoe recipes`) or a YAML file")
     add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
@@ -281,11 +403,59 @@ def _dissect_parser() -> _Parser:
     return parser
 
 
+def _export_parser() -> _Parser:
+    parser = _new_parser("Write a run's model as a file that runs without this library, checked against PyTorch.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run directory")
+    add("--format", metavar="{onnx,torch-export}", help="ONNX (the extra `export`) or PyTorch's .pt2 (default: onnx)")
+    add("--out", metavar="FILE", help="what to write (default: model.onnx or model.pt2 in the run)")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
+    add("--dynamic-batch", action="store_true", help="any batch size; computes all experts, which is slower")
+    add("--opset", metavar="K", help="of ONNX's standard operators, at least 18 (default: PyTorch's choice)")
+    add("--num-examples", metavar="N", help="test images that the file is checked on (default: 100)")
+    add("--threads", metavar="T", help="CPU threads in the check and the timing (default: PyTorch's choice)")
+    return parser
+
+
+def _cost_parser() -> _Parser:
+    parser = _new_parser("Measure what a run or a backbone costs, beside its Dense and S-Dense forms.")
+    add = parser.add_argument
+    add("target", metavar="RUN_OR_NAME", help="a run directory, or a backbone such as resnet18 or wrn-28-10")
+    add("--batch", metavar="B,B,...", help="batch sizes (default: 1,32,128)")
+    add("--device", metavar="{cpu,cuda}", help="where to run (default: cpu)")
+    add("--threads", metavar="T", help="CPU threads (default: PyTorch's choice)")
+    add("--seconds", metavar="S", help="of timing for each batch size, 3 to 50 rounds (default: 10)")
+    add("--out", metavar="FILE", help="a JSON file to write the figures to")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
+    section = parser.add_argument_group("of a backbone", description="A run's model is what it is.")
+    section.add_argument("--input-size", metavar="INT", help="side of the images in pixels (default: 32)")
+    section.add_argument("--num-classes", metavar="INT", help="classes (default: 10)")
+    section.add_argument("--width", metavar="INT", help="channels of the first stage (default: the backbone's own)")
+    section.add_argument("--router", metavar="{layer,embedding,image}", help="kind of router (default: layer)")
+    section.add_argument("--num-experts", metavar="INT", help="experts per MoE layer (default: 2)")
+    section.add_argument("--scale", metavar="NUMBER", help="share of the width that one pathway uses (default: 0.5)")
+    _add_fields(parser, COST_FIELDS, defaults=False)
+    return parser
+
+
+def _push_parser() -> _Parser:
+    parser = _new_parser("Upload a run's model with its card to the Hugging Face Hub (log in with `hf auth login`).")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run directory")
+    add("repo", metavar="OWNER/NAME", help="the repository, made if there is none")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--branch", metavar="BRANCH", help="what to commit to (default: main)")
+    add("--license", metavar="ID", help="of the weights, as the Hub names it, e.g. apache-2.0 (default: unknown)")
+    return parser
+
+
 def _measuring_parser(description: str) -> _Parser:
     parser = _new_parser(description)
     add = parser.add_argument
     add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
     add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
     add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
     add(
         "--attacks", metavar="NAME,...",
@@ -362,16 +532,19 @@ def _overrides(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _source(text: str | None) -> tuple[str, dict[str, Any]]:
-    """The name and the fields of `--config`: a recipe's, or a YAML file's."""
+def _source(text: str | None, own: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of `--config`: a recipe's, or a YAML file's; none are needed to train a network `own`."""
     names = recipe_names()
+    prefix = f"{home_of(own).name}-" if own is not None else ""
     if text in names:
-        return text, recipe(text)
+        return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
-        return Path(text).stem, read_yaml(text)
+        return prefix + Path(text).stem, read_yaml(text)
+    if text is None and own is not None:
+        return prefix.removesuffix("-"), {}
     near = difflib.get_close_matches(text or "", names, n=1)
     got = "nothing" if text is None else f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
-    raise ValueError(f"--config must be a YAML file or one of the recipes {', '.join(names)}, got {got}")
+    raise ValueError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")
 
 
 def _existing_run(option: str, text: str) -> Path:

@@ -21,6 +21,7 @@ import yaml
 
 ModelKind = Literal["moe", "dense", "s-dense"]
 RouterKind = Literal["layer", "embedding", "image"]
+RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
 ExpertInit = Literal["independent", "shared"]
 Norm = Literal["linf", "l2"]
@@ -30,7 +31,10 @@ RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
 
-DATASETS = ("digits", "cifar10", "cifar100", "folder")
+DATASETS = ("digits", "cifar10", "cifar100", "folder", "tiny-imagenet", "imagenet")
+
+ROUTED_METHODS: tuple[Method, ...] = ("at-routers", "at-experts", "advmoe")
+"""Those that train routers and experts apart, and so need MoE layers."""
 
 _STRENGTH = "a number or a fraction such as 8/255"
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -111,6 +115,13 @@ def _check_types(config: Any, group: str = "") -> None:
         setattr(config, name, typed(f"{group}.{name}" if group else name, hint, getattr(config, name)))
 
 
+OWN_MODEL: dict[str, Any] = {
+    "name": "own", "kind": "dense", "scale": 1.0, "route_per": "image", "experts": "independent",
+    "experts_init": "shared", "width": None,
+}  # fmt: skip
+"""What the fields that describe a backbone hold for a network of the user's own (`kind`: `moe` if converted)."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """Which network: a backbone and how it is made a mixture of experts."""
@@ -125,19 +136,49 @@ class ModelConfig:
     """Experts N per MoE layer."""
     router: RouterKind = "layer"
     """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all."""
+    route_per: RoutePer = "image"
+    """One choice of experts per image, or one per token (transformers, layer routers): no pathway per image then."""
     experts: ExpertLayout = "subset"
     """Experts as windows of the backbone's channels (`subset`), or with no channel shared (`independent`)."""
     experts_init: ExpertInit = "independent"
     """Whether experts start as copies of one another (`shared`) or not."""
     width: int | None = None
     """Channels of the first stage at scale 1; by default the backbone's own, which is the paper's (ResNet: 64)."""
+    source: str | None = None
+    """A network of your own, FILE.py:FACTORY, which is executed. The fields above but `num_experts` and `router` then
+    say nothing, and take the values that describe it.
+    """
+    to_moe: bool = False
+    """Convert the source: every convolution becomes an MoE layer of `num_experts` copies of it."""
+    skip: str | None = None
+    """Layers of the source that stay plain, by name or pattern, separated by commas: `conv1,*.downsample`."""
+    linear: str | None = None
+    """Linear layers of the source to convert too, by name or pattern, separated by commas: `*.mlp`."""
 
     def __post_init__(self) -> None:
         _check_types(self, "model")
         _number("model.scale", self.scale, 0, 1, open_low=True)
         _number("model.num_experts", self.num_experts, 1)
+        if self.route_per == "token":
+            require(self.router == "layer", "model.router", "layer when model.route_per is token", self.router)
         if self.width is not None:
             _number("model.width", self.width, 1)
+        for name in ("skip", "linear"):
+            given = getattr(self, name)
+            require(given is None or self.to_moe, f"model.{name}", "left out without model.to_moe", given)
+        if self.source is None:
+            rule = "false without a source (--model FILE.py:FACTORY)"
+            require(not self.to_moe, "model.to_moe", rule, self.to_moe)
+            return
+        require(bool(re.fullmatch(r".+\.py:\w+", self.source)), "model.source", "FILE.py:FACTORY", self.source)
+        for name, value in OWN_MODEL.items():
+            setattr(self, name, value)
+        self.kind = "moe" if self.to_moe else "dense"
+
+    def backbone(self) -> dict[str, Any]:
+        """The fields that describe a backbone of ours: what `create_model` takes."""
+        own = ("source", "to_moe", "skip", "linear")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
 
 @dataclass(kw_only=True)
@@ -145,17 +186,25 @@ class DataConfig:
     """Which images, and how they are prepared."""
 
     name: str = "cifar10"
-    """`digits`, `cifar10`, `cifar100`, or `folder` for `root/train/<class>/*` and `root/test|val/<class>/*`."""
+    """`digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `imagenet` (both in their official layout), or `folder` for
+    `root/train/<class>/*` and `root/test|val/<class>/*`.
+    """
     root: str = "data"
     """Where the images lie, or where downloads go."""
     download: bool = False
     """Fetch what is missing (CIFAR), checked by its checksum."""
     image_size: int | None = None
-    """Side in pixels that images are resized to; by default their own."""
+    """Side in pixels that images are resized to; by default their own, for `imagenet` 224."""
     augment: bool = True
-    """Random crop (padding of an eighth of the side) and, where the images have no handedness, horizontal flip."""
+    """Random crop (padding of an eighth of the side; for `imagenet` of 8% to 100% of the area, resized) and, where the
+    images have no handedness, horizontal flip.
+    """
     val_fraction: float = 0.02
     """Share of the training set held out, by seed, to choose the best checkpoint. In [0, 0.5]."""
+    workers: int = 2
+    """Processes that decode `imagenet` ahead of time, for each training process; 0 decodes in that one. No result
+    depends on it.
+    """
 
     def __post_init__(self) -> None:
         _check_types(self, "data")
@@ -163,6 +212,7 @@ class DataConfig:
         if self.image_size is not None:
             _number("data.image_size", self.image_size, 8)
         _number("data.val_fraction", self.val_fraction, 0, 0.5)
+        _number("data.workers", self.workers, 0)
 
 
 @dataclass(kw_only=True)
@@ -272,8 +322,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        routed = self.model.kind == "moe"
-        if self.training.method in ("at-routers", "at-experts", "advmoe"):
+        # A network of the user's own may have MoE layers without being converted: that shows when it is made.
+        routed = self.model.kind == "moe" or self.model.source is not None
+        if self.training.method in ROUTED_METHODS:
             require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
         if self.training.router_objective == "codes":
             rule = "advmoe or at-routers when training.router_objective is codes"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +36,7 @@ from speed import (
     random_dataset,
     result,
     settled,
+    write,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -276,16 +276,6 @@ def main() -> None:
                 write(line, out)
         except ValueError as error:
             parser.error(str(error))
-
-
-def write(line: Line, out: Path | None) -> None:
-    """Print one line and, if `out` names a file, append it there."""
-    text = json.dumps(line)
-    print(text, flush=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            file.write(text + "\n")
 
 
 if __name__ == "__main__":

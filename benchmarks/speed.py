@@ -476,12 +476,17 @@ def main() -> None:
         repeats=options.repeats, settle=options.settle, precision=options.precision, device=options.accelerator,
     )  # fmt: skip
     for line in measure(names, setting):
-        text = json.dumps(line)
-        print(text, flush=True)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write(text + "\n")
+        write(line, options.out)
+
+
+def write(line: Line, out: Path | None) -> None:
+    """Print one line and, if `out` names a file, append it there."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(text + "\n")
 
 
 if __name__ == "__main__":

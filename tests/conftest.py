@@ -3,6 +3,8 @@
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.models import Classifier, create_model
+from advmoe.models import BACKBONES, Classifier, create_model
 from advmoe.moe import pathway
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores, and for theirs
@@ -30,6 +32,16 @@ def make_images() -> Callable[..., Tensor]:
         return (0.5 * light + 0.3 * shapes + 0.2 * noise).contiguous(memory_format=torch.channels_last)
 
     return make
+
+
+@pytest.fixture
+def shallow_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backbone at two blocks, for what takes its time for each layer; no two blocks of one differ in kind."""
+    few: dict[str, Callable[[Any], Any]] = {"depths": lambda old: (1,) * min(2, len(old)), "depth": lambda old: 2}
+    for name, found in BACKBONES.items():
+        assert isinstance(found.build, partial)
+        keywords = {key: few[key](value) if key in few else value for key, value in found.build.keywords.items()}
+        monkeypatch.setitem(BACKBONES, name, replace(found, build=partial(found.build.func, **keywords)))
 
 
 @pytest.fixture(scope="session")

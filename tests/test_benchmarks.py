@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from advmoe.models import save_model
+from advmoe.models import BACKBONES, save_model
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--threads", "1", "--width", "8", "--batch", "8", "--image-size", "16", "--repeats", "2", "--settle", "5")
@@ -82,6 +82,51 @@ def test_speed_prints_one_line_a_result(tmp_path: Path) -> None:
     for name in names[3:]:
         assert lines[name]["largest_logit_difference_fp32"] < 1e-4
         assert lines[name]["setting"]["memory_format"] == {"ours": "channels_last", "plain": "contiguous"}
+
+
+def test_backbones_prints_one_line_each_and_their_table(tmp_path: Path) -> None:
+    done = run("backbones.py", *TINY, "--out", "lines.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lines.jsonl").read_text() == done.stdout
+    lines = {line["backbone"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert set(lines) == {*BACKBONES, "wrn-28-10"}
+    for name, line in lines.items():
+        loads = line.pop("loads")["eval"]
+        check(line | {"loads": {"eval": 16 * loads[:1]}}, 8)
+        assert loads and all(sorted(shares) == [0.5, 0.5] for shares in loads)
+        targets = {target["ratio"]: target.get("at_most", target.get("at_least")) for target in line["targets"]}
+        saving = {"densenet40": {"dense/moe": 1.5}, "deit-tiny": {}}.get(name, {"dense/moe": 2})
+        assert targets == {"moe/s-dense": 1.3, **saving}
+        assert line["gmacs"]["s-dense"] <= line["gmacs"]["moe"] < line["gmacs"]["dense"]
+        assert line["parameters"]["moe"]["active"] < line["parameters"]["moe"]["stored"]
+    again = lines["vgg16"] | {"ratios": {"moe/s-dense": 1.25, "dense/moe": 3}}
+    again["targets"] = [{"ratio": "moe/s-dense", "at_most": 1.3, "met": True}]
+    again["medians_ms"] |= {"moe": 16.0, "dense": 24.0, "s-dense": 12.8, "dense compiled": 8.0, "moe compiled": 4.0}
+    again["gmacs"] = {"dense": 0.3138, "s-dense": 0.0789, "moe": 0.07912}
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    shown = run("backbones.py", "--markdown", "lines.jsonl", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    caption, _, head, rule, *rows = shown.stdout.splitlines()
+    assert caption.startswith("Batch 8, 1 threads, fp32, PyTorch ") and len(rows) == len(lines)
+    assert head.count("|") == rule.count("|") == 7 and head.endswith("| ms/image with `torch.compile` |")
+    # The last line of a backbone counts: 24, 12.8 and 16 ms are 3, 1.6 and 2 for each of 8 images.
+    assert "| vgg16, 16x16 | 0.314 / 0.0789 / 0.0791 | 3 / 1.6 / 2 | 1.25 | 3.00 | 1 / - / 0.5 |" in rows
+
+
+@pytest.mark.slow
+def test_backbones_times_compiled_models_too(tmp_path: Path) -> None:
+    done = run("backbones.py", *TINY, "--only", "vgg16", "--compile", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert "not_compiled" not in line
+    assert {f"{kind} compiled/{kind}" for kind in ("dense", "s-dense", "moe")} < set(line["ratios"])
+
+
+def test_backbones_names_a_mistake(tmp_path: Path) -> None:
+    done = run("backbones.py", "--only", "resnet18,wrn-27-1", cwd=tmp_path)
+    assert done.returncode == 2 and "--only: model.name wrn-D-K must have" in done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 def test_speed_refuses_an_unknown_result(tmp_path: Path) -> None:

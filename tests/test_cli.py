@@ -10,7 +10,7 @@ import yaml
 
 from advmoe import cli
 from advmoe.config import Config
-from advmoe.recipes import recipe, recipe_names
+from advmoe.recipes import METHODS, SETTINGS, recipe
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -40,7 +40,7 @@ MISTAKES = [
     ([*TRAIN, "--training.lr", "-1"], ["training.lr must be > 0, got -1.0"]),
     ([*TRAIN, "--threat.eps", "8/0"], ["threat.eps must be a number or a fraction such as 8/255, got '8/0'"]),
     ([*TRAIN, "--run-dir", "full"], ["the run directory must be new or empty", "--resume", "--run-dir", "'full'"]),
-    (["train"], ["--config must be", "got nothing", *recipe_names()]),
+    (["train"], ["--config must be a YAML file or a recipe (see `advmoe recipes`), got nothing"]),
     (["train", "--config", "digits-admoe"], ["--config must be", "'digits-admoe' (did you mean digits-advmoe?)"]),
     (["train", "--config", "full/broken.yaml"], ["full/broken.yaml must be valid YAML, got: ", "line 3"]),
     (["train", "--config", "full/unknown.yaml"], ["model.wdth is no known field: did you mean model.width?"]),
@@ -125,7 +125,9 @@ def test_print_config_round_trip(tmp_path: Path) -> None:
 def test_recipes_and_version(tmp_path: Path) -> None:
     listed = run(tmp_path, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names()
+    indented = [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")]
+    assert indented == [*SETTINGS, *METHODS]
+    assert "as in cifar10-resnet18-advmoe" in listed.stdout
     assert run(tmp_path, "--version").stdout.startswith("advmoe ")
 
 
@@ -207,7 +209,7 @@ def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.Mon
     Config().dump(tmp_path / "config.yaml")
     seen = fake(monkeypatch, "advmoe.training.run.resume")
     assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
-    assert seen == {"args": (tmp_path,), "devices": None, "accelerator": "auto", "threads": 2}
+    assert seen == {"args": (tmp_path,), "source": None, "devices": None, "accelerator": "auto", "threads": 2}
 
 
 def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

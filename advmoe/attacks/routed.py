@@ -1,6 +1,8 @@
 """Attacks on routed models: on the routers, on the pathways, and through what hard routing hides from a gradient.
 
 Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE layers. Pixels and `eps` are in [0, 1].
+Where a model routes tokens one by one, scores are (N, T, E) and pathways (N, L, T): a layer's margin is the mean over
+its tokens, and a choice has survived where every token's has.
 
 A hard choice has no gradient, so an attack that follows the model's own sees at most the straight-through estimate.
 The parts here climb surrogates (soft routing, the routers' margins, fixed pathways) and need no gradient at all
@@ -141,10 +143,12 @@ class RoutedPlan:
 
 
 def router_margins(scores: tuple[Tensor, ...], pathway: Tensor) -> Tensor:
-    """By how much each layer's score of the expert in `pathway` (N, L) exceeds its best other (0 if E is 1), (N, L)."""
-    if scores[0].shape[1] == 1:
+    """By how much each layer's score of the expert in `pathway` (N, L) exceeds its best other's (N, L); 0 if E is 1."""
+    if scores[0].shape[-1] == 1:
         return torch.zeros_like(pathway, dtype=torch.float32)
-    return torch.stack([-margins(each, pathway[:, layer]) for layer, each in enumerate(scores)], 1)
+    chosen = pathway.unbind(1)
+    each = (-margins(s.flatten(0, -2), c.flatten()).view(c.shape) for s, c in zip(scores, chosen, strict=True))
+    return torch.stack(list(each), 1)
 
 
 def _exchange(clean: Pass, loss: LossName) -> Tensor:
@@ -154,9 +158,9 @@ def _exchange(clean: Pass, loss: LossName) -> Tensor:
     """
 
     def spread(scores: Tensor) -> Tensor:
-        return scores.float().amax(1) - scores.float().amin(1)
+        return scores.float().amax(-1) - scores.float().amin(-1)
 
-    routers = torch.stack([spread(each) for each in clean.scores], 1).mean(1).clamp_min(1e-12)
+    routers = torch.stack([spread(each) for each in clean.scores], 1).flatten(1).mean(1).clamp_min(1e-12)
     return (1 if loss == "dlr" else spread(clean.logits)) / routers
 
 
@@ -223,7 +227,7 @@ def combined(
         total = classifier_loss(output.logits)
         if weight:
             pushed = clean.pathway if combination.anchor == "clean" else hard_choice(output.scores)
-            total = total - (worth * router_margins(output.scores, pushed).mean(1)).sum()
+            total = total - (worth * router_margins(output.scores, pushed).flatten(1).mean(1)).sum()
         return total
 
     def visit(step: int, x_adv: Tensor, output: Pass) -> None:
@@ -245,7 +249,7 @@ def combined(
 
 def hard_choice(scores: tuple[Tensor, ...]) -> Tensor:
     """The experts that the scores choose, (N, L)."""
-    return torch.stack([each.argmax(1) for each in scores], 1)
+    return torch.stack([each.argmax(-1) for each in scores], 1)
 
 
 def along_pathway(
@@ -270,12 +274,12 @@ def along_pathway(
         worth = _exchange(model(x), "margin")
 
     def loss(output: Pass) -> Tensor:
-        pull = router_margins(output.scores, forced).clamp_max(0).mean(1)
+        pull = router_margins(output.scores, forced).clamp_max(0).flatten(1).mean(1)
         return (margins(output.logits, y) + worth * pull).sum()
 
     def visit(step: int, x_adv: Tensor, output: Pass) -> None:
         # Where every router chooses as forced, the forced pass is the deployed model's own.
-        own = (hard_choice(output.scores) == forced).all(1) & (output.logits.argmax(1) != y)
+        own = (hard_choice(output.scores) == forced).flatten(1).all(1) & (output.logits.argmax(1) != y)
         kept.look(x_adv, None if step % 4 == 3 else own)
 
     start = threat.random_start(x, generator)
@@ -433,7 +437,7 @@ def _candidates(clean: Pass, plan: RoutedPlan) -> Iterator[Tensor]:
     for reached in plan.pathways:
         yield torch.tensor(reached, device=clean.pathway.device).expand_as(clean.pathway)
     for layer, scores in enumerate(clean.scores):
-        for step in range(1, scores.shape[1]):
+        for step in range(1, scores.shape[-1]):
             changed = clean.pathway.clone()
-            changed[:, layer] = (changed[:, layer] + step) % scores.shape[1]
+            changed[:, layer] = (changed[:, layer] + step) % scores.shape[-1]
             yield changed

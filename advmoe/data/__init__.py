@@ -6,19 +6,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from advmoe.data.augment import augment
+from advmoe.data.augment import Variation, augment
 from advmoe.data.cifar import load_cifar10, load_cifar100
 from advmoe.data.digits import load_digits
 from advmoe.data.folder import load_folder
-from advmoe.data.types import Dataset, ImageSet, Source, channel_statistics, split
+from advmoe.data.imagenet import load_imagenet
+from advmoe.data.stream import FileSet
+from advmoe.data.tiny_imagenet import load_tiny_imagenet
+from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, split
 
-__all__ = ["Dataset", "ImageSet", "augment", "load_dataset"]
+__all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "augment", "load_dataset"]
 
-_READERS: dict[str, Callable[..., Source]] = {
+_READERS: dict[str, Callable[[Request], Source]] = {
     "digits": load_digits,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "folder": load_folder,
+    "tiny-imagenet": load_tiny_imagenet,
+    "imagenet": load_imagenet,
 }
 
 
@@ -29,17 +34,23 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     val_fraction: float = 0.02,
+    workers: int = 2,
     seed: int = 0,
     progress: bool = False,
 ) -> Dataset:
-    """Load a data set into memory and hold out a part of its training set.
+    """Load a data set and hold out a part of its training set.
+
+    Images are held in memory, but for ImageNet's, which are read when they are wanted: then a script needs the guard
+    `if __name__ == "__main__":`, as always where processes are started, unless `workers` is 0.
 
     Args:
-        name: `digits`, `cifar10`, `cifar100`, or `folder` for `root/train/<class>/*` and `root/test|val/<class>/*`.
+        name: `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `imagenet`, or `folder` for `root/train/<class>/*` and
+            `root/test|val/<class>/*`. Layouts: modules `tiny_imagenet`, `imagenet`, `folder`.
         root: Where the images lie, or where downloads go.
         download: Fetch what is missing (CIFAR), checked by its checksum.
-        image_size: Side in pixels that images are resized to; by default their own.
+        image_size: Side in pixels that images are resized to; by default their own, and 224 for `imagenet`.
         val_fraction: Share of the training set held out, stratified by class, in [0, 0.5]; 0 leaves `val` empty.
+        workers: Processes that decode images not held in memory, ahead of time; 0 decodes them in this one.
         seed: Decides which images are held out, and nothing else.
         progress: Show progress bars, if stderr is a terminal.
 
@@ -48,7 +59,7 @@ def load_dataset(
 
     Raises:
         ValueError: One line that names the field (`data.name`, `data.root`, `data.download`, `data.image_size`,
-            `data.val_fraction`), the rule and the value.
+            `data.val_fraction`, `data.workers`), the rule and the value.
     """
     if name not in _READERS:
         raise ValueError(f"data.name must be one of {', '.join(_READERS)}, got {name!r}")
@@ -56,9 +67,17 @@ def load_dataset(
         raise ValueError(f"data.image_size must be an integer >= 1, got {image_size!r}")
     if not 0 <= val_fraction <= 0.5:
         raise ValueError(f"data.val_fraction must be >= 0 and <= 0.5, got {val_fraction!r}")
-    source = _READERS[name](Path(root).expanduser(), download=download, image_size=image_size, progress=progress)
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise ValueError(f"data.workers must be an integer >= 0, got {workers!r}")
+    folder = Path(root).expanduser()
+    request = Request(root=folder, download=download, image_size=image_size, workers=workers, progress=progress)
+    source = _READERS[name](request)
     train, val = split(source.train, val_fraction, seed)
-    mean, std = channel_statistics(train.images)
+    if source.statistics is None:
+        assert isinstance(train, ImageSet)  # readers of images that are not in memory give statistics
+        mean, std = channel_statistics(train.images)
+    else:
+        mean, std = source.statistics
     return Dataset(
         name=name,
         train=train,

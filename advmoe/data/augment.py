@@ -5,9 +5,24 @@ Axes: `N` batch, `C` channels, `H W` size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How the images of an epoch are varied: shifted in memory (`augment`), cropped in files (`decode.random_crop`)."""
+
+    generator: torch.Generator
+    """What images in memory draw from, batch by batch as they are handed out."""
+    purpose: tuple[int | str, ...]
+    """What an image in a file draws for, with its index and its batch's place in the plan: of these its seed is made.
+    """
+    flip: bool
+    """Whether to flip every other image left to right."""
 
 
 def augment(images: Tensor, *, generator: torch.Generator, padding: int, flip: bool) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from advmoe.data.download import fetch, file_md5, one_line
-from advmoe.data.types import ImageSet, Source, resize
+from advmoe.data.types import ImageSet, Request, Source, resize
 
 _PIXELS = 3 * 32 * 32
 
@@ -67,25 +67,18 @@ ARCHIVES: dict[str, Archive] = {
 """The archives by the name of their data set."""
 
 
-def load_cifar10(root: Path, *, download: bool, image_size: int | None, progress: bool) -> Source:
+def load_cifar10(request: Request) -> Source:
     """Load CIFAR-10; see `load_archive`."""
-    return load_archive(ARCHIVES["cifar10"], root, download=download, image_size=image_size, progress=progress)
+    return load_archive(ARCHIVES["cifar10"], request)
 
 
-def load_cifar100(root: Path, *, download: bool, image_size: int | None, progress: bool) -> Source:
+def load_cifar100(request: Request) -> Source:
     """Load CIFAR-100 with its 100 fine classes; see `load_archive`."""
-    return load_archive(ARCHIVES["cifar100"], root, download=download, image_size=image_size, progress=progress)
+    return load_archive(ARCHIVES["cifar100"], request)
 
 
-def load_archive(archive: Archive, root: Path, *, download: bool, image_size: int | None, progress: bool) -> Source:
-    """Read a CIFAR archive that lies in `root`, or is downloaded to there.
-
-    Args:
-        archive: Which one.
-        root: Folder that holds the archive.
-        download: Whether to fetch it if it is missing.
-        image_size: Side to resize to, by default 32.
-        progress: Whether to show a bar while downloading.
+def load_archive(archive: Archive, request: Request) -> Source:
+    """Read a CIFAR archive that lies in the folder `request.root`, or is downloaded to there.
 
     Returns:
         Both parts, the images (N, 3, 32, 32) unless resized, in the archive's order.
@@ -93,6 +86,7 @@ def load_archive(archive: Archive, root: Path, *, download: bool, image_size: in
     Raises:
         ValueError: The archive is missing, or cannot be fetched, or its checksum or contents are wrong.
     """
+    root = request.root
     path = root / archive.file
     if path.is_file():
         # A third of a second for the official ones: cheaper to repeat than to remember.
@@ -100,8 +94,8 @@ def load_archive(archive: Archive, root: Path, *, download: bool, image_size: in
             raise ValueError(
                 f"data.root must hold {archive.file} with md5 {archive.md5}, got md5 {got} in {str(path)!r}"
             )
-    elif download:
-        fetch(archive.url, path, archive.md5, progress=progress)
+    elif request.download:
+        fetch(archive.url, path, archive.md5, progress=request.progress)
     else:
         raise ValueError(f"data.root must hold {archive.file} (or set data.download=true), got {str(root)!r}")
 
@@ -125,7 +119,7 @@ def load_archive(archive: Archive, root: Path, *, download: bool, image_size: in
         if len(labels) and (highest := int(labels.max())) >= archive.num_classes:
             rule = f"{archive.file} with labels below {archive.num_classes}"
             raise ValueError(f"data.root must hold {rule}, got {highest} in {str(path)!r}")
-        return ImageSet(resize(torch.from_numpy(images), image_size), torch.from_numpy(labels))
+        return ImageSet(resize(torch.from_numpy(images), request.image_size), torch.from_numpy(labels))
 
     return Source(train=part(archive.train), test=part(archive.test), classes=classes, flip=True)
 

@@ -5,16 +5,14 @@ Axes: `N` images, one channel, `H W` size.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from advmoe.data.types import ImageSet, Source, resize
+from advmoe.data.types import ImageSet, Request, Source, resize
 
 _TEST_EVERY = 5
 
 
-def load_digits(root: Path, *, download: bool, image_size: int | None, progress: bool) -> Source:
+def load_digits(request: Request) -> Source:
     """Load the 1,797 digits; every fifth image of each class, in their order, is a test image.
 
     Grey levels 0..16 become 0..255. Only `image_size` has an effect: the data comes with scikit-learn.
@@ -27,7 +25,7 @@ def load_digits(root: Path, *, download: bool, image_size: int | None, progress:
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         is_test[(labels == label).nonzero()[_TEST_EVERY - 1 :: _TEST_EVERY, 0]] = True
-    images = resize(images, image_size)
+    images = resize(images, request.image_size)
     return Source(
         train=ImageSet(images[~is_test], labels[~is_test]),
         test=ImageSet(images[is_test], labels[is_test]),

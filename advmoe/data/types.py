@@ -1,4 +1,4 @@
-"""Image sets in memory, and what is done to a whole set: hold-out split, channel statistics, resizing.
+"""Image sets in memory, data sets, and what is done to a whole set: hold-out split, channel statistics, resizing.
 
 Axes: `N` images, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
 """
@@ -6,11 +6,16 @@ Axes: `N` images, `C` channels, `H W` size. Images are uint8; pixels handed to a
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from advmoe.data.augment import Variation, augment
+from advmoe.data.stream import FileSet
 
 # Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
 _CHUNK = 2**24
@@ -41,6 +46,12 @@ class ImageSet:
         """Return the number of images N."""
         return self.images.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels C, and size H and W, of an image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the same set on `device`."""
         return ImageSet(self.images.to(device), self.labels.to(device))
@@ -55,15 +66,53 @@ class ImageSet:
         """Return the images at `index`, (B,) int64, in that order."""
         return ImageSet(self.images[index], self.labels[index])
 
+    def batches(self, plan: Iterable[Tensor], variation: Variation | None = None) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield images (B, C, H, W) uint8 and classes (B,), on the images' device, for each batch of indices in turn.
+
+        Args:
+            plan: Indices (B,) int64 of each batch.
+            variation: Shifts images by up to an eighth of their side, and flips; None leaves them as they are.
+        """
+        for index in plan:
+            index = index.to(self.images.device)
+            images, labels = self.images[index], self.labels[index]
+            if variation is not None:
+                # On bytes, which is several times cheaper than on floats.
+                padding = images.shape[-1] // 8
+                images = augment(images, generator=variation.generator, padding=padding, flip=variation.flip)
+            yield images, labels
+
+
+Images = ImageSet | FileSet
+"""Labelled images, wherever they are held: both kinds have the same methods, but for `ImageSet.images`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a reader is asked for; each reader says which of it has no effect there."""
+
+    root: Path
+    """Where the images lie, or where downloads go."""
+    download: bool
+    """Whether to fetch what is missing."""
+    image_size: int | None
+    """Side in pixels that images are resized to; None for their own, or the data set's customary one."""
+    workers: int
+    """Processes that decode images which are not held in memory; 0 decodes them in this one."""
+    progress: bool
+    """Whether to show bars."""
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """What a reader of one kind of data returns: the two given parts, before anything is held out."""
 
-    train: ImageSet
-    test: ImageSet
+    train: Images
+    test: Images
     classes: tuple[str, ...]
     flip: bool
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and standard deviation of each channel where they are published; None has them computed from `train`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,18 +121,18 @@ class Dataset:
 
     name: str
     """The name that it was loaded by."""
-    train: ImageSet
+    train: Images
     """Images to train on."""
-    val: ImageSet
+    val: Images
     """Images held out of the given training set; may be empty."""
-    test: ImageSet
+    test: Images
     """The given test set, whole."""
     classes: tuple[str, ...]
     """Class names, in the order of the labels."""
     mean: tuple[float, ...]
-    """Mean of each channel of `train`, pixels in [0, 1]."""
+    """Mean of each channel of `train`, pixels in [0, 1]; for ImageNet the published one."""
     std: tuple[float, ...]
-    """Standard deviation of each channel of `train`, pixels in [0, 1]; at least 1/255."""
+    """Standard deviation of each channel of `train`, likewise; at least 1/255."""
     flip: bool
     """Whether a horizontal flip leaves the class as it is (not for digits)."""
 
@@ -95,15 +144,15 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Side of the (square) images, in pixels."""
-        return self.train.images.shape[-1]
+        return self.train.shape[-1]
 
     @property
     def in_channels(self) -> int:
         """Number of channels C."""
-        return self.train.images.shape[1]
+        return self.train.shape[0]
 
 
-def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """Divide a set at random, class by class, into a part to train on and a part held out.
 
     The held-out part has `round(fraction * N)` images, but at least one if `fraction > 0`; a class's share of them is
@@ -143,7 +192,7 @@ def split(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSe
     rank = torch.arange(n) - first[labels[by_class]]
     held = torch.zeros(n, dtype=torch.bool)
     held[by_class] = rank < take[labels[by_class]]
-    device = data.images.device
+    device = data.labels.device
     return data.subset((~held).nonzero()[:, 0].to(device)), data.subset(held.nonzero()[:, 0].to(device))
 
 

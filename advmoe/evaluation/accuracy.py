@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
-from advmoe.data import ImageSet
-from advmoe.evaluation.checks import check, check_data, require_passed
+from advmoe.data import FileSet
+from advmoe.evaluation.checks import check, check_data, check_labels, require_passed
 from advmoe.evaluation.harness import Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
-from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, take
+from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
 from advmoe.evaluation.suite import Setting, default_attacks, named
 from advmoe.moe.routing import route
 from advmoe.seeding import seed_for
@@ -99,14 +100,14 @@ class Clean:
     predicted: Tensor
     """(N,) classes."""
     pathways: Tensor
-    """(N, L) expert indices; (N, 0) for a plain model."""
+    """(N, L) expert indices, (N, L, T) where tokens are routed one by one; (N, 0) for a plain model."""
 
 
 def _clean(predict: Predict, job: Job, device: torch.device) -> Clean:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with measuring(predict, device), torch.no_grad():
-        for first in range(0, size(job.data), job.batch_size):
-            x, y = take(job.data, slice(first, first + job.batch_size), device)
+    slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
+    with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as batches:
+        for x, y in batches:
             with route() as routing:
                 logits = predict(x)
             chosen = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
@@ -216,8 +217,10 @@ def checked(predict: Predict, job: Job, device: torch.device, allow: Collection[
         require_passed(checks, allow)
         with torch.no_grad():
             num_classes = predict(x[:1]).shape[1]
-    images, labels = (job.data.images, job.data.labels) if isinstance(job.data, ImageSet) else job.data
-    check_data(images, labels, num_classes)
+    if isinstance(job.data, tuple):
+        check_data(*job.data, num_classes)
+    else:
+        check_labels(job.data.labels, num_classes)
     return checks
 
 
@@ -237,7 +240,6 @@ def _routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device)
 
 def _fingerprint(predict: Predict, job: Job, names: Sequence[str], device: torch.device) -> dict[str, Any]:
     """What the numbers depend on: an interrupted evaluation continues only where all of it is the same."""
-    images, labels = (job.data.images, job.data.labels) if isinstance(job.data, ImageSet) else job.data
     state = predict.state_dict() if isinstance(predict, nn.Module) else {}
     attack = job.setting.attack
     return {
@@ -245,8 +247,15 @@ def _fingerprint(predict: Predict, job: Job, names: Sequence[str], device: torch
         "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
                    "pathways": attack.pathways, "queries": attack.queries},
         "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "data": _digest(images, labels), "model": _digest(*(state[name] for name in sorted(state))),
+        "data": _data_digest(job.data), "model": _digest(*(state[name] for name in sorted(state))),
     }  # fmt: skip
+
+
+def _data_digest(data: EvaluationData) -> str:
+    """A digest of the examples; of those in files, of what would tell that a file has changed."""
+    if isinstance(data, FileSet):
+        return data.digest()
+    return _digest(*(data if isinstance(data, tuple) else (data.images, data.labels)))
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -260,7 +269,7 @@ def _evaluation(
     job: Job, journal: Journal, clean: Clean, names: Sequence[str], wanted: Sequence[str], checks: list[dict[str, Any]]
 ) -> Evaluation:
     held = {name: _joined(job, journal, name, "robust").bool() for name in names}
-    labels = job.data.labels if isinstance(job.data, ImageSet) else job.data[1]
+    labels = job.data[1] if isinstance(job.data, tuple) else job.data.labels
     numbers = summary({"clean": clean.correct, **held})
     reference = next((name for name in names if re.fullmatch(r"pgd-\d+", name)), None)
     gap = numbers["robust_accuracy"][reference] - numbers["worst_case"] if reference is not None else None
@@ -334,7 +343,7 @@ def evaluate(
     """Clean and robust accuracy of any callable `x -> logits` on [0, 1] pixels.
 
     Args:
-        data: an `ImageSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
+        data: an `ImageSet` or `FileSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
         attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
             under soft-routing gradients too.
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.

@@ -122,6 +122,12 @@ def check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
             raise ValueError(fault)
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check the classes of images that are known to be sound, (N,) integers; as `check_data` does."""
+    if (fault := _label_fault(labels, len(labels), num_classes)) is not None:
+        raise ValueError(fault)
+
+
 def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None:
     """Stop unless every check passed or is allowed to fail.
 
@@ -291,11 +297,12 @@ def _changed(routing: Routing, batch: list[int], taken: Routing) -> dict[int, fl
         return dict.fromkeys(batch, math.inf)
     changed: dict[int, float] = {}
     for layer in sorted(routing.choices):  # where pathways have parted, later layers see other inputs
-        before, after = routing.choices[layer][batch].tolist(), taken.choices[layer].tolist()
-        for image, old, new in zip(batch, before, after, strict=True):
-            if old != new and image not in changed:
-                scores = routing.scores[layer][image]
-                changed[image] = (scores[old] - scores[new]).item()
+        before, after, scores = routing.choices[layer][batch], taken.choices[layer], routing.scores[layer][batch]
+        gap = scores.gather(-1, before[..., None]) - scores.gather(-1, after[..., None])
+        parted = (before != after).reshape(len(batch), -1).any(1)  # by any token, where tokens are routed one by one
+        for image, differs, apart in zip(batch, parted.tolist(), gap.flatten(1).amax(1).tolist(), strict=True):
+            if differs and image not in changed:
+                changed[image] = apart
     return changed
 
 

@@ -1,13 +1,17 @@
-"""What one inference costs: multiply-accumulates of what really runs, parameters, and measured time."""
+"""What one inference costs: multiply-accumulates of what really runs, parameters, memory, and measured time."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import Classifier
@@ -25,7 +29,9 @@ def example_input(model: Classifier, batch: int) -> Tensor:
 
 def gmacs(model: Classifier) -> float:
     """Multiply-accumulates (10^9) of one image's pathway, routers included, counted on the operators that run."""
-    with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Of fused attention kernels the counter knows some, and on the CPU none: matrix products it knows.
+    attention = sdpa_kernel(SDPBackend.MATH)
+    with frozen(model), torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
         model(example_input(model, 1))
     return float(counter.get_total_flops()) / 2e9
 
@@ -50,6 +56,85 @@ def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7
             if attempt >= 2:
                 times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times) / batch
+
+
+class _Live(TorchDispatchMode):
+    """Follows the memory that operators' results take while they are alive; `peak` bytes were most at once."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then count what is alive: its results, and what whoever called it still holds."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if (reference := StorageWeakRef(storage)) not in self._known:
+                self._alive[reference] = storage.nbytes()
+        self._alive = {reference: size for reference, size in self._alive.items() if not reference.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def activation_bytes(model: nn.Module, x: Tensor) -> int:
+    """The most bytes that the activations of one forward pass of `x` (N, C, H, W) take at once, in eval mode.
+
+    Activations are what operators return: hidden layers, routers' scores, dispatched samples and logits, each until
+    nothing refers to it any more; not `x`, parameters and buffers. On the CPU a kernel's own scratch memory is not
+    seen. On CUDA it is what the allocator's peak grew by, which includes scratch memory and rounds sizes up.
+    """
+    with frozen(model), torch.no_grad():
+        if x.is_cuda:
+            model(x)  # libraries take their workspaces, which stay, at their first call
+            torch.cuda.synchronize(x.device)
+            torch.cuda.reset_peak_memory_stats(x.device)
+            before = torch.cuda.memory_allocated(x.device)
+            model(x)
+            torch.cuda.synchronize(x.device)
+            return int(torch.cuda.max_memory_allocated(x.device) - before)
+        live = _Live([x, *model.parameters(), *model.buffers()])
+        with live:
+            model(x)
+    return live.peak
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[Tensor], object]], x: Tensor, *, seconds: float = 10.0
+) -> dict[str, list[float]]:
+    """Milliseconds per image of every timed pass of `x` (N, C, H, W), by side; the sides take turns.
+
+    After two rounds that do not count, as many as fit in `seconds`: at least 3 and at most 50. The sides must be as
+    they are meant to run (eval mode, no gradients).
+    """
+
+    def lap(side: Callable[[Tensor], object]) -> float:
+        start = time.perf_counter()
+        side(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - start
+
+    for side in sides.values():
+        lap(side)
+    round_takes = sum(lap(side) for side in sides.values())
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(max(3, min(50, int(seconds / max(round_takes, 1e-6))))):
+        for name, side in sides.items():
+            times[name].append(1000 * lap(side) / len(x))
+    return times
 
 
 def cost(model: Classifier, batch: int = 128) -> dict[str, Any]:

@@ -11,6 +11,8 @@ Axes: `N` examples, `C` channels, `H W` size, `L` MoE layers, `E` experts. Fract
 1 + 3 is the routers' robustness, 1 + 2 the model's. An example that is wrong without an attack counts as wrong, also
 where the attack happens to put it right: so 1 + 2 over all examples is the robust accuracy. As it has lost its
 prediction before any attack, the categories are given twice, over all examples and over those that are right clean.
+
+Where tokens are routed one by one, pathways are (N, L, T): a layer's choice is kept where every token's is.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class Dissection:
     """
 
     clean_pathway: Tensor
-    """Expert chosen for the clean image, (N, L)."""
+    """Expert chosen for the clean image, (N, L) or (N, L, T)."""
     adv_pathway: Tensor
-    """Expert chosen for the adversarial image, (N, L)."""
+    """Expert chosen for the adversarial image, (N, L) or (N, L, T)."""
     clean_correct: Tensor
     """Whether the clean image is classified right, (N,) booleans."""
     adv_correct: Tensor
@@ -53,9 +55,10 @@ class Dissection:
 
     def __post_init__(self) -> None:
         clean, adv = self.clean_pathway, self.adv_pathway
-        if clean.dim() != 2 or clean.shape != adv.shape or 0 in clean.shape:
+        if clean.dim() not in (2, 3) or clean.shape != adv.shape or 0 in clean.shape:
             shapes = f"{tuple(clean.shape)} and {tuple(adv.shape)}"
-            raise ValueError(f"clean_pathway and adv_pathway must both be (N, L) with N, L >= 1, got {shapes}")
+            rule = "(N, L) with N, L >= 1, or (N, L, T)"
+            raise ValueError(f"clean_pathway and adv_pathway must both be {rule}, got {shapes}")
         for name in ("clean_correct", "adv_correct", "labels"):
             value = getattr(self, name)
             if value is not None and value.shape != clean.shape[:1]:
@@ -67,7 +70,7 @@ class Dissection:
     @classmethod
     def merge(cls, parts: Sequence[Dissection]) -> Dissection:
         """The dissection of all examples of `parts`, in order. Raises `ValueError` for none, or for unlike models."""
-        shapes = {(part.clean_pathway.shape[1], part.num_experts, part.labels is None) for part in parts}
+        shapes = {(part.clean_pathway.shape[1:], part.num_experts, part.labels is None) for part in parts}
         if len(shapes) != 1:
             raise ValueError(
                 f"parts must be at least 1, with the same layers, experts and labels, got {len(shapes)} kinds"
@@ -90,7 +93,8 @@ class Dissection:
     @property
     def flipped(self) -> Tensor:
         """Whether a layer chose another expert under attack, (N, L)."""
-        return self.clean_pathway != self.adv_pathway
+        changed = self.clean_pathway != self.adv_pathway
+        return changed.any(2) if changed.dim() == 3 else changed
 
     @property
     def categories(self) -> Tensor:
@@ -129,7 +133,7 @@ class Dissection:
         """All of it, ready for JSON, as fractions. `categories_of_clean_correct` is None where no example is right
         clean; `load` is (L, E).
         """
-        examples, layers = self.clean_pathway.shape
+        examples, layers = self.clean_pathway.shape[:2]
         return {
             "num_examples": examples,
             "num_clean_correct": int(self.clean_correct.sum()),
@@ -178,8 +182,9 @@ def _share(chosen: Tensor) -> float:
 
 
 def _load(pathways: Tensor, num_experts: int) -> list[list[float]]:
-    counts = [torch.bincount(layer, minlength=num_experts).tolist() for layer in pathways.T]
-    return [[count / len(pathways) for count in layer] for layer in counts]
+    layers = [layer.flatten() for layer in pathways.unbind(1)]
+    counts = [torch.bincount(layer, minlength=num_experts).tolist() for layer in layers]
+    return [[count / layer.numel() for count in each] for layer, each in zip(layers, counts, strict=True)]
 
 
 def _percent(share: float) -> str:
@@ -243,9 +248,10 @@ def _dissect_batch(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor) -> Disse
 
 
 def _run(model: Predict, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The pathway (N, L), whether each row is classified right (N,), and E."""
+    """The pathway (N, L) or (N, L, T), whether each row is classified right (N,), and E."""
     with route() as routing:
         logits = model(x.contiguous(memory_format=torch.channels_last))
     if not routing.choices:
         raise ValueError(f"model must have MoE layers to be dissected, got {type(model).__name__} with none")
-    return routing.pathway().cpu(), correct(logits, y).cpu(), max(scores.shape[1] for scores in routing.scores.values())
+    num_experts = max(scores.shape[-1] for scores in routing.scores.values())
+    return routing.pathway().cpu(), correct(logits, y).cpu(), num_experts

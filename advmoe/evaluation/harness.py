@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
-from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, take
+from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.files import write_text
 
@@ -62,10 +62,13 @@ class Job:
         """Every task of the attacks `names`, one attack after another."""
         return (Task(name, first) for name in names for first in range(0, size(self.data), self.batch_size))
 
-    def run(self, task: Task, predict: Predict, device: torch.device) -> tuple[Result, Outcome]:
-        """Do one task. The model must be as `measuring` sets it."""
+    def examples(self, task: Task) -> slice:
+        """The positions of a task's examples."""
+        return slice(task.first, task.first + self.batch_size)
+
+    def run(self, task: Task, predict: Predict, x: Tensor, y: Tensor) -> tuple[Result, Outcome]:
+        """Do one task, on its images `x` (N, C, H, W) of classes `y`. The model must be as `measuring` sets it."""
         counted = Counted(predict)
-        x, y = take(self.data, slice(task.first, task.first + self.batch_size), device)
         attack = build(task.attack, counted, self.setting, self.plan)
         outcome = run_attack(attack, counted, x, y, threat=self.setting.threat, purpose=(self.seed, task.first))
         result = {
@@ -144,10 +147,11 @@ def run_tasks(
     with bar:
         if workers == 1 or len(tasks) <= 1:
             predict = load(devices[0])
-            with measuring(predict, devices[0]):
-                for task in tasks:
+            batches = stream(job.data, [job.examples(task) for task in tasks], devices[0])
+            with measuring(predict, devices[0]), closing(batches):
+                for task, (x, y) in zip(tasks, batches, strict=True):
                     bar.set_description(task.attack)
-                    journal.put(task, job.run(task, predict, devices[0])[0])
+                    journal.put(task, job.run(task, predict, x, y)[0])
                     bar.update()
             return
         with closing(_shared(job, tasks, load, workers, devices, threads)) as finished:
@@ -211,7 +215,8 @@ def _work(
                     task = todo.get(timeout=1)
                 except queue.Empty:
                     continue
-                done.put((task, job.run(task, predict, device)[0], None))
+                x, y = take(job.data, job.examples(task), device)
+                done.put((task, job.run(task, predict, x, y)[0], None))
     except KeyboardInterrupt:
         pass
     except Exception as error:

@@ -6,8 +6,10 @@ Axes: `N` examples, `L` MoE layers. Fractions, not percent.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +21,14 @@ from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
 from advmoe.config import Config, Pixels
-from advmoe.data import ImageSet, load_dataset
+from advmoe.data import Images, load_dataset
 from advmoe.evaluation import sweep as sweeps
 from advmoe.evaluation.accuracy import Plan, applicable, assess, checked, make_job, outcomes, placed, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Job, Journal, Load, threads_set
-from advmoe.evaluation.scoring import measuring, take
-from advmoe.evaluation.sources import load_classifier
+from advmoe.evaluation.scoring import measuring, stream
+from advmoe.evaluation.sources import load_classifier, load_module
 from advmoe.evaluation.suite import build
 from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import write_text, write_whole
@@ -35,14 +37,19 @@ from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
 
-def load_run(path: str | Path) -> Classifier:
-    """The model of a run directory, in eval mode on the CPU. Raises `ValueError` naming what is missing or damaged."""
-    return load_model(Path(path))
+def load_run(path: str | Path, source: str | None = None) -> Classifier:
+    """The model of a run directory, in eval mode on the CPU. Raises `ValueError` naming what is missing or damaged.
+
+    Args:
+        source: `FILE.py:FACTORY` of the network, where the run trained one of the user's own. It is executed; what the
+            run itself names never is.
+    """
+    return load_model(Path(path), None if source is None else load_module(source))
 
 
-def _loaded(target: str, weights: str | None, device: torch.device) -> Predict:
+def _loaded(target: str, weights: str | None, source: str | None, device: torch.device) -> Predict:
     """The classifier of a run or a source, on `device`."""
-    return placed(load_classifier(target, weights) if is_source(target) else load_run(target), device)
+    return placed(load_classifier(target, weights) if is_source(target) else load_run(target, source), device)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Subject:
     """A classifier to be measured, with the images that measure it."""
 
     load: Load
-    data: ImageSet
+    data: Images
     index: Tensor
     """The position of each image in the test set, (N,)."""
     config: Config
@@ -69,6 +76,7 @@ def subject(
     target: str | Path,
     *,
     weights: str | None = None,
+    source: str | None = None,
     out: str | Path | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
     num_examples: int | None = None,
@@ -77,6 +85,7 @@ def subject(
     """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
 
     Args:
+        source: see `load_run`.
         overrides: fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier).
         num_examples: a random subset of the test images, by `seed`.
         out: where results go; by default the run, or `evaluations/<file>-<factory>`.
@@ -86,9 +95,11 @@ def subject(
     if num_examples is not None:
         positive("num_examples", num_examples)
     own = is_source(str(target))
-    load = partial(_loaded, str(target), weights)
+    load = partial(_loaded, str(target), weights, source)
     if not own and weights is not None:
         raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
+    if own and source is not None:
+        raise ValueError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {source!r}")
     settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
     for group, fields in (overrides or {}).items():
         settings[group].update(fields)
@@ -96,13 +107,11 @@ def subject(
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
     dataset = load_dataset(
         config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
-        val_fraction=config.data.val_fraction, seed=config.training.seed, progress=True,
+        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed, progress=True,
     )  # fmt: skip
-    if isinstance(model, Classifier) and (dataset.num_classes, dataset.in_channels) != (
-        model.spec["num_classes"], model.spec["in_channels"]
-    ):  # fmt: skip
-        expected = model.spec["num_classes"], model.spec["in_channels"]
-        found = dataset.num_classes, dataset.in_channels
+    found = dataset.num_classes, dataset.in_channels
+    expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else found
+    if any(known not in (None, there) for known, there in zip(expected, found, strict=True)):
         raise ValueError(f"data must have the model's (classes, channels) {expected}, got {found}")
     seed = config.training.seed if seed is None else seed
     index = torch.arange(len(dataset.test))
@@ -116,6 +125,7 @@ def evaluate_run(
     target: str | Path,
     *,
     weights: str | None = None,
+    source: str | None = None,
     out: str | Path | None = None,
     attacks: Sequence[str] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
@@ -138,7 +148,9 @@ def evaluate_run(
 
     Raises `ValueError` for whatever cannot be used; what was written before stays as it was.
     """
-    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    given = subject(
+        target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
+    )
     if workers is None:
         workers = _processes(-(-len(given.data) // positive("batch_size", batch_size)))
     plan = Plan(
@@ -152,7 +164,7 @@ def evaluate_run(
     )  # fmt: skip
     result = found.result | {"data": {"name": given.source, "split": "test"}}
     model = given.load(plan.devices()[0])
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier) and model.spec["input_size"] is not None:
         result["cost"] = cost(model)
     save(given.home, result, {"index": given.index.numpy(), **found.examples})
     Journal(plan.journal).remove()
@@ -193,6 +205,7 @@ def sweep_run(
     *,
     epsilons: Sequence[float],
     weights: str | None = None,
+    source: str | None = None,
     out: str | Path | None = None,
     attacks: Sequence[str] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
@@ -209,7 +222,9 @@ def sweep_run(
     be crossed. Writes `sweep.json` beside the run's other results and returns where that is, and its content: a
     `sweep.sweep` by attack, and under `worst case`. Raises `ValueError` for whatever cannot be used.
     """
-    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    given = subject(
+        target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
+    )
     device, predict, job, wanted = _opened(given, accelerator, attacks, batch_size)
     names = applicable(wanted, job)
     norm, attack = given.config.threat.norm, given.config.attack
@@ -227,7 +242,7 @@ def sweep_run(
             found[eps] = results | {"worst case": torch.stack([clean, *results.values()]).all(0)}
         return found[eps]
 
-    probe = None if norm == "linf" else float(given.data.images[0].numel()) ** 0.5
+    probe = None if norm == "linf" else math.sqrt(math.prod(given.data.shape))
     with threads_set(threads):
         checked(predict, job, device, allow)
         curves = {
@@ -245,6 +260,7 @@ def dissect_run(
     target: str | Path,
     *,
     weights: str | None = None,
+    source: str | None = None,
     out: str | Path | None = None,
     attacks: Sequence[str] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
@@ -261,7 +277,9 @@ def dissect_run(
     dissection each. Writes `dissection.json` and returns where that is, and the dissections. Raises `ValueError` for a
     model without MoE layers and whatever else cannot be used.
     """
-    given = subject(target, weights=weights, out=out, overrides=overrides, num_examples=num_examples, seed=seed)
+    given = subject(
+        target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
+    )
     device, predict, job, names = _opened(given, accelerator, attacks if attacks is not None else ["pgd"], batch_size)
     if not job.setting.routed:
         raise ValueError(f"a model to dissect must have MoE layers, got {str(target)!r} without")
@@ -274,11 +292,12 @@ def dissect_run(
         for name in names:
             (part,) = build(name, predict, job.setting, None).parts
             batches = []
-            for task in job.tasks([name]):
-                x, y = take(given.data, slice(task.first, task.first + batch_size), device)
-                with measuring(predict, device):
-                    x_adv = part.run(x, y, seed_for(given.seed, task.first, name, part.name)).x_adv
-                batches.append(dissect(predict, x, job.setting.threat.project(x_adv, x), y, batch_size=batch_size))
+            tasks = list(job.tasks([name]))
+            with closing(stream(given.data, [job.examples(task) for task in tasks], device)) as images:
+                for task, (x, y) in zip(tasks, images, strict=True):
+                    with measuring(predict, device):
+                        x_adv = part.run(x, y, seed_for(given.seed, task.first, name, part.name)).x_adv
+                    batches.append(dissect(predict, x, job.setting.threat.project(x_adv, x), y, batch_size=batch_size))
             found[name] = Dissection.merge(batches)
     result = {name: each.to_dict() for name, each in found.items()}
     given.home.mkdir(parents=True, exist_ok=True)

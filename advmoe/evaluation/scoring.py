@@ -6,8 +6,8 @@ Axes: `N` examples, `C` channels, `H W` size, `K` classes, `L` MoE layers. Pixel
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
-from advmoe.data import ImageSet
+from advmoe.data import FileSet, Images
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 
-EvaluationData = ImageSet | tuple[Tensor, Tensor]
-"""Images with labels: an `ImageSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""
+EvaluationData = Images | tuple[Tensor, Tensor]
+"""Images with labels: an `ImageSet` or `FileSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""
 
 
 @contextmanager
@@ -40,16 +40,27 @@ def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
 
 def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
     """The chosen examples on `device`: channels-last pixels (B, C, H, W) and classes (B,)."""
-    if isinstance(data, ImageSet):
-        x, y = data.pixels(index), data.labels[index]
-    else:
+    if isinstance(data, tuple):
         x, y = data[0][index], data[1][index]
+    else:
+        x, y = data.pixels(index), data.labels[index]
     return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
+
+
+def stream(data: EvaluationData, slices: Sequence[slice], device: torch.device) -> Generator[tuple[Tensor, Tensor]]:
+    """The examples of each slice in turn, as `take` gives them; those in files are decoded ahead."""
+    if not isinstance(data, FileSet):
+        yield from (take(data, index, device) for index in slices)
+        return
+    everything = torch.arange(len(data))
+    with closing(data.to(device).batches([everything[index] for index in slices])) as batches:
+        for images, y in batches:
+            yield images.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last), y
 
 
 def size(data: EvaluationData) -> int:
     """The number of examples. Raises `ValueError` for none, or where images and labels differ in number."""
-    images, labels = (len(data), len(data)) if isinstance(data, ImageSet) else (len(data[0]), len(data[1]))
+    images, labels = (len(data[0]), len(data[1])) if isinstance(data, tuple) else (len(data), len(data))
     if images == 0 or images != labels:
         raise ValueError(
             f"data must hold at least 1 example, and a class for each, got {images} images, {labels} labels"

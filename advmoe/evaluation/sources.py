@@ -60,6 +60,14 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
     return model
 
 
+def load_module(spec: str) -> nn.Module:
+    """The module that `FILE.py:NAME` makes, as of `load_classifier`. Raises `ValueError` for another callable too."""
+    model = load_classifier(spec)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} must return a torch.nn.Module, got an object of type {type(model).__name__}")
+    return model
+
+
 def _parsed(spec: str) -> tuple[Path, str]:
     text, _, name = spec.rpartition(":")
     if not text.endswith(".py") or not name.isidentifier():

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RouterKind, typed
+from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RoutePer, RouterKind, typed
 from advmoe.files import write_text, write_whole
+from advmoe.models.classifier import Classifier
+from advmoe.models.convert import rebuilt
+from advmoe.models.densenet import DenseNet
 from advmoe.models.layers import LayerFactory
 from advmoe.models.normalize import Normalize
-from advmoe.models.resnet import ResNet
+from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
+from advmoe.models.state import savable
+from advmoe.models.vgg import VGG
+from advmoe.models.vit import VisionTransformer
+from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
-from advmoe.moe.routing import forward_scope
 
 
 @dataclass(frozen=True)
@@ -30,38 +36,34 @@ class Backbone:
     build: Callable[..., nn.Module]
     """`(layers, *, width, in_channels, num_classes, input_size) -> module` of normalised images."""
     width: int
-    """Channels of the first stage at scale 1, unless others are asked for."""
+    """Channels of the first stage (a transformer's embedding) at scale 1, unless others are asked for."""
+    tokens: bool = False
+    """Whether its MoE layers see tokens, which can be routed one by one."""
+    min_size: int = 8
+    """Side of the smallest images that it takes, in pixels."""
 
 
-BACKBONES: dict[str, Backbone] = {"resnet18": Backbone(partial(ResNet, depths=(2, 2, 2, 2)), 64)}
-"""Backbones by name."""
+BACKBONES: dict[str, Backbone] = {
+    "resnet18": Backbone(partial(ResNet, block=BasicBlock, depths=(2, 2, 2, 2)), 64),
+    "resnet34": Backbone(partial(ResNet, block=BasicBlock, depths=(3, 4, 6, 3)), 64),
+    "resnet50": Backbone(partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3)), 64),
+    "vgg16": Backbone(partial(VGG, depths=(2, 2, 3, 3, 3)), 64, min_size=16),
+    "densenet40": Backbone(partial(DenseNet, depths=(6, 6, 6)), 24),
+    "deit-tiny": Backbone(partial(VisionTransformer, depth=12), 192, tokens=True),
+}
+"""Backbones by name, but for Wide ResNets (`wrn-28-10`), whose name says depth and widening: see `find_backbone`."""
 
 
-class Classifier(nn.Module):
-    """[0, 1] pixels (N, C, H, W) -> logits (N, K): normalisation, the router that sees the image if any, the backbone.
-
-    `spec` holds the arguments of `create_model` that rebuild it.
-    """
-
-    def __init__(
-        self, normalize: Normalize, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any]
-    ) -> None:
-        super().__init__()
-        self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec
-
-    @property
-    def routed(self) -> bool:
-        """Whether the model has MoE layers."""
-        return bool(self.spec["kind"] == "moe")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, K), under the active routing."""
-        with forward_scope() as routing:
-            x = self.normalize(x)
-            if self.router is not None:
-                routing.shared = self.router(x)
-            logits: Tensor = self.backbone(x)
-            return logits
+def find_backbone(name: str) -> Backbone:
+    """The backbone called `name`. Raises `ValueError`, which lists what there is, for an unknown one."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if (match := re.fullmatch(r"wrn-(\d+)-(\d+)", name)) is not None:
+        depth, widening = int(match[1]), int(match[2])
+        if depth < 10 or depth % 6 != 4 or widening < 1:
+            raise ValueError(f"model.name wrn-D-K must have D = 6n + 4 >= 10 and K >= 1, got {name!r}")
+        return Backbone(partial(WideResNet, depth=depth, widening=widening), 16 * widening)
+    raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {name!r}")
 
 
 def create_model(
@@ -72,6 +74,7 @@ def create_model(
     scale: float = 0.5,
     num_experts: int = 2,
     router: RouterKind = "layer",
+    route_per: RoutePer = "image",
     experts: ExpertLayout = "subset",
     experts_init: ExpertInit = "independent",
     width: int | None = None,
@@ -83,27 +86,30 @@ def create_model(
     """A new model with random weights, in train mode.
 
     Args:
-        name: backbone (`BACKBONES`). num_classes: K. input_size: side of the images in pixels. in_channels: their
+        name: backbone (`find_backbone`). num_classes: K. input_size: side of the images in pixels. in_channels: their
         channels. kind: `moe`, the `dense` backbone, or `s-dense`, whose every layer has `scale` times the channels.
-        scale: r, in (0, 1]. num_experts: N. router, experts, experts_init: see `config.ModelConfig`.
-        width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets). mean, std: pixel
-        statistics per channel, normalised inside the model.
+        scale: r, in (0, 1]. num_experts: N. router, route_per, experts, experts_init: see `config.ModelConfig`.
+        width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
+        WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
+        the model.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, got {name!r}")
+    found = find_backbone(name)
     for argument, value, low in (
         ("num_classes", num_classes, 2),
-        ("input_size", input_size, 8),
+        ("input_size", input_size, found.min_size),
         ("in_channels", in_channels, 1),
     ):
         if typed(argument, int, value) < low:
             raise ValueError(f"{argument} must be >= {low}, got {value!r}")
     config = ModelConfig(
-        name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, experts=experts,
-        experts_init=experts_init, width=width,
+        name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, route_per=route_per,
+        experts=experts, experts_init=experts_init, width=width,
     )  # fmt: skip
+    if route_per == "token" and not found.tokens:
+        able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
+        raise ValueError(f"model.route_per must be image for backbones without tokens (with: {able}), got {route_per!r}")
     mean = [0.5] * in_channels if mean is None else list(mean)
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:
@@ -111,14 +117,17 @@ def create_model(
     if not min(std) > 0:
         raise ValueError(f"std must be > 0 in every channel, got {std!r}")
     layers = LayerFactory(config)
-    config.width = wide = config.width or BACKBONES[name].width
-    backbone = BACKBONES[name].build(
+    config.width = wide = config.width or found.width
+    backbone = found.build(
         layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size
     )
     image_router = None
     if kind == "moe" and router != "layer":
-        image_router = ImageRouter(in_channels, wide, layers.num_moe_layers, num_experts, shared=router == "image")
-    spec = {**vars(config), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
+        pool = getattr(backbone, "router_pool", 1)
+        image_router = ImageRouter(
+            in_channels, wide, layers.num_moe_layers, num_experts, shared=router == "image", pool=pool
+        )
+    spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})
 
 
@@ -130,8 +139,10 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def save_model(model: Classifier, folder: Path) -> None:
-    """Write `model.safetensors` and `model.json`, which rebuild the model with no other file, each atomically."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Write `model.safetensors` and `model.json`, which rebuild the model with no other file (but the code of a network
+    of the user's own), each atomically.
+    """
+    weights = savable(model.state_dict())
     write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
     write_text(folder / "model.json", json.dumps(model.spec, indent=2) + "\n")
 
@@ -141,20 +152,31 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def load_model(folder: Path) -> Classifier:
+def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files.
 
-    Raises `ValueError` naming the file that is missing or damaged.
+    `module` is what the model was made of where that was a network of the user's own (`to_moe`), new from its factory;
+    it is taken over. Raises `ValueError` naming the file that is missing or damaged, or where `module` is needed.
     """
     description, weights = folder / "model.json", folder / "model.safetensors"
     for path in (description, weights):
         if not path.is_file():
             raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
+    rule = "an undamaged model description" if module is None else f"of a model made of this {type(module).__name__}"
     try:
+        spec = json.loads(description.read_text())
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
-            model = create_model(**json.loads(description.read_text()))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{description} must be an undamaged model description, got: {_one_line(error)}") from error
+            if own := isinstance(spec, dict) and "source" in spec:
+                model = None if module is None else rebuilt(spec, module)
+            else:
+                model = create_model(**spec)
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+        raise ValueError(f"{description} must be {rule}, got: {_one_line(error)}") from error
+    if model is None:
+        made = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
+        raise ValueError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
+    if not own and module is not None:
+        raise ValueError(f"{folder} must be opened without --model or source=...: its model is not of your own code")
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
@@ -163,4 +185,4 @@ def load_model(folder: Path) -> Classifier:
     return model.eval()
 
 
-__all__ = ["BACKBONES", "Classifier", "create_model", "load_model", "save_model", "split_parameters"]
+__all__ = ["BACKBONES", "Classifier", "create_model", "find_backbone", "load_model", "save_model", "split_parameters"]

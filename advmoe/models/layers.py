@@ -5,10 +5,21 @@ Backbones are written once, in the channels of the dense network; they ask a `La
 
 from __future__ import annotations
 
+from math import ceil
+
 from torch import nn
 
 from advmoe.config import ModelConfig
 from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.mlp import MoEMLP
+
+
+def linear(d_in: int, d_out: int) -> nn.Linear:
+    """A linear layer as transformers start it: Glorot's weights, no bias."""
+    layer = nn.Linear(d_in, d_out)
+    nn.init.xavier_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class LayerFactory:
@@ -19,8 +30,10 @@ class LayerFactory:
         self.num_moe_layers = 0
 
     def channels(self, dense_channels: int) -> int:
-        """Channels between layers: r times the backbone's, except in Dense."""
-        return dense_channels if self.config.kind == "dense" else max(1, round(self.config.scale * dense_channels))
+        """Channels between layers: r times the backbone's, except in Dense. Rounded, halves down: two experts of an
+        odd number of channels stay apart at r = 1/2.
+        """
+        return dense_channels if self.config.kind == "dense" else max(1, ceil(self.config.scale * dense_channels - 0.5))
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
@@ -29,14 +42,17 @@ class LayerFactory:
         return conv
 
     def conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
-        """A convolution that is an MoE layer in an MoE-CNN. Takes the dense network's channels."""
-        config = self.config
-        narrow_in, narrow_out = self.channels(c_in), self.channels(c_out)
+        """A convolution that is an MoE layer in an MoE-CNN.
+
+        Takes the channels that arrive (where feature maps are concatenated, a sum of rounded parts) and the dense
+        network's channels to make.
+        """
+        config, narrow_out = self.config, self.channels(c_out)
         if config.kind != "moe":
-            return self.plain_conv(narrow_in, narrow_out, kernel_size, stride, padding)
+            return self.plain_conv(c_in, narrow_out, kernel_size, stride, padding)
         self.num_moe_layers += 1
         return MoEConv2d(
-            narrow_in,
+            c_in,
             narrow_out,
             kernel_size,
             stride,
@@ -45,5 +61,25 @@ class LayerFactory:
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
             own_router=config.router == "layer",
+            shared_init=config.experts_init == "shared",
+        )
+
+    def mlp(self, dim: int, hidden: int) -> nn.Module:
+        """A transformer's MLP, which is an MoE layer in an MoE-ViT: tokens (N, T, D) -> (N, T, D). Takes the dense
+        network's hidden units, which are what r narrows; D stays.
+        """
+        config = self.config
+        narrow = self.channels(hidden)
+        if config.kind != "moe":
+            return nn.Sequential(linear(dim, narrow), nn.GELU(), linear(narrow, dim))
+        self.num_moe_layers += 1
+        return MoEMLP(
+            dim,
+            narrow,
+            bank_rows=hidden if config.experts == "subset" else config.num_experts * narrow,
+            num_experts=config.num_experts,
+            layer=self.num_moe_layers - 1,
+            own_router=config.router == "layer",
+            per_token=config.route_per == "token",
             shared_init=config.experts_init == "shared",
         )

@@ -9,6 +9,19 @@ from torch import nn
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, also for a module whose parameters have no shape yet. Restores every part's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def frozen(model: object) -> Iterator[None]:
     """Eval mode and no parameter gradients inside: what an attack on the current model needs. Restores both.
 

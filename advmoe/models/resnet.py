@@ -1,31 +1,41 @@
-"""ResNet with the 3x3 stem for 32x32 images (He et al., CVPR 2016), in the channels that a `LayerFactory` decides.
+"""ResNet (He et al., CVPR 2016), in the channels that a `LayerFactory` decides.
 
 Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
+from advmoe.models.stem import stem, stem_stride
+
+
+def _shortcut(layers: LayerFactory, c_in: int, c_out: int, stride: int) -> nn.Module:
+    """The identity, or a plain 1x1 projection with batch norm where the shape changes."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    narrow_in, narrow_out = layers.channels(c_in), layers.channels(c_out)
+    return nn.Sequential(layers.plain_conv(narrow_in, narrow_out, 1, stride), BatchNorm2d(narrow_out))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, and a shortcut, projected by a plain 1x1 where the shape changes."""
+    """Two 3x3 convolutions with batch norm, and a shortcut. Takes the dense network's channels."""
 
-    def __init__(self, layers: LayerFactory, c_in: int, c_out: int, stride: int) -> None:
+    expansion: ClassVar[int] = 1
+
+    def __init__(self, layers: LayerFactory, c_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        narrow_in, narrow_out = layers.channels(c_in), layers.channels(c_out)
-        self.conv1 = layers.conv(c_in, c_out, 3, stride, 1)
-        self.norm1 = BatchNorm2d(narrow_out)
-        self.conv2 = layers.conv(c_out, c_out, 3, 1, 1)
-        self.norm2 = BatchNorm2d(narrow_out)
+        narrow = layers.channels(channels)
+        self.conv1 = layers.conv(layers.channels(c_in), channels, 3, stride, 1)
+        self.norm1 = BatchNorm2d(narrow)
+        self.conv2 = layers.conv(narrow, channels, 3, 1, 1)
+        self.norm2 = BatchNorm2d(narrow)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            projection = layers.plain_conv(narrow_in, narrow_out, 1, stride)
-            self.shortcut = nn.Sequential(projection, BatchNorm2d(narrow_out))
+        self.shortcut = _shortcut(layers, c_in, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
@@ -36,13 +46,42 @@ class BasicBlock(nn.Module):
         return out
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which takes the stride) and 1x1 to four times the channels, with batch norm, and a shortcut."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(self, layers: LayerFactory, c_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        wide = self.expansion * channels
+        narrow = layers.channels(channels)
+        self.conv1 = layers.conv(layers.channels(c_in), channels, 1)
+        self.norm1 = BatchNorm2d(narrow)
+        self.conv2 = layers.conv(narrow, channels, 3, stride, 1)
+        self.norm2 = BatchNorm2d(narrow)
+        self.conv3 = layers.conv(narrow, wide, 1)
+        self.norm3 = BatchNorm2d(layers.channels(wide))
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = _shortcut(layers, c_in, wide, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        y += self.shortcut(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
 class ResNet(nn.Module):
-    """Four stages of basic blocks; `depths` blocks each, channels doubling from `width`."""
+    """Four stages of `depths` blocks each, channels doubling from `width`; the stem follows the images' size."""
 
     def __init__(
         self,
         layers: LayerFactory,
         *,
+        block: type[BasicBlock | Bottleneck],
         depths: tuple[int, ...],
         width: int,
         in_channels: int,
@@ -50,15 +89,15 @@ class ResNet(nn.Module):
         input_size: int,
     ) -> None:
         super().__init__()
-        stem = layers.channels(width)
-        self.stem = nn.Sequential(layers.plain_conv(in_channels, stem, 3, 1, 1), BatchNorm2d(stem), nn.ReLU(True))
+        self.stem = stem(layers, in_channels, width, input_size)
+        self.router_pool = stem_stride(input_size)
         blocks: list[nn.Module] = []
         c_in = width
         for stage, depth in enumerate(depths):
-            c_out = width * 2**stage
-            for block in range(depth):
-                blocks.append(BasicBlock(layers, c_in, c_out, 2 if stage and not block else 1))
-                c_in = c_out
+            channels = width * 2**stage
+            for each in range(depth):
+                blocks.append(block(layers, c_in, channels, 2 if stage and not each else 1))
+                c_in = block.expansion * channels
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(layers.channels(c_in), num_classes)
 

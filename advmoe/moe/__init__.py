@@ -2,6 +2,8 @@
 
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.layer import MoELayer
+from advmoe.moe.linear import MoELinear
+from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.routers import ImageRouter, LayerRouter, routers_of
 from advmoe.moe.routing import Routing, pathway, route, soft_routing
 
@@ -10,6 +12,8 @@ __all__ = [
     "LayerRouter",
     "MoEConv2d",
     "MoELayer",
+    "MoELinear",
+    "MoEMLP",
     "Routing",
     "pathway",
     "route",

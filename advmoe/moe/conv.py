@@ -1,7 +1,7 @@
 """The MoE convolution: a bank of filters, of which each sample uses one expert's.
 
-Axes: `N` batch, `C_in C_out` channels of one pathway (r times the backbone's), `M` rows of the bank, `E` experts, `k`
-kernel.
+Axes: `N` batch, `C_in C_out` channels of one pathway (r times the backbone's), `G` groups, `M` rows of the bank, `E`
+experts, `k` kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
 
 class MoEConv2d(MoELayer):
     """A convolution of which every sample computes one expert, chosen by a router.
@@ -23,45 +25,75 @@ class MoEConv2d(MoELayer):
         c_in, c_out: channels of one pathway. The rest is as of `torch.nn.Conv2d` and `MoELayer`.
         own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
         shared_init: whether the experts start as copies of one another.
+
+    Raises `ValueError` for a setting that no convolution can have.
     """
 
     def __init__(
         self,
         c_in: int,
         c_out: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
         *,
         bank_rows: int,
         num_experts: int,
         layer: int,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
         own_router: bool = True,
         shared_init: bool = False,
     ) -> None:
+        if groups < 1 or c_in % groups or c_out % groups:
+            raise ValueError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         router = LayerRouter(c_in, num_experts) if own_router else None
         super().__init__(
             bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router
         )  # fmt: skip
-        self.c_in, self.c_out, self.stride, self.padding = c_in, c_out, stride, padding
-        self.bank = nn.Parameter(torch.empty(bank_rows, c_in, kernel_size, kernel_size))
+        kernel = _pair(kernel_size)
+        self.c_in, self.c_out, self.groups = c_in, c_out, groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        sides = _padded_sides(kernel, _pair(stride), padding, _pair(dilation))
+        # Zeros are the convolution's own affair; what else stands around the image is put there first.
+        self.padding_mode, self.sides = padding_mode, None if padding_mode == "zeros" else sides
+        self.bank = nn.Parameter(torch.empty(bank_rows, c_in // groups, *kernel))
         # The backbone's own initialisation: fan-out of one pathway, as in S-Dense.
-        nn.init.normal_(self.bank, std=math.sqrt(2 / (c_out * kernel_size**2)))
+        nn.init.normal_(self.bank, std=math.sqrt(2 * groups / (c_out * math.prod(kernel))))
+        self.bias = nn.Parameter(torch.zeros(bank_rows)) if bias else None
         if shared_init:
             self.copy_first_expert()
 
     def banks(self) -> tuple[Tensor, ...]:
-        """The filters (M, C_in, k, k)."""
-        return (self.bank,)
+        """The filters (M, C_in / G, k, k) and, where there is a bias, its numbers (M,)."""
+        return (self.bank,) if self.bias is None else (self.bank, self.bias)
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in, k, k)."""
-        return F.conv2d(x, weights[0], None, self.stride, self.padding)
+        """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if
+        any.
+        """
+        bias = weights[1] if len(weights) == 2 else None
+        if self.sides is not None:
+            x = F.pad(x, self.sides, self.padding_mode)
+            return F.conv2d(x, weights[0], bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""
-        weights = torch.cat([self.of_expert(e, banks[0]) for e in range(self.num_experts)])
-        outputs: Tensor = self.compute(x, weights).unflatten(1, (self.num_experts, self.c_out))
+        outputs: Tensor
+        each = [[self.of_expert(e, bank) for e in range(self.num_experts)] for bank in banks]
+        if self.groups == 1:
+            outputs = self.compute(x, *map(torch.cat, each)).unflatten(1, (self.num_experts, self.c_out))
+            return outputs
+        # A group's filters must lie side by side: (G, E, C_out / G) of them, and of the channels that they make.
+        apart = self.c_out // self.groups
+        by_group = [torch.stack([part.unflatten(0, (-1, apart)) for part in parts], 1).flatten(0, 2) for parts in each]
+        y = self.compute(x, *by_group).unflatten(1, (self.groups, self.num_experts, apart))
+        outputs = y.transpose(1, 2).flatten(2, 3)
         return outputs
 
     def extra_repr(self) -> str:
@@ -69,3 +101,26 @@ class MoEConv2d(MoELayer):
         return (
             f"{self.c_in}, {self.c_out}, experts={self.num_experts}, bank={tuple(self.bank.shape)}, layer={self.layer}"
         )
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _padded_sides(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: int | tuple[int, int] | str, dilation: tuple[int, int]
+) -> list[int]:
+    """What stands left, right, above and below of the image: `F.pad`'s order. Raises `ValueError`."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be a size, same or valid, got {padding!r}")
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if stride != (1, 1):
+            raise ValueError(f"stride must be 1 where padding is same, got {stride!r}")
+        (above, below), (left, right) = (
+            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)
+        )
+        return [left, right, above, below]
+    vertical, horizontal = _pair(padding)
+    return [horizontal, horizontal, vertical, vertical]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from advmoe.moe.dispatch import merge, split, straight_through
 from advmoe.moe.routers import LayerRouter
-from advmoe.moe.routing import active_routing
+from advmoe.moe.routing import Routing, active_routing
 
 
 def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int]]:
@@ -47,6 +47,8 @@ class MoELayer(nn.Module):
         self.adjacent = [r[0] if r[-1] - r[0] + 1 == len(r) else None for r in self.rows]
         self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
         self.router = router
+        self.copies = False
+        """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
 
     def banks(self) -> tuple[Tensor, ...]:
         """The parameters that the experts share out, (M, ...) each."""
@@ -91,8 +93,23 @@ class MoELayer(nn.Module):
         """(N, ...) -> (N, ...), by the active routing (see `routing.route`)."""
         routing = active_routing()
         router = self.router
-        scores = router(x) if router is not None else routing.shared[self.layer]
+        if routing.one_pass and self.layer in routing.scores:
+            scores = routing.scores[self.layer]  # run again within a pass, a layer keeps its choice
+        else:
+            scores = router(x) if router is not None else routing.shared[self.layer]
+        if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
+            rule = f"MoE layer {self.layer} must get one row for each of the {len(scores)} images"
+            raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
+        if scores.dim() == 2:
+            return self._routed(x, scores, choice, routing)
+        # Tokens routed one by one: each is a sample of its own.
+        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing)
+        y: Tensor = each.unflatten(0, choice.shape)
+        return y
+
+    def _routed(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> Tensor:
+        """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
         banks = self.banks()
         dtype = banks[0].dtype
         if torch.is_autocast_enabled(device := x.device.type):
@@ -108,12 +125,18 @@ class MoELayer(nn.Module):
                 y = merge(
                     tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan
                 )
-            if not (torch.is_grad_enabled() and scores.requires_grad):
-                return y
-            return straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])
+            if torch.is_grad_enabled() and scores.requires_grad:
+                y = straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])
+            return y.clone() if self.copies and y.requires_grad else y
         if routing.mode == "gathered":
+            if len(choice) != 1:
+                raise ValueError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
             rows = self.row_index.index_select(0, choice)[0]
             return self.compute(x, *(bank.index_select(0, rows) for bank in banks))
+        if routing.mode == "masked" and not (torch.is_grad_enabled() and scores.requires_grad):
+            # No gradient to give the choice: the chosen one's output is taken as it is.
+            every = self.compute_all(x, *banks).flatten(0, 1)
+            return every.index_select(0, torch.arange(x.shape[0], device=x.device) * self.num_experts + choice)
         if routing.mode == "soft":
             weights = (scores / routing.temperature).softmax(1)
         else:

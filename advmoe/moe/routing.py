@@ -1,6 +1,9 @@
 """A forward pass's routing as a value: how experts are chosen, and what was chosen.
 
-Axes: `N` batch, `L` MoE layers, `E` experts.
+Axes: `N` batch, `L` MoE layers, `E` experts, `T` tokens.
+
+Routing is per image, but in a model whose tokens are routed one by one: scores, choices and pathways there have one
+more axis, `T`, after those named here.
 
 MoE layers sit deep inside arbitrary backbones, whose `forward` takes only an image. So the routing of a pass travels
 in a context, not in arguments or on modules:
@@ -33,7 +36,8 @@ class Routing:
     Modes: `hard` computes the chosen expert only; `masked` computes every expert and keeps the chosen one (the
     reference); `soft` mixes all experts by softmax(scores / temperature), a differentiable surrogate; `gathered` picks
     the chosen expert's weights by index, for a batch of one and without gradients: a graph that can be exported.
-    `forced` (N, L), where given, overrules the routers' choice.
+    `forced` (N, L), where given, overrules the routers' choice: for all tokens of an image alike, or, where tokens are
+    routed one by one, as (N, L, T) for each.
     """
 
     mode: RoutingMode = "hard"
@@ -45,13 +49,24 @@ class Routing:
     """Chosen expert (N,) of each MoE layer that ran, by layer index."""
     shared: list[Tensor] = field(default_factory=list)
     """Scores made from the image ahead of all layers, one entry per layer; empty with a router in each layer."""
+    one_pass: bool = False
+    """Whether a model's forward pass is under way, in which a layer that runs again keeps its choice."""
     _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
-        """Record `scores` (N, E) of `layer` and return the choice (N,)."""
-        if self.forced is not None and (self.forced.dim() != 2 or len(self.forced) != len(scores)):
-            raise ValueError(f"forced must be (N, L) with N = {len(scores)}, got shape {tuple(self.forced.shape)}")
-        choice = scores.argmax(1) if self.forced is None else self.forced[:, layer]
+        """Record `scores` of `layer`, (N, E) or (N, T, E), and return the choice, (N,) or (N, T)."""
+        if self.forced is None:
+            choice = scores.argmax(-1)
+        else:
+            shape = tuple(self.forced.shape)
+            if len(shape) < 2 or shape[0] != len(scores) or shape[2:] not in ((), scores.shape[1:-1]):
+                rule = f"(N, L) with N = {len(scores)}"
+                if scores.dim() == 3:
+                    rule = f"(N, L) or (N, L, T) with N = {len(scores)}, T = {scores.shape[1]}"
+                raise ValueError(f"forced must be {rule}, got shape {shape}")
+            choice = self.forced[:, layer]
+            if choice.dim() < scores.dim() - 1:
+                choice = choice[:, None].expand(scores.shape[:-1])
         self.scores[layer], self.choices[layer] = scores, choice
         return choice
 
@@ -67,7 +82,7 @@ class Routing:
         return plan
 
     def pathway(self) -> Tensor:
-        """The expert index per sample and MoE layer, (N, L)."""
+        """The expert index per sample and MoE layer, (N, L); (N, L, T) where tokens are routed one by one."""
         return torch.stack([self.choices[layer] for layer in sorted(self.choices)], 1)
 
 
@@ -94,12 +109,16 @@ def forward_scope() -> Iterator[Routing]:
     """The active routing, emptied for a new forward pass; a fresh one where none is open."""
     routing = _active.get()
     if routing is None:
-        with opened(Routing()) as routing:
+        with opened(Routing(one_pass=True)) as routing:
             yield routing
         return
     for record in (routing.scores, routing.choices, routing.shared, routing._plans):
         record.clear()
-    yield routing
+    before, routing.one_pass = routing.one_pass, True
+    try:
+        yield routing
+    finally:
+        routing.one_pass = before
 
 
 @contextmanager
@@ -130,7 +149,7 @@ def soft_routing(model: Callable[[Tensor], Tensor], temperature: float = 1.0) ->
 
 def pathway(model: nn.Module, x: Tensor) -> Tensor:
     """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain
-    model.
+    model, (N, L, T) for one whose tokens are routed one by one (`route_per="token"`).
 
     The model is run in eval mode and left in the mode it was in.
     """

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advmoe.files import sync, write_text
+from advmoe.models.state import savable
 
 
 class DamagedCheckpoint(ValueError):
@@ -47,8 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
     fresh, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f"{folder.name}-previous")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
-    save_file(weights, fresh / "model.safetensors")
+    save_file(savable(checkpoint.weights), fresh / "model.safetensors")
     torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, fresh / "state.pt")
     names = ("model.safetensors", "state.pt")
     write_text(fresh / "checksums.json", json.dumps({name: _checksum(fresh / name) for name in names}))

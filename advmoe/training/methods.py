@@ -53,9 +53,9 @@ def learning(model: nn.Module, part: Part) -> Iterator[None]:
     modes = [module.training for module in modules]
     wanted = [(p, p.requires_grad) for p in (*psi, *phi)]
     recording = [norm.track_running_stats for norm in norms]
-    for parameters, learns in ((psi, part != "routers"), (phi, part != "experts")):
-        for parameter in parameters:
-            parameter.requires_grad_(learns)
+    still = {id(parameter) for parameter in {"experts": phi, "routers": psi, "all": []}[part]}
+    for parameter, needs in wanted:  # what the user's own network has frozen stays so
+        parameter.requires_grad_(needs and id(parameter) not in still)
     model.train()
     for norm in norms:
         fixed = "experts" if id(norm) in router_modules else "routers"

@@ -1,6 +1,6 @@
 """What an epoch leaves behind for its reader: mean losses, and how each MoE layer used its experts.
 
-Axes: `E` experts, `L` MoE layers, `N` samples.
+Axes: `E` experts, `L` MoE layers, `N` samples (tokens, where those are routed one by one).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class LayerUse:
         if not routing.scores:
             return
         layers = sorted(routing.scores)
-        scores = torch.stack([routing.scores[layer].detach() for layer in layers])
+        scores = torch.stack([routing.scores[layer].detach().flatten(0, -2) for layer in layers])
+        choices = torch.stack([routing.choices[layer].flatten() for layer in layers])
         experts = torch.arange(scores.shape[2], device=scores.device)
-        counts = (routing.pathway().T[:, :, None] == experts).sum(1).float()
+        counts = (choices[:, :, None] == experts).sum(1).float()
         entropy = torch.special.entr(scores.softmax(2)).sum((1, 2))
         self.counts = counts if self.counts is None else self.counts + counts
         self.entropy = entropy if self.entropy is None else self.entropy + entropy

@@ -63,7 +63,11 @@ def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int,
 
 
 def code_loss(routing: Routing, y: Tensor, table: Tensor, alpha: float) -> Tensor:
-    """alpha times the cross-entropy of each layer's scores with the class's codeword, mean over layers and samples."""
-    layers = sorted(routing.scores)
-    losses = [F.cross_entropy(routing.scores[layer], table[y, layer]) for layer in layers]
+    """alpha times the cross-entropy of each layer's scores with the class's codeword, mean over layers and samples (and
+    over tokens, where those are routed one by one: all of an image's have its codeword).
+    """
+    losses = []
+    for layer, scores in sorted(routing.scores.items()):
+        word = table[y, layer].view(-1, *[1] * (scores.dim() - 2)).expand(scores.shape[:-1])
+        losses.append(F.cross_entropy(scores.flatten(0, -2), word.flatten()))
     return alpha * torch.stack(losses).mean()

@@ -19,6 +19,7 @@ from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.files import write_text
 from advmoe.models import save_model
+from advmoe.models.convert import ConvertedClassifier
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.schedule import batches, cosine
@@ -136,8 +137,11 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     torch.set_num_threads(threads)
     config, folder = launch.config, launch.run_dir
     dataset = _load(config, progress=fabric.is_global_zero)
-    trainer = Trainer(config, build_model(config, dataset), dataset, fabric)
+    model = build_model(config, dataset)
+    trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
+        if isinstance(model, ConvertedClassifier):
+            print(model.conversion)
         described = manifests.describe(
             name=launch.name,
             seed=config.training.seed,
@@ -160,6 +164,7 @@ def _load(config: Config, *, progress: bool) -> Dataset:
         download=data.download,
         image_size=data.image_size,
         val_fraction=data.val_fraction,
+        workers=data.workers,
         seed=config.training.seed,
         progress=progress,
     )
@@ -219,18 +224,30 @@ def train(
 
 
 def resume(
-    run_dir: str | Path, *, devices: int | None = None, accelerator: str = "auto", threads: int | None = None
+    run_dir: str | Path,
+    *,
+    source: str | None = None,
+    devices: int | None = None,
+    accelerator: str = "auto",
+    threads: int | None = None,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the processes and threads it had.
 
-    On CPU the weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`. Raises
-    `ValueError` for a directory that holds no run, or only damaged checkpoints.
+    `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
+    executed. On CPU the weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
+    Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     run_dir = Path(run_dir)
     for name in ("config.yaml", "manifest.json"):
         if not (run_dir / name).is_file():
             raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
     config, manifest = Config.load(run_dir / "config.yaml"), manifests.read(run_dir)
+    if (config.model.source is None) != (source is None):
+        rule = "left out for a run of a model of advmoe's own"
+        if source is None:
+            rule = f"given again for a run of {config.model.source} (code is never run unasked)"
+        raise ValueError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
+    config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
     return _start(
         _Launch(config, run_dir, manifest["name"], devices, accelerator, threads, manifest["command"], fresh=False)

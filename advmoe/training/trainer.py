@@ -6,19 +6,24 @@ Axes: `N` batch, `C` channels, `H W` size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe.attacks.pgd import trades_attack
-from advmoe.config import AttackConfig, Config, Pixels
-from advmoe.data import Dataset, augment
+from advmoe.config import ROUTED_METHODS, AttackConfig, Config, Pixels
+from advmoe.data import Dataset, Variation
 from advmoe.evaluation.accuracy import outcomes, summary
-from advmoe.models import Classifier, create_model, load_model, split_parameters
+from advmoe.evaluation.runs import load_run
+from advmoe.evaluation.sources import load_module
+from advmoe.models import Classifier, create_model, split_parameters
+from advmoe.models.compiled import compile_model
+from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import soft_routing
@@ -38,21 +43,44 @@ class TrainingDiverged(RuntimeError):
 
 def build_model(config: Config, dataset: Dataset) -> Classifier:
     """The model that `config` describes for `dataset`, its weights drawn from the run's seed or taken from
-    `training.init_from`.
+    `training.init_from`. Executes `model.source`, if that is given.
     """
+    init_from = config.training.init_from
+    start = None if init_from is None else load_run(init_from, config.model.source)
+    # A plain network of the user's own, trained already, is converted with the weights that it has.
+    upcycled = start.backbone if start is not None and config.model.to_moe and not start.routed else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        model = create_model(
-            **vars(config.model), num_classes=dataset.num_classes, input_size=dataset.image_size,
-            in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
-        )  # fmt: skip
-    if config.training.init_from is not None:
-        source = load_model(Path(config.training.init_from))
+        if config.model.source is not None:
+            model = _own_model(config, dataset, upcycled or load_module(config.model.source))
+        else:
+            model = create_model(
+                **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
+                in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
+            )  # fmt: skip
+    if start is not None and upcycled is None:
         try:
-            model.load_state_dict(source.state_dict())
+            model.load_state_dict(start.state_dict())
         except RuntimeError as error:
-            reason = f"{config.training.init_from!r}, a {source.spec['kind']} {source.spec['name']} of other shape"
+            reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise ValueError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
+    return model
+
+
+def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifier:
+    """The user's network as the model to train, tried on images of the data's shape."""
+    method, size, source = config.training.method, dataset.image_size, config.model.source
+    # Three, as few axes of something else are 3 long.
+    example = torch.rand(3, dataset.in_channels, size, size, generator=generator_for(config.training.seed, "example"))
+    try:
+        model = own_classifier(module, config.model, example)
+    except ValueError as error:
+        raise ValueError(f"model.source {source}: {error}") from error
+    if (classes := model.spec["num_classes"]) != dataset.num_classes:
+        raise ValueError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
+    if method in ROUTED_METHODS and not model.routed:
+        rule = f"converted (--to-moe), or have MoE layers of its own, when training.method is {method}"
+        raise ValueError(f"model.source must be {rule}, got {source!r} without")
     return model
 
 
@@ -88,13 +116,7 @@ class Trainer:
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, c.training.seed)
             self.table = codewords(c.training.codes, *arguments).to(device)
         if c.training.compile:
-            # Blocks share their code, which recompiles for each shape and each mode (attack, loss, measurement).
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for layer in self.model.modules():
-                if isinstance(layer, MoELayer):
-                    # Grouping reads the choice on the host, which a compiled graph cannot.
-                    layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
-            self.model.backbone.compile()
+            compile_model(self.model)
         self.use, self.means = LayerUse(), EpochMeans()
 
     def attack(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -145,25 +167,23 @@ class Trainer:
         t, fabric = self.config.training, self.fabric
         levels = METHODS[t.method]
         plan = batches(len(self.train_set), t.batch_size, seed=t.seed, epoch=epoch, levels=len(levels))
+        shares = [index[fabric.global_rank :: fabric.world_size] for indices in plan for index in indices]
         generator = generator_for(t.seed, "train", epoch, fabric.global_rank, device=fabric.device)
+        variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
         self.use, self.means = LayerUse(), EpochMeans()
-        for iteration, indices in enumerate(plan):
-            step = epoch * len(plan) + iteration
-            factor = cosine(step, t.epochs * len(plan))
-            for optimizer in self.optimizers.values():
-                optimizer.param_groups[0]["lr"] = t.lr * factor
-            for level, index in zip(levels, indices, strict=True):
-                share = index[fabric.global_rank :: fabric.world_size].to(fabric.device)
-                images, y = self.train_set.images[share], self.train_set.labels[share]
-                if self.config.data.augment:
-                    # On bytes, which is several times cheaper than on floats.
-                    images = augment(images, generator=generator, padding=images.shape[-1] // 8, flip=self.dataset.flip)
-                x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
-                try:
-                    self.step(level, x, y, generator)
-                except TrainingDiverged as error:
-                    raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
-            bar.update()
+        with closing(self.train_set.batches(shares, variation if self.config.data.augment else None)) as drawn:
+            for iteration in range(len(plan)):
+                step = epoch * len(plan) + iteration
+                factor = cosine(step, t.epochs * len(plan))
+                for optimizer in self.optimizers.values():
+                    optimizer.param_groups[0]["lr"] = t.lr * factor
+                for level, (images, y) in zip(levels, islice(drawn, len(levels)), strict=True):
+                    x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
+                    try:
+                        self.step(level, x, y, generator)
+                    except TrainingDiverged as error:
+                        raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                bar.update()
 
     def validate(self) -> dict[str, float] | None:
         """Clean and robust accuracy on the validation split, in fp32; None where there is no such split.

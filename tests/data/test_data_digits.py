@@ -42,7 +42,10 @@ def test_digits_resized() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "mnist"}, "data.name must be one of digits, cifar10, cifar100, folder, got 'mnist'"),
+        (
+            {"name": "mnist"},
+            "data.name must be one of digits, cifar10, cifar100, folder, tiny-imagenet, imagenet, got 'mnist'",
+        ),
         ({"image_size": 0}, "data.image_size must be an integer >= 1, got 0"),
         ({"image_size": 8.0}, "data.image_size must be an integer >= 1, got 8.0"),
         ({"val_fraction": 1.0}, "data.val_fraction must be >= 0 and <= 0.5, got 1.0"),

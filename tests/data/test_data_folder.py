@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from advmoe.data import folder, load_dataset
-from advmoe.data.folder import CACHE_FOLDER
+from advmoe.data import cache, load_dataset
+from advmoe.data.cache import CACHE_FOLDER
+from advmoe.data.decode import Bytes
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -43,13 +44,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths decoded so far."""
     paths: list[str] = []
-    real = folder._decode
+    real = cache._decode
 
-    def spy(path: Path, image_size: int | None) -> folder.Bytes:
+    def spy(path: Path, image_size: int | None) -> Bytes:
         paths.append(str(path))
         return real(path, image_size)
 
-    monkeypatch.setattr(folder, "_decode", spy)
+    monkeypatch.setattr(cache, "_decode", spy)
     return paths
 
 
@@ -323,8 +324,8 @@ def test_links(root: Path) -> None:
 
 
 def test_many_tasks_and_threads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_FILES_PER_TASK", 2)
-    monkeypatch.setattr(folder, "_SMALL_FILE", 0)
+    monkeypatch.setattr(cache, "_FILES_PER_TASK", 2)
+    monkeypatch.setattr(cache, "_SMALL_FILE", 0)
     assert first_pixels(root) == [[0, 100, 0], [1, 100, 0], [2, 100, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]]
 
 

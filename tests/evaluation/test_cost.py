@@ -1,10 +1,22 @@
 """Cost against the shapes' own arithmetic and the figures of the paper."""
 
+import time
+
 import pytest
 import torch
+from torch import nn
 
-from advmoe.evaluation.cost import cost, example_input, gmacs, milliseconds_per_image, parameters
+from advmoe.evaluation.cost import (
+    activation_bytes,
+    cost,
+    example_input,
+    gmacs,
+    in_turn,
+    milliseconds_per_image,
+    parameters,
+)
 from advmoe.models import create_model
+from advmoe.moe import route
 
 ROUTERS = ["layer", "embedding", "image"]
 
@@ -94,3 +106,51 @@ def test_the_example_is_an_image_of_the_model():
     x = example_input(made, 4)
     assert x.shape == (4, 1, 16, 16) and x.min() >= 0 and x.max() <= 1
     assert milliseconds_per_image(made, 4, repeats=1) > 0
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x + x.relu()
+
+
+CONV, MAP = nn.Conv2d(1, 2, 3, padding=1), 4 * 2 * 8 * 8 * 4
+"""A convolution, and the bytes of its output for four images of 8x8: 2 channels of 4-byte numbers."""
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (CONV, MAP),
+        (nn.Sequential(CONV, nn.ReLU()), 2 * MAP),  # the convolution's output lives until ReLU has made its own
+        (nn.Sequential(CONV, nn.ReLU(inplace=True)), MAP),
+        (nn.Sequential(CONV, Branch()), 3 * MAP),  # the shortcut, the branch and their sum
+        # Two at once, whatever the depth; the last layer's input and its 4 x 10 logits are less.
+        (nn.Sequential(CONV, nn.ReLU(), nn.Sigmoid(), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)), 2 * MAP),
+        (nn.Sequential(CONV, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(128, 10)), MAP + 160),
+        (nn.Flatten(), 0),  # a view of the images, which are not counted
+    ],
+    ids=["one", "two", "in place", "branch", "chain", "logits", "view"],
+)
+def test_activations_are_what_is_alive_at_once(net, expected):
+    assert activation_bytes(net, torch.rand(4, 1, 8, 8)) == expected
+    assert activation_bytes(net.train(), torch.rand(8, 1, 8, 8)) == 2 * expected
+    assert all(module.training for module in net.modules())
+
+
+def test_activations_of_one_expert_are_less_than_of_all():
+    made = model(width=8, input_size=16, num_experts=3, experts="independent")
+    x = example_input(made, 4)
+    with route("masked"):
+        every = activation_bytes(made, x)
+    assert activation_bytes(model(width=8, input_size=16, kind="s-dense"), x) <= activation_bytes(made, x) < every
+
+
+def test_sides_take_turns_for_as_long_as_was_asked(monkeypatch):
+    clock, calls = iter(range(10**6)), []
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # every pass takes one second
+    sides = {name: lambda x, name=name: calls.append((name, len(x))) for name in ("a", "b")}
+    for seconds, rounds in ((10, 5), (0, 3), (1000, 50)):
+        calls.clear()
+        found = in_turn(sides, torch.zeros(4, 1), seconds=seconds)
+        assert found == {"a": rounds * [250.0], "b": rounds * [250.0]}  # milliseconds per image
+        assert calls == (2 + rounds) * [("a", 4), ("b", 4)]

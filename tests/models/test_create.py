@@ -84,7 +84,7 @@ def test_other_images(in_channels, size):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "resnet19"}, "model.name must be one of resnet18, got 'resnet19'"),
+        ({"name": "resnet19"}, "model.name must be one of resnet18, resnet34, "),
         ({"num_classes": 1}, "num_classes must be >= 2, got 1"),
         ({"num_classes": "10"}, "num_classes must be a whole number, got '10'"),
         ({"input_size": 4}, "input_size must be >= 8, got 4"),

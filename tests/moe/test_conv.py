@@ -152,3 +152,93 @@ def test_memory_format_changes_nothing():
     fast = conv.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     assert fast.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(fast, plain)
+
+
+# All that a convolution can be
+
+SETTINGS = {
+    "1x1": {"kernel_size": 1},
+    "rectangular": {"kernel_size": (3, 1), "stride": (2, 1), "padding": (1, 2)},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "depthwise": {"kernel_size": 3, "groups": 4},
+    "biased": {"kernel_size": 3, "padding": 1, "bias": True},
+    "same": {"kernel_size": (4, 3), "padding": "same", "dilation": (1, 2), "bias": True},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "reflect": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect", "stride": 2},
+    "circular same": {"kernel_size": (2, 3), "padding": "same", "padding_mode": "circular"},
+    "everything": {
+        "kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 2), "dilation": (2, 1), "groups": 4, "bias": True,
+        "padding_mode": "replicate",
+    },
+}  # fmt: skip
+
+
+def general(**kwargs):
+    """Three experts of 8 rows of a bank of 16 (overlapping, wrapping around), in double precision."""
+    torch.manual_seed(0)
+    made = MoEConv2d(4, 8, bank_rows=16, num_experts=3, layer=0, **kwargs)
+    with torch.no_grad():
+        for bank in made.banks():
+            bank.normal_()
+        for _ in range(20):
+            made.router(images(32, 4))
+        made.eval().router.scores.bias -= made.router(images(32, 4)).mean(0)  # no expert is ahead of the others
+    return made.double()
+
+
+@pytest.mark.parametrize("kwargs", SETTINGS.values(), ids=SETTINGS)
+def test_every_expert_is_pytorch_s_convolution(kwargs):
+    conv = general(**kwargs)
+    x = torch.rand(5, 4, 7, 6, dtype=torch.double)
+    for expert, rows in enumerate(conv.rows):
+        own = torch.nn.Conv2d(4, 8, **{"bias": False, **kwargs}).double()
+        own.load_state_dict(dict(zip(("weight", "bias"), (bank[rows] for bank in conv.banks()), strict=False)))
+        with torch.no_grad(), route(forced=torch.full((5, 1), expert)):
+            torch.testing.assert_close(conv(x), own(x))
+            with route("gathered", forced=torch.tensor([[expert]])):
+                torch.testing.assert_close(conv(x[:1]), own(x[:1]))
+
+
+@pytest.mark.parametrize("kwargs", SETTINGS.values(), ids=SETTINGS)
+def test_hard_and_masked_agree_whatever_the_convolution(kwargs):
+    conv = general(**kwargs)
+    x = images(12, 4).double().repeat(1, 1, 2, 2)[..., :6].requires_grad_()
+    parameters = dict(conv.named_parameters())
+    found = []
+    for mode in ("hard", "masked"):
+        with route(mode) as routing:
+            y = conv(x)
+        assert len(routing.choices[0].unique()) > 1
+        c = torch.linspace(-1, 2, y.numel(), dtype=torch.double).view_as(y)
+        found.append((y.detach(), torch.autograd.grad((y * c).sum(), [x, *parameters.values()])))
+    (y, gradients), (expected, wanted) = found
+    torch.testing.assert_close(y, expected)
+    for name, gradient, right in zip(["x", *parameters], gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, right, msg=lambda text, name=name: f"{name}: {text}")
+        assert right.abs().max() > 0, name
+
+
+def test_a_bias_is_a_bank_of_its_own():
+    conv = MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, bias=True)
+    assert [tuple(bank.shape) for bank in conv.banks()] == [(16, 4, 3, 3), (16,)]
+    # A pathway leaves the other expert's 8 filters of 36 numbers and their 8 biases unused.
+    assert conv.idle_parameters() == 8 * 36 + 8
+    assert conv.bias.count_nonzero() == 0
+    assert len(MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0).banks()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"groups": 3}, "groups must divide c_in=4 and c_out=8, got 3"),
+        ({"groups": 0}, "groups must divide c_in=4 and c_out=8, got 0"),
+        ({"padding_mode": "mirror"}, "padding_mode must be one of zeros, reflect, replicate, circular, got 'mirror'"),
+        ({"padding": "full"}, "padding must be a size, same or valid, got 'full'"),
+        ({"padding": "same", "stride": 2}, r"stride must be 1 where padding is same, got \(2, 2\)"),
+    ],
+)
+def test_what_is_no_convolution(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, **kwargs)

@@ -1,0 +1,116 @@
+"""ImageNet (ILSVRC2012), read from its files as they are wanted.
+
+The training set is `train/<wnid>/*`; classes are the wnids, sorted, as in published models. The test set is the
+official validation set: `val/<wnid>/*`, or `val/*` with a file that says which class each image has. The first of these
+that is found in `root`, `root/val`, `root/data`, `root/ILSVRC2012_devkit_t12/data` counts:
+
+`val_labels.txt`          a line per image: its file name, then its wnid, with a space, tab or comma between
+`LOC_val_solution.csv`    Kaggle's: `ImageId,PredictionString`, the image's name without ending, then its wnid and boxes
+`ILSVRC2012_validation_ground_truth.txt`
+                          of the development kit: a number from 1 to 1000 per line, for the images sorted by name
+
+Those numbers are the ILSVRC2012 ids, not the order of the sorted wnids. A file beside them says what they mean:
+`map_clsloc.txt` (of later kits; lines such as `n02119789 1 kit_fox`) or `meta.mat`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from advmoe.data.download import one_line
+from advmoe.data.listing import Listing, by_class, class_folders, image_files, read_lines
+from advmoe.data.stream import file_set
+from advmoe.data.types import Request, Source
+
+IMAGE_SIZE = 224
+"""Side in pixels unless another is asked for."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Statistics of ImageNet's training pixels, red, green and blue, as torchvision publishes them with its models."""
+
+LABEL_FILES = ("val_labels.txt", "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt")
+"""Names of files with the classes of a flat `val`, in the order in which they are looked for."""
+_PLACES = ("", "val/", "data/", "ILSVRC2012_devkit_t12/data/")
+_NAMES = ("LOC_synset_mapping.txt", "words.txt")
+
+
+def load_imagenet(request: Request) -> Source:
+    """List ImageNet's files; they are decoded when batches are asked for (see `stream.FileSet`).
+
+    `download` has no effect: the images must be fetched under their own terms. Images are 224x224 unless
+    `image_size` says otherwise. Classes are called by their words where `root` holds `LOC_synset_mapping.txt` or
+    `words.txt`, and by their wnids elsewhere. Channel statistics are the published ones.
+
+    Raises:
+        ValueError: A folder is missing or empty, an image of `val` has no class or an unknown one, or the label file
+            is missing or has other than one line for each image.
+    """
+    root = request.root
+    classes = class_folders(root, "train")
+    train, test = by_class(root, "train", classes), _validation(root, classes)
+    size = request.image_size or IMAGE_SIZE
+    parts = [file_set(root, listing, image_size=size, workers=request.workers) for listing in (train, test)]
+    names = tuple(_words(root).get(wnid, wnid) for wnid in classes)
+    return Source(train=parts[0], test=parts[1], classes=names, flip=True, statistics=(MEAN, STD))
+
+
+def _validation(root: Path, classes: list[str]) -> Listing:
+    """Return the official validation images with their classes, from either layout."""
+    if not (root / "val").is_dir():
+        raise ValueError(f"data.root must hold a folder val, got {str(root)!r}")
+    if any(re.fullmatch(r"n\d{8}", entry.name) for entry in (root / "val").iterdir()):
+        return by_class(root, "val", classes)
+    files = image_files(root, "val")
+    wnids = _flat_labels(root, files)
+    index = {wnid: label for label, wnid in enumerate(classes)}
+    if unknown := next((wnid for wnid in wnids if wnid not in index), None):
+        raise ValueError(f"data.root must hold val images of classes of train, got {unknown!r} in {str(root)!r}")
+    return [(file, index[wnid]) for file, wnid in zip(files, wnids, strict=True)]
+
+
+def _flat_labels(root: Path, files: list[str]) -> list[str]:
+    """Return the wnid of each of the validation `files`."""
+    candidates = (f"{place}{name}" for name in LABEL_FILES for place in _PLACES)
+    name = next((path for path in candidates if (root / path).is_file()), None)
+    if name is None:
+        rule = f"class folders in val, or beside a flat val one of {', '.join(LABEL_FILES)}"
+        raise ValueError(f"data.root must hold {rule}, got neither in {str(root)!r}")
+    lines = read_lines(root, name)
+    if name.endswith(LABEL_FILES[2]):
+        if len(lines) != len(files):
+            rule = f"a line in {name} for each image of val"
+            raise ValueError(f"data.root must hold {rule}, got {len(lines)} lines for {len(files)} images")
+        wnids = _wnids_by_id(root / name)
+        if unknown := next((line for line in lines if line.strip() not in wnids), None):
+            raise ValueError(f"data.root must hold {name} with ILSVRC2012 ids, got {unknown!r}")
+        return [wnids[line.strip()] for line in lines]
+    pairs = (re.split(r"[\s,]+", line.strip()) for line in lines)
+    by_name = {Path(words[0]).stem: words[1] for words in pairs if len(words) > 1}
+    if missing := next((file for file in files if Path(file).stem not in by_name), None):
+        raise ValueError(f"data.root must hold {name} with a line for each image of val, got none for {missing!r}")
+    return [by_name[Path(file).stem] for file in files]
+
+
+def _wnids_by_id(labels: Path) -> dict[str, str]:
+    """Return the wnid of each ILSVRC2012 id, from the file beside `labels` that says it."""
+    text, matlab = labels.with_name("map_clsloc.txt"), labels.with_name("meta.mat")
+    if text.is_file():
+        return {words[1]: words[0] for line in read_lines(text.parent, text.name) if len(words := line.split()) > 1}
+    if not matlab.is_file():
+        rule = f"meta.mat or map_clsloc.txt beside {labels.name} (its numbers are no order of wnids)"
+        raise ValueError(f"data.root must hold {rule}, got neither in {str(labels.parent)!r}")
+    from scipy.io import loadmat  # a dependency of scikit-learn
+
+    try:
+        synsets = loadmat(matlab, squeeze_me=True)["synsets"]
+        return {str(int(each)): str(wnid) for each, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+    # Damaged files raise errors of many kinds.
+    except Exception as error:
+        raise ValueError(f"data.root must hold a readable meta.mat, got {str(matlab)!r}: {one_line(error)}") from error
+
+
+def _words(root: Path) -> dict[str, str]:
+    """Return the words for each wnid, if there is a file that says them."""
+    name = next((name for name in _NAMES if (root / name).is_file()), None)
+    lines = [] if name is None else read_lines(root, name)
+    return {words[0]: words[1].strip() for line in lines if len(words := line.split(maxsplit=1)) > 1}

@@ -1,0 +1,316 @@
+"""What a run, or a backbone by name, costs beside the Dense and the S-Dense form of the same backbone.
+
+Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `E` experts, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advmoe.config import ModelKind
+from advmoe.evaluation.accuracy import placed, positive
+from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters
+from advmoe.evaluation.harness import threads_set
+from advmoe.evaluation.runs import load_run, subject
+from advmoe.evaluation.scoring import take
+from advmoe.evaluation.sources import load_module
+from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
+from advmoe.models.modes import frozen
+from advmoe.moe import pathway
+from advmoe.seeding import generator_for
+
+BATCHES = (1, 32, 128)
+"""Batch sizes measured unless others are asked for."""
+
+_FITTED = 64
+"""Images that a new model's batch norms are fitted to."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured, and on which images."""
+
+    name: str
+    models: dict[str, Classifier]
+    """By kind (`moe`, `s-dense`, `dense`), the one asked for first."""
+    weights: str
+    """Where those of the first come from."""
+    images: Tensor
+    """Pixels (N, C, H, W) in [0, 1], as many as the largest batch takes."""
+    which: str
+    """What the images are, and why if not the run's own."""
+
+
+def cost_report(
+    target: str | Path,
+    *,
+    batches: Sequence[int] = BATCHES,
+    device: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 10.0,
+    source: str | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """GMACs, parameters, activation memory and time of a run's model, or of a new MoE model of a backbone, beside the
+    Dense and S-Dense forms of its backbone: all in this process, timed in turn, fp32, eval mode, channels-last.
+
+    Args:
+        target: a run directory, or a backbone's name. A run is measured with its weights on its own test images, a
+            random sample, where they can be read; a name with new weights, whose batch norms are fitted to random
+            images first. Where the images are not the run's the result says so; in both cases it holds the experts'
+            loads, on which an MoE's time depends.
+        batches: batch sizes. device: `cpu` or `cuda`. threads: CPU threads, None for PyTorch's number.
+        seconds: of timing for each batch size (see `cost.in_turn`).
+        source, overrides: of a run, as of `runs.subject`. A network of the user's own has no S-Dense form, and as its
+            Dense form itself before it was converted.
+        model: of a name, arguments of `create_model`: `input_size` (32), `num_classes` (10), `width`, `router`, ...
+
+    Raises `ValueError` for whatever cannot be used; an unknown target's says what is known.
+    """
+    for batch in batches:
+        positive("batch", batch)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu where no CUDA device is present, got 'cuda'")
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be >= 0, got {seconds!r}")
+    number = max(batches)
+    with threads_set(threads):
+        if (Path(target) / "model.json").is_file():
+            if model:
+                raise ValueError(f"{', '.join(model)} must be left out for a run, which has its model, got {target!s}")
+            given = _run(target, number, source, overrides or {})
+        elif overrides or source is not None:
+            raise ValueError(f"data and --model must be left out for a backbone (random images), got {target!s}")
+        else:
+            given = _backbone(str(target), number, model or {})
+        return _report(given, batches, torch.device(device), seconds)
+
+
+def random_images(shape: tuple[int, int, int], number: int) -> Tensor:
+    """Pixels (number, C, H, W) in [0, 1] that differ in brightness, colour and coarse shapes; always the same."""
+    channels, height, width = shape
+    generator = generator_for("cost", "images")
+    light = torch.rand(number, channels, 1, 1, generator=generator)
+    shapes = F.interpolate(torch.rand(number, channels, 4, 4, generator=generator), (height, width), mode="bilinear")
+    noise = torch.rand(number, channels, height, width, generator=generator)
+    return 0.5 * light + 0.3 * shapes + 0.2 * noise
+
+
+def _shape(model: Classifier) -> tuple[int, int, int]:
+    spec = model.spec
+    return spec["in_channels"], spec["input_size"], spec["input_size"]
+
+
+# What is measured
+
+
+def _run(target: str | Path, number: int, source: str | None, overrides: dict[str, dict[str, Any]]) -> Measured:
+    own = load_run(target, source)
+    if None in _shape(own):
+        raise ValueError(f"a run to time must have square images of a known size, got {own.spec['name']!r} without")
+    models = _with_references(own)
+    if source is not None and "dense" not in models:
+        models["dense"] = Classifier(own.normalize, load_module(source), None, own.spec | {"kind": "dense"}).eval()
+    images, which = _images_of(target, own, number, source, overrides)
+    return Measured(str(target), models, "the run's", images, which)
+
+
+def _images_of(
+    target: str | Path, own: Classifier, number: int, source: str | None, overrides: dict[str, dict[str, Any]]
+) -> tuple[Tensor, str]:
+    """Images of the run's test set, or random ones where that cannot be read; and which they are."""
+    try:
+        if not (Path(target) / "config.yaml").is_file():
+            raise ValueError("the run has no config.yaml")
+        data = {"download": False, **overrides.get("data", {})}
+        overrides = {**overrides, "data": data}
+        given = subject(target, source=source, overrides=overrides, num_examples=number, seed=0)
+        images, _ = take(given.data, slice(0, number), torch.device("cpu"))
+        if tuple(images.shape[1:]) != _shape(own):
+            raise ValueError(f"the run's images have shape {tuple(images.shape[1:])}")
+    except ValueError as error:
+        return random_images(_shape(own), number), f"random images, not the run's ({error})"
+    repeated = images.repeat(-(-number // len(images)), 1, 1, 1)[:number]
+    return repeated, f"{given.source}, {len(images)} test images"
+
+
+def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
+    try:
+        find_backbone(name)
+    except ValueError:
+        if name.startswith("wrn-"):  # a Wide ResNet that cannot be, which that error explains
+            raise
+        names = f"{', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10)"
+        rule = f"a run directory (one that holds a model.json) or a backbone, one of {names}"
+        raise ValueError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
+    settings = {"num_classes": 10, "input_size": 32, **model}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = create_model(name, kind="moe", **settings)
+    images = random_images(_shape(made), max(number, _FITTED))
+    fit_norms(made, images[:_FITTED])
+    weights = "new, batch norms fitted to the images, routers untrained"
+    return Measured(name, _with_references(made), weights, images[:number], "random images")
+
+
+@torch.no_grad()
+def fit_norms(model: nn.Module, images: Tensor, passes: int = 2) -> None:
+    """Make the batch norms' statistics those of `images` (N, C, H, W), and leave the model in eval mode.
+
+    With the statistics that they start with, routers would send every image the same way.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    model.train()
+    for part in passes * images.split(32):
+        model(part.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def _with_references(own: Classifier) -> dict[str, Classifier]:
+    """`own` and its backbone's S-Dense and Dense forms, with new weights: what these cost does not depend on them."""
+    spec = own.spec
+    models = {str(spec["kind"]): own}
+    if "source" in spec:  # no backbone of ours
+        return models
+    kinds: tuple[ModelKind, ...] = ("s-dense", "dense")
+    with torch.random.fork_rng(devices=[]):
+        for kind in kinds:
+            if kind not in models:
+                models[kind] = create_model(**{**spec, "kind": kind, "route_per": "image"}).eval()
+    return models
+
+
+# Measuring
+
+
+def _report(given: Measured, batches: Sequence[int], device: torch.device, seconds: float) -> dict[str, Any]:
+    models = {kind: _on(model, device) for kind, model in given.models.items()}
+    own = next(iter(models.values()))
+    images = given.images.to(device).contiguous(memory_format=torch.channels_last)
+    chosen = torch.cat([pathway(own, part) for part in images.split(128)])
+    spec = {name: value for name, value in own.spec.items() if name not in ("mean", "std")}
+    return {
+        "target": given.name,
+        "model": spec,
+        "weights": given.weights,
+        "images": given.which,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": "fp32, channels-last, eval mode",
+        "activations": "peak bytes of live tensors" if device.type == "cpu" else "peak of the CUDA allocator",
+        "models": {kind: _counts(model) for kind, model in models.items()},
+        "batches": [
+            _timed(models, images[:batch], seconds) | _loads(chosen[:batch], spec.get("num_experts", 1))
+            for batch in batches
+        ],
+    }
+
+
+def _on(model: Classifier, device: torch.device) -> Classifier:
+    moved = placed(model, device)
+    assert isinstance(moved, Classifier)
+    return moved.eval()
+
+
+def _counts(model: Classifier) -> dict[str, Any]:
+    stored, active = parameters(model)
+    return {"gmacs": round(gmacs(model), 6), "parameters": stored, "active_parameters": active}
+
+
+def _timed(models: Mapping[str, Classifier], x: Tensor, seconds: float) -> dict[str, Any]:
+    """One batch: medians and ranges of milliseconds per image, their ratios, and peak bytes of activations."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(frozen(model))
+        with torch.no_grad():
+            times = in_turn(models, x, seconds=seconds)
+    medians = {kind: statistics.median(laps) for kind, laps in times.items()}
+    return {
+        "batch": len(x),
+        "repeats": len(next(iter(times.values()))),
+        "ms_per_image": {kind: round(value, 5) for kind, value in medians.items()},
+        "range_ms_per_image": {kind: [round(min(laps), 5), round(max(laps), 5)] for kind, laps in times.items()},
+        "ratio_to": {
+            kind: {name: round(value / medians[kind], 4) for name, value in medians.items() if name != kind}
+            for kind in ("s-dense", "dense")
+            if kind in medians
+        },
+        "activation_bytes": {kind: activation_bytes(model, x) for kind, model in models.items()},
+    }
+
+
+def _loads(chosen: Tensor, experts: int) -> dict[str, Any]:
+    """The share of the images (or tokens) that each expert gets, per MoE layer, from choices (N, L) or (N, L, T)."""
+    if chosen.shape[1] == 0:
+        return {}
+    layers = chosen.transpose(0, 1).flatten(1)
+    loads = [[(layer == expert).float().mean().item() for expert in range(experts)] for layer in layers]
+    busiest = statistics.mean(max(shares) for shares in loads)
+    return {"loads": [[round(share, 4) for share in shares] for shares in loads], "busiest": round(busiest, 4)}
+
+
+# Showing
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A report as aligned lines."""
+    spec, batches = report["model"], report["batches"]
+    named = {"num_experts": "experts", "scale": "scale", "router": "router", "width": "width"}
+    known = [f"{label} {spec[field]}" for field, label in named.items() if spec.get(field) is not None]
+    lines = [
+        f"{spec['name']} ({spec['kind']}): {', '.join(known)}; images of {spec['input_size']} pixels a side",
+        f"weights: {report['weights']}; images: {report['images']}",
+        f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}",
+        "",
+        *_columns(
+            ["", "GMACs", "parameters", "active"],
+            [
+                [kind, f"{each['gmacs']:.4g}", f"{each['parameters']:,}", f"{each['active_parameters']:,}"]
+                for kind, each in report["models"].items()
+            ],
+        ),
+        "",
+    ]
+    head = ["batch", "", "ms/image", "x S-Dense", "x Dense", "activations", "busiest expert"]
+    rows = [_row(entry, kind) for entry in batches for kind in entry["ms_per_image"]]
+    lines += _columns(head, rows)
+    if any("busiest" in entry for entry in batches):
+        lines.append("\nbusiest expert: its share of the batch, mean over layers; with 100 % nothing is dispatched")
+    return "\n".join(lines)
+
+
+def _row(entry: Mapping[str, Any], kind: str) -> list[str]:
+    ratios = [entry["ratio_to"].get(reference, {}).get(kind) for reference in ("s-dense", "dense")]
+    return [
+        str(entry["batch"]),
+        kind,
+        f"{entry['ms_per_image'][kind]:.4g}",
+        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        f"{entry['activation_bytes'][kind] / 2**20:.2f} MiB",
+        f"{100 * entry['busiest']:.0f} %" if kind == "moe" and "busiest" in entry else "",
+    ]
+
+
+def _columns(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]

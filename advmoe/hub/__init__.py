@@ -1,0 +1,139 @@
+"""Checkpoints that travel: saved in a folder or in a repository of the Hugging Face Hub, each with a model card.
+
+Folders need nothing but this package; the Hub needs the extra `hub`. Loading reads weights (safetensors) and their
+description (JSON): it runs no code and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from advmoe.evaluation.runs import load_run
+from advmoe.hub.checkpoint import Checkpoint
+from advmoe.models import Classifier
+
+if TYPE_CHECKING:
+    from advmoe.hub.mixin import HubCheckpoint
+
+__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
+
+
+def save_pretrained(
+    model: str | Path | Classifier, folder: str | Path, *, source: str | None = None, license: str | None = None
+) -> Path:
+    """Save a run's model, or a model, as the Hub keeps it, and return the folder. No network, no extra.
+
+    Args:
+        model: a run directory, whose settings and results the card tells, or a model alone.
+        folder: new, empty, or saved by this before: its files are replaced. Saved from a run, it is a run directory
+            too: `advmoe evaluate FOLDER` takes it.
+        source: `FILE.py:FACTORY` of the network, where the run trained one of the user's own; executed, not saved.
+        license: of the weights, as the Hub names licences (`apache-2.0`); by default the card says `unknown`.
+
+    Writes `model.safetensors` and `model.json`, `config.json` (the Hub's), `README.md` (the card), and, of a run,
+    `config.yaml`, `manifest.json` and `evaluation.json`. Raises `ValueError` for a run that cannot be read or a folder
+    that holds something else.
+    """
+    checkpoint, folder = Checkpoint.of(model, source, license), Path(folder)
+    saved = all((folder / name).is_file() for name in ("config.json", "model.json"))
+    if folder.exists() and not saved and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder must be new, empty or one that save_pretrained filled, got {str(folder)!r}")
+    checkpoint.write(folder)
+    return folder
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Classifier:
+    """The model in a folder or in a repository of the Hub, in eval mode on the CPU.
+
+    Args:
+        name: a folder that `save_pretrained` or training filled, or a repository as `owner/name`.
+        source: `FILE.py:FACTORY` of the network, where it is one of its author's own: a file of yours, executed.
+        revision: branch, tag or commit of the repository; by default `main`.
+        token: of the Hub, by default the one that `hf auth login` stored; False sends none.
+        cache_dir: where downloads are kept, by default the Hub's own cache. local_files_only: use nothing but those.
+
+    Runs no code from what it loads. Raises `ValueError` of one line for a file that is missing or damaged, a repository
+    or revision that cannot be had, or a missing extra.
+    """
+    if isinstance(name, Path) or Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision must be left out for a folder, got {revision!r}")
+        return load_run(name, source)
+    _require_repo_id("name", name)
+    mixin = _mixin()
+    with _client_errors(f"{name} cannot be had from the Hub"):
+        found = mixin.from_pretrained(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, source=source
+        )
+    return found.checkpoint.model
+
+
+def push_to_hub(
+    model: str | Path | Classifier,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    commit_message: str = "Push model with advmoe",
+    source: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Upload what `save_pretrained` writes, in one commit, and return its URL. Needs the extra `hub`.
+
+    Args:
+        model, source, license: as of `save_pretrained`. repo_id: `owner/name`; made if there is none.
+        private: of a repository that is made here. token: by default the one that `hf auth login` stored.
+        branch: to commit to, by default `main`.
+
+    Raises `ValueError` of one line for a run that cannot be read, a missing extra, or what the Hub refuses.
+    """
+    _require_repo_id("repo_id", repo_id)
+    mixin, checkpoint = _mixin(), Checkpoint.of(model, source, license, repo_id)
+    with _client_errors(f"{repo_id} cannot be pushed to the Hub"):
+        url = mixin(checkpoint).push_to_hub(
+            repo_id, private=private, token=token, branch=branch, commit_message=commit_message
+        )
+    return str(url)
+
+
+def _mixin() -> type[HubCheckpoint]:
+    """The class that knows the Hub. Raises `ValueError`, which names the extra, where its client is missing."""
+    try:
+        from advmoe.hub.mixin import HubCheckpoint
+    except ImportError as error:
+        raise ValueError(f"the Hub needs the extra hub: pip install 'advmoe[hub]', got: {error}") from error
+    return HubCheckpoint
+
+
+def _require_repo_id(name: str, text: str) -> None:
+    owner, slash, rest = text.partition("/")
+    if not (owner.strip(".~") and slash and rest and "/" not in rest):
+        rule = "owner/name" if name == "repo_id" else "a folder that exists, or a repository as owner/name"
+        raise ValueError(f"{name} must be {rule}, got {text!r}")
+
+
+@contextmanager
+def _client_errors(what: str) -> Iterator[None]:
+    """Make one line of what the client or the network raises; damaged files have theirs already."""
+    from huggingface_hub import errors
+
+    # `HTTPError` is that of the HTTP library that this version of the client stands on; its uploads wrap theirs.
+    http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    try:
+        yield
+    except (OSError, RuntimeError, http, errors.EntryNotFoundError, errors.HFValidationError) as error:
+        # The client's messages go on for lines, the first of which says what happened.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{what}: {type(error).__name__}: {' '.join(lines)[:300]}") from error

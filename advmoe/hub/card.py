@@ -1,0 +1,323 @@
+"""The model card: what a run directory's files say about its model, for people and (front matter) for the Hub.
+
+Nothing else is said: what no file records, the card calls unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from advmoe.config import Config
+from advmoe.evaluation.intervals import wilson
+
+PAPER = "https://arxiv.org/abs/2308.10110"
+
+HUB_DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet-1k"}
+"""Names of data sets on the Hub, of those that have an official one, by ours."""
+
+_METHODS = {
+    "standard": "cross-entropy on clean images",
+    "at": "adversarial training (TRADES) of all parameters",
+    "at-routers": "adversarial training (TRADES) of the routers, the experts fixed",
+    "at-experts": "adversarial training (TRADES) of the experts, the routers fixed",
+    "advmoe": f"[AdvMoE]({PAPER}): routers and experts in turn, each against its own attack",
+}
+
+
+RECORDED = ("config.yaml", "manifest.json", "evaluation.json")
+"""The files of a run directory that a card tells, and that travel with the weights."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run directory says about its model; None where it says nothing."""
+
+    config: Config | None = None
+    manifest: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """The files that say it, by name."""
+
+    @staticmethod
+    def read(run: Path) -> Record:
+        """The record in `run`. Raises `ValueError` naming a file that is damaged; any may be missing."""
+        texts = {}
+        for name in RECORDED:
+            if (path := run / name).is_file():
+                try:
+                    texts[name] = path.read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path} must be text, got bytes that are not UTF-8") from None
+        config = Config.load(run / "config.yaml") if "config.yaml" in texts else None
+        evaluation = _json(run / "evaluation.json", texts.get("evaluation.json"))
+        if evaluation is not None:
+            _check_evaluation(evaluation, run / "evaluation.json")
+        return Record(config, _json(run / "manifest.json", texts.get("manifest.json")), evaluation, texts)
+
+
+def _json(path: Path, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _check_evaluation(found: Mapping[str, Any], path: Path) -> None:
+    """The numbers that every evaluation holds must be there: a card must not call a damaged file unevaluated."""
+    robust, threat, number = found.get("robust_accuracy"), found.get("threat"), found.get("num_examples")
+    accuracies = [found.get("clean_accuracy"), found.get("worst_case")]
+    accuracies += robust.values() if isinstance(robust, dict) else [None]
+    sound = all(isinstance(value, int | float) and 0 <= value <= 1 for value in accuracies)
+    sound = sound and isinstance(threat, dict) and {"norm", "eps"} <= set(threat)
+    if not (sound and isinstance(number, int) and number >= 1):
+        fields = "clean_accuracy, robust_accuracy, worst_case (fractions), num_examples and threat"
+        raise ValueError(f"{path} must hold {fields}, got one without")
+
+
+def model_card(
+    spec: Mapping[str, Any], record: Record, *, name: str, repo_id: str | None = None, license: str | None = None
+) -> str:
+    """The text of `README.md`: YAML front matter, then Markdown.
+
+    Args:
+        spec: the model's. name: what it is called. repo_id: the repository to load it from, if any.
+        license: of the weights; None is written as `unknown`.
+    """
+    front = yaml.safe_dump(_front_matter(spec, record, name, license), sort_keys=False, allow_unicode=True, width=120)
+    sections = [f"# {name}", _summary(spec, record), _loading(spec, repo_id), _data(record), _training(record)]
+    sections += [_robustness(record), _cost(record), _configuration(record)]
+    return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+# Front matter
+
+
+def _front_matter(spec: Mapping[str, Any], record: Record, name: str, license: str | None) -> dict[str, Any]:
+    tags = ["advmoe", "adversarial-robustness", str(spec["name"])]
+    tags += ["mixture-of-experts"] if spec["kind"] == "moe" else []
+    front: dict[str, Any] = {
+        "license": license or "unknown",
+        "library_name": "advmoe",
+        "pipeline_tag": "image-classification",
+        "tags": tags,
+    }
+    if record.config is not None and record.config.data.name in HUB_DATASETS:
+        front["datasets"] = [HUB_DATASETS[record.config.data.name]]
+    if record.evaluation is not None:
+        front |= {"metrics": ["accuracy"], "model-index": [{"name": name, "results": [_result(record.evaluation)]}]}
+    return front
+
+
+def _result(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation as the Hub's `model-index` has it: fractions."""
+    data = evaluation.get("data", {})
+    source = str(data.get("name", "unknown"))
+    threat = _threat(evaluation["threat"])
+    named = {"clean accuracy": evaluation["clean_accuracy"]}
+    named |= {f"robust accuracy, {attack}, {threat}": v for attack, v in evaluation["robust_accuracy"].items()}
+    named[f"robust accuracy, worst case, {threat}"] = evaluation["worst_case"]
+    metrics = [{"type": "accuracy", "name": key, "value": round(float(value), 6)} for key, value in named.items()]
+    dataset = {"name": source, "type": HUB_DATASETS.get(source, source), "split": str(data.get("split", "test"))}
+    return {
+        "task": {"type": "image-classification", "name": "Image Classification"},
+        "dataset": dataset,
+        "metrics": metrics,
+    }
+
+
+# Markdown
+
+
+def _threat(threat: Mapping[str, Any]) -> str:
+    """A threat model as in `linf 8/255`."""
+    eps = float(threat["eps"])
+    steps = round(255 * eps)
+    whole = steps > 0 and abs(255 * eps - steps) < 1e-6
+    return f"{threat['norm']} {f'{steps}/255' if whole else f'{eps:.6g}'}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _summary(spec: Mapping[str, Any], record: Record) -> str:
+    lines = [f"An image classifier: {_architecture(spec)}, for {spec['num_classes']} classes"]
+    lines.append(f" of images of {spec['in_channels']}x{spec['input_size']}x{spec['input_size']}")
+    if record.config is not None:
+        lines.append(f", trained by `{record.config.training.method}` on `{record.config.data.name}`")
+    return "".join([*lines, ", made with `advmoe`."])
+
+
+def _architecture(spec: Mapping[str, Any]) -> str:
+    name, kind = f"`{spec['name']}`", spec["kind"]
+    if "source" in spec:  # no backbone of ours
+        experts = f", converted: {spec['num_experts']} experts in each of its MoE layers" if "layers" in spec else ""
+        return f"{name}, a network of its author's own{experts}"
+    if kind == "dense":
+        return f"{name}, dense"
+    if kind == "s-dense":
+        return f"{name} at {spec['scale']:g} of its width (S-Dense)"
+    choice = "token" if spec.get("route_per") == "token" else "image"
+    return (
+        f"{name} as a mixture of experts: {spec['num_experts']} experts a layer, of which each {choice} uses one, at "
+        f"{spec['scale']:g} of the backbone's width; `{spec['router']}` router, `{spec['experts']}` experts"
+    )
+
+
+def _loading(spec: Mapping[str, Any], repo_id: str | None) -> str:
+    place, side = repo_id or "path/to/this/folder", spec["input_size"]
+    code = ', source="FILE.py:FACTORY"' if "source" in spec else ""
+    lines = [
+        "## How to load it",
+        "",
+        "```python",
+        "from advmoe import from_pretrained",
+        "",
+        f'model = from_pretrained("{place}"{code})  # in eval mode',
+        f"logits = model(x)  # x: (N, {spec['in_channels']}, {side}, {side}), pixels in [0, 1]",
+        "```",
+        "",
+        "Weights are safetensors and their description is JSON: loading runs no code from here and unpickles nothing.",
+    ]
+    if code:
+        lines.append("The network's own code does not travel with its weights: name yours as `source`.")
+    if repo_id is not None:
+        lines.append(
+            "From the Hub it needs `pip install 'advmoe[hub]'`. To measure it: "
+            f"`hf download {repo_id} --local-dir runs/model`, then `advmoe evaluate runs/model`."
+        )
+    return "\n".join(lines)
+
+
+def _data(record: Record) -> str:
+    if record.config is None:
+        return "## Data\n\nUnknown: this model came without a run's settings."
+    data = record.config.data
+    size = "their own size" if data.image_size is None else f"{data.image_size} pixels a side"
+    where = f", read from `{data.root}`" if data.name == "folder" else ""
+    augmented = "augmented" if data.augment else "not augmented"
+    share = f"{100 * data.val_fraction:g}% of the training set held out to choose the best checkpoint"
+    return f"## Data\n\n`{data.name}`{where}; images of {size}, {augmented}; {share}."
+
+
+def _training(record: Record) -> str:
+    lines = ["## Training and threat model", ""]
+    config, manifest = record.config, record.manifest
+    if config is None:
+        lines.append("Unknown: this model came without a run's settings.")
+    else:
+        t, threat = config.training, config.threat
+        lines.append(f"- Method `{t.method}`: {_METHODS.get(t.method, 'see the configuration below')}.")
+        if t.method != "standard":
+            inner = f"inner attack of {t.attack_steps} steps of {t.step_size}, beta {t.beta:g}"
+            lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
+        rate = f"learning rate {t.lr:g}, momentum {t.momentum:g}, weight decay {t.weight_decay:g}"
+        lines.append(f"- {t.epochs} epochs, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
+    if manifest is not None:
+        lines += _provenance(manifest)
+    return "\n".join(lines)
+
+
+def _provenance(manifest: Mapping[str, Any]) -> list[str]:
+    versions = manifest.get("versions") or {}
+    where = f"{manifest.get('devices', '?')} x {manifest.get('device', '?')} ({manifest.get('cpu', '?')})"
+    known = ", ".join(f"{name} {versions[name]}" for name in ("advmoe", "torch", "python") if versions.get(name))
+    commit = f"; code at `{manifest['git_commit']}`" if manifest.get("git_commit") else ""
+    lines = [f"- Made on {where} with {known or 'unknown versions'}{commit}."]
+    if manifest.get("finished"):
+        lines.append(f"- Finished {manifest['finished']}, after {manifest.get('wall_seconds', 0):,.0f} s of training.")
+    else:
+        lines.append("- **Training had not finished** when this was saved.")
+    return lines
+
+
+def _robustness(record: Record) -> str:
+    found = record.evaluation
+    if found is None:
+        return (
+            "## Accuracy and robustness\n\n**Not evaluated.** No evaluation of this model is recorded: neither its "
+            "clean nor its robust accuracy is known."
+        )
+    data, reports, number = found.get("data", {}), found.get("attacks", {}), int(found["num_examples"])
+    count = f"{number:,} images of `{data.get('name', 'unknown')}` ({data.get('split', 'test')})"
+    named = {"none (clean, SA)": found["clean_accuracy"]}
+    named |= {f"{name} (RA)": value for name, value in found["robust_accuracy"].items()}
+    named["worst case over all of them"] = found["worst_case"]
+    rows = [[name, _percent(value), _interval(value, number)] for name, value in named.items()]
+    lines = [
+        "## Accuracy and robustness",
+        "",
+        f"Measured on {count}, threat model {_threat(found['threat'])}; an image counts as robust in the worst case "
+        "only if every attack failed on it.",
+        "",
+        _table(["attack", "accuracy, %", "95% interval (Wilson)"], rows),
+        "",
+    ]
+    if found.get("masking_gap") is not None:
+        gap = f"{100 * found['masking_gap']:.1f} points"
+        lines.append(f"- Masking gap (straight-through PGD less the worst case): {gap}.")
+    lines += [f"- `{name}` was skipped: {r['skipped']}." for name, r in reports.items() if "skipped" in r]
+    lines += _flags(found, reports)
+    lines += [
+        f"- A check made before attacking failed: {check.get('name')}."
+        for check in found.get("checks", [])
+        if not check.get("passed")
+    ]
+    return "\n".join(lines)
+
+
+def _interval(share: float, number: int) -> str:
+    """The 95% interval of an accuracy of `number` images, which its count of right ones gives."""
+    low, high = wilson(round(share * number), number)
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _flags(found: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:
+    """AutoAttack's warnings: raised, none, or no AutoAttack."""
+    run = [name for name in found["robust_accuracy"] if name.startswith("autoattack")]
+    if not run:
+        return ["- AutoAttack was not run: these figures are upper bounds that a stronger attack may lower."]
+    lines = []
+    for name in run:
+        flags = reports.get(name, {}).get("flags", {})
+        lines += [f"- AutoAttack's flag (`{name}`): {flag}" for flag in flags]
+        if not flags:
+            lines.append(f"- AutoAttack (`{name}`) raised no flag.")
+    return lines
+
+
+def _cost(record: Record) -> str:
+    cost = (record.evaluation or {}).get("cost")
+    if not cost:
+        return "## Cost\n\nNot measured."
+    setting = f"batch {cost.get('batch', '?')}, {cost.get('device', '?')}, {cost.get('threads', '?')} threads"
+    what = {
+        "gmacs": ("GMACs of one image's pathway, routers included", ".4g"),
+        "parameters": ("parameters stored", ","),
+        "active_parameters": ("parameters that one image uses", ","),
+        "ms_per_image": (f"ms per image ({setting})", ".4g"),
+    }
+    rows = [[label, format(cost[key], form)] for key, (label, form) in what.items() if key in cost]
+    return "## Cost\n\n" + _table(["what", "value"], rows)
+
+
+def _configuration(record: Record) -> str:
+    text = record.texts.get("config.yaml")
+    shown = "Unknown." if text is None else f"```yaml\n{text.rstrip()}\n```"
+    return f"## Configuration\n\n{shown}"

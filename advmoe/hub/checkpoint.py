@@ -1,0 +1,58 @@
+"""What a checkpoint consists of, as files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advmoe import __version__
+from advmoe.evaluation.runs import load_run
+from advmoe.files import write_text
+from advmoe.hub.card import RECORDED, Record, model_card
+from advmoe.models import Classifier, save_model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, what is known about it, and how it is called."""
+
+    model: Classifier
+    record: Record
+    license: str | None = None
+    repo_id: str | None = None
+    """The repository that it goes to; None for a folder."""
+
+    @staticmethod
+    def of(
+        model: str | Path | Classifier,
+        source: str | None = None,
+        license: str | None = None,
+        repo_id: str | None = None,
+    ) -> Checkpoint:
+        """A run directory's checkpoint (`source`: see `load_run`), or a model's alone. Raises `ValueError` else."""
+        if isinstance(model, Classifier):
+            return Checkpoint(model, Record(), license, repo_id)
+        if isinstance(model, str | Path) and Path(model).is_dir():
+            return Checkpoint(load_run(model, source), Record.read(Path(model)), license, repo_id)
+        got = repr(str(model)) if isinstance(model, str | Path) else f"an object of type {type(model).__name__}"
+        raise ValueError(f"model must be a run directory or a model of advmoe's, got {got}")
+
+    def write(self, folder: Path) -> None:
+        """Fill `folder`; files of an earlier checkpoint there are replaced, or removed where this one has none."""
+        name = self.repo_id or folder.resolve().name
+        card = model_card(self.model.spec, self.record, name=name, repo_id=self.repo_id, license=self.license)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, folder)
+        write_text(folder / "config.json", json.dumps(self.hub_config(), indent=2) + "\n")
+        write_text(folder / "README.md", card)
+        for file in RECORDED:
+            if file in self.record.texts:
+                write_text(folder / file, self.record.texts[file])
+            else:
+                (folder / file).unlink(missing_ok=True)
+
+    def hub_config(self) -> dict[str, Any]:
+        """`config.json`: the Hub counts downloads by it and shows it; models are rebuilt from `model.json`."""
+        return {"library_name": "advmoe", "advmoe_version": __version__, "model": self.model.spec}

@@ -1,0 +1,39 @@
+"""The Hub's own interface to a checkpoint. Imports `huggingface_hub`: the extra `hub`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+from advmoe.evaluation.runs import load_run
+from advmoe.hub.card import Record
+from advmoe.hub.checkpoint import Checkpoint
+
+LOADED = ("model.json", "model.safetensors")
+"""The files that loading takes of a repository, whatever else lies there."""
+
+
+class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
+    """A checkpoint with `save_pretrained`, `from_pretrained` and `push_to_hub` as the Hub's client defines them."""
+
+    # Not None: the mixin then makes no configuration of the constructor's arguments, which are no JSON.
+    _hub_mixin_config: Any = {}  # noqa: RUF012
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.checkpoint.write(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, source: str | None = None, **kwargs: Any) -> HubCheckpoint:
+        """Both files of one commit, even if another is made meanwhile."""
+        options = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        wanted = {name: kwargs[name] for name in options}
+        folder = Path(snapshot_download(model_id, allow_patterns=list(LOADED), **wanted))
+        try:
+            return cls(Checkpoint(load_run(folder, source), Record()))
+        except ValueError as error:
+            raise ValueError(f"{model_id}: {error}") from error

@@ -1,0 +1,40 @@
+"""What every model here is at its outermost: from [0, 1] pixels to logits.
+
+Axes: `N` batch, `C` channels, `H W` size, `K` classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from advmoe.moe.routers import ImageRouter
+from advmoe.moe.routing import forward_scope
+
+
+class Classifier(nn.Module):
+    """[0, 1] pixels (N, C, H, W) -> logits (N, K): normalisation, the router that sees the image if any, the backbone.
+
+    `spec` holds what rebuilds it: the arguments of `create_model`, or for a module of the user's own those of `to_moe`.
+    """
+
+    def __init__(
+        self, normalize: nn.Module, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec
+
+    @property
+    def routed(self) -> bool:
+        """Whether the model has MoE layers."""
+        return bool(self.spec["kind"] == "moe")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K), under the active routing."""
+        with forward_scope() as routing:
+            x = self.normalize(x)
+            if self.router is not None:
+                routing.shared = self.router(x)
+            logits: Tensor = self.backbone(x)
+            return logits

@@ -1,0 +1,210 @@
+"""ImageNet's layouts: which files count, which class each has, and what is said where something is missing."""
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advmoe.data import Dataset, FileSet, load_dataset
+
+SAMPLES = Path(__file__).parents[2].parent / "shared" / "data" / "imagenet-samples.tar"
+# Sorted wnids, so classes 0, 1, 2; their ILSVRC2012 ids are 2, 3, 1.
+WNIDS = ("n01000000", "n02000000", "n03000000")
+IDS = {"n01000000": 2, "n02000000": 3, "n03000000": 1}
+# The class of each validation image, in the order of their names.
+VAL = ("n03000000", "n01000000", "n02000000", "n01000000")
+
+
+def save(path: Path, colour: tuple[int, int, int] = (0, 0, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), colour).save(path, format="png")
+
+
+def name_of(number: int) -> str:
+    return f"ILSVRC2012_val_{number + 1:08d}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes of four images whose red tells the class, and a flat `val` without labels."""
+    root = tmp_path / "imagenet"
+    for red, wnid in enumerate(WNIDS):
+        for i in range(4):
+            save(root / "train" / wnid / f"{wnid}_{i}.JPEG", (red, i, 0))
+    for number, wnid in enumerate(VAL):
+        save(root / "val" / f"{name_of(number)}.JPEG", (WNIDS.index(wnid), 0, 0))
+    return root
+
+
+def load(root: Path, **options: int | float | None) -> Dataset:
+    return load_dataset("imagenet", root=root, **{"workers": 0, "val_fraction": 0.0, "image_size": 8, **options})  # type: ignore[arg-type]
+
+
+def message(root: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_ground_truth(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{IDS[wnid]}\n" for wnid in VAL))
+
+
+def write_meta(folder: Path) -> None:
+    """A `meta.mat` like the official one: a struct array in the order of the ids, with inner nodes after the leaves."""
+    from scipy.io import savemat
+
+    rows = [*sorted((number, wnid) for wnid, number in IDS.items()), (4, "n00000001")]
+    synsets = np.zeros((4, 1), dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
+    for row, (number, wnid) in enumerate(rows):
+        synsets[row, 0] = (float(number), wnid, "words")
+    savemat(folder / "meta.mat", {"synsets": synsets})
+
+
+def class_folders(root: Path) -> None:
+    for number, wnid in enumerate(VAL):
+        (root / "val" / wnid).mkdir(exist_ok=True)
+        (root / "val" / f"{name_of(number)}.JPEG").rename(root / "val" / wnid / f"{name_of(number)}.JPEG")
+
+
+def two_columns(root: Path) -> None:
+    lines = [f"{name_of(number)}.JPEG {wnid}\n" for number, wnid in enumerate(VAL)]
+    (root / "val_labels.txt").write_text("".join(reversed(lines)))
+
+
+def kaggle(root: Path) -> None:
+    lines = [f"{name_of(number)},{wnid} 85 1 499 272 {wnid} 3 4 5 6 \n" for number, wnid in enumerate(VAL)]
+    (root / "val" / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(lines))
+
+
+def kit_with_meta(root: Path) -> None:
+    write_ground_truth(root / "ILSVRC2012_devkit_t12" / "data")
+    write_meta(root / "ILSVRC2012_devkit_t12" / "data")
+
+
+def kit_with_text(root: Path) -> None:
+    write_ground_truth(root)
+    (root / "map_clsloc.txt").write_text("".join(f"{wnid} {number} some_words\n" for wnid, number in IDS.items()))
+
+
+@pytest.mark.parametrize("labels", [class_folders, two_columns, kaggle, kit_with_meta, kit_with_text])
+def test_every_kind_of_labels_gives_the_same_classes(root: Path, labels: Callable[[Path], None]) -> None:
+    labels(root)
+    data = load(root)
+    assert data.classes == WNIDS
+    assert isinstance(data.train, FileSet) and isinstance(data.test, FileSet)
+    assert (len(data.train), len(data.val), len(data.test)) == (12, 0, 4)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    red = data.test.pixels(slice(None))[:, 0, 0, 0].mul(255).round().int().tolist()
+    assert red == data.test.labels.tolist()
+    assert sorted(red) == [0, 0, 1, 2]
+    assert (data.image_size, data.in_channels, data.flip) == (8, 3, True)
+    assert data.mean == (0.485, 0.456, 0.406) and data.std == (0.229, 0.224, 0.225)
+
+
+def test_size_is_224_unless_given_and_words_are_names(root: Path) -> None:
+    two_columns(root)
+    (root / "LOC_synset_mapping.txt").write_text("n01000000 tench, Tinca tinca\nn02000000 dog\n")
+    data = load_dataset("imagenet", root=root, workers=0)
+    assert data.image_size == 224 and data.test.pixels(slice(0, 1)).shape == (1, 3, 224, 224)
+    assert data.classes == ("tench, Tinca tinca", "dog", "n03000000")
+
+
+def test_hold_out_follows_the_seed_and_the_classes(root: Path) -> None:
+    two_columns(root)
+    one, same, other = (load_dataset("imagenet", root=root, val_fraction=0.25, seed=s, workers=0) for s in (1, 1, 2))
+    parts = [(part.train, part.val) for part in (one, same, other)]
+    held = []
+    for train, val in parts:
+        assert isinstance(train, FileSet) and isinstance(val, FileSet)
+        assert val.labels.tolist() == [0, 1, 2]
+        assert len({*train.paths.tolist(), *val.paths.tolist()}) == 12
+        held.append(val.paths.tolist())
+    assert held[0] == held[1] != held[2]
+
+
+def add_unknown_class(root: Path) -> None:
+    class_folders(root)
+    save(root / "val" / "n04000000" / "x.JPEG")
+
+
+def label_unknown_class(root: Path) -> None:
+    two_columns(root)
+    text = (root / "val_labels.txt").read_text()
+    (root / "val_labels.txt").write_text(text.replace("n03000000", "n04000000"))
+
+
+def too_few_lines(root: Path) -> None:
+    kit_with_text(root)
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
+
+
+def unknown_id(root: Path) -> None:
+    kit_with_text(root)
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n3\n7\n")
+
+
+def kit_without_map(root: Path) -> None:
+    write_ground_truth(root / "data")
+
+
+def kit_with_damaged_map(root: Path) -> None:
+    kit_without_map(root)
+    (root / "data" / "meta.mat").write_bytes(b"MATLAB 5.0")
+
+
+def two_columns_short(root: Path) -> None:
+    two_columns(root)
+    (root / "val_labels.txt").write_text("ILSVRC2012_val_00000001.JPEG n01000000\n")
+
+
+WRONG: list[tuple[Callable[[Path], object], str]] = [
+    (lambda root: (root / "val").rename(root / "x"), "hold a folder val, got "),
+    (lambda root: (root / "train").rename(root / "x"), "hold a folder train, got "),
+    (
+        lambda root: None,
+        "hold class folders in val, or beside a flat val one of val_labels.txt, LOC_val_solution.csv, "
+        "ILSVRC2012_validation_ground_truth.txt, got neither in ",
+    ),
+    (add_unknown_class, "have only classes of train in val, got 'n04000000' in "),
+    (label_unknown_class, "hold val images of classes of train, got 'n04000000' in "),
+    (two_columns_short, "val_labels.txt with a line for each image of val, got none for 'val/ILSVRC2012_val_00000002"),
+    (too_few_lines, "a line in ILSVRC2012_validation_ground_truth.txt for each image of val, got 2 lines for 4 images"),
+    (unknown_id, "hold ILSVRC2012_validation_ground_truth.txt with ILSVRC2012 ids, got '7'"),
+    (kit_without_map, "hold meta.mat or map_clsloc.txt beside ILSVRC2012_validation_ground_truth.txt"),
+    (kit_with_damaged_map, "hold a readable meta.mat, got "),
+]
+
+
+@pytest.mark.parametrize(("damage", "expected"), WRONG, ids=[expected for _, expected in WRONG])
+def test_what_is_missing_is_named(root: Path, damage: Callable[[Path], object], expected: str) -> None:
+    damage(root)
+    found = message(root)
+    assert found.startswith("data.root must ") and expected in found
+
+
+@pytest.mark.skipif(not SAMPLES.is_file(), reason="imagenet-samples.tar is not there")
+def test_real_images_are_all_read(tmp_path: Path) -> None:
+    with tarfile.open(SAMPLES) as tar:
+        for member in tar:
+            wnid = member.name.split("_")[0]
+            stream = tar.extractfile(member)
+            assert stream is not None
+            content = stream.read()
+            for part in ("train", "val"):
+                path = tmp_path / part / wnid / member.name
+                path.parent.mkdir(parents=True)
+                path.write_bytes(content)
+    data = load_dataset("imagenet", root=tmp_path, val_fraction=0, workers=0)
+    assert (len(data.train), len(data.test), data.num_classes) == (50, 50, 50)
+    x = data.test.pixels(slice(None))
+    assert x.shape == (50, 3, 224, 224)
+    # Natural images: their channels' means and deviations are about the published ones.
+    for channel in range(3):
+        assert x[:, channel].mean().item() == pytest.approx(data.mean[channel], abs=0.06)
+        assert x[:, channel].std().item() == pytest.approx(data.std[channel], abs=0.06)

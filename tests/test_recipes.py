@@ -1,0 +1,96 @@
+"""The recipes: each is a valid configuration, says what it is, and trains."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from advmoe.config import Config, merged
+from advmoe.data import Dataset, ImageSet
+from advmoe.models import find_backbone
+from advmoe.recipes import METHODS, SETTINGS, describe_method, describe_setting, recipe, recipe_names
+from advmoe.training.trainer import Trainer, build_model
+
+RESULTS = Path(__file__).parents[2] / "shared" / "paper" / "reported-results.json"
+
+
+def test_every_recipe_is_valid() -> None:
+    assert len(recipe_names()) == len(set(recipe_names())) == len(SETTINGS) * len(METHODS) == 98
+    for name in recipe_names():
+        config = Config.from_dict(recipe(name))
+        setting, method = next((s, m) for s in SETTINGS for m in METHODS if f"{s}-{m}" == name)
+        assert config.data.name == SETTINGS[setting][0]
+        assert config.model.kind == {"at-dense": "dense", "at-s-dense": "s-dense"}.get(method, "moe")
+        if setting != "digits":
+            assert setting == f"{config.data.name}-{config.model.name}"
+            # The paper's, whatever the data; the backbone's own width.
+            assert (config.model.width, config.model.scale, config.model.num_experts) == (None, 0.5, 2)
+            assert (config.training.attack_steps, config.training.beta, config.attack.steps) == (2, 6, 50)
+        find_backbone(config.model.name)
+
+
+def test_every_part_says_what_it_is() -> None:
+    lines = [*map(describe_setting, SETTINGS), *map(describe_method, METHODS)]
+    assert len(set(lines)) == len(lines) and all(len(line) > 20 and "\n" not in line for line in lines)
+    assert describe_setting("cifar100-vgg16").startswith("VGG-16 on CIFAR-100, eps 8/255")
+
+
+@pytest.mark.parametrize(
+    ("data", "eps", "step", "measured"),
+    [
+        ("cifar10", "8/255", "5/255", "2/255"),
+        ("cifar100", "8/255", "5/255", "2/255"),
+        ("tiny-imagenet", "2/255", "1.25/255", "0.5/255"),
+        ("imagenet", "2/255", "1.25/255", "0.5/255"),
+    ],
+)
+def test_the_strength_of_the_attacks(data: str, eps: str, step: str, measured: str) -> None:
+    config = Config.from_dict(recipe(f"{data}-wrn-28-10-at-dense"))
+    strengths = (config.threat.eps, config.training.step_size, config.attack.step_size)
+    assert tuple(map(str, strengths)) == (eps, step, measured)
+    # Steps keep their share of the radius.
+    assert [float(s) / float(config.threat.eps) for s in strengths] == pytest.approx([1, 5 / 8, 1 / 4])
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="the paper's reported results are not beside the repository")
+def test_every_row_of_the_paper_but_the_sparse_ones_has_a_recipe() -> None:
+    backbones = {"ResNet-18": "resnet18", "VGG-16": "vgg16", "DenseNet": "densenet40"}
+    methods = {
+        "AT (Dense)": "at-dense", "AT (S-Dense)": "at-s-dense", "AT (MoE)": "at-moe", "AT (MoE), ref. [30]": "at-moe",
+        "AdvMoE": "advmoe",
+    }  # fmt: skip
+    rows = json.loads(RESULTS.read_text())["rows"]
+    kept = [row for row in rows if row["method"] != "AT (Sparse)"]
+    assert len(kept) >= 40
+    for row in kept:
+        backbone = backbones.get(row["backbone"], row["backbone"].lower())
+        name = f"{row['dataset'].lower().replace('cifar-', 'cifar')}-{backbone}-{methods[row['method']]}"
+        config = Config.from_dict(recipe(name))
+        assert config.model.kind == "dense" or config.model.scale == row.get("model_scale", 0.5)
+
+
+def noise(name: str, size: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=generator)
+    part = ImageSet(images, torch.arange(8) % 4)
+    return Dataset(name, part, part, part, ("a", "b", "c", "d"), (0.5,) * 3, (0.25,) * 3, True)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_two_steps(name: str) -> None:
+    config = Config.from_dict(merged(recipe(name), {"model": {"width": 4}, "training": {"epochs": 1, "batch_size": 4}}))
+    # Small images, but one model with the stem of large ones.
+    size = 128 if name == "imagenet-resnet18-advmoe" else 16
+    dataset = noise(config.data.name, size)
+    trainer = Trainer(config, build_model(config, dataset), dataset, Fabric(accelerator="cpu", devices=1))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    iterations: list[None] = []
+    trainer.train_epoch(0, SimpleNamespace(update=lambda: iterations.append(None)))
+    assert len(iterations) == 2
+    # What a batch's images did not choose stays; with two steps all of the rest has moved.
+    moved = [not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)]
+    assert sum(moved) > 0.8 * len(moved)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
