@@ -6,7 +6,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advmoe.config import AttackConfig, Config, DataConfig, ModelConfig, Pixels, ThreatConfig, TrainingConfig, merged
+from advmoe.config import (
+    DATASETS,
+    AttackConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Pixels,
+    ThreatConfig,
+    TrainingConfig,
+    merged,
+)
 from advmoe.recipes import METHODS, recipe
 
 
@@ -45,7 +55,7 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
         (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, got ['moe']"),
         (lambda: ModelConfig(name=3), "model.name must be text, got 3"),
-        (lambda: DataConfig(name="mnist"), "data.name must be one of digits, cifar10, cifar100, folder, got 'mnist'"),
+        (lambda: DataConfig(name="mnist"), f"data.name must be one of {', '.join(DATASETS)}, got 'mnist'"),
         (lambda: DataConfig(image_size="32"), "data.image_size must be a whole number, got '32'"),
         (lambda: ThreatConfig(eps="300/255"), "threat.eps must be >= 0 and <= 1, got 300/255"),
         (lambda: ThreatConfig(eps=None), "threat.eps must be a number or a fraction such as 8/255, got None"),

@@ -40,8 +40,7 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set and hold out a part of its training set.
 
-    Images are held in memory, but for ImageNet's, which are read when they are wanted: then a script needs the guard
-    `if __name__ == "__main__":`, as always where processes are started, unless `workers` is 0.
+    Images are held in memory, but for ImageNet's, which are read when they are wanted.
 
     Args:
         name: `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `imagenet`, or `folder` for `root/train/<class>/*` and

@@ -11,11 +11,16 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +106,8 @@ class FileSet:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or the loader would draw from PyTorch's global one
         )
-        answers = iter(loader)
+        with _without_main():
+            answers = iter(loader)
         try:
             for index in plan:
                 try:
@@ -189,11 +195,37 @@ def _start_method() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload([__name__])
     return context
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep processes that are started from running the caller's script again, as they would to find what is in it.
+
+    They need nothing of it, it may take seconds, and a script without `if __name__ == "__main__":` would fail.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _start(_: int) -> None:  # pragma: no cover - runs in a process of its own
-    """Leave interruptions to the process that waits, and say nothing of metadata that do not matter."""
+    """Leave interruptions to the process that waits, end with it, and say nothing of metadata that do not matter."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", message="Corrupt EXIF data")
+
+
+def _end_with_parent() -> None:  # pragma: no cover - runs in a process of its own
+    """End this process when the one that it decodes for is gone, even killed.
+
+    PyTorch's own watch looks at the process it was forked from, which lives as long as this one does.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -109,7 +109,8 @@ def create_model(
     )  # fmt: skip
     if route_per == "token" and not found.tokens:
         able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
-        raise ValueError(f"model.route_per must be image for backbones without tokens (with: {able}), got {route_per!r}")
+        rule = f"image for backbones without tokens (with: {able})"
+        raise ValueError(f"model.route_per must be {rule}, got {route_per!r}")
     mean = [0.5] * in_channels if mean is None else list(mean)
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:

@@ -67,7 +67,7 @@ class ConvertedClassifier(Classifier):
         self.conversion = conversion
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, K), under the active routing. Raises `ValueError` where a layer did not run, or not once per image."""
+        """Logits (N, K), under the active routing. Raises `ValueError` unless every layer chose once per image."""
         with forward_scope() as routing:
             logits = super().forward(x)
             names = self.conversion.converted

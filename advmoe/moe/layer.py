@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.moe.dispatch import merge, split, straight_through
+from advmoe.moe.dispatch import Plan, merge, split, straight_through
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing
 
@@ -63,6 +63,10 @@ class MoELayer(nn.Module):
         each = [self.compute(x, *(self.of_expert(e, bank) for bank in banks)) for e in range(self.num_experts)]
         return torch.stack(each, 1)
 
+    def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
+        """Each sample's own expert's output, (N, ...), in one call that moves no sample, or None to group them."""
+        return None
+
     def of_expert(self, expert: int, bank: Tensor) -> Tensor:
         """The rows (R, ...) of `expert` in `bank`: a view where they are adjacent, which costs no copy."""
         first = self.adjacent[expert]
@@ -108,6 +112,13 @@ class MoELayer(nn.Module):
         y: Tensor = each.unflatten(0, choice.shape)
         return y
 
+    def _grouped(self, x: Tensor, plan: Plan, banks: tuple[Tensor, ...]) -> Tensor:
+        """The output for samples `x` (N, ...), one expert's samples at a time."""
+        if len(plan.experts) == 1:
+            return self.compute(x, *(self.of_expert(plan.experts[0], bank) for bank in banks))
+        parts = zip(plan.experts, split(x, plan), strict=True)
+        return merge(tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan)
+
     def _routed(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> Tensor:
         """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
         banks = self.banks()
@@ -117,14 +128,8 @@ class MoELayer(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
         if routing.mode == "hard":
-            plan = routing.plan(scores, choice)
-            if len(plan.experts) == 1:
-                y = self.compute(x, *(self.of_expert(plan.experts[0], bank) for bank in banks))
-            else:
-                parts = zip(plan.experts, split(x, plan), strict=True)
-                y = merge(
-                    tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan
-                )
+            each = self.compute_each(x, choice, *banks) if len(x) > 1 else None
+            y = self._grouped(x, routing.plan(scores, choice), banks) if each is None else each
             if torch.is_grad_enabled() and scores.requires_grad:
                 y = straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])
             return y.clone() if self.copies and y.requires_grad else y

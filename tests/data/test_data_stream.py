@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +164,33 @@ def test_closing_ends_the_processes(files: FileSet) -> None:
     assert multiprocessing.active_children()
     batches.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_killed_caller_leaves_no_process(root: Path, tmp_path: Path) -> None:
+    # A script without the guard for `__main__`, which processes that import it again would need.
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import multiprocessing, time, torch
+from advmoe.data import load_dataset
+data = load_dataset("imagenet", root={str(root)!r}, image_size=16, val_fraction=0, workers=1)
+batches = data.train.batches([torch.tensor([0])] * 50)
+next(batches)
+print(len(multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    process.kill()
+    # The process that decodes, and the one that it was forked from, hold the pipe too: its end is the end of all.
+    assert process.stdout.read() == ""
+    process.wait()
+    process.stdout.close()
 
 
 def test_digest_follows_names_sizes_times_classes_and_the_size_of_images(root: Path, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def general(**kwargs):
     return made.double()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kwargs", SETTINGS.values(), ids=SETTINGS)
 def test_every_expert_is_pytorch_s_convolution(kwargs):
     conv = general(**kwargs)

@@ -72,7 +72,7 @@ def test_one_part_moves_and_the_rest_does_not(make_routed, make_images, part, ro
 def test_flags_come_back(make_routed, part):
     model = make_routed()
     model.train().backbone.stem.eval()
-    model.backbone.classifier.bias.requires_grad_(False)
+    frozen = model.backbone.classifier.bias.requires_grad_(False)
     norm = model.backbone.blocks[0].norm1
     norm.track_running_stats = False
 
@@ -84,7 +84,8 @@ def test_flags_come_back(make_routed, part):
     with pytest.raises(RuntimeError, match="planned"), learning(model, part):
         psi, phi = split_parameters(model)
         assert all(m.training for m in model.modules())
-        assert {p.requires_grad for p in psi} == {part != "routers"}
+        assert {p.requires_grad for p in psi if p is not frozen} == {part != "routers"}
+        assert not frozen.requires_grad  # by the user, whatever the part
         assert {p.requires_grad for p in phi} == {part != "experts"}
         raise RuntimeError("planned")
     assert flags() == before
