@@ -330,3 +330,37 @@ def test_archive_is_unpacked_once(tmp_path: Path, gpu: ModuleType) -> None:
     (root / names[0]).write_text("kept")
     gpu.unpack(path, root)
     assert (root / names[0]).read_text() == "kept"
+
+
+def test_data_measures_decoding_and_waiting(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "samples.tar", "w") as tar:
+        for number in range(4):
+            made = io.BytesIO()
+            Image.effect_noise((60 + number, 50), 80).save(made, "jpeg")
+            member = tarfile.TarInfo(f"n0000000{number % 2}_thing_{number}.JPEG")
+            member.size = len(made.getvalue())
+            tar.addfile(member, io.BytesIO(made.getvalue()))
+    sizes = ["--threads", "1", "--width", "8", "--batch", "4", "--image-size", "16", "--repeats", "1", "--copies", "2"]
+    done = run("data.py", *sizes, "--samples", "samples.tar", "--out", "lines.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lines.jsonl").read_text() == done.stdout
+    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(lines) == ["decode", "workers", "wait-digits", "wait-imagenet"]
+    for name, images in (("decode", 4), ("workers", 8)):
+        line = lines[name]
+        assert line["setting"]["images"] == images
+        for side, median in line["medians_ms"].items():
+            assert line["images_per_second"][side] == pytest.approx(1000 * images / median, abs=0.1)
+    # Widths 60 to 63, height 50: 61.5 * 50 pixels on average.
+    assert lines["decode"]["megapixels"] == pytest.approx(61.5 * 50 / 1e6, abs=1e-4)
+    for name, images in (("wait-digits", 1298), ("wait-imagenet", 8)):
+        line = lines[name]
+        assert line["setting"]["images"] == images
+        assert 0 < line["medians_ms"]["epoch: waiting"] < line["medians_ms"]["epoch"]
+        (target,) = line["targets"]
+        assert target["met"] == (line["ratios"]["epoch: waiting/epoch"] <= 0.05)
+
+
+def test_data_needs_samples_for_all_but_digits(tmp_path: Path) -> None:
+    done = run("data.py", "--only", "decode", cwd=tmp_path)
+    assert done.returncode == 2 and "--samples must name a tar file of images for decode, got None" in done.stderr
