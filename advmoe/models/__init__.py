@@ -119,9 +119,7 @@ def create_model(
         raise ValueError(f"std must be > 0 in every channel, got {std!r}")
     layers = LayerFactory(config)
     config.width = wide = config.width or found.width
-    backbone = found.build(
-        layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size
-    )
+    backbone = found.build(layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
     image_router = None
     if kind == "moe" and router != "layer":
         pool = getattr(backbone, "router_pool", 1)

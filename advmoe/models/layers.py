@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from math import ceil
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from advmoe.config import ModelConfig
-from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 
 
@@ -20,6 +21,14 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
     nn.init.xavier_normal_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class Projection(nn.Conv2d):
+    """A strided 1x1 convolution, as one of stride 1 on the pixels that it keeps (see `moe.conv.kept_pixels`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        return F.conv2d(kept_pixels(input, self.stride), self.weight, self.bias)
 
 
 class LayerFactory:
@@ -37,7 +46,11 @@ class LayerFactory:
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
-        conv = nn.Conv2d(c_in, c_out, kernel_size, stride, padding, bias=False)
+        conv: nn.Conv2d
+        if kernel_size == 1 and stride > 1 and padding == 0:
+            conv = Projection(c_in, c_out, 1, stride, bias=False)
+        else:
+            conv = nn.Conv2d(c_in, c_out, kernel_size, stride, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         return conv
 

@@ -1,9 +1,12 @@
 """The MoE convolution: which rows an expert has, how they start, and what the layer computes under each routing."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from advmoe.models import create_model
@@ -243,3 +246,42 @@ def test_a_bias_is_a_bank_of_its_own():
 def test_what_is_no_convolution(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, **kwargs)
+
+
+NARROW = """
+import torch
+from advmoe import create_model
+from advmoe.moe import MoEConv2d
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+strided = MoEConv2d(8, 16, 1, 2, bank_rows=32, num_experts=2, layer=0)
+network = create_model("resnet18", num_classes=3, width=8, kind="s-dense", scale=1.0, input_size=64)
+for n in (2, 7, 25):
+    for layer, c in ((strided, 8), (network, 3)):
+        x = torch.rand(n, c, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+        layer.to(memory_format=torch.channels_last)(x).sum().backward()
+print("whole")
+"""
+
+
+def test_strided_1x1_convolutions_of_few_channels_leave_memory_whole():
+    # PyTorch's own end such a process by a signal.
+    done = subprocess.run([sys.executable, "-c", NARROW], text=True, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+
+
+@pytest.mark.parametrize(("stride", "groups", "bias"), [(2, 1, False), ((2, 3), 1, True), (3, 2, False)])
+def test_a_strided_1x1_convolution_is_pytorch_s(stride, groups, bias):
+    torch.manual_seed(0)
+    layer = MoEConv2d(4, 6, 1, stride, bank_rows=12, num_experts=2, layer=0, groups=groups, bias=bias).double().eval()
+    if bias:
+        nn.init.normal_(layer.bias)
+    x = torch.randn(3, 4, 7, 8, dtype=torch.float64, requires_grad=True)
+    ours = layer.compute(x, *(layer.of_expert(1, bank) for bank in layer.banks()))  # without the gate's gradient
+    theirs = F.conv2d(x, layer.bank[6:], layer.bias[6:] if bias else None, stride=stride, groups=groups)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    grads = [torch.autograd.grad((y * weight).sum(), (x, layer.bank), retain_graph=True) for y in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
