@@ -5,6 +5,8 @@ Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
 
 
-class MoELayer(nn.Module):
+class MoELayer(nn.Module, ABC):
     """A layer of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
     A kind of layer says which parameters are `banks`, whose first axis the experts share out by the same windows of
@@ -50,13 +52,13 @@ class MoELayer(nn.Module):
         self.copies = False
         """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
 
+    @abstractmethod
     def banks(self) -> tuple[Tensor, ...]:
         """The parameters that the experts share out, (M, ...) each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """One expert's output for `x` (N, ...), `weights` being its rows (R, ...) of each bank."""
-        raise NotImplementedError
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, ...)."""
