@@ -27,20 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.nn import functional as F
 
 from advmoe import __version__
 from advmoe.config import typed
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import gmacs
 from advmoe.evaluation.harness import threads_set
-from advmoe.evaluation.runs import load_run, subject
-from advmoe.evaluation.scoring import measuring, take
+from advmoe.evaluation.images import input_shape, random_images, run_images
+from advmoe.evaluation.runs import load_run
+from advmoe.evaluation.scoring import measuring
 from advmoe.files import write_text, write_whole
 from advmoe.models import Classifier
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
-from advmoe.seeding import generator_for
 
 Format = Literal["onnx", "torch-export"]
 
@@ -154,7 +153,7 @@ def export_run(
     form = _form(model, format, dynamic_batch, opset)
     _require_place(path, form)  # before the data are read
     placed(model, _CPU)
-    images, described = _images_of(home, source, model, num_examples)
+    images, described = run_images(home, model, num_examples, source=source)
     origin = {"run": home.resolve().name, "weights_sha256": _checksum(home / "model.safetensors")}
     return path, _export(model, path, form, images, described, threads, origin)
 
@@ -167,18 +166,6 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"format onnx needs the extra export: pip install 'advmoe[export]', got: {error}") from error
-
-
-def random_images(shape: tuple[int, ...], number: int = 100) -> Tensor:
-    """Pixels (number, C, H, W) in [0, 1] that differ in brightness, colour and shapes, and so in pathway; the same
-    at every call.
-    """
-    channels, height, width = shape
-    generator = generator_for("export", "images")
-    light = torch.rand(number, channels, 1, 1, generator=generator)
-    shapes = torch.rand(number, channels, 4, 4, generator=generator)
-    noise = torch.rand(number, channels, height, width, generator=generator)
-    return 0.5 * light + 0.3 * F.interpolate(shapes, (height, width), mode="bilinear") + 0.2 * noise
 
 
 # Checks of what is asked for
@@ -217,24 +204,10 @@ def _require_place(path: Path, form: _Form) -> None:
         raise ValueError(f"the file to write must lie in a directory that exists, and be none, got {str(path)!r}")
 
 
-def _input_shape(model: nn.Module) -> tuple[int, ...]:
-    if not isinstance(model, Classifier) or model.spec["input_size"] is None:
+def _input_shape(model: nn.Module) -> tuple[int, int, int]:
+    if not isinstance(model, Classifier):
         raise ValueError(f"images must be given for a model without an input size, got a {type(model).__name__}")
-    return model.spec["in_channels"], model.spec["input_size"], model.spec["input_size"]
-
-
-def _images_of(home: Path, source: str | None, model: Classifier, number: int) -> tuple[Tensor, str]:
-    """Test images of a run's data, or random ones, and what they are."""
-    size = model.spec["input_size"]
-    try:
-        given = subject(home, source=source, num_examples=number, overrides={"data": {"download": False}})
-        images, _ = take(given.data, slice(0, number), _CPU)
-        if size not in (None, images.shape[-1]):
-            raise ValueError(f"the model takes images of {size} x {size}, got {tuple(images.shape[2:])}")
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        return random_images(_input_shape(model), number), f"random images, as the run's cannot be read ({reason})"
-    return images, f"test images of {given.source}"
+    return input_shape(model)
 
 
 def _checksum(path: Path) -> str:

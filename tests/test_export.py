@@ -19,7 +19,8 @@ from advmoe import cli
 from advmoe import export as exporting
 from advmoe.config import Config
 from advmoe.evaluation.cost import gmacs
-from advmoe.export import ExportFailed, compared, export_model, random_images
+from advmoe.evaluation.images import random_images
+from advmoe.export import ExportFailed, compared, export_model
 from advmoe.models import BACKBONES, Classifier, create_model, save_model
 from advmoe.models.convert import to_moe
 from advmoe.moe import LayerRouter, MoELayer, pathway, route
@@ -342,7 +343,7 @@ def test_the_command_in_a_process(run_dir, monkeypatch):
 def test_data_that_cannot_be_read_are_replaced_and_that_is_said(run_dir, capsys):
     Config.from_dict({"data": {"name": "folder", "root": "nowhere"}}).dump(run_dir / "config.yaml")
     assert cli.main(["export", str(run_dir), "--format", "torch-export", "--num-examples", "20", "--threads", "1"]) == 0
-    assert "check     20 random images, as the run's cannot be read (data.root must" in capsys.readouterr().out
+    assert "check     20 random images, not the run's (data.root must" in capsys.readouterr().out
     Config.from_dict({"data": {"name": "digits", "image_size": 8}}).dump(run_dir / "config.yaml")
     assert cli.main(["export", str(run_dir), "--format", "torch-export", "--num-examples", "20", "--threads", "1"]) == 0
     assert "(the model takes images of 16 x 16, got (8, 8))" in capsys.readouterr().out

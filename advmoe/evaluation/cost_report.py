@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from advmoe.config import ModelKind
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters
 from advmoe.evaluation.harness import threads_set
-from advmoe.evaluation.runs import load_run, subject
-from advmoe.evaluation.scoring import take
+from advmoe.evaluation.images import input_shape, random_images, run_images
+from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.models.modes import frozen
 from advmoe.moe import pathway
-from advmoe.seeding import generator_for
 
 BATCHES = (1, 32, 128)
 """Batch sizes measured unless others are asked for."""
@@ -96,52 +94,18 @@ def cost_report(
         return _report(given, batches, torch.device(device), seconds)
 
 
-def random_images(shape: tuple[int, int, int], number: int) -> Tensor:
-    """Pixels (number, C, H, W) in [0, 1] that differ in brightness, colour and coarse shapes; always the same."""
-    channels, height, width = shape
-    generator = generator_for("cost", "images")
-    light = torch.rand(number, channels, 1, 1, generator=generator)
-    shapes = F.interpolate(torch.rand(number, channels, 4, 4, generator=generator), (height, width), mode="bilinear")
-    noise = torch.rand(number, channels, height, width, generator=generator)
-    return 0.5 * light + 0.3 * shapes + 0.2 * noise
-
-
-def _shape(model: Classifier) -> tuple[int, int, int]:
-    spec = model.spec
-    return spec["in_channels"], spec["input_size"], spec["input_size"]
-
-
 # What is measured
 
 
 def _run(target: str | Path, number: int, source: str | None, overrides: dict[str, dict[str, Any]]) -> Measured:
     own = load_run(target, source)
-    if None in _shape(own):
-        raise ValueError(f"a run to time must have square images of a known size, got {own.spec['name']!r} without")
+    input_shape(own)  # the ways to time it need one
     models = _with_references(own)
     if source is not None and "dense" not in models:
         models["dense"] = Classifier(own.normalize, load_module(source), None, own.spec | {"kind": "dense"}).eval()
-    images, which = _images_of(target, own, number, source, overrides)
-    return Measured(str(target), models, "the run's", images, which)
-
-
-def _images_of(
-    target: str | Path, own: Classifier, number: int, source: str | None, overrides: dict[str, dict[str, Any]]
-) -> tuple[Tensor, str]:
-    """Images of the run's test set, or random ones where that cannot be read; and which they are."""
-    try:
-        if not (Path(target) / "config.yaml").is_file():
-            raise ValueError("the run has no config.yaml")
-        data = {"download": False, **overrides.get("data", {})}
-        overrides = {**overrides, "data": data}
-        given = subject(target, source=source, overrides=overrides, num_examples=number, seed=0)
-        images, _ = take(given.data, slice(0, number), torch.device("cpu"))
-        if tuple(images.shape[1:]) != _shape(own):
-            raise ValueError(f"the run's images have shape {tuple(images.shape[1:])}")
-    except ValueError as error:
-        return random_images(_shape(own), number), f"random images, not the run's ({error})"
+    images, which = run_images(target, own, number, source=source, overrides=overrides)
     repeated = images.repeat(-(-number // len(images)), 1, 1, 1)[:number]
-    return repeated, f"{given.source}, {len(images)} test images"
+    return Measured(str(target), models, "the run's", repeated, which)
 
 
 def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
@@ -157,7 +121,7 @@ def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = create_model(name, kind="moe", **settings)
-    images = random_images(_shape(made), max(number, _FITTED))
+    images = random_images(input_shape(made), max(number, _FITTED))
     fit_norms(made, images[:_FITTED])
     weights = "new, batch norms fitted to the images, routers untrained"
     return Measured(name, _with_references(made), weights, images[:number], "random images")

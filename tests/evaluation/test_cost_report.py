@@ -86,7 +86,7 @@ def test_a_run_is_timed_on_its_own_images(tmp_path):
     model = save(tmp_path / "run", {"data": {"name": "digits", "image_size": 8}}, num_experts=3)
     report = cost_report(tmp_path / "run", **QUICK)
     check(report, ["moe", "s-dense", "dense"])
-    assert (report["weights"], report["images"]) == ("the run's", "digits, 4 test images")
+    assert (report["weights"], report["images"]) == ("the run's", "test images of digits")
     assert report["model"]["num_experts"] == 3
     images = subject(tmp_path / "run", num_examples=4, seed=0).data.pixels(slice(0, 4))
     chosen = pathway(model, images)
@@ -101,7 +101,7 @@ def test_a_run_is_timed_on_its_own_images(tmp_path):
         (None, "the run has no config.yaml"),
         ({"data": {"name": "folder", "root": "nowhere"}}, "nowhere"),
         ({"data": {"name": "cifar10", "root": "nowhere", "download": True}}, "data.download"),
-        ({"data": {"name": "digits", "image_size": 16}}, "the run's images have shape (1, 16, 16)"),
+        ({"data": {"name": "digits", "image_size": 16}}, "the model takes images of 8 x 8, got (16, 16)"),
     ],
     ids=["no config", "no data", "no download", "other size"],
 )
