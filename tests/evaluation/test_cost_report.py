@@ -17,12 +17,13 @@ from advmoe.models import BACKBONES, create_model, save_model
 from advmoe.moe import pathway, routers_of
 
 SMALL = {"width": 8, "input_size": 16}
-QUICK = {"batches": (1, 4), "threads": 1, "seconds": 0}
+MANY = 16  # few enough to be quick, enough for untrained routers to tell some apart
+QUICK = {"batches": (1, MANY), "threads": 1, "seconds": 0}
 
 
 def check(report, kinds):
     """That the figures of a report agree with one another."""
-    assert list(report["models"]) == kinds and [entry["batch"] for entry in report["batches"]] == [1, 4]
+    assert list(report["models"]) == kinds and [entry["batch"] for entry in report["batches"]] == [1, MANY]
     for entry in report["batches"]:
         times = entry["ms_per_image"]
         assert list(times) == list(entry["activation_bytes"]) == kinds and entry["repeats"] >= 3
@@ -50,7 +51,7 @@ def test_every_backbone(name):
         assert figures["gmacs"] == pytest.approx(gmacs(made), abs=1e-6)
         assert (figures["parameters"], figures["active_parameters"]) == parameters(made)
         if kind != "moe":  # whose take depends on the routing
-            x = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+            x = torch.rand(MANY, 3, 16, 16).contiguous(memory_format=torch.channels_last)
             made = made.to(memory_format=torch.channels_last)
             assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(made, x)
     assert report["images"] == "random images" and "untrained" in report["weights"]
