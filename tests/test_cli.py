@@ -292,6 +292,6 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     def broken(*_: object) -> NoReturn:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_recipes", broken)
+    monkeypatch.setattr(cli.recipes, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["recipes"])

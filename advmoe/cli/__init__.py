@@ -1,0 +1,75 @@
+"""The command line: parse, call, print.
+
+A mistake of the user's (an unknown field, a value out of range, a missing data set) is one line on stderr and exit
+code 2, with nothing created. Commands import what they run, so that `advmoe --help` needs no torch.
+
+A command is a module here, with a `parser` and a `run`, and an entry in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from advmoe import __version__
+from advmoe.cli import cost, dissect, evaluate, export, push, recipes, sweep_eps, train
+from advmoe.cli.arguments import explained, fail, is_ours, new_parser
+
+COMMANDS: dict[str, Any] = {
+    "train": train,
+    "evaluate": evaluate,
+    "sweep-eps": sweep_eps,
+    "dissect": dissect,
+    "cost": cost,
+    "push": push,
+    "export": export,
+    "recipes": recipes,
+}
+"""The module of each command."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (training diverged, or an exported file computes something else), 2 (a
+    mistake in the input) or 130 (interrupted).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parse(argv)
+        command = args["command"]
+        code: int = COMMANDS[command].run(args[command], argv)
+        return code
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if not is_ours(error):
+            raise
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def _parse(argv: list[str]) -> dict[str, Any]:
+    parser = new_parser("Adversarially robust mixture-of-experts vision models.")
+    parser.prog = "advmoe"
+    parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    parsers = {name: command.parser() for name, command in COMMANDS.items()}
+    for name, sub in parsers.items():
+        commands.add_subcommand(name, sub, help=sub.description)
+    try:
+        args: dict[str, Any] = parser.parse_args(_in_full(argv)).as_dict()
+    except ValueError as error:
+        command = next((word for word in argv if word in parsers), None)
+        if command is None and not any(word.startswith("-") for word in argv[:1]):
+            got = repr(argv[0]) if argv else "nothing"  # the parser names but a few of those there are
+            raise ValueError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
+        raise explained(str(error), command, parsers) from None
+    return args
+
+
+def _in_full(argv: list[str]) -> list[str]:
+    """`argv` with the short options of `train` written out: the parser takes `--model` for the group of fields."""
+    if argv[:1] != ["train"]:
+        return argv
+    full = {"--model": "--model.source", "--to-moe": "--model.to_moe"}
+    words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
+    parts = (word.partition("=") for word in words)
+    return [full.get(option, option) + equals + rest for option, equals, rest in parts]

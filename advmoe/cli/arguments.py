@@ -1,0 +1,219 @@
+"""What the commands share: parsers, options, and mistakes shown as one line."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from argparse import SUPPRESS
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+from advmoe import config as config_module
+from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, require, typed
+from advmoe.evaluation.targets import is_source
+
+Accelerator = Literal["auto", "cpu", "cuda"]
+
+# What `evaluate` may change of a run: how it is attacked and where its images lie, never the model.
+EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size", "workers")}
+
+
+class Parser(ArgumentParser):
+    """Parsing errors are raised: `main` shows them as it shows every other mistake."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as a `ValueError`."""
+        raise ValueError(message)
+
+
+def new_parser(description: str) -> Parser:
+    """A parser that reports only what was given."""
+    # No defaults: the parser reports what was given, and the help texts say the rest. --print_config is ours.
+    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, print_config=None)
+
+
+def measuring_parser(description: str) -> Parser:
+    """A parser with what all commands that attack a run, or a classifier of the user's own, share."""
+    parser = new_parser(description)
+    add = parser.add_argument
+    add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
+    add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
+    add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
+    add(
+        "--attacks", metavar="NAME,...",
+        help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
+        "autoattack:apgd-ce+square, routed (default: PGD, through soft routing too for a routed model)",
+    )  # fmt: skip
+    add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
+    add("--batch-size", metavar="B", help="images attacked at once (default: 250)")
+    add("--seed", metavar="SEED", help="of the images drawn and the attacks' random draws (default: the run's)")
+    add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
+    add_engine(parser)
+    add_fields(parser, EVALUATE_FIELDS, defaults=False)
+    return parser
+
+
+def measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What is measured, and the options that all measurements share; mistakes show before torch is imported."""
+    target, overrides = args["target"], given_fields(args)
+    below = {}
+    if not is_source(target):
+        below = Config.load(existing_run("RUN", target) / "config.yaml").to_dict()
+    Config.from_dict(merged(below, overrides))
+    options = {
+        "overrides": overrides,
+        "num_examples": count("--num-examples", args.get("num_examples")),
+        "batch_size": count("--batch-size", args.get("batch_size", "250")),
+        "seed": count("--seed", args.get("seed"), low=0),
+        "attacks": split_words(args["attacks"]) if "attacks" in args else None,
+        "allow": split_words(args.get("allow", "")),
+        **engine_options(args),
+    }
+    return target, options | {name: args[name] for name in ("out", "weights", "source") if name in args}
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a list separated by commas."""
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def drawing(args: dict[str, Any]) -> Any:
+    """The module that draws, unless no figure is wanted. Raises `ValueError` where it cannot."""
+    if "no_figure" in args:
+        return None
+    from advmoe.report import figures
+
+    figures.require_matplotlib()
+    return figures
+
+
+def add_engine(parser: Parser) -> None:
+    """Add the options that `engine_options` reads."""
+    accelerators = ",".join(get_args(Accelerator))
+    parser.add_argument("--accelerator", metavar=f"{{{accelerators}}}", help="where to run (default: auto)")
+    parser.add_argument("--threads", metavar="T", help="CPU threads per process (default: PyTorch's choice)")
+
+
+def engine_options(args: dict[str, Any]) -> dict[str, Any]:
+    """Where to compute: the options that commands share."""
+    return {
+        "accelerator": typed("--accelerator", Accelerator, args.get("accelerator", "auto")),
+        "threads": count("--threads", args.get("threads")),
+    }
+
+
+def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> None:
+    """Make options of the fields of the groups in `wanted` (None: all of them)."""
+    for group, names in wanted.items():
+        cls = get_type_hints(Config)[group]
+        section = parser.add_argument_group(group, description=inspect.getdoc(cls))
+        hints, docs = get_type_hints(cls), _field_docs()[cls.__name__]
+        for item in fields(cls):
+            if names is None or item.name in names:
+                default = item.default if item.default_factory is MISSING else item.default_factory()
+                note = _shown(default) if defaults else "the run's"
+                text = f"{docs[item.name]} (default: {note})".replace("%", "%%")
+                option = f"--{group}.{item.name}"
+                section.add_argument(option, metavar=_metavar(hints[item.name]), help=text)
+
+
+@cache
+def _field_docs() -> dict[str, dict[str, str]]:
+    """The docstring after each field of each dataclass in `config.py`: Python itself does not keep them."""
+    docs: dict[str, dict[str, str]] = {}
+    for cls in ast.parse(inspect.getsource(config_module)).body:
+        if isinstance(cls, ast.ClassDef):
+            found = docs.setdefault(cls.name, {})
+            for item, after in zip(cls.body, cls.body[1:], strict=False):
+                match item, after:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[name] = text
+    return docs
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint))}}}"
+    base = next(iter(get_args(hint)), hint)
+    return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[base]
+
+
+def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields given on the command line: numbers and truth values as YAML reads them, text as it is."""
+    found: dict[str, dict[str, Any]] = {}
+    for group, cls in get_type_hints(Config).items():
+        hints = get_type_hints(cls)
+        for name, text in (args.get(group) or {}).items():
+            base = next(iter(get_args(hints[name])), hints[name])
+            as_yaml = base in (bool, int, float) or (text == "null" and type(None) in get_args(hints[name]))
+            value = parse_yaml(text, f"{group}.{name}") if as_yaml else text
+            found.setdefault(group, {})[name] = value
+    return found
+
+
+def existing_run(option: str, text: str) -> Path:
+    """The run directory that `option` names. Raises `ValueError` where it is none."""
+    require((Path(text) / "config.yaml").is_file(), option, "a run directory (one that holds a config.yaml)", text)
+    return Path(text)
+
+
+def count(option: str, text: str | None, *, low: int = 1) -> int | None:
+    """The whole number given to `option`, None where nothing was. Raises `ValueError` below `low`."""
+    if text is None:
+        return None
+    value: int = typed(option, int, parse_yaml(text, option))
+    require(value >= low, option, f">= {low}", value)
+    return value
+
+
+def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> ValueError:
+    """The parser's complaint, with near matches where an option does not exist."""
+    _, _, rest = message.partition("unrecognized arguments: ")
+    if command is None or not rest.startswith("--"):
+        return ValueError(message)
+    word = rest.split()[0].split("=")[0]
+    options = [text[2:] for action in parsers[command]._actions for text in action.option_strings if text[:2] == "--"]
+    near = [f"--{name}" for name in near_matches(word[2:], options)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"see advmoe {command} --help"
+    return ValueError(f"{word} is no option of {command}: {hint}")
+
+
+@contextmanager
+def interruptible(home: Path, again: str, mark: str) -> Iterator[None]:
+    """Where an interruption leaves something to continue (`mark` exists in `home`), say how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (home / mark).exists():
+            raise
+        code = fail(f"interrupted; to continue: {again}", 130)
+        raise SystemExit(code) from None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error itself: a library's `ValueError` is a bug and keeps its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == "advmoe"
+
+
+def fail(error: BaseException | str, code: int) -> int:
+    """Show a mistake as one line on stderr; returns `code`."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    print("advmoe: error:", " ".join(text.split()), file=sys.stderr)
+    return code

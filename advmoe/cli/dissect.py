@@ -1,0 +1,30 @@
+"""`advmoe dissect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advmoe.cli.arguments import Parser, drawing, measured, measuring_parser
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = measuring_parser("Dissect an attack on a routed run: predictions and choices of experts that survive.")
+    parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
+    return parser
+
+
+def run(args: dict[str, Any], argv: list[str]) -> int:
+    """Run the command on its parsed options; returns the exit code."""
+    target, options = measured(args)
+    draw = drawing(args)
+
+    from advmoe.evaluation.runs import dissect_run
+
+    home, found = dissect_run(target, **options)
+    for name, dissection in found.items():
+        print(f"{name}\n{dissection.table()}\n")
+        if draw is not None:
+            draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
+    print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
+    return 0

@@ -1,0 +1,67 @@
+"""`advmoe evaluate`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from advmoe.cli.arguments import Parser, count, interruptible, measured, measuring_parser
+from advmoe.evaluation.targets import home_of
+
+_GAP = "straight-through PGD less the worst case"
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.")
+    add = parser.add_argument
+    add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
+    add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")
+    return parser
+
+
+def run(args: dict[str, Any], argv: list[str]) -> int:
+    """Run the command on its parsed options; returns the exit code."""
+    target, options = measured(args)
+    options["workers"] = count("--workers", args.get("workers"))
+    options["threads"] = options["threads"] or 1
+    options["resume"] = "resume" in args
+
+    from advmoe.evaluation.runs import evaluate_run
+
+    home = home_of(target, options.get("out"))
+    again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
+    with interruptible(home, again, ".evaluation"):
+        result = evaluate_run(target, **options)
+    print(_table(result))
+    print(f"\nwritten to {home / 'evaluation.json'} and evaluation-examples.npz")
+    return 0
+
+
+def _table(result: dict[str, Any]) -> str:
+    """What `evaluation.json` holds, as aligned lines: accuracies in percent with 95% intervals, then costs."""
+    threat, gap = result["threat"], result.get("masking_gap")
+    attacks = result.get("attacks", {})
+    rows = [("clean", f"{100 * result['clean_accuracy']:.1f} %", "")]
+    for name, value in result["robust_accuracy"].items():
+        report = attacks.get(name, {})
+        low, high = report.get("interval", (None, None))
+        note = "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}, {report['seconds']:.0f} s"
+        rows.append((name, f"{100 * value:.1f} %", note))
+        if len(parts := report.get("parts", {})) > 1:
+            rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
+    rows.append(("worst case", f"{100 * result['worst_case']:.1f} %", ""))
+    if "masking_gap" in result:
+        rows.append(("masking gap", "-" if gap is None else f"{100 * gap:.1f} points", _GAP))
+    rows += [(name.replace("_", " "), _plain(value), "") for name, value in result.get("cost", {}).items()]
+    left, right = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{name:<{left}}  {value:>{right}}  {note}".rstrip() for name, value, note in rows]
+    lines += [f"\n{name}: {report['skipped']}" for name, report in attacks.items() if "skipped" in report]
+    lines += [f"flag  {name}: {flag}" for name, report in attacks.items() for flag in report.get("flags", ())]
+    return "\n".join([f"{result['num_examples']} images, {threat['norm']} eps {threat['eps']:.4g}", "", *lines])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,100 @@
+"""`advmoe train`."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from advmoe.cli.arguments import (
+    Parser,
+    add_engine,
+    add_fields,
+    count,
+    engine_options,
+    existing_run,
+    fail,
+    given_fields,
+    interruptible,
+    new_parser,
+)
+from advmoe.config import OWN_MODEL, Config, merged, read_yaml, require
+from advmoe.evaluation.targets import home_of
+from advmoe.recipes import recipe, recipe_names
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = new_parser(
+        "Train a model, or continue a run. --model FILE.py:FACTORY and --to-moe, which converts it, are short for "
+        "--model.source and --model.to_moe true."
+    )
+    add = parser.add_argument
+    add("--config", metavar="RECIPE|YAML", help="a recipe by name (see `advmoe recipes`) or a YAML file")
+    add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
+    add("--resume", metavar="RUN", help="continue the run in this directory")
+    add("--print_config", action="store_true", help="print the resolved configuration and stop")
+    add("--devices", metavar="K", help="processes, each with a device of its own (default: 1, or the resumed run's)")
+    add_engine(parser)
+    add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
+    return parser
+
+
+def run(args: dict[str, Any], argv: list[str]) -> int:
+    """Run the command on its parsed options; returns the exit code."""
+    overrides, resumed = given_fields(args), args.get("resume")
+    model = overrides.get("model", {})
+    devices, engine = count("--devices", args.get("devices")), engine_options(args)
+    if resumed is not None:
+        alone = not overrides or overrides == {"model": {"source": model.get("source")}}
+        alone = alone and "config" not in args and "run_dir" not in args
+        require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
+        run_dir = existing_run("--resume", resumed)
+        config = Config.load(run_dir / "config.yaml")
+    else:
+        name, values = _source(args.get("config"), model.get("source"))
+        config = Config.from_dict(merged(values, overrides))
+        for field in OWN_MODEL if config.model.source is not None else ():
+            rule = "left out with a network of your own (--model)"
+            require(field not in model, f"model.{field}", rule, model.get(field))
+        run_dir = Path(args.get("run_dir", f"runs/{name}-{config.training.seed}"))
+    if "print_config" in args:
+        print(config.to_yaml(), end="")
+        return 0
+    if resumed is None:
+        free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+        rule = "new or empty (--resume continues a run, --run-dir names another place)"
+        require(free, "the run directory", rule, str(run_dir))
+
+    named = model.get("source", config.model.source)
+    own = f" --model {shlex.quote(named)}" if named is not None else ""
+    with interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
+        from advmoe.training import run as runs
+        from advmoe.training.trainer import TrainingDiverged
+
+        try:
+            if resumed is None:
+                command = ["advmoe", *argv]
+                runs.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
+            else:
+                runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
+        except TrainingDiverged as error:
+            return fail(error, 1)
+    print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
+    return 0
+
+
+def _source(text: str | None, own: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of `--config`: a recipe's, or a YAML file's; none are needed to train a network `own`."""
+    names = recipe_names()
+    prefix = f"{home_of(own).name}-" if own is not None else ""
+    if text in names:
+        return prefix + text, recipe(text)
+    if text is not None and Path(text).is_file():
+        return prefix + Path(text).stem, read_yaml(text)
+    if text is None and own is not None:
+        return prefix.removesuffix("-"), {}
+    near = difflib.get_close_matches(text or "", names, n=1)
+    got = "nothing" if text is None else f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
+    raise ValueError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")
