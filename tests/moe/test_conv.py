@@ -224,6 +224,29 @@ def test_hard_and_masked_agree_whatever_the_convolution(kwargs):
         assert right.abs().max() > 0, name
 
 
+@pytest.mark.parametrize(("experts", "c_out"), [(2, 4), (3, 2)])
+def test_few_filters_of_all_experts_at_once_give_each_sample_its_own(experts, c_out, monkeypatch):
+    torch.manual_seed(0)
+    conv = MoEConv2d(
+        4, c_out, 3, 1, 1, bank_rows=experts * c_out, num_experts=experts, layer=0, bias=True, own_router=False
+    )
+    torch.nn.init.normal_(conv.bias)
+    x, forced = torch.rand(9, 4, 6, 5), torch.arange(9)[:, None] % experts
+    seen, together = [], conv._within_a_vector
+    monkeypatch.setattr(conv, "_within_a_vector", lambda *given: seen.append(1) or together(*given))
+    scores = [torch.zeros(9, experts)]
+    with route(forced=forced) as routing:
+        routing.shared = scores
+        grouped = conv(x)
+        assert not seen  # a gradient is to come: samples are grouped
+        with torch.no_grad():
+            torch.testing.assert_close(conv(x), grouped)
+    assert seen
+    for expert, rows in enumerate(conv.rows):
+        own = torch.nn.functional.conv2d(x[expert::experts], conv.bank[rows], conv.bias[rows], 1, 1)
+        torch.testing.assert_close(grouped[expert::experts], own)
+
+
 def test_a_bias_is_a_bank_of_its_own():
     conv = MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, bias=True)
     assert [tuple(bank.shape) for bank in conv.banks()] == [(16, 4, 3, 3), (16,)]
