@@ -65,6 +65,8 @@ class Subject:
     """Where results are written."""
     seed: int
     source: str
+    classes: tuple[str, ...]
+    """Names of the classes."""
 
     @property
     def threat(self) -> ThreatModel:
@@ -118,7 +120,7 @@ def subject(
     if num_examples is not None and num_examples < len(index):
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
     home = home_of(str(target), out)
-    return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name)
+    return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name, dataset.classes)
 
 
 def evaluate_run(

@@ -1,0 +1,115 @@
+"""A few test images of a run, attacked, to be looked at: pixels, predictions and pathways before and after.
+
+Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` classes. Pixels and eps are in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advmoe.attacks.pgd import Predict
+from advmoe.data import Images
+from advmoe.evaluation.accuracy import Plan, make_job, positive
+from advmoe.evaluation.harness import threads_set
+from advmoe.evaluation.runs import subject
+from advmoe.evaluation.scoring import measuring, take
+from advmoe.evaluation.suite import build
+from advmoe.files import write_whole
+from advmoe.moe.routing import route
+from advmoe.seeding import generator_for, seed_for
+
+NAME = "gallery.npz"
+"""The file's name in a run directory."""
+
+_CANDIDATES = 128
+
+
+def gallery_run(
+    target: str | Path,
+    *,
+    number: int = 8,
+    source: str | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    accelerator: str = "auto",
+    threads: int | None = None,
+    seed: int | None = None,
+) -> Path:
+    """Attack some test images of a run by PGD, as configured, and keep what one needs to show them: `gallery.npz`.
+
+    The images are drawn by the seed from those that the model classifies right without an attack, one of each class in
+    turn; from those it does not where there are too few. So they show what the attack does, and nothing of accuracy.
+
+    Args: as of `runs.subject`; number: of images. threads: CPU threads, None for PyTorch's number.
+
+    The file's arrays: `index` (N,) positions in the test set, `labels`, `clean`, `adversarial` (N, C, H, W) float16,
+    `clean_prediction` and `adversarial_prediction` (N,), their softmax probabilities `clean_confidence` and
+    `adversarial_confidence` (N,), `clean_pathway` and `adversarial_pathway` (N, L), (N, L, T) where tokens are routed
+    one by one, (N, 0) for a plain model, `num_experts`, `classes` (K,) names, `attack`, `norm` and `eps`. Returns where
+    it is. Raises `ValueError` for whatever cannot be used.
+    """
+    given = subject(target, source=source, overrides=overrides, seed=seed)
+    device = Plan(accelerator=accelerator).devices()[0]
+    predict = given.load(device)
+    with threads_set(threads):
+        index = _drawn(predict, given.data, positive("number", number), given.seed, device)
+    images = given.data.subset(index)
+    job, (name, *_) = make_job(
+        predict, images, device, given.threat, given.config.attack, ["pgd"], len(index), given.seed
+    )
+    (part,) = build(name, predict, job.setting, None).parts
+    x, y = take(images, slice(0, len(index)), device)
+    with threads_set(threads):
+        with measuring(predict, device):
+            x_adv = given.threat.project(part.run(x, y, seed_for(given.seed, "gallery", name)).x_adv, x)
+        before, after = (_seen(predict, pixels, device) for pixels in (x, x_adv))
+    arrays: dict[str, Any] = {
+        "index": given.index[index].numpy(),
+        "labels": y.cpu().numpy(),
+        "clean": x.cpu().half().contiguous().numpy(),
+        "adversarial": x_adv.cpu().half().contiguous().numpy(),
+        "classes": np.array(given.classes, dtype=np.str_),
+        "num_experts": np.array(max(before["experts"], after["experts"])),
+        "attack": np.array(name),
+        "norm": np.array(given.threat.norm),
+        "eps": np.array(given.threat.eps),
+    }
+    for kind, seen in (("clean", before), ("adversarial", after)):
+        arrays |= {f"{kind}_{what}": seen[what].numpy() for what in ("prediction", "confidence", "pathway")}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    given.home.mkdir(parents=True, exist_ok=True)
+    write_whole(given.home / NAME, write)
+    return given.home / NAME
+
+
+def _drawn(predict: Predict, data: Images, number: int, seed: int, device: torch.device) -> Tensor:
+    """Positions of `number` images at most, drawn from `_CANDIDATES` or more of `data`."""
+    shuffled = torch.randperm(len(data), generator=generator_for(seed, "gallery"))[: max(_CANDIDATES, 8 * number)]
+    x, y = take(data.subset(shuffled), slice(0, len(shuffled)), device)
+    wrong = _seen(predict, x, device)["prediction"] != y.cpu()
+    turns: Counter[tuple[bool, int]] = Counter()
+    queue = []
+    for position, failed, label in zip(shuffled.tolist(), wrong.tolist(), y.tolist(), strict=True):
+        turns[failed, label] += 1
+        queue.append((failed, turns[failed, label], label, position))
+    return torch.tensor([position for *_, position in sorted(queue)[:number]])
+
+
+def _seen(predict: Predict, x: Tensor, device: torch.device) -> dict[str, Any]:
+    """What a classifier makes of pixels (N, C, H, W), under hard routing."""
+    with measuring(predict, device), torch.no_grad(), route() as routing:
+        confidence, prediction = predict(x).float().softmax(1).max(1)
+    routed = bool(routing.choices)
+    pathway = routing.pathway() if routed else torch.empty(len(x), 0, dtype=torch.long)
+    experts = max((scores.shape[-1] for scores in routing.scores.values()), default=0)
+    found: dict[str, Any] = {"prediction": prediction.cpu(), "confidence": confidence.cpu(), "pathway": pathway.cpu()}
+    return found | {"experts": experts}

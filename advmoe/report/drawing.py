@@ -1,0 +1,72 @@
+"""What all figures share: colours, style, and a file written whole.
+
+A figure is a pure function of its data: the same file, byte for byte, from the same data and version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
+LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
+MARKS = "osD^vPX"
+GREY = "#595959"
+# What stands on a coloured part keeps its colour where a dark page turns black axes and text white.
+INK, PAPER = "#010101", "#FEFEFE"
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#D9D9D9",
+    "hatch.linewidth": 0.8,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "svg.fonttype": "none",  # text stays text: searchable, and read aloud
+    "svg.hashsalt": "advmoe",
+}
+
+
+def require_fields(result: Mapping[str, Any], fields: tuple[str, ...], what: str) -> None:
+    """Raise `ValueError` where `result`, shown as `what`, lacks one of `fields`."""
+    missing = [name for name in fields if not isinstance(result, Mapping) or name not in result]
+    if missing:
+        raise ValueError(f"result must be a {what} with {', '.join(fields)}, got one without {', '.join(missing)}")
+
+
+def require_matplotlib() -> None:
+    """Raise `ValueError`, which names the extra, where figures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("figures need matplotlib (pip install 'advmoe[figures]'), got none installed") from None
+
+
+@contextmanager
+def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure (inches), written to `path` once it is drawn; no settings are left behind."""
+    path = Path(path)
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise ValueError(f"path must end in .svg or .png, got {str(path)!r}")
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower()[1:]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    path.write_bytes(content.getvalue())

@@ -1,0 +1,122 @@
+"""The gallery: images before and after an attack, what the model made of each, and how its pathway changed.
+
+Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens. Pixels and eps are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from advmoe.report.drawing import INK, LINES, PAPER
+from advmoe.report.html import Html, element, joined
+from advmoe.report.results import Arrays
+from advmoe.report.tables import percent
+
+_Pixels = np.ndarray[Any, Any]
+_LIGHT = {"#E69F00", "#56B4E9", "#CC79A7"}
+
+
+def gallery(found: Arrays) -> Html:
+    """The cards of all images of a gallery, as `advmoe report` keeps it in a run directory."""
+    eps, norm = float(found["eps"]), str(found["norm"])
+    cards = [_card(found, at) for at in range(len(found["labels"]))]
+    radius = f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g}"
+    about = (
+        f"{len(cards)} test images under {found['attack']} ({norm}, eps {radius}), drawn from those that the model "
+        "classifies right without an attack, as far as there are any: they show what the attack does and nothing of "
+        "accuracy. In the middle the perturbation: grey is no change, and full colour the largest change in the image."
+    )
+    if found["clean_pathway"].shape[1:2] != (0,):
+        about += " Below, the expert chosen in each MoE layer, before and after; a framed cell is a changed choice."
+    return joined(element("p", about), element("ul", cards, class_="gallery"))
+
+
+def _card(found: Arrays, at: int) -> Html:
+    names = found["classes"]
+    label, before, after = (
+        _name(names, found[k][at]) for k in ("labels", "clean_prediction", "adversarial_prediction")
+    )
+    sure = [percent(float(found[f"{kind}_confidence"][at]), 0) for kind in ("clean", "adversarial")]
+    right = [int(found[f"{kind}_prediction"][at]) == int(found["labels"][at]) for kind in ("clean", "adversarial")]
+    verdict = {
+        (True, True): ("holds", "The prediction survives"),
+        (True, False): ("fails", "The prediction is broken"),
+        (False, False): ("neutral", "Wrong before and after"),
+        (False, True): ("neutral", "Wrong before, right after"),
+    }[right[0], right[1]]
+    clean, adversarial = (found[kind][at].astype(np.float32) for kind in ("clean", "adversarial"))
+    change = adversarial - clean
+    largest = float(np.abs(change).max()) or 1.0
+    pictures = [
+        _picture(clean, "clean", f"Test image {found['index'][at]}, a {label}"),
+        _picture(0.5 + change / (2 * largest), "change", "The perturbation, enlarged in strength"),
+        _picture(adversarial, "attacked", "The image with the perturbation added"),
+    ]
+    return element(
+        "li",
+        element("h4", label, element("span", f" test image {found['index'][at]}", class_="quiet")),
+        element("div", pictures, class_="pictures"),
+        element("p", element("span", verdict[1], class_=f"verdict {verdict[0]}")),
+        element("p", f"{before} ({sure[0]} %) \N{RIGHTWARDS ARROW} {after} ({sure[1]} %)"),
+        _pathways(found["clean_pathway"][at], found["adversarial_pathway"][at]),
+        class_="card",
+    )
+
+
+def _name(names: _Pixels, number: Any) -> str:
+    return str(names[number]) if 0 <= number < len(names) else f"class {number}"
+
+
+def _picture(pixels: _Pixels, name: str, alt: str) -> Html:
+    image = element("img", src=_png(pixels), alt=alt, width=96, height=96)
+    return element("span", image, element("span", name, class_="quiet"))
+
+
+def _png(pixels: _Pixels) -> str:
+    """Pixels (C, H, W) as a data address; other than 1 or 3 channels become their mean."""
+    levels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    if len(levels) == 3:
+        image = Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
+    else:
+        image = Image.fromarray(np.rint(levels.mean(0)).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _pathways(before: _Pixels, after: _Pixels) -> Html | None:
+    """The two pathways (L,) of one image as rows of cells, and the changed layers in words; of (L, T), words alone."""
+    layers = len(before)
+    if layers == 0:
+        return None
+    changed = np.flatnonzero((before != after).reshape(layers, -1).any(1)).tolist()
+    what = "choice of a token " if before.ndim == 2 else ""
+    said = f"{len(changed)} of {layers} layers changed {what}" if changed else f"None of {layers} layers changed {what}"
+    said = said.rstrip() + (f": {', '.join(map(str, changed))}" if changed else "")
+    words = element("p", f"Pathway: {said}.", class_="quiet")
+    if before.ndim == 2:
+        return words
+    cells = [
+        _cell(layer, row, int(path[layer]), framed=row == 1 and layer in changed)
+        for row, path in enumerate((before, after))
+        for layer in range(layers)
+    ]
+    strip = element(
+        "svg", cells, viewBox=f"0 0 {12 * layers} 27", class_="strip", role="img",
+        aria_label=f"Experts by layer, clean {' '.join(map(str, before))}, attacked {' '.join(map(str, after))}",
+    )  # fmt: skip
+    return joined(strip, words)
+
+
+def _cell(layer: int, row: int, expert: int, *, framed: bool) -> Html:
+    colour = LINES[expert % len(LINES)]
+    ink = INK if colour in _LIGHT else PAPER
+    x, y = 12 * layer + 1, 14 * row + 1
+    frame = {"stroke": "currentColor", "stroke_width": "1.8"} if framed else {}
+    box = element("rect", x=x, y=y, width=10, height=11, rx=1.5, fill=colour, **frame)
+    return joined(box, element("text", expert, x=x + 5, y=y + 8.2, fill=ink, font_size=7, text_anchor="middle"))

@@ -1,0 +1,209 @@
+"""The part of the page that is about one study, from its `study.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from advmoe.report.album import Album
+from advmoe.report.html import Content, Html, element, joined
+from advmoe.report.results import Study
+from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, seconds, table
+
+_VERDICTS = {
+    "holds": ("holds", "\N{CHECK MARK}"),
+    "does not hold": ("fails", "\N{MULTIPLICATION X}"),
+    "undecided": ("neutral", "?"),
+}
+"""Verdict: its class in the style sheet, and a mark that goes with the word."""
+
+
+def study_section(study: Study, album: Album, number_: int) -> Html:
+    """Everything a study found: claims, tables, figures, and the runs behind them."""
+    found, ident = study.content, f"study-{number_}"
+    return element(
+        "section",
+        element("h2", study.title, id=f"{ident}-title"),
+        element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
+        element("p", _about(found)),
+        claims(found.get("claims") or []),
+        _tables(found.get("tables") or []),
+        _figures(study, album),
+        _notes(found.get("notes") or []),
+        element("h3", "What made it"),
+        element("pre", element("code", str(found["command"]))) if found.get("command") else None,
+        _runs(study),
+        _settings(found),
+        id=ident,
+        aria_labelledby=f"{ident}-title",
+    )
+
+
+def _about(found: Mapping[str, Any]) -> str:
+    seeds = found.get("seeds") or []
+    words = [f"Scale {found.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
+    if found.get("hardware"):
+        words.append(_flat(found["hardware"]))
+    if found.get("threads") is not None:
+        words.append(f"{found['threads']} threads")
+    if found.get("seconds") is not None:
+        words.append(f"{seconds(found['seconds'])} in all")
+    return f"{'; '.join(words)}."
+
+
+def claims(entries: Sequence[Mapping[str, Any]]) -> Content:
+    """Each claim with its verdict under every measure, in words, beside the test and its numbers."""
+    if not entries:
+        return None
+    parts: list[Content] = [element("h3", "Claims")]
+    for claim in entries:
+        rows: list[list[Cell | Content]] = []
+        for each in claim.get("verdicts") or []:
+            p = each.get("p_value")
+            rows.append([
+                str(each.get("measure")), Cell(verdict(str(each.get("verdict"))), str(each.get("verdict"))),
+                Cell(DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", p), str(each.get("test") or DASH),
+                _flat(each.get("numbers")), str(each.get("note") or ""),
+            ])  # fmt: skip
+        source = claim.get("source")
+        parts.append(
+            element(
+                "div",
+                element("h4", claim.get("statement") or claim.get("name")),
+                element("p", f"{claim.get('name')}{f' ({source})' if source else ''}", class_="quiet"),
+                table(
+                    f"Claim {claim.get('name')}, by measure",
+                    ["Measure", "Verdict at this size", "p-value", "Test", "Numbers", "Note"], rows,
+                ),
+                class_="claim",
+            )
+        )  # fmt: skip
+    return parts
+
+
+def verdict(word: str) -> Html:
+    """A verdict in words, with a mark and a colour beside them."""
+    kind, mark = _VERDICTS.get(word, ("neutral", "?"))
+    return element("span", element("span", f"{mark} ", aria_hidden="true"), word, class_=f"verdict {kind}")
+
+
+def _tables(entries: Sequence[Mapping[str, Any]]) -> Content:
+    if not entries:
+        return None
+    parts: list[Content] = [element("h3", "Tables")]
+    for entry in entries:
+        columns, rows = beside_paper(entry.get("columns") or [], entry.get("rows") or [])
+        parts.append(element("h4", entry.get("title")) if entry.get("title") else None)
+        parts.append(table(entry.get("caption") or entry.get("title") or "Results", columns, rows))
+    return parts
+
+
+def beside_paper(
+    columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Column], list[list[Cell | Content]]]:
+    """A study's table, with a further column beside every one for which the paper reports something."""
+    cells = {column["key"]: [row.get(column["key"]) for row in rows] for column in columns}
+    reported = {
+        key for key, values in cells.items() if any(isinstance(v, dict) and v.get("paper") is not None for v in values)
+    }
+    heads: list[Column] = []
+    lines: list[list[Cell | Content]] = [[] for _ in rows]
+    for column in columns:
+        key, title = column["key"], str(column.get("title") or column["key"])
+        heads.append(Column(f"{title}, ours" if key in reported else title, column.get("better")))
+        heads += [Column(f"{title}, paper")] if key in reported else []
+        for line, value in zip(lines, cells[key], strict=True):
+            line.append(_measured(value))
+            if key in reported:
+                paper = value if isinstance(value, dict) else {}
+                line.append(_spread(paper.get("paper"), paper.get("paper_std"), None, shade=True))
+    return heads, lines
+
+
+def _measured(value: Any) -> Cell:
+    if isinstance(value, dict):
+        return _spread(value.get("mean"), value.get("std"), value.get("n"), shade=False)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(number(value), value)
+    return Cell(DASH if value is None else str(value), None if value is None else str(value))
+
+
+def _spread(mean: float | None, std: float | None, n: int | None, *, shade: bool) -> Cell:
+    if mean is None or math.isnan(mean):
+        return Cell(DASH, None, shade)
+    around = "" if std is None else f" \N{PLUS-MINUS SIGN} {std:.{decimals(mean)}f}"
+    count = element("small", f" n = {n}") if n is not None and n != 1 else None
+    return Cell(joined(number(mean), around, count), mean, shade)
+
+
+def _figures(study: Study, album: Album) -> Content:
+    entries = study.content.get("figures") or []
+    if not entries:
+        return None
+    drawn: list[Content] = []
+    for entry in entries:
+        title, alt = str(entry.get("title") or entry.get("id") or "Figure"), str(entry.get("alt") or "")
+        name = f"{study.path.name}-{entry.get('id', 'figure')}"
+        svg = _inside(study, entry.get("svg"))
+        if svg is None:
+            drawn.append(element("p", f"The figure {title!r} is missing: no file {entry.get('svg')!r} in the study."))
+            continue
+        drawn.append(
+            album.keep(name, svg, _inside(study, entry.get("png")), title=title, alt=alt, caption=entry.get("caption"))
+        )
+    return [element("h3", "Figures"), element("div", drawn, class_="figures")]
+
+
+def _inside(study: Study, name: Any) -> Any:
+    """A file of the study's folder, None where it is not there or lies elsewhere."""
+    if not isinstance(name, str):
+        return None
+    path = (study.path / name).resolve()
+    return path if path.is_file() and path.is_relative_to(study.path.resolve()) else None
+
+
+def _notes(entries: Sequence[Any]) -> Content:
+    if not entries:
+        return None
+    return [element("h3", "Notes"), element("ul", [element("li", str(each)) for each in entries])]
+
+
+def _runs(study: Study) -> Content:
+    entries = study.content.get("runs") or []
+    if not entries:
+        return None
+    rows: list[list[Cell | Content]] = [
+        [
+            str(each.get("name") or each.get("key")), each.get("seed"), str(each.get("status")),
+            Cell(seconds(each.get("seconds")), each.get("seconds")), str(each.get("path") or ""),
+            str(each.get("error") or ""),
+        ]
+        for each in entries
+    ]  # fmt: skip
+    bad = [each for each in entries if each.get("status") != "finished"]
+    said = f"{len(entries)} runs, {len(entries) - len(bad)} of them finished."
+    if bad:
+        said += " The numbers above are without the others: " + ", ".join(
+            f"{each.get('name') or each.get('key')}, seed {each.get('seed')} ({each.get('status')})" for each in bad[:8]
+        ) + (f" and {len(bad) - 8} more." if len(bad) > 8 else ".")  # fmt: skip
+    listing = table(f"Runs of {study.title}", ["Run", "Seed", "Status", "Time", "Directory", "Error"], rows)
+    return [element("p", said), element("details", element("summary", f"All {len(entries)} runs"), listing)]
+
+
+def _settings(found: Mapping[str, Any]) -> Content:
+    rows = [(str(name), _flat(value)) for name, value in (found.get("settings") or {}).items()]
+    rows += [(name, _flat(found[name])) for name in ("versions", "hardware", "created") if found.get(name)]
+    if not rows:
+        return None
+    return element("details", element("summary", "Settings, versions, hardware"), pairs("What all runs share", rows))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{str(name).replace('_', ' ')} {_flat(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_flat, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value)
+    return "" if value is None else str(value)

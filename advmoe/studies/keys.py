@@ -1,0 +1,66 @@
+"""What makes two runs, or two measurements, the same: a hash of all that their results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from advmoe.config import Config, ModelConfig, Pixels
+
+_NO_RESULT = {"data": ("root", "download", "workers"), "training": ("init_from",)}
+"""Fields that change no result, or that are told apart by content: where images lie, and what a run starts from."""
+_ROUTED = ("num_experts", "router", "route_per", "experts", "experts_init")
+"""Fields of the model that say nothing about a plain one."""
+
+
+def digest(value: Any) -> str:
+    """Twelve characters that stand for `value`, which JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_key(config: Config, start: str | None = None) -> str:
+    """The key of a training run. `start`: that of the run it starts from.
+
+    Every field counts but those that change no result: where images lie and how they are read, how the trained model
+    is attacked later (`attack`), and what does not concern the model's kind. Images of one's own are told apart by
+    their classes and numbers.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        group: {name: _plain(value) for name, value in vars(getattr(config, group)).items()}
+        for group in ("model", "data", "threat", "training")
+    }
+    for group, names in _NO_RESULT.items():
+        for name in names:
+            groups[group].pop(name, None)
+    model, kind = groups["model"], config.model.kind
+    if kind != "moe":
+        model.update({name: getattr(ModelConfig(), name) for name in _ROUTED})
+    if kind == "dense":
+        model["scale"] = 1.0
+    if config.data.name == "folder":
+        groups["data"]["images"] = _listing(config.data.root)
+    return digest({"config": groups, "start": start})
+
+
+def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:
+    """The key of a measurement on a run."""
+    return f"{kind}-{digest({'options': options, 'against': against})}"
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Pixels) else value
+
+
+@cache
+def _listing(root: str) -> dict[str, dict[str, int]]:
+    """Classes and numbers of files of an image folder, by split; empty where it cannot be read."""
+    found: dict[str, dict[str, int]] = {}
+    for split in sorted(path for path in Path(root).glob("*") if path.is_dir()):
+        folders = sorted(entry.path for entry in os.scandir(split) if entry.is_dir())
+        found[split.name] = {Path(folder).name: sum(1 for _ in os.scandir(folder)) for folder in folders}
+    return found

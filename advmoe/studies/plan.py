@@ -1,0 +1,172 @@
+"""From a study's rows to tasks: which runs, from which others, and what is measured on each. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from advmoe.config import Config, merged
+from advmoe.studies.keys import measure_key, run_key
+from advmoe.studies.spec import Measure, Row, Run, Settings
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of one seed, and where it lies."""
+
+    key: str
+    name: str
+    seed: int
+    config: dict[str, dict[str, Any]]
+    path: Path
+    start: str | None
+    """Key of the run that it starts from."""
+
+    @property
+    def id(self) -> str:
+        """Its task's name."""
+        return self.key
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Tasks that come before."""
+        return () if self.start is None else (self.start,)
+
+    def state(self) -> str:
+        """`finished`, `interrupted` or `missing`."""
+        try:
+            finished = json.loads((self.path / "manifest.json").read_text())["finished"] is not None
+        except (OSError, ValueError, KeyError):
+            finished = False
+        if finished and (self.path / "model.safetensors").is_file():
+            return "finished"
+        return "interrupted" if self.path.exists() else "missing"
+
+
+@dataclass(frozen=True)
+class PlannedMeasure:
+    """A measurement on one run, and where its results lie."""
+
+    run: PlannedRun
+    kind: str
+    options: dict[str, Any]
+    against: PlannedRun | None
+    key: str
+
+    @property
+    def id(self) -> str:
+        """Its task's name."""
+        return f"{self.run.key}/{self.key}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Tasks that come before."""
+        return (self.run.key,) if self.against is None else (self.run.key, self.against.key)
+
+    @property
+    def path(self) -> Path:
+        """The folder of its results."""
+        return self.run.path / "measures" / self.key
+
+    @property
+    def result(self) -> Path:
+        """The file that the function which measures writes."""
+        names = {"evaluate": "evaluation", "sweep": "sweep", "dissect": "dissection"}
+        return self.path / f"{names.get(self.kind, self.kind)}.json"
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else may run meanwhile, as for times."""
+        return self.kind == "cost"
+
+    def state(self) -> str:
+        """`finished` or `missing`."""
+        return "finished" if (self.path / "done.json").is_file() else "missing"
+
+
+Task = PlannedRun | PlannedMeasure
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row with its run and measurements for each seed."""
+
+    row: Row
+    runs: dict[int, PlannedRun]
+    measures: dict[int, dict[str, PlannedMeasure]]
+
+
+@dataclass
+class Planner:
+    """Resolves runs to configurations and keys."""
+
+    root: Path
+    """Where runs lie."""
+    seeds: Sequence[int]
+    overrides: Settings = field(default_factory=dict)
+    _known: dict[tuple[int, int], PlannedRun] = field(default_factory=dict)
+    _kept: list[Run] = field(default_factory=list)  # an id is unique only while its object lives
+
+    def run(self, run: Run, seed: int) -> PlannedRun:
+        """The run of this seed. Raises `ValueError` for settings that cannot be."""
+        found = self._known.get((id(run), seed))
+        if found is not None:
+            return found
+        start = None if run.start is None else self.run(run.start, seed)
+        training = {"seed": seed, "init_from": None if start is None else str(start.path)}
+        config = Config.from_dict(merged(run.settings, self.overrides, {"training": training}))
+        key = run_key(config, None if start is None else start.key)
+        planned = PlannedRun(
+            key, run.name, seed, config.to_dict(), self.root / key, None if start is None else start.key
+        )
+        self._known[id(run), seed] = planned
+        self._kept.append(run)
+        return planned
+
+    def measure(self, measure: Measure, on: PlannedRun) -> PlannedMeasure:
+        """The measurement of a planned run."""
+        against = None if measure.against is None else self.run(measure.against, on.seed)
+        options = dict(measure.options)
+        if measure.kind != "cost":  # how a run is attacked is no part of its key: here it is said
+            options["overrides"] = merged({"attack": on.config["attack"]}, options.get("overrides", {}))
+        key = measure_key(measure.kind, options, None if against is None else against.key)
+        return PlannedMeasure(on, measure.kind, options, against, key)
+
+    def rows(self, rows: Iterable[Row]) -> list[PlannedRow]:
+        """Every row, with a run and its measurements for each seed."""
+        planned = []
+        for row in rows:
+            seeds = row.seeds if row.seeds is not None else tuple(self.seeds)
+            runs = {seed: self.run(row.run, seed) for seed in seeds}
+            found = {
+                seed: {name: self.measure(each, runs[seed]) for name, each in row.measures.items()} for seed in seeds
+            }
+            planned.append(PlannedRow(row, runs, found))
+        return planned
+
+    def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, Task]:
+        """All tasks of `rows` and of the runs that they start from, each after those that it needs."""
+        by_key = {run.key: run for run in self._known.values()}
+        found: dict[str, Task] = {}
+
+        def add(run: PlannedRun) -> None:
+            if run.start is not None:
+                add(by_key[run.start])
+            found.setdefault(run.id, run)
+
+        for row in rows:
+            for seed, run in row.runs.items():
+                add(run)
+                for measure in row.measures[seed].values():
+                    if measure.against is not None:
+                        add(measure.against)
+                    found.setdefault(measure.id, measure)
+        return found
+
+
+def only(rows: Iterable[Row], words: Sequence[str]) -> list[Row]:
+    """The rows whose run's name holds one of `words`, whatever the case; all where there are none."""
+    return [row for row in rows if not words or any(word.lower() in row.run.name.lower() for word in words)]

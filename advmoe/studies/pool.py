@@ -1,0 +1,179 @@
+"""Tasks done by several processes, each after those that it needs; a failed one is reported and what needs it skipped.
+
+A worker imports PyTorch once and takes task after task. It ends itself within a second when the process that started
+it is gone, however that ended. Each has one thread unless asked otherwise, as the number of threads changes rounding:
+so results do not depend on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from advmoe.studies.plan import Task
+
+
+@dataclass
+class Report:
+    """What became of the tasks."""
+
+    errors: dict[str, str] = field(default_factory=dict)
+    """Of the tasks that failed, by id."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the tasks done now, by id."""
+
+    def failed(self, task: Task) -> str | None:
+        """Why `task` has no result; None where it did not fail."""
+        return self.errors.get(task.id)
+
+
+def run_tasks(
+    tasks: Mapping[str, Task],
+    *,
+    jobs: int,
+    threads: int,
+    accelerator: str,
+    logs: Path,
+    told: Callable[[str, Task], None],
+) -> Report:
+    """Do those of `tasks` that are not finished, `jobs` at a time; those that must run alone come last, one by one.
+
+    Args:
+        tasks: by id, each after those that it needs. threads: of each process. logs: folder of the workers' output.
+        told: called with `starts`, `done` or an error's text, and the task, as it happens.
+    """
+    report = Report()
+    todo = {name: task for name, task in tasks.items() if task.state() != "finished"}
+    together = {name: task for name, task in todo.items() if not getattr(task, "alone", False)}
+    alone = {name: task for name, task in todo.items() if name not in together}
+    for part, number in ((together, jobs), (alone, 1)):
+        if part:
+            _Pool(min(number, len(part)), threads, accelerator, logs).run(part, report, told)
+    return report
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: Task | None = None
+    started: float = 0.0
+
+
+class _Pool:
+    def __init__(self, jobs: int, threads: int, accelerator: str, logs: Path) -> None:
+        self.jobs, self.settings, self.logs = jobs, (threads, accelerator), logs
+        self.context = multiprocessing.get_context("spawn")
+        self.workers: list[_Worker] = []
+
+    def run(self, tasks: Mapping[str, Task], report: Report, told: Callable[[str, Task], None]) -> None:
+        waiting = dict(tasks)
+        try:
+            while waiting or any(worker.task for worker in self.workers):
+                self._give(waiting, report, told)
+                busy = {worker.pipe: worker for worker in self.workers if worker.task is not None}
+                for pipe in wait(list(busy), timeout=1.0):
+                    assert isinstance(pipe, Connection)
+                    self._take(busy[pipe], report, told)
+        finally:
+            for worker in self.workers:
+                worker.process.terminate()
+            for worker in self.workers:
+                worker.process.join()
+
+    def _give(self, waiting: dict[str, Task], report: Report, told: Callable[[str, Task], None]) -> None:
+        """Start what can be started; drop what needs something that failed."""
+        running = {worker.task.id for worker in self.workers if worker.task is not None}
+        for name, task in list(waiting.items()):
+            if broken := next((need for need in task.needs if need in report.errors), None):
+                del waiting[name]
+                report.errors[name] = f"skipped, as what it needs failed: {_cause(report.errors[broken])}"
+                told(report.errors[name], task)
+            elif not any(need in waiting or need in running for need in task.needs):
+                worker = next((each for each in self.workers if each.task is None), None) or self._new()
+                if worker is None:
+                    return
+                del waiting[name]
+                worker.task, worker.started = task, time.perf_counter()
+                worker.pipe.send(task)
+                running.add(name)
+                told("starts", task)
+
+    def _new(self) -> _Worker | None:
+        if len(self.workers) >= self.jobs:
+            return None
+        self.logs.mkdir(parents=True, exist_ok=True)
+        ours, theirs = self.context.Pipe()
+        number = len(self.workers)
+        arguments = (theirs, os.getpid(), self.logs / f"worker-{number}.log", number, *self.settings)
+        process = self.context.Process(target=_work, args=arguments, daemon=False)
+        process.start()
+        theirs.close()
+        self.workers.append(_Worker(process, ours))
+        return self.workers[-1]
+
+    def _take(self, worker: _Worker, report: Report, told: Callable[[str, Task], None]) -> None:
+        """The end of a worker's task, or of the worker."""
+        task = worker.task
+        assert task is not None
+        try:
+            error = worker.pipe.recv()
+        except EOFError:
+            worker.process.join()
+            error = f"its process died (exit code {worker.process.exitcode})"
+            self.workers.remove(worker)
+        worker.task = None
+        report.seconds[task.id] = time.perf_counter() - worker.started
+        if error is not None:
+            report.errors[task.id] = error
+        told(error or "done", task)
+
+
+def _cause(error: str) -> str:
+    return error.removeprefix("skipped, as what it needs failed: ")
+
+
+def _work(pipe: Connection, parent: int, log: Path, number: int, threads: int, accelerator: str) -> None:
+    """Do the tasks that come through `pipe` and answer each with None or what went wrong, in one line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    import torch
+
+    from advmoe.studies.work import do
+
+    torch.set_num_threads(threads)
+    if (gpus := torch.cuda.device_count()) > 1 and accelerator != "cpu":
+        torch.cuda.set_device(number % gpus)
+    while True:
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            return
+        error = None
+        try:
+            do(task, threads=threads, accelerator=accelerator)
+        except Exception as problem:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            error = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+        pipe.send(error)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -1,0 +1,206 @@
+"""What the runs of a study found, as its tables, figures and claims read it. Imports no torch.
+
+Axes: `N` images.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
+from advmoe.studies.statistics import mean_std
+
+Outcomes = dict[int, dict[int, bool]]
+"""Per seed and position of an image in the test set, whether the model was right."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, and what was measured on it."""
+
+    run: PlannedRun
+    measures: Mapping[str, PlannedMeasure]
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+
+    def found(self, measure: str) -> dict[str, Any] | None:
+        """The content of a measurement's JSON file; None where there is none."""
+        planned = self.measures.get(measure)
+        if planned is None or planned.state() != "finished":
+            return None
+        content: dict[str, Any] = json.loads(planned.result.read_text())
+        return content
+
+    def arrays(self, measure: str, file: str) -> dict[str, NDArray[Any]]:
+        """The arrays of an .npz file of a measurement; none where it is not there."""
+        planned = self.measures.get(measure)
+        if planned is None or planned.state() != "finished" or not (path := planned.path / file).is_file():
+            return {}
+        with np.load(path) as content:
+            return dict(content)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row's finished runs, by seed."""
+
+    name: str
+    labels: Mapping[str, Any]
+    by_seed: Mapping[int, Trained]
+
+    def values(self, value: Callable[[Trained], float | None]) -> dict[int, float]:
+        """A number of each run that has it."""
+        numbers = {seed: value(run) for seed, run in self.by_seed.items()}
+        return {seed: number for seed, number in numbers.items() if number is not None}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of a study, in its order; with `select`, those that have the labels asked for."""
+
+    rows: Sequence[Found] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Errors by task."""
+
+    @staticmethod
+    def read(rows: Iterable[PlannedRow], skipped: Mapping[str, str] | None = None) -> Results:
+        """What there is of the planned rows."""
+        found = []
+        for row in rows:
+            runs = {
+                seed: Trained(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
+            }
+            found.append(Found(row.row.run.name, row.row.run.labels, runs))
+        return Results(found, skipped or {})
+
+    def select(self, **labels: Any) -> Results:
+        """The rows with these labels."""
+        rows = [row for row in self.rows if all(row.labels.get(name) == value for name, value in labels.items())]
+        return Results(rows, self.skipped)
+
+    def one(self, **labels: Any) -> Found | None:
+        """The first row with these labels; None where there is none."""
+        return next(iter(self.select(**labels).rows), None)
+
+    def distinct(self, label: str) -> list[Any]:
+        """The values of a label, in the order of the rows."""
+        return list(dict.fromkeys(row.labels[label] for row in self.rows if label in row.labels))
+
+    def __iter__(self) -> Iterator[Found]:
+        return iter(self.rows)
+
+
+# Numbers of one run
+
+
+def accuracy_under(attack: str, measure: str = "accuracy") -> Callable[[Trained], float | None]:
+    """Robust accuracy under the attack whose full name matches the expression `attack`."""
+
+    def value(run: Trained) -> float | None:
+        robust = (run.found(measure) or {}).get("robust_accuracy", {})
+        return next((share for name, share in robust.items() if re.fullmatch(attack, name)), None)
+
+    return value
+
+
+def of_evaluation(name: str, measure: str = "accuracy") -> Callable[[Trained], float | None]:
+    """`clean_accuracy`, `worst_case` or `masking_gap` of an evaluation."""
+    return lambda run: (run.found(measure) or {}).get(name)
+
+
+def of_cost(name: str) -> Callable[[Trained], float | None]:
+    """`gmacs` or `ms_per_image` of a run's model, from `cost`; GMACs from the evaluation where there is no other."""
+
+    def value(run: Trained) -> float | None:
+        found = run.found("cost")
+        if found is None:
+            cost: Mapping[str, Any] = (run.found("accuracy") or {}).get("cost", {})
+            return cost.get("gmacs") if name == "gmacs" else None
+        kind = next(iter(found["models"]))
+        number: float = found["models"][kind][name] if name == "gmacs" else found["batches"][-1][name][kind]
+        return number
+
+    return value
+
+
+def seconds_per_epoch(run: Trained) -> float | None:
+    """The median over epochs, as the machine stood."""
+    seconds = [line["seconds"] for line in run.epochs]
+    return float(np.median(seconds)) if seconds else None
+
+
+def best_validation(run: Trained) -> float | None:
+    """Robust accuracy on the validation split of the epoch that was kept: of routed models, in the worst of two."""
+    found = [line["val"]["robust_accuracy"] for line in run.epochs if line["val"] is not None]
+    return max(found, default=None)
+
+
+PGD = r"pgd-\d+"
+"""The full name of plain PGD, whatever its steps."""
+
+
+# Outcomes of every image
+
+
+def outcomes(row: Found | None, attack: str | None, measure: str = "accuracy") -> Outcomes:
+    """Per seed, whether each image was classified right under `attack`, or in the worst case over all (None)."""
+    found: Outcomes = {}
+    for seed, run in (row.by_seed if row is not None else {}).items():
+        arrays = run.arrays(measure, "evaluation-examples.npz")
+        names = [name for name in arrays if name.startswith("robust/")]
+        if attack is not None:
+            names = [name for name in names if re.fullmatch(attack, name.removeprefix("robust/"))][:1]
+        if names:
+            right = np.logical_and.reduce([arrays["clean_correct"], *(arrays[name] for name in names)])
+            found[seed] = dict(zip(arrays["index"].tolist(), right.tolist(), strict=True))
+    return found
+
+
+def categories(row: Found | None, attack: str, wanted: Sequence[int], measure: str = "dissection") -> Outcomes:
+    """Per seed, whether each image fell into one of the categories 1 to 4 of a dissection."""
+    found: Outcomes = {}
+    for seed, run in (row.by_seed if row is not None else {}).items():
+        arrays = run.arrays(measure, "dissection-examples.npz")
+        name = next((name for name in arrays if re.fullmatch(attack, name)), None)
+        if name is not None:
+            found[seed] = dict(enumerate(np.isin(arrays[name], wanted).tolist()))
+    return found
+
+
+# Cells
+
+
+def cell(
+    row: Found,
+    value: Callable[[Trained], float | None],
+    factor: float = 1.0,
+    paper: Mapping[str, float] | None = None,
+    paper_name: str = "",
+) -> dict[str, Any] | None:
+    """A table's cell: mean and standard deviation over seeds, beside the paper's; None where nothing was measured."""
+    numbers = [factor * number for number in row.values(value).values()]
+    reported = {"paper": (paper or {}).get(paper_name), "paper_std": (paper or {}).get(f"{paper_name}_std")}
+    if not numbers:
+        return {"mean": None, "std": None, "n": 0, **reported} if reported["paper"] is not None else None
+    mean, std = mean_std(numbers)
+    return {"mean": mean, "std": std, "n": len(numbers), **reported}
+
+
+def point(row: Found, value: Callable[[Trained], float | None], x: float, factor: float = 100.0) -> dict[str, Any]:
+    """A figure's point: the mean over seeds, and one standard deviation to each side."""
+    numbers = [factor * number for number in row.values(value).values()]
+    if not numbers:
+        return {"x": x, "y": None, "low": None, "high": None}
+    mean, std = mean_std(numbers)
+    return {"x": x, "y": mean, "low": None if std is None else mean - std, "high": None if std is None else mean + std}

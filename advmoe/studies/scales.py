@@ -1,0 +1,276 @@
+"""The three sizes that a study runs at, and the runs that studies are made of.
+
+`smoke`  digits at 16 pixels, narrow networks, 2 epochs: minutes for all studies; shows that everything works, not more.
+`cpu`    CIFAR-10 as an image folder, narrow networks, part of the training images: at most a night of two cores a study.
+`paper`  the paper's own setting, from the recipes: for GPUs.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from advmoe.config import merged
+from advmoe.recipes import recipe
+from advmoe.studies.spec import Measure, Run, ScaleName, Settings
+
+T = TypeVar("T")
+
+PARTS = ("method", "experts", "scale", "K", "variant")
+"""Labels that make up a run's name, before backbone and data; `scale` and so on only where they are given."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a model: what is trained, how, and from what other method's model."""
+
+    settings: Settings
+    start: str | None = None
+    routed: bool = False
+
+
+def _method(kind: str, method: str, start: str | None = None, **training: Any) -> Method:
+    return Method({"model": {"kind": kind}, "training": {"method": method, **training}}, start, kind == "moe")
+
+
+METHODS: Mapping[str, Method] = {
+    "AT (Dense)": _method("dense", "at"),
+    "AT (S-Dense)": _method("s-dense", "at"),
+    "AT (Sparse)": _method("sparse", "sparse", "AT (Dense)"),
+    "AT (MoE)": _method("moe", "at"),
+    "AdvMoE": _method("moe", "advmoe", router_objective="trades"),
+    "standard MoE": _method("moe", "standard"),
+    "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
+    "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
+    "standard Dense": _method("dense", "standard"),
+    "robust mask of standard Dense": _method("sparse", "sparse", "standard Dense"),
+}
+"""The paper's methods and the models of its section 4: M1 is the standard MoE, M3 the mask."""
+COMPARED = ("AT (Dense)", "AT (S-Dense)", "AT (Sparse)", "AT (MoE)", "AdvMoE")
+"""Those of its tables."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A data set or a backbone at one scale."""
+
+    label: str
+    """As tables show it."""
+    settings: Settings
+    paper: str | None = None
+    """The paper's name of what this stands for; None where its numbers say nothing about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One size: settings that all runs share, data, backbones, and how much is measured."""
+
+    name: ScaleName
+    seeds: int
+    """By default seeds 0 ... seeds - 1."""
+    base: Settings
+    datasets: Mapping[str, Part]
+    """By the paper's names; the first is what the figures use."""
+    backbones: Mapping[str, Part]
+    """By the paper's names; the first is what the figures use."""
+    examples: int | None
+    """Test images attacked; None for all."""
+    autoattack: tuple[str, str, int | None]
+    """The attack that stands for AutoAttack: title, name, test images."""
+    timed: Mapping[str, Any]
+    """How `cost` measures time."""
+
+    def pick(self, **choices: T) -> T:
+        """The choice for this scale, of `smoke`, `cpu` and `paper`."""
+        return choices[self.name]
+
+    def run(
+        self,
+        method: str,
+        *,
+        dataset: str | None = None,
+        backbone: str | None = None,
+        more: Settings | None = None,
+        **labels: Any,
+    ) -> Run:
+        """A method on a data set and a backbone, by the paper's names; by default the first ones.
+
+        Args:
+            more: settings over those of the scale, the parts and the method; a run that it starts from has those of the
+                model and the data too. labels: what varies, for tables and in the name.
+        """
+        dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
+        data, net, how, more = self.datasets[dataset], self.backbones[backbone], METHODS[method], more or {}
+        start = None
+        if how.start is not None:
+            shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
+            start = self.run(how.start, dataset=dataset, backbone=backbone, more=shared, **labels)
+        shown = {"method": method, **labels}
+        words = [_word(part, shown[part]) for part in PARTS if part in shown]
+        settings = merged(self.base, data.settings, net.settings, how.settings, more)
+        every = {
+            **shown, "dataset": data.label, "backbone": net.label, "paper_dataset": data.paper,
+            "paper_backbone": net.paper, "routed": how.routed,
+        }  # fmt: skip
+        return Run(", ".join([*words, net.label, data.label]), settings, every, start)
+
+    # What is measured
+
+    def accuracy(self, run: Run) -> Measure:
+        """SA, RA and the worst case: PGD with two losses, and for a routed model what its routing calls for."""
+        attacks = ["pgd", "pgd-margin", *(["pgd-soft", "routed"] if run.labels["routed"] else [])]
+        return Measure("evaluate", {"attacks": attacks, "num_examples": self.examples})
+
+    def under_autoattack(self) -> Measure:
+        """RA-AA."""
+        _, name, examples = self.autoattack
+        return Measure("evaluate", {"attacks": [name], "num_examples": examples})
+
+    def sweep(self, run: Run) -> Measure:
+        """RA against the radius, in parts of the run's own."""
+        attacks = ["pgd", *(["pgd-soft"] if run.labels["routed"] else ["pgd-margin"])]
+        shares = self.pick(
+            smoke=(0, 0.5, 1, 2), cpu=(0, 0.25, 0.5, 0.75, 1, 1.5, 2), paper=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)
+        )
+        eps = self.eps(run)
+        return Measure(
+            "sweep",
+            {
+                "attacks": attacks,
+                "num_examples": self.examples,
+                "epsilons": [round(share * eps, 6) for share in shares],
+            },
+        )
+
+    def dissect(self) -> Measure:
+        """What fails: predictions or routing, under PGD and under soft PGD."""
+        return Measure("dissect", {"attacks": ["pgd", "pgd-soft"], "num_examples": self.examples})
+
+    def pathways(self, against: Run) -> Measure:
+        """IoU of pathways with the mask of `against`."""
+        return Measure("pathways", {"num_examples": self.examples}, against)
+
+    def cost(self) -> Measure:
+        """GMACs and time, with nothing else running."""
+        return Measure("cost", self.timed)
+
+    @staticmethod
+    def eps(run: Run) -> float:
+        """The radius of a run's threat."""
+        from advmoe.config import Pixels
+
+        return float(Pixels(run.settings["threat"]["eps"]))
+
+
+def _word(part: str, value: Any) -> str:
+    symbol = {"experts": "N", "scale": "r"}.get(part, part)
+    return str(value) if part in ("method", "variant") else f"{symbol} = {value}"
+
+
+def scale_named(name: str) -> Scale:
+    """The scale of that name."""
+    return _SCALES[name]
+
+
+_TRADES = {"method": "at", "beta": 6.0, "momentum": 0.9, "weight_decay": 5e-4, "attack_steps": 2}
+
+_SMOKE = Scale(
+    name="smoke",
+    seeds=1,
+    base={
+        "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
+        "threat": {"norm": "linf", "eps": 0.1},
+        "training": {**_TRADES, "epochs": 2, "batch_size": 64, "lr": 0.1, "step_size": 0.0625, "val_attack_steps": 5},
+        "attack": {"steps": 10, "step_size": 0.025, "pathways": 2, "queries": 0},
+    },
+    datasets={
+        "CIFAR-10": Part(
+            "digits", {"data": {"name": "digits", "image_size": 16, "augment": False, "val_fraction": 0.1}}
+        )
+    },
+    backbones={
+        "ResNet-18": Part("ResNet-18", {"model": {"name": "resnet18", "width": 8}}),
+        "WRN-28-10": Part("WRN-10-1", {"model": {"name": "wrn-10-1", "width": 8}}),
+        "VGG-16": Part("VGG-16", {"model": {"name": "vgg16", "width": 8}}),
+        "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 8}}),
+        "DeiT-Tiny": Part("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 32}, "training": {"lr": 0.05}}),
+    },
+    examples=100,
+    autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 50),
+    timed={"batches": [64], "seconds": 0.2},
+)
+
+_CPU = Scale(
+    name="cpu",
+    seeds=3,
+    base={
+        "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
+        "threat": {"norm": "linf", "eps": "8/255"},
+        "training": {**_TRADES, "epochs": 10, "batch_size": 64, "lr": 0.05, "step_size": "5/255"},
+        "attack": {"steps": 50, "step_size": "2/255", "pathways": 4, "queries": 0},
+    },
+    datasets={
+        "CIFAR-10": Part(
+            "CIFAR-10 (JPEG)",
+            {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 10_000, "val_fraction": 0.02}},
+            "CIFAR-10",
+        )
+    },
+    backbones={
+        "ResNet-18": Part("ResNet-18 of width 16", {"model": {"name": "resnet18", "width": 16}}, "ResNet-18"),
+        "WRN-28-10": Part("WRN-10-2", {"model": {"name": "wrn-10-2"}}, "WRN-28-10"),
+        "VGG-16": Part("VGG-16 of width 16", {"model": {"name": "vgg16", "width": 16}}, "VGG-16"),
+        "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 16}}, "DenseNet"),
+        "DeiT-Tiny": Part("DeiT-Tiny of width 64", {"model": {"name": "deit-tiny", "width": 64}}, "DeiT-Tiny"),
+    },
+    examples=500,
+    autoattack=("RA AutoAttack %", "autoattack", 100),
+    timed={"batches": [128], "seconds": 3.0},
+)
+
+
+def _paper_part(data: str, label: str) -> Part:
+    """A data set as the paper's recipes have it."""
+    found = recipe(f"{data}-resnet18-at-dense")
+    settings = {group: found[group] for group in ("data", "threat", "attack")}
+    return Part(label, {**settings, "training": {"step_size": found["training"]["step_size"]}}, label)
+
+
+_PAPER_BASE = recipe("cifar10-resnet18-at-dense")
+_PAPER = Scale(
+    name="paper",
+    seeds=3,
+    base={**_PAPER_BASE, "model": {"scale": 0.5, "num_experts": 2, "router": "layer"}},
+    datasets={
+        label: _paper_part(data, label)
+        for data, label in (
+            ("cifar10", "CIFAR-10"),
+            ("cifar100", "CIFAR-100"),
+            ("tiny-imagenet", "Tiny-ImageNet"),
+            ("imagenet", "ImageNet"),
+        )
+    },  # fmt: skip
+    backbones={
+        label: Part(label, {"model": {"name": name}}, label)
+        for label, name in (
+            ("ResNet-18", "resnet18"),
+            ("WRN-28-10", "wrn-28-10"),
+            ("VGG-16", "vgg16"),
+            ("DenseNet", "densenet40"),
+            ("DeiT-Tiny", "deit-tiny"),
+        )
+    },  # fmt: skip
+    examples=None,
+    autoattack=("RA AutoAttack %", "autoattack", None),
+    timed={"batches": [128], "seconds": 10.0},
+)
+
+_SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (_SMOKE, _CPU, _PAPER)}
+
+
+def seeds_of(scale: Scale, number: int | None) -> Sequence[int]:
+    """The seeds of a study."""
+    return range(scale.seeds if number is None else number)

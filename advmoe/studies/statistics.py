@@ -1,0 +1,80 @@
+"""Means, and exact tests of whether one method is better than another: no distribution is assumed.
+
+A test's p-value is one-sided: the chance, were the two alike, of a difference at least as large in the direction asked
+about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1), which is None for one value. Raises `ValueError` for none."""
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Exact paired permutation test over seeds: how likely random signs make the sum of `differences` at least as large.
+
+    With n differences the least p-value is 2^-n: 3 seeds cannot reach 0.05, 5 can. Raises `ValueError` for none, and for
+    more than 20.
+    """
+    if not 1 <= len(differences) <= 20:
+        raise ValueError(f"differences must be 1 to 20 numbers, got {len(differences)}")
+    sizes = [abs(each) for each in differences]
+    observed, slack = math.fsum(differences), 1e-12 * (1 + math.fsum(sizes))
+    signs = product((1, -1), repeat=len(sizes))
+    reached = sum(
+        math.fsum(s * size for s, size in zip(each, sizes, strict=True)) >= observed - slack for each in signs
+    )
+    return reached / 2 ** len(sizes)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """P(X >= wins), X ~ Binomial(wins + losses, 1/2): McNemar's exact test on the pairs that differ."""
+    if wins < 0 or losses < 0:
+        raise ValueError(f"wins and losses must be >= 0, got {wins!r} and {losses!r}")
+    # By symmetry the tail of `losses` or fewer; integers, so that no term is lost however many there are.
+    total = wins + losses
+    term = tail = 1
+    for k in range(losses):
+        term = term * (total - k) // (k + 1)
+        tail += term
+    return min(1.0, tail / (1 << total))
+
+
+def image_test(differences: Sequence[int]) -> float:
+    """Exact sign-flip test over images: how likely random signs make the sum of `differences` at least as large.
+
+    Args:
+        differences: per image, on how many seeds the one method was right less on how many the other was. An image's
+            seeds share a sign, as their outcomes are not independent. For one seed this is McNemar's exact test.
+
+    It speaks about the models that were trained, on other images of the kind; not about training them again.
+    """
+    sizes = [abs(int(each)) for each in differences if each]
+    if not sizes:
+        return 1.0
+    chances = np.ones(1)  # of each sum, from -total to total in steps of 2, total the sizes so far
+    for size in sizes:
+        grown = np.zeros(len(chances) + size)
+        grown[: len(chances)] += 0.5 * chances
+        grown[size:] += 0.5 * chances
+        chances = grown
+    first = (int(sum(differences)) + sum(sizes)) // 2
+    return float(min(1.0, chances[first:].sum()))
+
+
+def bonferroni(p_values: Sequence[float]) -> float:
+    """The p-value of the least of several, for having looked at all of them."""
+    return min(1.0, len(p_values) * min(p_values))

@@ -1,0 +1,126 @@
+"""One task of a study, done: a run trained or continued, a measurement made. What a worker process does.
+
+A task whose result is there already is not done again; of two processes that want the same one, the second waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from advmoe.config import Config
+from advmoe.files import write_text
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
+
+
+def do(task: Task, *, threads: int, accelerator: str) -> None:
+    """Do `task` to its end. Whatever goes wrong is raised."""
+    run = task.run if isinstance(task, PlannedMeasure) else task
+    with _held(run.path.with_name(f".{run.key}.lock")):
+        if task.state() == "finished":
+            return
+        if isinstance(task, PlannedMeasure):
+            _measure(task, threads=threads, accelerator=accelerator)
+        else:
+            _train(task, threads=threads, accelerator=accelerator)
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Inside, no other process works on the same run; the system lets go of the lock of a process that is killed."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
+    from advmoe.training import run as runs
+
+    config = Config.from_dict(run.config)
+    if (run.path / "manifest.json").is_file():
+        config.dump(run.path / "config.yaml")  # the same run, though its images may lie elsewhere by now
+        runs.resume(run.path, accelerator=accelerator, threads=threads)
+        return
+    if run.path.exists():  # killed before there was anything to continue
+        shutil.rmtree(run.path)
+    runs.train(config, run_dir=run.path, name=run.name, accelerator=accelerator, threads=threads)
+
+
+def _measure(task: PlannedMeasure, *, threads: int, accelerator: str) -> None:
+    started = time.perf_counter()
+    task.path.mkdir(parents=True, exist_ok=True)
+    _MEASURES[task.kind](task, threads, accelerator)
+    settings = {"kind": task.kind, "options": task.options, "against": task.against and task.against.key}
+    done = {**settings, "threads": threads, "seconds": round(time.perf_counter() - started, 3)}
+    write_text(task.path / "done.json", json.dumps(done, indent=2) + "\n")
+
+
+def _overrides(task: PlannedMeasure) -> dict[str, dict[str, Any]]:
+    """The settings of the measurement, and where the images lie now."""
+    data = {name: task.run.config["data"][name] for name in ("root", "workers")}
+    given: Mapping[str, Any] = task.options.get("overrides", {})
+    return {**given, "data": {**data, **given.get("data", {})}}
+
+
+def _arguments(task: PlannedMeasure, threads: int, accelerator: str) -> dict[str, Any]:
+    # One seed for all: methods and seeds are compared on the same images.
+    found = {"seed": 0, **task.options, "overrides": _overrides(task)}
+    return {**found, "out": task.path, "threads": threads, "accelerator": accelerator}
+
+
+def _evaluate(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    from advmoe.evaluation.runs import evaluate_run
+
+    arguments = _arguments(task, threads, accelerator) | {"workers": 1}
+    try:
+        evaluate_run(task.run.path, **arguments, resume=True)
+    except ValueError as error:
+        if "--resume" not in str(error):
+            raise
+        evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
+
+
+def _sweep(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    from advmoe.evaluation.runs import sweep_run
+
+    sweep_run(task.run.path, **_arguments(task, threads, accelerator))
+
+
+def _dissect(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    import numpy as np
+
+    from advmoe.evaluation.runs import dissect_run
+
+    _, found = dissect_run(task.run.path, **_arguments(task, threads, accelerator))
+    categories = {name: each.categories.numpy() for name, each in found.items()}
+    with (task.path / "dissection-examples.npz").open("wb") as file:
+        np.savez_compressed(file, **categories)  # type: ignore[arg-type]
+
+
+def _pathways(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    from advmoe.evaluation.pathways import pathways_run
+
+    against = None if task.against is None else str(task.against.path)
+    pathways_run(task.run.path, against=against, **_arguments(task, threads, accelerator))
+
+
+def _cost(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    import torch
+
+    from advmoe.evaluation.cost_report import cost_report
+
+    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    found = cost_report(
+        task.run.path, device=device, threads=threads, overrides={"data": _overrides(task)["data"]}, **task.options
+    )
+    write_text(task.result, json.dumps(found, indent=2) + "\n")
+
+
+_MEASURES = {"evaluate": _evaluate, "sweep": _sweep, "dissect": _dissect, "pathways": _pathways, "cost": _cost}
