@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from advmoe import __version__
-from advmoe.cli import cost, dissect, evaluate, export, push, recipes, sweep_eps, train
+from advmoe.cli import cost, dissect, evaluate, export, push, recipes, study, sweep_eps, train
 from advmoe.cli.arguments import explained, fail, is_ours, new_parser
 
 COMMANDS: dict[str, Any] = {
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "push": push,
     "export": export,
     "recipes": recipes,
+    "study": study,
 }
 """The module of each command."""
 

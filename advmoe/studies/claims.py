@@ -75,7 +75,7 @@ def compare(given: Comparison) -> dict[str, Any]:
     return {
         **found, "p": found["p_images"] if all(each > 0 for each in values) else 1.0,
         "p_opposite": found["p_images_opposite"] if all(each < 0 for each in values) else 1.0,
-        "test": f"{test}, where all {len(seeds)} seeds have the same sign (over seeds alone p >= {0.5 ** len(seeds):g})",
+        "test": f"{test}, where all {len(seeds)} seeds agree in sign (over seeds alone p >= {0.5 ** len(seeds):g})",
     }  # fmt: skip
 
 

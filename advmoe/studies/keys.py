@@ -27,24 +27,30 @@ def run_key(config: Config, start: str | None = None) -> str:
     """The key of a training run. `start`: that of the run it starts from.
 
     Every field counts but those that change no result: where images lie and how they are read, how the trained model
-    is attacked later (`attack`), and what does not concern the model's kind. Images of one's own are told apart by
-    their classes and numbers.
+    is attacked later (`attack`), and what does not concern the model's kind. Fields at their defaults are left out, so
+    that a field added later leaves the keys of older runs as they are. Images of one's own are told apart by their
+    classes and numbers.
     """
     groups: dict[str, dict[str, Any]] = {
         group: {name: _plain(value) for name, value in vars(getattr(config, group)).items()}
         for group in ("model", "data", "threat", "training")
     }
-    for group, names in _NO_RESULT.items():
-        for name in names:
-            groups[group].pop(name, None)
     model, kind = groups["model"], config.model.kind
     if kind != "moe":
         model.update({name: getattr(ModelConfig(), name) for name in _ROUTED})
     if kind == "dense":
-        model["scale"] = 1.0
+        model["scale"] = ModelConfig().scale
+    for group, fields in groups.items():
+        defaults = vars(getattr(_DEFAULTS, group))
+        for name in list(fields):
+            if name in _NO_RESULT.get(group, ()) or fields[name] == _plain(defaults[name]):
+                del fields[name]
     if config.data.name == "folder":
         groups["data"]["images"] = _listing(config.data.root)
     return digest({"config": groups, "start": start})
+
+
+_DEFAULTS = Config()
 
 
 def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from advmoe.config import Config, merged
 from advmoe.studies.keys import measure_key, run_key
-from advmoe.studies.spec import Measure, Row, Run, Settings
+from advmoe.studies.spec import Measure, Row, Run
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class PlannedRun:
         if finished and (self.path / "model.safetensors").is_file():
             return "finished"
         return "interrupted" if self.path.exists() else "missing"
+
+    def require_same(self) -> None:
+        """Raise `ValueError` where the run that lies there was trained otherwise: with other defaults, say."""
+        file = self.path / "config.yaml"
+        if file.is_file() and (found := run_key(Config.load(file), self.start)) != self.key:
+            raise ValueError(
+                f"{self.path} must hold the run {self.key}, got {found} (with other defaults?): move it away"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,15 @@ class PlannedMeasure:
     @property
     def alone(self) -> bool:
         """Whether nothing else may run meanwhile, as for times."""
-        return self.kind == "cost"
+        return self.kind in ALONE
 
     def state(self) -> str:
         """`finished` or `missing`."""
         return "finished" if (self.path / "done.json").is_file() else "missing"
 
+
+ALONE = ("cost", "pace")
+"""Measurements of time."""
 
 Task = PlannedRun | PlannedMeasure
 
@@ -106,7 +117,6 @@ class Planner:
     root: Path
     """Where runs lie."""
     seeds: Sequence[int]
-    overrides: Settings = field(default_factory=dict)
     _known: dict[tuple[int, int], PlannedRun] = field(default_factory=dict)
     _kept: list[Run] = field(default_factory=list)  # an id is unique only while its object lives
 
@@ -117,7 +127,7 @@ class Planner:
             return found
         start = None if run.start is None else self.run(run.start, seed)
         training = {"seed": seed, "init_from": None if start is None else str(start.path)}
-        config = Config.from_dict(merged(run.settings, self.overrides, {"training": training}))
+        config = Config.from_dict(merged(run.settings, {"training": training}))
         key = run_key(config, None if start is None else start.key)
         planned = PlannedRun(
             key, run.name, seed, config.to_dict(), self.root / key, None if start is None else start.key
@@ -130,7 +140,7 @@ class Planner:
         """The measurement of a planned run."""
         against = None if measure.against is None else self.run(measure.against, on.seed)
         options = dict(measure.options)
-        if measure.kind != "cost":  # how a run is attacked is no part of its key: here it is said
+        if measure.kind not in ALONE:  # how a run is attacked is no part of its key: here it is said
             options["overrides"] = merged({"attack": on.config["attack"]}, options.get("overrides", {}))
         key = measure_key(measure.kind, options, None if against is None else against.key)
         return PlannedMeasure(on, measure.kind, options, against, key)
@@ -167,6 +177,10 @@ class Planner:
         return found
 
 
-def only(rows: Iterable[Row], words: Sequence[str]) -> list[Row]:
-    """The rows whose run's name holds one of `words`, whatever the case; all where there are none."""
-    return [row for row in rows if not words or any(word.lower() in row.run.name.lower() for word in words)]
+def only(rows: Iterable[Row], wanted: Sequence[str]) -> list[Row]:
+    """The rows whose run's name holds one of `wanted`, in any case; of `a+b` both. All where nothing is wanted."""
+
+    def holds(name: str, words: str) -> bool:
+        return all(word.strip().lower() in name.lower() for word in words.split("+"))
+
+    return [row for row in rows if not wanted or any(holds(row.run.name, words) for words in wanted)]

@@ -86,7 +86,9 @@ class _Pool:
                     self._take(busy[pipe], report, told)
         finally:
             for worker in self.workers:
-                worker.process.terminate()
+                worker.pipe.close()  # an idle process then ends by itself, and tidies up
+                if worker.task is not None:
+                    worker.process.terminate()
             for worker in self.workers:
                 worker.process.join()
 

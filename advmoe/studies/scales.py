@@ -1,7 +1,7 @@
 """The three sizes that a study runs at, and the runs that studies are made of.
 
-`smoke`  digits at 16 pixels, narrow networks, 2 epochs: minutes for all studies; shows that everything works, not more.
-`cpu`    CIFAR-10 as an image folder, narrow networks, part of the training images: at most a night of two cores a study.
+`smoke`  digits at 16 pixels, narrow networks, 2 epochs: minutes for all studies; shows that all works, not more.
+`cpu`    CIFAR-10 as an image folder, narrow networks, part of the training images: a night of two cores at most.
 `paper`  the paper's own setting, from the recipes: for GPUs.
 
 Imports no torch.
@@ -9,8 +9,8 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from advmoe.config import merged
@@ -46,7 +46,7 @@ METHODS: Mapping[str, Method] = {
     "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
     "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
     "standard Dense": _method("dense", "standard"),
-    "robust mask of standard Dense": _method("sparse", "sparse", "standard Dense"),
+    "robust mask of standard Dense": _method("sparse", "sparse", "standard Dense", finetune_epochs=0),
 }
 """The paper's methods and the models of its section 4: M1 is the standard MoE, M3 the mask."""
 COMPARED = ("AT (Dense)", "AT (S-Dense)", "AT (Sparse)", "AT (MoE)", "AdvMoE")
@@ -82,6 +82,10 @@ class Scale:
     """The attack that stands for AutoAttack: title, name, test images."""
     timed: Mapping[str, Any]
     """How `cost` measures time."""
+    paced: Mapping[str, Any]
+    """How `pace` measures the time of training."""
+    overrides: Settings = field(default_factory=dict)
+    """Fields that the user sets for all runs."""
 
     def pick(self, **choices: T) -> T:
         """The choice for this scale, of `smoke`, `cpu` and `paper`."""
@@ -110,7 +114,7 @@ class Scale:
             start = self.run(how.start, dataset=dataset, backbone=backbone, more=shared, **labels)
         shown = {"method": method, **labels}
         words = [_word(part, shown[part]) for part in PARTS if part in shown]
-        settings = merged(self.base, data.settings, net.settings, how.settings, more)
+        settings = merged(self.base, data.settings, net.settings, how.settings, more, self.overrides)
         every = {
             **shown, "dataset": data.label, "backbone": net.label, "paper_dataset": data.paper,
             "paper_backbone": net.paper, "routed": how.routed,
@@ -157,6 +161,10 @@ class Scale:
         """GMACs and time, with nothing else running."""
         return Measure("cost", self.timed)
 
+    def pace(self, against: Run) -> Measure:
+        """Seconds of an epoch of training beside those of `against`, with nothing else running."""
+        return Measure("pace", self.paced, against)
+
     @staticmethod
     def eps(run: Run) -> float:
         """The radius of a run's threat."""
@@ -201,6 +209,7 @@ _SMOKE = Scale(
     examples=100,
     autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 50),
     timed={"batches": [64], "seconds": 0.2},
+    paced={"rounds": 2},
 )
 
 _CPU = Scale(
@@ -215,7 +224,7 @@ _CPU = Scale(
     datasets={
         "CIFAR-10": Part(
             "CIFAR-10 (JPEG)",
-            {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 10_000, "val_fraction": 0.02}},
+            {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 10_000, "val_fraction": 0.05}},
             "CIFAR-10",
         )
     },
@@ -229,6 +238,7 @@ _CPU = Scale(
     examples=500,
     autoattack=("RA AutoAttack %", "autoattack", 100),
     timed={"batches": [128], "seconds": 3.0},
+    paced={"rounds": 5},
 )
 
 
@@ -252,7 +262,7 @@ _PAPER = Scale(
             ("tiny-imagenet", "Tiny-ImageNet"),
             ("imagenet", "ImageNet"),
         )
-    },  # fmt: skip
+    },
     backbones={
         label: Part(label, {"model": {"name": name}}, label)
         for label, name in (
@@ -262,15 +272,11 @@ _PAPER = Scale(
             ("DenseNet", "densenet40"),
             ("DeiT-Tiny", "deit-tiny"),
         )
-    },  # fmt: skip
+    },
     examples=None,
     autoattack=("RA AutoAttack %", "autoattack", None),
     timed={"batches": [128], "seconds": 10.0},
+    paced={"rounds": 9},
 )
 
 _SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (_SMOKE, _CPU, _PAPER)}
-
-
-def seeds_of(scale: Scale, number: int | None) -> Sequence[int]:
-    """The seeds of a study."""
-    return range(scale.seeds if number is None else number)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Groups of fields, as `Config.from_dict` takes them."""
-MeasureKind = Literal["evaluate", "sweep", "dissect", "pathways", "cost"]
+MeasureKind = Literal["evaluate", "sweep", "dissect", "pathways", "cost", "pace"]
 ScaleName = Literal["smoke", "cpu", "paper"]
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 
@@ -41,7 +41,7 @@ class Measure:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the function that measures, ready for JSON; its result depends on them and the run alone."""
     against: Run | None = None
-    """Of `pathways`: the run that it is compared with, of the same seed."""
+    """Of `pathways` and `pace`: the run that it is compared with, of the same seed."""
 
 
 @dataclass(frozen=True, eq=False)

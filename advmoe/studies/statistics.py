@@ -24,10 +24,10 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Exact paired permutation test over seeds: how likely random signs make the sum of `differences` at least as large.
+    """Exact paired permutation test over seeds: how likely random signs make the sum of `differences` as large.
 
-    With n differences the least p-value is 2^-n: 3 seeds cannot reach 0.05, 5 can. Raises `ValueError` for none, and for
-    more than 20.
+    With n differences the least p-value is 2^-n: 3 seeds cannot reach 0.05, 5 can. Raises `ValueError` for none, and
+    for more than 20.
     """
     if not 1 <= len(differences) <= 20:
         raise ValueError(f"differences must be 1 to 20 numbers, got {len(differences)}")
@@ -37,7 +37,7 @@ def sign_flip(differences: Sequence[float]) -> float:
     reached = sum(
         math.fsum(s * size for s, size in zip(each, sizes, strict=True)) >= observed - slack for each in signs
     )
-    return reached / 2 ** len(sizes)
+    return float(reached / 2 ** len(sizes))
 
 
 def sign_test(wins: int, losses: int) -> float:

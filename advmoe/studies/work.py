@@ -123,4 +123,15 @@ def _cost(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     write_text(task.result, json.dumps(found, indent=2) + "\n")
 
 
-_MEASURES = {"evaluate": _evaluate, "sweep": _sweep, "dissect": _dissect, "pathways": _pathways, "cost": _cost}
+def _pace(task: PlannedMeasure, threads: int, accelerator: str) -> None:
+    from advmoe.training.pace import pace
+
+    assert task.against is not None
+    configs = {"ours": Config.from_dict(task.run.config), "against": Config.from_dict(task.against.config)}
+    found = pace(configs, accelerator=accelerator, threads=threads, **task.options)
+    write_text(task.result, json.dumps(found, indent=2) + "\n")
+
+
+_MEASURES = {
+    "evaluate": _evaluate, "sweep": _sweep, "dissect": _dissect, "pathways": _pathways, "cost": _cost, "pace": _pace,
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""`advmoe study`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from advmoe.cli.arguments import (
+    Parser,
+    add_engine,
+    add_fields,
+    count,
+    engine_options,
+    given_fields,
+    new_parser,
+    split_words,
+)
+from advmoe.config import Config, require
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = new_parser("Regenerate a table or figure of the paper, or answer a question beyond it (`study list`).")
+    add = parser.add_argument
+    add("name", metavar="NAME", help="a study, or `list`")
+    add("--scale", metavar="{smoke,cpu,paper}", help="minutes on digits, a night of two cores, the paper's own (smoke)")
+    add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 3 and 3)")
+    add("--only", metavar="WORD,...", help="rows whose run's name holds one of these; of A+B both, as in AdvMoE+ResNet")
+    add("--jobs", metavar="K", help="processes that train and measure at once (default: 1)")
+    add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
+    add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
+    add("--dry-run", action="store_true", help="print what would be done and stop")
+    add_engine(parser)
+    add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)
+    return parser
+
+
+def run(args: dict[str, Any], argv: list[str]) -> int:
+    """Run the command on its parsed options; returns the exit code."""
+    from advmoe.studies.spec import SCALES
+
+    if args["name"] == "list":
+        return _list()
+    from advmoe.studies.catalogue import study_named
+
+    study_named(args["name"])
+    scale = args.get("scale", "smoke")
+    require(scale in SCALES, "--scale", f"one of {', '.join(SCALES)}", scale)
+    engine = engine_options(args)
+    from advmoe.studies.run import Options
+
+    options = Options(
+        scale=scale,
+        seeds=count("--seeds", args.get("seeds")),
+        only=split_words(args.get("only", "")),
+        overrides=given_fields(args),
+        num_examples=count("--num-examples", args.get("num_examples")),
+        root=Path(args.get("out", "runs/studies")),
+        jobs=count("--jobs", args.get("jobs", "1")) or 1,
+        threads=engine["threads"] or 1,
+        accelerator=engine["accelerator"],
+        command=["advmoe", *argv],
+    )
+    return _plan(args["name"], options) if "dry_run" in args else _run(args["name"], options)
+
+
+def _list() -> int:
+    from advmoe.studies.catalogue import STUDIES
+    from advmoe.studies.estimate import about
+
+    width = max(map(len, STUDIES))
+    print(f"{'':{width}}  smoke / cpu on 2 cores")
+    for name, study in STUDIES.items():
+        print(f"{name:{width}}  {about(study):21}  {study.shows}")
+    return 0
+
+
+def _plan(name: str, options: Any) -> int:
+    from advmoe.studies.run import plan_study
+
+    tasks = plan_study(name, options)
+    for task in tasks.values():
+        print(f"{task.state():11}  {described(task)}")
+    left = sum(task.state() != "finished" for task in tasks.values())
+    print(f"{len(tasks)} tasks, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
+    return 0
+
+
+def _run(name: str, options: Any) -> int:
+    from advmoe.report.figures import require_matplotlib
+    from advmoe.studies.present import text
+    from advmoe.studies.run import run_study
+
+    require_matplotlib()
+
+    def told(word: str, task: Any) -> None:
+        print(f"{word if word in ('starts', 'done') else f'failed: {word}'}  {described(task)}", file=sys.stderr)
+
+    home, content = run_study(name, options, told)
+    for shown in content["tables"]:
+        print(f"{text(shown)}\n")
+    for claim in content["claims"]:
+        print(claim["statement"])
+        for each in claim["verdicts"]:
+            p = "" if each["p_value"] is None else f" (p = {each['p_value']:.3g})"
+            print(f"  {each['measure']}: {each['verdict']} at this size{p}")
+    for note in content["notes"]:
+        print(note)
+    bad = [run for run in content["runs"] if run["status"] != "finished"]
+    for each in bad:
+        print(f"{each['status']}: {each['name']}, seed {each['seed']}: {each['error'] or 'not done'}")
+    print(f"\nwritten to {home / 'study.json'}\nnext  advmoe report {home} -o {home / 'report.html'}")
+    return 1 if bad else 0
+
+
+def described(task: Any) -> str:
+    """A task in words."""
+    run = getattr(task, "run", task)
+    what = "train" if run is task else task.kind
+    return f"{what:8}  {run.name}, seed {run.seed}  {run.key}"

@@ -1,0 +1,123 @@
+"""The paper's ablations: attack steps in training, and convergence. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from advmoe.studies.present import (
+    RA,
+    SA,
+    SECONDS,
+    WORST,
+    Column,
+    by_method,
+    lines,
+    mean_series,
+    table,
+)
+from advmoe.studies.results import (
+    Results,
+    Trained,
+    best_validation,
+)
+from advmoe.studies.scales import Scale
+from advmoe.studies.shared import (
+    measured,
+    ordering,
+)
+from advmoe.studies.spec import Outcome, Row, Study
+
+
+def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
+    rows = []
+    for steps in (1, 2, 5, 10):
+        for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE"):
+            eps = scale.eps(scale.run(method))
+            size = round(1.25 * eps / steps, 8)
+            # The step shrinks as steps are added, so that all can go as far; with two it is the default's.
+            more = {"training": {"attack_steps": steps, **({} if steps == 2 else {"step_size": size})}}
+            rows.append(measured(scale, scale.run(method, more=more, K=steps)))
+    return rows
+
+
+def _attack_steps_show(scale: Scale, results: Results) -> Outcome:
+    caption = "Mean over seeds. The steps of an attack of K go 1.25 times the radius in all."
+    figures = [
+        lines(
+            f"attack-steps-{id}", f"Training with K attack steps: {title}", by_method(results, "K", column.value),
+            xlabel="attack steps K in training", ylabel=f"robust accuracy, {title} (%)", caption=caption,
+        )
+        for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
+    ]  # fmt: skip
+    claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
+    return Outcome(
+        tables=[table("Attack steps in training", results, ["K", "method"], [RA, WORST, SA])], figures=figures,
+        claims=claims,
+    )  # fmt: skip
+
+
+def _convergence_rows(scale: Scale, _: Results) -> list[Row]:
+    return [Row(scale.run(method)) for method in _LEVELS]
+
+
+def _trades(part: str) -> Callable[[Trained], list[float | None]]:
+    """TRADES' loss of a level in each epoch."""
+
+    def of(run: Trained) -> list[float | None]:
+        found = [line["train"].get(part) for line in run.epochs]
+        return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in found]
+
+    return of
+
+
+def _validated(run: Trained) -> list[float | None]:
+    return [None if line["val"] is None else line["val"]["robust_accuracy"] for line in run.epochs]
+
+
+def _accurate(part: str) -> Callable[[Trained], list[float | None]]:
+    def of(run: Trained) -> list[float | None]:
+        return [(line["train"].get(part) or {}).get("accuracy") for line in run.epochs]
+
+    return of
+
+
+def _convergence_show(scale: Scale, results: Results) -> Outcome:
+    beta = float(scale.base["training"].get("beta", 6.0))
+    loss: dict[str, list[dict[str, Any]]] = {}
+    right: dict[str, list[dict[str, Any]]] = {}
+    held: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        method = str(row.labels["method"])
+        for part in _LEVELS[method]:
+            name = f"{method}: {part}" if len(_LEVELS[method]) > 1 else method
+            loss[name] = mean_series([row], _trades(part))
+            right[name] = mean_series([row], _accurate(part), 100)
+        held[method] = mean_series([row], _validated, 100)
+    caption = "Mean over seeds; the range over seeds where there are several."
+    drawn = [
+        ("loss", f"TRADES' loss (beta = {beta:g}) of each level", loss, "training loss"),
+        ("accuracy", "Clean accuracy in training, of each level", right, "training accuracy (%)"),
+        ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
+    ]
+    figures = [
+        lines(f"convergence-{id}", title, series, xlabel="epoch", ylabel=unit, caption=caption)
+        for id, title, series, unit in drawn
+    ]
+    columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]
+    return Outcome(tables=[table("After training", results, ["method"], columns)], figures=figures)
+
+
+_LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}
+"""What each method's levels are called in `metrics.jsonl`."""
+
+ATTACK_STEPS = Study(
+    name="attack-steps", title="Attack steps in training",
+    shows="Robust accuracy of AT (S-Dense), AT (MoE) and AdvMoE trained with attacks of K = 1, 2, 5 and 10 steps.",
+    stages=(_attack_steps_rows,), show=_attack_steps_show, varies=("training.attack_steps", "training.step_size"),
+)  # fmt: skip
+CONVERGENCE = Study(
+    name="convergence", title="Convergence of the two levels",
+    shows="Losses and accuracies of both levels of AdvMoE, and robust validation accuracy, epoch by epoch.",
+    stages=(_convergence_rows,), show=_convergence_show,
+)  # fmt: skip

@@ -1,0 +1,28 @@
+"""Every study by its name. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from advmoe.studies.ablations import ATTACK_STEPS, CONVERGENCE
+from advmoe.studies.beyond import EFFICIENCY
+from advmoe.studies.figures import FIG2, FIG6, FIG7, FIG8
+from advmoe.studies.insights import FIG3, FIG4, FIG5
+from advmoe.studies.search import RECIPES
+from advmoe.studies.spec import Study
+from advmoe.studies.tables import TABLE1, TABLE2, TABLE3
+
+STUDIES: Mapping[str, Study] = {
+    study.name: study
+    for study in (
+        TABLE1, TABLE2, TABLE3, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, FIG8, ATTACK_STEPS, CONVERGENCE, EFFICIENCY,
+        RECIPES,
+    )
+}  # fmt: skip
+
+
+def study_named(name: str) -> Study:
+    """The study of that name. Raises `ValueError`, which lists those there are."""
+    if name not in STUDIES:
+        raise ValueError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}")
+    return STUDIES[name]

@@ -1,0 +1,180 @@
+"""Figures 2, 6, 7 and 8 of the paper. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advmoe.studies.present import (
+    GMACS,
+    RA,
+    SA,
+    WORST,
+    by_method,
+    lines,
+    table,
+)
+from advmoe.studies.results import (
+    Found,
+    Results,
+)
+from advmoe.studies.scales import COMPARED, Scale
+from advmoe.studies.shared import (
+    RA_LABEL,
+    measured,
+    ordering,
+    scales_of,
+)
+from advmoe.studies.spec import Figure, Outcome, Row, Study
+
+
+def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
+    runs = [scale.run(method) for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE")]
+    return [measured(scale, run, sweep=scale.sweep(run)) for run in runs]
+
+
+def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
+    """Mean robust accuracy (%) of a sweep at each radius, in 1/255."""
+    found = [sweep for run in row.by_seed.values() if (sweep := run.found("sweep")) is not None]
+    names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in found]
+    points = [
+        {p["eps"]: 100 * p["robust_accuracy"] for p in each["curves"][name]["points"]}
+        for each, name in zip(found, names, strict=True)
+    ]
+    radii = sorted({eps for each in points for eps in each})
+    series = []
+    for eps in radii:
+        values = [each[eps] for each in points if eps in each]
+        spread = len(values) > 1
+        series.append({
+            "x": round(255 * eps, 4), "y": sum(values) / len(values), "low": min(values) if spread else None,
+            "high": max(values) if spread else None,
+        })  # fmt: skip
+    return series
+
+
+def _fig2_show(scale: Scale, results: Results) -> Outcome:
+    caption = "Mean over seeds; the range over seeds where there are several. Clean accuracy at radius 0."
+    figures = [
+        lines(
+            f"fig2-{curve.replace(' ', '-')}", f"Robust accuracy against the attack's strength: {title}",
+            {str(row.labels["method"]): _curve(row, curve) for row in results},
+            xlabel="radius (1/255)", ylabel="robust accuracy (%)", caption=caption,
+        )
+        for curve, title in (("pgd", "PGD"), ("worst case", "the worst of two attacks"))
+    ]  # fmt: skip
+    suspected = [
+        f"Gradient masking suspected in {row.name}, seed {seed}: {reason}"
+        for row in results
+        for seed, run in row.by_seed.items()
+        for curve in ((run.found("sweep") or {}).get("curves") or {}).values()
+        for reason in curve["masking"]["reasons"]
+    ]
+    claims = [ordering(results)]
+    return Outcome(
+        tables=[table("At the radius trained for", results, ["method"], [RA, WORST, SA])],
+        figures=figures, claims=claims, notes=list(dict.fromkeys(suspected)),
+    )  # fmt: skip
+
+
+def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
+    dataset = scale.pick(smoke="CIFAR-10", cpu="CIFAR-10", paper="CIFAR-100")
+    mask = scale.run("AT (Sparse)", dataset=dataset)
+    runs = [scale.run(method, dataset=dataset) for method in ("AdvMoE", "AT (MoE)")]
+    rows = [measured(scale, run, pathways=scale.pathways(mask)) for run in runs]
+    return [*rows, measured(scale, mask)]
+
+
+def _fig6_show(scale: Scale, results: Results) -> Outcome:
+    return Outcome()
+
+
+def _fig7_rows(scale: Scale, _: Results) -> list[Row]:
+    experts = scale.pick(smoke=(2, 4), cpu=(2, 4, 8), paper=(2, 4, 6, 8, 10))
+    ratios = scales_of(scale, smoke=(0.5, 0.8), cpu=(0.2, 0.5, 0.8), paper=(0.2, 0.35, 0.5, 0.65, 0.8, 0.9))
+    rows = [measured(scale, scale.run("AT (Dense)"))]
+    for number in experts:
+        for r, more in ratios:
+            settings = {"model": {**more["model"], "num_experts": number}}
+            rows.append(measured(scale, scale.run("AdvMoE", more=settings, experts=number, scale=r)))
+    return rows
+
+
+def _fig7_show(scale: Scale, results: Results) -> Outcome:
+    moe = results.select(method="AdvMoE")
+    caption = (
+        "AdvMoE; mean over seeds. The dashed line is AT (Dense), which is what r = 1 is for any number of experts."
+    )
+    figures = []
+    for column, id in ((RA, "fig7-ra"), (WORST, "fig7-worst")):
+        dense = [value for row in results.select(method="AT (Dense)") for value in row.values(column.value).values()]
+        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        series = {f"N = {n}": p for n, p in by_method(moe, "scale", column.value, series="experts").items()}
+        title = "Experts and their size: " + ("PGD" if column is RA else "worst case")
+        label = f"robust accuracy, {'PGD' if column is RA else 'worst case'} (%)"
+        figures.append(
+            lines(id, title, series, xlabel="model scale r", ylabel=label, caption=caption, references=references)
+        )
+    return Outcome(
+        tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
+        figures=figures,
+    )
+
+
+def _fig8_rows(scale: Scale, _: Results) -> list[Row]:
+    backbones = scale.pick(smoke=("ResNet-18",), cpu=("ResNet-18",), paper=("ResNet-18", "WRN-28-10"))
+    choices = scales_of(scale, smoke=(0.5, 0.8), cpu=(0.2, 0.5, 0.8), paper=(0.2, 0.5, 0.8))
+    rows = []
+    for backbone in backbones:
+        rows.append(measured(scale, scale.run("AT (Dense)", backbone=backbone)))
+        for r, more in choices:
+            for method in COMPARED[1:]:
+                rows.append(measured(scale, scale.run(method, backbone=backbone, more=more, scale=r)))
+    return rows
+
+
+def _fig8_show(scale: Scale, results: Results) -> Outcome:
+    figures: list[Figure] = []
+    for backbone in results.distinct("backbone"):
+        rows = results.select(backbone=backbone)
+        dense = [value for row in rows.select(method="AT (Dense)") for value in row.values(RA.value).values()]
+        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        figures.append(
+            lines(
+                f"fig8-{len(figures) + 1}",
+                f"Methods by model scale, {backbone}",
+                by_method(rows, "scale", RA.value),
+                caption="Mean over seeds, with one standard deviation to each side.",
+                references=references,
+                xlabel="model scale r",
+                ylabel=RA_LABEL,
+            )
+        )
+    ratios, backbones = results.distinct("scale"), results.distinct("backbone")
+    claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
+    columns = [RA, WORST, SA, GMACS]
+    return Outcome(
+        tables=[table("Methods by model scale", results, ["backbone", "scale", "method"], columns)],
+        figures=figures, claims=claims,
+    )  # fmt: skip
+
+
+FIG2 = Study(
+    name="fig2", title="Figure 2: robust accuracy against the attack's strength",
+    shows="Robust accuracy of AT (S-Dense), AT (MoE) and AdvMoE against the radius of the attack.",
+    stages=(_fig2_rows,), show=_fig2_show,
+)  # fmt: skip
+FIG6 = Study(
+    name="fig6", title="Figure 6: pathways against the static mask",
+    shows="IoU of each image's pathway with the mask of AT (Sparse), clean and attacked, for AdvMoE and AT (MoE).",
+    stages=(_fig6_rows,), show=_fig6_show,
+)  # fmt: skip
+FIG7 = Study(
+    name="fig7", title="Figure 7: experts and their size",
+    shows="AdvMoE over the number of experts N and the model scale r, beside AT (Dense).",
+    stages=(_fig7_rows,), show=_fig7_show, varies=("model.scale", "model.num_experts"),
+)  # fmt: skip
+FIG8 = Study(
+    name="fig8", title="Figure 8: methods by model scale",
+    shows="Every method over model scales, beside AT (Dense).",
+    stages=(_fig8_rows,), show=_fig8_show, varies=("model.scale",),
+)  # fmt: skip

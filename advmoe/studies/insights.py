@@ -1,0 +1,191 @@
+"""Section 4 of the paper: routers and experts robustified one after the other (figs. 3 to 5). Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advmoe.studies import paper
+from advmoe.studies.claims import Comparison, claim, verdict
+from advmoe.studies.present import (
+    RA,
+    SA,
+    WORST,
+    by_method,
+    lines,
+    stacked,
+    table,
+)
+from advmoe.studies.results import (
+    PGD,
+    Results,
+    categories,
+)
+from advmoe.studies.scales import Scale
+from advmoe.studies.shared import (
+    BAR_PARTS,
+    MEASURED,
+    RA_LABEL,
+    compared,
+    measured,
+    scales_of,
+)
+from advmoe.studies.spec import Figure, Outcome, Row, Study
+
+THETA, THETA2, M1, M2, M3 = (
+    "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",
+    "robust mask of standard Dense",
+)  # fmt: skip
+
+
+def _fig3_rows(scale: Scale, _: Results) -> list[Row]:
+    choices = scales_of(scale, smoke=(0.5, 0.8), cpu=(0.2, 0.5, 0.8), paper=(0.2, 0.5, 0.8))
+    return [measured(scale, scale.run(m, more=more, scale=r)) for r, more in choices for m in (THETA, M1, M2, M3)]
+
+
+def _fig3_show(scale: Scale, results: Results) -> Outcome:
+    said = paper.figure(3)
+    names = {
+        THETA: "router_robustified_moe", M1: "standard_moe_M1", M2: "at_s_dense_M2", M3: "sparse_mask_M3",
+    }  # fmt: skip
+    verdicts = [
+        verdict(
+            name, [compared(results, THETA, M1, attack, scale=0.5), compared(results, M2, THETA, attack, scale=0.5)]
+        )
+        for name, attack in MEASURED.items()
+    ]
+    statement = (
+        "Robustifying routers improves robustness over the standard MoE, but not as far as AT (S-Dense), at r = 0.5."
+    )
+    shown = table("By model scale", results, ["scale", "method"], [RA, WORST, SA])
+    caption = f"Mean over seeds. The paper, percent at r = 0.5: {_percents({k: said[v] for k, v in names.items()})}."
+    return Outcome(
+        tables=[shown],
+        figures=[
+            lines(
+                "fig3",
+                "Routers robustified alone",
+                by_method(results, "scale", RA.value),
+                xlabel="model scale r",
+                ylabel=RA_LABEL,
+                caption=caption,
+            )
+        ],
+        claims=[claim("insight-1", statement, verdicts)],
+    )
+
+
+def _percents(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
+
+
+def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Figure]:
+    """The table and the bars of dissected rows: shares of all images, mean over seeds."""
+    rows: list[dict[str, Any]] = []
+    shares: dict[str, dict[str, float]] = {}
+    for row in results:
+        runs = [found for run in row.by_seed.values() if (found := run.found("dissection")) is not None]
+        for attack in dict.fromkeys(name for found in runs for name in found):
+            each = [found[attack]["categories"] for found in runs]
+            mean = {part: sum(one[part] for one in each) / len(each) for part in BAR_PARTS}
+            name = f"{row.labels['method']}: {attack}"
+            shares[name] = {title: mean[part] for part, title in BAR_PARTS.items()}
+            rows.append({
+                "method": row.labels["method"], "attack": attack, "n": len(each),
+                **{part: 100 * share for part, share in mean.items()},
+                "model": 100 * (mean["both_survive"] + mean["only_routing_fails"]),
+                "routers": 100 * (mean["both_survive"] + mean["only_prediction_fails"]),
+            })  # fmt: skip
+    heads = {"method": "Method", "attack": "Attack", "n": "Seeds", **{k: f"{v} %" for k, v in BAR_PARTS.items()}}
+    heads |= {"model": "model robust (1 + 2) %", "routers": "routers robust (1 + 3) %"}
+    better = {"model": "higher", "routers": "higher"}
+    columns = [{"key": key, "title": head, "better": better.get(key)} for key, head in heads.items()]
+    shown = {"title": title, "caption": caption, "columns": columns, "rows": rows}
+    return shown, stacked(id, title, shares, xlabel="share of all test images (%)", caption=caption)
+
+
+def _dissected(scale: Scale, method: str) -> Row:
+    return measured(scale, scale.run(method), dissection=scale.dissect())
+
+
+def _fig4_rows(scale: Scale, _: Results) -> list[Row]:
+    return [_dissected(scale, THETA), measured(scale, scale.run(M1))]
+
+
+def _fig4_show(scale: Scale, results: Results) -> Outcome:
+    said = paper.figure(4)
+    caption = (
+        f"The paper (r = 0.5, percent): category 1 {said['unsuccessful_on_both_1']:g}, "
+        f"1 + 3 {said['unsuccessful_on_routers_1_plus_3']:g}. Every test image is attacked."
+    )
+    shown, figure = _dissections(results, "What fails where routers alone are robust", "fig4", caption)
+    theta = results.one(method=THETA)
+    verdicts = [
+        verdict(
+            name,
+            [
+                Comparison(
+                    "3 only prediction fails", "1 both survive", *(categories(theta, dissected, [k]) for k in (3, 1))
+                ),
+                compared(results, THETA, M1, attack),
+            ],
+            f"The categories are those of {title}.",
+        )
+        for (name, attack), (dissected, title) in zip(
+            MEASURED.items(), ((PGD, "PGD"), (f"{PGD}-soft", "PGD through soft routing")), strict=True
+        )
+    ]
+    statement = (
+        "Of the attacks that routers withstand more than half fool the prediction (category 3 > 1), though robust "
+        "routers help (more robust than the standard MoE)."
+    )
+    return Outcome(
+        tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
+        claims=[claim("insight-2", statement, verdicts)],
+    )  # fmt: skip
+
+
+def _fig5_rows(scale: Scale, _: Results) -> list[Row]:
+    return [_dissected(scale, THETA), _dissected(scale, THETA2)]
+
+
+def _fig5_show(scale: Scale, results: Results) -> Outcome:
+    caption = "Before and after the experts are robustified too. Every test image is attacked."
+    shown, figure = _dissections(results, "What fails once experts are robustified after routers", "fig5", caption)
+    first, second = results.one(method=THETA), results.one(method=THETA2)
+    verdicts = []
+    for (name, attack), (dissected, title) in zip(
+        MEASURED.items(), ((PGD, "PGD"), (f"{PGD}-soft", "PGD through soft routing")), strict=True
+    ):
+        kept = Comparison(
+            "routers robust before",
+            "routers robust after",
+            *(categories(row, dissected, [1, 3]) for row in (first, second)),
+        )
+        note = f"The routers' robustness is that under {title}."
+        verdicts.append(verdict(name, [compared(results, THETA2, THETA, attack), kept], note))
+    statement = (
+        "Robustifying experts after routers makes the model more robust, while the routers' robustness drops: the two "
+        "do not adapt to each other."
+    )
+    return Outcome(
+        tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
+        claims=[claim("insight-3", statement, verdicts)],
+    )  # fmt: skip
+
+
+FIG3 = Study(
+    name="fig3", title="Figure 3: routers robustified alone",
+    shows="The standard MoE with routers trained robustly, against the standard MoE (M1), AT (S-Dense) (M2) and a "
+    "robust mask (M3), over model scales.",
+    stages=(_fig3_rows,), show=_fig3_show, varies=("model.scale",),
+)  # fmt: skip
+FIG4 = Study(
+    name="fig4", title="Figure 4: what fails where routers alone are robust",
+    shows="Attacks on the router-robustified model, dissected into the four categories.",
+    stages=(_fig4_rows,), show=_fig4_show,
+)  # fmt: skip
+FIG5 = Study(
+    name="fig5", title="Figure 5: what fails once experts are robustified after routers",
+    shows="The dissection before and after the experts are trained robustly too.",
+    stages=(_fig5_rows,), show=_fig5_show,
+)  # fmt: skip

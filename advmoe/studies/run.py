@@ -1,0 +1,202 @@
+"""A study run: its rows planned, trained and measured, and `study.json` with figures made of what was found.
+
+Runs lie side by side under one folder, by key, so that studies share them; a study's own folder holds what it shows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from advmoe.config import merged
+from advmoe.files import write_text
+from advmoe.studies.catalogue import study_named
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
+from advmoe.studies.pool import Report, run_tasks
+from advmoe.studies.present import draw
+from advmoe.studies.results import Results
+from advmoe.studies.scales import Scale, scale_named
+from advmoe.studies.spec import Outcome, Settings, Study
+
+FIXED = ("model.kind", "training.method", "training.seed", "training.init_from")
+"""Fields that every study sets itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a study is run."""
+
+    scale: str = "smoke"
+    """`smoke`, `cpu` or `paper`."""
+    seeds: int | None = None
+    """Seeds 0 ... seeds - 1; by default the scale's number."""
+    only: Sequence[str] = ()
+    """Rows whose run's name holds one of these words, or all of `a+b`; every row where there are none."""
+    overrides: Settings = field(default_factory=dict)
+    """Fields set for all runs, over the scale's."""
+    num_examples: int | None = None
+    """Test images attacked; by default the scale's number."""
+    root: Path = Path("runs/studies")
+    """Folder of the studies, and of their runs in `runs`."""
+    jobs: int = 1
+    """Processes that train and measure at the same time."""
+    threads: int = 1
+    """CPU threads of each."""
+    accelerator: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    command: Sequence[str] | None = None
+    """What the user typed, for the record."""
+
+    def sized(self) -> Scale:
+        """The scale with what the user changed of it."""
+        scale = scale_named(self.scale)
+        scale = replace(scale, overrides=self.overrides, seeds=self.seeds or scale.seeds)
+        return scale if self.num_examples is None else replace(scale, examples=self.num_examples)
+
+
+Told = Callable[[str, Task], None]
+"""Called with `starts`, `done` or an error's text, and the task."""
+
+
+@dataclass
+class Session:
+    """A study at one size: what is planned so far, and what became of it."""
+
+    study: Study
+    options: Options
+    scale: Scale = field(init=False)
+    planner: Planner = field(init=False)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        _require_free(self.study, self.options.overrides)
+        self.scale = self.options.sized()
+        self.planner = Planner(self.options.root / "runs", range(self.scale.seeds))
+
+    def stages(self) -> Iterator[list[PlannedRow]]:
+        """The planned rows up to each stage; those of a later stage depend on what the ones before it found.
+
+        Raises `ValueError` for settings that cannot be, for a run that lies there and was trained otherwise, and where
+        `only` leaves nothing.
+        """
+        rows: list[PlannedRow] = []
+        for number, stage in enumerate(self.study.stages):
+            found = stage(self.scale, Results.read(rows, self.report.errors))
+            wanted = only(found, self.options.only)
+            if number == 0 and not wanted:
+                names = "; ".join(row.run.name for row in found)
+                raise ValueError(f"--only must be words of a run's name ({names}), got {', '.join(self.options.only)}")
+            rows = [*rows, *self.planner.rows(wanted)]
+            for task in self.planner.tasks(rows).values():
+                if isinstance(task, PlannedRun):
+                    task.require_same()
+            yield rows
+
+    @property
+    def home(self) -> Path:
+        """The study's folder."""
+        return self.options.root / f"{self.study.name}-{self.scale.name}"
+
+
+def _require_free(study: Study, overrides: Settings) -> None:
+    for group, fields in overrides.items():
+        for name in fields:
+            if (full := f"{group}.{name}") in (*FIXED, *study.varies):
+                raise ValueError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
+
+
+def plan_study(name: str, options: Options) -> dict[str, Task]:
+    """The tasks of a study, those of later stages too where the earlier ones are finished; nothing is run."""
+    session = Session(study_named(name), options)
+    tasks: dict[str, Task] = {}
+    for rows in session.stages():
+        tasks = session.planner.tasks(rows)
+        if any(task.state() != "finished" for task in tasks.values()):
+            break
+    return tasks
+
+
+def run_study(name: str, options: Options, told: Told = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
+    """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
+
+    Finished runs and measurements are reused, interrupted runs continued, failed ones reported and what needs them
+    skipped. Returns the study's folder and the content of `study.json`. Raises `ValueError` for what cannot be run.
+    """
+    session = Session(study_named(name), options)
+    started = time.perf_counter()
+    rows: list[PlannedRow] = []
+    for rows in session.stages():
+        done = run_tasks(
+            session.planner.tasks(rows), jobs=options.jobs, threads=options.threads, accelerator=options.accelerator,
+            logs=options.root / "logs", told=told,
+        )  # fmt: skip
+        session.report.errors |= done.errors
+        session.report.seconds |= done.seconds
+    results = Results.read(rows, session.report.errors)
+    outcome = session.study.show(session.scale, results)
+    return session.home, _write(session, rows, outcome, time.perf_counter() - started)
+
+
+def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """Figures first, then `study.json`, which names them."""
+    import torch
+
+    from advmoe.training.manifest import describe
+
+    home, options = session.home, session.options
+    folder = home / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, notes = [], list(outcome.notes)
+    for figure in outcome.figures:
+        if not figure.data:
+            notes.append(f"Nothing was measured for the figure {figure.title!r}.")
+            continue
+        for suffix in ("svg", "png"):
+            draw(figure, folder / f"{figure.id}.{suffix}")
+        drawn.append({
+            **{name: getattr(figure, name) for name in ("id", "title", "caption", "alt", "kind", "data", "options")},
+            "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
+        })  # fmt: skip
+    cuda = torch.cuda.is_available() and options.accelerator != "cpu"
+    made = describe(name="", seed=0, device=torch.device("cuda" if cuda else "cpu"), devices=1, command=None)
+    content = {
+        "study": session.study.name, "title": session.study.title, "shows": session.study.shows,
+        "scale": session.scale.name, "seeds": list(session.planner.seeds), "tables": list(outcome.tables),
+        "figures": drawn, "claims": list(outcome.claims), "notes": notes, "runs": _runs(session, rows),
+        "settings": merged(session.scale.base, session.options.overrides),
+        "command": " ".join(options.command or ()) or None, "seconds": round(seconds, 1), "threads": options.threads,
+        "hardware": {name: made[name] for name in ("cpu", "device", "platform")}, "versions": made["versions"],
+        "git_commit": made["git_commit"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    write_text(home / "study.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
+    """What became of each run, those that others start from included."""
+    tasks = session.planner.tasks(rows)
+    found = []
+    for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
+        measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
+        parts: list[Task] = [run, *measures]
+        errors = [error for task in parts if (error := session.report.errors.get(task.id))]
+        state = run.state()
+        found.append({
+            "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),
+            "status": "failed" if errors else state, "error": errors[0] if errors else None,
+        })  # fmt: skip
+    return found
+
+
+def _seconds(run: PlannedRun) -> float | None:
+    """Of training, as its manifest has it."""
+    try:
+        seconds: float | None = json.loads((run.path / "manifest.json").read_text()).get("wall_seconds")
+    except (OSError, ValueError):
+        return None
+    return seconds

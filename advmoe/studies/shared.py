@@ -1,0 +1,91 @@
+"""What several studies declare alike: measured rows, comparisons, the paper's ordering. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from advmoe.studies.claims import Comparison, claim, verdict
+from advmoe.studies.present import (
+    Column,
+    bars,
+    table,
+)
+from advmoe.studies.results import (
+    PGD,
+    Results,
+    Trained,
+    outcomes,
+    point,
+)
+from advmoe.studies.scales import Scale
+from advmoe.studies.spec import Figure, Measure, Row, Run
+
+MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
+"""How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""
+RA_LABEL = "robust accuracy under PGD (%)"
+BAR_PARTS = {
+    "both_survive": "1 both survive", "only_routing_fails": "2 only routing fails",
+    "only_prediction_fails": "3 only prediction fails", "both_fail": "4 both fail",
+}  # fmt: skip
+
+
+def measured(scale: Scale, run: Run, *, timed: bool = False, **more: Measure) -> Row:
+    """A row whose accuracy is measured, and its cost where a table shows time."""
+    return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more})
+
+
+def compared(
+    results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", **labels: Any
+) -> Comparison:
+    """That one method is right more often than another, all else alike."""
+    sides = [outcomes(results.one(method=name, **labels), attack, measure) for name in (more, less)]
+    return Comparison(more, less, *sides)
+
+
+def ordering(results: Results, where: str = "", **labels: Any) -> dict[str, Any]:
+    """The claim AT (MoE) < AT (S-Dense) < AdvMoE."""
+    ways: dict[str, tuple[str | None, str]] = {name: (attack, "accuracy") for name, attack in MEASURED.items()}
+    if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
+        ways["AutoAttack"] = ("autoattack.*", "autoattack")
+    verdicts = [
+        verdict(
+            name,
+            [
+                compared(results, "AT (S-Dense)", "AT (MoE)", *way, **labels),
+                compared(results, "AdvMoE", "AT (S-Dense)", *way, **labels),
+            ],
+        )
+        for name, way in ways.items()
+    ]
+    return claim(f"ordering{where}", f"AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy{where}.", verdicts)
+
+
+def orderings(results: Results) -> list[dict[str, Any]]:
+    """One for each data set and backbone."""
+    found = []
+    for dataset in results.distinct("dataset"):
+        for backbone in results.select(dataset=dataset).distinct("backbone"):
+            found.append(ordering(results, f", {backbone}, {dataset}", dataset=dataset, backbone=backbone))
+    return found
+
+
+def overview(title: str, results: Results, columns: Sequence[Column], paper_table: str) -> dict[str, Any]:
+    """A row for each data set, backbone and method, beside the paper's."""
+    caption = "Mean and standard deviation over seeds; the paper's numbers in brackets, at the paper's own size."
+    return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
+
+
+def method_bars(id: str, title: str, results: Results, value: Callable[[Trained], float | None], unit: str) -> Figure:
+    """A group of bars for each backbone and data set, a bar for each method."""
+    groups = {}
+    for dataset in results.distinct("dataset"):
+        for backbone in results.select(dataset=dataset).distinct("backbone"):
+            rows = results.select(dataset=dataset, backbone=backbone)
+            groups[f"{backbone}, {dataset}"] = {str(row.labels["method"]): point(row, value, 0) for row in rows}
+    return bars(id, title, groups, ylabel=unit, caption="Mean over seeds, with one standard deviation to each side.")
+
+
+def scales_of(scale: Scale, **choices: Sequence[float]) -> list[tuple[float, dict[str, Any]]]:
+    """Model scales with the settings that set them."""
+    return [(r, {"model": {"scale": r}}) for r in scale.pick(**choices)]
