@@ -26,7 +26,7 @@ ExpertLayout = Literal["subset", "independent"]
 ExpertInit = Literal["independent", "shared"]
 Norm = Literal["linf", "l2"]
 Method = Literal["standard", "at", "at-routers", "at-experts", "advmoe"]
-AttackRouting = Literal["straight-through", "soft"]
+AttackRouting = Literal["straight-through", "soft", "mixed"]
 RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
@@ -35,6 +35,9 @@ DATASETS = ("digits", "cifar10", "cifar100", "folder", "tiny-imagenet", "imagene
 
 ROUTED_METHODS: tuple[Method, ...] = ("at-routers", "at-experts", "advmoe")
 """Those that train routers and experts apart, and so need MoE layers."""
+
+ALTERNATIONS = ("both", "shared-attack", "by-iteration", "warm-start", "every-K")
+"""How AdvMoE takes turns between routers and experts; K is a whole number from 2, as in `every-4`."""
 
 _STRENGTH = "a number or a fraction such as 8/255"
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -201,6 +204,10 @@ class DataConfig:
     """
     val_fraction: float = 0.02
     """Share of the training set held out, by seed, to choose the best checkpoint. In [0, 0.5]."""
+    train_examples: int | None = None
+    """Use only so many of the training images, drawn at random but the same for every seed; the validation split is
+    taken from them. By default all.
+    """
     workers: int = 2
     """Processes that decode `imagenet` ahead of time, for each training process; 0 decodes in that one. No result
     depends on it.
@@ -213,6 +220,8 @@ class DataConfig:
             _number("data.image_size", self.image_size, 8)
         _number("data.val_fraction", self.val_fraction, 0, 0.5)
         _number("data.workers", self.workers, 0)
+        if self.train_examples is not None:
+            _number("data.train_examples", self.train_examples, 2)
 
 
 @dataclass(kw_only=True)
@@ -236,8 +245,20 @@ class TrainingConfig:
 
     method: Method = "advmoe"
     """What is trained, and against what: see the README's table of methods."""
+    alternation: str = "both"
+    """Of `advmoe`: which of the routers' and the experts' levels an iteration runs, on which batch, against which
+    attack. `both`, the paper's Algorithm 1: both, each on a batch and against an attack of its own; an epoch gives
+    every image once to each level, and costs twice one of `at`. `shared-attack`: both on one batch, against one attack
+    on the model before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
+    every image once an epoch, to one of them. `every-K` (as in `every-4`): the experts' level always, the routers' in
+    every K-th iteration, on a batch and against an attack of its own; every image once an epoch to the experts, one in
+    K to the routers. `warm-start`: as `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng
+    et al., CVPR 2020; `attack_steps` says nothing then), which takes 2 bytes for each value of the training images.
+    """
     epochs: int = 100
-    """Passes over the training set; one of `advmoe` gives every image once to the routers and once to the experts."""
+    """Passes over the training set; one of `advmoe` gives every image once to the routers and once to the experts,
+    unless `alternation` says otherwise.
+    """
     batch_size: int = 128
     """Images per step, over all processes."""
     lr: float = 0.1
@@ -253,13 +274,31 @@ class TrainingConfig:
     step_size: Pixels = field(default_factory=lambda: Pixels("5/255"))
     """Step of the inner maximisation, in pixel units."""
     attack_routing: AttackRouting = "straight-through"
-    """How the inner attack sees the routing: through the hard choice, or through experts mixed by softmax."""
+    """How the inner attack sees the routing: through the hard choice, through experts mixed by softmax, or `mixed`: for
+    each image one of the two at random.
+    """
     router_objective: RouterObjective = "trades"
     """What the routers' step minimises: TRADES, or TRADES and each class's codeword."""
     codes: Codes = "mod"
     """Codewords for `router_objective=codes`: class modulo N in every layer, or balanced random columns."""
     alpha: float = 6.0
     """Weight of the codeword term."""
+    balance: float = 0.0
+    """Weight of a term that makes routers share the images evenly among experts (Switch Transformer, Fedus et al., JMLR
+    2022, eq. 4), mean over MoE layers; part of every step that trains routers.
+    """
+    margin: float = 0.0
+    """Weight of a term that has routers choose clearly under attack: by how much the chosen expert's lead on the
+    runner-up, in scores on adversarial images, stays below 1; mean over MoE layers and images.
+    """
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
+    validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so). In [0, 1); 0 keeps the weights themselves.
+    """
+    awp: float = 0.0
+    """Size, relative to each weight tensor's norm, of the adversarial weight perturbation under which gradients are
+    taken (Wu et al., NeurIPS 2020: 0.005 for TRADES); the part that is not trained stays as it is. 0 perturbs nothing.
+    """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
     compile: bool = False
@@ -275,15 +314,40 @@ class TrainingConfig:
         _check_types(self, "training")
         for name, low in (("epochs", 1), ("batch_size", 2), ("attack_steps", 1), ("val_attack_steps", 1)):
             _number(f"training.{name}", getattr(self, name), low)
-        for name in ("weight_decay", "beta", "alpha"):
+        for name in ("weight_decay", "beta", "alpha", "balance", "margin", "awp"):
             _number(f"training.{name}", getattr(self, name), 0)
         _number("training.seed", self.seed, 0, 2**32 - 1)  # the range of NumPy's seeds
         _number("training.lr", self.lr, 0, open_low=True)
         _number("training.step_size", self.step_size, 0, open_low=True)
         _number("training.momentum", self.momentum, 0, 1)
+        _number("training.ema", self.ema, 0)
+        require(self.ema < 1, "training.ema", "< 1", self.ema)
+        self._check_options()
         if self.method in ("at-routers", "at-experts"):
             rule = f"a run directory to start from when training.method is {self.method}"
             require(self.init_from is not None, "training.init_from", rule, self.init_from)
+
+    def _check_options(self) -> None:
+        """Refuse options that would change nothing."""
+        known = self.every is not None or self.alternation in ALTERNATIONS[:-1]
+        rule = f"one of {', '.join(ALTERNATIONS)} (K a whole number >= 2)"
+        require(known, "training.alternation", rule, self.alternation)
+        if self.alternation != "both":
+            rule = f"advmoe when training.alternation is {self.alternation}"
+            require(self.method == "advmoe", "training.method", rule, self.method)
+        for name, rule, unfit in (
+            ("balance", "one that trains routers", ("at-experts",)),
+            ("margin", "one that trains routers against attacks", ("at-experts", "standard")),
+            ("awp", "one that trains against attacks", ("standard",)),
+        ):
+            if getattr(self, name) > 0:
+                require(self.method not in unfit, "training.method", f"{rule} when training.{name} is > 0", self.method)
+
+    @property
+    def every(self) -> int | None:
+        """K where `alternation` is `every-K`."""
+        found = re.fullmatch(r"every-([0-9]{1,9})", self.alternation)
+        return int(found[1]) if found is not None and int(found[1]) >= 2 else None
 
 
 @dataclass(kw_only=True)
@@ -326,6 +390,14 @@ class Config:
         routed = self.model.kind == "moe" or self.model.source is not None
         if self.training.method in ROUTED_METHODS:
             require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
+        for name in ("balance", "margin"):
+            if getattr(self.training, name) > 0:
+                require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
+                rule = f">= 2 when training.{name} is > 0"
+                require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
+        if self.training.alternation == "warm-start":
+            rule = "of images held in memory (not imagenet) when training.alternation is warm-start"
+            require(self.data.name != "imagenet", "data.name", rule, self.data.name)
         if self.training.router_objective == "codes":
             rule = "advmoe or at-routers when training.router_objective is codes"
             require(self.training.method in ("advmoe", "at-routers"), "training.method", rule, self.training.method)

@@ -136,7 +136,7 @@ def load(config: Config) -> Dataset:
     data = config.data
     return load_dataset(
         data.name, root=data.root, image_size=data.image_size, val_fraction=data.val_fraction,
-        seed=config.training.seed, progress=True,
+        train_examples=data.train_examples, seed=config.training.seed, progress=True,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from advmoe.data.folder import load_folder
 from advmoe.data.imagenet import load_imagenet
 from advmoe.data.stream import FileSet
 from advmoe.data.tiny_imagenet import load_tiny_imagenet
-from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, split
+from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
 
 __all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "augment", "load_dataset"]
 
@@ -34,6 +34,7 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     val_fraction: float = 0.02,
+    train_examples: int | None = None,
     workers: int = 2,
     seed: int = 0,
     progress: bool = False,
@@ -49,6 +50,7 @@ def load_dataset(
         download: Fetch what is missing (CIFAR), checked by its checksum.
         image_size: Side in pixels that images are resized to; by default their own, and 224 for `imagenet`.
         val_fraction: Share of the training set held out, stratified by class, in [0, 0.5]; 0 leaves `val` empty.
+        train_examples: How many of the given training images are used, validation split included; by default all.
         workers: Processes that decode images not held in memory, ahead of time; 0 decodes them in this one.
         seed: Decides which images are held out, and nothing else.
         progress: Show progress bars, if stderr is a terminal.
@@ -58,7 +60,7 @@ def load_dataset(
 
     Raises:
         ValueError: One line that names the field (`data.name`, `data.root`, `data.download`, `data.image_size`,
-            `data.val_fraction`, `data.workers`), the rule and the value.
+            `data.val_fraction`, `data.train_examples`, `data.workers`), the rule and the value.
     """
     if name not in _READERS:
         raise ValueError(f"data.name must be one of {', '.join(_READERS)}, got {name!r}")
@@ -71,7 +73,7 @@ def load_dataset(
     folder = Path(root).expanduser()
     request = Request(root=folder, download=download, image_size=image_size, workers=workers, progress=progress)
     source = _READERS[name](request)
-    train, val = split(source.train, val_fraction, seed)
+    train, val = split(drawn(source.train, train_examples), val_fraction, seed)
     if source.statistics is None:
         assert isinstance(train, ImageSet)  # readers of images that are not in memory give statistics
         mean, std = channel_statistics(train.images)

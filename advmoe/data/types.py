@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from advmoe.data.augment import Variation, augment
 from advmoe.data.stream import FileSet
+from advmoe.seeding import generator_for
 
 # Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
 _CHUNK = 2**24
@@ -150,6 +151,21 @@ class Dataset:
     def in_channels(self) -> int:
         """Number of channels C."""
         return self.train.shape[0]
+
+
+def drawn(data: Images, examples: int | None) -> Images:
+    """Draw `examples` images of a set at random, always the same ones, each number's among a larger one's; None takes
+    all. They keep the order of `data`.
+
+    Raises `ValueError` for fewer than 2, or more than there are.
+    """
+    if examples is None:
+        return data
+    if not isinstance(examples, int) or isinstance(examples, bool) or not 2 <= examples <= len(data):
+        rule = f"an integer >= 2 and <= the {len(data)} training images"
+        raise ValueError(f"data.train_examples must be {rule}, got {examples!r}")
+    index = torch.randperm(len(data), generator=generator_for(0, "train examples"))[:examples].sort().values
+    return data.subset(index.to(data.labels.device))
 
 
 def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:

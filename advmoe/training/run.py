@@ -164,6 +164,7 @@ def _load(config: Config, *, progress: bool) -> Dataset:
         download=data.download,
         image_size=data.image_size,
         val_fraction=data.val_fraction,
+        train_examples=data.train_examples,
         workers=data.workers,
         seed=config.training.seed,
         progress=progress,

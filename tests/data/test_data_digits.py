@@ -5,6 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from advmoe.data import load_dataset
+from advmoe.data.types import channel_statistics
 
 
 def test_digits_are_the_known_ones() -> None:
@@ -37,6 +38,19 @@ def test_digits_resized() -> None:
     assert len(data.val) == 0
     # Interpolation keeps the mean, up to what clamping at the border moves.
     assert data.mean[0] == pytest.approx(load_dataset("digits", val_fraction=0).mean[0], abs=0.01)
+
+
+def test_part_of_the_digits_is_the_same_for_every_seed() -> None:
+    one, two = (load_dataset("digits", train_examples=200, val_fraction=0.1, seed=seed) for seed in (0, 1))
+    whole = load_dataset("digits", val_fraction=0)
+    used = [{image.numpy().tobytes() for part in (d.train, d.val) for image in part.images} for d in (one, two)]
+    assert used[0] == used[1] and used[0] < {image.numpy().tobytes() for image in whole.train.images}
+    assert (len(one.train), len(one.val)) == (180, 20)
+    assert not torch.equal(one.val.images, two.val.images)  # the hold-out follows the seed
+    assert torch.equal(one.test.images, whole.test.images)
+    assert one.mean == channel_statistics(one.train.images)[0] != whole.mean
+    with pytest.raises(ValueError, match=r"^data.train_examples must be .* <= the 1442 training images, got 1443$"):
+        load_dataset("digits", train_examples=1443)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,20 @@ def kit_with_text(root: Path) -> None:
     (root / "map_clsloc.txt").write_text("".join(f"{wnid} {number} some_words\n" for wnid, number in IDS.items()))
 
 
+def test_a_part_of_the_files(root: Path) -> None:
+    class_folders(root)
+    part, whole = load(root, train_examples=7), load(root)
+    assert isinstance(part.train, FileSet) and isinstance(whole.train, FileSet)
+    assert len(part.train) == 7 and set(part.train.paths) < set(whole.train.paths)
+    assert list(part.train.paths) == sorted(part.train.paths)
+    # A file's folder tells its class, and its red does.
+    assert [WNIDS.index(path.decode().split("/")[1]) for path in part.train.paths] == part.train.labels.tolist()
+    assert (part.train.pixels(slice(None))[:, 0, 0, 0] * 255).round().tolist() == part.train.labels.tolist()
+    assert len(part.test) == 4
+    with pytest.raises(ValueError, match=r"<= the 12 training images, got 13$"):
+        load(root, train_examples=13)
+
+
 @pytest.mark.parametrize("labels", [class_folders, two_columns, kaggle, kit_with_meta, kit_with_text])
 def test_every_kind_of_labels_gives_the_same_classes(root: Path, labels: Callable[[Path], None]) -> None:
     labels(root)

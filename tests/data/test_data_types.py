@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advmoe.data import Dataset, ImageSet
-from advmoe.data.types import channel_statistics, resize, split
+from advmoe.data.types import channel_statistics, drawn, resize, split
 
 
 def image_set(labels: list[int]) -> ImageSet:
@@ -103,6 +103,26 @@ def test_split_never_takes_the_last_of_a_class() -> None:
 def test_split_names_a_wrong_fraction(fraction: float) -> None:
     with pytest.raises(ValueError, match=rf"^data.val_fraction must be >= 0 and <= 0.5, got {fraction}$"):
         split(image_set([0, 0]), fraction, seed=0)
+
+
+def test_drawn_subsets_are_random_nested_and_in_order() -> None:
+    data = image_set([0] * 500 + [1] * 100)
+    assert drawn(data, None) is data
+    few, more, every = (indices(drawn(data, examples)) for examples in (60, 300, 600))
+    assert (len(few), len(more), every) == (60, 300, list(range(600)))
+    assert few == sorted(few) and set(few) < set(more) and few != list(range(60))
+    # As drawn at random: about a sixth of class 1, six standard deviations of slack (hypergeometric, n = 300).
+    assert abs(int(drawn(data, 300).labels.sum()) - 50) < 6 * (300 / 6 * 5 / 6 * 300 / 599) ** 0.5
+    assert indices(drawn(data, 60)) == few
+
+
+@pytest.mark.parametrize("examples", [1, 0, -1, 3, 2.0, True])
+def test_drawn_names_a_wrong_number(examples: int) -> None:
+    with pytest.raises(ValueError) as error:
+        drawn(image_set([0, 0]), examples)
+    assert str(error.value) == (
+        f"data.train_examples must be an integer >= 2 and <= the 2 training images, got {examples!r}"
+    )
 
 
 def test_statistics_by_hand() -> None:
