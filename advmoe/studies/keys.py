@@ -51,7 +51,7 @@ def run_key(config: Config, start: str | None = None) -> str:
 
 
 _DEFAULTS = Config.from_dict({"training": {"alternation": "both"}})
-"""What keys leave out: the defaults of when keys were first made, so that a default that changes later changes no key."""
+"""What keys leave out: the defaults of when keys were first made. One that changes later changes no key."""
 
 
 def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:
