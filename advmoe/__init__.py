@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from advmoe.data import load_dataset
     from advmoe.evaluation.accuracy import evaluate
     from advmoe.evaluation.dissection import dissect
+    from advmoe.evaluation.pathways import pathway_statistics
     from advmoe.evaluation.runs import load_run
     from advmoe.export import export_model, export_run
     from advmoe.hub import from_pretrained, push_to_hub, save_pretrained
@@ -36,6 +37,7 @@ _HOMES = {
     "load_dataset": "advmoe.data",
     "load_run": "advmoe.evaluation.runs",
     "pathway": "advmoe.moe",
+    "pathway_statistics": "advmoe.evaluation.pathways",
     "pgd": "advmoe.attacks",
     "push_to_hub": "advmoe.hub",
     "route": "advmoe.moe",
@@ -74,6 +76,7 @@ __all__ = [
     "load_dataset",
     "load_run",
     "pathway",
+    "pathway_statistics",
     "pgd",
     "push_to_hub",
     "route",
