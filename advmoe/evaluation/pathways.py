@@ -37,12 +37,15 @@ from advmoe.evaluation.overlap import (
 )
 from advmoe.evaluation.runs import attacked, load_run, opened_routed, subject
 from advmoe.evaluation.scoring import take
-from advmoe.files import write_text
+from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier
 from advmoe.moe.routing import pathway
 
 NAME = "pathways.json"
 """The file's name in a run directory."""
+
+EXAMPLES = "pathways-examples.npz"
+"""Beside it: `index`, each image's position in the test set, and whether its pathway was left `unchanged`, (N,)."""
 
 FREQUENT = 10
 """Pathways that are listed."""
@@ -247,13 +250,16 @@ def pathways_run(
             if isinstance(opened, nn.Module):
                 theirs.append(dissect(opened, *batch, batch_size=batch_size))
         other = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
-        result = statistics(Dissection.merge(mine), units, num_classes=len(given.classes), other=other)
+        found = Dissection.merge(mine)
+        result = statistics(found, units, num_classes=len(given.classes), other=other)
     result["classes"] = list(given.classes)
     result["attack"]["name"] = names[0]
     result |= {"threat": asdict(given.threat), "seed": given.seed, "data": {"name": given.source, "split": "test"}}
     if against is not None:
         result["against"]["run"] = str(against)
     given.home.mkdir(parents=True, exist_ok=True)
+    kept = (found.clean_pathway == found.adv_pathway).flatten(1).all(1)
+    write_arrays(given.home / EXAMPLES, {"index": given.index.numpy(), "unchanged": kept.cpu().numpy()})
     write_text(given.home / NAME, json.dumps(result) + "\n")
     return given.home, result
 

@@ -125,7 +125,7 @@ def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
 
 def _fig6_show(scale: Scale, results: Results) -> Outcome:
     caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
-    figures = []
+    figures: list[Figure] = []
     for row in results:
         series = {kind: found for kind in ("clean", "adversarial") if (found := _histogram(row, kind))}
         if series:

@@ -48,7 +48,7 @@ def pace(
                 if number:
                     seconds[name].append((time.perf_counter() - started) / ITERATIONS)
         used = torch.get_num_threads()
-    ours, against = list(seconds.values())[0], list(seconds.values())[-1]
+    ours, *_, against = seconds.values()
     return {
         "seconds": {
             name: {"median": statistics.median(each), "least": min(each), "most": max(each)}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,6 +250,9 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
     home, found = pathways_run(runs / "run", against=runs / "other", out=tmp_path / "a", **options)
     assert home == tmp_path / "a" and json.loads((home / "pathways.json").read_text()) == found
     assert found["against"]["kind"] == "pathways"
+    with np.load(home / "pathways-examples.npz") as examples:
+        assert examples["unchanged"].mean() == pytest.approx(found["attack"]["unchanged"])
+        assert examples["index"].tolist() == subject(runs / "run", num_examples=30).index.tolist()
     # The numbers are those of the attack's images, however they are cut into batches of the same attack.
     given = subject(runs / "run", num_examples=30)
     device, predict, job, (name,) = opened_routed(given, "run", "cpu", None, 250, purpose="trace")
@@ -265,7 +269,7 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
     assert cli.main([str(word) for word in words]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"IoU with the pathways of {runs / 'run'}\n.*\nclean +1\.000  0\.000  1\.000", text)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["pathways.json"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["pathways-examples.npz", "pathways.json"]
 
 
 @pytest.mark.parametrize(
