@@ -297,7 +297,8 @@ class TrainingConfig:
     """
     awp: float = 0.0
     """Size, relative to each weight tensor's norm, of the adversarial weight perturbation under which gradients are
-    taken (Wu et al., NeurIPS 2020: 0.005 for TRADES); the part that is not trained stays as it is. 0 perturbs nothing.
+    taken (Wu et al., NeurIPS 2020: 0.005 for TRADES), at the price of the loss once more; the part that is not trained
+    stays as it is. 0 perturbs nothing.
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""

@@ -58,6 +58,11 @@ MORE_MISTAKES = [
     ([*TRAIN, "--training.compile", "1"], ["training.compile must be true or false, got 1"]),
     ([*TRAIN, "--model.kind", "mo"], ["model.kind must be one of moe, dense, s-dense, got 'mo'"]),
     ([*TRAIN, "--model.kind", "dense"], ["model.kind must be moe when training.method is advmoe, got 'dense'"]),
+    ([*TRAIN, "--training.alternation", "often"], ["training.alternation must be one of both, ", "got 'often'"]),
+    (
+        [*TRAIN, "--data.train_examples", "2000"],
+        ["data.train_examples must be ", "<= the 1442 training images, got 2000"],
+    ),
     ([*TRAIN, "--devices", "0"], ["--devices must be >= 1, got 0"]),
     ([*TRAIN, "--accelerator", "tpu"], ["--accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
     (["train", "--config", "absent.yaml"], ["--config must be", "'absent.yaml'"]),

@@ -52,6 +52,45 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: TrainingConfig(step_size="a/b"), "training.step_size must be a number or a fraction such as 8/255"),
         (lambda: TrainingConfig(precision="fp16"), "training.precision must be one of 32-true, bf16-mixed, got 'fp16'"),
         (lambda: TrainingConfig(method="at-routers"), "training.init_from must be a run directory to start from"),
+        (lambda: TrainingConfig(alternation="every-1"), "(K a whole number >= 2), got 'every-1'"),
+        (
+            lambda: TrainingConfig(alternation="every-K"),
+            "one of both, shared-attack, by-iteration, warm-start, every-K",
+        ),
+        (lambda: TrainingConfig(alternation="every-2.5"), "training.alternation must be one of both, shared-attack,"),
+        (
+            lambda: TrainingConfig(alternation="every-4", method="at"),
+            "training.method must be advmoe when training.alternation is every-4, got 'at'",
+        ),
+        (lambda: TrainingConfig(ema=1), "training.ema must be < 1, got 1.0"),
+        (lambda: TrainingConfig(ema=-0.1), "training.ema must be >= 0, got -0.1"),
+        (lambda: TrainingConfig(awp=float("nan")), "training.awp must be >= 0, got nan"),
+        (
+            lambda: TrainingConfig(awp=0.1, method="standard"),
+            "training.method must be one that trains against attacks when training.awp is > 0, got 'standard'",
+        ),
+        (
+            lambda: TrainingConfig(margin=1, method="standard"),
+            "training.method must be one that trains routers against attacks when training.margin is > 0, got",
+        ),
+        (
+            lambda: TrainingConfig(balance=1, method="at-experts", init_from="x"),
+            "training.method must be one that trains routers when training.balance is > 0, got 'at-experts'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(kind="s-dense"), training=TrainingConfig(balance=1, method="at")),
+            "model.kind must be moe when training.balance is > 0, got 's-dense'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(num_experts=1), training=TrainingConfig(margin=1)),
+            "model.num_experts must be >= 2 when training.margin is > 0, got 1",
+        ),
+        (
+            lambda: Config(data=DataConfig(name="imagenet"), training=TrainingConfig(alternation="warm-start")),
+            "data.name must be of images held in memory (not imagenet) when training.alternation is warm-start",
+        ),
+        (lambda: DataConfig(train_examples=1), "data.train_examples must be >= 2, got 1"),
+        (lambda: DataConfig(train_examples=2.5), "data.train_examples must be a whole number, got 2.5"),
         (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
         (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, got ['moe']"),
         (lambda: ModelConfig(name=3), "model.name must be text, got 3"),
@@ -146,6 +185,19 @@ def test_files(tmp_path: Path) -> None:
         Config.load(path)
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         Config.load(tmp_path / "absent.yaml")
+
+
+def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
+    options = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+    training = Config().to_dict()["training"]
+    assert [training[name] for name in options] == ["both", "straight-through", 0, 0, 0, 0]
+    assert Config().to_dict()["data"]["train_examples"] is None
+    # Runs of before these fields existed are read as what they were.
+    older = {group: {n: v for n, v in fields.items() if n not in (*options, "train_examples")}
+             for group, fields in Config().to_dict().items()}  # fmt: skip
+    assert Config.from_dict(older) == Config()
+    for alternation, every in (("every-2", 2), ("every-10", 10), ("both", None), ("by-iteration", None)):
+        assert TrainingConfig(alternation=alternation).every == every
 
 
 def test_merged_lays_groups_over_one_another() -> None:

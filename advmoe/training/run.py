@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -62,11 +62,13 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
             if fabric.is_global_zero:
                 with (run_dir / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                state = trainer.state(progress)
                 if better:
-                    checkpoints.save(run_dir / "best", state, keep_previous=False)
-                    save_model(trainer.model, run_dir)
-                checkpoints.save(run_dir / "last", state)
+                    with trainer.averaged():
+                        checkpoints.save(
+                            run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False
+                        )
+                        save_model(trainer.model, run_dir)
+                checkpoints.save(run_dir / "last", trainer.state(progress))
             fabric.barrier()
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
