@@ -138,7 +138,7 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """What each process of a run does. The directory is made once data and model are known to be good."""
     torch.set_num_threads(threads)
     config, folder = launch.config, launch.run_dir
-    dataset = _load(config, progress=fabric.is_global_zero)
+    dataset = load_data(config, progress=fabric.is_global_zero)
     model = build_model(config, dataset)
     trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
@@ -158,7 +158,8 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     fit(trainer, folder, manifests.read(folder))
 
 
-def _load(config: Config, *, progress: bool) -> Dataset:
+def load_data(config: Config, *, progress: bool) -> Dataset:
+    """The images that `config` trains on. Raises `ValueError` for what cannot be read."""
     data = config.data
     return load_dataset(
         data.name,
@@ -188,7 +189,7 @@ def _start(launch: _Launch) -> Path:
     )
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
-        build_model(launch.config, _load(launch.config, progress=True))
+        build_model(launch.config, load_data(launch.config, progress=True))
     threads = launch.threads or max(1, torch.get_num_threads() // devices)
     try:
         fabric.launch(partial(_process, launch=launch, threads=threads))
