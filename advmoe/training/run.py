@@ -22,13 +22,14 @@ from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
+from advmoe.training.board import Board, examples, require_tensorboard
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 
 
-def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
+def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board | None = None) -> None:
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
-    model.
+    model, and show every epoch on `board`.
     """
     fabric, t = trainer.fabric, trainer.config.training
     progress: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
@@ -37,7 +38,9 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
         trainer.restore(found)
         progress = found.progress
     if fabric.is_global_zero:
-        _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+        logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+        if board is not None:
+            board.follow(logged)
     iterations = len(batches(len(trainer.train_set), t.batch_size, seed=t.seed, epoch=0))
     bar = tqdm(
         total=t.epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
@@ -62,16 +65,21 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
             if fabric.is_global_zero:
                 with (run_dir / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
+                if board is not None:
+                    board.write(line, examples(trainer))
                 if better:
-                    with trainer.averaged():
-                        checkpoints.save(
-                            run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False
-                        )
-                        save_model(trainer.model, run_dir)
+                    _keep_best(trainer, run_dir, progress)
                 checkpoints.save(run_dir / "last", trainer.state(progress))
             fabric.barrier()
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
+
+
+def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
+    """Write the weights that were measured, as the best checkpoint and as the run's model."""
+    with trainer.averaged():
+        checkpoints.save(run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False)
+        save_model(trainer.model, run_dir)
 
 
 def _score(method: str, measured: dict[str, float] | None) -> float | None:
@@ -97,18 +105,20 @@ def _epoch_line(
     }
 
 
-def _trim_metrics(path: Path, epochs: int) -> None:
-    """Drop the lines of epochs that an interrupted run logged but did not save."""
+def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """Drop the lines of epochs that an interrupted run logged but did not save; returns those that stay."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["epoch"] <= epochs:
-                kept.append(line)
+            logged = json.loads(line)
+            if logged["epoch"] <= epochs:
+                kept[line] = logged
         except ValueError:
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
+    return list(kept.values())
 
 
 def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -132,6 +142,7 @@ class _Launch:
     threads: int | None
     command: list[str] | None
     fresh: bool
+    tensorboard: bool
 
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
@@ -155,7 +166,8 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
         manifests.write(folder, described)
         config.dump(folder / "config.yaml")
     fabric.barrier()
-    fit(trainer, folder, manifests.read(folder))
+    shown = launch.tensorboard and fabric.is_global_zero
+    fit(trainer, folder, manifests.read(folder), Board(folder) if shown else None)
 
 
 def load_data(config: Config, *, progress: bool) -> Dataset:
@@ -210,6 +222,7 @@ def train(
     accelerator: str = "auto",
     threads: int | None = None,
     command: list[str] | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Train `config` from its start and fill `run_dir`, which must be new or empty.
 
@@ -217,6 +230,8 @@ def train(
         name: the recipe's, for the manifest. command: what the user typed, likewise.
         devices: processes, one per device; they share each batch. accelerator: `auto`, `cpu` or `cuda`.
         threads: CPU threads per process; by default what PyTorch has, shared among them.
+        tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
+            `metrics.jsonl`, and a few validation images, clean and adversarial.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
     for a NaN or infinite loss.
@@ -224,7 +239,11 @@ def train(
     run_dir = Path(run_dir)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(run_dir)!r}")
-    return _start(_Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True))
+    if tensorboard:
+        require_tensorboard()
+    return _start(
+        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard)
+    )
 
 
 def resume(
@@ -234,11 +253,13 @@ def resume(
     devices: int | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the processes and threads it had.
 
     `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
-    executed. On CPU the weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
+    executed. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the weights
+    end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     run_dir = Path(run_dir)
@@ -253,6 +274,9 @@ def resume(
         raise ValueError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    if tensorboard := tensorboard or (run_dir / "tensorboard").is_dir():
+        require_tensorboard()
+    name, command = manifest["name"], manifest["command"]
     return _start(
-        _Launch(config, run_dir, manifest["name"], devices, accelerator, threads, manifest["command"], fresh=False)
+        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=False, tensorboard=tensorboard)
     )

@@ -180,9 +180,9 @@ class Trainer:
             self.use.add(routing)
             self._require_finite(terms)
             self._backward(terms)
-        for part in ("experts", "routers") if level.part == "all" else (level.part,):
-            if part in self.optimizers:
-                self.optimizers[part].step()
+        for part, optimizer in self.optimizers.items():
+            if level.part in ("all", part):
+                optimizer.step()
         self.means.add(level.part, {**terms, "accuracy": (logits.argmax(1) == y).float().mean()}, len(y))
         return terms
 
@@ -275,6 +275,12 @@ class Trainer:
             held.keep(index, view, x_adv - x)
         return x, x_adv
 
+    @property
+    def val_attack(self) -> AttackConfig:
+        """The attack on the validation split, whose steps can cross the ball."""
+        steps = self.config.training.val_attack_steps
+        return AttackConfig(steps=steps, step_size=Pixels(2.5 * self.threat.eps / steps or 1e-3))
+
     def validate(self) -> dict[str, float] | None:
         """Clean and robust accuracy on the validation split, in fp32; None where there is no such split.
 
@@ -289,11 +295,9 @@ class Trainer:
         share = val.subset(torch.arange(fabric.global_rank, len(val), fabric.world_size))
         sums = torch.zeros(3, device=fabric.device)
         if len(share):
-            step_size = Pixels(2.5 * self.threat.eps / t.val_attack_steps or 1e-3)
-            attack = AttackConfig(steps=t.val_attack_steps, step_size=step_size)
             with self.averaged():
                 found = outcomes(
-                    self.model, share, threat=self.threat, attack=attack, seed=t.seed, device=fabric.device
+                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=fabric.device
                 )
             numbers = summary(found)
             shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
