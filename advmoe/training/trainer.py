@@ -21,16 +21,17 @@ from advmoe.data import Dataset, Variation
 from advmoe.evaluation.accuracy import outcomes, summary
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
-from advmoe.models import Classifier, create_model, split_parameters
+from advmoe.models import Classifier, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import soft_routing
+from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.methods import METHODS, Level, learning, parts_of
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import Terms, code_loss, codewords, cross_entropy, trades
 from advmoe.training.processes import average_buffers, average_gradients, total
@@ -60,7 +61,10 @@ def build_model(config: Config, dataset: Dataset) -> Classifier:
             )  # fmt: skip
     if start is not None and upcycled is None:
         try:
-            model.load_state_dict(start.state_dict())
+            if config.model.kind == "sparse":
+                adopt(model, start)
+            else:
+                model.load_state_dict(start.state_dict())
         except RuntimeError as error:
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise ValueError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
@@ -95,6 +99,8 @@ class Trainer:
     model: Classifier
     dataset: Dataset
     fabric: Fabric
+    whole: Classifier | None = field(default=None, kw_only=True)
+    """The sparse model whose compacted form `model` is, where that is trained; it is what a run keeps."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     table: Tensor | None = field(init=False, default=None)
@@ -104,11 +110,10 @@ class Trainer:
         self.threat = ThreatModel(c.threat.norm, float(c.threat.eps))
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
-        psi, phi = split_parameters(self.model)
         t = c.training
         self.optimizers = {
             part: torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-            for part, parameters in (("experts", psi), ("routers", phi))
+            for part, parameters in parts_of(self.model).items()
             if parameters
         }
         if c.training.router_objective == "codes":
@@ -148,9 +153,9 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()
             average_gradients(self.fabric, self.model.parameters())
-        for part in ("experts", "routers") if level.part == "all" else (level.part,):
-            if part in self.optimizers:
-                self.optimizers[part].step()
+        for part, optimizer in self.optimizers.items():
+            if level.part in ("all", part):
+                optimizer.step()
         self.means.add(level.part, {**terms, "accuracy": (logits.argmax(1) == y).float().mean()}, len(y))
         return terms
 
@@ -206,13 +211,25 @@ class Trainer:
         clean, robust, count = total(fabric, sums).tolist()
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
 
+    def kept(self) -> Classifier:
+        """The model as the run keeps it."""
+        return self.model if self.whole is None else expand(self.model, self.whole)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over the weights of a model as the run keeps it."""
+        if self.whole is None:
+            self.model.load_state_dict(weights)
+        else:
+            self.whole.load_state_dict(weights)
+            self.model.load_state_dict(compact(self.whole).state_dict())
+
     def state(self, progress: dict[str, Any]) -> Checkpoint:
         """Everything that a later process needs to go on from here."""
         states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
-        return Checkpoint(self.model.state_dict(), states, progress)
+        return Checkpoint(self.kept().state_dict(), states, progress)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to `checkpoint`."""
-        self.model.load_state_dict(checkpoint.weights)
+        self.load(checkpoint.weights)
         for optimizer, state in zip(self.optimizers.values(), checkpoint.optimizers, strict=True):
             optimizer.load_state_dict(state)
