@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from advmoe.models import create_model
     from advmoe.models.convert import to_moe
     from advmoe.moe import pathway, route, soft_routing
+    from advmoe.pruning import compact
     from advmoe.threat import ThreatModel
     from advmoe.training.run import train
 
 _HOMES = {
     "Config": "advmoe.config",
     "ThreatModel": "advmoe.threat",
+    "compact": "advmoe.pruning",
     "create_model": "advmoe.models",
     "dissect": "advmoe.evaluation.dissection",
     "evaluate": "advmoe.evaluation.accuracy",
@@ -67,6 +69,7 @@ __all__ = [
     "Config",
     "ThreatModel",
     "__version__",
+    "compact",
     "create_model",
     "dissect",
     "evaluate",

@@ -92,7 +92,7 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: DataConfig(train_examples=1), "data.train_examples must be >= 2, got 1"),
         (lambda: DataConfig(train_examples=2.5), "data.train_examples must be a whole number, got 2.5"),
         (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
-        (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, got ['moe']"),
+        (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, sparse, got ['moe']"),
         (lambda: ModelConfig(name=3), "model.name must be text, got 3"),
         (lambda: DataConfig(name="mnist"), f"data.name must be one of {', '.join(DATASETS)}, got 'mnist'"),
         (lambda: DataConfig(image_size="32"), "data.image_size must be a whole number, got '32'"),
@@ -101,6 +101,24 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: AttackConfig(steps=0), "attack.steps must be >= 1, got 0"),
         (lambda: Config(model={"kind": "moe"}), "model must be a ModelConfig, got {'kind': 'moe'}"),
         (lambda: Config(model=ModelConfig(kind="dense")), "model.kind must be moe when training.method is advmoe"),
+        (lambda: TrainingConfig(prune_epochs=-1), "training.prune_epochs must be >= 0, got -1"),
+        (lambda: TrainingConfig(finetune_epochs=1.5), "training.finetune_epochs must be a whole number, got 1.5"),
+        (
+            lambda: TrainingConfig(prune_epochs=0, finetune_epochs=0),
+            "training.finetune_epochs must be left out or >= 1 when training.prune_epochs is 0, got 0",
+        ),
+        (
+            lambda: Config(training=TrainingConfig(method="sparse")),
+            "model.kind must be sparse when training.method is sparse, got 'moe'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(kind="sparse"), training=TrainingConfig(method="at")),
+            "training.method must be sparse when model.kind is sparse, got 'at'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(source="a.py:f"), training=TrainingConfig(method="sparse")),
+            "model.source must be left out when training.method is sparse, got 'a.py:f'",
+        ),
     ],
 )
 def test_errors_name_field_rule_and_value(make, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -227,6 +245,7 @@ def test_the_methods_of_the_recipes() -> None:
     assert {m: (c.model.kind, c.training.method) for m, c in kinds.items()} == {
         "advmoe": ("moe", "advmoe"),
         "at-moe": ("moe", "at"),
+        "at-sparse": ("sparse", "sparse"),
         "at-s-dense": ("s-dense", "at"),
         "at-dense": ("dense", "at"),
         "standard": ("moe", "standard"),

@@ -33,6 +33,7 @@ from advmoe.evaluation.suite import build
 from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier, load_model
+from advmoe.pruning import deployed
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
@@ -48,8 +49,10 @@ def load_run(path: str | Path, source: str | None = None) -> Classifier:
 
 
 def _loaded(target: str, weights: str | None, source: str | None, device: torch.device) -> Predict:
-    """The classifier of a run or a source, on `device`."""
-    return placed(load_classifier(target, weights) if is_source(target) else load_run(target, source), device)
+    """The classifier of a run or a source, on `device`; of a sparse model the compacted form, which costs less."""
+    if is_source(target):
+        return placed(load_classifier(target, weights), device)
+    return placed(deployed(load_run(target, source)), device)
 
 
 @dataclass(frozen=True)

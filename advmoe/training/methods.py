@@ -1,7 +1,8 @@
 """Who is updated when: a method is a schedule of levels, some or all of which an iteration runs.
 
-psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'. Each level has a batch and an
-attack on the current model, its own or shared with another level, and changes its part alone.
+psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'; a sparse model has channel
+scores besides. Each level has a batch and an attack on the current model, its own or shared with another level, and
+changes its part alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from advmoe.config import Method, TrainingConfig
 from advmoe.models import split_parameters
+from advmoe.models.sparse import scores_of
 from advmoe.moe.routers import routers_of
 from advmoe.training.schedule import batches
 
-Part = Literal["all", "experts", "routers"]
+Part = Literal["all", "experts", "routers", "scores"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ METHODS: dict[Method, tuple[Level, ...]] = {
     "at": (Level("all"),),
     "at-routers": (Level("routers"),),
     "at-experts": (Level("experts"),),
+    # Its second phase; before and after it is `at` (see `phases`).
+    "sparse": (Level("scores"),),
     # Algorithm 1: the lower level (routers) first, then the upper (backbone).
     "advmoe": (Level("routers"), Level("experts", batch=1)),
 }
@@ -78,6 +82,14 @@ def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, see
     return runs
 
 
+def parts_of(model: nn.Module) -> dict[Part, list[nn.Parameter]]:
+    """The parameters of each part but `all`; together all, none twice."""
+    psi, phi = split_parameters(model)
+    scores = scores_of(model)
+    known = {id(score) for score in scores}
+    return {"experts": [p for p in psi if id(p) not in known], "routers": phi, "scores": scores}
+
+
 @contextmanager
 def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[None]:
     """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
@@ -85,16 +97,17 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
 
     Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag
     behind fast early weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against
-    1.6).
+    1.6). Under scores that learn, weights are fixed but statistics are not: those of the dense network do not fit what
+    its masks let through, and attacks and measurements go by them.
     """
-    psi, phi = split_parameters(model)
+    parts = parts_of(model)
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
     modules = list(model.modules())
     norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     modes = [module.training for module in modules]
-    wanted = [(p, p.requires_grad) for p in (*psi, *phi)]
+    wanted = [(p, p.requires_grad) for parameters in parts.values() for p in parameters]
     recording = [norm.track_running_stats for norm in norms]
-    still = {id(parameter) for parameter in {"experts": phi, "routers": psi, "all": []}[part]}
+    still = {id(p) for other, parameters in parts.items() if part not in ("all", other) for p in parameters}
     for parameter, needs in wanted:  # what the user's own network has frozen stays so
         parameter.requires_grad_(needs and id(parameter) not in still)
     model.train()

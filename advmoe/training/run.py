@@ -20,9 +20,11 @@ from advmoe.data import Dataset, load_dataset
 from advmoe.files import write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
+from advmoe.pruning import write_masks
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
+from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 
@@ -30,30 +32,36 @@ from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board | None = None) -> None:
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
     model, and show every epoch on `board`.
+
+    A phase's successor starts from the best checkpoint of it, and is what `last` holds once it is over.
     """
-    fabric, t = trainer.fabric, trainer.config.training
+    run, plan = trainer, phases(trainer.config)
+    fabric, t = run.fabric, run.config.training
     progress: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
     found = checkpoints.load_latest(run_dir / "last")
     if found is not None:
-        trainer.restore(found)
         progress = found.progress
+    phase = phase_at(plan, progress["epoch"])
+    trainer = enter(phase, run)
+    if found is not None:
+        trainer.restore(found)
     if fabric.is_global_zero:
         logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
         if board is not None:
             board.follow(logged)
-    iterations = len(batches(len(trainer.train_set), t.batch_size, seed=t.seed, epoch=0))
+    epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     bar = tqdm(
-        total=t.epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
+        total=epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
         disable=None if fabric.is_global_zero else True,
     )  # fmt: skip
     with bar:
-        for epoch in range(progress["epoch"], t.epochs):
+        for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
-            bar.set_description(f"epoch {epoch + 1}/{t.epochs}")
-            trainer.train_epoch(epoch, bar)
+            bar.set_description(f"{phase.name or 'train'}: epoch {epoch + 1}/{epochs}")
+            _train_epoch(trainer, phase, epoch, bar)
             seconds = time.perf_counter() - started
             measured = trainer.validate()
-            line = _epoch_line(trainer, epoch, seconds, iterations, measured)
+            line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
             best = progress["best"]
             better = best is None or score is None or score >= best["score"]
@@ -69,6 +77,13 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
                     board.write(line, examples(trainer))
                 if better:
                     _keep_best(trainer, run_dir, progress)
+            if epoch + 1 == phase.end < epochs:
+                fabric.barrier()
+                leave(phase, trainer, run, checkpoints.load(run_dir / "best").weights)
+                phase = phase_at(plan, epoch + 1)
+                trainer = enter(phase, run)
+                progress["best"] = None
+            if fabric.is_global_zero:
                 checkpoints.save(run_dir / "last", trainer.state(progress))
             fabric.barrier()
     if fabric.is_global_zero:
@@ -79,7 +94,15 @@ def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> Non
     """Write the weights that were measured, as the best checkpoint and as the run's model."""
     with trainer.averaged():
         checkpoints.save(run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False)
-        save_model(trainer.model, run_dir)
+        save_model(trainer.kept(), run_dir)
+
+
+def _train_epoch(trainer: Trainer, phase: Phase, epoch: int, bar: Any) -> None:
+    """Run `epoch` of the run; what diverges says in which phase."""
+    try:
+        trainer.train_epoch(epoch - phase.first, bar)
+    except TrainingDiverged as error:
+        raise (error if phase.name is None else TrainingDiverged(f"{phase.name}: {error}")) from None
 
 
 def _score(method: str, measured: dict[str, float] | None) -> float | None:
@@ -90,13 +113,14 @@ def _score(method: str, measured: dict[str, float] | None) -> float | None:
 
 
 def _epoch_line(
-    trainer: Trainer, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
+    trainer: Trainer, phase: Phase, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
 ) -> dict[str, Any]:
     t = trainer.config.training
     seen = sum(trainer.means.counts.values()) * trainer.fabric.world_size
     return {
         "epoch": epoch + 1,
-        "lr": t.lr * cosine(epoch * iterations, t.epochs * iterations),
+        **({} if phase.name is None else {"phase": phase.name}),
+        "lr": t.lr * cosine((epoch - phase.first) * iterations, t.epochs * iterations),
         "train": trainer.means.report(trainer.fabric),
         "val": measured,
         "seconds": round(seconds, 3),
@@ -124,8 +148,10 @@ def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
 def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
     best = checkpoints.load_latest(run_dir / "best")
     if best is not None:
-        trainer.model.load_state_dict(best.weights)
-    save_model(trainer.model, run_dir)
+        trainer.load(best.weights)
+    save_model(model := trainer.kept(), run_dir)
+    if model.spec["kind"] == "sparse":
+        write_masks(model, run_dir)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifests.write(run_dir, {**manifest, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
 

@@ -22,18 +22,19 @@ from advmoe.data import Dataset, Variation
 from advmoe.evaluation.accuracy import outcomes, summary
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
-from advmoe.models import Classifier, create_model, split_parameters
+from advmoe.models import Classifier, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
+from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.methods import Level, epoch_plan, learning, levels_of
+from advmoe.training.methods import Level, epoch_plan, learning, levels_of, parts_of
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import (
     Terms,
@@ -72,7 +73,10 @@ def build_model(config: Config, dataset: Dataset) -> Classifier:
             )  # fmt: skip
     if start is not None and upcycled is None:
         try:
-            model.load_state_dict(start.state_dict())
+            if config.model.kind == "sparse":
+                adopt(model, start)
+            else:
+                model.load_state_dict(start.state_dict())
         except RuntimeError as error:
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise ValueError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
@@ -111,6 +115,8 @@ class Trainer:
     model: Classifier
     dataset: Dataset
     fabric: Fabric
+    whole: Classifier | None = field(default=None, kw_only=True)
+    """The sparse model whose compacted form `model` is, where that is trained; it is what a run keeps."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
@@ -123,11 +129,10 @@ class Trainer:
         self.threat = ThreatModel(c.threat.norm, float(c.threat.eps))
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
-        psi, phi = split_parameters(self.model)
         t = c.training
         self.optimizers = {
             part: torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-            for part, parameters in (("experts", psi), ("routers", phi))
+            for part, parameters in parts_of(self.model).items()
             if parameters
         }
         if t.router_objective == "codes":
@@ -309,6 +314,18 @@ class Trainer:
         """Inside, the model has the weights that are measured and kept: their average, if one is taken, or its own."""
         return nullcontext() if self.average is None else self.average.applied(self.model)
 
+    def kept(self) -> Classifier:
+        """The model as the run keeps it."""
+        return self.model if self.whole is None else expand(self.model, self.whole)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over the weights of a model as the run keeps it."""
+        if self.whole is None:
+            self.model.load_state_dict(weights)
+        else:
+            self.whole.load_state_dict(weights)
+            self.model.load_state_dict(compact(self.whole).state_dict())
+
     def state(self, progress: dict[str, Any]) -> Checkpoint:
         """Everything that a later process needs to go on from here."""
         states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
@@ -317,11 +334,11 @@ class Trainer:
             more = {f"average.{name}": tensor for name, tensor in self.average.state.items()}
         if self.perturbations is not None:
             more["perturbations"] = self.perturbations.held
-        return Checkpoint(self.model.state_dict(), states, progress, more)
+        return Checkpoint(self.kept().state_dict(), states, progress, more)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to `checkpoint`."""
-        self.model.load_state_dict(checkpoint.weights)
+        self.load(checkpoint.weights)
         for optimizer, state in zip(self.optimizers.values(), checkpoint.optimizers, strict=True):
             optimizer.load_state_dict(state)
         if self.average is not None:

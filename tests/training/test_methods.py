@@ -8,7 +8,7 @@ import torch
 from advmoe.config import Method, TrainingConfig
 from advmoe.models import create_model, split_parameters
 from advmoe.moe import routers_of
-from advmoe.training.methods import METHODS, Level, epoch_plan, learning, levels_of
+from advmoe.training.methods import METHODS, Level, epoch_plan, learning, levels_of, parts_of
 from advmoe.training.objectives import trades
 from advmoe.training.schedule import batches
 
@@ -23,6 +23,7 @@ def test_the_table_of_methods():
         "at": [("all", True)],
         "at-routers": [("routers", True)],
         "at-experts": [("experts", True)],
+        "sparse": [("scores", True)],
         "advmoe": [("routers", True), ("experts", True)],  # the lower level comes first
     }
     assert METHODS["at"] == (Level("all"),)
@@ -180,3 +181,21 @@ def test_a_plain_model_learns_whole():
         model(torch.rand(4, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not model.training and model.backbone.blocks[0].norm1.num_batches_tracked == 1
+
+
+def test_scores_learn_under_weights_that_are_fixed_and_statistics_that_are_not(make_images):
+    torch.manual_seed(0)
+    model = create_model("resnet18", kind="sparse", num_classes=5, width=4, input_size=16).train()
+    parts = parts_of(model)
+    assert parts["routers"] == [] and parts["scores"] == list(model.backbone.scores)
+    assert len(parts["experts"]) + len(parts["scores"]) == len(list(model.parameters()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizers = {part: torch.optim.SGD(p, lr=0.1, weight_decay=0.1) for part, p in parts.items() if p}
+    with learning(model, "scores"):
+        terms, *_ = trades(model, make_images(16), make_images(16, seed=2), torch.arange(16) % 5, beta=6.0)
+        sum(terms.values()).backward()
+    assert all(p.grad is None for p in parts["experts"])
+    optimizers["scores"].step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert moved == statistics | {name for name in before if ".scores." in name}
