@@ -15,7 +15,8 @@ TINY: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": False},
     "threat": {"eps": 0.1},
     "training": {
-        "method": "standard", "epochs": 1, "batch_size": 640, "attack_steps": 1, "step_size": 0.1, "val_attack_steps": 1,
+        "method": "standard", "epochs": 1, "batch_size": 640, "attack_steps": 1, "step_size": 0.1,
+        "val_attack_steps": 1,
     },
     "attack": {"steps": 2, "step_size": 0.05, "pathways": 1, "queries": 0},
 }  # fmt: skip
