@@ -167,14 +167,7 @@ def draw(figure: Figure, path: Path) -> None:
     """Draw a figure as .svg or .png. Raises `ValueError` without matplotlib, or with nothing to draw."""
     from advmoe.report import figures
 
-    options: dict[str, Any] = dict(figure.options)
-    if figure.kind == "lines":
-        options["references"] = [tuple(each) for each in options.get("references", ())]
-    functions: dict[str, Callable[..., None]] = {
-        "lines": figures.lines_figure, "bars": figures.bars_figure, "stacked": figures.stacked_figure,
-        "histogram": figures.histogram_figure,
-    }  # fmt: skip
-    functions[figure.kind](figure.data, path, **options)
+    getattr(figures, f"{figure.kind}_figure")(figure.data, path, **figure.options)
 
 
 def text(shown: Mapping[str, Any]) -> str:

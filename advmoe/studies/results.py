@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -70,11 +70,9 @@ class Results:
     """The rows of a study, in its order; with `select`, those that have the labels asked for."""
 
     rows: Sequence[Found] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    """Errors by task."""
 
     @staticmethod
-    def read(rows: Iterable[PlannedRow], skipped: Mapping[str, str] | None = None) -> Results:
+    def read(rows: Iterable[PlannedRow]) -> Results:
         """What there is of the planned rows."""
         found = []
         for row in rows:
@@ -82,12 +80,11 @@ class Results:
                 seed: Trained(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
             }
             found.append(Found(row.row.run.name, row.row.run.labels, runs))
-        return Results(found, skipped or {})
+        return Results(found)
 
     def select(self, **labels: Any) -> Results:
         """The rows with these labels."""
-        rows = [row for row in self.rows if all(row.labels.get(name) == value for name, value in labels.items())]
-        return Results(rows, self.skipped)
+        return Results([row for row in self.rows if all(row.labels.get(name) == v for name, v in labels.items())])
 
     def one(self, **labels: Any) -> Found | None:
         """The first row with these labels; None where there is none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from advmoe.config import merged
 from advmoe.files import write_text
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
-from advmoe.studies.pool import Report, run_tasks
+from advmoe.studies.pool import Told, run_tasks
 from advmoe.studies.present import draw
 from advmoe.studies.results import Results
 from advmoe.studies.scales import Scale, scale_named
@@ -59,10 +59,6 @@ class Options:
         return scale if self.num_examples is None else replace(scale, examples=self.num_examples)
 
 
-Told = Callable[[str, Task], None]
-"""Called with `starts`, `done` or an error's text, and the task."""
-
-
 @dataclass
 class Session:
     """A study at one size: what is planned so far, and what became of it."""
@@ -71,7 +67,8 @@ class Session:
     options: Options
     scale: Scale = field(init=False)
     planner: Planner = field(init=False)
-    report: Report = field(default_factory=Report)
+    errors: dict[str, str] = field(default_factory=dict)
+    """Of tasks that failed, by id."""
 
     def __post_init__(self) -> None:
         _require_free(self.study, self.options.overrides)
@@ -86,7 +83,7 @@ class Session:
         """
         rows: list[PlannedRow] = []
         for number, stage in enumerate(self.study.stages):
-            found = stage(self.scale, Results.read(rows, self.report.errors))
+            found = stage(self.scale, Results.read(rows))
             wanted = only(found, self.options.only)
             if number == 0 and not wanted:
                 names = "; ".join(row.run.name for row in found)
@@ -131,14 +128,11 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
     started = time.perf_counter()
     rows: list[PlannedRow] = []
     for rows in session.stages():
-        done = run_tasks(
-            session.planner.tasks(rows), jobs=options.jobs, threads=options.threads, accelerator=options.accelerator,
-            logs=options.root / "logs", told=told,
+        session.errors = run_tasks(
+            session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
+            accelerator=options.accelerator, logs=options.root / "logs", told=told,
         )  # fmt: skip
-        session.report.errors |= done.errors
-        session.report.seconds |= done.seconds
-    results = Results.read(rows, session.report.errors)
-    outcome = session.study.show(session.scale, results)
+    outcome = session.study.show(session.scale, Results.read(rows))
     return session.home, _write(session, rows, outcome, time.perf_counter() - started)
 
 
@@ -184,7 +178,7 @@ def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
     for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
         measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
         parts: list[Task] = [run, *measures]
-        errors = [error for task in parts if (error := session.report.errors.get(task.id))]
+        errors = [error for task in parts if (error := session.errors.get(task.id))]
         state = run.state()
         found.append({
             "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),

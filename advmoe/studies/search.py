@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.config import merged
+from advmoe.config import Config, merged
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import RA, SA, WORST, Column, bars, table
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured
+from advmoe.studies.shared import MEASURED, measured, named
 from advmoe.studies.spec import Outcome, Row, Settings, Study
 
 
@@ -41,6 +41,7 @@ CHANGES: Mapping[str, Change] = {
         "router", {"model": {"router": "embedding"}, "training": {"router_objective": "codes", "codes": "random"}}
     ),
     "independent start": Change("start", {"model": {"experts_init": "independent"}}),
+    "shared start": Change("start", {"model": {"experts_init": "shared"}}),
     "balance": Change("balance", {"training": {"balance": 0.1}}),
     "margin": Change("margin", {"training": {"margin": 1.0}}),
     "EMA": Change("average", {"training": {"ema": 0.99}}, plain=True),
@@ -52,11 +53,13 @@ MOST = 3
 
 
 def _single(scale: Scale, _: Results) -> list[Row]:
-    changes = {BASE: {}, **{name: change.settings for name, change in CHANGES.items()}}
+    usual = merged(Config().to_dict(), scale.run("AdvMoE").settings)
+    # Which start is no change depends on the scale.
+    changes = {name: each.settings for name, each in CHANGES.items() if merged(usual, each.settings) != usual}
     if scale.name == "smoke":
-        changes = {name: changes[name] for name in (BASE, "soft inner attack", "EMA")}
+        changes = {name: changes[name] for name in ("soft inner attack", "EMA")}
     rows = [measured(scale, scale.run("AT (S-Dense)"))]
-    for name, settings in changes.items():
+    for name, settings in {BASE: {}, **changes}.items():
         rows.append(measured(scale, scale.run("AdvMoE", more=settings, variant=name)))
     return rows
 
@@ -92,10 +95,6 @@ def _together(scale: Scale, results: Results) -> list[Row]:
     return rows
 
 
-def _named(labels: Mapping[str, Any]) -> str:
-    return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
-
-
 def _show(scale: Scale, results: Results) -> Outcome:
     routed = [row for row in results.select(method="AdvMoE") if row.values(best_validation)]
     validated = Column("val", "validation RA (worst of two) %", "higher", best_validation, 100)
@@ -122,7 +121,7 @@ def _show(scale: Scale, results: Results) -> Outcome:
     verdicts = []
     for name, attack in MEASURED.items():
         compared = [
-            Comparison(f"AdvMoE, {label}", _named(base.labels), outcomes(best, attack), outcomes(base, attack))
+            Comparison(f"AdvMoE, {label}", named(base.labels), outcomes(best, attack), outcomes(base, attack))
             for base in baselines
         ]
         if compared:
