@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,18 @@ def stacked(id: str, title: str, rows: Mapping[str, Mapping[str, float]], *, xla
     ]
     alt = f"{xlabel}. {'; '.join(told) or 'Nothing was measured'}."
     return Figure(id=id, title=title, kind="stacked", data=rows, options={"xlabel": xlabel}, caption=caption, alt=alt)
+
+
+def histogram(id: str, title: str, series: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str) -> Figure:
+    """Distributions of an IoU, over one another."""
+    told = []
+    for name, each in series.items():
+        middles = [(low + high) / 2 for low, high in pairwise(each["edges"])]
+        mean = sum(middle * share for middle, share in zip(middles, each["shares"], strict=True))
+        told.append(f"{name}: mean {_number(mean)}")
+    options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
+    alt = f"Distributions of the IoU. {'; '.join(told)}."
+    return Figure(id=id, title=title, kind="histogram", data=series, options=options, caption=caption, alt=alt)
 
 
 def by_method(

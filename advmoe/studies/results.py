@@ -175,6 +175,16 @@ def categories(row: Found | None, attack: str, wanted: Sequence[int], measure: s
     return found
 
 
+def kept_pathways(row: Found | None, measure: str = "pathways") -> Outcomes:
+    """Per seed, whether an attack left each image's pathway as it was."""
+    found: Outcomes = {}
+    for seed, run in (row.by_seed if row is not None else {}).items():
+        arrays = run.arrays(measure, "pathways-examples.npz")
+        if arrays:
+            found[seed] = dict(zip(arrays["index"].tolist(), arrays["unchanged"].tolist(), strict=True))
+    return found
+
+
 # Cells
 
 

@@ -41,7 +41,7 @@ METHODS: Mapping[str, Method] = {
     "AT (S-Dense)": _method("s-dense", "at"),
     "AT (Sparse)": _method("sparse", "sparse", "AT (Dense)"),
     "AT (MoE)": _method("moe", "at"),
-    "AdvMoE": _method("moe", "advmoe", router_objective="trades"),
+    "AdvMoE": _method("moe", "advmoe", router_objective="trades", alternation="both"),
     "standard MoE": _method("moe", "standard"),
     "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
     "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
