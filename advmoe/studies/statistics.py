@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MOST_SEEDS = 20
+"""More than these `sign_flip` does not take."""
+
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1), which is None for one value. Raises `ValueError` for none."""
@@ -26,10 +29,10 @@ def sign_flip(differences: Sequence[float]) -> float:
     """Exact paired permutation test over seeds: how likely random signs make the sum of `differences` as large.
 
     With n differences the least p-value is 2^-n: 3 seeds cannot reach 0.05, 5 can. Raises `ValueError` for none, and
-    for more than 20.
+    for more than `MOST_SEEDS`.
     """
-    if not 1 <= len(differences) <= 20:
-        raise ValueError(f"differences must be 1 to 20 numbers, got {len(differences)}")
+    if not 1 <= len(differences) <= MOST_SEEDS:
+        raise ValueError(f"differences must be 1 to {MOST_SEEDS} numbers, got {len(differences)}")
     sums = np.zeros(1)
     for each in differences:
         sums = np.concatenate([sums + each, sums - each])
