@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from advmoe import __version__
-from advmoe.cli import cost, dissect, evaluate, export, push, recipes, study, sweep_eps, train
+from advmoe.cli import cost, dissect, evaluate, export, push, recipes, report, study, sweep_eps, train
 from advmoe.cli.arguments import explained, fail, is_ours, new_parser
 
 COMMANDS: dict[str, Any] = {
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "cost": cost,
     "push": push,
     "export": export,
+    "report": report,
     "recipes": recipes,
     "study": study,
 }

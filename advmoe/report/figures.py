@@ -14,7 +14,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe.report.drawing import GREY, INK, LINES, MARKS, PAPER, drawn, require_matplotlib
+from advmoe.report.drawing import GREY, INK, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.result_figures import dissection_figure, sweep_figure
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = [
     "stacked_figure", "sweep_figure",
 ]  # fmt: skip
 
-_WIDTH = 5.4  # inches: ten-point text stays readable where a phone shows the whole width
 _HATCHES = ("", "////", "....", "xxxx")
 
 
@@ -48,7 +47,7 @@ def lines_figure(
         references: (name, y) of dashed horizontal lines, as for another's published numbers.
     """
     _require_some(series, "series")
-    with drawn(path, _WIDTH, 3.6) as figure:
+    with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         for (name, points), colour, mark in zip(series.items(), cycle(LINES), cycle(MARKS), strict=False):
             places = [float(point["x"]) for point in points]
@@ -99,7 +98,7 @@ def bars_figure(
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     crowded = len(groups) * len(names)
     width = 0.8 / len(names)
-    with drawn(path, min(9.0, max(_WIDTH, 0.42 * crowded + 1)), 3.6) as figure:
+    with drawn(path, min(9.0, max(WIDTH, 0.28 * crowded + 1)), 3.3) as figure:
         axes = figure.add_subplot()
         for number, (name, colour) in enumerate(zip(names, cycle(LINES), strict=False)):
             places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(groups))]
@@ -146,7 +145,7 @@ def stacked_figure(
     """
     _require_some(rows, "rows")
     parts = list(dict.fromkeys(part for shares in rows.values() for part in shares))
-    with drawn(path, _WIDTH, 1.3 + 0.42 * len(rows) + 0.2 * math.ceil(len(parts) / 3)) as figure:
+    with drawn(path, WIDTH, 1.3 + 0.42 * len(rows) + 0.2 * math.ceil(len(parts) / 3)) as figure:
         axes = figure.add_subplot()
         left = [0.0] * len(rows)
         for number, (part, (colour, ink)) in enumerate(zip(parts, _fills(len(parts)), strict=True)):
@@ -161,7 +160,7 @@ def stacked_figure(
                 fontsize=8.5,
             )  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(rows)), [_wrapped(row, 26) for row in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(row, 20) for row in rows])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=xlabel, xlim=(0, max(100.0, max(left))))
@@ -198,7 +197,7 @@ def histogram_figure(
         if len(each["edges"]) != len(each["shares"]) + 1:
             got = f"{len(each['edges'])} and {len(each['shares'])}"
             raise ValueError(f"series must have one more edge than shares, got {got} in {name!r}")
-    with drawn(path, _WIDTH, 3.6) as figure:
+    with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         styles = zip(cycle(LINES), cycle(["-", "--", ":", "-."]), strict=False)
         for (name, each), (colour, dashes) in zip(series.items(), styles, strict=False):
@@ -258,7 +257,8 @@ def heatmap_figure(
     scale = Normalize(0, 1) if unit else Normalize(min(known), max(known))
     colours = colormaps["cividis"]
     rows, columns = shape
-    width = min(9.0, max(_WIDTH, 0.36 * columns + 1.6))
+    numbered = columns <= 14 and rows <= 24
+    width = min(9.0, max(WIDTH, (0.36 if numbered else 0.24) * columns + 1.6))
     with drawn(path, width, min(9.0, max(2.2, 0.28 * rows + 1.3))) as figure:
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
@@ -266,7 +266,7 @@ def heatmap_figure(
             linewidth=0.6 if rows * columns <= 400 else 0, rasterized=rows * columns > 2500,
         )  # fmt: skip
         axes.set_facecolor("#BBBBBB")
-        if columns <= 14 and rows <= 24:
+        if numbered:
             for r, row in enumerate(numbers):
                 for c, value in enumerate(row):
                     ink = INK if scale(value) > 0.55 else PAPER
@@ -309,11 +309,11 @@ def _wrapped(text: str, width: int) -> str:
 def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
     """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow."""
     if title is not None:
-        axes.set_title(_wrapped(title, 62), loc="left", fontsize=11)
+        axes.set_title(_wrapped(title, 52), loc="left", fontsize=11)
     if legend:
         handles, names = axes.get_legend_handles_labels()
         longest = max(map(len, names), default=1)
-        columns = max(1, min(len(names), 62 // (longest + 6)))
+        columns = max(1, min(len(names), 52 // (longest + 6)))
         figure = axes.get_figure()
         assert figure is not None
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
