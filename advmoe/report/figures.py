@@ -98,7 +98,8 @@ def bars_figure(
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     crowded = len(groups) * len(names)
     width = 0.8 / len(names)
-    with drawn(path, min(9.0, max(WIDTH, 0.28 * crowded + 1)), 3.3) as figure:
+    inches = min(9.0, max(WIDTH, 0.28 * crowded + 1))
+    with drawn(path, inches, 3.3) as figure:
         axes = figure.add_subplot()
         for number, (name, colour) in enumerate(zip(names, cycle(LINES), strict=False)):
             places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(groups))]
@@ -110,7 +111,7 @@ def bars_figure(
             if crowded <= 20:
                 _number_bars(axes, places, points)
         axes.set(ylabel=ylabel, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
-        axes.set_xticklabels([_wrapped(group, 96 // max(4, len(groups))) for group in groups])
+        axes.set_xticklabels([_wrapped(group, int(10 * inches / len(groups))) for group in groups])
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.12)
         axes.grid(axis="y")
@@ -312,7 +313,8 @@ def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
         axes.set_title(_wrapped(title, 52), loc="left", fontsize=11)
     if legend:
         handles, names = axes.get_legend_handles_labels()
-        longest = max(map(len, names), default=1)
+        names = [_wrapped(name, 46) for name in names]
+        longest = max((len(line) for name in names for line in name.splitlines()), default=1)
         columns = max(1, min(len(names), 52 // (longest + 6)))
         figure = axes.get_figure()
         assert figure is not None

@@ -86,10 +86,11 @@ def _sweep_curve(axes: Axes, name: str, result: Mapping[str, Any], colour: str, 
     below = [h - 100 * point["interval"][0] for h, point in zip(heights, points, strict=True)]
     above = [100 * point["interval"][1] - h for h, point in zip(heights, points, strict=True)]
     suspected = result["masking"]["suspected"]
+    label = textwrap.fill(f"{name} (masking suspected)" if suspected else name, 36)
     axes.errorbar(
         radii, heights, yerr=[below, above], color=colour, marker="x" if suspected else mark, capsize=3,
         markersize=8 if suspected else 5, markeredgewidth=2 if suspected else 1,
-        linestyle="--" if suspected else "-", label=f"{name} (masking suspected)" if suspected else name,
+        linestyle="--" if suspected else "-", label=label,
     )  # fmt: skip
 
 

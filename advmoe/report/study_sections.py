@@ -79,7 +79,7 @@ def _judged(found: Mapping[str, Any]) -> Html:
     below = [str(found[name]) for name in ("test", "note") if found.get(name)]
     return element(
         "div",
-        element("p", said, None if p is None else [" p-value ", p_value(p).content]),
+        element("p", said, None if p is None else [" p\N{NON-BREAKING HYPHEN}value ", p_value(p).content]),
         element("ul", [element("li", _compared(name, each)) for name, each in (found.get("numbers") or {}).items()]),
         [element("p", text, class_="quiet") for text in below],
         class_="judged",
@@ -93,8 +93,8 @@ def _compared(name: str, found: Any) -> str:
     if "mean_less" not in found:
         return f"{name}: not compared, {found['test'].removeprefix('none: ')}"
     points = ", ".join(f"{100 * each:+.1f}" for each in found["differences"].values())
-    sides = f"{percent(found['mean_less'])} % against {percent(found['mean_more'])} %"
-    return f"{name}: {sides}, by seed {points} points"
+    less, more = (f"{percent(found[name])}\N{NO-BREAK SPACE}%" for name in ("mean_less", "mean_more"))
+    return f"{name}: {less} against {more}, by seed {points} points"
 
 
 def verdict(word: Any) -> Cell:
@@ -151,9 +151,8 @@ def _measured(value: Any) -> Cell:
 def _spread(mean: float | None, std: float | None, n: int | None, *, shade: bool) -> Cell:
     if mean is None or math.isnan(mean):
         return Cell(DASH, None, shade)
-    around = (
-        "" if std is None else f" \N{PLUS-MINUS SIGN} {std:.{decimals(mean)}f}" if std else " \N{PLUS-MINUS SIGN} 0"
-    )
+    spread = "" if std is None else f"{std:.{decimals(mean)}f}"
+    around = f" \N{PLUS-MINUS SIGN} {spread if float(spread) else 0}" if spread else ""
     count = element("small", f" n = {n}") if n is not None and n != 1 else None
     return Cell(joined(number(mean), around, count), mean, shade)
 

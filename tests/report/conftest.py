@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from advmoe.config import Config
 from advmoe.report.album import Album
+from advmoe.report.figures import lines_figure
 from advmoe.report.html import joined
 
 VOID = {"img", "meta", "br", "hr"}
@@ -141,12 +143,12 @@ def gallery(layers: int = 2, classes: tuple[str, ...] = ("cat", "dog")) -> dict[
     }  # fmt: skip
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Makes run directories: `only` some of the results, `changed` by file's name, over two epochs of four."""
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Path]:
+    """Writes run directories into a folder: `only` some of the results, `changed` by file's name."""
 
-    def make(name: str, *, routed: bool = True, only: set[str] | None = None, **changed: Any) -> Path:
-        path = tmp_path / "runs" / name
+    def write(folder: Path, name: str, *, routed: bool = True, only: set[str] | None = None, **changed: Any) -> Path:
+        path = folder / "runs" / name
         path.mkdir(parents=True)
         config = Config()
         config.model.kind = "moe" if routed else "dense"
@@ -173,7 +175,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 (path / f"{kind}.json").write_text(json.dumps(content))
         return path
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_run(write_run: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes run directories for one test."""
+    return partial(write_run, tmp_path)
 
 
 def compared(less: str, more: str, *differences: float) -> dict[str, Any]:
@@ -183,14 +191,12 @@ def compared(less: str, more: str, *differences: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def make_study(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a study's folder: a table beside the paper's, a figure, a claim; `changed` parts of its content."""
+@pytest.fixture(scope="session")
+def write_study() -> Callable[..., Path]:
+    """Writes a study's folder: a table beside the paper's, a figure, a claim; `changed` parts of its content."""
 
-    def make(name: str = "table1", **changed: Any) -> Path:
-        from advmoe.report.figures import lines_figure
-
-        path = tmp_path / "studies" / name
+    def write(folder: Path, name: str = "table1", **changed: Any) -> Path:
+        path = folder / "studies" / name
         (path / "figures").mkdir(parents=True)
         points = [{"x": 1, "y": 20.0}, {"x": 2, "y": 30.0}]
         for suffix in ("svg", "png"):
@@ -232,4 +238,10 @@ def make_study(tmp_path: Path) -> Callable[..., Path]:
         (path / "study.json").write_text(json.dumps(content))
         return path
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_study(write_study: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes studies for one test."""
+    return partial(write_study, tmp_path)

@@ -13,9 +13,7 @@ def test_text_is_escaped_and_html_is_not():
 
 def test_attributes_are_escaped_and_cannot_be_left():
     made = element("a", href=HOSTILE)
-    assert made == (
-        '<a href="&lt;script&gt;alert(&#x27;1 &amp; &quot;2&quot;&#x27;)&lt;/script&gt;"></a>'
-    )
+    assert made == ('<a href="&lt;script&gt;alert(&#x27;1 &amp; &quot;2&quot;&#x27;)&lt;/script&gt;"></a>')
     assert isinstance(made, Html)
 
 

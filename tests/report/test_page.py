@@ -23,7 +23,9 @@ def test_a_page_with_its_figures(make_run, make_study, tmp_path, parsed):
     assert page.texts("h1") == ["2 runs and 1 study"]
     assert page.texts("h2") == ["Contents", "Summary", "advmoe", "at", "The paper's table1"]
     assert page.attributes("html", "lang") == ["en"]
-    assert page.texts("footer")[0].endswith("Its figures lie as SVG and PNG in report-figures/ beside it.Made by advmoe report <x>")
+    assert page.texts("footer")[0].endswith(
+        "Its figures lie as SVG and PNG in report-figures/ beside it.Made by advmoe report <x>"
+    )
     assert len(page.texts("figure")) == len(names)
 
 
@@ -67,7 +69,9 @@ def test_the_same_results_make_the_same_page(make_run, tmp_path):
     ("make", "title"), [("run", "AT (Dense), at <i>"), ("study", "A <i> study"), ("own", "Title <i>")]
 )
 def test_titles(make_run, make_study, tmp_path, parsed, make, title):
-    path = make_study(title="A <i> study", figures=[]) if make == "study" else make_run("at <i>", routed=False, only=set())
+    path = (
+        make_study(title="A <i> study", figures=[]) if make == "study" else make_run("at <i>", routed=False, only=set())
+    )
     write_report(load_results([path]), tmp_path / "r.html", title="Title <i>" if make == "own" else None)
     text = (tmp_path / "r.html").read_text()
     page = parsed(tmp_path / "r.html")
@@ -116,7 +120,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(make_run, tmp_path):
 def test_results_of_another_shape_are_an_error_and_nothing_is_written(make_run, tmp_path, name, content):
     path = make_run("odd", **{name: content})
     out = tmp_path / "out" / "r.html"
-    with pytest.raises(ValueError, match=r"runs/odd must hold results as this version of advmoe writes them, got|result must"):
+    with pytest.raises(
+        ValueError, match=r"runs/odd must hold results as this version of advmoe writes them, got|result must"
+    ):
         write_report(load_results([path]), out)
     assert not out.parent.exists()
 

@@ -67,7 +67,9 @@ def test_commands_repeat_the_measurements_that_are_there(make_run, tmp_path, mon
     made = commands(loaded("runs/a run"))
     assert made["training"] == "advmoe train --run-dir 'runs/a run'"
     assert made["accuracy under attack"] == "advmoe evaluate 'runs/a run' --attacks pgd-10,routed --num-examples 40"
-    assert made["sweep over eps"] == "advmoe sweep-eps 'runs/a run' --eps 0,4/255,8/255 --attacks pgd-10 --num-examples 40"
+    assert (
+        made["sweep over eps"] == "advmoe sweep-eps 'runs/a run' --eps 0,4/255,8/255 --attacks pgd-10 --num-examples 40"
+    )
     assert made["dissection of the attack"] == "advmoe dissect 'runs/a run' --attacks pgd-10 --num-examples 40"
 
 
@@ -153,5 +155,5 @@ def test_a_gallery_that_is_none(make_run, changed, message):
 
 @pytest.mark.parametrize("name", ["", "absent"])
 def test_a_directory_that_is_neither(tmp_path, name):
-    with pytest.raises(ValueError, match="RUN_OR_STUDY must be a run directory .* or a study .*, got "):
+    with pytest.raises(ValueError, match=r"RUN_OR_STUDY must be a run directory .* or a study .*, got "):
         load_results([tmp_path / name])

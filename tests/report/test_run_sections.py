@@ -157,7 +157,9 @@ def test_why_there_is_no_gallery(make_run, parsed):
     from advmoe.report.results import with_gallery
 
     (run,) = load_results([make_run("a", only={"metrics"})])
-    assert "No gallery could be made: no <data>" in parsed(*introduction(with_gallery(run, "no <data>"), "x")).texts("p")
+    assert "No gallery could be made: no <data>" in parsed(*introduction(with_gallery(run, "no <data>"), "x")).texts(
+        "p"
+    )
 
 
 def test_a_whole_section(load, album, parsed):
@@ -183,6 +185,6 @@ def test_strings_of_a_run_are_escaped(load, album, parsed):
     hostile = "<script>alert(1)</script>\"'&"
     run = load(only={"manifest"}, manifest={"cpu": hostile, "command": ["advmoe", hostile]})
     run.config["data"]["name"] = run.config["model"]["name"] = hostile
-    for made in (run_section(run, album, 1, alone=False).html, joined(introduction(run, "x"))):
-        assert "<script>" not in made and parsed(made).texts("script") == []
-        assert f"AdvMoE: {hostile}, r = 0.5, N = 2, on {hostile}." in parsed(made).texts("p", "lead")
+    for text in (run_section(run, album, 1, alone=False).html, joined(introduction(run, "x"))):
+        assert "<script>" not in text and parsed(text).texts("script") == []
+        assert f"AdvMoE: {hostile}, r = 0.5, N = 2, on {hostile}." in parsed(text).texts("p", "lead")

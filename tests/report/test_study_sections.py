@@ -4,7 +4,7 @@ from advmoe.report.results import load_results
 from advmoe.report.study_sections import beside_paper, claims, study_section
 from advmoe.report.tables import DASH, table
 
-PM = "\N{PLUS-MINUS SIGN}"
+PM, H, S = "\N{PLUS-MINUS SIGN}", "\N{NON-BREAKING HYPHEN}", "\N{NO-BREAK SPACE}"
 
 
 @pytest.fixture
@@ -40,8 +40,9 @@ def test_a_study_that_holds_nothing_yet(shown):
 def test_claims_with_verdicts_tests_and_numbers(shown):
     page = shown()
     assert page.texts("h4")[0] == "AT < AdvMoE."
+    sides = f"AT < AdvMoE: 40.0{S}% against 50.0{S}%, by seed +8.8, +11.2 points"
     assert page.texts("div", "judged") == [
-        "PGD \N{CHECK MARK} holds p-value 0.031AT < AdvMoE: 40.0 % against 50.0 %, by seed +8.8, +11.2 pointsover 5 seeds",
+        f"PGD \N{CHECK MARK} holds p{H}value 0.031{sides}over 5 seeds",
         "worst case ? undecidednone: 1 seedToo little data.",
     ]
     assert page.texts("p", "quiet")[0] == "ordering (sec. 4)"
@@ -56,7 +57,7 @@ def test_numbers_of_another_kind(parsed, numbers, text):
     verdict = {"measure": "PGD", "verdict": "does not hold", "p_value": 0.0001, "numbers": {"gap": numbers}}
     page = parsed(*claims([{"name": "c", "statement": None, "verdicts": [verdict]}]))
     assert page.texts("h4") == ["c"] and page.texts("li") == [text]
-    assert page.texts("p")[1] == "PGD \N{MULTIPLICATION X} does not hold p-value < 0.001"
+    assert page.texts("p")[1] == f"PGD \N{MULTIPLICATION X} does not hold p{H}value < 0.001"
 
 
 def test_ours_beside_the_papers(parsed):
@@ -73,6 +74,14 @@ def test_ours_beside_the_papers(parsed):
     assert cells[3:6] == [DASH, "51.8", "4"]  # one run alone needs no count
     assert cells[6:] == [DASH, DASH, DASH]
     assert page.texts("td", "shade") == [f"48.5 {PM} 0.2", "51.8", DASH]
+
+
+@pytest.mark.parametrize(
+    ("std", "text"), [(0.0, f"0.139 {PM} 0"), (1e-5, f"0.139 {PM} 0"), (0.02, f"0.139 {PM} 0.020"), (None, "0.139")]
+)
+def test_a_spread_has_the_decimals_of_its_mean(parsed, std, text):
+    made = table("T.", *beside_paper([{"key": "m"}, {"key": "g"}], [{"m": "AT", "g": {"mean": 0.139, "std": std}}]))
+    assert parsed(made).texts("td") == [text]
 
 
 def test_tables_sort_by_the_mean(shown):
@@ -114,16 +123,15 @@ def test_settings_and_versions(shown):
 
 def test_strings_of_a_study_are_escaped(make_study, album, parsed):
     hostile = "<img src=x onerror=alert(1)>"
-    (study,) = load_results([
-        make_study(
-            title=hostile, shows=hostile, notes=[hostile], command=hostile, hardware=hostile,
-            tables=[{"title": hostile, "caption": hostile, "columns": [{"key": "a", "title": hostile}], "rows": [{"a": hostile}]}],
-            claims=[{"name": hostile, "statement": hostile, "verdicts": [
-                {"measure": hostile, "verdict": hostile, "test": hostile, "note": hostile, "numbers": {hostile: hostile}}]}],
-            runs=[{"name": hostile, "status": hostile, "error": hostile, "path": hostile}],
-            settings={hostile: hostile},
-        )
-    ])  # fmt: skip
+    columns = [{"key": "a", "title": hostile}]
+    judged = {name: hostile for name in ("measure", "verdict", "test", "note")} | {"numbers": {hostile: hostile}}
+    path = make_study(
+        title=hostile, shows=hostile, notes=[hostile], command=hostile, hardware=hostile, settings={hostile: hostile},
+        tables=[{"title": hostile, "caption": hostile, "columns": columns, "rows": [{"a": hostile}]}],
+        claims=[{"name": hostile, "statement": hostile, "verdicts": [judged]}],
+        runs=[{"name": hostile, "status": hostile, "error": hostile, "path": hostile}],
+    )  # fmt: skip
+    (study,) = load_results([path])
     made = study_section(study, album, 1).html
     assert "<img" not in made and made.count("&lt;img src=x onerror=alert(1)&gt;") >= 17
     assert parsed(made).texts("h2") == [hostile]

@@ -26,7 +26,9 @@ def test_runs_side_by_side(make_run, shown):
         make_run("new", only=set()),
     ]
     page = shown(*runs)
-    heads = [text.removesuffix(" (higher is better)").removesuffix(" (lower is better)") for text in page.texts("button")]
+    heads = [
+        text.removesuffix(" (higher is better)").removesuffix(" (lower is better)") for text in page.texts("button")
+    ]
     assert heads == [
         "Run", "Method", "Clean (SA)", "pgd-10", "routed", "Worst case", "GMACs", "ms/image", "Parameters", "Images",
     ]  # fmt: skip

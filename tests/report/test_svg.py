@@ -50,7 +50,7 @@ def test_elements_that_are_not_listed_go(body):
 )
 def test_attributes_that_reach_outside_go(attribute):
     made = inside(f"<rect {attribute} />").partition("</desc>")[2]
-    assert made in ('<rect /></svg>', '<rect style="" /></svg>')
+    assert made in ("<rect /></svg>", '<rect style="" /></svg>')
 
 
 def test_identifiers_and_what_refers_to_them_get_the_prefix():

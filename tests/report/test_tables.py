@@ -38,6 +38,11 @@ def test_equally_good_ones_are_all_in_bold(parsed):
     assert page.attributes("td", "data-order") == ["3.0", "3.0", ""]
 
 
+def test_a_long_name_gets_a_wider_column(parsed):
+    page = parsed(table("Claims.", ["Claim"], [["AT < AdvMoE"], ["AT (MoE) < AT (S-Dense) < AdvMoE"]]))
+    assert page.texts("th", "long") == ["AT (MoE) < AT (S-Dense) < AdvMoE"]
+
+
 def test_html_in_a_cell_has_no_order_of_its_own(parsed):
     page = parsed(table("Links.", ["Run", "Link"], [["a", element("a", "here", href="#x")]]))
     assert page.attributes("td", "data-order") == [""] and page.texts("a") == ["here"]

@@ -39,7 +39,12 @@ def test_shares():
 
 
 def test_a_sweep():
-    curves = {"pgd": {"norm": "linf", "points": [{"eps": 0.0, "robust_accuracy": 0.9}, {"eps": 8 / 255, "robust_accuracy": 0.5}]}}
+    curves = {
+        "pgd": {
+            "norm": "linf",
+            "points": [{"eps": 0.0, "robust_accuracy": 0.9}, {"eps": 8 / 255, "robust_accuracy": 0.5}],
+        }
+    }
     assert words.of_sweep(curves) == "Lines of robust accuracy against eps. pgd: 90.0 % at 0, 50.0 % at 8/255."
 
 
