@@ -1,4 +1,4 @@
-"""The figures of a page: each drawn once as SVG and once as PNG, and set into the page with words that say what it shows."""
+"""The figures of a page: each drawn as SVG and as PNG, and set into the page with words that say what it shows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 from advmoe.report.html import Content, Html, element
 from advmoe.report.svg import inlined
+
+_COLUMN = 420
+"""Points: a wider figure takes the page's whole width."""
 
 
 class Album:
@@ -52,5 +55,5 @@ class Album:
         text = (self.folder / f"{name}.svg").read_text(encoding="utf-8", errors="replace")
         drawing = inlined(text, prefix=f"f{len(self.names)}", title=title, description=alt)
         below = element("figcaption", element("b", title), " " if caption else None, caption)
-        box = element("div", drawing, class_="scroll", role="region", tabindex="0", aria_label=title)
-        return element("figure", box, below)
+        box = element("div", drawing.html, class_="scroll", role="group", tabindex="0", aria_label=title)
+        return element("figure", box, below, class_="wide" if drawing.width > _COLUMN else None)

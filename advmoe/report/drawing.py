@@ -27,6 +27,9 @@ GREY = "#595959"
 # What stands on a coloured part keeps its colour where a dark page turns black axes and text white.
 INK, PAPER = "#010101", "#FEFEFE"
 
+WIDTH = 4.6
+"""Inches: a phone shows the whole width of a figure, its ten-point text still readable; two stand on a page's width."""
+
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,

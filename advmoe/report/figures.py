@@ -14,7 +14,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, drawn, require_matplotlib
+from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.flow import flow_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
 
@@ -27,7 +27,6 @@ __all__ = [
     "require_matplotlib", "stacked_figure", "sweep_figure",
 ]  # fmt: skip
 
-_WIDTH = 5.4  # inches: ten-point text stays readable where a phone shows the whole width
 _HATCHES = ("", "////", "....", "xxxx")
 
 
@@ -50,7 +49,7 @@ def lines_figure(
         references: (name, y) of dashed horizontal lines, as for another's published numbers.
     """
     _require_some(series, "series")
-    with drawn(path, _WIDTH, 3.6) as figure:
+    with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         for (name, points), colour, mark in zip(series.items(), cycle(LINES), cycle(MARKS), strict=False):
             places = [float(point["x"]) for point in points]
@@ -101,7 +100,8 @@ def bars_figure(
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     crowded = len(groups) * len(names)
     width = 0.8 / len(names)
-    with drawn(path, min(9.0, max(_WIDTH, 0.42 * crowded + 1)), 3.6) as figure:
+    inches = min(9.0, max(WIDTH, 0.28 * crowded + 1))
+    with drawn(path, inches, 3.3) as figure:
         axes = figure.add_subplot()
         for number, (name, colour) in enumerate(zip(names, cycle(LINES), strict=False)):
             places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(groups))]
@@ -113,7 +113,7 @@ def bars_figure(
             if crowded <= 20:
                 _number_bars(axes, places, points)
         axes.set(ylabel=ylabel, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
-        axes.set_xticklabels([_wrapped(group, 96 // max(4, len(groups))) for group in groups])
+        axes.set_xticklabels([_wrapped(group, int(10 * inches / len(groups))) for group in groups])
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.12)
         axes.grid(axis="y")
@@ -148,7 +148,7 @@ def stacked_figure(
     """
     _require_some(rows, "rows")
     parts = list(dict.fromkeys(part for shares in rows.values() for part in shares))
-    with drawn(path, _WIDTH, 1.3 + 0.42 * len(rows) + 0.2 * math.ceil(len(parts) / 3)) as figure:
+    with drawn(path, WIDTH, 1.3 + 0.42 * len(rows) + 0.2 * math.ceil(len(parts) / 3)) as figure:
         axes = figure.add_subplot()
         left = [0.0] * len(rows)
         for number, (part, (colour, ink)) in enumerate(zip(parts, _fills(len(parts)), strict=True)):
@@ -163,7 +163,7 @@ def stacked_figure(
                 fontsize=8.5,
             )  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(rows)), [_wrapped(row, 26) for row in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(row, 20) for row in rows])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=xlabel, xlim=(0, max(100.0, max(left))))
@@ -200,7 +200,7 @@ def histogram_figure(
         if len(each["edges"]) != len(each["shares"]) + 1:
             got = f"{len(each['edges'])} and {len(each['shares'])}"
             raise ValueError(f"series must have one more edge than shares, got {got} in {name!r}")
-    with drawn(path, _WIDTH, 3.6) as figure:
+    with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         styles = zip(cycle(LINES), cycle(["-", "--", ":", "-."]), strict=False)
         for (name, each), (colour, dashes) in zip(coarser(series, bins).items(), styles, strict=False):
@@ -277,17 +277,18 @@ def heatmap_figure(
     unit = min(known) >= 0 and max(known) <= 1
     scale = Normalize(0, 1) if unit and not spread else Normalize(min(known), max(known))
     rows, columns = len(numbers), len(numbers[0])
+    numbered = columns <= 14 and rows <= 24
     lines: dict[str, Any] = (
         {"edgecolors": PAPER, "linewidth": 0.6} if rows * columns <= 400 else {"edgecolors": "face", "linewidth": 0}
     )
-    width = min(9.0, max(_WIDTH, 0.36 * columns + 1.6))
+    width = min(9.0, max(WIDTH, (0.36 if numbered else 0.24) * columns + 1.6))
     with drawn(path, width, min(9.0, max(2.2, 0.28 * rows + 1.3))) as figure:
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
             numbers, norm=scale, cmap=colormaps["cividis"], rasterized=rows * columns > 2500, **lines
         )
         axes.set_facecolor("#BBBBBB")
-        if columns <= 14 and rows <= 24:
+        if numbered:
             _number_cells(axes, numbers, scale, ".2f" if unit else ".3g")
         for at in range(group, columns, group) if group > 1 else ():
             axes.axvline(at, color=PAPER, linewidth=3)
@@ -344,11 +345,12 @@ def _wrapped(text: str, width: int) -> str:
 def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
     """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow."""
     if title is not None:
-        axes.set_title(_wrapped(title, 62), loc="left", fontsize=11)
+        axes.set_title(_wrapped(title, 52), loc="left", fontsize=11)
     if legend:
         handles, names = axes.get_legend_handles_labels()
-        longest = max(map(len, names), default=1)
-        columns = max(1, min(len(names), 62 // (longest + 6)))
+        names = [_wrapped(name, 46) for name in names]
+        longest = max((len(line) for name in names for line in name.splitlines()), default=1)
+        columns = max(1, min(len(names), 52 // (longest + 6)))
         figure = axes.get_figure()
         assert figure is not None
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -16,18 +16,20 @@ from advmoe.report.drawing import INK, LINES, PAPER
 from advmoe.report.html import Html, element, joined
 from advmoe.report.results import Arrays
 from advmoe.report.tables import percent
+from advmoe.report.words import of_threat
 
 _Pixels = np.ndarray[Any, Any]
 _LIGHT = {"#E69F00", "#56B4E9", "#CC79A7"}
+_IN_A_ROW = 20
+"""MoE layers: more would be too small to read on a phone."""
 
 
 def gallery(found: Arrays) -> Html:
     """The cards of all images of a gallery, as `advmoe report` keeps it in a run directory."""
-    eps, norm = float(found["eps"]), str(found["norm"])
+    threat = of_threat({"eps": float(found["eps"]), "norm": str(found["norm"])})
     cards = [_card(found, at) for at in range(len(found["labels"]))]
-    radius = f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g}"
     about = (
-        f"{len(cards)} test images under {found['attack']} ({norm}, eps {radius}), drawn from those that the model "
+        f"{len(cards)} test images under {found['attack']} ({threat}), drawn from those that the model "
         "classifies right without an attack, as far as there are any: they show what the attack does and nothing of "
         "accuracy. In the middle the perturbation: grey is no change, and full colour the largest change in the image."
     )
@@ -53,9 +55,9 @@ def _card(found: Arrays, at: int) -> Html:
     change = adversarial - clean
     largest = float(np.abs(change).max()) or 1.0
     pictures = [
-        _picture(clean, "clean", f"Test image {found['index'][at]}, a {label}"),
-        _picture(0.5 + change / (2 * largest), "change", "The perturbation, enlarged in strength"),
-        _picture(adversarial, "attacked", "The image with the perturbation added"),
+        _picture(clean, "clean", f"Test image {found['index'][at]}, class {label}"),
+        _picture(0.5 + change / (2 * largest), "perturbation", "The perturbation, enlarged in strength"),
+        _picture(adversarial, "adversarial", "The image with the perturbation added"),
     ]
     return element(
         "li",
@@ -101,22 +103,28 @@ def _pathways(before: _Pixels, after: _Pixels) -> Html | None:
     words = element("p", f"Pathway: {said}.", class_="quiet")
     if before.ndim == 2:
         return words
+    rows = [range(first, min(first + _IN_A_ROW, layers)) for first in range(0, layers, _IN_A_ROW)]
+    return joined(*(_strip(before, after, row) for row in rows), words)
+
+
+def _strip(before: _Pixels, after: _Pixels, layers: range) -> Html:
+    """The two choices of each of `layers`, one above the other."""
     cells = [
-        _cell(layer, row, int(path[layer]), framed=row == 1 and layer in changed)
+        _cell(column, row, int(path[layer]), framed=row == 1 and before[layer] != after[layer])
         for row, path in enumerate((before, after))
-        for layer in range(layers)
+        for column, layer in enumerate(layers)
     ]
-    strip = element(
-        "svg", cells, viewBox=f"0 0 {12 * layers} 27", class_="strip", role="img",
-        aria_label=f"Experts by layer, clean {' '.join(map(str, before))}, attacked {' '.join(map(str, after))}",
+    chosen = [" ".join(str(path[layer]) for layer in layers) for path in (before, after)]
+    return element(
+        "svg", cells, viewBox=f"0 0 {12 * _IN_A_ROW} 27", class_="strip", role="img",
+        aria_label=f"Experts of layers {layers[0]} to {layers[-1]}, clean {chosen[0]}, adversarial {chosen[1]}",
     )  # fmt: skip
-    return joined(strip, words)
 
 
-def _cell(layer: int, row: int, expert: int, *, framed: bool) -> Html:
+def _cell(column: int, row: int, expert: int, *, framed: bool) -> Html:
     colour = LINES[expert % len(LINES)]
     ink = INK if colour in _LIGHT else PAPER
-    x, y = 12 * layer + 1, 14 * row + 1
+    x, y = 12 * column + 1, 14 * row + 1
     frame = {"stroke": "currentColor", "stroke_width": "1.8"} if framed else {}
     box = element("rect", x=x, y=y, width=10, height=11, rx=1.5, fill=colour, **frame)
     return joined(box, element("text", expert, x=x + 5, y=y + 8.2, fill=ink, font_size=7, text_anchor="middle"))

@@ -38,7 +38,7 @@ def element(name: str, /, *content: Content, **attributes: str | int | float | b
 
 def joined(*content: Content) -> Html:
     """Parts in a row, without an element around them."""
-    found = []
+    found: list[str] = []
     for part in content:
         if isinstance(part, Html):
             found.append(part)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from advmoe.report import words
 from advmoe.report.album import Album
-from advmoe.report.figures import bars_figure, require_matplotlib, sweep_figure
-from advmoe.report.html import Content, Html, element
+from advmoe.report.drawing import require_matplotlib
+from advmoe.report.html import Html, element
 from advmoe.report.results import Run, Study
 from advmoe.report.run_sections import run_section
-from advmoe.report.study_sections import study_section, verdict
-from advmoe.report.tables import Cell, Column, number, percent, share_cell, table
+from advmoe.report.sections import Section, contents
+from advmoe.report.study_sections import study_section
+from advmoe.report.summary import summary
 
 
 def write_report(
     results: Sequence[Run | Study], path: str | Path, *, title: str | None = None, made_by: str = "advmoe report"
-) -> Path:
+) -> Path | None:
     """Write the page about `results` to `path`, and its figures as SVG and PNG into `<name>-figures/` beside it.
 
     Args:
@@ -31,27 +33,51 @@ def write_report(
         title: of the page; by default made from the results' names.
         made_by: the command that makes the page again, shown at its end.
 
-    Returns the folder of the figures. Raises `ValueError` without matplotlib, for another suffix, no results, or
-    results that cannot be drawn; nothing is written then.
+    Returns the folder of the figures, which takes the place of an earlier one; None where there are no figures. Raises
+    `ValueError` without matplotlib, for another suffix, no results, results of another shape than this package writes,
+    or a folder that holds anything but figures; nothing is written then.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"path must end in .html, got {str(path)!r}")
+    folder = figures_of(path)
     if not results:
         raise ValueError("results must be at least one run or study, got none")
-    require_matplotlib()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f"{path.stem}-figures")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as place:
+    with tempfile.TemporaryDirectory() as place:
         album = Album(Path(place))
         page = _page(results, album, title or _title(results), made_by, folder.name)
-        whole = Path(place) / ".page"
-        whole.write_bytes(page.encode("utf-8", "backslashreplace"))  # names of files may be no text
-        folder.mkdir(exist_ok=True)
-        for figure in sorted(Path(place).glob("[!.]*")):
-            os.replace(figure, folder / figure.name)
-        os.replace(whole, path)
+        try:
+            _publish(page, path, Path(place), folder)
+        except OSError as error:
+            raise ValueError(f"path must be where files can be written, got {str(path)!r}: {error}") from error
+    return folder if album.names else None
+
+
+def figures_of(path: Path) -> Path:
+    """The folder of the figures of a page. Raises `ValueError` where page or figures cannot be written so."""
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"path must be a file ending in .html, got {str(path)!r}")
+    require_matplotlib()
+    folder = path.with_name(f"{path.stem}-figures")
+    others = [each.name for each in folder.iterdir() if each.suffix not in (".svg", ".png")] if folder.is_dir() else []
+    if others or (folder.exists() and not folder.is_dir()):
+        rule = "a folder that holds nothing but figures (the page's take their place)"
+        raise ValueError(f"{folder} must be {rule}, got {others[0] if others else 'a file'!r}")
     return folder
+
+
+def _publish(page: str, path: Path, drawn: Path, folder: Path) -> None:
+    """Put page and figures in their places: prepared beside them, where one file system holds both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as place:
+        fresh, whole = Path(place) / "figures", Path(place) / "page"
+        fresh.mkdir()
+        for figure in drawn.iterdir():
+            shutil.move(figure, fresh)
+        whole.write_bytes(page.encode("utf-8", "backslashreplace"))  # names of files may be no text
+        if folder.exists():
+            folder.rename(Path(place) / "old")
+        if any(fresh.iterdir()):
+            fresh.rename(folder)
+        os.replace(whole, path)
 
 
 def _title(results: Sequence[Run | Study]) -> str:
@@ -67,157 +93,57 @@ def _title(results: Sequence[Run | Study]) -> str:
 
 
 def _page(results: Sequence[Run | Study], album: Album, title: str, made_by: str, folder: str) -> str:
-    runs = [each for each in results if isinstance(each, Run)]
-    studies = [each for each in results if isinstance(each, Study)]
-    summary = _summary(runs, studies, album)
-    sections, entries = [], [("summary", "Summary")]
-    for at, each in enumerate(results, start=1):
-        study = isinstance(each, Study)
-        sections.append(study_section(each, album, at) if isinstance(each, Study) else run_section(each, album, at))
-        entries.append((f"{'study' if study else 'run'}-{at}", each.title if isinstance(each, Study) else each.label))
-    links = [element("li", element("a", name, href=f"#{ident}")) for ident, name in entries]
-    script, style = (Html(files("advmoe.report").joinpath(name).read_text("utf-8")) for name in ("page.js", "page.css"))
+    sections = [_section(", ".join(str(each.path) for each in results), summary, results, album)]
+    for number, each in enumerate(results, start=1):
+        if isinstance(each, Study):
+            sections.append(_section(str(each.path), study_section, each, album, number))
+        else:
+            sections.append(_section(str(each.path), run_section, each, album, number, alone=len(results) == 1))
+    beside = [" Its figures lie as SVG and PNG in ", element("code", f"{folder}/"), " beside it."]
+    body = element(
+        "body",
+        element("a", "Skip to the content", class_="skip", href="#main"),
+        element("header", element("p", "advmoe report", class_="eyebrow"), element("h1", title)),
+        element("div",
+            element("nav", element("h2", "Contents"), contents(sections), aria_label="Contents"),
+            element("main", [each.html for each in sections], id="main"),
+            class_="columns",
+        ),
+        element("footer",
+            element("p", "This page needs no other file.", beside if album.names else None),
+            element("p", "Made by ", element("code", made_by)),
+        ),
+        element("script", script := _packaged("page.js")),
+    )  # fmt: skip
+    return f"<!doctype html>\n{element('html', _head(title, script), body, lang='en')}\n"
+
+
+def _section(path: str, make: Callable[..., Section], *args: Any, **options: Any) -> Section:
+    """A section; results of an unknown shape are a `ValueError` that names where they lie."""
+    try:
+        return make(*args, **options)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        rule = "hold results as this version of advmoe writes them"
+        raise ValueError(f"{path} must {rule}, got {type(error).__name__}: {error}") from error
+
+
+def _head(title: str, script: Html) -> Html:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The page's own script alone may run, and nothing may be fetched, whatever a name in the results holds.
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    head = element(
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    return element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", f"{title} \N{MIDDLE DOT} advmoe report"),
-        element("style", style),
-    )  # fmt: skip
-    body = element(
-        "body",
-        element("a", "Skip to the content", class_="skip", href="#main"),
-        element("header", element("p", "advmoe report", class_="eyebrow"), element("h1", title)),
-        element("div",
-            element("nav", element("h2", "Contents"), element("ol", links), aria_label="Contents"),
-            element("main", summary, sections, id="main"),
-            class_="columns",
-        ),
-        element("footer",
-            element("p", "This page needs no other file. Its figures lie as SVG and PNG in ", element("code", f"{folder}/"), " beside it."),
-            element("p", "Made by ", element("code", made_by)),
-        ),
-        element("script", script),
-    )  # fmt: skip
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _summary(runs: Sequence[Run], studies: Sequence[Study], album: Album) -> Html:
-    parts: list[Content] = [element("h2", "Summary", id="summary-title")]
-    if studies:
-        parts.append(_verdicts(studies))
-    if runs:
-        parts.append(_side_by_side(runs, album))
-    return element("section", parts, id="summary", aria_labelledby="summary-title")
-
-
-def _verdicts(studies: Sequence[Study]) -> Content:
-    """What each study shows, and the verdicts of all claims."""
-    shown = [
-        element("li", element("b", study.title), f": {study.content['shows']}" if study.content.get("shows") else "")
-        for study in studies
-    ]
-    rows: list[list[Cell | Content]] = []
-    for study in studies:
-        for claim in study.content.get("claims") or []:
-            for each in claim.get("verdicts") or []:
-                word, p = str(each.get("verdict")), each.get("p_value")
-                shown_p = Cell(None if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001", p)
-                rows.append([
-                    str(claim.get("statement") or claim.get("name")), study.title, str(each.get("measure")),
-                    Cell(verdict(word), word), shown_p,
-                ])  # fmt: skip
-    columns = ["Claim", "Study", "Measure", "Verdict at this size", "p-value"]
-    return [element("ul", shown), table("Claims and their verdicts", columns, rows) if rows else None]
-
-
-def _side_by_side(runs: Sequence[Run], album: Album) -> Content:
-    attacks = list(dict.fromkeys(name for run in runs for name in run.evaluation.get("robust_accuracy") or {}))
-    columns = [
-        "Run", "Method", "Model", Column("Clean (SA), %", "higher"),
-        *(Column(f"{name}, %", "higher") for name in attacks), Column("Worst case, %", "higher"),
-        Column("GMACs", "lower"), Column("ms/image", "lower"), "Parameters", "Images",
-    ]  # fmt: skip
-    rows = [_row(run, attacks, at) for at, run in enumerate(runs, start=1)]
-    parts: list[Content] = [table("Runs side by side", columns, rows), _unlike(runs)]
-    figures = [_compared(runs, attacks, album), _swept(runs, album)]
-    if any(figures):
-        parts.append(element("div", figures, class_="figures"))
-    return parts
-
-
-def _row(run: Run, attacks: Sequence[str], at: int) -> list[Cell | Content]:
-    found = run.evaluation
-    cost, robust = found.get("cost") or {}, found.get("robust_accuracy") or {}
-    return [
-        Cell(run.label, run.label), run.method, run.model, share_cell(found.get("clean_accuracy")),
-        *(share_cell(robust.get(name)) for name in attacks), share_cell(found.get("worst_case")), cost.get("gmacs"),
-        cost.get("ms_per_image"), cost.get("parameters"), found.get("num_examples"),
-    ]  # fmt: skip
-
-
-def _unlike(runs: Sequence[Run]) -> Content:
-    """A warning where numbers that stand side by side were not measured alike."""
-    measured = [run for run in runs if run.evaluation]
-    asked = {
-        "attacks": {", ".join(sorted(run.evaluation.get("robust_accuracy") or {})) for run in measured},
-        "eps": {str((run.evaluation.get("threat") or {}).get("eps")) for run in measured},
-        "number of images": {str(run.evaluation.get("num_examples")) for run in measured},
-        "data": {str((run.evaluation.get("data") or {}).get("name")) for run in measured},
-    }
-    unlike = [what for what, values in asked.items() if len(values) > 1]
-    notes: list[Content] = []
-    if unlike:
-        notes.append(
-            element("p", f"Not measured alike, so compare with care: these runs differ in {', '.join(unlike)}.")
-        )
-    absent = [run.label for run in runs if not run.evaluation]
-    if absent:
-        notes.append(element("p", f"Not evaluated yet: {', '.join(absent)}. Each run's part below has the command."))
-    return element("div", notes, class_="note") if notes else None
-
-
-def _compared(runs: Sequence[Run], attacks: Sequence[str], album: Album) -> Content:
-    measured = [run for run in runs if run.evaluation]
-    if len(measured) < 2:
-        return None
-    common = [
-        name for name in attacks if all(name in (run.evaluation.get("robust_accuracy") or {}) for run in measured)
-    ]
-    groups: dict[str, dict[str, dict[str, float | None]]] = {}
-    for name in ("clean", *common[:3], "worst case"):
-        bars = {}
-        for run in measured:
-            found = run.evaluation
-            keys = {"clean": found.get("clean_accuracy"), "worst case": found.get("worst_case")}
-            share = keys[name] if name in keys else found["robust_accuracy"][name]
-            low, high = ((found.get("attacks") or {}).get(name) or {}).get("interval") or (None, None)
-            bars[run.label] = {
-                key: None if value is None else 100 * value
-                for key, value in (("y", share), ("low", low), ("high", high))
-            }
-        groups[name] = bars
-    return album.draw(
-        "compared", bars_figure, groups, title="Accuracy side by side", alt=words.of_bars(groups, "accuracy (%)"),
-        caption="Clean, under the attacks that all runs have in common, and in the worst case.", ylabel="accuracy (%)",
-    )  # fmt: skip
-
-
-def _swept(runs: Sequence[Run], album: Album) -> Content:
-    curves = {run.label: (run.sweep.get("curves") or {}).get("worst case") for run in runs if run.sweep}
-    known = {label: curve for label, curve in curves.items() if curve}
-    if len(known) < 2 or len({curve["norm"] for curve in known.values()}) > 1:
-        return None
-    alt = ". ".join(
-        f"{label}: " + ", ".join(f"{percent(p['robust_accuracy'])} % at {number(p['eps'])}" for p in curve["points"])
-        for label, curve in known.items()
+        element("style", _packaged("page.css")),
     )
-    return album.draw(
-        "sweeps", sweep_figure, known, title="Worst case against eps", alt=alt,
-        caption="Over the attacks of each run's sweep, with 95 % intervals.",
-    )  # fmt: skip
+
+
+def _packaged(name: str) -> Html:
+    return Html(files("advmoe.report").joinpath(name).read_text("utf-8"))

@@ -23,6 +23,7 @@ from advmoe.report.drawing import (
     PAPER,
     SKY,
     VERMILION,
+    WIDTH,
     drawn,
     require_fields,
 )  # fmt: skip
@@ -57,7 +58,7 @@ def sweep_figure(result: Mapping[str, Any], path: str | Path) -> None:
     norms = sorted({each["norm"] for each in results.values()})
     if len(norms) != 1:
         raise ValueError(f"result must hold one sweep or more, all in one norm, got {norms}")
-    with drawn(path, 6.6, 4.2) as figure:
+    with drawn(path, WIDTH, 3.5) as figure:
         axes = figure.add_subplot()
         for (name, each), colour, mark in zip(results.items(), cycle(LINES), cycle(MARKS), strict=False):
             _sweep_curve(axes, name, each, colour, mark)
@@ -85,10 +86,11 @@ def _sweep_curve(axes: Axes, name: str, result: Mapping[str, Any], colour: str, 
     below = [h - 100 * point["interval"][0] for h, point in zip(heights, points, strict=True)]
     above = [100 * point["interval"][1] - h for h, point in zip(heights, points, strict=True)]
     suspected = result["masking"]["suspected"]
+    label = textwrap.fill(f"{name} (masking suspected)" if suspected else name, 36)
     axes.errorbar(
         radii, heights, yerr=[below, above], color=colour, marker="x" if suspected else mark, capsize=3,
         markersize=8 if suspected else 5, markeredgewidth=2 if suspected else 1,
-        linestyle="--" if suspected else "-", label=f"{name} (masking suspected)" if suspected else name,
+        linestyle="--" if suspected else "-", label=label,
     )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def _sweep_notes(name: str, result: Mapping[str, Any]) -> list[str]:
 def _notes(figure: Figure, notes: list[str]) -> None:
     """Print `notes` below everything else, on a figure made taller by as much as they need."""
     whole = [note.replace(" %", "\N{NO-BREAK SPACE}%") for note in notes]
-    lines = [line for note in whole for line in textwrap.wrap(note, 98, subsequent_indent="    ")]
+    lines = [line for note in whole for line in textwrap.wrap(note, 70, subsequent_indent="    ")]
     width, height = figure.get_size_inches()
     room = 0.17 * len(lines) + 0.1
     figure.set_size_inches(width, height + room)

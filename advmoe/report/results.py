@@ -6,9 +6,10 @@ Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` clas
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,31 @@ from typing import Any
 import numpy as np
 import yaml
 
+from advmoe.report.words import radius
+
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 KINDS = {"moe": "MoE", "dense": "Dense", "s-dense": "S-Dense", "sparse": "Sparse"}
 METHODS = {"advmoe": "AdvMoE", "at": "AT", "standard": "standard", "sparse": "AT (Sparse)"}
 
-_GALLERY = (
+GALLERY = "gallery.npz"
+"""The file in a run directory that `advmoe report` makes."""
+
+_ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
     "adversarial_confidence", "clean_pathway", "adversarial_pathway", "num_experts", "classes", "attack", "norm", "eps",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """A result that a run may have."""
+
+    title: str
+    state: str
+    """`there`, `missing`, or how far it is."""
+    command: str
+    """What makes it, or makes it again."""
 
 
 @dataclass(frozen=True)
@@ -80,47 +97,71 @@ class Run:
         layers = self.epochs[-1].get("layers") if self.epochs else None
         return self.field("model", "kind") == "moe" or bool(layers) or bool(self.field("model", "to_moe"))
 
-    def commands(self) -> list[tuple[str, str | None, str]]:
-        """What makes each result: its title, the file if it is there, the command."""
+    def made(self) -> list[Made]:
+        """Every result that there may be of it."""
         run = shlex.quote(str(self.path))
-        trained = self.manifest.get("command")
-        train = shlex.join(map(str, trained)) if isinstance(trained, list) else ""
-        config = shlex.quote(str(self.path / "config.yaml"))
-        known = [
-            ("training", bool(self.epochs), train or f"advmoe train --config {config}"),
-            ("accuracy under attack", bool(self.evaluation), f"advmoe evaluate {run}{self._evaluated()}"),
-            ("sweep over eps", bool(self.sweep), f"advmoe sweep-eps {run} --eps {self._radii()}"),
+        source = self.field("model", "source")
+        own = f" --model {shlex.quote(str(source))}" if source is not None else ""
+        evaluate, sweep, dissect = self._evaluated(), self._swept(), self._dissected()
+        wanted: list[tuple[str, object, str]] = [
+            ("accuracy under attack", self.evaluation, f"evaluate {run}{own}{evaluate}"),
+            ("sweep over eps", self.sweep, f"sweep-eps {run}{own}{sweep}"),
         ]
         if self.routed:
-            known += [
-                ("dissection of the attack", bool(self.dissection), f"advmoe dissect {run}"),
-                ("pathways", bool(self.pathways), f"advmoe pathways {run}"),
+            wanted += [
+                ("dissection of the attack", self.dissection, f"dissect {run}{own}{dissect}"),
+                ("pathways", self.pathways, f"pathways {run}{own}"),
             ]
-        known.append(("gallery", self.gallery is not None, f"advmoe report {run}"))
-        return [(title, "there" if there else None, command) for title, there, command in known]
+        wanted.append(("gallery", self.gallery, f"report {run}{own}"))
+        return [
+            self._trained(own),
+            *(Made(title, "there" if found else "missing", f"advmoe {command}") for title, found, command in wanted),
+        ]
+
+    def _trained(self, own: str) -> Made:
+        """Its training, to be continued where it has not finished."""
+        run, epochs = shlex.quote(str(self.path)), self.field("training", "epochs")
+        config = shlex.quote(str(self.path / "config.yaml"))
+        whole = isinstance(epochs, int) and len(self.epochs) >= epochs
+        if self.manifest and not (self.manifest.get("finished") or whole):
+            return Made("training", f"{len(self.epochs)} of {epochs} epochs", f"advmoe train --resume {run}{own}")
+        command = self.manifest.get("command")
+        # A run directory is trained into once: the same again goes elsewhere.
+        anew = f"advmoe train --config {config}{own} --run-dir {run}-again"
+        again = shlex.join(map(str, command)) if isinstance(command, list) else anew
+        return Made("training", "there" if self.epochs else "missing", again)
 
     def _evaluated(self) -> str:
-        """The options of the evaluation that is there."""
-        if not self.evaluation:
-            return ""
-        words = []
-        if attacks := list(self.evaluation.get("robust_accuracy") or {}):
-            words += ["--attacks", ",".join(attacks)]
-        if (count := self.evaluation.get("num_examples")) is not None:
-            words += ["--num-examples", str(count)]
-        eps, own = (self.evaluation.get("threat") or {}).get("eps"), _pixels(self.field("threat", "eps"))
-        if eps is not None and own is not None and abs(eps - own) > 1e-9:
-            words += ["--threat.eps", f"{eps:.6g}"]
-        return f" {shlex.join(words)}" if words else ""
+        found = self.evaluation
+        attacks = found.get("attacks") or found.get("robust_accuracy") or ()
+        return self._options(attacks, found.get("num_examples"), found)
 
-    def _radii(self) -> str:
-        if not self.sweep:
-            return "0,2/255,4/255,8/255,16/255"
-        curve: dict[str, Any] = next(iter(self.sweep.get("curves", {}).values()), {})
-        radii = [point["eps"] for point in curve.get("points", ())]
-        if curve.get("norm") != "linf":
-            return ",".join(f"{eps:.6g}" for eps in radii)
-        return ",".join("0" if eps == 0 else f"{255 * eps:.6g}/255" for eps in radii)
+    def _swept(self) -> str:
+        curves = self.sweep.get("curves") or {}
+        curve: dict[str, Any] = next(iter(curves.values()), {})
+        radii = [radius(point["eps"], curve["norm"]) for point in curve.get("points", ())]
+        attacks = [name for name in curves if name != "worst case"]
+        eps = ",".join(radii) or "0,2/255,4/255,8/255,16/255"
+        return f" --eps {eps}{self._options(attacks, curve.get('num_examples'), self.sweep)}"
+
+    def _dissected(self) -> str:
+        counts = [each.get("num_examples") for each in self.dissection.values() if isinstance(each, dict)]
+        return self._options(self.dissection, next(iter(counts), None), {})
+
+    def _options(self, attacks: Iterable[str], count: int | None, found: Mapping[str, Any]) -> str:
+        """The options of the measurement that is there, where they are not the run's own."""
+        words = ["--attacks", ",".join(attacks)] if attacks else []
+        words += [] if count is None else ["--num-examples", str(count)]
+        threat, attack = found.get("threat") or {}, dict(found.get("attack") or {})
+        seed = attack.pop("seed", None)
+        for group, fields in (("threat", threat), ("attack", attack)):
+            for name, value in fields.items():
+                if not _same(value, self.field(group, name)):
+                    shown = radius(value, str(threat.get("norm"))) if name == "eps" else value
+                    words += [f"--{group}.{name}", str(shown)]
+        if seed not in (None, self.field("training", "seed")):
+            words += ["--seed", str(seed)]
+        return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 @dataclass(frozen=True)
@@ -128,6 +169,7 @@ class Study:
     """A study's folder, with `study.json` as `advmoe study` writes it."""
 
     path: Path
+    label: str
     content: dict[str, Any]
 
     @property
@@ -141,21 +183,23 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
 
     Raises `ValueError` for a directory that is neither, or a file in it that cannot be read.
     """
-    found: list[Run | Study] = []
-    for path in dict.fromkeys(Path(each) for each in paths):
-        if (path / "study.json").is_file():
-            content = _json(path / "study.json")
-            found.append(Study(path, content))
-        elif (path / "config.yaml").is_file():
-            found.append(_load_run(path))
-        else:
-            rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"
-            raise ValueError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")
-    labels = _labels([each.path for each in found])
-    return [replace(each, label=labels[each.path]) if isinstance(each, Run) else each for each in found]
+    once: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        once.setdefault(path.resolve(), path)
+    labels = _labels(list(once))
+    return [_load(path, labels[whole]) for whole, path in once.items()]
 
 
-def _load_run(path: Path) -> Run:
+def _load(path: Path, label: str) -> Run | Study:
+    if (path / "study.json").is_file():
+        return Study(path, label, _json(path / "study.json"))
+    if (path / "config.yaml").is_file():
+        return _load_run(path, label)
+    rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"
+    raise ValueError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")
+
+
+def _load_run(path: Path, label: str) -> Run:
     text = _text(path / "config.yaml")
     try:
         config = yaml.safe_load(text)
@@ -163,13 +207,24 @@ def _load_run(path: Path) -> Run:
         raise ValueError(f"{path / 'config.yaml'} must be YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'config.yaml'} must hold fields by name, got {type(config).__name__}")
-    parts = {
-        name: _json(path / f"{name}.json") for name in ("manifest", "evaluation", "sweep", "dissection", "pathways")
-    }
     return Run(
-        path=path, label="", config=config, config_text=text, epochs=_lines(path / "metrics.jsonl"),
-        gallery=load_gallery(path / "gallery.npz"), **parts,
-    )  # fmt: skip
+        path=path,
+        label=label,
+        config=config,
+        config_text=text,
+        manifest=_json(path / "manifest.json"),
+        epochs=_lines(path / "metrics.jsonl"),
+        evaluation=_json(path / "evaluation.json"),
+        sweep=_json(path / "sweep.json"),
+        dissection=_json(path / "dissection.json"),
+        pathways=_json(path / "pathways.json"),
+        gallery=load_gallery(path / GALLERY),
+    )
+
+
+def with_gallery(run: Run, reason: str | None = None) -> Run:
+    """The run with the gallery that lies in its directory now; `reason`: why there is none."""
+    return replace(run, gallery=load_gallery(run.path / GALLERY), no_gallery=reason)
 
 
 def load_gallery(path: Path) -> Arrays | None:
@@ -178,10 +233,12 @@ def load_gallery(path: Path) -> Arrays | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _GALLERY}
+            arrays = {name: file[name] for name in _ARRAYS}
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} must be a gallery, got {' '.join(str(error).split())}") from None
-    if len({len(arrays[name]) for name in _GALLERY[:10]}) != 1 or arrays["clean"].shape != arrays["adversarial"].shape:
+        raise ValueError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
+    lengths = {arrays[name].shape[:1] for name in _ARRAYS[:10]}
+    paired = all(arrays[f"clean{kind}"].shape == arrays[f"adversarial{kind}"].shape for kind in ("", "_pathway"))
+    if len(lengths) != 1 or arrays["clean"].ndim != 4 or not paired:
         raise ValueError(f"{path} must hold as many of each thing as images, got arrays of unlike shapes")
     return arrays
 
@@ -220,19 +277,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    """The shortest ends of the paths that tell them apart."""
-    whole = {path: path.resolve().parts for path in paths}
-    for length in range(1, max(map(len, whole.values()), default=1) + 1):
-        ends = {path: "/".join(parts[-length:]) for path, parts in whole.items()}
-        if len(set(ends.values())) == len(ends):
-            return ends
-    return {path: str(path) for path in paths}
+    """The shortest ends of the paths, all of one length, that tell them apart."""
+    longest = max((len(path.parts) for path in paths), default=1)
+    ends = ({path: "/".join(path.parts[-length:]) for path in paths} for length in range(1, longest + 1))
+    return next(found for found in ends if len(set(found.values())) == len(found))
 
 
-def _pixels(value: Any) -> float | None:
-    """A number of pixels as configurations write it, as in 8/255; None where it is none."""
+def _same(value: str | float, own: Any) -> bool:
+    """Whether a value is that of the configuration, which may write numbers of pixels as in 8/255."""
+    if isinstance(value, str):
+        return value == str(own)
     try:
-        top, _, bottom = str(value).partition("/")
-        return float(top) / float(bottom or 1)
+        top, _, bottom = str(own).partition("/")
+        return math.isclose(float(top) / float(bottom or 1), value, abs_tol=1e-9)
     except (ValueError, ZeroDivisionError):
-        return None
+        return False

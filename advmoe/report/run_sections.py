@@ -5,19 +5,18 @@ Axes: `L` MoE layers, `E` experts. Results hold fractions; the page shows percen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from advmoe.report import words
 from advmoe.report.album import Album
 from advmoe.report.figures import bars_figure, heatmap_figure, lines_figure, stacked_figure, sweep_figure
 from advmoe.report.gallery import gallery
-from advmoe.report.html import Content, Html, element, joined
+from advmoe.report.html import Content, Html, element
 from advmoe.report.pathways import pathways
 from advmoe.report.results import Run
-from advmoe.report.tables import DASH, Cell, Column, number, pairs, percent, seconds, share_cell, table
-
-Draw = Callable[[Run, Album], Content]
+from advmoe.report.sections import Part, Section, section
+from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
 
 _LOSSES = {"ce": "cross-entropy", "kl": "KL(clean || adversarial)"}
 _CATEGORIES = {
@@ -28,31 +27,36 @@ _CATEGORIES = {
 }
 
 
-def run_section(run: Run, album: Album, number_: int) -> Html:
-    """Everything known about one run, and what is missing."""
-    parts: list[tuple[str, Draw]] = [
-        ("Robust accuracy", accuracy),
-        ("Training", training),
-        ("Robustness against the attack's strength", sweep),
-        ("The attack, dissected", dissection),
-        ("Pathways", pathways),
-        ("Gallery", _gallery),
-    ]
-    found = [(title, draw(run, album)) for title, draw in parts]
-    shown = [joined(element("h3", title), content) for title, content in found if content]
+def run_section(run: Run, album: Album, number_: int, *, alone: bool) -> Section:
+    """Everything known about one run. `alone`: the summary has introduced it already."""
     ident = f"run-{number_}"
-    return element(
-        "section",
-        element("h2", run.label, id=f"{ident}-title"),
+    intro = None if alone else introduction(run, ident)
+    parts = [
+        Part("accuracy", "Robust accuracy", accuracy(run)),
+        Part("training", "Training", training(run, album)),
+        Part("sweep", "Robustness against the attack's strength", sweep(run, album)),
+        Part("dissection", "The attack, dissected", dissection(run, album)),
+        Part("pathways", "Pathways", pathways(run, album)),
+        Part("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
+        Part("made", "What made it", made(run)),
+    ]
+    return section(ident, run.label, intro, parts=parts)
+
+
+def introduction(run: Run, ident: str) -> Content:
+    """What it is, its main numbers, and what of it is not there; `ident`: its section's identifier."""
+    absent = [each.title for each in run.made() if each.state != "there"]
+    notes: list[Content] = []
+    if absent:
+        link = element("a", "what made it", href=f"#{ident}-made")
+        notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. The commands are under ", link, "."))
+    if run.gallery is None and run.no_gallery:
+        notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
+    return [
         element("p", f"{run.method}: {run.model}, on {_data(run)}.", class_="lead"),
         tiles(run),
-        shown,
-        element("h3", "What made it"),
-        _commands(run),
-        _settings(run),
-        id=ident,
-        aria_labelledby=f"{ident}-title",
-    )
+        element("div", notes, class_="note") if notes else None,
+    ]
 
 
 def _data(run: Run) -> str:
@@ -66,7 +70,7 @@ def tiles(run: Run) -> Html | None:
     if not found:
         return None
     cost, reports = found.get("cost") or {}, found.get("attacks") or {}
-    items: list[tuple[str, str, str]] = [("Clean accuracy (SA)", f"{percent(found.get('clean_accuracy'))} %", "")]
+    items = [("Clean accuracy (SA)", f"{percent(found.get('clean_accuracy'))} %", "")]
     for name, share in list((found.get("robust_accuracy") or {}).items())[:3]:
         low, high = (reports.get(name) or {}).get("interval") or (None, None)
         note = "" if low is None else f"95 % interval {percent(low)} to {percent(high)}"
@@ -84,14 +88,13 @@ def tiles(run: Run) -> Html | None:
     return element("dl", entries, class_="tiles")
 
 
-def accuracy(run: Run, album: Album) -> Content:
-    """A row for each attack, its flags beneath, and what it was measured on."""
+def accuracy(run: Run) -> Content:
+    """A row for each attack, what its parts broke, and what was warned of."""
     found = run.evaluation
     if not found:
         return None
     reports = found.get("attacks") or {}
-    columns = ["Attack", Column("Robust accuracy, %", "higher"), "95 % interval", "Broken of attacked", "Time"]
-    rows: list[list[Cell | Content]] = [["none (clean)", Cell(percent(found["clean_accuracy"])), *3 * [None]]]
+    rows: list[list[Cell | Content]] = [["none (clean)", share_cell(found["clean_accuracy"]), None, None, None]]
     for name, share in (found.get("robust_accuracy") or {}).items():
         report = reports.get(name) or {}
         low, high = report.get("interval") or (None, None)
@@ -99,39 +102,44 @@ def accuracy(run: Run, album: Album) -> Content:
         broken, tried = sum(part["broken"] for part in parts), max((part["attempted"] for part in parts), default=0)
         rows.append([
             name, share_cell(share), Cell(DASH if low is None else f"{percent(low)} to {percent(high)}", low),
-            Cell(f"{broken} of {tried}" if parts else DASH, broken / tried if tried else None),
+            Cell(f"{broken} of {tried}", broken) if parts else None,
             Cell(seconds(report.get("seconds")), report.get("seconds")),
         ])  # fmt: skip
-    rows.append(["worst case", share_cell(found.get("worst_case")), *3 * [None]])
-    threat = found.get("threat") or {}
-    caption = f"{run.label} on {found.get('num_examples')} test images, {_radius(threat)}"
-    flags = [f"{name}: {flag}" for name, report in reports.items() for flag in report.get("flags") or ()]
-    flags += [f"{name} was skipped: {report['skipped']}" for name, report in reports.items() if "skipped" in report]
-    notes: list[Content] = []
-    if (gap := found.get("masking_gap")) is not None:
-        notes.append(
-            element("p", f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points.")
-        )
-    if flags:
-        title = element("p", element("b", "Warnings of the attacks"))
-        notes.append(element("div", title, element("ul", [element("li", flag) for flag in flags]), class_="note"))
-    return [table(caption, columns, _worst_first(rows)), notes]
+    rows.append(["worst case", share_cell(found.get("worst_case")), None, None, None])
+    caption = f"{run.label} on {found.get('num_examples')} test images, {words.of_threat(found.get('threat') or {})}."
+    columns = ["Attack", "Accuracy, %", "95 % interval", "Broken of attacked", "Time"]
+    gap = found.get("masking_gap")
+    said = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points."
+    return [
+        table(caption, columns, rows),
+        None if gap is None else element("p", said),
+        _parts(run.label, reports),
+        _warnings(reports, found.get("checks") or ()),
+    ]
 
 
-def _worst_first(rows: list[list[Cell | Content]]) -> list[list[Cell | Content]]:
-    """The clean accuracy has no place among those under attack when they are sorted or the best one is marked."""
-    clean, *others = rows
-    shown = clean[1]
-    assert isinstance(shown, Cell)
-    return [[clean[0], Cell(shown.content, None), *clean[2:]], *others]
+def _parts(label: str, reports: Mapping[str, Any]) -> Content:
+    """What each part broke of attacks that have several: a part is given what the ones before it left."""
+    rows: list[list[Cell | Content]] = [
+        [part, attack, each["attempted"], each["broken"]]
+        for attack, report in reports.items()
+        if len(parts := report.get("parts") or {}) > 1
+        for part, each in parts.items()
+    ]
+    if not rows:
+        return None
+    listing = table(f"Parts of the attacks on {label}.", ["Part", "Attack", "Images attacked", "Broken"], rows)
+    return element("details", element("summary", "What each part of the attacks broke"), listing)
 
 
-def _radius(threat: Mapping[str, Any]) -> str:
-    eps = threat.get("eps")
-    if eps is None:
-        return "eps unknown"
-    text = f"{255 * eps:.4g}/255" if threat.get("norm") == "linf" else f"{eps:.4g}"
-    return f"{threat.get('norm')} eps {text}"
+def _warnings(reports: Mapping[str, Any], checks: Iterable[Mapping[str, Any]]) -> Content:
+    said = [f"{name}: {flag}" for name, report in reports.items() for flag in report.get("flags") or ()]
+    said += [f"{name} was skipped: {report['skipped']}" for name, report in reports.items() if "skipped" in report]
+    said += [f"check {check['name']} failed: {check['detail']}" for check in checks if not check["passed"]]
+    if not said:
+        return None
+    title = element("p", element("b", "Warnings"))
+    return element("div", title, element("ul", [element("li", each) for each in said]), class_="note")
 
 
 def training(run: Run, album: Album) -> Content:
@@ -154,8 +162,9 @@ def _losses(run: Run, album: Album) -> Content:
     for at, each in enumerate(run.epochs, start=1):
         for level, losses in (each.get("train") or {}).items():
             for name, value in (losses or {}).items():
-                if name in _LOSSES and value is not None:
-                    shown = _LOSSES[name] if level == "all" else f"{level}: {_LOSSES[name]}"
+                if name != "accuracy" and value is not None:
+                    shown = _LOSSES.get(name, name.replace("_", " "))
+                    shown = shown if level == "all" else f"{level}: {shown}"
                     series.setdefault(shown, []).append({"x": at, "y": value})
     if not series:
         return None
@@ -206,18 +215,15 @@ def sweep(run: Run, album: Album) -> Content:
     curves = run.sweep.get("curves") if run.sweep else None
     if not curves:
         return None
-    alt = []
-    for name, curve in curves.items():
-        heights = ", ".join(
-            f"{percent(point['robust_accuracy'])} % at {number(point['eps'])}" for point in curve["points"]
-        )
-        alt.append(f"{name}: {heights}.")
     images = next(iter(curves.values())).get("num_examples")
+    caption = f"{images} test images, with 95 % intervals."
+    if any(curve["masking"]["suspected"] for curve in curves.values()):
+        caption += " Crosses and dashes mark curves not to be believed."
     drawn = album.draw(
-        f"{run.label}-sweep", sweep_figure, curves, title="Robust accuracy against eps", alt=" ".join(alt),
-        caption=f"{images} test images, with 95 % intervals. Crosses and dashes mark curves not to be believed.",
+        f"{run.label}-sweep", sweep_figure, curves, title="Robust accuracy against eps", alt=words.of_sweep(curves),
+        caption=caption,
     )  # fmt: skip
-    return element("div", drawn, class_="figures one")
+    return element("div", drawn, class_="figures")
 
 
 def dissection(run: Run, album: Album) -> Content:
@@ -235,14 +241,13 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
     shares = {
         row: {title: each[key] for key, title in _CATEGORIES.items()} for row, each in rows.items() if each is not None
     }
-    flips = {"": [{"x": layer, "y": 100 * rate} for layer, rate in enumerate(found["flip_rate"])]}
     changed = {str(layer): {"changed": {"y": 100 * rate}} for layer, rate in enumerate(found["flip_rate"])}
     loads = {
         f"expert {expert}, {kind}": [layer[expert] for layer in found["load"][kind]]
         for expert in range(found["num_experts"])
         for kind in ("clean", "adversarial")
     }
-    layers = [str(layer) for layer in range(len(flips[""]))]
+    layers = [str(layer) for layer in range(len(changed))]
     values = list(loads.values())
     label = f"{run.label}-{name}"
     drawn = [
@@ -265,49 +270,29 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
     return element("div", drawn, class_="figures")
 
 
-def _gallery(run: Run, album: Album) -> Content:
-    return None if run.gallery is None else gallery(run.gallery)
-
-
-def _commands(run: Run) -> Content:
-    rows = run.commands()
-    missing = [title for title, there, _ in rows if there is None]
+def made(run: Run) -> Content:
+    """The command behind every result, the configuration, and the manifest."""
     lines = [
-        element("tr", element("th", title, scope="row"),
-                element("td", there or element("span", "missing", class_="verdict neutral")),
-                element("td", element("code", command)))
-        for title, there, command in rows
-    ]  # fmt: skip
-    head = element("tr", [element("th", title, scope="col") for title in ("Result", "State", "Command that makes it")])
-    caption = f"Results of {run.label} and what makes them"
-    made = element(
-        "table", element("caption", caption), element("thead", head), element("tbody", lines), class_="pairs"
-    )
-    said = f"Missing: {', '.join(missing)}. The commands below make them." if missing else "Every result is there."
-    reason = element("p", f"No gallery: {run.no_gallery}.") if run.gallery is None and run.no_gallery else None
-    return [
-        element("p", said),
-        reason,
-        element("div", made, class_="scroll", role="region", tabindex="0", aria_label=caption),
+        element(
+            "li",
+            element("b", each.title),
+            " ",
+            element("span", each.state, class_="verdict holds" if each.state == "there" else "verdict neutral"),
+            element("pre", element("code", each.command)),
+        )
+        for each in run.made()
     ]
+    return [element("ul", lines, class_="made"), _settings(run)]
 
 
 def _settings(run: Run) -> Content:
     config = element("details", element("summary", "Configuration (config.yaml)"), element("pre", run.config_text))
     if not run.manifest:
         return [config, element("p", "There is no manifest.json: nothing is known of versions and hardware.")]
-    rows = [(name.replace("_", " "), _flat(value)) for name, value in run.manifest.items()]
+    rows = [(name.replace("_", " "), words.flat(value)) for name, value in run.manifest.items() if name != "command"]
     about = element(
         "details",
         element("summary", "Versions, hardware, times (manifest.json)"),
         pairs(f"Manifest of {run.label}", rows),
     )
     return [config, about]
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_flat(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return " ".join(map(_flat, value))
-    return DASH if value is None else str(value)

@@ -9,7 +9,9 @@ from typing import Any
 from advmoe.report.album import Album
 from advmoe.report.html import Content, Html, element, joined
 from advmoe.report.results import Study
-from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, seconds, table
+from advmoe.report.sections import Part, Section, section
+from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, percent, seconds, table
+from advmoe.report.words import flat
 
 _VERDICTS = {
     "holds": ("holds", "\N{CHECK MARK}"),
@@ -19,24 +21,26 @@ _VERDICTS = {
 """Verdict: its class in the style sheet, and a mark that goes with the word."""
 
 
-def study_section(study: Study, album: Album, number_: int) -> Html:
+def study_section(study: Study, album: Album, number_: int) -> Section:
     """Everything a study found: claims, tables, figures, and the runs behind them."""
-    found, ident = study.content, f"study-{number_}"
-    return element(
-        "section",
-        element("h2", study.title, id=f"{ident}-title"),
-        element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
-        element("p", _about(found)),
-        claims(found.get("claims") or []),
-        _tables(found.get("tables") or []),
-        _figures(study, album),
-        _notes(found.get("notes") or []),
-        element("h3", "What made it"),
+    found = study.content
+    made = [
         element("pre", element("code", str(found["command"]))) if found.get("command") else None,
         _runs(study),
         _settings(found),
-        id=ident,
-        aria_labelledby=f"{ident}-title",
+    ]
+    return section(
+        f"study-{number_}",
+        study.title,
+        element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
+        element("p", _about(found)),
+        parts=[
+            Part("claims", "Claims", claims(found.get("claims") or [])),
+            Part("tables", "Tables", _tables(found.get("tables") or [])),
+            Part("figures", "Figures", _figures(study, album)),
+            Part("notes", "Notes", _notes(found.get("notes") or [])),
+            Part("made", "What made it", made),
+        ],
     )
 
 
@@ -44,7 +48,7 @@ def _about(found: Mapping[str, Any]) -> str:
     seeds = found.get("seeds") or []
     words = [f"Scale {found.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
     if found.get("hardware"):
-        words.append(_flat(found["hardware"]))
+        words.append(flat(found["hardware"]))
     if found.get("threads") is not None:
         words.append(f"{found['threads']} threads")
     if found.get("seconds") is not None:
@@ -54,49 +58,64 @@ def _about(found: Mapping[str, Any]) -> str:
 
 def claims(entries: Sequence[Mapping[str, Any]]) -> Content:
     """Each claim with its verdict under every measure, in words, beside the test and its numbers."""
-    if not entries:
-        return None
-    parts: list[Content] = [element("h3", "Claims")]
-    for claim in entries:
-        rows: list[list[Cell | Content]] = []
-        for each in claim.get("verdicts") or []:
-            p = each.get("p_value")
-            rows.append([
-                str(each.get("measure")), Cell(verdict(str(each.get("verdict"))), str(each.get("verdict"))),
-                Cell(DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", p), str(each.get("test") or DASH),
-                _flat(each.get("numbers")), str(each.get("note") or ""),
-            ])  # fmt: skip
-        source = claim.get("source")
-        parts.append(
-            element(
-                "div",
-                element("h4", claim.get("statement") or claim.get("name")),
-                element("p", f"{claim.get('name')}{f' ({source})' if source else ''}", class_="quiet"),
-                table(
-                    f"Claim {claim.get('name')}, by measure",
-                    ["Measure", "Verdict at this size", "p-value", "Test", "Numbers", "Note"], rows,
-                ),
-                class_="claim",
-            )
-        )  # fmt: skip
-    return parts
+    return [_claim(each) for each in entries] or None
 
 
-def verdict(word: str) -> Html:
+def _claim(claim: Mapping[str, Any]) -> Html:
+    source = f" ({claim['source']})" if claim.get("source") else ""
+    return element(
+        "div",
+        element("h4", claim.get("statement") or claim.get("name")),
+        element("p", f"{claim.get('name')}{source}", class_="quiet"),
+        [_judged(each) for each in claim.get("verdicts") or []],
+        class_="claim",
+    )
+
+
+def _judged(found: Mapping[str, Any]) -> Html:
+    """A verdict under one measure: in words, what was compared, by which test."""
+    p = found.get("p_value")
+    said = [element("b", str(found.get("measure"))), " ", verdict(found.get("verdict")).content]
+    below = [str(found[name]) for name in ("test", "note") if found.get(name)]
+    return element(
+        "div",
+        element("p", said, None if p is None else [" p\N{NON-BREAKING HYPHEN}value ", p_value(p).content]),
+        element("ul", [element("li", _compared(name, each)) for name, each in (found.get("numbers") or {}).items()]),
+        [element("p", text, class_="quiet") for text in below],
+        class_="judged",
+    )
+
+
+def _compared(name: str, found: Any) -> str:
+    """The two means, and by how much they differ for each seed."""
+    if not isinstance(found, Mapping) or "test" not in found:
+        return f"{name}: {flat(found)}"
+    if "mean_less" not in found:
+        return f"{name}: not compared, {found['test'].removeprefix('none: ')}"
+    points = ", ".join(f"{100 * each:+.1f}" for each in found["differences"].values())
+    less, more = (f"{percent(found[name])}\N{NO-BREAK SPACE}%" for name in ("mean_less", "mean_more"))
+    return f"{name}: {less} against {more}, by seed {points} points"
+
+
+def verdict(word: Any) -> Cell:
     """A verdict in words, with a mark and a colour beside them."""
-    kind, mark = _VERDICTS.get(word, ("neutral", "?"))
-    return element("span", element("span", f"{mark} ", aria_hidden="true"), word, class_=f"verdict {kind}")
+    kind, mark = _VERDICTS.get(str(word), ("neutral", "?"))
+    shown = element("span", element("span", f"{mark} ", aria_hidden="true"), str(word), class_=f"verdict {kind}")
+    return Cell(shown, str(word))
+
+
+def p_value(p: float | None) -> Cell:
+    """A p-value as it is read."""
+    return Cell(DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
 def _tables(entries: Sequence[Mapping[str, Any]]) -> Content:
-    if not entries:
-        return None
-    parts: list[Content] = [element("h3", "Tables")]
+    parts: list[Content] = []
     for entry in entries:
         columns, rows = beside_paper(entry.get("columns") or [], entry.get("rows") or [])
         parts.append(element("h4", entry.get("title")) if entry.get("title") else None)
-        parts.append(table(entry.get("caption") or entry.get("title") or "Results", columns, rows))
-    return parts
+        parts.append(table(str(entry.get("caption") or entry.get("title") or "Results"), columns, rows))
+    return parts or None
 
 
 def beside_paper(
@@ -132,7 +151,8 @@ def _measured(value: Any) -> Cell:
 def _spread(mean: float | None, std: float | None, n: int | None, *, shade: bool) -> Cell:
     if mean is None or math.isnan(mean):
         return Cell(DASH, None, shade)
-    around = "" if std is None else f" \N{PLUS-MINUS SIGN} {std:.{decimals(mean)}f}"
+    spread = "" if std is None else f"{std:.{decimals(mean)}f}"
+    around = f" \N{PLUS-MINUS SIGN} {spread if float(spread) else 0}" if spread else ""
     count = element("small", f" n = {n}") if n is not None and n != 1 else None
     return Cell(joined(number(mean), around, count), mean, shade)
 
@@ -152,7 +172,7 @@ def _figures(study: Study, album: Album) -> Content:
         drawn.append(
             album.keep(name, svg, _inside(study, entry.get("png")), title=title, alt=alt, caption=entry.get("caption"))
         )
-    return [element("h3", "Figures"), element("div", drawn, class_="figures")]
+    return element("div", drawn, class_="figures")
 
 
 def _inside(study: Study, name: Any) -> Any:
@@ -164,9 +184,7 @@ def _inside(study: Study, name: Any) -> Any:
 
 
 def _notes(entries: Sequence[Any]) -> Content:
-    if not entries:
-        return None
-    return [element("h3", "Notes"), element("ul", [element("li", str(each)) for each in entries])]
+    return element("ul", [element("li", str(each)) for each in entries]) if entries else None
 
 
 def _runs(study: Study) -> Content:
@@ -192,18 +210,8 @@ def _runs(study: Study) -> Content:
 
 
 def _settings(found: Mapping[str, Any]) -> Content:
-    rows = [(str(name), _flat(value)) for name, value in (found.get("settings") or {}).items()]
-    rows += [(name, _flat(found[name])) for name in ("versions", "hardware", "created") if found.get(name)]
+    rows = [(str(name), flat(value)) for name, value in (found.get("settings") or {}).items()]
+    rows += [(name, flat(found[name])) for name in ("versions", "hardware", "created") if found.get(name)]
     if not rows:
         return None
     return element("details", element("summary", "Settings, versions, hardware"), pairs("What all runs share", rows))
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{str(name).replace('_', ' ')} {_flat(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_flat, value))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return number(value)
-    return "" if value is None else str(value)

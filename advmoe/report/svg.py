@@ -7,6 +7,7 @@ and no request. Identifiers get a prefix: the figures of a page share one space 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from advmoe.report.html import Html, element
@@ -43,7 +44,15 @@ _THEME = {
 }
 
 
-def inlined(text: str, *, prefix: str, title: str, description: str) -> Html:
+class Drawing(NamedTuple):
+    """A figure fit for a page."""
+
+    html: Html
+    width: float
+    """Points at which its text has the size that it was drawn in."""
+
+
+def inlined(text: str, *, prefix: str, title: str, description: str) -> Drawing:
     """An SVG document as an element of a page, with a title and a description for those who cannot see it.
 
     Args:
@@ -67,7 +76,7 @@ def inlined(text: str, *, prefix: str, title: str, description: str) -> Html:
     inside = "".join(ElementTree.tostring(child, encoding="unicode", short_empty_elements=True) for child in tree)
     head = element("title", title, id=f"{prefix}-title") + element("desc", description, id=f"{prefix}-desc")
     opening = element("svg", **{name.replace("-", "_"): value for name, value in tree.attrib.items()})
-    return Html(opening.removesuffix("</svg>") + head + inside + "</svg>")
+    return Drawing(Html(opening.removesuffix("</svg>") + head + inside + "</svg>"), width)
 
 
 def _size(tree: ElementTree.Element) -> tuple[float, float]:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from advmoe.report.html import Content, Html, element, joined
+from advmoe.report.html import Content, Html, element
 
 DASH = "\N{EN DASH}"
+_LONG = 30
+"""Characters: a longer name of a row gets a wider column."""
 Better = Literal["higher", "lower"] | None
 
 
@@ -30,10 +32,10 @@ class Column:
 
     title: str
     better: Better = None
-    """Which end of the column is the good one; the best cell is printed in bold."""
+    """Which end of the column is the good one; the best cell of several is printed in bold."""
 
 
-def table(caption: Content, columns: Sequence[Column | str], rows: Sequence[Sequence[Cell | Content]]) -> Html:
+def table(caption: str, columns: Sequence[Column | str], rows: Sequence[Sequence[Cell | Content]]) -> Html:
     """A table; the first cell of a row names it. It scrolls within its own box where a page is narrow.
 
     Args:
@@ -41,28 +43,31 @@ def table(caption: Content, columns: Sequence[Column | str], rows: Sequence[Sequ
     """
     heads = [column if isinstance(column, Column) else Column(column) for column in columns]
     lines = [[_as_cell(each) for each in row] for row in rows]
-    best = [_best(column.better, [line[at].order for line in lines]) for at, column in enumerate(heads)]
-    head = element("tr", [_head(column) for column in heads])
-    body = [element("tr", [_cell(cell, at, best[at]) for at, cell in enumerate(line)]) for line in lines]
-    inner = element("table", element("caption", caption), element("thead", head), element("tbody", body), class_="data")
-    return element("div", inner, class_="scroll", role="region", tabindex="0", aria_label=_plain(caption))
+    orders = [[line[at].order for line in lines] for at in range(len(heads))]
+    best = [_best(column.better, order) for column, order in zip(heads, orders, strict=True)]
+    numeric = [at > 0 and any(isinstance(each, int | float) for each in order) for at, order in enumerate(orders)]
+    head = [_head(column, right) for column, right in zip(heads, numeric, strict=True)]
+    body = [element("tr", map(_cell, line, range(len(line)), best, numeric)) for line in lines]
+    if any(each is not None for each in best):
+        caption = f"{caption.removesuffix('.')}. The best of a column is in bold."
+    return _boxed("data", caption, element("thead", element("tr", head)), element("tbody", body))
 
 
-def _head(column: Column) -> Html:
-    arrow = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", None: ""}[column.better]
-    hint = []
-    if column.better is not None:
-        hint = [
-            element("span", arrow, class_="hint", aria_hidden="true", title=f"{column.better} is better"),
-            element("span", f" ({column.better} is better)", class_="unseen"),
-        ]
-    return element("th", element("button", column.title, hint, type="button"), scope="col", aria_sort="none")
+def _boxed(kind: str, caption: str, *parts: Html) -> Html:
+    inner = element("table", element("caption", caption), parts, class_=kind)
+    return element("div", inner, class_="scroll", role="group", tabindex="0", aria_label=caption)
 
 
-def _cell(cell: Cell, at: int, best: float | None) -> Html:
+def _head(column: Column, numeric: bool) -> Html:
+    hint = column.better and element("span", f" ({column.better} is better)", class_="unseen")
+    button = element("button", column.title, hint, type="button")
+    return element("th", button, scope="col", aria_sort="none", class_="number" if numeric else None)
+
+
+def _cell(cell: Cell, at: int, best: float | None, numeric: bool) -> Html:
     if at == 0:
-        return element("th", cell.content, scope="row", data_order=_order(cell.order))
-    numeric = isinstance(cell.order, float | int)
+        long = isinstance(cell.order, str) and len(cell.order) > _LONG
+        return element("th", cell.content, scope="row", class_="long" if long else None, data_order=_order(cell.order))
     shown = element("strong", cell.content) if best is not None and cell.order == best else cell.content
     kinds = " ".join(word for word, wanted in (("number", numeric), ("shade", cell.shade)) if wanted)
     return element("td", shown, class_=kinds or None, data_order=_order(cell.order))
@@ -91,17 +96,10 @@ def _best(better: Better, orders: Sequence[float | str | None]) -> float | None:
     return max(numbers) if better == "higher" else min(numbers)
 
 
-def _plain(content: Content) -> str:
-    import re
-
-    return re.sub(r"<[^>]*>", "", joined(content))
-
-
-def pairs(caption: Content, items: Sequence[tuple[Content, Content]]) -> Html:
+def pairs(caption: str, items: Sequence[tuple[Content, Content]]) -> Html:
     """A table of names and values, as they come."""
     body = [element("tr", element("th", name, scope="row"), element("td", value)) for name, value in items]
-    inner = element("table", element("caption", caption), element("tbody", body), class_="pairs")
-    return element("div", inner, class_="scroll", role="region", tabindex="0", aria_label=_plain(caption))
+    return _boxed("pairs", caption, element("tbody", body))
 
 
 def percent(share: float | None, digits: int = 1) -> str:

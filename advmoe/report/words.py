@@ -1,11 +1,36 @@
-"""What a figure shows, in words, for those who cannot see it."""
+"""Radii as they are shown, and what a figure shows, in words, for those who cannot see it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from advmoe.report.tables import number
+from advmoe.report.tables import DASH, number, percent
+
+
+def radius(eps: float, norm: str) -> str:
+    """An attack's radius, as `--eps` takes it: of 255 in l-inf, as in 8/255."""
+    if norm != "linf":
+        return f"{eps:.6g}"
+    return f"{255 * eps:.6g}/255" if eps else "0"
+
+
+def of_threat(threat: Mapping[str, Any]) -> str:
+    """Norm and radius of what was attacked with."""
+    eps, norm = threat.get("eps"), str(threat.get("norm"))
+    return "eps unknown" if eps is None else f"{norm} eps {radius(eps, norm)}"
+
+
+def flat(value: Any) -> str:
+    """A value of a JSON file on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')} {flat(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(flat, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value)
+    return DASH if value is None else str(value)
 
 
 def of_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], xlabel: str, ylabel: str) -> str:
@@ -41,13 +66,22 @@ def of_shares(rows: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
+def of_sweep(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    """Robust accuracy at every radius."""
+    found = ["Lines of robust accuracy against eps."]
+    for name, curve in curves.items():
+        points = [(percent(each["robust_accuracy"]), radius(each["eps"], curve["norm"])) for each in curve["points"]]
+        found.append(f"{name}: {', '.join(f'{share} % at {eps}' for share, eps in points)}.")
+    return " ".join(found)
+
+
 def of_histogram(series: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> str:
     """The mean of each distribution, its bins' middles taken for its values, and where its fullest bin lies."""
     found = [f"Distribution of {xlabel}."]
     for name, each in series.items():
         edges, shares = each["edges"], each["shares"]
         total = sum(shares) or 1
-        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
         mean = sum(middle * share for middle, share in zip(middles, shares, strict=True)) / total
         peak = max(range(len(shares)), key=lambda at: shares[at])
         top = f"{number(edges[peak])} to {number(edges[peak + 1])}"
@@ -67,6 +101,6 @@ def of_heatmap(
     ]
     if not known:
         return "A table of colours without a known value."
-    low, high = min(known), max(known)
+    low, high = (end(known, key=lambda each: each[0]) for end in (min, max))
     what = f"{len(rows)} rows ({ylabel}) by {len(columns)} columns ({xlabel})"
     return f"Table of colours, {what}: from {number(low[0])} ({low[1]}) to {number(high[0])} ({high[1]})."

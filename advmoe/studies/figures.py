@@ -143,7 +143,7 @@ def _fig6_show(scale: Scale, results: Results) -> Outcome:
             "Zhang et al., ICCV 2023, sec. 5, fig. 6",
         )
     ]
-    routed = Results([row for row in results if row.labels["routed"]], results.skipped)
+    routed = Results([row for row in results if row.labels["routed"]])
     return Outcome(
         tables=[
             table("Pathways and the mask", routed, ["method"], _FIG6),

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.config import Config, merged
+from advmoe.config import Config, TrainingConfig, merged
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import RA, SA, WORST, Column, bars, table
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
 from advmoe.studies.scales import Scale
 from advmoe.studies.shared import MEASURED, measured, named
-from advmoe.studies.spec import Outcome, Row, Settings, Study
+from advmoe.studies.spec import Outcome, Row, Run, Settings, Study
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,21 @@ MOST = 3
 """Changes that are combined at most."""
 
 
+def _recipe(scale: Scale, settings: Settings, **labels: str) -> Run:
+    """AdvMoE with changed settings, alternating as it does by default."""
+    usual = {"training": {"alternation": TrainingConfig().alternation}}
+    return scale.run("AdvMoE", more=merged(usual, settings), **labels)
+
+
 def _single(scale: Scale, _: Results) -> list[Row]:
-    usual = merged(Config().to_dict(), scale.run("AdvMoE").settings)
+    usual = merged(Config().to_dict(), _recipe(scale, {}).settings)
     # Which start is no change depends on the scale.
     changes = {name: each.settings for name, each in CHANGES.items() if merged(usual, each.settings) != usual}
     if scale.name == "smoke":
         changes = {name: changes[name] for name in ("soft inner attack", "EMA")}
     rows = [measured(scale, scale.run("AT (S-Dense)"))]
     for name, settings in {BASE: {}, **changes}.items():
-        rows.append(measured(scale, scale.run("AdvMoE", more=settings, variant=name)))
+        rows.append(measured(scale, _recipe(scale, settings, variant=name)))
     return rows
 
 
@@ -86,7 +92,7 @@ def _together(scale: Scale, results: Results) -> list[Row]:
     names = chosen(results)
     rows = []
     if len(names) > 1:
-        run = scale.run("AdvMoE", more=combined(names), variant=f"{BEST}: {', '.join(names)}")
+        run = _recipe(scale, combined(names), variant=f"{BEST}: {', '.join(names)}")
         rows.append(measured(scale, run))
     plain = [name for name in names if CHANGES[name].plain]
     if plain:  # what helps any network is given to the baseline too

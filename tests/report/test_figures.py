@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from functools import partial
 from xml.etree import ElementTree
 
@@ -72,6 +73,19 @@ def test_several_sweeps_and_a_suspicion(tmp_path):
     assert {"AT ($1)", "AdvMoE ($2) (masking suspected)"} <= set(text)
     assert any(each.startswith("AdvMoE ($2): gradient masking suspected: words") for each in text)
     assert sum(each.count("words") for each in text) == 30
+
+
+def test_long_names_leave_room_for_the_drawing(tmp_path):
+    name = "runs/" + "a very long name of a run " * 5
+    points = [{"x": 0, "y": 1.0}, {"x": 1, "y": 2.0}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines_figure({name: points, "b": points}, tmp_path / "lines.svg", xlabel="x", ylabel="y")
+        bars_figure({"clean": {name: {"y": 1.0}, "b": {"y": 2.0}}}, tmp_path / "bars.svg", ylabel="y")
+        stacked_figure({name: {"part " * 20: 0.5, "rest": 0.5}}, tmp_path / "stacked.svg", xlabel="x")
+        sweep_figure({name: swept(0.8, 0.6, 0.4), "b": swept(0.9, 0.5, 0.2)}, tmp_path / "sweep.svg")
+    said = {each.stem: " ".join(words(each)) for each in tmp_path.glob("*.svg")}
+    assert all("runs/a very" in text for text in said.values()) and len(said) == 4
 
 
 def test_l2_radii_have_their_own_unit(tmp_path):

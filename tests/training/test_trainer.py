@@ -309,3 +309,12 @@ def test_options_train_together_in_bf16(alternation, router):
     trainer.train_epoch(0, Bar())
     assert all(tensor.isfinite().all() and tensor.dtype != torch.bfloat16 for tensor in state(trainer.model).values())
     assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
+
+
+@pytest.mark.slow
+def test_options_train_compiled():
+    trainer, *_ = make({**EVERYTHING, "compile": True})
+    before = state(trainer.model)
+    trainer.train_epoch(0, Bar())
+    assert all(tensor.isfinite().all() for tensor in state(trainer.model).values())
+    assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)

@@ -1,0 +1,63 @@
+"""`advmoe report`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from advmoe.cli.arguments import Parser, add_engine, add_fields, engine_options, given_fields, new_parser
+from advmoe.config import Config
+
+REPORT_FIELDS = {"data": ("root", "workers")}
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = new_parser("Show runs and studies on one HTML page that needs nothing but itself, with figures beside it.")
+    add = parser.add_argument
+    add("results", metavar="RUN_OR_STUDY", nargs="+", help="run directories and studies, in the order to be shown")
+    add("-o", "--out", metavar="FILE", help="the page (default: report.html)")
+    add("--title", metavar="TEXT", help="of the page (default: made from the names of the results)")
+    add("--no-gallery", action="store_true", help="make no gallery of attacked images of runs that have none yet")
+    add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
+    add_engine(parser)
+    add_fields(parser, REPORT_FIELDS, defaults=False)
+    return parser
+
+
+def run(args: dict[str, Any], argv: list[str]) -> int:
+    """Run the command on its parsed options; returns the exit code."""
+    overrides = given_fields(args)
+    Config.from_dict(overrides)
+    options = {"source": args.get("source"), "overrides": overrides, **engine_options(args)}
+
+    from advmoe.report.page import figures_of, write_report
+    from advmoe.report.results import load_results
+
+    out = Path(args.get("out", "report.html"))
+    figures_of(out)  # what cannot be written shows before anything is computed
+    results = load_results(args["results"])
+    if "no_gallery" not in args:
+        results = [_with_gallery(each, options) for each in results]
+    folder = write_report(results, out, title=args.get("title"), made_by=shlex.join(["advmoe", *argv]))
+    print(f"written to {out}" + (f", its figures to {folder}" if folder is not None else ""))
+    return 0
+
+
+def _with_gallery(result: Any, options: dict[str, Any]) -> Any:
+    """A run with the gallery that it lacked, or with the reason why there is none; anything else as it is."""
+    from advmoe.report.results import Run, with_gallery
+
+    if not isinstance(result, Run) or result.gallery is not None:
+        return result
+    from advmoe.evaluation.gallery import gallery_run
+
+    try:
+        gallery_run(result.path, **options)
+    except Exception as error:  # the rest of the page is worth having, whatever fails here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"advmoe: no gallery of {result.path}: {reason}", file=sys.stderr)
+        return with_gallery(result, reason)
+    return with_gallery(result)

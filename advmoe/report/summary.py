@@ -1,0 +1,132 @@
+"""The first section of the page: the verdicts of studies, and runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from advmoe.report import words
+from advmoe.report.album import Album
+from advmoe.report.figures import bars_figure, sweep_figure
+from advmoe.report.html import Content, element
+from advmoe.report.results import Run, Study
+from advmoe.report.run_sections import introduction
+from advmoe.report.sections import Section, section
+from advmoe.report.study_sections import p_value, verdict
+from advmoe.report.tables import Cell, Column, share_cell, table
+
+
+def summary(results: Sequence[Run | Study], album: Album) -> Section:
+    """What a reader looks for first."""
+    runs = [each for each in results if isinstance(each, Run)]
+    studies = [each for each in results if isinstance(each, Study)]
+    parts: list[Content] = []
+    if studies:
+        parts.append(_verdicts(studies))
+    if len(results) == len(runs) == 1:
+        parts.append(introduction(runs[0], "run-1"))
+    elif runs:
+        parts.append(_side_by_side(runs, album))
+    return section("summary", "Summary", parts)
+
+
+def _verdicts(studies: Sequence[Study]) -> Content:
+    """What each study shows, and the verdicts of all claims."""
+    shown = [
+        element("li", element("b", study.title), f": {study.content['shows']}" if study.content.get("shows") else "")
+        for study in studies
+    ]
+    rows: list[list[Cell | Content]] = []
+    for study in studies:
+        for claim in study.content.get("claims") or []:
+            for each in claim.get("verdicts") or []:
+                rows.append([
+                    str(claim.get("statement") or claim.get("name")), *([study.title] if len(studies) > 1 else []),
+                    str(each.get("measure")), verdict(each.get("verdict")), p_value(each.get("p_value")),
+                ])  # fmt: skip
+    of = ["Study"] if len(studies) > 1 else []
+    columns = ["Claim", *of, "Measure", "Verdict at this size", "p\N{NON-BREAKING HYPHEN}value"]
+    return [element("ul", shown), table("Claims and their verdicts.", columns, rows) if rows else None]
+
+
+def _side_by_side(runs: Sequence[Run], album: Album) -> Content:
+    attacks = list(dict.fromkeys(name for run in runs for name in run.evaluation.get("robust_accuracy") or {}))
+    columns: list[Column | str] = [
+        "Run", "Method", Column("Clean (SA)", "higher"), *(Column(name, "higher") for name in attacks),
+        Column("Worst case", "higher"), Column("GMACs", "lower"), Column("ms/image", "lower"), "Parameters", "Images",
+    ]  # fmt: skip
+    caption = "Runs side by side; accuracies in percent, clean and under each attack."
+    parts: list[Content] = [table(caption, columns, [_row(run, attacks) for run in runs]), _unlike(runs)]
+    figures = [_compared(runs, attacks, album), _swept(runs, album)]
+    if any(figures):
+        parts.append(element("div", figures, class_="figures"))
+    return parts
+
+
+def _row(run: Run, attacks: Sequence[str]) -> list[Cell | Content]:
+    found = run.evaluation
+    cost, robust = found.get("cost") or {}, found.get("robust_accuracy") or {}
+    return [
+        run.label, Cell([run.method, element("small", run.model, class_="below")], run.method),
+        share_cell(found.get("clean_accuracy")), *(share_cell(robust.get(name)) for name in attacks),
+        share_cell(found.get("worst_case")), cost.get("gmacs"), cost.get("ms_per_image"), cost.get("parameters"),
+        found.get("num_examples"),
+    ]  # fmt: skip
+
+
+def _unlike(runs: Sequence[Run]) -> Content:
+    """A warning where numbers that stand side by side were not measured alike."""
+    measured = [run for run in runs if run.evaluation]
+    asked = {
+        "attacks": {", ".join(sorted(run.evaluation.get("robust_accuracy") or {})) for run in measured},
+        "eps": {words.of_threat(run.evaluation.get("threat") or {}) for run in measured},
+        "number of images": {str(run.evaluation.get("num_examples")) for run in measured},
+        "data": {str((run.evaluation.get("data") or {}).get("name")) for run in measured},
+    }
+    unlike = [what for what, values in asked.items() if len(values) > 1]
+    notes: list[Content] = []
+    if unlike:
+        notes.append(
+            element("p", f"Not measured alike, so compare with care: these runs differ in {', '.join(unlike)}.")
+        )
+    absent = [run.label for run in runs if not run.evaluation]
+    if absent:
+        notes.append(element("p", f"Not evaluated yet: {', '.join(absent)}. Each run's section has the command."))
+    return element("div", notes, class_="note") if notes else None
+
+
+def _compared(runs: Sequence[Run], attacks: Sequence[str], album: Album) -> Content:
+    measured = [run for run in runs if run.evaluation]
+    if len(measured) < 2:
+        return None
+    common = [
+        name for name in attacks if all(name in (run.evaluation.get("robust_accuracy") or {}) for run in measured)
+    ]
+    groups = {name: {run.label: _bar(run, name) for run in measured} for name in ("clean", *common[:3], "worst case")}
+    return album.draw(
+        "compared", bars_figure, groups, title="Accuracy side by side", alt=words.of_bars(groups, "accuracy (%)"),
+        caption="Clean, under the attacks that all runs have in common, and in the worst case.", ylabel="accuracy (%)",
+    )  # fmt: skip
+
+
+def _bar(run: Run, name: str) -> dict[str, float | None]:
+    """A run's accuracy under one attack, `clean` or in the `worst case`, in percent."""
+    found = run.evaluation
+    shares = {
+        "clean": found.get("clean_accuracy"),
+        "worst case": found.get("worst_case"),
+        **(found.get("robust_accuracy") or {}),
+    }
+    low, high = ((found.get("attacks") or {}).get(name) or {}).get("interval") or (None, None)
+    bar = {"y": shares[name], "low": low, "high": high}
+    return {end: None if share is None else 100 * share for end, share in bar.items()}
+
+
+def _swept(runs: Sequence[Run], album: Album) -> Content:
+    curves = {run.label: (run.sweep.get("curves") or {}).get("worst case") for run in runs if run.sweep}
+    known = {label: curve for label, curve in curves.items() if curve}
+    if len(known) < 2 or len({curve["norm"] for curve in known.values()}) > 1:
+        return None
+    return album.draw(
+        "sweeps", sweep_figure, known, title="Worst case against eps", alt=words.of_sweep(known),
+        caption="Over the attacks of each run's sweep, with 95 % intervals.",
+    )  # fmt: skip

@@ -1,0 +1,280 @@
+"""The page in a real browser: Chromium without a window, driven through chromedriver's own protocol."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from advmoe.report.page import write_report
+from advmoe.report.results import load_results
+
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    DRIVER is None or shutil.which("chromium") is None,
+    reason="needs chromium and chromedriver (Debian's packages chromium and chromium-driver)",
+)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-dev-shm-usage",
+)  # fmt: skip
+HOSTILE = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>"
+ENTER = "\ue007"  # as WebDriver writes the key
+# Text that is read, in the page and in its figures; what stands on a coloured part keeps its own colours.
+TEXT = "h1, h2, h3, p, li, td, th, dt, dd, figcaption, figcaption b, caption, summary, a, code, .verdict, .quiet"
+CONTRASTS = """
+const seen = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92
+  : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+const behind = (node) => { for (; node; node = node.parentElement) {
+  const colour = seen(getComputedStyle(node).backgroundColor); if (colour[3] !== 0) return colour; } };
+const found = (node, colour) => { const [a, b] = [light(seen(colour)), light(behind(node))].sort((a, b) => b - a);
+  return [(a + 0.05) / (b + 0.05), node.textContent.slice(0, 40)]; };
+const shown = (node) => node.checkVisibility() && node.textContent.trim();
+"""
+
+
+class Browser:
+    """A session of chromedriver (https://www.w3.org/TR/webdriver2/)."""
+
+    def __init__(self, driver: subprocess.Popen[str], folder: Path) -> None:
+        lines = iter(driver.stdout.readline, "")
+        port = next(found[1] for line in lines if (found := re.search(r"successfully on port (\d+)", line)))
+        self.root = f"http://127.0.0.1:{port}/session"
+        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.root += f"/{self.call('POST', '', {'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
+
+    def call(self, method, path, content=None):
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=120) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.load(error)["value"]["message"]) from None
+
+    def open(self, page):
+        self.call("POST", "/url", {"url": page.as_uri()})
+
+    def js(self, script, *args):
+        return self.call("POST", "/execute/sync", {"script": script, "args": args})
+
+    def cdp(self, command, **params):
+        return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def log(self):
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
+
+    def element(self, selector):
+        (identifier,) = self.call("POST", "/element", {"using": "css selector", "value": selector}).values()
+        return f"/element/{identifier}"
+
+    def size(self, width, height, *, mobile=False):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def media(self, kind="", scheme="light"):
+        wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # no waiting for what glides
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
+        self.cdp("Emulation.setEmulatedMedia", media=kind, features=features)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, write_run, write_study):
+    """A page about a routed run, a plain one, and a study, full of names that would like to be more than names."""
+    folder = tmp_path_factory.mktemp("report")
+    full = write_run(folder, f"advmoe {HOSTILE.replace('/', '|')}")
+    with_names = dict(load_results([full])[0].gallery) | {"classes": [HOSTILE, "dog"]}
+    np.savez(full / "gallery.npz", **with_names)
+    plain = write_run(folder, "at", routed=False, only={"metrics", "evaluation", "sweep"})
+    study = write_study(folder, title=f"Table 1 {HOSTILE}", notes=[HOSTILE])
+    write_report(load_results([full, plain, study]), folder / "report.html", title=HOSTILE, made_by=HOSTILE)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """One browser for all tests."""
+    with subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            browser = Browser(driver, tmp_path_factory.mktemp("profile"))
+            yield browser
+            browser.call("DELETE", "")
+        finally:
+            driver.terminate()
+
+
+@pytest.fixture
+def browser(chromium, page):
+    """The page, opened anew on a desk."""
+    chromium.size(1280, 900)
+    chromium.media()
+    chromium.open(page)
+    yield chromium
+    chromium.log()
+
+
+def test_it_opens_fetches_nothing_and_the_console_stays_silent(browser):
+    assert browser.js("return document.readyState") == "complete"
+    assert browser.js("return document.querySelector('h1').textContent") == HOSTILE
+    assert browser.js("return performance.getEntriesByType('resource').map((e) => e.name)") == []
+    assert browser.log() == []
+    assert browser.js("return typeof hacked") == "undefined"
+
+
+def test_the_console_is_read_and_a_foreign_script_does_not_run(browser):
+    browser.js("document.body.append(Object.assign(document.createElement('script'), {textContent: 'hacked = 1'}))")
+    browser.js("console.error('a mistake')")
+    said = browser.log()
+    assert any("Content Security Policy" in text for text in said) and any("a mistake" in text for text in said)
+    assert browser.js("return typeof hacked") == "undefined"
+
+
+VISIBLE = """
+return Array.from(document.querySelectorAll('figure, .strip, .pictures img'), (each) => {
+  const drawn = each.querySelector('svg') ?? each, box = drawn.getBoundingClientRect();
+  const parts = Array.from(drawn.querySelectorAll('path, rect, use, text, image'), (part) => part.getBBox());
+  return {
+    name: each.tagName, width: box.width, height: box.height, shown: drawn.checkVisibility(),
+    parts: parts.filter((part) => part.width > 0 || part.height > 0).length,
+    pixels: drawn.naturalWidth ?? 0, within: box.left >= 0 && each.getBoundingClientRect().right <= innerWidth,
+  };
+});
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_every_figure_is_visible(browser, page, width):
+    browser.size(width, 740, mobile=width < 500)
+    found = browser.js(VISIBLE)
+    figures = [each for each in found if each["name"] == "FIGURE"]
+    assert len(figures) == len(list((page.parent / "report-figures").glob("*.svg"))) == 13
+    assert [each["name"] for each in found if each["name"] != "FIGURE"] == ["IMG"] * 3 + ["svg"] + ["IMG"] * 3 + ["svg"]
+    for each in found:
+        assert each["shown"] and each["within"] and each["width"] > 60 and each["height"] > 10, each
+        assert each["pixels"] == 8 if each["name"] == "IMG" else each["parts"] >= 4, each
+
+
+def test_tables_sort_by_a_click_and_by_the_keyboard(browser):
+    table = "document.querySelector('#study-3-tables').nextElementSibling.nextElementSibling.querySelector('table')"
+    rows = f"return [...{table}.tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent))"
+    head = f"return [...{table}.tHead.rows[0].cells].map((cell) => cell.ariaSort)"
+    at, advmoe = browser.js(rows)
+    assert (at[0], advmoe[0], at[3], advmoe[3]) == ("AT", "AdvMoE", "9.5", "\N{EN DASH}")
+    button = browser.js(f"return {table}.tHead.rows[0].cells[1].firstChild")
+    path = f"/element/{next(iter(button.values()))}"
+    browser.call("POST", f"{path}/click", {})
+    assert browser.js(rows) == [at, advmoe] and browser.js(head) == ["none", "ascending", "none", "none"]
+    browser.call("POST", f"{path}/click", {})
+    assert browser.js(rows) == [advmoe, at] and browser.js(head)[1] == "descending"
+    # By the keyboard, by name, and what is missing stays below either way.
+    for cell, key, expected in ((0, ENTER, [advmoe, at]), (3, " ", [at, advmoe]), (3, ENTER, [at, advmoe])):
+        button = browser.js(f"return {table}.tHead.rows[0].cells[{cell}].firstChild")
+        browser.call("POST", f"/element/{next(iter(button.values()))}/value", {"text": key})
+        assert browser.js(rows) == expected
+    assert browser.js(head) == ["none", "none", "none", "descending"]
+
+
+def test_numbers_sort_as_numbers(browser):
+    made = """
+      const table = document.querySelector('table.data'), body = table.tBodies[0], row = body.rows[0];
+      const orders = ['10.0', '9.5', '', '-1.0', '1e-05'];
+      body.replaceChildren(...orders.map((order) => { const copy = row.cloneNode(true);
+        copy.cells[1].dataset.order = order; return copy; }));
+      table.tHead.rows[0].cells[1].firstChild.click();
+      const up = [...body.rows].map((each) => each.cells[1].dataset.order);
+      table.tHead.rows[0].cells[1].firstChild.click();
+      return [up, [...body.rows].map((each) => each.cells[1].dataset.order)];
+    """
+    assert browser.js(made) == [["-1.0", "1e-05", "9.5", "10.0", ""], ["10.0", "9.5", "1e-05", "-1.0", ""]]
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_text_stands_out_in_either_scheme(browser, scheme, dark):
+    browser.media(scheme=scheme)
+    page = f"{CONTRASTS} return light(behind(document.querySelector('main > section')))"
+    assert (browser.js(page) < 0.05) if dark else (browser.js(page) > 0.9)
+    words = (
+        f"return [...document.querySelectorAll('{TEXT}')].filter(shown).map((n) => found(n, getComputedStyle(n).color))"
+    )
+    found = browser.js(CONTRASTS + words)
+    assert len(found) > 200 and min(found)[0] >= 4.5, min(found)
+    drawn = """return [...document.querySelectorAll('.drawing text')].filter((n) => !/^[0-9.]+$/.test(n.textContent))
+      .map((n) => found(n.closest('figure'), getComputedStyle(n).fill));"""
+    found = browser.js(CONTRASTS + drawn)
+    assert len(found) > 40 and min(found)[0] >= 4.5, min(found)
+
+
+def test_on_a_phone_only_boxes_scroll_and_text_is_large_enough(browser):
+    browser.size(360, 740, mobile=True)
+    assert browser.js("return [innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+    wide = """return [...document.body.querySelectorAll('*')].filter((node) => node.checkVisibility()
+      && node.getBoundingClientRect().right > 361 && !node.closest('.scroll')).map((n) => n.outerHTML.slice(0, 80))"""
+    assert browser.js(wide) == []
+    boxes = "return [...document.querySelectorAll('.scroll')].map((b) => [b.scrollWidth > b.clientWidth, b.tabIndex])"
+    found = browser.js(boxes)
+    assert {tuple(each) for each in found} == {(True, 0), (False, -1)}  # the keyboard stops where there is a way to go
+    sizes = """return [...document.querySelectorAll('.drawing text, .strip text')].map((node) =>
+      parseFloat(getComputedStyle(node).fontSize) * Math.hypot(node.getScreenCTM().a, node.getScreenCTM().b))"""
+    assert min(browser.js(sizes)) >= 7
+    sizes = "return [...document.querySelectorAll('p, td, li')].map((node) => getComputedStyle(node).fontSize)"
+    assert min(float(size.removesuffix("px")) for size in browser.js(sizes)) >= 13
+
+
+def test_printed_everything_is_open_on_white(browser):
+    browser.js("""
+      window.seen = [];
+      addEventListener('beforeprint', () => seen.push(document.querySelectorAll('details:not([open])').length));
+    """)
+    assert browser.js("return document.querySelectorAll('details:not([open])').length") == 7
+    document = base64.b64decode(browser.cdp("Page.printToPDF", printBackground=True)["data"])
+    assert document.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", document)) >= 4
+    assert browser.js("return seen") == [0]
+    assert browser.js("return document.querySelectorAll('details:not([open])').length") == 7
+    browser.size(700, 1000)  # about a sheet between its margins
+    browser.media("print", "dark")
+    assert browser.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.js("return getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert browser.js("return document.querySelector('nav').checkVisibility()") is False
+    cut = """return [...document.querySelectorAll('figure .drawing, table')].filter((node) => node.checkVisibility()
+      && node.getBoundingClientRect().right > 701).map((node) => node.textContent.slice(0, 60))"""
+    assert browser.js(cut) == []
+
+
+def test_a_screen_reader_finds_names_and_descriptions(browser, page):
+    nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
+    known = [node for node in nodes if not node["ignored"]]
+
+    def having(*roles):
+        return [node for node in known if node["role"]["value"] in roles]
+
+    def text(node, of="name"):
+        return node.get(of, {}).get("value", "").strip()
+
+    assert [text(node) for node in having("RootWebArea")] == [f"{HOSTILE} \N{MIDDLE DOT} advmoe report"]
+    assert len(having("main")) == len(having("navigation")) == 1
+    images = having("image", "img", "graphics-document")
+    drawings = [node for node in images if text(node, "description")]
+    assert len(drawings) == len(list((page.parent / "report-figures").glob("*.svg")))
+    assert len(images) == len(drawings) + 8  # the gallery's: two images in three pictures and a strip each
+    assert all(text(node) for node in images)
+    tables = having("table")
+    assert len(tables) >= 5 and all(text(node) for node in tables)
+    assert [node for node in having("button", "link", "columnheader", "rowheader") if not text(node)] == []
+    assert browser.js("return [...document.querySelectorAll('.scroll')].filter((box) => !box.ariaLabel).length") == 0
+    levels = browser.js("return [...document.querySelectorAll('main h2, main h3, main h4')].map((h) => +h.tagName[1])")
+    assert levels[0] == 2 and all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_the_contents_lead_to_the_parts(browser):
+    link = browser.element("nav a[href='#run-1-gallery']")
+    browser.call("POST", f"{link}/click", {})
+    assert 0 <= browser.js("return document.querySelector('#run-1-gallery').getBoundingClientRect().top") < 850

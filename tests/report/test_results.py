@@ -1,0 +1,159 @@
+import json
+
+import numpy as np
+import pytest
+
+from advmoe.report.results import Run, Study, load_results, with_gallery
+
+
+def loaded(path):
+    (run,) = load_results([path])
+    return run
+
+
+def commands(run):
+    return {each.title: each.command for each in run.made()}
+
+
+def states(run):
+    return {each.title: each.state for each in run.made()}
+
+
+def test_a_run_with_everything(make_run):
+    path = make_run("advmoe")
+    run = loaded(path)
+    assert (run.label, run.method, run.routed) == ("advmoe", "AdvMoE", True)
+    assert run.model == "resnet18, r = 0.5, N = 2"
+    assert [each["epoch"] for each in run.epochs] == [1, 2]
+    assert run.gallery["clean"].shape == (2, 1, 8, 8)
+    assert run.config_text == (path / "config.yaml").read_text()
+    assert states(run) == dict.fromkeys(states(run), "there") | {"pathways": "missing"}
+
+
+def test_a_plain_run_has_no_pathways(make_run):
+    run = loaded(make_run("at", routed=False))
+    assert (run.method, run.model, run.routed) == ("AT (Dense)", "resnet18", False)
+    assert set(states(run)) == {"training", "accuracy under attack", "sweep over eps", "gallery"}
+
+
+def test_a_run_with_nothing_but_its_configuration(make_run):
+    path = make_run("bare", only=set())
+    run = loaded(path)
+    assert run.evaluation == run.manifest == {} and run.epochs == [] and run.gallery is None
+    assert set(states(run).values()) == {"missing"}
+    made = commands(run)
+    assert made["training"] == f"advmoe train --config {path}/config.yaml --run-dir {path}-again"
+    assert made["accuracy under attack"] == f"advmoe evaluate {path}"
+    assert made["sweep over eps"] == f"advmoe sweep-eps {path} --eps 0,2/255,4/255,8/255,16/255"
+    assert made["dissection of the attack"] == f"advmoe dissect {path}"
+    assert made["gallery"] == f"advmoe report {path}"
+
+
+def test_a_run_in_progress_is_continued(make_run):
+    path = make_run("running", only={"manifest", "metrics"}, manifest={"command": ["advmoe", "train"]})
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "tra')
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 4"))
+    run = loaded(path)
+    assert len(run.epochs) == 2
+    assert states(run)["training"] == "2 of 4 epochs"
+    assert commands(run)["training"] == f"advmoe train --resume {path}"
+
+
+def test_commands_repeat_the_measurements_that_are_there(make_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run("a run")
+    made = commands(loaded("runs/a run"))
+    assert made["training"] == "advmoe train --run-dir 'runs/a run'"
+    assert made["accuracy under attack"] == "advmoe evaluate 'runs/a run' --attacks pgd-10,routed --num-examples 40"
+    assert (
+        made["sweep over eps"] == "advmoe sweep-eps 'runs/a run' --eps 0,4/255,8/255 --attacks pgd-10 --num-examples 40"
+    )
+    assert made["dissection of the attack"] == "advmoe dissect 'runs/a run' --attacks pgd-10 --num-examples 40"
+
+
+def test_commands_name_what_is_not_the_runs_own(make_run):
+    changed = {
+        "robust_accuracy": {"pgd-20": 0.5}, "num_examples": 10, "threat": {"norm": "l2", "eps": 0.5},
+        "attack": {"steps": 20, "step_size": 2 / 255, "restarts": 3, "seed": 7},
+    }  # fmt: skip
+    run = loaded(make_run("other", evaluation=changed))
+    options = "--attacks pgd-20 --num-examples 10 --threat.norm l2 --threat.eps 0.5 --attack.steps 20"
+    expected = f"advmoe evaluate {run.path} {options} --attack.restarts 3 --seed 7"
+    assert commands(run)["accuracy under attack"] == expected
+
+
+def test_a_network_of_the_users_own_is_named_in_every_command(make_run):
+    path = make_run("own", only={"metrics"})
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("source: null", "source: net.py:make net").replace("resnet18", "null"))
+    run = loaded(path)
+    assert run.model.startswith("a network of the user's")
+    assert all(" --model 'net.py:make net'" in command for command in commands(run).values())
+
+
+def test_a_study(make_study):
+    path = make_study()
+    (study,) = load_results([str(path)])
+    assert isinstance(study, Study) and study.title == "The paper's table1"
+    assert study.content == json.loads((path / "study.json").read_text())
+
+
+def test_labels_tell_directories_apart_and_each_is_there_once(make_run, tmp_path):
+    paths = [make_run(name, only=set()) for name in ("x/seed-0", "y/seed-0")]
+    (tmp_path / "link").symlink_to(paths[0])
+    found = load_results([paths[0], paths[1], f"{paths[1]}/.", tmp_path / "link"])
+    assert [each.label for each in found] == ["x/seed-0", "y/seed-0"]
+    assert [each.path for each in found] == paths
+
+
+def test_a_gallery_that_was_made_in_the_meantime(make_run):
+    run = loaded(make_run("late", only={"metrics"}))
+    assert with_gallery(run, "no data").no_gallery == "no data"
+    np.savez(run.path / "gallery.npz", **dict(loaded(make_run("other")).gallery))
+    assert isinstance(with_gallery(run), Run) and with_gallery(run).gallery["eps"] == pytest.approx(8 / 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "a: [1", "config.yaml must be YAML, got while parsing"),
+        ("config.yaml", "- 1", "config.yaml must hold fields by name, got list"),
+        ("config.yaml", b"\xff\xfe", "config.yaml must be text in UTF-8, got"),
+        ("evaluation.json", "{", "evaluation.json must be JSON, got"),
+        ("sweep.json", "[]", "sweep.json must be a JSON object, got a list"),
+        ("metrics.jsonl", "{\n{}\n", "metrics.jsonl must hold JSON in every line, got .* in line 1"),
+        ("gallery.npz", "no", "gallery.npz must be a gallery, got"),
+        ("study.json", "1", "study.json must be a JSON object, got a int"),
+    ],
+)
+def test_what_cannot_be_read(make_run, name, text, message):
+    path = make_run("damaged", only=set())
+    (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_results([path])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": None}, "must be a gallery, got KeyError.*labels"),
+        ({"labels": [1]}, "as many of each thing as images"),
+        ({"clean": np.zeros((2, 8, 8))}, "as many of each thing as images"),
+        ({"adversarial_pathway": np.zeros((2, 5))}, "as many of each thing as images"),
+        ({"attack": np.array({}, dtype=object)}, "must be a gallery, got ValueError"),
+    ],
+)
+def test_a_gallery_that_is_none(make_run, changed, message):
+    path = make_run("damaged", only=set())
+    arrays = dict(loaded(make_run("whole")).gallery) | changed
+    np.savez(path / "gallery.npz", **{name: each for name, each in arrays.items() if each is not None})
+    with pytest.raises(ValueError, match=message):
+        load_results([path])
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_a_directory_that_is_neither(tmp_path, name):
+    with pytest.raises(ValueError, match=r"RUN_OR_STUDY must be a run directory .* or a study .*, got "):
+        load_results([tmp_path / name])
