@@ -99,12 +99,13 @@ def made_up(task: PlannedRun | PlannedMeasure, evaluated: Any) -> tuple[Any, dic
             arrays = {name: [1, 2, 3, 4] for name in names}
             return {name: {"categories": parts} for name in names}, {"dissection_examples": arrays}
         case "pathways":
-            overlap = {
-                "mean": 0.4, "std": 0.1, "quantiles": {"p5": 0.3, "p25": 0.3, "p50": 0.4, "p75": 0.5, "p95": 0.5},
-                "histogram": {"edges": [0.0, 0.5, 1.0], "shares": [0.75, 0.25]},
+            overlap = {"mean": 0.4, "std": 0.1, "histogram": {"edges": [0.0, 0.5, 1.0], "shares": [0.75, 0.25]}}
+            content = {
+                "clean": {"distinct": 5, "entropy": 1.5}, "attack": {"unchanged": share},
+                "against": dict.fromkeys(("clean", "adversarial", "random_pathways", "random_masks"), overlap),
             }  # fmt: skip
-            kinds = ("clean", "adversarial", "random_pathways", "random_masks")
-            return {"against": {"kind": "mask", **dict.fromkeys(kinds, overlap)}}, {}
+            unchanged = [mark == "1" for mark in marks]
+            return content, {"pathways_examples": {"index": list(range(24)), "unchanged": unchanged}}
         case "cost":
             kind = run.config["model"]["kind"]
             return {"models": {kind: {"gmacs": 0.1}}, "batches": [{"batch": 1, "ms_per_image": {kind: 2.0}}]}, {}
