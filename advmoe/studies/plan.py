@@ -152,7 +152,12 @@ class Planner:
             seeds = row.seeds if row.seeds is not None else tuple(self.seeds)
             runs = {seed: self.run(row.run, seed) for seed in seeds}
             found = {
-                seed: {name: self.measure(each, runs[seed]) for name, each in row.measures.items()} for seed in seeds
+                seed: {
+                    name: self.measure(each, runs[seed])
+                    for name, each in row.measures.items()
+                    if each.kind not in ALONE or seed == seeds[0]  # no time depends on the seed
+                }
+                for seed in seeds
             }
             planned.append(PlannedRow(row, runs, found))
         return planned
