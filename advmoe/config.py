@@ -300,6 +300,14 @@ class TrainingConfig:
             rule = f"a run directory to start from when training.method is {self.method}"
             require(self.init_from is not None, "training.init_from", rule, self.init_from)
 
+    def phase_epochs(self) -> dict[str, int]:
+        """Epochs of each phase of `sparse`, by name, after HYDRA's 100, 20 and 100 where they are left out."""
+        return {
+            "pretrain": self.epochs if self.init_from is None else 0,
+            "prune": -(-self.epochs // 5) if self.prune_epochs is None else self.prune_epochs,
+            "finetune": self.epochs if self.finetune_epochs is None else self.finetune_epochs,
+        }
+
 
 @dataclass(kw_only=True)
 class AttackConfig:

@@ -231,7 +231,10 @@ def _training(record: Record) -> str:
             inner = f"inner attack of {t.attack_steps} steps of {t.step_size}, beta {t.beta:g}"
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
         rate = f"learning rate {t.lr:g}, momentum {t.momentum:g}, weight decay {t.weight_decay:g}"
-        lines.append(f"- {t.epochs} epochs, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
+        epochs = f"{t.epochs} epochs"
+        if t.method == "sparse":
+            epochs = f"epochs: {', '.join(f'{number} {phase}' for phase, number in t.phase_epochs().items())}"
+        lines.append(f"- {epochs}, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
     if manifest is not None:
         lines += _provenance(manifest)
     return "\n".join(lines)

@@ -100,7 +100,7 @@ class Trainer:
     dataset: Dataset
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
-    """The sparse model whose compacted form `model` is, where that is trained; it is what a run keeps."""
+    """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     table: Tensor | None = field(init=False, default=None)
@@ -211,12 +211,12 @@ class Trainer:
         clean, robust, count = total(fabric, sums).tolist()
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
 
-    def kept(self) -> Classifier:
-        """The model as the run keeps it."""
+    def as_saved(self) -> Classifier:
+        """The model as checkpoints hold it."""
         return self.model if self.whole is None else expand(self.model, self.whole)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over the weights of a model as the run keeps it."""
+        """Take over the weights of a checkpoint."""
         if self.whole is None:
             self.model.load_state_dict(weights)
         else:
@@ -226,7 +226,7 @@ class Trainer:
     def state(self, progress: dict[str, Any]) -> Checkpoint:
         """Everything that a later process needs to go on from here."""
         states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
-        return Checkpoint(self.kept().state_dict(), states, progress)
+        return Checkpoint(self.as_saved().state_dict(), states, progress)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to `checkpoint`."""

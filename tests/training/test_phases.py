@@ -423,3 +423,4 @@ def test_it_is_saved_whole_with_its_masks(finished, tmp_path):
     assert (folder / "masks.json").read_bytes() == (finished[0] / "masks.json").read_bytes()
     card = (folder / "README.md").read_text()
     assert "`resnet18` pruned to 0.5 of every layer's channels (Sparse-CNN)" in card and "Method `sparse`: rob" in card
+    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 640" in card
