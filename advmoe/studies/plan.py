@@ -149,15 +149,14 @@ class Planner:
         """Every row, with a run and its measurements for each seed."""
         planned = []
         for row in rows:
-            seeds = row.seeds if row.seeds is not None else tuple(self.seeds)
-            runs = {seed: self.run(row.run, seed) for seed in seeds}
+            runs = {seed: self.run(row.run, seed) for seed in self.seeds}
             found = {
                 seed: {
-                    name: self.measure(each, runs[seed])
+                    name: self.measure(each, run)
                     for name, each in row.measures.items()
-                    if each.kind not in ALONE or seed == seeds[0]  # no time depends on the seed
+                    if each.kind not in ALONE or seed == self.seeds[0]  # no time depends on the seed
                 }
-                for seed in seeds
+                for seed, run in runs.items()
             }
             planned.append(PlannedRow(row, runs, found))
         return planned
