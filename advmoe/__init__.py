@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from advmoe.data import load_dataset
     from advmoe.evaluation.accuracy import evaluate
     from advmoe.evaluation.dissection import dissect
+    from advmoe.evaluation.pathways import pathway_statistics
     from advmoe.evaluation.runs import load_run
     from advmoe.export import export_model, export_run
     from advmoe.hub import from_pretrained, push_to_hub, save_pretrained
     from advmoe.models import create_model
     from advmoe.models.convert import to_moe
     from advmoe.moe import pathway, route, soft_routing
+    from advmoe.pruning import compact
     from advmoe.threat import ThreatModel
     from advmoe.training.run import train
 
 _HOMES = {
     "Config": "advmoe.config",
     "ThreatModel": "advmoe.threat",
+    "compact": "advmoe.pruning",
     "create_model": "advmoe.models",
     "dissect": "advmoe.evaluation.dissection",
     "evaluate": "advmoe.evaluation.accuracy",
@@ -36,6 +39,7 @@ _HOMES = {
     "load_dataset": "advmoe.data",
     "load_run": "advmoe.evaluation.runs",
     "pathway": "advmoe.moe",
+    "pathway_statistics": "advmoe.evaluation.pathways",
     "pgd": "advmoe.attacks",
     "push_to_hub": "advmoe.hub",
     "route": "advmoe.moe",
@@ -65,6 +69,7 @@ __all__ = [
     "Config",
     "ThreatModel",
     "__version__",
+    "compact",
     "create_model",
     "dissect",
     "evaluate",
@@ -74,6 +79,7 @@ __all__ = [
     "load_dataset",
     "load_run",
     "pathway",
+    "pathway_statistics",
     "pgd",
     "push_to_hub",
     "route",

@@ -19,13 +19,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-ModelKind = Literal["moe", "dense", "s-dense"]
+ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RouterKind = Literal["layer", "embedding", "image"]
 RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
 ExpertInit = Literal["independent", "shared"]
 Norm = Literal["linf", "l2"]
-Method = Literal["standard", "at", "at-routers", "at-experts", "advmoe"]
+Method = Literal["standard", "at", "at-routers", "at-experts", "sparse", "advmoe"]
 AttackRouting = Literal["straight-through", "soft", "mixed"]
 RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
@@ -132,7 +132,9 @@ class ModelConfig:
     name: str = "resnet18"
     """Backbone, by its registered name."""
     kind: ModelKind = "moe"
-    """`moe`, the `dense` backbone, or `s-dense`: the backbone with every layer's channels multiplied by `scale`."""
+    """`moe`, the `dense` backbone, `s-dense`: the backbone with every layer's channels multiplied by `scale`, or
+    `sparse`: the backbone under masks, learnt by the method of that name, that keep `scale` of every layer's channels.
+    """
     scale: float = 0.5
     """Model scale r: the fraction of a layer's channels that one pathway uses. In (0, 1]."""
     num_experts: int = 2
@@ -297,7 +299,8 @@ class TrainingConfig:
     """
     awp: float = 0.0
     """Size, relative to each weight tensor's norm, of the adversarial weight perturbation under which gradients are
-    taken (Wu et al., NeurIPS 2020: 0.005 for TRADES); the part that is not trained stays as it is. 0 perturbs nothing.
+    taken (Wu et al., NeurIPS 2020: 0.005 for TRADES), at the price of the loss once more; the part that is not trained
+    stays as it is. 0 perturbs nothing.
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
@@ -306,7 +309,15 @@ class TrainingConfig:
     seed: int = 0
     """Everything random follows from it."""
     init_from: str | None = None
-    """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`."""
+    """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
+    `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on.
+    """
+    prune_epochs: int | None = None
+    """Of `sparse`: epochs that learn which channels to keep, weights fixed; by default a fifth of `epochs`, which are
+    those of pretraining. With 0 the channels of the largest weights are kept.
+    """
+    finetune_epochs: int | None = None
+    """Of `sparse`: epochs that train what remains, by default `epochs`; with 0 the mask alone makes robust."""
     val_attack_steps: int = 10
     """PGD steps on the validation split, once per epoch, to choose the best checkpoint."""
 
@@ -314,6 +325,11 @@ class TrainingConfig:
         _check_types(self, "training")
         for name, low in (("epochs", 1), ("batch_size", 2), ("attack_steps", 1), ("val_attack_steps", 1)):
             _number(f"training.{name}", getattr(self, name), low)
+        for name in ("prune_epochs", "finetune_epochs"):
+            _number(f"training.{name}", getattr(self, name) or 0, 0)
+        if self.prune_epochs == 0:
+            rule = "left out or >= 1 when training.prune_epochs is 0"
+            require(self.finetune_epochs != 0, "training.finetune_epochs", rule, self.finetune_epochs)
         for name in ("weight_decay", "beta", "alpha", "balance", "margin", "awp"):
             _number(f"training.{name}", getattr(self, name), 0)
         _number("training.seed", self.seed, 0, 2**32 - 1)  # the range of NumPy's seeds
@@ -398,6 +414,13 @@ class Config:
         if self.training.alternation == "warm-start":
             rule = "of images held in memory (not imagenet) when training.alternation is warm-start"
             require(self.data.name != "imagenet", "data.name", rule, self.data.name)
+        if self.training.method == "sparse":
+            rule = "when training.method is sparse"
+            require(self.model.source is None, "model.source", f"left out {rule}", self.model.source)
+            require(self.model.kind == "sparse", "model.kind", f"sparse {rule}", self.model.kind)
+        if self.model.kind == "sparse":
+            rule = "sparse when model.kind is sparse"
+            require(self.training.method == "sparse", "training.method", rule, self.training.method)
         if self.training.router_objective == "codes":
             rule = "advmoe or at-routers when training.router_objective is codes"
             require(self.training.method in ("advmoe", "at-routers"), "training.method", rule, self.training.method)

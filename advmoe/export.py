@@ -40,6 +40,7 @@ from advmoe.files import write_text, write_whole
 from advmoe.models import Classifier
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
+from advmoe.pruning import deployed
 
 Format = Literal["onnx", "torch-export"]
 
@@ -110,7 +111,8 @@ def export_model(
     """Write `model` to `path` for deployment, compare the file with PyTorch, and time the two.
 
     Args:
-        model: in fp32 on the CPU; exported as it computes in eval mode, and left in the mode it is in.
+        model: in fp32 on the CPU; exported as it computes in eval mode, a sparse one compacted, and left in the mode it
+            is in.
         path: ends in `.onnx` or, for `torch-export`, `.pt2`.
         format: `onnx` (needs the extra `export`) or `torch-export`.
         dynamic_batch: a graph for any batch size, in which all experts are computed, instead of one for a single image.
@@ -123,6 +125,7 @@ def export_model(
     same. Raises `ValueError` for what cannot be used, `ExportFailed` where the graph cannot be made or computes
     something else: `path` is left as it was then.
     """
+    model = deployed(model)
     described = "images given" if images is not None else "random images"
     images = random_images(_input_shape(model)) if images is None else images
     return _export(model, Path(path), _form(model, format, dynamic_batch, opset), images, described, threads, {})
@@ -149,7 +152,7 @@ def export_run(
     home = Path(run)
     path = home / f"model{SUFFIXES[typed('format', Format, format)]}" if out is None else Path(out)
     positive("num_examples", num_examples)
-    model = load_run(home, source)
+    model = deployed(load_run(home, source))
     form = _form(model, format, dynamic_batch, opset)
     _require_place(path, form)  # before the data are read
     placed(model, _CPU)

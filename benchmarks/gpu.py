@@ -97,11 +97,13 @@ class BudgetedTrainer(Trainer):
         super().train_epoch(epoch, bar)
         speed.log(f"  epoch {epoch + 1}/{self.config.training.epochs}: {time.monotonic() - moment:.1f} s")
 
-    def step(self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator) -> Terms:
+    def step(
+        self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
+    ) -> Terms:
         """One update; gives the epoch up if it turns out too long after all (the first one's length is not known)."""
         if self.budget.left() < self.reserve:
             raise BudgetOver
-        return super().step(level, x, y, generator)
+        return super().step(level, x, y, generator, x_adv)
 
 
 # Data

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.models import BACKBONES, Classifier, create_model
+from advmoe.config import Config
+from advmoe.models import BACKBONES, Classifier, create_model, save_model
 from advmoe.moe import pathway
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores, and for theirs
@@ -67,5 +69,33 @@ def make_routed(make_images: Callable[..., Tensor]) -> Callable[..., Classifier]
             candidates = (warm(seed, **kwargs) for seed in range(20))
             made[key] = next(m for m in candidates if len(pathway(m, make_images()).unique(dim=0)) > 1)
         return copy.deepcopy(made[key])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_digits_run() -> Callable[..., Path]:
+    """Makes run directories of untrained ResNet-18s on digits; their batch norms have seen random images."""
+
+    def make(folder: Path, seed: int = 0, **model: Any) -> Path:
+        settings = {"width": 8, "kind": "moe", **model}
+        config = Config.from_dict(
+            {
+                "model": settings,
+                "data": {"name": "digits", "image_size": 8, "augment": False},
+                "threat": {"eps": "0.1"},
+                "training": {"method": "at"},
+                "attack": {"steps": 2, "step_size": 0.1},
+            }
+        )
+        folder.mkdir()
+        config.dump(folder / "config.yaml")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            made = create_model("resnet18", num_classes=10, in_channels=1, input_size=8, **settings)
+            for _ in range(4):
+                made(torch.rand(32, 1, 8, 8))
+        save_model(made.eval(), folder)
+        return folder
 
     return make

@@ -58,6 +58,11 @@ MORE_MISTAKES = [
     ([*TRAIN, "--training.compile", "1"], ["training.compile must be true or false, got 1"]),
     ([*TRAIN, "--model.kind", "mo"], ["model.kind must be one of moe, dense, s-dense, got 'mo'"]),
     ([*TRAIN, "--model.kind", "dense"], ["model.kind must be moe when training.method is advmoe, got 'dense'"]),
+    ([*TRAIN, "--training.alternation", "often"], ["training.alternation must be one of both, ", "got 'often'"]),
+    (
+        [*TRAIN, "--data.train_examples", "2000"],
+        ["data.train_examples must be ", "<= the 1442 training images, got 2000"],
+    ),
     ([*TRAIN, "--devices", "0"], ["--devices must be >= 1, got 0"]),
     ([*TRAIN, "--accelerator", "tpu"], ["--accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
     (["train", "--config", "absent.yaml"], ["--config must be", "'absent.yaml'"]),
@@ -190,7 +195,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, target: str, outcome: BaseException | 
 def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     seen = fake(monkeypatch, "advmoe.training.run.train")
     monkeypatch.chdir(tmp_path)
-    argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu"]
+    argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu", "--tensorboard"]
     assert cli.main(argv) == 0
     (config,) = seen.pop("args")
     assert config.training.seed == 3 and config.model.width == 16
@@ -201,6 +206,7 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "accelerator": "cpu",
         "threads": 1,
         "command": ["advmoe", *argv],
+        "tensorboard": True,
     }
     assert "advmoe evaluate runs/digits-advmoe-3" in capsys.readouterr().out
 
@@ -209,7 +215,8 @@ def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.Mon
     Config().dump(tmp_path / "config.yaml")
     seen = fake(monkeypatch, "advmoe.training.run.resume")
     assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
-    assert seen == {"args": (tmp_path,), "source": None, "devices": None, "accelerator": "auto", "threads": 2}
+    engine = {"devices": None, "accelerator": "auto", "threads": 2}
+    assert seen == {"args": (tmp_path,), "source": None, "tensorboard": False, **engine}
 
 
 def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -52,8 +52,47 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: TrainingConfig(step_size="a/b"), "training.step_size must be a number or a fraction such as 8/255"),
         (lambda: TrainingConfig(precision="fp16"), "training.precision must be one of 32-true, bf16-mixed, got 'fp16'"),
         (lambda: TrainingConfig(method="at-routers"), "training.init_from must be a run directory to start from"),
+        (lambda: TrainingConfig(alternation="every-1"), "(K a whole number >= 2), got 'every-1'"),
+        (
+            lambda: TrainingConfig(alternation="every-K"),
+            "one of both, shared-attack, by-iteration, warm-start, every-K",
+        ),
+        (lambda: TrainingConfig(alternation="every-2.5"), "training.alternation must be one of both, shared-attack,"),
+        (
+            lambda: TrainingConfig(alternation="every-4", method="at"),
+            "training.method must be advmoe when training.alternation is every-4, got 'at'",
+        ),
+        (lambda: TrainingConfig(ema=1), "training.ema must be < 1, got 1.0"),
+        (lambda: TrainingConfig(ema=-0.1), "training.ema must be >= 0, got -0.1"),
+        (lambda: TrainingConfig(awp=float("nan")), "training.awp must be >= 0, got nan"),
+        (
+            lambda: TrainingConfig(awp=0.1, method="standard"),
+            "training.method must be one that trains against attacks when training.awp is > 0, got 'standard'",
+        ),
+        (
+            lambda: TrainingConfig(margin=1, method="standard"),
+            "training.method must be one that trains routers against attacks when training.margin is > 0, got",
+        ),
+        (
+            lambda: TrainingConfig(balance=1, method="at-experts", init_from="x"),
+            "training.method must be one that trains routers when training.balance is > 0, got 'at-experts'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(kind="s-dense"), training=TrainingConfig(balance=1, method="at")),
+            "model.kind must be moe when training.balance is > 0, got 's-dense'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(num_experts=1), training=TrainingConfig(margin=1)),
+            "model.num_experts must be >= 2 when training.margin is > 0, got 1",
+        ),
+        (
+            lambda: Config(data=DataConfig(name="imagenet"), training=TrainingConfig(alternation="warm-start")),
+            "data.name must be of images held in memory (not imagenet) when training.alternation is warm-start",
+        ),
+        (lambda: DataConfig(train_examples=1), "data.train_examples must be >= 2, got 1"),
+        (lambda: DataConfig(train_examples=2.5), "data.train_examples must be a whole number, got 2.5"),
         (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
-        (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, got ['moe']"),
+        (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, sparse, got ['moe']"),
         (lambda: ModelConfig(name=3), "model.name must be text, got 3"),
         (lambda: DataConfig(name="mnist"), f"data.name must be one of {', '.join(DATASETS)}, got 'mnist'"),
         (lambda: DataConfig(image_size="32"), "data.image_size must be a whole number, got '32'"),
@@ -62,6 +101,24 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: AttackConfig(steps=0), "attack.steps must be >= 1, got 0"),
         (lambda: Config(model={"kind": "moe"}), "model must be a ModelConfig, got {'kind': 'moe'}"),
         (lambda: Config(model=ModelConfig(kind="dense")), "model.kind must be moe when training.method is advmoe"),
+        (lambda: TrainingConfig(prune_epochs=-1), "training.prune_epochs must be >= 0, got -1"),
+        (lambda: TrainingConfig(finetune_epochs=1.5), "training.finetune_epochs must be a whole number, got 1.5"),
+        (
+            lambda: TrainingConfig(prune_epochs=0, finetune_epochs=0),
+            "training.finetune_epochs must be left out or >= 1 when training.prune_epochs is 0, got 0",
+        ),
+        (
+            lambda: Config(training=TrainingConfig(method="sparse")),
+            "model.kind must be sparse when training.method is sparse, got 'moe'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(kind="sparse"), training=TrainingConfig(method="at")),
+            "training.method must be sparse when model.kind is sparse, got 'at'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(source="a.py:f"), training=TrainingConfig(method="sparse")),
+            "model.source must be left out when training.method is sparse, got 'a.py:f'",
+        ),
     ],
 )
 def test_errors_name_field_rule_and_value(make, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -148,6 +205,19 @@ def test_files(tmp_path: Path) -> None:
         Config.load(tmp_path / "absent.yaml")
 
 
+def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
+    options = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+    training = Config().to_dict()["training"]
+    assert [training[name] for name in options] == ["both", "straight-through", 0, 0, 0, 0]
+    assert Config().to_dict()["data"]["train_examples"] is None
+    # Runs of before these fields existed are read as what they were.
+    older = {group: {n: v for n, v in fields.items() if n not in (*options, "train_examples")}
+             for group, fields in Config().to_dict().items()}  # fmt: skip
+    assert Config.from_dict(older) == Config()
+    for alternation, every in (("every-2", 2), ("every-10", 10), ("both", None), ("by-iteration", None)):
+        assert TrainingConfig(alternation=alternation).every == every
+
+
 def test_merged_lays_groups_over_one_another() -> None:
     base = {"model": {"kind": "moe", "width": 16}, "data": {"name": "digits"}}
     over = {"model": {"width": 8}, "data": None, "attack": {"steps": 5}}
@@ -175,6 +245,7 @@ def test_the_methods_of_the_recipes() -> None:
     assert {m: (c.model.kind, c.training.method) for m, c in kinds.items()} == {
         "advmoe": ("moe", "advmoe"),
         "at-moe": ("moe", "at"),
+        "at-sparse": ("sparse", "sparse"),
         "at-s-dense": ("s-dense", "at"),
         "at-dense": ("dense", "at"),
         "standard": ("moe", "standard"),

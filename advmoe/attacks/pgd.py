@@ -167,12 +167,17 @@ def trades_attack(
     steps: int,
     step_size: float,
     generator: torch.Generator | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     """TRADES' inner maximisation: KL ascent from x + 0.001 * N(0, 1) (Zhang et al., 2019, Algorithm 1).
 
-    `predict` should be in eval mode. Returns (N, C, H, W), detached.
+    `predict` should be in eval mode. `held`, perturbations (N, C, H, W) of an earlier attack, is where this one goes on
+    from (ATTA, Zheng et al., CVPR 2020); where it is 0 there is noise. Returns (N, C, H, W), detached.
     """
     with torch.no_grad():
         clean_logits = predict(x)
-    start = threat.project(x + 0.001 * randn_like(x, generator), x)
+    delta = 0.001 * randn_like(x, generator)
+    if held is not None:
+        delta = torch.where(held == 0, delta, held)
+    start = threat.project(x + delta, x)
     return ascend(predict, x, start, kl_loss(clean_logits), threat=threat, steps=steps, step_size=step_size)

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from advmoe import __version__
-from advmoe.cli import cost, dissect, evaluate, export, push, recipes, report, study, sweep_eps, train
+from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
 from advmoe.cli.arguments import explained, fail, is_ours, new_parser
 
 COMMANDS: dict[str, Any] = {
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "sweep-eps": sweep_eps,
     "dissect": dissect,
+    "pathways": pathways,
     "cost": cost,
     "push": push,
     "export": export,

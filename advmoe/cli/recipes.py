@@ -16,7 +16,8 @@ def parser() -> Parser:
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     width = max(map(len, (*SETTINGS, *METHODS)))
-    print("A recipe is a setting and a method, as in cifar10-resnet18-advmoe; any pair will do.")
+    print("A recipe is a setting and a method, as in cifar10-resnet18-advmoe; any pair will do,")
+    print("except at-sparse of DeiT-Tiny: only CNNs are pruned.")
     for title, names, describe in (("settings", SETTINGS, describe_setting), ("methods", METHODS, describe_method)):
         print(f"\n{title}")
         for name in names:

@@ -16,7 +16,7 @@ from advmoe.cli.arguments import (
     new_parser,
     split_words,
 )
-from advmoe.config import Config, require
+from advmoe.config import Config
 
 
 def parser() -> Parser:
@@ -38,20 +38,15 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    from advmoe.studies.spec import SCALES
-
     if args["name"] == "list":
         return _list()
     from advmoe.studies.catalogue import study_named
-
-    study_named(args["name"])
-    scale = args.get("scale", "smoke")
-    require(scale in SCALES, "--scale", f"one of {', '.join(SCALES)}", scale)
-    engine = engine_options(args)
     from advmoe.studies.run import Options
 
+    study_named(args["name"])
+    engine = engine_options(args)
     options = Options(
-        scale=scale,
+        scale=args.get("scale", "smoke"),
         seeds=count("--seeds", args.get("seeds")),
         only=split_words(args.get("only", "")),
         overrides=given_fields(args),

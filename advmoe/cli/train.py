@@ -36,6 +36,7 @@ def parser() -> Parser:
     add("--resume", metavar="RUN", help="continue the run in this directory")
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
     add("--devices", metavar="K", help="processes, each with a device of its own (default: 1, or the resumed run's)")
+    add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
     return parser
@@ -45,7 +46,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     overrides, resumed = given_fields(args), args.get("resume")
     model = overrides.get("model", {})
-    devices, engine = count("--devices", args.get("devices")), engine_options(args)
+    devices = count("--devices", args.get("devices"))
+    engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
     if resumed is not None:
         alone = not overrides or overrides == {"model": {"source": model.get("source")}}
         alone = alone and "config" not in args and "run_dir" not in args

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.data.augment import Variation, augment
+from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
 from advmoe.seeding import generator_for
 
@@ -79,8 +79,7 @@ class ImageSet:
             images, labels = self.images[index], self.labels[index]
             if variation is not None:
                 # On bytes, which is several times cheaper than on floats.
-                padding = images.shape[-1] // 8
-                images = augment(images, generator=variation.generator, padding=padding, flip=variation.flip)
+                images = variation.view(images).of(images)
             yield images, labels
 
 

@@ -1,4 +1,7 @@
-"""What one inference costs: multiply-accumulates of what really runs, parameters, memory, and measured time."""
+"""What one inference costs: multiply-accumulates of what really runs, parameters, memory, and measured time.
+
+Of a sparse model its compacted form is measured, which is what runs where it is used.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from advmoe.models import Classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
+from advmoe.pruning import deployed
 
 
 def example_input(model: Classifier, batch: int) -> Tensor:
@@ -29,6 +33,7 @@ def example_input(model: Classifier, batch: int) -> Tensor:
 
 def gmacs(model: Classifier) -> float:
     """Multiply-accumulates (10^9) of one image's pathway, routers included, counted on the operators that run."""
+    model = deployed(model)
     # Of fused attention kernels the counter knows some, and on the CPU none: matrix products it knows.
     attention = sdpa_kernel(SDPBackend.MATH)
     with frozen(model), torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
@@ -38,6 +43,7 @@ def gmacs(model: Classifier) -> float:
 
 def parameters(model: nn.Module) -> tuple[int, int]:
     """(stored, active): all parameters, and those that one image's pathway uses."""
+    model = deployed(model)
     stored = sum(p.numel() for p in model.parameters())
     idle = sum(layer.idle_parameters() for layer in model.modules() if isinstance(layer, MoELayer))
     return stored, stored - idle
@@ -45,7 +51,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7) -> float:
     """Median forward time per image in eval mode, in milliseconds, as the machine stands."""
-    x = example_input(model, batch)
+    model, x = deployed(model), example_input(model, batch)
     times = []
     with frozen(model), torch.no_grad():
         for attempt in range(repeats + 2):

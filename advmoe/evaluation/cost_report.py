@@ -25,6 +25,7 @@ from advmoe.evaluation.sources import load_module
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.models.modes import frozen
 from advmoe.moe import pathway
+from advmoe.pruning import deployed
 
 BATCHES = (1, 32, 128)
 """Batch sizes measured unless others are asked for."""
@@ -39,7 +40,7 @@ class Measured:
 
     name: str
     models: dict[str, Classifier]
-    """By kind (`moe`, `s-dense`, `dense`), the one asked for first."""
+    """By kind (`moe`, `sparse`, `s-dense`, `dense`), the one asked for first; a sparse one is compacted."""
     weights: str
     """Where those of the first come from."""
     images: Tensor
@@ -101,6 +102,7 @@ def _run(target: str | Path, number: int, source: str | None, overrides: dict[st
     own = load_run(target, source)
     input_shape(own)  # the ways to time it need one
     models = _with_references(own)
+    models[own.spec["kind"]] = deployed(own)
     if source is not None and "dense" not in models:
         models["dense"] = Classifier(own.normalize, load_module(source), None, own.spec | {"kind": "dense"}).eval()
     images, which = run_images(target, own, number, source=source, overrides=overrides)
@@ -165,10 +167,10 @@ def _with_references(own: Classifier) -> dict[str, Classifier]:
 
 def _report(given: Measured, batches: Sequence[int], device: torch.device, seconds: float) -> dict[str, Any]:
     models = {kind: _on(model, device) for kind, model in given.models.items()}
-    own = next(iter(models.values()))
+    kind, own = next(iter(models.items()))
     images = given.images.to(device).contiguous(memory_format=torch.channels_last)
     chosen = torch.cat([pathway(own, part) for part in images.split(128)])
-    spec = {name: value for name, value in own.spec.items() if name not in ("mean", "std")}
+    spec = {name: value for name, value in own.spec.items() if name not in ("mean", "std")} | {"kind": kind}
     return {
         "target": given.name,
         "model": spec,

@@ -147,8 +147,8 @@ class Dissection:
             "flip_rate": self.flip_rate,
             "flipped_layers": self.flipped_layers,
             "load": {
-                "clean": _load(self.clean_pathway, self.num_experts),
-                "adversarial": _load(self.adv_pathway, self.num_experts),
+                "clean": expert_load(self.clean_pathway, self.num_experts),
+                "adversarial": expert_load(self.adv_pathway, self.num_experts),
             },
             "distinct_pathways": {
                 "clean": len(self.clean_pathway.unique(dim=0)),
@@ -181,7 +181,8 @@ def _share(chosen: Tensor) -> float:
     return int(chosen.sum()) / len(chosen)
 
 
-def _load(pathways: Tensor, num_experts: int) -> list[list[float]]:
+def expert_load(pathways: Tensor, num_experts: int) -> list[list[float]]:
+    """The share of `pathways`, (N, L) or (N, L, T), that each layer sends to each expert, L x E."""
     layers = [layer.flatten() for layer in pathways.unbind(1)]
     counts = [torch.bincount(layer, minlength=num_experts).tolist() for layer in layers]
     return [[count / layer.numel() for count in each] for layer, each in zip(layers, counts, strict=True)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +17,17 @@ from advmoe.attacks.pgd import Predict
 from advmoe.data import Images
 from advmoe.evaluation.accuracy import Plan, make_job, positive
 from advmoe.evaluation.harness import threads_set
-from advmoe.evaluation.runs import subject
+from advmoe.evaluation.runs import attacked, subject
 from advmoe.evaluation.scoring import measuring, take
-from advmoe.evaluation.suite import build
-from advmoe.files import write_whole
+from advmoe.files import write_arrays
 from advmoe.moe.routing import route
-from advmoe.seeding import generator_for, seed_for
+from advmoe.seeding import generator_for
 
 NAME = "gallery.npz"
 """The file's name in a run directory."""
 
 _CANDIDATES = 128
+"""Images that are looked at, at least, to find those of the gallery."""
 
 
 def gallery_run(
@@ -58,36 +58,29 @@ def gallery_run(
     predict = given.load(device)
     with threads_set(threads):
         index = _drawn(predict, given.data, positive("number", number), given.seed, device)
-    images = given.data.subset(index)
-    job, (name, *_) = make_job(
-        predict, images, device, given.threat, given.config.attack, ["pgd"], len(index), given.seed
-    )
-    (part,) = build(name, predict, job.setting, None).parts
-    x, y = take(images, slice(0, len(index)), device)
-    with threads_set(threads):
-        with measuring(predict, device):
-            x_adv = given.threat.project(part.run(x, y, seed_for(given.seed, "gallery", name)).x_adv, x)
-        before, after = (_seen(predict, pixels, device) for pixels in (x, x_adv))
+        images = given.data.subset(index)
+        job, (name,) = make_job(
+            predict, images, device, given.threat, given.config.attack, ["pgd"], len(index), given.seed
+        )
+        ((x, x_adv, y),) = attacked(name, predict, job, device)
+        seen = {"clean": _seen(predict, x, device), "adversarial": _seen(predict, x_adv, device)}
     arrays: dict[str, Any] = {
         "index": given.index[index].numpy(),
         "labels": y.cpu().numpy(),
         "clean": x.cpu().half().contiguous().numpy(),
         "adversarial": x_adv.cpu().half().contiguous().numpy(),
         "classes": np.array(given.classes, dtype=np.str_),
-        "num_experts": np.array(max(before["experts"], after["experts"])),
+        "num_experts": np.array(seen["clean"].num_experts),
         "attack": np.array(name),
         "norm": np.array(given.threat.norm),
         "eps": np.array(given.threat.eps),
     }
-    for kind, seen in (("clean", before), ("adversarial", after)):
-        arrays |= {f"{kind}_{what}": seen[what].numpy() for what in ("prediction", "confidence", "pathway")}
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
+    for kind, each in seen.items():
+        arrays[f"{kind}_prediction"] = each.prediction.numpy()
+        arrays[f"{kind}_confidence"] = each.confidence.numpy()
+        arrays[f"{kind}_pathway"] = each.pathway.numpy()
     given.home.mkdir(parents=True, exist_ok=True)
-    write_whole(given.home / NAME, write)
+    write_arrays(given.home / NAME, arrays)
     return given.home / NAME
 
 
@@ -95,7 +88,7 @@ def _drawn(predict: Predict, data: Images, number: int, seed: int, device: torch
     """Positions of `number` images at most, drawn from `_CANDIDATES` or more of `data`."""
     shuffled = torch.randperm(len(data), generator=generator_for(seed, "gallery"))[: max(_CANDIDATES, 8 * number)]
     x, y = take(data.subset(shuffled), slice(0, len(shuffled)), device)
-    wrong = _seen(predict, x, device)["prediction"] != y.cpu()
+    wrong = _seen(predict, x, device).prediction != y.cpu()
     turns: Counter[tuple[bool, int]] = Counter()
     queue = []
     for position, failed, label in zip(shuffled.tolist(), wrong.tolist(), y.tolist(), strict=True):
@@ -104,12 +97,23 @@ def _drawn(predict: Predict, data: Images, number: int, seed: int, device: torch
     return torch.tensor([position for *_, position in sorted(queue)[:number]])
 
 
-def _seen(predict: Predict, x: Tensor, device: torch.device) -> dict[str, Any]:
+class _Seen(NamedTuple):
+    """What a classifier makes of images, on the CPU."""
+
+    prediction: Tensor
+    """(N,) classes."""
+    confidence: Tensor
+    """(N,) softmax probability of the predicted class."""
+    pathway: Tensor
+    """(N, L), (N, L, T), or (N, 0) for a plain model."""
+    num_experts: int
+    """0 for a plain model."""
+
+
+def _seen(predict: Predict, x: Tensor, device: torch.device) -> _Seen:
     """What a classifier makes of pixels (N, C, H, W), under hard routing."""
     with measuring(predict, device), torch.no_grad(), route() as routing:
         confidence, prediction = predict(x).float().softmax(1).max(1)
-    routed = bool(routing.choices)
-    pathway = routing.pathway() if routed else torch.empty(len(x), 0, dtype=torch.long)
+    pathway = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
     experts = max((scores.shape[-1] for scores in routing.scores.values()), default=0)
-    found: dict[str, Any] = {"prediction": prediction.cpu(), "confidence": confidence.cpu(), "pathway": pathway.cpu()}
-    return found | {"experts": experts}
+    return _Seen(prediction.cpu(), confidence.cpu(), pathway.cpu(), experts)

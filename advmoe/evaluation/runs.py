@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +31,9 @@ from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.sources import load_classifier, load_module
 from advmoe.evaluation.suite import build
 from advmoe.evaluation.targets import home_of, is_source
-from advmoe.files import write_text, write_whole
+from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier, load_model
+from advmoe.pruning import deployed
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
@@ -48,8 +49,10 @@ def load_run(path: str | Path, source: str | None = None) -> Classifier:
 
 
 def _loaded(target: str, weights: str | None, source: str | None, device: torch.device) -> Predict:
-    """The classifier of a run or a source, on `device`."""
-    return placed(load_classifier(target, weights) if is_source(target) else load_run(target, source), device)
+    """The classifier of a run or a source, on `device`; of a sparse model the compacted form, which costs less."""
+    if is_source(target):
+        return placed(load_classifier(target, weights), device)
+    return placed(deployed(load_run(target, source)), device)
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,8 @@ def _processes(batches: int) -> int:
 
 def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write `evaluation.json` and `evaluation-examples.npz` into `home`, each whole or not at all."""
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **examples)  # type: ignore[arg-type]
-
     home.mkdir(parents=True, exist_ok=True)
-    write_whole(home / "evaluation-examples.npz", write)
+    write_arrays(home / "evaluation-examples.npz", examples)
     write_text(home / "evaluation.json", json.dumps(result, indent=2) + "\n")
 
 
@@ -200,6 +198,34 @@ def _opened(
         predict, given.data, device, given.threat, given.config.attack, attacks, batch_size, given.seed
     )
     return device, predict, job, names
+
+
+def opened_routed(
+    given: Subject, target: str | Path, accelerator: str, attacks: Sequence[str] | None, batch_size: int, *,
+    purpose: str,
+) -> tuple[torch.device, Predict, Job, tuple[str, ...]]:  # fmt: skip
+    """As `_opened`, of a routed model and PGD, by default as configured. Raises `ValueError` for anything else."""
+    opened = _opened(given, accelerator, ["pgd"] if attacks is None else attacks, batch_size)
+    _, _, job, names = opened
+    if not job.setting.routed:
+        raise ValueError(f"a model to {purpose} must have MoE layers, got {str(target)!r} without")
+    for name in names:
+        if not name.startswith("pgd-"):
+            raise ValueError(f"attacks to {purpose} must be PGD's, got {name!r}")
+    return opened
+
+
+def attacked(name: str, predict: Predict, job: Job, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every image under PGD called `name`, those that are wrong without an attack too: in batches, pixels
+    (B, C, H, W), their adversarial ones, and classes (B,).
+    """
+    (part,) = build(name, predict, job.setting, None).parts
+    tasks = list(job.tasks([name]))
+    with closing(stream(job.data, [job.examples(task) for task in tasks], device)) as images:
+        for task, (x, y) in zip(tasks, images, strict=True):
+            with measuring(predict, device):
+                x_adv = part.run(x, y, seed_for(job.seed, task.first, name, part.name)).x_adv
+            yield x, job.setting.threat.project(x_adv, x), y
 
 
 def sweep_run(
@@ -282,25 +308,13 @@ def dissect_run(
     given = subject(
         target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
     )
-    device, predict, job, names = _opened(given, accelerator, attacks if attacks is not None else ["pgd"], batch_size)
-    if not job.setting.routed:
-        raise ValueError(f"a model to dissect must have MoE layers, got {str(target)!r} without")
-    for name in names:
-        if not name.startswith("pgd-"):
-            raise ValueError(f"attacks to dissect must be PGD's, got {name!r}")
+    device, predict, job, names = opened_routed(given, target, accelerator, attacks, batch_size, purpose="dissect")
     found: dict[str, Dissection] = {}
     with threads_set(threads):
         checked(predict, job, device, allow)
         for name in names:
-            (part,) = build(name, predict, job.setting, None).parts
-            batches = []
-            tasks = list(job.tasks([name]))
-            with closing(stream(given.data, [job.examples(task) for task in tasks], device)) as images:
-                for task, (x, y) in zip(tasks, images, strict=True):
-                    with measuring(predict, device):
-                        x_adv = part.run(x, y, seed_for(given.seed, task.first, name, part.name)).x_adv
-                    batches.append(dissect(predict, x, job.setting.threat.project(x_adv, x), y, batch_size=batch_size))
-            found[name] = Dissection.merge(batches)
+            batches = attacked(name, predict, job, device)
+            found[name] = Dissection.merge([dissect(predict, *batch, batch_size=batch_size) for batch in batches])
     result = {name: each.to_dict() for name, each in found.items()}
     given.home.mkdir(parents=True, exist_ok=True)
     write_text(given.home / "dissection.json", json.dumps(result, indent=2) + "\n")

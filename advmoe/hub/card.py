@@ -26,11 +26,12 @@ _METHODS = {
     "at": "adversarial training (TRADES) of all parameters",
     "at-routers": "adversarial training (TRADES) of the routers, the experts fixed",
     "at-experts": "adversarial training (TRADES) of the experts, the routers fixed",
+    "sparse": "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
     "advmoe": f"[AdvMoE]({PAPER}): routers and experts in turn, each against its own attack",
 }
 
 
-RECORDED = ("config.yaml", "manifest.json", "evaluation.json")
+RECORDED = ("config.yaml", "manifest.json", "evaluation.json", "masks.json")
 """The files of a run directory that a card tells, and that travel with the weights."""
 
 
@@ -173,6 +174,8 @@ def _architecture(spec: Mapping[str, Any]) -> str:
         return f"{name}, dense"
     if kind == "s-dense":
         return f"{name} at {spec['scale']:g} of its width (S-Dense)"
+    if kind == "sparse":
+        return f"{name} pruned to {spec['scale']:g} of every layer's channels (Sparse-CNN)"
     choice = "token" if spec.get("route_per") == "token" else "image"
     return (
         f"{name} as a mixture of experts: {spec['num_experts']} experts a layer, of which each {choice} uses one, at "

@@ -1,4 +1,6 @@
-"""Backbones by name, as Dense, S-Dense and MoE-CNN, and the model files that rebuild one with nothing else."""
+"""Backbones by name, as Dense, S-Dense, Sparse-CNN and MoE-CNN, and the model files that rebuild one with nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ from advmoe.models.densenet import DenseNet
 from advmoe.models.layers import LayerFactory
 from advmoe.models.normalize import Normalize
 from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
+from advmoe.models.sparse import SparseBackbone
 from advmoe.models.state import savable
 from advmoe.models.vgg import VGG
 from advmoe.models.vit import VisionTransformer
@@ -87,7 +90,8 @@ def create_model(
 
     Args:
         name: backbone (`find_backbone`). num_classes: K. input_size: side of the images in pixels. in_channels: their
-        channels. kind: `moe`, the `dense` backbone, or `s-dense`, whose every layer has `scale` times the channels.
+        channels. kind: `moe`, the `dense` backbone, `s-dense`, whose every layer has `scale` times the channels, or
+        `sparse`: the Dense backbone (no transformer) under masks that keep `scale` of every layer's channels.
         scale: r, in (0, 1]. num_experts: N. router, route_per, experts, experts_init: see `config.ModelConfig`.
         width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
         WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
@@ -111,6 +115,8 @@ def create_model(
         able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
         rule = f"image for backbones without tokens (with: {able})"
         raise ValueError(f"model.route_per must be {rule}, got {route_per!r}")
+    if kind == "sparse" and found.tokens:
+        raise ValueError(f"model.name must be a CNN when model.kind is sparse, got {name!r}")
     mean = [0.5] * in_channels if mean is None else list(mean)
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:
@@ -120,6 +126,8 @@ def create_model(
     layers = LayerFactory(config)
     config.width = wide = config.width or found.width
     backbone = found.build(layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
+    if kind == "sparse":
+        backbone = SparseBackbone(backbone, scale)
     image_router = None
     if kind == "moe" and router != "layer":
         pool = getattr(backbone, "router_pool", 1)

@@ -15,6 +15,13 @@ from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 
 
+def narrowed(dense_channels: int, scale: float) -> int:
+    """The channels that `scale` leaves of the dense network's: rounded, halves down, so that two experts of an odd
+    number of channels stay apart at r = 1/2; at least 1.
+    """
+    return max(1, ceil(scale * dense_channels - 0.5))
+
+
 def linear(d_in: int, d_out: int) -> nn.Linear:
     """A linear layer as transformers start it: Glorot's weights, no bias."""
     layer = nn.Linear(d_in, d_out)
@@ -39,10 +46,12 @@ class LayerFactory:
         self.num_moe_layers = 0
 
     def channels(self, dense_channels: int) -> int:
-        """Channels between layers: r times the backbone's, except in Dense. Rounded, halves down: two experts of an
-        odd number of channels stay apart at r = 1/2.
+        """Channels between layers: r times the backbone's (`narrowed`), except in Dense and under a sparse model's
+        masks.
         """
-        return dense_channels if self.config.kind == "dense" else max(1, ceil(self.config.scale * dense_channels - 0.5))
+        return (
+            dense_channels if self.config.kind in ("dense", "sparse") else narrowed(dense_channels, self.config.scale)
+        )
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""

@@ -19,6 +19,10 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 MARKS = "osD^vPX"
+# Black is a line's colour alone: a dark page turns it, and what stands on it would be lost.
+EXPERTS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#F0E442", "#882255")
+LIGHT = {ORANGE, SKY, PURPLE, "#F0E442"}
+"""Colours on which text is dark."""
 GREY = "#595959"
 # What stands on a coloured part keeps its colour where a dark page turns black axes and text white.
 INK, PAPER = "#010101", "#FEFEFE"

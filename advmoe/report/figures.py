@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe.report.drawing import GREY, INK, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
+from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
+from advmoe.report.flow import flow_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
 
 __all__ = [
-    "bars_figure", "dissection_figure", "heatmap_figure", "histogram_figure", "lines_figure", "require_matplotlib",
-    "stacked_figure", "sweep_figure",
+    "bars_figure", "dissection_figure", "flow_figure", "heatmap_figure", "histogram_figure", "lines_figure",
+    "require_matplotlib", "stacked_figure", "sweep_figure",
 ]  # fmt: skip
 
 _HATCHES = ("", "////", "....", "xxxx")
@@ -170,8 +172,7 @@ def stacked_figure(
 
 def _fills(count: int) -> list[tuple[str, str]]:
     """Colours of `count` parts, each with the colour of the number on it."""
-    light = {"#E69F00", "#56B4E9", "#CC79A7"}
-    return [(LINES[k % len(LINES)], INK if LINES[k % len(LINES)] in light else PAPER) for k in range(count)]
+    return [(LINES[k % len(LINES)], INK if LINES[k % len(LINES)] in LIGHT else PAPER) for k in range(count)]
 
 
 def histogram_figure(
@@ -189,7 +190,8 @@ def histogram_figure(
         series: name to {"edges": B + 1 ascending numbers, "shares": B fractions}.
         path: file to write, .svg or .png.
         xlabel, ylabel, title: texts.
-        bins: at most so many bins are drawn: neighbours are joined, equally many everywhere (None: all).
+        bins: at most so many bins are drawn where all series have the same edges: empty ones at both ends are left out
+            and neighbours are joined (None: all are drawn).
 
     Raises `ValueError` too where a series' edges are not one more than its shares.
     """
@@ -201,24 +203,43 @@ def histogram_figure(
     with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         styles = zip(cycle(LINES), cycle(["-", "--", ":", "-."]), strict=False)
-        for (name, each), (colour, dashes) in zip(series.items(), styles, strict=False):
-            edges, shares = _joined(each["edges"], each["shares"], bins)
-            heights = [100 * share for share in shares]
-            axes.stairs(heights, edges, color=colour, linewidth=1.8, linestyle=dashes, label=name)
-            axes.stairs(heights, edges, color=colour, alpha=0.18, fill=True, label="_")
+        for (name, each), (colour, dashes) in zip(coarser(series, bins).items(), styles, strict=False):
+            heights = [100 * share for share in each["shares"]]
+            axes.stairs(heights, each["edges"], color=colour, linewidth=1.8, linestyle=dashes, label=name)
+            axes.stairs(heights, each["edges"], color=colour, alpha=0.18, fill=True, label="_")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         _finish(axes, title, legend=len(series) > 1)
 
 
-def _joined(edges: Sequence[float], shares: Sequence[float], bins: int | None) -> tuple[list[float], list[float]]:
-    """Neighbouring bins joined, equally many everywhere, until at most `bins` are left."""
-    have = len(shares)
+def coarser(
+    series: Mapping[str, Mapping[str, Sequence[float]]], bins: int | None
+) -> Mapping[str, Mapping[str, Sequence[float]]]:
+    """Distributions on one grid, as `histogram_figure` takes them, on one of at most `bins` bins: those that hold
+    something, joined equally many at a time. Unchanged where `bins` is None or their edges differ.
+    """
     if bins is not None and bins < 1:
         raise ValueError(f"bins must be >= 1, got {bins}")
-    step = next(k for k in range(1, have + 1) if have % k == 0 and (bins is None or have // k <= bins)) if have else 1
-    return list(edges[::step]), [sum(shares[at : at + step]) for at in range(0, have, step)]
+    grids = {tuple(each["edges"]) for each in series.values()}
+    held = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
+    if bins is None or len(grids) > 1 or not held:
+        return series
+    (edges,) = grids
+    low, high, whole = min(held), max(held) + 1, len(edges) - 1
+    least = next(step for step in range(1, whole + 1) if -(-high // step) - low // step <= bins)
+    step = next(
+        (step for step in range(least, 2 * least) if whole % step == 0), least
+    )  # bins equally wide, if it can be
+    cuts = [min(step * at, whole) for at in range(low // step, -(-high // step) + 1)]
+    inside = [0, *cuts[1:-1], whole]  # the tails, of next to nothing, go to the ends
+    return {
+        name: {
+            "edges": [edges[cut] for cut in cuts],
+            "shares": [sum(each["shares"][a:b]) for a, b in pairwise(inside)],
+        }
+        for name, each in series.items()
+    }
 
 
 def heatmap_figure(
@@ -229,6 +250,8 @@ def heatmap_figure(
     column_names: Sequence[str],
     xlabel: str,
     ylabel: str,
+    group: int = 1,
+    spread: bool = False,
     title: str | None = None,
 ) -> None:
     """Draw a table of numbers as colours, with the numbers themselves while they are few.
@@ -240,40 +263,36 @@ def heatmap_figure(
         path: file to write, .svg or .png.
         row_names, column_names: the names along the sides.
         xlabel, ylabel, title: texts.
+        group: columns stand in groups of so many, set apart, and `column_names` names the groups.
+        spread: let the scale run over the values in any case.
 
     Raises `ValueError` too where the names do not fit the values.
     """
-    shape = (len(values), len(values[0]) if len(values) else 0)
-    if shape != (len(row_names), len(column_names)) or any(len(row) != shape[1] for row in values) or not all(shape):
-        raise ValueError(
-            f"values must be {len(row_names)} x {len(column_names)}, as the names are, and not empty, got "
-            f"{shape[0]} x {sorted({len(row) for row in values})}"
-        )
+    _require_named(values, len(row_names), group * len(column_names))
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
     numbers = [[_number(value) for value in row] for row in values]
     known = [value for row in numbers for value in row if not math.isnan(value)] or [0.0]
     unit = min(known) >= 0 and max(known) <= 1
-    scale = Normalize(0, 1) if unit else Normalize(min(known), max(known))
-    colours = colormaps["cividis"]
-    rows, columns = shape
+    scale = Normalize(0, 1) if unit and not spread else Normalize(min(known), max(known))
+    rows, columns = len(numbers), len(numbers[0])
     numbered = columns <= 14 and rows <= 24
+    lines: dict[str, Any] = (
+        {"edgecolors": PAPER, "linewidth": 0.6} if rows * columns <= 400 else {"edgecolors": "face", "linewidth": 0}
+    )
     width = min(9.0, max(WIDTH, (0.36 if numbered else 0.24) * columns + 1.6))
     with drawn(path, width, min(9.0, max(2.2, 0.28 * rows + 1.3))) as figure:
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(
-            numbers, norm=scale, cmap=colours, edgecolors=PAPER if rows * columns <= 400 else "face",
-            linewidth=0.6 if rows * columns <= 400 else 0, rasterized=rows * columns > 2500,
-        )  # fmt: skip
+            numbers, norm=scale, cmap=colormaps["cividis"], rasterized=rows * columns > 2500, **lines
+        )
         axes.set_facecolor("#BBBBBB")
         if numbered:
-            for r, row in enumerate(numbers):
-                for c, value in enumerate(row):
-                    ink = INK if scale(value) > 0.55 else PAPER
-                    text = "" if math.isnan(value) else f"{value:.2f}" if unit else f"{value:.3g}"
-                    axes.text(c + 0.5, r + 0.5, text, ha="center", va="center", fontsize=8, color=ink)
-        _name_side(axes, "x", column_names, 30)
+            _number_cells(axes, numbers, scale, ".2f" if unit else ".3g")
+        for at in range(group, columns, group) if group > 1 else ():
+            axes.axvline(at, color=PAPER, linewidth=3)
+        _name_side(axes, "x", column_names, 30, group)
         _name_side(axes, "y", row_names, 40)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
@@ -283,11 +302,27 @@ def heatmap_figure(
         _finish(axes, title, legend=False)
 
 
-def _name_side(axes: Axes, side: str, names: Sequence[str], most: int) -> None:
-    """The names of one side's cells, every so-manieth where all of them would be too many."""
+def _require_named(values: Sequence[Sequence[Any]], rows: int, columns: int) -> None:
+    widths = sorted({len(row) for row in values})
+    if (len(values), widths) != (rows, [columns]) or not rows * columns:
+        rule = f"values must be {rows} x {columns}, as the names are, and not empty"
+        raise ValueError(f"{rule}, got {len(values)} x {widths}")
+
+
+def _number_cells(axes: Axes, numbers: Sequence[Sequence[float]], scale: Normalize, form: str) -> None:
+    """Each cell's number, in the colour that can be read on it."""
+    for r, row in enumerate(numbers):
+        for c, value in enumerate(row):
+            if not math.isnan(value):
+                ink = INK if scale(value) > 0.55 else PAPER
+                axes.text(c + 0.5, r + 0.5, format(value, form), ha="center", va="center", fontsize=8, color=ink)
+
+
+def _name_side(axes: Axes, side: str, names: Sequence[str], most: int, group: int = 1) -> None:
+    """The names of one side's cells, or of groups of them; every so-manieth where all of them would be too many."""
     step = math.ceil(len(names) / most)
     shown = [_short(str(name)) for name in names[::step]]
-    places = [at + 0.5 for at in range(0, len(names), step)]
+    places = [(at + 0.5) * group for at in range(0, len(names), step)]
     if side == "y":
         axes.set_yticks(places, shown)
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from advmoe.config import Pixels
 from advmoe.studies.present import (
     RA,
     SA,
@@ -33,10 +35,11 @@ def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
     rows = []
     for steps in (1, 2, 5, 10):
         for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE"):
-            eps = scale.eps(scale.run(method))
-            size = round(1.25 * eps / steps, 8)
-            # The step shrinks as steps are added, so that all can go as far; with two it is the default's.
-            more = {"training": {"attack_steps": steps, **({} if steps == 2 else {"step_size": size})}}
+            plain = scale.run(method)
+            # The step shrinks as steps are added, so that all can go as far.
+            size, usual = 1.25 * scale.eps(plain) / steps, Pixels(plain.settings["training"]["step_size"])
+            step = usual if math.isclose(size, usual) else size  # one number, so that the runs of other studies serve
+            more = {"training": {"attack_steps": steps, "step_size": step}}
             rows.append(measured(scale, scale.run(method, more=more, K=steps)))
     return rows
 
@@ -83,7 +86,6 @@ def _accurate(part: str) -> Callable[[Trained], list[float | None]]:
 
 
 def _convergence_show(scale: Scale, results: Results) -> Outcome:
-    beta = float(scale.base["training"].get("beta", 6.0))
     loss: dict[str, list[dict[str, Any]]] = {}
     right: dict[str, list[dict[str, Any]]] = {}
     held: dict[str, list[dict[str, Any]]] = {}
@@ -96,7 +98,7 @@ def _convergence_show(scale: Scale, results: Results) -> Outcome:
         held[method] = mean_series([row], _validated, 100)
     caption = "Mean over seeds; the range over seeds where there are several."
     drawn = [
-        ("loss", f"TRADES' loss (beta = {beta:g}) of each level", loss, "training loss"),
+        ("loss", "TRADES' loss of each level", loss, "training loss"),
         ("accuracy", "Clean accuracy in training, of each level", right, "training accuracy (%)"),
         ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
     ]

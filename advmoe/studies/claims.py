@@ -71,7 +71,7 @@ def compare(given: Comparison) -> dict[str, Any]:
         }  # fmt: skip
     test = f"exact sign-flip test over {len(images)} images"
     if len(seeds) < FEWEST_SEEDS:
-        return {**found, "test": f"none: {len(seeds)} seeds of at least {FEWEST_SEEDS}"}
+        return {**found, "test": f"none: {len(seeds)} of at least {FEWEST_SEEDS} seeds"}
     return {
         **found, "p": found["p_images"] if all(each > 0 for each in values) else 1.0,
         "p_opposite": found["p_images_opposite"] if all(each < 0 for each in values) else 1.0,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import (
     GMACS,
     RA,
     SA,
     WORST,
+    Column,
     by_method,
+    histogram,
     lines,
     table,
 )
 from advmoe.studies.results import (
     Found,
     Results,
+    Trained,
+    kept_pathways,
 )
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.shared import (
@@ -84,8 +90,67 @@ def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
     return [*rows, measured(scale, mask)]
 
 
+def _of_pathways(*path: str) -> Callable[[Trained], float | None]:
+    """A number of `pathways.json`, by the names that lead to it."""
+
+    def value(run: Trained) -> float | None:
+        found: Any = run.found("pathways")
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, int | float) else None
+
+    return value
+
+
+_FIG6 = [
+    Column("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
+    Column("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
+    Column("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
+    Column("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
+    Column("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
+    Column("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
+    Column("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
+]
+
+
+def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
+    """The distribution of the IoU with the mask, mean over seeds."""
+    found = [each for run in row.by_seed.values() if (each := run.found("pathways")) and each.get("against")]
+    if not found:
+        return None
+    shares = [each["against"][kind]["histogram"]["shares"] for each in found]
+    mean = [sum(column) / len(column) for column in zip(*shares, strict=True)]
+    return {"edges": found[0]["against"][kind]["histogram"]["edges"], "shares": mean}
+
+
 def _fig6_show(scale: Scale, results: Results) -> Outcome:
-    return Outcome()
+    caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
+    figures: list[Figure] = []
+    for row in results:
+        series = {kind: found for kind in ("clean", "adversarial") if (found := _histogram(row, kind))}
+        if series:
+            method = str(row.labels["method"])
+            title = f"Pathways against the static mask: {method}"
+            figures.append(histogram(f"fig6-{len(figures) + 1}", title, series, caption=caption))
+    moe, advmoe = (results.one(method=name) for name in ("AT (MoE)", "AdvMoE"))
+    fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(kept_pathways(row) for row in (advmoe, moe)))
+    note = "Whether the attack leaves every choice as it was."
+    claims = [
+        claim(
+            "routers-of-at-moe-are-fragile",
+            "The routers of AT (MoE) are more fragile than those of AdvMoE: an attack changes more of its pathways.",
+            [verdict("PGD", [fragile], note)],
+            "Zhang et al., ICCV 2023, sec. 5, fig. 6",
+        )
+    ]
+    routed = Results([row for row in results if row.labels["routed"]])
+    return Outcome(
+        tables=[
+            table("Pathways and the mask", routed, ["method"], _FIG6),
+            table("Accuracy", results, ["method"], [RA, WORST, SA]),
+        ],
+        figures=figures, claims=claims,
+    )  # fmt: skip
 
 
 def _fig7_rows(scale: Scale, _: Results) -> list[Row]:

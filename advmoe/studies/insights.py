@@ -177,7 +177,7 @@ FIG3 = Study(
     name="fig3", title="Figure 3: routers robustified alone",
     shows="The standard MoE with routers trained robustly, against the standard MoE (M1), AT (S-Dense) (M2) and a "
     "robust mask (M3), over model scales.",
-    stages=(_fig3_rows,), show=_fig3_show, varies=("model.scale",),
+    stages=(_fig3_rows,), show=_fig3_show, varies=("model.scale", "training.finetune_epochs"),
 )  # fmt: skip
 FIG4 = Study(
     name="fig4", title="Figure 4: what fails where routers alone are robust",

@@ -50,7 +50,8 @@ def run_key(config: Config, start: str | None = None) -> str:
     return digest({"config": groups, "start": start})
 
 
-_DEFAULTS = Config()
+_DEFAULTS = Config.from_dict({"training": {"alternation": "both"}})
+"""What keys leave out: the defaults of when keys were first made. One that changes later changes no key."""
 
 
 def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:

@@ -22,8 +22,8 @@ class PlannedRun:
     seed: int
     config: dict[str, dict[str, Any]]
     path: Path
-    start: str | None
-    """Key of the run that it starts from."""
+    start: PlannedRun | None
+    """The run that it starts from."""
 
     @property
     def id(self) -> str:
@@ -33,7 +33,7 @@ class PlannedRun:
     @property
     def needs(self) -> tuple[str, ...]:
         """Tasks that come before."""
-        return () if self.start is None else (self.start,)
+        return () if self.start is None else (self.start.id,)
 
     def state(self) -> str:
         """`finished`, `interrupted` or `missing`."""
@@ -48,7 +48,11 @@ class PlannedRun:
     def require_same(self) -> None:
         """Raise `ValueError` where the run that lies there was trained otherwise: with other defaults, say."""
         file = self.path / "config.yaml"
-        if file.is_file() and (found := run_key(Config.load(file), self.start)) != self.key:
+        if not file.is_file():
+            return
+        config = Config.load(file)
+        config.data.root = self.config["data"]["root"]  # images that were moved are still the same
+        if (found := run_key(config, None if self.start is None else self.start.key)) != self.key:
             raise ValueError(
                 f"{self.path} must hold the run {self.key}, got {found} (with other defaults?): move it away"
             )
@@ -117,23 +121,19 @@ class Planner:
     root: Path
     """Where runs lie."""
     seeds: Sequence[int]
-    _known: dict[tuple[int, int], PlannedRun] = field(default_factory=dict)
-    _kept: list[Run] = field(default_factory=list)  # an id is unique only while its object lives
+    _known: dict[tuple[Run, int], PlannedRun] = field(default_factory=dict)
 
     def run(self, run: Run, seed: int) -> PlannedRun:
         """The run of this seed. Raises `ValueError` for settings that cannot be."""
-        found = self._known.get((id(run), seed))
+        found = self._known.get((run, seed))
         if found is not None:
             return found
         start = None if run.start is None else self.run(run.start, seed)
         training = {"seed": seed, "init_from": None if start is None else str(start.path)}
         config = Config.from_dict(merged(run.settings, {"training": training}))
         key = run_key(config, None if start is None else start.key)
-        planned = PlannedRun(
-            key, run.name, seed, config.to_dict(), self.root / key, None if start is None else start.key
-        )
-        self._known[id(run), seed] = planned
-        self._kept.append(run)
+        planned = PlannedRun(key, run.name, seed, config.to_dict(), self.root / key, start)
+        self._known[run, seed] = planned
         return planned
 
     def measure(self, measure: Measure, on: PlannedRun) -> PlannedMeasure:
@@ -158,13 +158,12 @@ class Planner:
         return planned
 
     def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, Task]:
-        """All tasks of `rows` and of the runs that they start from, each after those that it needs."""
-        by_key = {run.key: run for run in self._known.values()}
+        """All tasks of `rows` and of the runs that they start from, each once and after those that it needs."""
         found: dict[str, Task] = {}
 
         def add(run: PlannedRun) -> None:
             if run.start is not None:
-                add(by_key[run.start])
+                add(run.start)
             found.setdefault(run.id, run)
 
         for row in rows:

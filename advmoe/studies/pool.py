@@ -14,59 +14,51 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from advmoe.studies.plan import Task
+from advmoe.studies.plan import PlannedMeasure, Task
 
-
-@dataclass
-class Report:
-    """What became of the tasks."""
-
-    errors: dict[str, str] = field(default_factory=dict)
-    """Of the tasks that failed, by id."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Of the tasks done now, by id."""
-
-    def failed(self, task: Task) -> str | None:
-        """Why `task` has no result; None where it did not fail."""
-        return self.errors.get(task.id)
+Told = Callable[[str, Task], None]
+"""Called with `starts`, `done` or an error's text, and the task, as it happens."""
 
 
 def run_tasks(
     tasks: Mapping[str, Task],
+    errors: Mapping[str, str],
     *,
     jobs: int,
     threads: int,
     accelerator: str,
     logs: Path,
-    told: Callable[[str, Task], None],
-) -> Report:
+    told: Told,
+) -> dict[str, str]:
     """Do those of `tasks` that are not finished, `jobs` at a time; those that must run alone come last, one by one.
 
     Args:
-        tasks: by id, each after those that it needs. threads: of each process. logs: folder of the workers' output.
-        told: called with `starts`, `done` or an error's text, and the task, as it happens.
+        tasks: by id, each after those that it needs. errors: of tasks that failed before, by id: not tried again.
+        threads: of each process. logs: folder of the workers' output.
+
+    Returns `errors` with those of the tasks that failed now, or were skipped.
     """
-    report = Report()
-    todo = {name: task for name, task in tasks.items() if task.state() != "finished"}
-    together = {name: task for name, task in todo.items() if not getattr(task, "alone", False)}
-    alone = {name: task for name, task in todo.items() if name not in together}
+    errors = dict(errors)
+    todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
+    alone = {name: task for name, task in todo.items() if isinstance(task, PlannedMeasure) and task.alone}
+    together = {name: task for name, task in todo.items() if name not in alone}
     for part, number in ((together, jobs), (alone, 1)):
         if part:
-            _Pool(min(number, len(part)), threads, accelerator, logs).run(part, report, told)
-    return report
+            _Pool(min(number, len(part)), threads, accelerator, logs).run(part, errors, told)
+    return errors
 
 
 @dataclass
 class _Worker:
     process: Any
     pipe: Connection
+    number: int
     task: Task | None = None
-    started: float = 0.0
 
 
 class _Pool:
@@ -75,15 +67,15 @@ class _Pool:
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[_Worker] = []
 
-    def run(self, tasks: Mapping[str, Task], report: Report, told: Callable[[str, Task], None]) -> None:
+    def run(self, tasks: Mapping[str, Task], errors: dict[str, str], told: Told) -> None:
         waiting = dict(tasks)
         try:
             while waiting or any(worker.task for worker in self.workers):
-                self._give(waiting, report, told)
+                self._give(waiting, errors, told)
                 busy = {worker.pipe: worker for worker in self.workers if worker.task is not None}
                 for pipe in wait(list(busy), timeout=1.0):
                     assert isinstance(pipe, Connection)
-                    self._take(busy[pipe], report, told)
+                    self._take(busy[pipe], errors, told)
         finally:
             for worker in self.workers:
                 worker.pipe.close()  # an idle process then ends by itself, and tidies up
@@ -92,51 +84,55 @@ class _Pool:
             for worker in self.workers:
                 worker.process.join()
 
-    def _give(self, waiting: dict[str, Task], report: Report, told: Callable[[str, Task], None]) -> None:
+    def _give(self, waiting: dict[str, Task], errors: dict[str, str], told: Told) -> None:
         """Start what can be started; drop what needs something that failed."""
         running = {worker.task.id for worker in self.workers if worker.task is not None}
         for name, task in list(waiting.items()):
-            if broken := next((need for need in task.needs if need in report.errors), None):
+            if broken := next((need for need in task.needs if need in errors), None):
                 del waiting[name]
-                report.errors[name] = f"skipped, as what it needs failed: {_cause(report.errors[broken])}"
-                told(report.errors[name], task)
+                errors[name] = f"skipped, as what it needs failed: {_cause(errors[broken])}"
+                told(errors[name], task)
             elif not any(need in waiting or need in running for need in task.needs):
-                worker = next((each for each in self.workers if each.task is None), None) or self._new()
+                worker = self._idle()
                 if worker is None:
                     return
                 del waiting[name]
-                worker.task, worker.started = task, time.perf_counter()
+                worker.task = task
                 worker.pipe.send(task)
                 running.add(name)
                 told("starts", task)
 
-    def _new(self) -> _Worker | None:
-        if len(self.workers) >= self.jobs:
-            return None
+    def _idle(self) -> _Worker | None:
+        """A worker without a task, a new one where there may be more; None where all are busy."""
+        # One may have been killed since its last task, for want of memory, say.
+        self.workers = [each for each in self.workers if each.task is not None or each.process.is_alive()]
+        idle = next((each for each in self.workers if each.task is None), None)
+        return self._new() if idle is None and len(self.workers) < self.jobs else idle
+
+    def _new(self) -> _Worker:
         self.logs.mkdir(parents=True, exist_ok=True)
         ours, theirs = self.context.Pipe()
-        number = len(self.workers)
+        number = min(set(range(self.jobs)) - {each.number for each in self.workers})
         arguments = (theirs, os.getpid(), self.logs / f"worker-{number}.log", number, *self.settings)
         process = self.context.Process(target=_work, args=arguments, daemon=False)
         process.start()
         theirs.close()
-        self.workers.append(_Worker(process, ours))
+        self.workers.append(_Worker(process, ours, number))
         return self.workers[-1]
 
-    def _take(self, worker: _Worker, report: Report, told: Callable[[str, Task], None]) -> None:
+    def _take(self, worker: _Worker, errors: dict[str, str], told: Told) -> None:
         """The end of a worker's task, or of the worker."""
         task = worker.task
         assert task is not None
         try:
             error = worker.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # reset: it died before it had read its task
             worker.process.join()
             error = f"its process died (exit code {worker.process.exitcode})"
             self.workers.remove(worker)
         worker.task = None
-        report.seconds[task.id] = time.perf_counter() - worker.started
         if error is not None:
-            report.errors[task.id] = error
+            errors[task.id] = error
         told(error or "done", task)
 
 

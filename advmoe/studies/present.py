@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,18 @@ def stacked(id: str, title: str, rows: Mapping[str, Mapping[str, float]], *, xla
     return Figure(id=id, title=title, kind="stacked", data=rows, options={"xlabel": xlabel}, caption=caption, alt=alt)
 
 
+def histogram(id: str, title: str, series: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str) -> Figure:
+    """Distributions of an IoU, over one another."""
+    told = []
+    for name, each in series.items():
+        middles = [(low + high) / 2 for low, high in pairwise(each["edges"])]
+        mean = sum(middle * share for middle, share in zip(middles, each["shares"], strict=True))
+        told.append(f"{name}: mean {_number(mean)}")
+    options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
+    alt = f"Distributions of the IoU. {'; '.join(told)}."
+    return Figure(id=id, title=title, kind="histogram", data=series, options=options, caption=caption, alt=alt)
+
+
 def by_method(
     results: Results, x: str, value: Callable[[Trained], float | None], *, series: str = "method", factor: float = 100.0
 ) -> dict[str, list[dict[str, Any]]]:
@@ -154,14 +167,7 @@ def draw(figure: Figure, path: Path) -> None:
     """Draw a figure as .svg or .png. Raises `ValueError` without matplotlib, or with nothing to draw."""
     from advmoe.report import figures
 
-    options: dict[str, Any] = dict(figure.options)
-    if figure.kind == "lines":
-        options["references"] = [tuple(each) for each in options.get("references", ())]
-    functions: dict[str, Callable[..., None]] = {
-        "lines": figures.lines_figure, "bars": figures.bars_figure, "stacked": figures.stacked_figure,
-        "histogram": figures.histogram_figure,
-    }  # fmt: skip
-    functions[figure.kind](figure.data, path, **options)
+    getattr(figures, f"{figure.kind}_figure")(figure.data, path, **figure.options)
 
 
 def text(shown: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -70,11 +70,9 @@ class Results:
     """The rows of a study, in its order; with `select`, those that have the labels asked for."""
 
     rows: Sequence[Found] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    """Errors by task."""
 
     @staticmethod
-    def read(rows: Iterable[PlannedRow], skipped: Mapping[str, str] | None = None) -> Results:
+    def read(rows: Iterable[PlannedRow]) -> Results:
         """What there is of the planned rows."""
         found = []
         for row in rows:
@@ -82,12 +80,11 @@ class Results:
                 seed: Trained(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
             }
             found.append(Found(row.row.run.name, row.row.run.labels, runs))
-        return Results(found, skipped or {})
+        return Results(found)
 
     def select(self, **labels: Any) -> Results:
         """The rows with these labels."""
-        rows = [row for row in self.rows if all(row.labels.get(name) == value for name, value in labels.items())]
-        return Results(rows, self.skipped)
+        return Results([row for row in self.rows if all(row.labels.get(name) == v for name, v in labels.items())])
 
     def one(self, **labels: Any) -> Found | None:
         """The first row with these labels; None where there is none."""
@@ -175,6 +172,16 @@ def categories(row: Found | None, attack: str, wanted: Sequence[int], measure: s
         name = next((name for name in arrays if re.fullmatch(attack, name)), None)
         if name is not None:
             found[seed] = dict(enumerate(np.isin(arrays[name], wanted).tolist()))
+    return found
+
+
+def kept_pathways(row: Found | None, measure: str = "pathways") -> Outcomes:
+    """Per seed, whether an attack left each image's pathway as it was."""
+    found: Outcomes = {}
+    for seed, run in (row.by_seed if row is not None else {}).items():
+        arrays = run.arrays(measure, "pathways-examples.npz")
+        if arrays:
+            found[seed] = dict(zip(arrays["index"].tolist(), arrays["unchanged"].tolist(), strict=True))
     return found
 
 

@@ -6,30 +6,34 @@ Runs lie side by side under one folder, by key, so that studies share them; a st
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from advmoe.config import merged
+from advmoe.config import merged, require
 from advmoe.files import write_text
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
-from advmoe.studies.pool import Report, run_tasks
+from advmoe.studies.pool import Told, run_tasks
 from advmoe.studies.present import draw
 from advmoe.studies.results import Results
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.spec import Outcome, Settings, Study
+from advmoe.studies.statistics import MOST_SEEDS
 
-FIXED = ("model.kind", "training.method", "training.seed", "training.init_from")
-"""Fields that every study sets itself."""
+FIXED = (
+    "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
+    "training.init_from",
+)  # fmt: skip
+"""Fields that every study sets itself: what its rows are called by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a study is run."""
+    """How a study is run. Raises `ValueError` for what cannot be, by the names that the command gives it."""
 
     scale: str = "smoke"
     """`smoke`, `cpu` or `paper`."""
@@ -52,15 +56,21 @@ class Options:
     command: Sequence[str] | None = None
     """What the user typed, for the record."""
 
+    def __post_init__(self) -> None:
+        scale_named(self.scale)
+        for name in ("seeds", "num_examples", "jobs", "threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')}", ">= 1", value)
+        require((self.seeds or 1) <= MOST_SEEDS, "--seeds", f"<= {MOST_SEEDS}", self.seeds)
+        require(self.root.is_dir() or not self.root.exists(), "--out", "a folder, or new", str(self.root))
+
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""
         scale = scale_named(self.scale)
         scale = replace(scale, overrides=self.overrides, seeds=self.seeds or scale.seeds)
-        return scale if self.num_examples is None else replace(scale, examples=self.num_examples)
-
-
-Told = Callable[[str, Task], None]
-"""Called with `starts`, `done` or an error's text, and the task."""
+        if (number := self.num_examples) is None:
+            return scale
+        return replace(scale, examples=number, autoattack=(*scale.autoattack[:2], number))
 
 
 @dataclass
@@ -71,7 +81,8 @@ class Session:
     options: Options
     scale: Scale = field(init=False)
     planner: Planner = field(init=False)
-    report: Report = field(default_factory=Report)
+    errors: dict[str, str] = field(default_factory=dict)
+    """Of tasks that failed, by id."""
 
     def __post_init__(self) -> None:
         _require_free(self.study, self.options.overrides)
@@ -86,7 +97,7 @@ class Session:
         """
         rows: list[PlannedRow] = []
         for number, stage in enumerate(self.study.stages):
-            found = stage(self.scale, Results.read(rows, self.report.errors))
+            found = stage(self.scale, Results.read(rows))
             wanted = only(found, self.options.only)
             if number == 0 and not wanted:
                 names = "; ".join(row.run.name for row in found)
@@ -128,21 +139,17 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
     skipped. Returns the study's folder and the content of `study.json`. Raises `ValueError` for what cannot be run.
     """
     session = Session(study_named(name), options)
-    started = time.perf_counter()
     rows: list[PlannedRow] = []
     for rows in session.stages():
-        done = run_tasks(
-            session.planner.tasks(rows), jobs=options.jobs, threads=options.threads, accelerator=options.accelerator,
-            logs=options.root / "logs", told=told,
+        session.errors = run_tasks(
+            session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
+            accelerator=options.accelerator, logs=options.root / "logs", told=told,
         )  # fmt: skip
-        session.report.errors |= done.errors
-        session.report.seconds |= done.seconds
-    results = Results.read(rows, session.report.errors)
-    outcome = session.study.show(session.scale, results)
-    return session.home, _write(session, rows, outcome, time.perf_counter() - started)
+    outcome = session.study.show(session.scale, Results.read(rows))
+    return session.home, _write(session, rows, outcome)
 
 
-def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> dict[str, Any]:
     """Figures first, then `study.json`, which names them."""
     import torch
 
@@ -162,6 +169,7 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome, secon
             **{name: getattr(figure, name) for name in ("id", "title", "caption", "alt", "kind", "data", "options")},
             "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
         })  # fmt: skip
+    seconds = math.fsum(_seconds(task) or 0.0 for task in session.planner.tasks(rows).values())
     cuda = torch.cuda.is_available() and options.accelerator != "cpu"
     made = describe(name="", seed=0, device=torch.device("cuda" if cuda else "cpu"), devices=1, command=None)
     content = {
@@ -184,7 +192,7 @@ def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
     for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
         measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
         parts: list[Task] = [run, *measures]
-        errors = [error for task in parts if (error := session.report.errors.get(task.id))]
+        errors = [error for task in parts if (error := session.errors.get(task.id))]
         state = run.state()
         found.append({
             "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),
@@ -193,10 +201,11 @@ def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
     return found
 
 
-def _seconds(run: PlannedRun) -> float | None:
-    """Of training, as its manifest has it."""
+def _seconds(task: Task) -> float | None:
+    """What a run or a measurement took, as was noted there when it was made."""
+    file, name = ("manifest.json", "wall_seconds") if isinstance(task, PlannedRun) else ("done.json", "seconds")
     try:
-        seconds: float | None = json.loads((run.path / "manifest.json").read_text()).get("wall_seconds")
+        seconds: float | None = json.loads((task.path / file).read_text()).get(name)
     except (OSError, ValueError):
         return None
     return seconds

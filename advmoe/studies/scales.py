@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from advmoe.config import merged
+from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
 from advmoe.studies.spec import Measure, Run, ScaleName, Settings
 
@@ -41,7 +41,7 @@ METHODS: Mapping[str, Method] = {
     "AT (S-Dense)": _method("s-dense", "at"),
     "AT (Sparse)": _method("sparse", "sparse", "AT (Dense)"),
     "AT (MoE)": _method("moe", "at"),
-    "AdvMoE": _method("moe", "advmoe", router_objective="trades"),
+    "AdvMoE": _method("moe", "advmoe", router_objective="trades", alternation="both"),
     "standard MoE": _method("moe", "standard"),
     "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
     "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
@@ -108,6 +108,8 @@ class Scale:
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
         data, net, how, more = self.datasets[dataset], self.backbones[backbone], METHODS[method], more or {}
+        if how.settings["model"]["kind"] == "dense":
+            labels.pop("scale", None)  # r says nothing about a Dense model, the start of sparse ones of any r
         start = None
         if how.start is not None:
             shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
@@ -139,15 +141,8 @@ class Scale:
         shares = self.pick(
             smoke=(0, 0.5, 1, 2), cpu=(0, 0.25, 0.5, 0.75, 1, 1.5, 2), paper=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)
         )
-        eps = self.eps(run)
-        return Measure(
-            "sweep",
-            {
-                "attacks": attacks,
-                "num_examples": self.examples,
-                "epsilons": [round(share * eps, 6) for share in shares],
-            },
-        )
+        radii = [share * self.eps(run) for share in shares]
+        return Measure("sweep", {"attacks": attacks, "num_examples": self.examples, "epsilons": radii})
 
     def dissect(self) -> Measure:
         """What fails: predictions or routing, under PGD and under soft PGD."""
@@ -168,8 +163,6 @@ class Scale:
     @staticmethod
     def eps(run: Run) -> float:
         """The radius of a run's threat."""
-        from advmoe.config import Pixels
-
         return float(Pixels(run.settings["threat"]["eps"]))
 
 
@@ -179,7 +172,8 @@ def _word(part: str, value: Any) -> str:
 
 
 def scale_named(name: str) -> Scale:
-    """The scale of that name."""
+    """The scale of that name. Raises `ValueError`, which lists those there are."""
+    require(name in _SCALES, "--scale", f"one of {', '.join(_SCALES)}", name)
     return _SCALES[name]
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.config import merged
+from advmoe.config import Config, TrainingConfig, merged
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import RA, SA, WORST, Column, bars, table
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured
-from advmoe.studies.spec import Outcome, Row, Settings, Study
+from advmoe.studies.shared import MEASURED, measured, named
+from advmoe.studies.spec import Outcome, Row, Run, Settings, Study
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ CHANGES: Mapping[str, Change] = {
         "router", {"model": {"router": "embedding"}, "training": {"router_objective": "codes", "codes": "random"}}
     ),
     "independent start": Change("start", {"model": {"experts_init": "independent"}}),
+    "shared start": Change("start", {"model": {"experts_init": "shared"}}),
     "balance": Change("balance", {"training": {"balance": 0.1}}),
     "margin": Change("margin", {"training": {"margin": 1.0}}),
     "EMA": Change("average", {"training": {"ema": 0.99}}, plain=True),
@@ -51,13 +52,21 @@ MOST = 3
 """Changes that are combined at most."""
 
 
+def _recipe(scale: Scale, settings: Settings, **labels: str) -> Run:
+    """AdvMoE with changed settings, alternating as it does by default."""
+    usual = {"training": {"alternation": TrainingConfig().alternation}}
+    return scale.run("AdvMoE", more=merged(usual, settings), **labels)
+
+
 def _single(scale: Scale, _: Results) -> list[Row]:
-    changes = {BASE: {}, **{name: change.settings for name, change in CHANGES.items()}}
+    usual = merged(Config().to_dict(), _recipe(scale, {}).settings)
+    # Which start is no change depends on the scale.
+    changes = {name: each.settings for name, each in CHANGES.items() if merged(usual, each.settings) != usual}
     if scale.name == "smoke":
-        changes = {name: changes[name] for name in (BASE, "soft inner attack", "EMA")}
+        changes = {name: changes[name] for name in ("soft inner attack", "EMA")}
     rows = [measured(scale, scale.run("AT (S-Dense)"))]
-    for name, settings in changes.items():
-        rows.append(measured(scale, scale.run("AdvMoE", more=settings, variant=name)))
+    for name, settings in {BASE: {}, **changes}.items():
+        rows.append(measured(scale, _recipe(scale, settings, variant=name)))
     return rows
 
 
@@ -83,17 +92,13 @@ def _together(scale: Scale, results: Results) -> list[Row]:
     names = chosen(results)
     rows = []
     if len(names) > 1:
-        run = scale.run("AdvMoE", more=combined(names), variant=f"{BEST}: {', '.join(names)}")
+        run = _recipe(scale, combined(names), variant=f"{BEST}: {', '.join(names)}")
         rows.append(measured(scale, run))
     plain = [name for name in names if CHANGES[name].plain]
     if plain:  # what helps any network is given to the baseline too
         run = scale.run("AT (S-Dense)", more=combined(plain), variant=", ".join(plain))
         rows.append(measured(scale, run))
     return rows
-
-
-def _named(labels: Mapping[str, Any]) -> str:
-    return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
 def _show(scale: Scale, results: Results) -> Outcome:
@@ -122,7 +127,7 @@ def _show(scale: Scale, results: Results) -> Outcome:
     verdicts = []
     for name, attack in MEASURED.items():
         compared = [
-            Comparison(f"AdvMoE, {label}", _named(base.labels), outcomes(best, attack), outcomes(base, attack))
+            Comparison(f"AdvMoE, {label}", named(base.labels), outcomes(best, attack), outcomes(base, attack))
             for base in baselines
         ]
         if compared:

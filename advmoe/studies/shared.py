@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from advmoe.studies.claims import Comparison, claim, verdict
@@ -28,6 +28,11 @@ BAR_PARTS = {
     "both_survive": "1 both survive", "only_routing_fails": "2 only routing fails",
     "only_prediction_fails": "3 only prediction fails", "both_fail": "4 both fail",
 }  # fmt: skip
+
+
+def named(labels: Mapping[str, Any]) -> str:
+    """A row by its method and, where there are several, its variant."""
+    return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
 def measured(scale: Scale, run: Run, *, timed: bool = False, **more: Measure) -> Row:

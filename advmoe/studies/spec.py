@@ -17,7 +17,6 @@ Settings = Mapping[str, Mapping[str, Any]]
 """Groups of fields, as `Config.from_dict` takes them."""
 MeasureKind = Literal["evaluate", "sweep", "dissect", "pathways", "cost", "pace"]
 ScaleName = Literal["smoke", "cpu", "paper"]
-SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config
-from advmoe.files import write_text
+from advmoe.files import write_arrays, write_text
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 
@@ -94,14 +94,10 @@ def _sweep(task: PlannedMeasure, threads: int, accelerator: str) -> None:
 
 
 def _dissect(task: PlannedMeasure, threads: int, accelerator: str) -> None:
-    import numpy as np
-
     from advmoe.evaluation.runs import dissect_run
 
     _, found = dissect_run(task.run.path, **_arguments(task, threads, accelerator))
-    categories = {name: each.categories.numpy() for name, each in found.items()}
-    with (task.path / "dissection-examples.npz").open("wb") as file:
-        np.savez_compressed(file, **categories)  # type: ignore[arg-type]
+    write_arrays(task.path / "dissection-examples.npz", {n: each.categories.numpy() for n, each in found.items()})
 
 
 def _pathways(task: PlannedMeasure, threads: int, accelerator: str) -> None:

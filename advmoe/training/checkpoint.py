@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment: written whole or not at all, refused by name when damaged.
 
 A checkpoint is a folder: `model.safetensors`, `state.pt` (optimisers and counters; opened with `weights_only`, so that
-it runs no code), and `checksums.json`, which makes damage visible.
+it runs no code), `more.safetensors` where the way of training has more to remember, and `checksums.json`, which makes
+damage visible.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from advmoe.files import sync, write_text
 from advmoe.models.state import savable
 
+_FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
+
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are missing or not as they were written."""
@@ -28,11 +31,14 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to go on: `weights` and buffers, `optimizers` states, `progress` counters."""
+    """Everything that a run needs to go on: `weights` and buffers, `optimizers` states, `progress` counters, and `more`
+    tensors that the way of training remembers.
+    """
 
     weights: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
     progress: dict[str, Any]
+    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _checksum(path: Path) -> str:
@@ -50,7 +56,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
     fresh.mkdir(parents=True)
     save_file(savable(checkpoint.weights), fresh / "model.safetensors")
     torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, fresh / "state.pt")
-    names = ("model.safetensors", "state.pt")
+    names = list(_FILES)
+    if checkpoint.more:
+        save_file(savable(checkpoint.more), fresh / _MORE)
+        names.append(_MORE)
     write_text(fresh / "checksums.json", json.dumps({name: _checksum(fresh / name) for name in names}))
     for name in names:
         sync(fresh / name)
@@ -69,14 +78,16 @@ def load(folder: Path) -> Checkpoint:
         expected: dict[str, str] = json.loads((folder / "checksums.json").read_text())
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{folder / 'checksums.json'} must be readable, got: {error}") from error
-    for name in ("model.safetensors", "state.pt"):
+    more = _MORE in expected
+    for name in (*_FILES, *[_MORE] * more):
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} must exist, got nothing")
         if (found := _checksum(path)) != expected.get(name):
             raise DamagedCheckpoint(f"{path} must have checksum {expected.get(name)}, got {found}: it is damaged")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"])
+    remembered = load_file(folder / _MORE) if more else {}
+    return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"], remembered)
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -1,31 +1,42 @@
-"""Who is updated when: a method is the sequence of levels that one iteration runs.
+"""Who is updated when: a method is a schedule of levels, some or all of which an iteration runs.
 
-psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'. Each level draws its own batch,
-makes its own attack on the current model, and changes its part alone.
+psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'; a sparse model has channel
+scores besides. Each level has a batch and an attack on the current model, its own or shared with another level, and
+changes its part alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from advmoe.config import Method
+from advmoe.config import Method, TrainingConfig
 from advmoe.models import split_parameters
+from advmoe.models.sparse import scores_of
 from advmoe.moe.routers import routers_of
+from advmoe.training.schedule import batches
 
-Part = Literal["all", "experts", "routers"]
+Part = Literal["all", "experts", "routers", "scores"]
 
 
 @dataclass(frozen=True)
 class Level:
-    """One update: which part moves, and whether against an attack."""
+    """One update: which part moves, against an attack or not, and when and on what it does."""
 
     part: Part
     adversarial: bool = True
+    batch: int = 0
+    """Which of an iteration's batches. Levels on one batch share it and the attack on it, made before the first."""
+    every: int = 1
+    """The level runs in the iterations whose number, from the run's start, is `turn` modulo `every`."""
+    turn: int = 0
+    warm: bool = False
+    """Whether the attack is one step from an image's last perturbation (ATTA, Zheng et al., CVPR 2020)."""
 
 
 METHODS: dict[Method, tuple[Level, ...]] = {
@@ -33,33 +44,76 @@ METHODS: dict[Method, tuple[Level, ...]] = {
     "at": (Level("all"),),
     "at-routers": (Level("routers"),),
     "at-experts": (Level("experts"),),
+    # Its second phase; before and after it is `at` (see `phases`).
+    "sparse": (Level("scores"),),
     # Algorithm 1: the lower level (routers) first, then the upper (backbone).
-    "advmoe": (Level("routers"), Level("experts")),
+    "advmoe": (Level("routers"), Level("experts", batch=1)),
 }
+
+_ALTERNATIONS: dict[str, tuple[Level, ...]] = {
+    "both": METHODS["advmoe"],
+    "shared-attack": (Level("routers"), Level("experts")),
+    "by-iteration": (Level("routers", every=2), Level("experts", every=2, turn=1)),
+    "warm-start": (Level("routers", warm=True), Level("experts", batch=1, warm=True)),
+}
+"""AdvMoE's levels by `training.alternation`, but for `every-K`."""
+
+
+def levels_of(training: TrainingConfig) -> tuple[Level, ...]:
+    """The levels of the method that `training` describes, in the order in which an iteration runs those due."""
+    if training.method != "advmoe":
+        return METHODS[training.method]
+    if training.every is not None:
+        return Level("routers", every=training.every), Level("experts", batch=1)
+    return _ALTERNATIONS[training.alternation]
+
+
+Run = list[tuple[Tensor, tuple[Level, ...]]]
+"""What one iteration runs: its batches in turn, as indices (B,) of images, each with the levels on it."""
+
+
+def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[Run]:
+    """What each iteration of `epoch` (from 0) runs of `levels`, whose batches are those of `schedule.batches`."""
+    plan = batches(num_images, batch_size, seed=seed, epoch=epoch, levels=1 + max(level.batch for level in levels))
+    runs = []
+    for iteration, indices in enumerate(plan, epoch * len(plan)):
+        due = [level for level in levels if iteration % level.every == level.turn]
+        runs.append([(indices[batch], tuple(on)) for batch, on in groupby(due, key=lambda level: level.batch)])
+    return runs
+
+
+def parts_of(model: nn.Module) -> dict[Part, list[nn.Parameter]]:
+    """The parameters of each part but `all`; together all, none twice."""
+    psi, phi = split_parameters(model)
+    scores = scores_of(model)
+    known = {id(score) for score in scores}
+    return {"experts": [p for p in psi if id(p) not in known], "routers": phi, "scores": scores}
 
 
 @contextmanager
-def learning(model: nn.Module, part: Part) -> Iterator[None]:
+def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[None]:
     """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
+    Without `record` no buffer moves at all.
 
     Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag
     behind fast early weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against
-    1.6).
+    1.6). Under scores that learn, weights are fixed but statistics are not: those of the dense network do not fit what
+    its masks let through, and attacks and measurements go by them.
     """
-    psi, phi = split_parameters(model)
+    parts = parts_of(model)
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
     modules = list(model.modules())
     norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     modes = [module.training for module in modules]
-    wanted = [(p, p.requires_grad) for p in (*psi, *phi)]
+    wanted = [(p, p.requires_grad) for parameters in parts.values() for p in parameters]
     recording = [norm.track_running_stats for norm in norms]
-    still = {id(parameter) for parameter in {"experts": phi, "routers": psi, "all": []}[part]}
+    still = {id(p) for other, parameters in parts.items() if part not in ("all", other) for p in parameters}
     for parameter, needs in wanted:  # what the user's own network has frozen stays so
         parameter.requires_grad_(needs and id(parameter) not in still)
     model.train()
     for norm in norms:
         fixed = "experts" if id(norm) in router_modules else "routers"
-        norm.track_running_stats = part != fixed
+        norm.track_running_stats = record and part != fixed
     try:
         yield
     finally:

@@ -5,6 +5,8 @@ Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +47,36 @@ def trades(
     with route() as adversarial_routing:
         terms["kl"] = beta * kl_divergence(logits, model(x_adv))
     return terms, clean_routing, adversarial_routing, logits
+
+
+def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:
+    """weight * E * sum_i f_i P_i, mean over MoE layers and `routings`: f_i the share of samples whose choice is expert
+    i, P_i the mean of its gate probability (Fedus et al., JMLR 2022, eq. 4 to 6). It is `weight` where both are even,
+    and E times that where one expert has all. Gradient flows through P alone.
+
+    Samples are those of the batch on this process (tokens, where they are routed one by one).
+    """
+    losses = []
+    for routing in routings:
+        scores = _scores(routing)
+        choices = torch.stack([choice.flatten() for choice in routing.choices.values()])
+        shares = F.one_hot(choices, scores.shape[2]).float().mean(1)
+        losses.append(scores.shape[2] * (shares * scores.softmax(2).mean(1)).sum(1).mean())
+    return weight * torch.stack(losses).mean()
+
+
+def _scores(routing: Routing) -> Tensor:
+    """The scores of all MoE layers, (L, N, E), as the dictionaries of `routing` have them."""
+    return torch.stack([scores.flatten(0, -2).float() for scores in routing.scores.values()])
+
+
+def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
+    """weight * max(0, 1 - (chosen expert's score - runner-up's)), mean over samples and MoE layers: zero where every
+    choice is clear by 1, so that an attack must move scores far to change it. The hinge of support vector machines
+    (Crammer & Singer, JMLR 2001), with the choice itself as the class.
+    """
+    first, second = _scores(routing).topk(2, 2).values.unbind(2)
+    return weight * (1 - (first - second)).relu().mean()
 
 
 def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:

@@ -32,12 +32,12 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
         parameter.grad = mean.clone()
 
 
-def average_buffers(fabric: Fabric, model: nn.Module) -> None:
+def average_buffers(fabric: Fabric, buffers: Iterable[Tensor]) -> None:
     """Replace batch-norm statistics, which each process gathered from its own share, by their mean."""
     if fabric.world_size == 1:
         return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    for buffer, mean in zip(buffers, _averaged(fabric, buffers), strict=True):
+    gathered = [buffer for buffer in buffers if buffer.is_floating_point()]
+    for buffer, mean in zip(gathered, _averaged(fabric, gathered), strict=True):
         buffer.copy_(mean)
 
 

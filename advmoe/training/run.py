@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,37 +20,48 @@ from advmoe.data import Dataset, load_dataset
 from advmoe.files import write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
+from advmoe.pruning import write_masks
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
+from advmoe.training.board import Board, examples, require_tensorboard
+from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 
 
-def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
+def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board | None = None) -> None:
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
-    model.
+    model, and show every epoch on `board`.
+
+    A phase's successor starts from the best checkpoint of it, and is what `last` holds once it is over.
     """
-    fabric, t = trainer.fabric, trainer.config.training
+    run, plan = trainer, phases(trainer.config)
+    fabric, t = run.fabric, run.config.training
     progress: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
     found = checkpoints.load_latest(run_dir / "last")
     if found is not None:
-        trainer.restore(found)
         progress = found.progress
+    phase = phase_at(plan, progress["epoch"])
+    trainer = enter(phase, run)
+    if found is not None:
+        trainer.restore(found)
     if fabric.is_global_zero:
-        _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
-    iterations = len(batches(len(trainer.train_set), t.batch_size, seed=t.seed, epoch=0))
+        logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+        if board is not None:
+            board.follow(logged)
+    epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     bar = tqdm(
-        total=t.epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
+        total=epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
         disable=None if fabric.is_global_zero else True,
     )  # fmt: skip
     with bar:
-        for epoch in range(progress["epoch"], t.epochs):
+        for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
-            bar.set_description(f"epoch {epoch + 1}/{t.epochs}")
-            trainer.train_epoch(epoch, bar)
+            bar.set_description(f"{phase.name or 'train'}: epoch {epoch + 1}/{epochs}")
+            _train_epoch(trainer, phase, epoch, bar)
             seconds = time.perf_counter() - started
             measured = trainer.validate()
-            line = _epoch_line(trainer, epoch, seconds, iterations, measured)
+            line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
             best = progress["best"]
             better = best is None or score is None or score >= best["score"]
@@ -62,14 +73,36 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any]) -> None:
             if fabric.is_global_zero:
                 with (run_dir / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                state = trainer.state(progress)
+                if board is not None:
+                    board.write(line, examples(trainer))
                 if better:
-                    checkpoints.save(run_dir / "best", state, keep_previous=False)
-                    save_model(trainer.model, run_dir)
-                checkpoints.save(run_dir / "last", state)
+                    _keep_best(trainer, run_dir, progress)
+            if epoch + 1 == phase.end < epochs:
+                fabric.barrier()
+                leave(phase, trainer, run, checkpoints.load(run_dir / "best").weights)
+                phase = phase_at(plan, epoch + 1)
+                trainer = enter(phase, run)
+                progress["best"] = None
+            if fabric.is_global_zero:
+                checkpoints.save(run_dir / "last", trainer.state(progress))
             fabric.barrier()
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
+
+
+def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
+    """Write the weights that were measured, as the best checkpoint and as the run's model."""
+    with trainer.averaged():
+        checkpoints.save(run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False)
+        save_model(trainer.kept(), run_dir)
+
+
+def _train_epoch(trainer: Trainer, phase: Phase, epoch: int, bar: Any) -> None:
+    """Run `epoch` of the run; what diverges says in which phase."""
+    try:
+        trainer.train_epoch(epoch - phase.first, bar)
+    except TrainingDiverged as error:
+        raise (error if phase.name is None else TrainingDiverged(f"{phase.name}: {error}")) from None
 
 
 def _score(method: str, measured: dict[str, float] | None) -> float | None:
@@ -80,13 +113,14 @@ def _score(method: str, measured: dict[str, float] | None) -> float | None:
 
 
 def _epoch_line(
-    trainer: Trainer, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
+    trainer: Trainer, phase: Phase, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
 ) -> dict[str, Any]:
     t = trainer.config.training
     seen = sum(trainer.means.counts.values()) * trainer.fabric.world_size
     return {
         "epoch": epoch + 1,
-        "lr": t.lr * cosine(epoch * iterations, t.epochs * iterations),
+        **({} if phase.name is None else {"phase": phase.name}),
+        "lr": t.lr * cosine((epoch - phase.first) * iterations, t.epochs * iterations),
         "train": trainer.means.report(trainer.fabric),
         "val": measured,
         "seconds": round(seconds, 3),
@@ -95,25 +129,29 @@ def _epoch_line(
     }
 
 
-def _trim_metrics(path: Path, epochs: int) -> None:
-    """Drop the lines of epochs that an interrupted run logged but did not save."""
+def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """Drop the lines of epochs that an interrupted run logged but did not save; returns those that stay."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["epoch"] <= epochs:
-                kept.append(line)
+            logged = json.loads(line)
+            if logged["epoch"] <= epochs:
+                kept[line] = logged
         except ValueError:
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
+    return list(kept.values())
 
 
 def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
     best = checkpoints.load_latest(run_dir / "best")
     if best is not None:
-        trainer.model.load_state_dict(best.weights)
-    save_model(trainer.model, run_dir)
+        trainer.load(best.weights)
+    save_model(model := trainer.kept(), run_dir)
+    if model.spec["kind"] == "sparse":
+        write_masks(model, run_dir)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifests.write(run_dir, {**manifest, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
 
@@ -130,13 +168,14 @@ class _Launch:
     threads: int | None
     command: list[str] | None
     fresh: bool
+    tensorboard: bool
 
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """What each process of a run does. The directory is made once data and model are known to be good."""
     torch.set_num_threads(threads)
     config, folder = launch.config, launch.run_dir
-    dataset = _load(config, progress=fabric.is_global_zero)
+    dataset = load_data(config, progress=fabric.is_global_zero)
     model = build_model(config, dataset)
     trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
@@ -153,10 +192,12 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
         manifests.write(folder, described)
         config.dump(folder / "config.yaml")
     fabric.barrier()
-    fit(trainer, folder, manifests.read(folder))
+    shown = launch.tensorboard and fabric.is_global_zero
+    fit(trainer, folder, manifests.read(folder), Board(folder) if shown else None)
 
 
-def _load(config: Config, *, progress: bool) -> Dataset:
+def load_data(config: Config, *, progress: bool) -> Dataset:
+    """The images that `config` trains on. Raises `ValueError` for what cannot be read."""
     data = config.data
     return load_dataset(
         data.name,
@@ -186,7 +227,7 @@ def _start(launch: _Launch) -> Path:
     )
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
-        build_model(launch.config, _load(launch.config, progress=True))
+        build_model(launch.config, load_data(launch.config, progress=True))
     threads = launch.threads or max(1, torch.get_num_threads() // devices)
     try:
         fabric.launch(partial(_process, launch=launch, threads=threads))
@@ -207,6 +248,7 @@ def train(
     accelerator: str = "auto",
     threads: int | None = None,
     command: list[str] | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Train `config` from its start and fill `run_dir`, which must be new or empty.
 
@@ -214,6 +256,8 @@ def train(
         name: the recipe's, for the manifest. command: what the user typed, likewise.
         devices: processes, one per device; they share each batch. accelerator: `auto`, `cpu` or `cuda`.
         threads: CPU threads per process; by default what PyTorch has, shared among them.
+        tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
+            `metrics.jsonl`, and a few validation images, clean and adversarial.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
     for a NaN or infinite loss.
@@ -221,7 +265,11 @@ def train(
     run_dir = Path(run_dir)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(run_dir)!r}")
-    return _start(_Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True))
+    if tensorboard:
+        require_tensorboard()
+    return _start(
+        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard)
+    )
 
 
 def resume(
@@ -231,11 +279,13 @@ def resume(
     devices: int | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the processes and threads it had.
 
     `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
-    executed. On CPU the weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
+    executed. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the weights
+    end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     run_dir = Path(run_dir)
@@ -250,6 +300,9 @@ def resume(
         raise ValueError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    if tensorboard := tensorboard or (run_dir / "tensorboard").is_dir():
+        require_tensorboard()
+    name, command = manifest["name"], manifest["command"]
     return _start(
-        _Launch(config, run_dir, manifest["name"], devices, accelerator, threads, manifest["command"], fresh=False)
+        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=False, tensorboard=tensorboard)
     )

@@ -5,9 +5,10 @@ Axes: `N` batch, `C` channels, `H W` size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,20 +22,32 @@ from advmoe.data import Dataset, Variation
 from advmoe.evaluation.accuracy import outcomes, summary
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
-from advmoe.models import Classifier, create_model, split_parameters
+from advmoe.models import Classifier, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
-from advmoe.moe.routing import soft_routing
+from advmoe.moe.routing import Routing, soft_routing
+from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
+from advmoe.training.averaging import WeightAverage
+from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.methods import Level, epoch_plan, learning, levels_of, parts_of
 from advmoe.training.monitor import EpochMeans, LayerUse
-from advmoe.training.objectives import Terms, code_loss, codewords, cross_entropy, trades
+from advmoe.training.objectives import (
+    Terms,
+    balance_loss,
+    choice_margin_loss,
+    code_loss,
+    codewords,
+    cross_entropy,
+    trades,
+)
+from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
-from advmoe.training.schedule import batches, cosine
+from advmoe.training.schedule import cosine
 
 
 class TrainingDiverged(RuntimeError):
@@ -60,7 +73,10 @@ def build_model(config: Config, dataset: Dataset) -> Classifier:
             )  # fmt: skip
     if start is not None and upcycled is None:
         try:
-            model.load_state_dict(start.state_dict())
+            if config.model.kind == "sparse":
+                adopt(model, start)
+            else:
+                model.load_state_dict(start.state_dict())
         except RuntimeError as error:
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise ValueError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
@@ -78,8 +94,12 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
         raise ValueError(f"model.source {source}: {error}") from error
     if (classes := model.spec["num_classes"]) != dataset.num_classes:
         raise ValueError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
-    if method in ROUTED_METHODS and not model.routed:
-        rule = f"converted (--to-moe), or have MoE layers of its own, when training.method is {method}"
+    t = config.training
+    reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
+    if method in ROUTED_METHODS:
+        reasons.append(f"training.method is {method}")
+    if reasons and not model.routed:
+        rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
         raise ValueError(f"model.source must be {rule}, got {source!r} without")
     return model
 
@@ -95,64 +115,118 @@ class Trainer:
     model: Classifier
     dataset: Dataset
     fabric: Fabric
+    whole: Classifier | None = field(default=None, kw_only=True)
+    """The sparse model whose compacted form `model` is, where that is trained; it is what a run keeps."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
+    levels: tuple[Level, ...] = field(init=False)
     table: Tensor | None = field(init=False, default=None)
+    average: WeightAverage | None = field(init=False, default=None)
+    perturbations: Perturbations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         c, device = self.config, self.fabric.device
         self.threat = ThreatModel(c.threat.norm, float(c.threat.eps))
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
-        psi, phi = split_parameters(self.model)
         t = c.training
         self.optimizers = {
             part: torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-            for part, parameters in (("experts", psi), ("routers", phi))
+            for part, parameters in parts_of(self.model).items()
             if parameters
         }
-        if c.training.router_objective == "codes":
+        if t.router_objective == "codes":
             layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
-            arguments = (self.dataset.num_classes, layers, c.model.num_experts, c.training.seed)
-            self.table = codewords(c.training.codes, *arguments).to(device)
-        if c.training.compile:
+            arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
+            self.table = codewords(t.codes, *arguments).to(device)
+        self.levels = levels_of(t)
+        if t.ema > 0:
+            self.average = WeightAverage(self.model, t.ema)
+        if any(level.warm for level in self.levels):
+            self.perturbations = Perturbations(self.train_set, self.fabric)
+        if t.compile:
             compile_model(self.model)
         self.use, self.means = LayerUse(), EpochMeans()
 
-    def attack(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """The inner maximisation on the current model, in eval mode; (N, C, H, W)."""
+    def attack(self, x: Tensor, generator: torch.Generator, held: Tensor | None = None) -> Tensor:
+        """The inner maximisation on the current model, in eval mode; (N, C, H, W). From `held`, where earlier
+        perturbations are given, it takes one step.
+        """
         t = self.config.training
-        predict: Callable[[Tensor], Tensor] = self.model
-        if t.attack_routing == "soft" and self.model.routed:
-            predict = soft_routing(self.model)
+        search = partial(
+            trades_attack, threat=self.threat, steps=t.attack_steps if held is None else 1,
+            step_size=float(t.step_size), generator=generator,
+        )  # fmt: skip
         with frozen(self.model), self.fabric.autocast():
-            return trades_attack(
-                predict, x, threat=self.threat, steps=t.attack_steps, step_size=float(t.step_size), generator=generator
-            )
+            if t.attack_routing == "straight-through" or not self.model.routed:
+                return search(self.model, x, held=held)
+            soft = soft_routing(self.model)
+            if t.attack_routing == "soft":
+                return search(soft, x, held=held)
+            x_adv = torch.empty_like(x)
+            softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
+            for predict, chosen in ((self.model, ~softly), (soft, softly)):
+                if len(index := chosen.nonzero()[:, 0]):
+                    part = x[index].contiguous(memory_format=torch.channels_last)
+                    x_adv[index] = search(predict, part, held=None if held is None else held[index])
+            return x_adv
 
-    def step(self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator) -> Terms:
-        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms before it."""
-        t = self.config.training
-        x_adv = self.attack(x, generator) if level.adversarial else None
-        with learning(self.model, level.part):
-            with self.fabric.autocast():
-                if x_adv is None:
-                    terms, routing, logits = cross_entropy(self.model, x, y)
-                else:
-                    terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
-                    if self.table is not None and level.part == "routers":
-                        terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
+    def step(
+        self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
+    ) -> Terms:
+        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms before it.
+
+        An adversarial level attacks the images, unless `x_adv` (N, C, H, W) holds what an attack has made of them.
+        """
+        if level.adversarial and x_adv is None:
+            x_adv = self.attack(x, generator)
+        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
+            terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
             self._require_finite(terms)
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(terms.values())).sum().backward()
-            average_gradients(self.fabric, self.model.parameters())
-        for part in ("experts", "routers") if level.part == "all" else (level.part,):
-            if part in self.optimizers:
-                self.optimizers[part].step()
+            self._backward(terms)
+        for part, optimizer in self.optimizers.items():
+            if level.part in ("all", part):
+                optimizer.step()
         self.means.add(level.part, {**terms, "accuracy": (logits.argmax(1) == y).float().mean()}, len(y))
         return terms
+
+    def _loss(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Terms, Routing, Tensor]:
+        """The terms that `level` minimises, the clean pass's routing, and its logits (N, K)."""
+        t = self.config.training
+        with self.fabric.autocast():
+            if x_adv is None:
+                terms, routing, logits = cross_entropy(self.model, x, y)
+                passes = [routing]
+            else:
+                terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
+                passes = [routing, adversarial]
+                if self.table is not None and level.part == "routers":
+                    terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
+            if t.balance > 0 and level.part != "experts":
+                terms["balance"] = balance_loss(passes, t.balance)
+            if t.margin > 0 and level.part != "experts":
+                terms["margin"] = choice_margin_loss(passes[-1], t.margin)
+        return terms, routing, logits
+
+    def _backward(self, terms: Terms) -> None:
+        """The gradients of the terms' sum, the same on every process."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        average_gradients(self.fabric, self.model.parameters())
+
+    @contextmanager
+    def _perturbed(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> Iterator[None]:
+        """The weights of `level`'s part moved against it by `training.awp` inside."""
+        gamma = self.config.training.awp
+        if gamma == 0:
+            yield
+            return
+        with learning(self.model, level.part, record=False):
+            self._backward(self._loss(level, x, x_adv, y)[0])
+        with perturbed(self.model.parameters(), gamma):
+            yield
 
     def _require_finite(self, terms: Terms) -> None:
         values = torch.stack([value.detach().float() for value in terms.values()])
@@ -163,27 +237,54 @@ class Trainer:
         raise TrainingDiverged(f"loss terms must stay finite, got {named}; expert loads per layer: {self.use.loads()}")
 
     def train_epoch(self, epoch: int, bar: Any) -> None:
-        """Run every iteration of `epoch` (from 0): each level of the method on its own batch."""
+        """Run every iteration of `epoch` (from 0): the levels of the method that are due, batch by batch."""
         t, fabric = self.config.training, self.fabric
-        levels = METHODS[t.method]
-        plan = batches(len(self.train_set), t.batch_size, seed=t.seed, epoch=epoch, levels=len(levels))
-        shares = [index[fabric.global_rank :: fabric.world_size] for indices in plan for index in indices]
+        plan = epoch_plan(self.levels, len(self.train_set), t.batch_size, seed=t.seed, epoch=epoch)
+        shares = [index[fabric.global_rank :: fabric.world_size] for run in plan for index, _ in run]
         generator = generator_for(t.seed, "train", epoch, fabric.global_rank, device=fabric.device)
         variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
+        varied = variation if self.config.data.augment else None
         self.use, self.means = LayerUse(), EpochMeans()
-        with closing(self.train_set.batches(shares, variation if self.config.data.augment else None)) as drawn:
-            for iteration in range(len(plan)):
-                step = epoch * len(plan) + iteration
+        with closing(self.train_set.batches(shares, varied if self.perturbations is None else None)) as drawn:
+            for step, run in enumerate(plan, epoch * len(plan)):
                 factor = cosine(step, t.epochs * len(plan))
                 for optimizer in self.optimizers.values():
                     optimizer.param_groups[0]["lr"] = t.lr * factor
-                for level, (images, y) in zip(levels, islice(drawn, len(levels)), strict=True):
-                    x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
-                    try:
-                        self.step(level, x, y, generator)
-                    except TrainingDiverged as error:
-                        raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
+                    x, x_adv = self._prepared(levels[0], index, images, varied, generator)
+                    for level in levels:
+                        try:
+                            self.step(level, x, y, generator, x_adv)
+                        except TrainingDiverged as error:
+                            raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                if self.average is not None:
+                    self.average.update(self.model, step)
                 bar.update()
+
+    def _prepared(
+        self, level: Level, index: Tensor, images: Tensor, varied: Variation | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pixels (N, C, H, W) of a batch and, for an adversarial `level`, what its attack makes of them.
+
+        `images` are this process's share of those at `index`; where perturbations are held they are yet to be varied.
+        """
+        view, held = None, self.perturbations
+        if held is not None and varied is not None:
+            view = varied.view(images)
+            images = view.of(images)
+        x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
+        if not level.adversarial:
+            return x, None
+        x_adv = self.attack(x, generator, None if held is None else held.take(index, view))
+        if held is not None:
+            held.keep(index, view, x_adv - x)
+        return x, x_adv
+
+    @property
+    def val_attack(self) -> AttackConfig:
+        """The attack on the validation split, whose steps can cross the ball."""
+        steps = self.config.training.val_attack_steps
+        return AttackConfig(steps=steps, step_size=Pixels(2.5 * self.threat.eps / steps or 1e-3))
 
     def validate(self) -> dict[str, float] | None:
         """Clean and robust accuracy on the validation split, in fp32; None where there is no such split.
@@ -191,28 +292,56 @@ class Trainer:
         Robust means under straight-through and, for a routed model, under soft-routing gradients: the worst of both.
         """
         val, t, fabric = self.dataset.val, self.config.training, self.fabric
-        average_buffers(fabric, self.model)
+        average_buffers(fabric, self.model.buffers())
+        if self.average is not None:
+            average_buffers(fabric, self.average.buffers(self.model))
         if len(val) == 0:
             return None
         share = val.subset(torch.arange(fabric.global_rank, len(val), fabric.world_size))
         sums = torch.zeros(3, device=fabric.device)
         if len(share):
-            step_size = Pixels(2.5 * self.threat.eps / t.val_attack_steps or 1e-3)
-            attack = AttackConfig(steps=t.val_attack_steps, step_size=step_size)
-            found = outcomes(self.model, share, threat=self.threat, attack=attack, seed=t.seed, device=fabric.device)
+            with self.averaged():
+                found = outcomes(
+                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=fabric.device
+                )
             numbers = summary(found)
             shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
             sums = len(share) * torch.tensor(shares, device=fabric.device)
         clean, robust, count = total(fabric, sums).tolist()
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are measured and kept: their average, if one is taken, or its own."""
+        return nullcontext() if self.average is None else self.average.applied(self.model)
+
+    def kept(self) -> Classifier:
+        """The model as the run keeps it."""
+        return self.model if self.whole is None else expand(self.model, self.whole)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over the weights of a model as the run keeps it."""
+        if self.whole is None:
+            self.model.load_state_dict(weights)
+        else:
+            self.whole.load_state_dict(weights)
+            self.model.load_state_dict(compact(self.whole).state_dict())
+
     def state(self, progress: dict[str, Any]) -> Checkpoint:
         """Everything that a later process needs to go on from here."""
         states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
-        return Checkpoint(self.model.state_dict(), states, progress)
+        more = {}
+        if self.average is not None:
+            more = {f"average.{name}": tensor for name, tensor in self.average.state.items()}
+        if self.perturbations is not None:
+            more["perturbations"] = self.perturbations.held
+        return Checkpoint(self.kept().state_dict(), states, progress, more)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to `checkpoint`."""
-        self.model.load_state_dict(checkpoint.weights)
+        self.load(checkpoint.weights)
         for optimizer, state in zip(self.optimizers.values(), checkpoint.optimizers, strict=True):
             optimizer.load_state_dict(state)
+        if self.average is not None:
+            self.average.load({name.removeprefix("average."): tensor for name, tensor in checkpoint.more.items()})
+        if self.perturbations is not None:
+            self.perturbations.held.copy_(checkpoint.more["perturbations"])

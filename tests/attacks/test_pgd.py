@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advmoe.attacks import cross_entropy_loss, kl_loss, margin_loss, pgd, trades_attack
+from advmoe.attacks import ascend, cross_entropy_loss, kl_loss, margin_loss, pgd, trades_attack
 from advmoe.threat import ThreatModel
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.5)
@@ -157,6 +157,25 @@ def test_trades_attack_is_the_loop_written_out(threat):
     # So close to the clean image the KL's gradient is rounding-prone.
     torch.testing.assert_close(got, x_adv, atol=1e-4, rtol=0)
     assert ((got - x).abs().amax((1, 2, 3)) > 0.05).all()
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+def test_trades_attack_goes_on_from_what_is_held(threat):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, settings = torch.rand(6, 3, 2, 2), {"threat": threat, "steps": 1, "step_size": 0.02}
+    held = 0.3 * torch.rand(x.shape) - 0.15
+    held[:2] = 0
+    got = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5), held=held)
+    # Where nothing is held this is the attack from noise, image by image.
+    fresh = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(got[:2], fresh[:2], atol=1e-6, rtol=0)
+    # Elsewhere it is one step from there, as a longer attack would take it; what is held is projected first.
+    start = threat.project(x + held, x)[2:]
+    loop = ascend(model, x[2:], start, kl_loss(model(x[2:])), **settings)
+    torch.testing.assert_close(got[2:], loop, atol=1e-6, rtol=0)
+    assert ((got - x)[2:] - (start - x[2:])).abs().max() <= 0.02 + 1e-6
+    assert ((got - fresh)[2:].abs().amax((1, 2, 3)) > 0.05).all()
 
 
 def test_kl_stays_finite_where_a_softmax_target_does_not():

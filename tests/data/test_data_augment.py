@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from advmoe.data import augment
+from advmoe.data.augment import View
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -96,3 +97,25 @@ def test_cpu_generator_gives_the_same_crops_on_cuda() -> None:
     on_cuda = augment(images.cuda(), generator=seeded(5), padding=2, flip=True)
     assert on_cuda.is_cuda
     assert torch.equal(on_cuda.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_back_undoes_of_where_pixels_are_shown(layout: torch.memory_format) -> None:
+    images = torch.rand(40, 3, 8, 8, generator=seeded()).contiguous(memory_format=layout) + 1
+    view = View.draw(images, generator=seeded(1), padding=2, flip=True)
+    varied = view.of(images)
+    assert torch.equal(view.back(varied, images), images)
+    # Pixels that the view shows come from it; those that it does not show keep what they had.
+    returned = view.back(varied, torch.zeros_like(images))
+    shown = view.of(torch.ones_like(images))
+    assert torch.equal(view.of(returned), varied)
+    assert ((returned == images) | (returned == 0)).all()
+    assert (returned != 0).sum() == shown.sum() < shown.numel()
+    assert torch.equal(view.back(-varied, images).abs(), images)
+
+
+def test_a_view_is_what_augment_draws() -> None:
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8, generator=seeded())
+    view = View.draw(images, generator=seeded(3), padding=1, flip=True)
+    assert torch.equal(view.of(images), augment(images, generator=seeded(3), padding=1, flip=True))
+    assert torch.equal(view.of(images.float()), view.of(images).float())

@@ -93,7 +93,7 @@ def test_other_images(in_channels, size):
         ({"num_experts": 0}, "model.num_experts must be >= 1, got 0"),
         ({"width": 0}, "model.width must be >= 1, got 0"),
         ({"router": "none"}, "model.router must be one of layer, embedding, image, got 'none'"),
-        ({"kind": "sparse"}, "model.kind must be one of moe, dense, s-dense, got 'sparse'"),
+        ({"kind": "pruned"}, "model.kind must be one of moe, dense, s-dense, sparse, got 'pruned'"),
         ({"experts": "all"}, "model.experts must be one of subset, independent, got 'all'"),
         ({"experts_init": "zero"}, "model.experts_init must be one of independent, shared, got 'zero'"),
         ({"experts_init": "shared", "num_experts": 3}, "model.experts_init must be independent where experts overlap"),

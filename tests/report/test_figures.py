@@ -3,12 +3,23 @@
 import json
 import sys
 import warnings
+from functools import partial
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
 
-from advmoe.report.figures import bars_figure, dissection_figure, lines_figure, stacked_figure, sweep_figure
+from advmoe.report.figures import (
+    bars_figure,
+    coarser,
+    dissection_figure,
+    flow_figure,
+    heatmap_figure,
+    histogram_figure,
+    lines_figure,
+    stacked_figure,
+    sweep_figure,
+)
 
 
 def swept(*accuracies, norm="linf", reasons=()):
@@ -103,8 +114,151 @@ def test_extreme_shapes(tmp_path, layers, experts):
     assert f"expert {experts - 1}" in words(tmp_path / "a.svg")
 
 
+def point(x, y, spread=None):
+    return {"x": x, "y": y, **({} if spread is None else {"low": y - spread, "high": y + spread})}
+
+
+LINES = {"AdvMoE ($r$)": [point(1, 40.0, 2), point(2, 50.0, 2)], "AT": [point(1, 30.0), point(3, None)]}
+BARS = {"clean": {"A": point(0, 61.25, 3), "B": point(0, 4.0)}, "worst case": {"A": point(0, 17.0)}}
+SHARES = {"AT": {"survives": 0.756, "fails": 0.244}, "AdvMoE": {"survives": 1.0}}
+BINS = {
+    "clean": {"edges": [0, 0.5, 1], "shares": [0.25, 0.75]},
+    "by chance": {"edges": [0, 0.5, 1], "shares": [0.5, 0.5]},
+}
+NAMED = {"row_names": ["cat", "dog"], "column_names": ["0", "1"], "xlabel": "MoE layer", "ylabel": "class"}
+FLOWS = {"clean": {"load": [[0.75, 0.25], [0.5, 0.5]], "flows": [[[0.5, 0.25], [0.0, 0.25]]]}}
+
+
+def marks(path, kind, colour):
+    """How many filled or stroked paths of a colour an SVG file has."""
+    styles = [
+        each.get("style", "")
+        for each in ElementTree.fromstring(path.read_text()).iter("{http://www.w3.org/2000/svg}path")
+    ]
+    return sum(f"{kind}: {colour}" in style for style in styles)
+
+
+def test_lines(tmp_path):
+    references = [("paper", 51.8)]
+    lines_figure(LINES, tmp_path / "a.svg", xlabel="epoch", ylabel="RA (%)", references=references, title="Methods")
+    text = words(tmp_path / "a.svg")
+    assert {"AdvMoE ($r$)", "AT", "paper", "epoch", "RA (%)", "Methods", "1", "2", "3"} <= set(text)
+    assert "1.5" not in text  # epochs are whole
+
+
+def test_many_points_have_a_band_for_their_interval(tmp_path):
+    many = {"a": [point(at, 50.0 + at, 2) for at in range(20)]}
+    lines_figure(many, tmp_path / "a.svg", xlabel="epoch", ylabel="y")
+    lines_figure(LINES, tmp_path / "b.svg", xlabel="epoch", ylabel="y")
+    assert "fill-opacity: 0.18" in (tmp_path / "a.svg").read_text()
+    assert "fill-opacity: 0.18" not in (tmp_path / "b.svg").read_text()
+
+
+def test_bars(tmp_path):
+    bars_figure(BARS, tmp_path / "a.svg", ylabel="accuracy (%)")
+    assert {"clean", "worst case", "A", "B", "61.2", "4", "17", "accuracy (%)"} <= set(words(tmp_path / "a.svg"))
+    many = {str(at): {"A": point(0, 12.5)} for at in range(30)}
+    bars_figure(many, tmp_path / "b.svg", ylabel="y")
+    assert "12.5" not in words(tmp_path / "b.svg") and "29" in words(tmp_path / "b.svg")
+
+
+def test_stacked_shares(tmp_path):
+    stacked_figure(SHARES, tmp_path / "a.svg", xlabel="images (%)")
+    text = words(tmp_path / "a.svg")
+    assert {"76", "24", "AT", "AdvMoE", "survives", "fails", "images (%)"} <= set(text)
+    stacked_figure({"AT": {"survives": 0.97, "fails": 0.03}}, tmp_path / "b.svg", xlabel="x")
+    assert "97" in words(tmp_path / "b.svg") and "3" not in words(tmp_path / "b.svg")  # too narrow for its number
+
+
+def test_a_histogram(tmp_path):
+    histogram_figure(BINS, tmp_path / "a.svg", xlabel="IoU", ylabel="images (%)")
+    assert {"clean", "by chance", "IoU", "images (%)", "70"} <= set(words(tmp_path / "a.svg"))
+
+
+def grid(count, **shares):
+    return {
+        name: {"edges": [at / count for at in range(count + 1)], "shares": [each.get(at, 0.0) for at in range(count)]}
+        for name, each in shares.items()
+    }
+
+
+def test_bins_are_joined_where_something_is():
+    found = coarser(grid(12, a={3: 0.5, 6: 0.5}, b={7: 1.0}), 3)
+    # 3 to 7 of 12 are five bins: in pairs from an even one they are three.
+    assert found["a"] == {"edges": [2 / 12, 4 / 12, 6 / 12, 8 / 12], "shares": [0.5, 0, 0.5]}
+    assert found["b"]["shares"] == [0, 0, 1] and found["b"]["edges"] == found["a"]["edges"]
+    assert coarser(grid(12, a={3: 0.5, 7: 0.5}), 2)["a"] == {"edges": [0.25, 0.5, 0.75], "shares": [0.5, 0.5]}
+    assert coarser(grid(12, a={11: 1.0}), 2)["a"] == {"edges": [11 / 12, 1], "shares": [1]}
+    # 7 does not divide into joined bins: the last is what is left.
+    assert coarser(grid(7, a={0: 0.5, 6: 0.5}), 4)["a"] == {
+        "edges": [0, 2 / 7, 4 / 7, 6 / 7, 1],
+        "shares": [0.5, 0, 0, 0.5],
+    }
+
+
+def test_tails_of_next_to_nothing_go_to_the_ends():
+    found = coarser(grid(10, a={0: 5e-5, 4: 0.4, 5: 0.6 - 1e-4, 9: 5e-5}), 2)["a"]
+    assert found["edges"] == [0.4, 0.5, 0.6]
+    assert found["shares"] == pytest.approx([0.4 + 5e-5, 0.6 - 5e-5]) and sum(found["shares"]) == pytest.approx(1)
+
+
+def test_bins_of_different_grids_stay():
+    unlike = {**grid(4, a={1: 1.0}), **grid(3, b={1: 1.0})}
+    assert coarser(unlike, 2) is unlike and coarser(BINS, None) is BINS
+    with pytest.raises(ValueError, match="bins must be >= 1, got 0"):
+        coarser(BINS, 0)
+
+
+def test_a_heat_map(tmp_path):
+    heatmap_figure([[0.25, 1.0], [0.5, None]], tmp_path / "a.svg", **NAMED)
+    text = words(tmp_path / "a.svg")
+    assert {"0.25", "1.00", "0.50", "cat", "dog", "MoE layer", "class", "0.0"} <= set(text)  # the scale begins at 0
+    heatmap_figure([[0.25, 1.0], [0.5, None]], tmp_path / "b.svg", **NAMED, spread=True)
+    assert "0.0" not in words(tmp_path / "b.svg") and "0.25" in words(tmp_path / "b.svg")
+    heatmap_figure([[12.0, 1.0], [3.5, 2.0]], tmp_path / "c.svg", **NAMED)
+    assert {"12", "3.5"} <= set(words(tmp_path / "c.svg"))
+    heatmap_figure([[None, None], [None, None]], tmp_path / "d.svg", **NAMED)
+    assert {"cat", "dog"} <= set(words(tmp_path / "d.svg"))
+
+
+def test_a_heat_map_in_groups(tmp_path):
+    values = [[share for layer in range(20) for share in (0.25, 0.75)]] * 2
+    layers = [str(layer) for layer in range(20)]
+    heatmap_figure(values, tmp_path / "a.svg", **{**NAMED, "column_names": layers}, group=2)
+    text = words(tmp_path / "a.svg")
+    assert set(layers) <= set(text) and "0.75" not in text  # too many for their numbers
+    assert marks(tmp_path / "a.svg", "stroke", "#fefefe; stroke-width: 3") == 19
+
+
+def test_a_large_heat_map_names_some(tmp_path):
+    names = [f"a class of a long name {at}" for at in range(100)]
+    heatmap_figure([[0.5] * 100] * 100, tmp_path / "a.svg", **{**NAMED, "row_names": names, "column_names": names})
+    text = (tmp_path / "a.svg").read_text()
+    assert sum(each.startswith("a class of a long") for each in words(tmp_path / "a.svg")) == 34 + 25
+    assert "<image" in text and len(text) < 300_000
+
+
+def test_a_flow(tmp_path):
+    flow_figure({**FLOWS, "adversarial": FLOWS["clean"]}, tmp_path / "a.svg", title="Flow of images")
+    text = words(tmp_path / "a.svg")
+    assert {"clean", "adversarial", "MoE layer", "Flow of images", "0", "1"} <= set(text)
+    # In each panel blue nodes and bands: two nodes of expert 0, and what leaves the first of them.
+    assert marks(tmp_path / "a.svg", "fill", "#0072b2") == 2 * (2 + 2)
+
+
+def test_a_flow_through_many_experts(tmp_path):
+    even = {"load": [[1 / 8] * 8] * 17, "flows": [[[1 / 64] * 8] * 8] * 16}
+    flow_figure({"clean": even}, tmp_path / "a.svg")
+    # 64 flows of 1.6 % would be lost in one another: 8 grey bands lead into a bundle, and 8 out of it.
+    assert marks(tmp_path / "a.svg", "fill", "#595959") == 16 * 16
+    flow_figure({"clean": even}, tmp_path / "b.svg", thin=0.01)
+    assert marks(tmp_path / "b.svg", "fill", "#595959") == 0
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-@pytest.mark.parametrize("draw, result", [(sweep_figure, swept(0.8, 0.6, 0.4)), (dissection_figure, dissected())])
+@pytest.mark.parametrize(
+    "draw, result", [(sweep_figure, swept(0.8, 0.6, 0.4)), (dissection_figure, dissected()), (flow_figure, FLOWS)]
+)
 def test_the_same_bytes_each_time_whatever_the_settings(tmp_path, suffix, draw, result):
     one, two = tmp_path / f"one.{suffix}", tmp_path / f"two.{suffix}"
     draw(result, one)
@@ -122,6 +276,30 @@ def test_the_same_bytes_each_time_whatever_the_settings(tmp_path, suffix, draw, 
         (sweep_figure, {"a": {"norm": "linf"}}, "sweep 'a' with norm, points, probe, masking, got one without points"),
         (sweep_figure, {"a": swept(1, 1, 1), "b": swept(1, 1, 1, norm="l2")}, r"one norm, got \['l2', 'linf'\]"),
         (dissection_figure, {"load": {}}, "result must be a dissection with .* without num_examples"),
+        (
+            partial(lines_figure, xlabel="", ylabel=""),
+            {"a": []},
+            r"series must hold something to draw, got {'a': \[\]}",
+        ),
+        (partial(bars_figure, ylabel=""), {}, "groups must hold something to draw, got {}"),
+        (partial(stacked_figure, xlabel=""), {}, "rows must hold something to draw, got {}"),
+        (partial(histogram_figure, xlabel="", ylabel=""), {}, "series must hold something to draw, got {}"),
+        (
+            partial(histogram_figure, xlabel="", ylabel=""),
+            {"a": {"edges": [0, 1], "shares": [0.5, 0.5]}},
+            "series must have one more edge than shares, got 2 and 2 in 'a'",
+        ),
+        (partial(heatmap_figure, **NAMED), [[1, 2]], r"values must be 2 x 2, as the names are, .* got 1 x \[2\]"),
+        (partial(heatmap_figure, **NAMED), [[1, 2], [3]], r"values must be 2 x 2, .* got 2 x \[1, 2\]"),
+        (partial(heatmap_figure, **NAMED, group=2), [[1, 2]] * 2, r"values must be 2 x 4, .* got 2 x \[2\]"),
+        (flow_figure, {}, "panels must hold something to draw, got none"),
+        (flow_figure, {"a": {"load": [], "flows": []}}, "flows of 'a' must be 0 x 0 x 0"),
+        (
+            flow_figure,
+            {"a": {"load": [[1.0]] * 2, "flows": []}},
+            "flows of 'a' must be 1 x 1 x 1, as its load is, got 0",
+        ),
+        (flow_figure, {"a": {"load": [[1.0]] * 2, "flows": [[[1, 0]]]}}, r"must be 1 x 1 x 1, .* got 1 x \[\(1, 2\)\]"),
     ],
 )
 def test_results_that_are_none(tmp_path, draw, result, message):

@@ -1,15 +1,16 @@
-"""Which part learns: the table of methods, and that the rest is fixed bit for bit."""
+"""Who learns when: the table of methods, their schedules, and that what does not learn is fixed bit for bit."""
 
 from typing import get_args
 
 import pytest
 import torch
 
-from advmoe.config import Method
+from advmoe.config import Method, TrainingConfig
 from advmoe.models import create_model, split_parameters
 from advmoe.moe import routers_of
-from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.methods import METHODS, Level, epoch_plan, learning, levels_of, parts_of
 from advmoe.training.objectives import trades
+from advmoe.training.schedule import batches
 
 ROUTERS = ["layer", "embedding", "image"]
 
@@ -22,9 +23,69 @@ def test_the_table_of_methods():
         "at": [("all", True)],
         "at-routers": [("routers", True)],
         "at-experts": [("experts", True)],
+        "sparse": [("scores", True)],
         "advmoe": [("routers", True), ("experts", True)],  # the lower level comes first
     }
     assert METHODS["at"] == (Level("all"),)
+
+
+def plan_of(alternation, epoch=0, num_images=70, batch_size=10):
+    """Per iteration, each batch as (its images, the parts that learn from it)."""
+    levels = levels_of(TrainingConfig(alternation=alternation))
+    plan = epoch_plan(levels, num_images, batch_size, seed=0, epoch=epoch)
+    return [[(index.tolist(), tuple(level.part for level in on)) for index, on in run] for run in plan]
+
+
+def seen(plan, part):
+    """The images that `part` learns from, in order."""
+    return [image for run in plan for index, parts in run if part in parts for image in index]
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_levels_and_both_is_the_paper_s(method):
+    config = TrainingConfig(method=method, init_from="somewhere")
+    assert levels_of(config) == METHODS[method]
+    plan = epoch_plan(METHODS[method], 70, 10, seed=0, epoch=3)
+    expected = batches(70, 10, seed=0, epoch=3, levels=len(METHODS[method]))
+    assert [[index.tolist() for index, _ in run] for run in plan] == [[b.tolist() for b in each] for each in expected]
+    assert all([on for _, on in run] == [(level,) for level in METHODS[method]] for run in plan)
+
+
+@pytest.mark.parametrize("alternation", ["both", "warm-start"])
+def test_both_levels_on_batches_of_their_own(alternation):
+    plan = plan_of(alternation)
+    assert [[parts for _, parts in run] for run in plan] == [[("routers",), ("experts",)]] * 7
+    assert sorted(seen(plan, "routers")) == sorted(seen(plan, "experts")) == list(range(70))
+    assert all(not set(routers) & set(experts) for (routers, _), (experts, _) in plan)
+    assert all(
+        level.warm == (alternation == "warm-start") for level in levels_of(TrainingConfig(alternation=alternation))
+    )
+
+
+def test_a_shared_attack_has_both_levels_on_one_batch():
+    plan = plan_of("shared-attack")
+    assert [[parts for _, parts in run] for run in plan] == [[("routers", "experts")]] * 7
+    assert sorted(seen(plan, "routers")) == list(range(70))
+
+
+def test_iterations_take_turns_over_the_whole_run():
+    # Seven iterations an epoch: the second epoch begins with the level that the first did not end with.
+    plans = [plan_of("by-iteration", epoch) for epoch in (0, 1)]
+    parts = [part for plan in plans for run in plan for _, (part,) in run]
+    assert parts == ["routers", "experts"] * 7
+    for plan in plans:
+        assert sorted(seen(plan, "routers") + seen(plan, "experts")) == list(range(70))
+
+
+def test_routers_every_fourth_iteration_on_a_batch_of_their_own():
+    plans = [plan_of("every-4", epoch) for epoch in range(4)]
+    turns = [[parts for _, parts in run] for plan in plans for run in plan]
+    assert turns == ([[("routers",), ("experts",)]] + [[("experts",)]] * 3) * 7
+    for plan in plans:
+        assert sorted(seen(plan, "experts")) == list(range(70))
+        assert len(set(seen(plan, "routers"))) in (10, 20)
+        assert all(not set(run[0][0]) & set(run[1][0]) for run in plan if len(run) == 2)
+    assert len({tuple(seen(plan, "routers")) for plan in plans}) == 4
 
 
 def halves(model):
@@ -69,6 +130,19 @@ def test_one_part_moves_and_the_rest_does_not(make_routed, make_images, part, ro
 
 
 @pytest.mark.parametrize("part", ["routers", "experts", "all"])
+def test_nothing_is_recorded_where_that_is_not_wanted(make_routed, make_images, part):
+    model = make_routed()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), learning(model, part):
+        recorded = model(make_images())
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.load_state_dict(before, strict=False)
+    with torch.no_grad(), learning(model, part, record=False):
+        assert torch.equal(model(make_images()), recorded)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("part", ["routers", "experts", "all"])
 def test_flags_come_back(make_routed, part):
     model = make_routed()
     model.train().backbone.stem.eval()
@@ -107,3 +181,21 @@ def test_a_plain_model_learns_whole():
         model(torch.rand(4, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not model.training and model.backbone.blocks[0].norm1.num_batches_tracked == 1
+
+
+def test_scores_learn_under_weights_that_are_fixed_and_statistics_that_are_not(make_images):
+    torch.manual_seed(0)
+    model = create_model("resnet18", kind="sparse", num_classes=5, width=4, input_size=16).train()
+    parts = parts_of(model)
+    assert parts["routers"] == [] and parts["scores"] == list(model.backbone.scores)
+    assert len(parts["experts"]) + len(parts["scores"]) == len(list(model.parameters()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizers = {part: torch.optim.SGD(p, lr=0.1, weight_decay=0.1) for part, p in parts.items() if p}
+    with learning(model, "scores"):
+        terms, *_ = trades(model, make_images(16), make_images(16, seed=2), torch.arange(16) % 5, beta=6.0)
+        sum(terms.values()).backward()
+    assert all(p.grad is None for p in parts["experts"])
+    optimizers["scores"].step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert moved == statistics | {name for name in before if ".scores." in name}

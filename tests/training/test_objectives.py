@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from advmoe.moe import Routing
-from advmoe.training.objectives import code_loss, codewords, cross_entropy, kl_divergence, trades
+from advmoe.training.objectives import (
+    balance_loss,
+    choice_margin_loss,
+    code_loss,
+    codewords,
+    cross_entropy,
+    kl_divergence,
+    trades,
+)
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 
@@ -107,3 +115,47 @@ def test_code_loss_reaches_the_routers_alone(make_routed, make_images):
     code_loss(routing, y, table, alpha=6.0).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {name for name, _ in model.named_parameters() if "router" in name}
+
+
+def routed(*layers):
+    """The routing of one pass, from each layer's scores."""
+    scores = {layer: torch.tensor(each, requires_grad=True) for layer, each in enumerate(layers)}
+    return Routing(scores=scores, choices={layer: each.argmax(-1) for layer, each in scores.items()})
+
+
+def test_balance_by_hand():
+    # Layer 0: gates (3/4, 1/4), (1/2, 1/2) (a tie, which expert 0 has), (1/4, 3/4), (3/4, 1/4): f = (3/4, 1/4),
+    # P = (9/16, 7/16), so 2 (27 + 7) / 64 = 17/16. Layer 1: all to expert 1 with gate 3/4, so 2 * 3/4 = 3/2.
+    first = [[LN3, 0.0], [0.0, 0.0], [0.0, LN3], [LN3, 0.0]]
+    skewed = routed(first, [[0.0, LN3]] * 4)
+    assert balance_loss([skewed], 1.0).item() == pytest.approx((17 / 16 + 3 / 2) / 2, rel=1e-6)
+    even = routed([[LN3, 0.0], [0.0, LN3]] * 2, [[LN3, 0.0], [0.0, LN3]] * 2)
+    assert balance_loss([even], 0.5).item() == pytest.approx(0.5, rel=1e-6)
+    assert balance_loss([skewed, even], 4.0).item() == pytest.approx(2 * (41 / 32 + 1), rel=1e-6)
+    # Everything to one of three experts: three times the weight.
+    assert balance_loss([routed([[50.0, 0.0, 0.0]] * 5)], 1.0).item() == pytest.approx(3, rel=1e-6)
+
+
+def test_balance_moves_gates_away_from_the_busy_expert():
+    skewed = routed([[0.1, 0.0]] * 3 + [[0.0, 0.1]])
+    balance_loss([skewed], 1.0).backward()
+    gradient = skewed.scores[0].grad
+    assert (gradient[:, 0] > 0).all() and (gradient[:, 1] < 0).all()  # descent lowers expert 0's scores
+
+
+def test_choice_margin_by_hand():
+    # Leads 2, 1/4 and 0, and in the second layer 1/2, 1 and 3: hinges 0, 3/4, 1, 1/2, 0, 0.
+    routing = routed([[2.0, 0.0], [0.0, 0.25], [1.0, 1.0]], [[0.5, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    assert choice_margin_loss(routing, 2.0).item() == pytest.approx(2 * (0.75 + 1 + 0.5) / 6, rel=1e-6)
+    choice_margin_loss(routing, 1.0).backward()
+    clear, unclear = routing.scores[0].grad[0], routing.scores[0].grad[1]
+    assert clear.tolist() == [0, 0] and unclear.tolist() == pytest.approx([1 / 6, -1 / 6])
+    # Of three experts only the runner-up counts.
+    assert choice_margin_loss(routed([[0.0, 0.5, 0.75]]), 1.0).item() == pytest.approx(0.75)
+
+
+def test_tokens_are_samples_of_the_router_terms():
+    flat = [[LN3, 0.0], [0.0, 0.0], [0.0, LN3], [LN3, 0.0], [0.0, 2.0], [0.25, 0.0]]
+    tokens = torch.tensor(flat).view(2, 3, 2).tolist()
+    for loss in (lambda r: balance_loss([r], 1.0), lambda r: choice_margin_loss(r, 1.0)):
+        assert loss(routed(tokens)).item() == loss(routed(flat)).item() > 0

@@ -147,8 +147,10 @@ ENGINE = {"accelerator": "cpu", "threads": 1}
         ({"source": "own.py:net", "to_moe": True, "router": "embedding", "num_experts": 3},
          {"router_objective": "codes", "codes": "random", "attack_routing": "soft"}),
         ({"source": "own.py:ready"}, {"method": "advmoe"}),
+        ({"source": "own.py:net", "to_moe": True},
+         {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "margin": 0.1, "awp": 0.005}),
     ],
-    ids=["standard", "at", "image", "embedding", "converted by its own code"],
+    ids=["standard", "at", "image", "embedding", "converted by its own code", "options"],
 )  # fmt: skip
 def test_methods_train_own_networks(place, model, training):
     run = train(settings(model=model, training=training), run_dir="run", **ENGINE)
@@ -222,6 +224,8 @@ MISTAKES = [
     (["--model.skip", "stem"], "model.skip must be left out without model.to_moe, got 'stem'"),
     (["--model", "own.py:net"], "model.source must be converted (--to-moe), or have MoE layers of its own, when "
      "training.method is advmoe, got 'own.py:net' without"),
+    (["--model", "own.py:net", "--training.method", "at", "--training.margin", "1"], "MoE layers of its own, when "
+     "training.margin is > 0, got 'own.py:net' without"),
     (["--model=own.py:net", "--to-moe", "--model.width", "8"], "model.width must be left out with a network of your own"
      " (--model), got 8"),
     (["--model=own.py:net", "--to-moe", "--model.kind", "moe"], "model.kind must be left out with a network of your"),

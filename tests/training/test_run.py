@@ -132,8 +132,11 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finishe
     assert_same_weights(weights(run), weights(finished))
 
 
-@pytest.mark.parametrize("method", ["advmoe", "at"])
-def test_two_processes_end_with_the_same_weights_on_both(tmp_path, method):
+REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "ema": 0.9, "awp": 0.005}
+
+
+@pytest.mark.parametrize("training", [REMEMBERING, {"method": "at"}], ids=["warm-start", "at"])
+def test_two_processes_end_with_the_same_weights_and_memories_on_both(tmp_path, training):
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -145,7 +148,8 @@ from advmoe.training import run as runs
 class Watched(runs.Trainer):
     def validate(self):
         measured = super().validate()
-        torch.save(self.model.state_dict(), Path({str(tmp_path)!r}) / f"rank{{self.fabric.global_rank}}.pt")
+        state = self.state({{}})
+        torch.save({{**state.weights, **state.more}}, Path({str(tmp_path)!r}) / f"rank{{self.fabric.global_rank}}.pt")
         return measured
 
 runs.Trainer = Watched
@@ -154,13 +158,17 @@ if __name__ == "__main__":
     runs.train(config, run_dir=Path({str(tmp_path)!r}) / "run", devices=2, accelerator="cpu", threads=1)
 """
     )
-    tiny(training={"method": method, "epochs": 1}).dump(tmp_path / "tiny.yaml")
+    tiny(training={**training, "epochs": 1}).dump(tmp_path / "tiny.yaml")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same_weights(*ranks)
     saved = weights(tmp_path / "run")
-    assert_same_weights({name: ranks[0][name].contiguous() for name in saved}, saved)
+    if training is REMEMBERING:
+        more = load_file(tmp_path / "run" / "last" / "more.safetensors")
+        assert more["perturbations"].flatten(1).any(1).sum() >= 1280  # two batches: both processes' images
+        saved |= more
+    assert_same_weights({name: tensor.contiguous() for name, tensor in ranks[0].items()}, saved)
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["devices"] == 2
     assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-5) for layer in line["layers"])

@@ -1,0 +1,78 @@
+"""How long an epoch of training takes, several ways in turn in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from tqdm import tqdm
+
+from advmoe.config import Config
+from advmoe.evaluation.harness import threads_set
+from advmoe.training.run import load_data
+from advmoe.training.trainer import Trainer, build_model
+
+ITERATIONS = 8
+"""Iterations of each round: a multiple of the cycles that alternations have."""
+
+
+def pace(
+    configs: Mapping[str, Config], *, rounds: int = 5, accelerator: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """Time `ITERATIONS` iterations of each configuration's training in turn, `rounds` times after one that warms up.
+
+    The configurations train new models on the first images of their data; nothing is kept. An epoch must be as many
+    iterations in each, as it is where they differ in the method alone.
+
+    Args:
+        configs: by name, the one under test first, what it is compared with last. accelerator, threads: as of `train`.
+
+    Returns `seconds` of an iteration, by name the median, least and most over rounds; `ratio`, the median over rounds
+    of the first's seconds in those of the last; `rounds`, `iterations`, `threads`.
+    """
+    with threads_set(threads):
+        trainers = {name: _trainer(config, rounds, accelerator) for name, config in configs.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        bar = tqdm(disable=True)
+        for number in range(rounds + 1):
+            for name, trainer in trainers.items():
+                _settled(trainer)
+                started = time.perf_counter()
+                trainer.train_epoch(number, bar)
+                _settled(trainer)
+                if number:
+                    seconds[name].append((time.perf_counter() - started) / ITERATIONS)
+        used = torch.get_num_threads()
+    ours, *_, against = seconds.values()
+    return {
+        "seconds": {
+            name: {"median": statistics.median(each), "least": min(each), "most": max(each)}
+            for name, each in seconds.items()
+        },
+        "ratio": statistics.median(a / b for a, b in zip(ours, against, strict=True)),
+        "rounds": rounds, "iterations": ITERATIONS, "threads": used,
+    }  # fmt: skip
+
+
+def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
+    """A trainer of a new model whose epochs are `ITERATIONS` iterations."""
+    examples = ITERATIONS * config.training.batch_size
+    short = Config(
+        model=config.model, threat=config.threat, attack=config.attack,
+        data=replace(config.data, train_examples=examples, val_fraction=0.0),
+        training=replace(config.training, epochs=rounds + 1, init_from=None),
+    )  # fmt: skip
+    dataset = load_data(short, progress=False)
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.training.precision)
+    return Trainer(short, build_model(short, dataset), dataset, fabric)
+
+
+def _settled(trainer: Trainer) -> None:
+    """Wait for what a GPU still has to do."""
+    if trainer.fabric.device.type == "cuda":
+        torch.cuda.synchronize(trainer.fabric.device)

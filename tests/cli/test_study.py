@@ -1,0 +1,165 @@
+"""`advmoe study`: what it prints, what it passes on, and mistakes as one line."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from advmoe import cli
+from advmoe.studies.catalogue import STUDIES
+
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture
+def advmoe(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        code = cli.main(list(words))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_list_says_of_every_study_what_it_shows_and_how_long_it_takes(advmoe, tmp_path):
+    code, out, err = advmoe("study", "list")
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    head, *lines = out.splitlines()
+    assert "smoke / cpu on 2 cores" in head and [line.split()[0] for line in lines] == list(STUDIES)
+    for line, study in zip(lines, STUDIES.values(), strict=True):
+        assert line.endswith(study.shows) and (" min " in line or " h " in line)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fig9"], "NAME must be one of list, table1, "),
+        (["fig2", "--scale", "huge"], "--scale must be one of smoke, cpu, paper, got 'huge'"),
+        (["fig2", "--seeds", "0"], "--seeds must be >= 1, got 0"),
+        (["fig2", "--seeds", "99"], "--seeds must be <= 20, got 99"),
+        (["fig2", "--seeds", "two"], "--seeds must be a whole number, got 'two'"),
+        (["fig2", "--jobs", "0"], "--jobs must be >= 1, got 0"),
+        (["fig2", "--num-examples", "0"], "--num-examples must be >= 1, got 0"),
+        (["fig2", "--accelerator", "tpu"], "--accelerator must be one of auto, cpu, cuda, got 'tpu'"),
+        (["fig2", "--only", "VGG"], "--only must be words of a run's name (AT (S-Dense), ResNet-18, digits; "),
+        (["fig2", "--model.kind", "dense"], "model.kind must be left to the study fig2, got 'dense'"),
+        (["fig2", "--training.seed", "1"], "training.seed must be left to the study fig2, got 1"),
+        (["fig7", "--model.scale", "0.3"], "model.scale must be left to the study fig7, got 0.3"),
+        (["efficiency", "--training.alternation", "both"], "training.alternation must be left to the study efficiency"),
+        (["fig2", "--training.lr", "-1"], "training.lr must be > 0, got -1"),
+        (["fig2", "--training.lr", "fast"], "training.lr must be a number, got 'fast'"),
+        (["fig2", "--training.epoch", "1"], "--training.epoch is no option of study: did you mean --training.epochs?"),
+        ([], "study.name"),
+    ],
+    ids=lambda given: "" if isinstance(given, str) else " ".join(given),
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
+def test_a_mistake_is_one_line_and_creates_nothing(advmoe, tmp_path, words, message, dry):
+    code, out, err = advmoe("study", *words, *dry)
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith("advmoe: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_results_cannot_go_to_a_file(advmoe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, out, err = advmoe("study", "fig2", "--out", "file")
+    assert (code, out, err) == (2, "", "advmoe: error: --out must be a folder, or new, got 'file'\n")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
+    code, out, err = advmoe("study", "fig5", "--dry-run", "--seeds", "2", "--jobs", "2")
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    *lines, last = out.splitlines()
+    assert last == "14 tasks, 14 to do, by 2 processes"
+    found = [
+        re.fullmatch(r"missing +(\w+) +(.*), ResNet-18, digits, seed (\d)  (\w{12})", line).groups() for line in lines
+    ]
+    standard, routers, experts = "standard MoE", "router-robustified MoE", "router-robustified MoE, then its experts"
+    first = [("train", standard), ("train", routers), ("evaluate", routers), ("dissect", routers)]
+    second = [(what, experts) for what in ("train", "evaluate", "dissect")]
+    expected = [(*each, seed) for row in (first, second) for seed in "01" for each in row]
+    assert [each[:3] for each in found] == expected
+    assert len({key for *_, key in found}) == 6  # a run of each method and seed
+    code, out, _ = advmoe("study", "fig5", "--dry-run", "--only", "then its experts")
+    assert code == 0 and out.endswith("5 tasks, 5 to do, by 1 process\n")
+
+
+CONTENT = {
+    "tables": [{"title": "Ours", "columns": [{"key": "a", "title": "A"}], "rows": [{"a": 1.5}]}],
+    "claims": [
+        {
+            "statement": "It is so.",
+            "verdicts": [
+                {"measure": "PGD", "verdict": "holds", "p_value": 0.03125},
+                {"measure": "worst case", "verdict": "undecided", "p_value": None},
+            ],
+        }
+    ],
+    "notes": ["A note."],
+    "runs": [
+        {"name": "good", "seed": 0, "status": "finished", "error": None},
+        {"name": "bad", "seed": 1, "status": "failed", "error": "ValueError: so"},
+        {"name": "left", "seed": 2, "status": "missing", "error": None},
+    ],
+}
+
+
+def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypatch):
+    seen = []
+
+    def run_study(name, options, told):
+        from advmoe.studies.plan import PlannedMeasure, PlannedRun
+
+        run = PlannedRun("abc", "AdvMoE, ResNet-18, digits", 3, {}, Path("abc"), None)
+        told("starts", run)
+        told("ValueError: so", PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
+        seen.append((name, options))
+        return Path("home"), CONTENT
+
+    monkeypatch.setattr("advmoe.studies.run.run_study", run_study)
+    argv = ["study", "fig2", "--scale", "cpu", "--seeds", "5", "--only", "AdvMoE+ResNet, S-Dense", "--jobs", "2"]
+    argv += ["--num-examples", "50", "--threads", "2", "--accelerator", "cpu", "--out", "there"]
+    argv += ["--training.epochs", "3", "--threat.eps", "4/255", "--data.root", "7"]
+    code, out, err = advmoe(*argv)
+    ((name, options),) = seen
+    assert name == "fig2" and vars(options) == {
+        "scale": "cpu", "seeds": 5, "only": ["AdvMoE+ResNet", "S-Dense"], "jobs": 2, "num_examples": 50, "threads": 2,
+        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv],
+        "overrides": {"training": {"epochs": 3}, "threat": {"eps": "4/255"}, "data": {"root": "7"}},
+    }  # fmt: skip
+    assert code == 1  # as something failed
+    assert err.splitlines() == [
+        "starts  train     AdvMoE, ResNet-18, digits, seed 3  abc",
+        "failed: ValueError: so  evaluate  AdvMoE, ResNet-18, digits, seed 3  abc",
+    ]
+    assert out.splitlines() == [
+        "Ours", "A", "1.5", "", "It is so.", "  PGD: holds at this size (p = 0.0312)",
+        "  worst case: undecided at this size", "A note.", "failed: bad, seed 1: ValueError: so",
+        "missing: left, seed 2: not done", "", "written to home/study.json",
+        "next  advmoe report home -o home/report.html",
+    ]  # fmt: skip
+
+    monkeypatch.setitem(CONTENT, "runs", CONTENT["runs"][:1])
+    assert advmoe("study", "fig2")[0] == 0
+    _, defaults = seen[-1]
+    assert (defaults.scale, defaults.seeds, defaults.jobs, defaults.threads) == ("smoke", None, 1, 1)
+    assert defaults.root == Path("runs/studies") and defaults.overrides == {} and defaults.only == []
+
+
+def test_a_plan_and_the_list_need_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom advmoe.cli import main\n"
+        "assert main(['study', 'fig2', '--dry-run']) == 0\nassert main(['study', 'list']) == 0\n"
+        "sys.exit(bool({'torch', 'lightning_fabric'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []

@@ -1,0 +1,99 @@
+"""A gallery: which images it shows, that they are attacked, and that what is said of them is what the model says."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from advmoe.evaluation import gallery
+from advmoe.evaluation.gallery import NAME, gallery_run
+from advmoe.evaluation.runs import load_run, subject
+from advmoe.moe.routing import pathway
+from advmoe.report.results import load_gallery
+
+EPS = 0.1
+
+
+@pytest.fixture(scope="module")
+def run_dir(make_digits_run, tmp_path_factory):
+    return make_digits_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_what_it_says_is_what_the_model_says(run_dir):
+    path = gallery_run(run_dir, number=6, accelerator="cpu", threads=1)
+    assert path == run_dir / NAME
+    found = load_gallery(path)
+    data = subject(run_dir).data
+    clean, adversarial = (torch.from_numpy(found[kind]).float() for kind in ("clean", "adversarial"))
+    # The images are those of the test set, and the attack stays in its ball, but for what float16 rounds.
+    assert torch.allclose(clean, data.pixels(torch.from_numpy(found["index"])), atol=5e-4)
+    assert found["labels"].tolist() == data.labels[torch.from_numpy(found["index"])].tolist()
+    change = (adversarial - clean).abs().amax((1, 2, 3))
+    assert change.max() <= EPS + 1e-3 and change.min() > 0.5 * EPS
+    assert (str(found["attack"]), str(found["norm"]), float(found["eps"])) == ("pgd-2", "linf", EPS)
+    assert found["classes"].tolist() == [str(digit) for digit in range(10)] and int(found["num_experts"]) == 2
+    model = load_run(run_dir)
+    for kind, x in (("clean", clean), ("adversarial", adversarial)):
+        with torch.no_grad():
+            confidence, prediction = model(x).softmax(1).max(1)
+        assert found[f"{kind}_prediction"].tolist() == prediction.tolist()
+        assert found[f"{kind}_confidence"] == pytest.approx(confidence.numpy(), abs=0.01)
+        assert (found[f"{kind}_pathway"] == pathway(model, x).numpy()).mean() > 0.95  # of pixels rounded to float16
+
+
+def test_the_seed_draws(run_dir):
+    drawn = [np.load(gallery_run(run_dir, number=4, accelerator="cpu", seed=seed))["index"] for seed in (3, 3, 4)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+
+
+def drawn(wrong, labels, number):
+    """Which of some images are drawn, where the model is wrong about those in `wrong`."""
+    labels = torch.tensor(labels)
+
+    class Data:
+        def __init__(self, index):
+            self.index = index
+            self.labels = labels[index]
+
+        def __len__(self):
+            return len(self.index)
+
+        def subset(self, index):
+            return Data(self.index[index])
+
+        def pixels(self, index):
+            return self.index[index].float().view(-1, 1, 1, 1)
+
+    def predict(x):
+        index = x.flatten().long()
+        told = torch.where(torch.isin(index, torch.tensor(wrong)), (labels[index] + 1) % 3, labels[index])
+        return torch.nn.functional.one_hot(told, 3).float()
+
+    data = Data(torch.arange(len(labels)))
+    return gallery._drawn(predict, data, number, 0, torch.device("cpu")).tolist()
+
+
+def test_classes_take_turns_and_the_wrong_come_last():
+    labels = [0, 0, 0, 0, 0, 1, 1, 2]
+    found = drawn([1, 5], labels, 8)
+    assert sorted(found) == list(range(8)) and set(found[6:]) == {1, 5}
+    assert [labels[at] for at in found] == [0, 1, 2, 0, 0, 0, 0, 1]
+    assert drawn([1, 5], labels, 3) == found[:3]
+    assert Counter(labels[at] for at in drawn([], labels, 5)) == {0: 2, 1: 2, 2: 1}
+
+
+def test_a_plain_run_has_no_pathways(make_digits_run, tmp_path):
+    found = load_gallery(gallery_run(make_digits_run(tmp_path / "plain", kind="dense"), number=2, accelerator="cpu"))
+    assert found["clean_pathway"].shape == found["adversarial_pathway"].shape == (2, 0)
+    assert int(found["num_experts"]) == 0
+
+
+def test_mistakes_leave_nothing(make_digits_run, tmp_path):
+    folder = make_digits_run(tmp_path / "run")
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="number must be >= 1, got 0"):
+        gallery_run(folder, number=0)
+    with pytest.raises(ValueError, match=r"eps must be .*got 2"):
+        gallery_run(folder, overrides={"threat": {"eps": "2"}})
+    assert sorted(folder.iterdir()) == before

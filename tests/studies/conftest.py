@@ -1,0 +1,109 @@
+"""Runs as small as they can be, and made-up results where none have to be trained."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from advmoe.config import merged
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
+from advmoe.studies.results import Found, Trained
+from advmoe.studies.spec import Run
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"name": "resnet18", "kind": "dense", "width": 4},
+    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": False},
+    "threat": {"eps": 0.1},
+    "training": {
+        "method": "standard", "epochs": 1, "batch_size": 640, "attack_steps": 1, "step_size": 0.1,
+        "val_attack_steps": 1,
+    },
+    "attack": {"steps": 2, "step_size": 0.05, "pathways": 1, "queries": 0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_run() -> Callable[..., Run]:
+    """Makes a run on 8x8 digits of about a second: a plain ResNet-18 of width 4, by default trained without attacks."""
+
+    def make(name: str, *, start: Run | None = None, **groups: dict[str, Any]) -> Run:
+        return Run(name, merged(TINY, groups), {"routed": False}, start)
+
+    return make
+
+
+@pytest.fixture
+def planner(tmp_path: Path) -> Planner:
+    """Plans runs of seed 0 in a folder of the test's own."""
+    return Planner(tmp_path / "runs", [0])
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[..., None]:
+    """Writes what a finished run, or a measurement of it, leaves behind: content as JSON, arrays by file."""
+
+    def write(task: PlannedRun | PlannedMeasure, content: Any, **arrays: Mapping[str, Any]) -> None:
+        task.path.mkdir(parents=True, exist_ok=True)
+        if isinstance(task, PlannedRun):
+            (task.path / "manifest.json").write_text(json.dumps({"finished": "now", "wall_seconds": 10.0}))
+            (task.path / "model.safetensors").touch()
+            (task.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in content))
+            return
+        task.result.write_text(json.dumps(content))
+        for file, values in arrays.items():
+            np.savez(task.path / f"{file.replace('_', '-')}.npz", **{name: np.array(v) for name, v in values.items()})
+        (task.path / "done.json").write_text(json.dumps({"seconds": 2.0}))
+
+    return write
+
+
+Made = tuple[str, dict[str, Any], dict[str, Mapping[str, Any]]]
+"""A measurement: its kind, content, and arrays by file."""
+
+
+@pytest.fixture(scope="session")
+def evaluated() -> Callable[..., Made]:
+    """Makes an evaluation from strings of `1` (right) and `0` for the images: without an attack, and by attack."""
+
+    def make(clean: str, attacks: Mapping[str, str], *, first: int = 0, **content: Any) -> Made:
+        right = {name: [mark == "1" for mark in marks] for name, marks in {"": clean, **attacks}.items()}
+        held = {name: [a and b for a, b in zip(marks, right[""], strict=True)] for name, marks in right.items()}
+        worst = [all(each) for each in zip(*held.values(), strict=True)]
+        shares = {name: sum(marks) / len(marks) for name, marks in held.items()}
+        clean_share = shares.pop("")
+        found = {
+            "clean_accuracy": clean_share, "robust_accuracy": shares, "worst_case": sum(worst) / len(worst),
+            "masking_gap": 0.0, **content,
+        }  # fmt: skip
+        arrays = {"index": list(range(first, first + len(clean))), "clean_correct": right[""]}
+        arrays |= {f"robust/{name}": held[name] for name in attacks}
+        return "evaluate", found, {"evaluation_examples": arrays}
+
+    return make
+
+
+@pytest.fixture
+def row(tmp_path: Path, record: Callable[..., None]) -> Callable[..., Found]:
+    """Makes a row of results, as read from files: its labels and, by seed, measurements by name and `epochs`."""
+    numbers = itertools.count()
+
+    def make(labels: Mapping[str, Any], by_seed: Mapping[int, Mapping[str, Any]]) -> Found:
+        found = {}
+        for seed, given in by_seed.items():
+            key = f"run-{next(numbers)}"
+            run = PlannedRun(key, key, seed, {}, tmp_path / key, None)
+            record(run, given.get("epochs", []))
+            measures = {}
+            for name, made in given.items():
+                if name != "epochs":
+                    kind, content, arrays = made
+                    measures[name] = PlannedMeasure(run, kind, {}, None, f"{kind}-{name}")
+                    record(measures[name], content, **arrays)
+            found[seed] = Trained(run, measures)
+        return Found(", ".join(map(str, labels.values())), labels, found)
+
+    return make

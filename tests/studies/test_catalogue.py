@@ -1,0 +1,207 @@
+"""Every study: its rows can be run at every scale, and it copes with whatever was found."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advmoe.studies import paper
+from advmoe.studies.catalogue import STUDIES, study_named
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, only
+from advmoe.studies.present import draw, text
+from advmoe.studies.results import Results
+from advmoe.studies.scales import scale_named
+from advmoe.studies.spec import Outcome
+
+SCALES = ("smoke", "cpu", "paper")
+EVERY = pytest.mark.parametrize("name", STUDIES)
+
+
+def test_all_fourteen_are_there():
+    assert list(STUDIES) == [
+        "table1", "table2", "table3", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "attack-steps",
+        "convergence", "efficiency", "recipes",
+    ]  # fmt: skip
+    assert all(study.name == name and study.title and study.shows.endswith(".") for name, study in STUDIES.items())
+    assert study_named("fig2") is STUDIES["fig2"]
+    with pytest.raises(ValueError, match=r"^NAME must be one of list, table1, .*, recipes, got 'fig9'$"):
+        study_named("fig9")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@EVERY
+def test_every_row_is_a_configuration_that_can_be(name, scale):
+    sized = scale_named(scale)
+    rows = STUDIES[name].stages[0](sized, Results())
+    names = [row.run.name for row in rows]
+    assert len(set(names)) == len(names)  # what --only and a reader tell rows by
+    planned = Planner(Path("runs"), [0]).rows(rows)
+    keys = [row.runs[0].key for row in planned]
+    assert len(set(keys)) == len(keys)  # no row twice
+    assert only(rows, [names[0]]) and not only(rows, ["nothing is called so"])
+    json.dumps([each.options for row in planned for each in row.measures[0].values()])
+
+
+@EVERY
+def test_studies_make_something_of_nothing(name):
+    scale, study = scale_named("smoke"), STUDIES[name]
+    planned = Planner(Path("nowhere"), [0]).rows(study.stages[0](scale, Results()))
+    for results in (Results(), Results.read(planned)):
+        outcome = study.show(scale, results)
+        assert all(not figure.data and "nothing was measured" in figure.alt.lower() for figure in outcome.figures)
+        for claim in outcome.claims:
+            assert {each["verdict"] for each in claim["verdicts"]} <= {"undecided"}
+        for shown in outcome.tables:
+            text(shown)
+        json.dumps(plain(outcome), allow_nan=False)
+
+
+def plain(outcome: Outcome) -> dict[str, Any]:
+    return {name: getattr(outcome, name) for name in ("tables", "claims", "notes")} | {
+        "figures": [vars(figure) for figure in outcome.figures]
+    }
+
+
+# Made-up results: of 24 images, some right and some wrong
+
+
+def levels(run: PlannedRun) -> dict[str, dict[str, float]]:
+    parts = ("routers", "experts") if run.config["training"]["method"] == "advmoe" else ("all",)
+    return {part: {"ce": 1.0, "kl": 0.5, "accuracy": 0.6} for part in parts}
+
+
+def made_up(task: PlannedRun | PlannedMeasure, evaluated: Any) -> tuple[Any, dict[str, Any]]:
+    """Content and arrays; what is right depends on the run alone, so that attacks and measurements agree."""
+    run = task if isinstance(task, PlannedRun) else task.run
+    number = int(run.key, 16) % 7
+    marks = "".join("1" if (image * 5 + run.seed) % 11 < 9 - number else "0" for image in range(24))
+    share = marks.count("1") / 24
+    if isinstance(task, PlannedRun):
+        lines = [
+            {"epoch": epoch, "seconds": 2.0, "train": levels(run), "val": {"robust_accuracy": share * epoch / 2}}
+            for epoch in (1, 2)
+        ]
+        return lines, {}
+    steps = run.config["attack"]["steps"]
+    names = [name.replace("pgd", f"pgd-{steps}") for name in task.options.get("attacks", ["pgd"])]
+    match task.kind:
+        case "evaluate":
+            _, content, arrays = evaluated("1" * 24, dict.fromkeys(names, marks), cost={"gmacs": 0.1})
+            return content, arrays
+        case "sweep":
+            points = [{"eps": eps, "robust_accuracy": share} for eps in task.options["epsilons"]]
+            curve = {"points": points, "masking": {"reasons": ["It rises."]}}
+            return {"curves": {name: curve for name in (*names, "worst case")}}, {}
+        case "dissect":
+            parts = dict.fromkeys(("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail"), 0.25)
+            arrays = {name: [1, 2, 3, 4] for name in names}
+            return {name: {"categories": parts} for name in names}, {"dissection_examples": arrays}
+        case "pathways":
+            overlap = {
+                "mean": 0.4, "std": 0.1, "quantiles": {"p5": 0.3, "p25": 0.3, "p50": 0.4, "p75": 0.5, "p95": 0.5},
+                "histogram": {"edges": [0.0, 0.5, 1.0], "shares": [0.75, 0.25]},
+            }  # fmt: skip
+            kinds = ("clean", "adversarial", "random_pathways", "random_masks")
+            return {"against": {"kind": "mask", **dict.fromkeys(kinds, overlap)}}, {}
+        case "cost":
+            kind = run.config["model"]["kind"]
+            return {"models": {kind: {"gmacs": 0.1}}, "batches": [{"batch": 1, "ms_per_image": {kind: 2.0}}]}, {}
+        case "pace":
+            return {"ratio": 1.1}, {}
+        case _:
+            raise AssertionError(task.kind)
+
+
+def stages(name: str, planner: Planner, evaluated: Any, record: Any) -> Iterator[list[PlannedRow]]:
+    """The rows of a study up to each stage, all of them finished with made-up results."""
+    scale, rows = scale_named("smoke"), list[PlannedRow]()
+    for stage in STUDIES[name].stages:
+        rows = [*rows, *planner.rows(stage(scale, Results.read(rows)))]
+        for task in planner.tasks(rows).values():
+            if task.state() != "finished":
+                content, arrays = made_up(task, evaluated)
+                record(task, content, **arrays)
+                assert task.state() == "finished"
+        yield rows
+
+
+@EVERY
+def test_studies_show_full_results_and_those_with_gaps(name, tmp_path, evaluated, record):
+    scale, study = scale_named("smoke"), STUDIES[name]
+    *_, rows = stages(name, Planner(tmp_path / "runs", range(3)), evaluated, record)
+    complete = study.show(scale, Results.read(rows))
+    assert set(assert_tables(complete)) == {3}
+    assert_figures(complete, tmp_path)
+    assert_claims(complete)
+
+    for measure in rows[0].measures[1].values():
+        (measure.path / "done.json").unlink(missing_ok=True)
+    (rows[-1].runs[0].path / "model.safetensors").unlink()
+    partial = study.show(scale, Results.read(rows))
+    counts = set(assert_tables(partial))
+    assert 2 in counts and counts <= {1, 2, 3}
+    assert_claims(partial)
+    for part in ("tables", "figures", "claims"):
+        assert len(getattr(partial, part)) == len(getattr(complete, part))
+    json.dumps([plain(complete), plain(partial)], allow_nan=False)
+
+
+def assert_tables(outcome: Outcome) -> list[int]:
+    """How many seeds each number of the tables is the mean of."""
+    numbers = []
+    assert outcome.tables
+    for shown in outcome.tables:
+        keys = [column["key"] for column in shown["columns"]]
+        assert len(set(keys)) == len(keys) and shown["rows"]
+        for line in shown["rows"]:
+            assert set(line) == set(keys)
+            cells = [value for value in line.values() if isinstance(value, dict)]
+            assert all((cell["n"] > 1) == (cell["std"] is not None) for cell in cells)
+            numbers += [cell["n"] for cell in cells]
+        assert len(text(shown).splitlines()) == 2 + len(shown["rows"])
+    return numbers
+
+
+def assert_figures(outcome: Outcome, folder: Path) -> None:
+    ids = [figure.id for figure in outcome.figures]
+    assert ids and len(set(ids)) == len(ids)
+    for figure in outcome.figures:
+        assert figure.id.replace("-", "").isalnum() and figure.title
+        assert figure.alt.endswith(".") and "othing was measured" not in figure.alt
+        draw(figure, folder / f"{figure.id}.svg")
+
+
+def assert_claims(outcome: Outcome) -> None:
+    for claim in outcome.claims:
+        assert claim["name"] and claim["statement"].endswith(".") and claim["source"] and claim["verdicts"]
+        for each in claim["verdicts"]:
+            assert each["verdict"] in ("holds", "does not hold", "undecided")
+            assert each["p_value"] is None or 0 <= each["p_value"] <= 1
+
+
+# Beside the paper
+
+
+def test_the_paper_s_numbers_all_have_a_place():
+    """Every row that the paper reports is one of a study's at the paper's scale."""
+    places = {
+        (table, *(row.run.labels[label] for label in ("paper_dataset", "paper_backbone", "method")))
+        for table in ("table1", "table2", "table3")
+        for row in STUDIES[table].stages[0](scale_named("paper"), Results())
+    }
+    for row in paper.reported()["rows"]:
+        method = row["method"].partition(",")[0]
+        assert (row["table"], row["dataset"], row["backbone"], method) in places
+        assert paper.numbers(row["table"], row["dataset"], row["backbone"], method)["ra_pgd50"] == row["ra_pgd50"]
+
+
+def test_numbers_of_the_paper():
+    found = paper.numbers("table2", "CIFAR-10", "ResNet-18", "AT (Dense)")
+    assert (found["ra_autoattack"], found["ra_pgd50"], found["sa"], found["gmacs"]) == (44.72, 50.13, 82.99, 0.54)
+    assert found["ra_pgd50_std"] == 0.13  # which table 1 gives
+    assert paper.numbers("table3", "ImageNet", "DeiT-Tiny", "AT (MoE)")["ra_pgd50"] == 44.63
+    assert paper.numbers("table1", None, None, "AT (Dense)") == {}
+    assert paper.numbers("table3", "ImageNet", "DeiT-Tiny", "AT (S-Dense)") == {}
+    assert paper.figure(3)["standard_moe_M1"] == 0.0 and paper.figure(6) == {}

@@ -1,0 +1,88 @@
+"""Figures 2, 7 and 8 on made-up results."""
+
+import pytest
+
+from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.results import Results
+from advmoe.studies.scales import scale_named
+
+SMOKE = scale_named("smoke")
+
+
+def show(name, *rows):
+    return STUDIES[name].show(SMOKE, Results(rows))
+
+
+def points(series):
+    return {name: [(point["x"], point["y"]) for point in each] for name, each in series.items()}
+
+
+def swept(robust, reasons=()):
+    """A sweep: robust accuracy under PGD by radius in 1/255, ten points less in the worst case."""
+
+    def curve(less):
+        numbers = [{"eps": radius / 255, "robust_accuracy": share - less} for radius, share in robust.items()]
+        return {"points": numbers, "masking": {"reasons": list(reasons)}}
+
+    return "sweep", {"curves": {"pgd-10": curve(0.0), "pgd-10-soft": curve(0.1), "worst case": curve(0.1)}}, {}
+
+
+def test_fig2_is_robust_accuracy_over_the_radius_in_steps_of_a_pixel(row):
+    seeds = {
+        0: {"sweep": swept({0: 0.8, 2: 0.6, 8: 0.4})},
+        1: {"sweep": swept({0: 0.6, 2: 0.5, 8: 0.1}, ["It rises."])},
+    }
+    outcome = show("fig2", row({"method": "AdvMoE"}, seeds), row({"method": "AT (MoE)"}, {0: {}}))
+    pgd, worst = outcome.figures
+    assert (pgd.id, worst.id) == ("fig2-pgd", "fig2-worst-case")
+    assert [point["x"] for point in pgd.data["AdvMoE"]] == [0, 2, 8]
+    assert [point["y"] for point in pgd.data["AdvMoE"]] == pytest.approx([70, 55, 25])
+    assert [point["y"] for point in worst.data["AdvMoE"]] == pytest.approx([60, 45, 15])
+    assert pgd.data["AdvMoE"][2]["low"] == pytest.approx(10) and pgd.data["AdvMoE"][2]["high"] == pytest.approx(40)
+    assert list(pgd.data) == ["AdvMoE"]  # the other was not swept
+    assert outcome.notes == ["Gradient masking suspected in AdvMoE, seed 1: It rises."]  # once, though on three curves
+
+
+def test_radii_of_a_sweep_are_whole_pixels_in_the_figure(row):
+    scale = scale_named("cpu")
+    radii = scale.sweep(scale.run("AdvMoE")).options["epsilons"]
+    made = row({"method": "AdvMoE"}, {0: {"sweep": swept({255 * eps: 0.5 for eps in radii})}})
+    assert [point["x"] for point in show("fig2", made).figures[0].data["AdvMoE"]] == [0, 2, 4, 6, 8, 12, 16]
+
+
+@pytest.fixture
+def made(row, evaluated):
+    """Makes a row of one seed that is right on so many of ten images, on one less in the worst case."""
+
+    def make(method, right, **labels):
+        attacks = {"pgd-10": "1" * right + "0" * (10 - right), "pgd-10-margin": "0" + "1" * 9}
+        labels = {"method": method, "backbone": "ResNet-18", **labels}
+        return row(labels, {0: {"accuracy": evaluated("1" * 10, attacks)}})
+
+    return make
+
+
+def test_fig7_is_a_line_for_each_number_of_experts_beside_dense(made):
+    moe = [made("AdvMoE", right, experts=n, scale=r) for n, r, right in ((2, 0.5, 4), (2, 0.8, 5), (4, 0.5, 6))]
+    outcome = show("fig7", made("AT (Dense)", 7), *moe)
+    pgd, worst = outcome.figures
+    assert points(pgd.data) == {"N = 2": [(0.5, 40), (0.8, 50)], "N = 4": [(0.5, 60)]}
+    assert points(worst.data) == {"N = 2": [(0.5, 30), (0.8, 40)], "N = 4": [(0.5, 50)]}
+    assert pgd.options["references"] == [["AT (Dense)", pytest.approx(70)]]
+    assert worst.options["references"] == [["AT (Dense)", pytest.approx(60)]]
+    assert show("fig7", *moe).figures[0].options["references"] == []
+
+
+def test_fig8_is_a_figure_for_each_backbone(made):
+    def rows(backbone, more):
+        dense = made("AT (Dense)", 7 + more, backbone=backbone)
+        return [dense, *(made(name, 3 + more, backbone=backbone, scale=0.5) for name in ("AT (S-Dense)", "AdvMoE"))]
+
+    outcome = show("fig8", *rows("ResNet-18", 0), *rows("WRN", 1))
+    first, second = outcome.figures
+    assert points(first.data) == {"AT (S-Dense)": [(0.5, 30)], "AdvMoE": [(0.5, 30)]}
+    assert points(second.data) == {"AT (S-Dense)": [(0.5, 40)], "AdvMoE": [(0.5, 40)]}
+    assert second.options["references"] == [["AT (Dense)", pytest.approx(80)]]
+    assert "WRN" in second.title
+    names = [claim["name"] for claim in outcome.claims]
+    assert names == ["ordering, ResNet-18, r = 0.5", "ordering, WRN, r = 0.5"]

@@ -1,0 +1,80 @@
+"""What makes two runs, or two measurements, the same."""
+
+import pytest
+
+from advmoe.config import Config, field_names
+from advmoe.studies.keys import digest, measure_key, run_key
+
+OF_ROUTED = {"model.num_experts", "model.router", "model.route_per", "model.experts", "model.experts_init"}
+NO_RESULT = {"data.root", "data.download", "data.workers", "training.init_from"}
+OF_ATTACKS = {name for name in field_names() if name.startswith("attack.")}
+
+
+def key(start=None, **groups):
+    return run_key(Config.from_dict({"training": {"method": "at"}, **groups}), start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "without"),
+    [
+        ("moe", NO_RESULT | OF_ATTACKS),
+        ("s-dense", NO_RESULT | OF_ATTACKS | OF_ROUTED),
+        ("dense", NO_RESULT | OF_ATTACKS | OF_ROUTED | {"model.scale"}),
+    ],
+)
+def test_every_field_counts_but_those_that_change_no_result(kind, without):
+    settings = {"model": {"kind": kind}, "training": {"method": "at"}}
+    same = set()
+    for name in field_names():
+        config = Config.from_dict(settings)
+        group, field = name.split(".")
+        setattr(getattr(config, group), field, "something else")  # what no check would let pass, whatever the field
+        if run_key(config) == key(model={"kind": kind}):
+            same.add(name)
+    assert same == without
+
+
+def test_a_key_holds_no_defaults_so_that_fields_to_come_leave_it_alone():
+    groups = {"model": {"width": 16}, "data": {}, "threat": {}, "training": {"method": "at", "lr": 0.2}}
+    assert key(model={"width": 16}, training={"method": "at", "lr": 0.2}) == digest({"config": groups, "start": None})
+    assert key(model={"num_experts": 2, "router": "layer"}, threat={"eps": "8/255"}) == key()
+
+
+def test_a_strength_counts_by_its_value_and_not_its_spelling():
+    assert key(threat={"eps": "4/255"}) == key(threat={"eps": 4 / 255}) != key(threat={"eps": "4.01/255"})
+
+
+def test_what_a_run_starts_from_counts_by_its_key():
+    assert len({key(), key("aaa"), key("bbb")}) == 3
+    moved = {"training": {"method": "at", "init_from": "there"}}
+    assert key("aaa", **moved) == key("aaa")
+
+
+def folder(path, **splits):
+    for split, classes in splits.items():
+        for name, images in classes.items():
+            (path / split / name).mkdir(parents=True)
+            for image in range(images):
+                (path / split / name / f"{image}.png").touch()
+    return {"data": {"name": "folder", "root": str(path)}}
+
+
+def test_images_of_a_folder_count_by_their_classes_and_numbers(tmp_path):
+    small = {"train": {"cat": 2, "dog": 1}, "test": {"cat": 1, "dog": 1}}
+    here, there = folder(tmp_path / "here", **small), folder(tmp_path / "there", **small)
+    more = folder(tmp_path / "more", **small | {"train": {"cat": 3, "dog": 1}})
+    renamed = folder(tmp_path / "renamed", **small | {"train": {"cat": 2, "fox": 1}})
+    nothing = {"data": {"name": "folder", "root": str(tmp_path / "nothing")}}
+    assert key(**here) == key(**there)
+    assert len({key(**each) for each in (here, more, renamed, nothing)}) == 4
+    # Of the data sets that are what they are called, where they lie says nothing.
+    assert key(data={"root": str(tmp_path / "here")}) == key()
+
+
+def test_measurements_are_the_same_where_kind_options_and_what_they_are_compared_with_are():
+    options = {"attacks": ["pgd"], "num_examples": 10}
+    same = measure_key("evaluate", options, None)
+    assert same == measure_key("evaluate", dict(reversed(options.items())), None)
+    assert same.startswith("evaluate-") and len(same) == len("evaluate-") + 12
+    others = [("dissect", options, None), ("evaluate", options | {"num_examples": 11}, None)]
+    assert len({same, *(measure_key(*other) for other in others), measure_key("evaluate", options, "abc")}) == 4

@@ -1,0 +1,124 @@
+"""The three sizes, and the runs and measurements they make."""
+
+from dataclasses import replace
+
+import pytest
+
+from advmoe.config import Config
+from advmoe.recipes import SETTINGS, recipe
+from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.results import Results
+from advmoe.studies.scales import COMPARED, METHODS, scale_named
+
+NAMES = ("smoke", "cpu", "paper")
+# The names of recipes and those of the paper.
+DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny-ImageNet", "imagenet": "ImageNet"}
+BACKBONES = {
+    "resnet18": "ResNet-18", "wrn-28-10": "WRN-28-10", "vgg16": "VGG-16", "densenet40": "DenseNet",
+    "deit-tiny": "DeiT-Tiny",
+}  # fmt: skip
+PAPER = {name: (DATA[data], BACKBONES[net]) for name, (data, net) in SETTINGS.items() if net}
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match=r"^--scale must be one of smoke, cpu, paper, got 'huge'$"):
+        scale_named("huge")
+
+
+@pytest.mark.parametrize("setting", PAPER)
+def test_the_paper_s_scale_is_its_recipes(setting):
+    dataset, backbone = PAPER[setting]
+    for method, name in (("at-dense", "AT (Dense)"), ("at-s-dense", "AT (S-Dense)"), ("at-moe", "AT (MoE)")):
+        run = scale_named("paper").run(name, dataset=dataset, backbone=backbone)
+        assert Config.from_dict(run.settings) == Config.from_dict(recipe(f"{setting}-{method}"))
+    ours = Config.from_dict(scale_named("paper").run("AdvMoE", dataset=dataset, backbone=backbone).settings)
+    assert ours == Config.from_dict(recipe(f"{setting}-advmoe"))
+
+
+def test_the_paper_s_tables_are_all_its_settings_by_all_its_methods():
+    rows = [
+        row.run.labels
+        for table in ("table1", "table3")
+        for row in STUDIES[table].stages[0](scale_named("paper"), Results())
+    ]
+    found = {(labels["paper_dataset"], labels["paper_backbone"], labels["method"]) for labels in rows}
+    vision = {(*PAPER["imagenet-deit-tiny"], method) for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE")}
+    convolutional = [where for setting, where in PAPER.items() if not setting.endswith("deit-tiny")]
+    assert found == vision | {(*where, method) for where in convolutional for method in COMPARED}
+    assert len(rows) == len(found)
+
+
+def test_names_say_what_varies_and_what_it_runs_on():
+    scale = scale_named("smoke")
+    assert scale.run("AT (MoE)").name == "AT (MoE), ResNet-18, digits"
+    run = scale.run("AdvMoE", backbone="WRN-28-10", experts=4, scale=0.8, more={"model": {"scale": 0.8}})
+    assert run.name == "AdvMoE, N = 4, r = 0.8, WRN-10-1, digits"
+    assert run.settings["model"]["scale"] == 0.8 and run.settings["model"]["name"] == "wrn-10-1"
+    assert scale.run("AdvMoE", K=5).name == "AdvMoE, K = 5, ResNet-18, digits"
+    assert scale.run("AdvMoE", variant="EMA").name == "AdvMoE, EMA, ResNet-18, digits"
+    assert run.labels == {
+        "method": "AdvMoE", "experts": 4, "scale": 0.8, "dataset": "digits", "backbone": "WRN-10-1", "routed": True,
+        "paper_dataset": None, "paper_backbone": None,
+    }  # fmt: skip
+    cpu = scale_named("cpu").run("AT (Dense)").labels
+    assert (cpu["dataset"], cpu["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
+    assert (cpu["backbone"], cpu["paper_backbone"], cpu["routed"]) == ("ResNet-18 of width 16", "ResNet-18", False)
+
+
+def test_a_run_starts_from_one_of_the_same_model_and_data_trained_its_own_way():
+    scale = scale_named("smoke")
+    more = {"model": {"scale": 0.8}, "training": {"lr": 0.3}}
+    last = scale.run("router-robustified MoE, then its experts", more=more, scale=0.8)
+    middle = last.start
+    first = middle.start
+    assert [run.labels["method"] for run in (first, middle)] == ["standard MoE", "router-robustified MoE"]
+    assert first.start is None and first.name == "standard MoE, r = 0.8, ResNet-18, digits"
+    methods = [run.settings["training"]["method"] for run in (first, middle, last)]
+    assert methods == ["standard", "at-routers", "at-experts"]
+    assert [run.settings["model"]["scale"] for run in (first, middle, last)] == [0.8, 0.8, 0.8]
+    assert [run.settings["training"]["lr"] for run in (first, middle, last)] == [0.1, 0.1, 0.3]
+
+
+def test_a_dense_start_of_sparse_models_of_any_scale_goes_without_it():
+    scale = scale_named("smoke")
+    for r in (0.5, 0.8):
+        run = scale.run("AT (Sparse)", more={"model": {"scale": r}}, scale=r)
+        assert run.name == f"AT (Sparse), r = {r}, ResNet-18, digits"
+        assert run.start.name == "AT (Dense), ResNet-18, digits" and "scale" not in run.start.labels
+
+
+def test_what_the_user_sets_holds_for_every_run():
+    scale = replace(scale_named("smoke"), overrides={"training": {"lr": 0.7, "epochs": 1}, "data": {"image_size": 8}})
+    run = scale.run("router-robustified MoE", more={"training": {"lr": 0.3}})
+    for each in (run, run.start):
+        assert each.settings["training"]["lr"] == 0.7 and each.settings["training"]["epochs"] == 1
+        assert each.settings["data"]["image_size"] == 8 and each.settings["data"]["name"] == "digits"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_measured_fits_the_model(name):
+    scale = scale_named(name)
+    plain, routed = scale.run("AT (S-Dense)"), scale.run("AT (MoE)")
+    assert scale.accuracy(plain).options["attacks"] == ["pgd", "pgd-margin"]
+    assert scale.accuracy(routed).options["attacks"] == ["pgd", "pgd-margin", "pgd-soft", "routed"]
+    assert scale.accuracy(plain).options["num_examples"] == scale.examples
+    _, attack, examples = scale.autoattack
+    assert scale.under_autoattack().options == {"attacks": [attack], "num_examples": examples}
+    for run, second in ((plain, "pgd-margin"), (routed, "pgd-soft")):
+        sweep = scale.sweep(run).options
+        assert sweep["attacks"] == ["pgd", second]
+        assert sweep["epsilons"][0] == 0 and sweep["epsilons"] == sorted(set(sweep["epsilons"]))
+        eps = Config.from_dict(run.settings).threat.eps
+        assert float(eps) in sweep["epsilons"] and max(sweep["epsilons"]) == 2 * eps  # the very radius trained for
+    assert scale.dissect().options["attacks"] == ["pgd", "pgd-soft"]
+    assert scale.pathways(plain).against is plain and scale.pace(routed).against is routed
+
+
+def test_every_method_has_a_start_that_there_is():
+    for name, method in METHODS.items():
+        seen = {name}
+        while method.start is not None:
+            assert method.start not in seen  # no circle
+            seen.add(method.start)
+            method = METHODS[method.start]
+    assert set(COMPARED) <= set(METHODS)

@@ -1,0 +1,109 @@
+"""The search for a recipe: what is combined, what is compared, and by which images it is chosen."""
+
+import pytest
+
+from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.results import Results
+from advmoe.studies.scales import scale_named
+from advmoe.studies.search import BASE, BEST, CHANGES, chosen, combined
+
+LOW, MIDDLE, HIGH = "000000" + "000000", "111111" + "000000", "111111" + "111111"
+FIRST, SECOND = STUDIES["recipes"].stages
+
+
+@pytest.fixture
+def made(row, evaluated):
+    """Makes a row of three seeds: its robust accuracy on validation images, and outcomes on test images."""
+
+    def make(variant, validated, pgd=MIDDLE, soft=None, method="AdvMoE"):
+        epochs = [{"seconds": 1.0, "val": {"robust_accuracy": share}} for share in (0.0, validated)]
+        given = {"epochs": epochs, "accuracy": evaluated(HIGH, {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
+        labels = {"method": method, **({"variant": variant} if variant else {})}
+        return row(labels, dict.fromkeys(range(3), given))
+
+    return make
+
+
+def test_of_each_thing_changed_the_best_is_kept_if_it_beats_the_base(made):
+    scores = {
+        "soft inner attack": 0.41, "mixed inner attack": 0.45, "image router": 0.39, "EMA": 0.5, "AWP": 0.42,
+        "balance": 0.44,
+    }  # fmt: skip
+    rows = [made(BASE, 0.4), *(made(name, score) for name, score in scores.items())]
+    assert chosen(Results(rows)) == ["EMA", "mixed inner attack", "balance"]  # AWP would be the fourth
+    assert chosen(Results(rows[:3])) == ["mixed inner attack"]
+    assert chosen(Results([made(BASE, 0.6), *rows[1:]])) == []
+    assert chosen(Results(rows[1:])) == []  # without the base nothing is known to beat it
+    assert chosen(Results()) == []
+
+
+def test_settings_of_several_changes_lie_over_one_another():
+    assert combined(["EMA", "AWP", "embedding router, random codes"]) == {
+        "model": {"router": "embedding"},
+        "training": {"ema": 0.99, "awp": 0.005, "router_objective": "codes", "codes": "random"},
+    }
+
+
+def test_the_best_are_trained_together_and_the_baseline_gets_what_helps_any_network(made):
+    scale = scale_named("smoke")
+    rows = [made(BASE, 0.4), made("EMA", 0.5), made("soft inner attack", 0.45)]
+    together, baseline = SECOND(scale, Results(rows))
+    assert together.run.labels["variant"] == f"{BEST}: EMA, soft inner attack"
+    assert together.run.settings["training"]["ema"] == 0.99
+    assert together.run.settings["training"]["attack_routing"] == "soft"
+    assert (baseline.run.labels["method"], baseline.run.labels["variant"]) == ("AT (S-Dense)", "EMA")
+    assert (
+        baseline.run.settings["training"]["ema"] == 0.99 and "attack_routing" not in baseline.run.settings["training"]
+    )
+    (alone,) = SECOND(scale, Results([*rows[:2]]))  # one change is there already; the baseline is not
+    assert alone.run.labels["method"] == "AT (S-Dense)"
+    assert SECOND(scale, Results(rows[:1])) == SECOND(scale, Results()) == []
+
+
+@pytest.mark.parametrize(("name", "start"), [("smoke", None), ("cpu", "independent start"), ("paper", "shared start")])
+def test_every_change_changes_something(name, start):
+    baseline, base, *changed = FIRST(scale_named(name), Results())
+    assert (baseline.run.labels["method"], base.run.labels["variant"]) == ("AT (S-Dense)", BASE)
+    variants = [row.run.labels["variant"] for row in changed]
+    if start is None:
+        assert variants == ["soft inner attack", "EMA"]
+    else:
+        other = {"independent start": "shared start", "shared start": "independent start"}[start]
+        assert variants == [variant for variant in CHANGES if variant != other]
+
+
+def test_the_recipe_is_chosen_on_validation_images_and_judged_on_others(made):
+    rows = [
+        made(None, 0.3, MIDDLE, method="AT (S-Dense)"), made(BASE, 0.4, HIGH), made("EMA", 0.5, HIGH, soft=LOW),
+    ]  # fmt: skip
+    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows))
+    (claim,) = outcome.claims
+    assert claim["statement"] == "The recipe best on validation images (EMA) is more robust than AT (S-Dense)."
+    assert {each["measure"]: each["verdict"] for each in claim["verdicts"]} == {
+        "PGD": "holds", "worst case": "does not hold",
+    }  # fmt: skip
+    assert outcome.notes == [
+        "The best recipe by validation: EMA. In the worst case it is below AT (S-Dense) at this size: no recipe here "
+        "gets there."
+    ]
+    assert list(outcome.figures[0].data) == ["AT (S-Dense)", BASE, "EMA"]
+    above = STUDIES["recipes"].show(scale_named("smoke"), Results(rows[:2]))
+    assert above.notes == [
+        f"The best recipe by validation: {BASE}. In the worst case it is above AT (S-Dense) at this size."
+    ]
+
+
+def test_it_must_beat_every_baseline(made):
+    rows = [
+        made(None, 0.3, LOW, method="AT (S-Dense)"), made("EMA", 0.3, HIGH, method="AT (S-Dense)"),
+        made(BASE, 0.4, MIDDLE),
+    ]  # fmt: skip
+    (claim,) = STUDIES["recipes"].show(scale_named("smoke"), Results(rows)).claims
+    first = claim["verdicts"][0]
+    assert set(first["numbers"]) == {f"AT (S-Dense) < AdvMoE, {BASE}", f"AT (S-Dense), EMA < AdvMoE, {BASE}"}
+    assert first["verdict"] == "does not hold"
+
+
+def test_without_a_routed_model_there_is_nothing_to_claim(made):
+    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results([made(None, 0.3, method="AT (S-Dense)")]))
+    assert not outcome.claims and outcome.notes == ["No routed model was trained."]

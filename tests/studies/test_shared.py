@@ -1,0 +1,86 @@
+"""What studies declare alike: the paper's ordering, judged on made-up results."""
+
+import pytest
+
+from advmoe.studies.present import RA
+from advmoe.studies.results import Results
+from advmoe.studies.scales import scale_named
+from advmoe.studies.shared import measured, method_bars, named, ordering, orderings, overview, scales_of
+
+
+@pytest.fixture
+def made(row, evaluated):
+    """Makes a row of three seeds, each with the same outcomes under PGD and under a second attack."""
+
+    def make(method, pgd, second=None, autoattack=None, **labels):
+        attacks = {"pgd-10": pgd, "pgd-10-margin": second or pgd}
+        given = {"accuracy": evaluated("1" * len(pgd), attacks)}
+        if autoattack:
+            given["autoattack"] = evaluated("1" * len(pgd), {"autoattack:apgd-ce": autoattack})
+        where = {"dataset": "digits", "backbone": "ResNet-18", **labels}
+        return row({"method": method, **where}, dict.fromkeys(range(3), given))
+
+    return make
+
+
+LOW, MIDDLE, HIGH = "000000" + "000000", "111111" + "000000", "111111" + "111111"
+
+
+def verdicts(claim):
+    return {each["measure"]: each["verdict"] for each in claim["verdicts"]}
+
+
+def test_the_ordering_is_judged_under_pgd_and_in_the_worst_case(made):
+    # Under the second attack the routed models fall behind.
+    results = Results([made("AT (MoE)", LOW), made("AT (S-Dense)", MIDDLE), made("AdvMoE", HIGH, second=LOW)])
+    claim = ordering(results)
+    assert (claim["name"], claim["statement"]) == (
+        "ordering", "AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy.",
+    )  # fmt: skip
+    assert verdicts(claim) == {"PGD": "holds", "worst case": "does not hold"}
+    pgd, worst = claim["verdicts"]
+    assert set(pgd["numbers"]) == {"AT (MoE) < AT (S-Dense)", "AT (S-Dense) < AdvMoE"}
+    assert pgd["p_value"] == 1 / 64 and worst["p_value"] == 2 / 64  # six images of one sign; two comparisons
+    assert pgd["numbers"]["AT (S-Dense) < AdvMoE"]["mean_more"] == 1.0
+
+
+def test_the_ordering_is_judged_under_autoattack_where_that_was_run(made):
+    rows = [made("AT (MoE)", LOW, autoattack=LOW), made("AT (S-Dense)", MIDDLE, autoattack=MIDDLE)]
+    assert verdicts(ordering(Results([*rows, made("AdvMoE", HIGH, autoattack=HIGH)])))["AutoAttack"] == "holds"
+    assert verdicts(ordering(Results([*rows, made("AdvMoE", HIGH)])))["AutoAttack"] == "undecided"
+
+
+def test_an_ordering_for_each_data_set_and_backbone(made):
+    methods = {"AT (MoE)": LOW, "AT (S-Dense)": MIDDLE, "AdvMoE": HIGH}
+    rows = [made(method, marks) for method, marks in methods.items()]
+    rows += [made(method, LOW, backbone="VGG-16") for method in methods]
+    claims = orderings(Results(rows))
+    assert [claim["name"] for claim in claims] == ["ordering, ResNet-18, digits", "ordering, VGG-16, digits"]
+    assert [verdicts(claim)["PGD"] for claim in claims] == ["holds", "undecided"]
+    assert ordering(Results(rows), " here", backbone="VGG-16")["name"] == "ordering here"
+
+
+def test_bars_and_overview_have_a_place_for_each_method(made):
+    results = Results([made("AT (MoE)", LOW), made("AdvMoE", HIGH), made("AdvMoE", MIDDLE, backbone="VGG-16")])
+    figure = method_bars("f", "Title", results, RA.value, "RA (%)")
+    heights = {group: {name: bar["y"] for name, bar in each.items()} for group, each in figure.data.items()}
+    assert heights == {
+        "ResNet-18, digits": {"AT (MoE)": 0.0, "AdvMoE": 100.0}, "VGG-16, digits": {"AdvMoE": 50.0},
+    }  # fmt: skip
+    shown = overview("Title", results, [RA], "table1")
+    assert [(row["backbone"], row["method"], row["ra_pgd"]["mean"]) for row in shown["rows"]] == [
+        ("ResNet-18", "AT (MoE)", 0.0), ("ResNet-18", "AdvMoE", 100.0), ("VGG-16", "AdvMoE", 50.0),
+    ]  # fmt: skip
+
+
+def test_rows_scales_and_names():
+    scale = scale_named("smoke")
+    run = scale.run("AdvMoE")
+    assert list(measured(scale, run).measures) == ["accuracy"]
+    row = measured(scale, run, timed=True, sweep=scale.sweep(run))
+    assert {name: each.kind for name, each in row.measures.items()} == {
+        "accuracy": "evaluate", "cost": "cost", "sweep": "sweep",
+    }  # fmt: skip
+    assert scales_of(scale, smoke=(0.5,), cpu=(0.2, 0.8), paper=()) == [(0.5, {"model": {"scale": 0.5}})]
+    assert named({"method": "AdvMoE", "variant": "EMA", "scale": 1}) == "AdvMoE, EMA"
+    assert named({"method": "AT (S-Dense)"}) == "AT (S-Dense)"

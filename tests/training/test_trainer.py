@@ -1,0 +1,320 @@
+"""Training's options: which attacks and updates they make, what they leave fixed, and that runs with them resume."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+
+from advmoe.config import Config
+from advmoe.data import load_dataset
+from advmoe.models import split_parameters
+from advmoe.moe import routers_of
+from advmoe.training import trainer as trainers
+from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.objectives import trades
+from advmoe.training.run import resume, train
+from advmoe.training.trainer import Trainer, build_model
+
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
+
+SMALL = {
+    "model": {"width": 4, "experts_init": "shared"},
+    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.2, "train_examples": 80},
+    "threat": {"eps": "0.1"},
+    "training": {"epochs": 3, "batch_size": 20, "step_size": 0.06, "val_attack_steps": 2},
+}
+THREADS = {"accelerator": "cpu", "threads": 1}
+ROUTERS, EXPERTS = METHODS["advmoe"]
+ALTERNATIONS = ["both", "shared-attack", "by-iteration", "every-2", "warm-start"]
+
+
+def named(level):
+    return level.part if level.adversarial else "standard"
+
+
+class Bar:
+    """Counts iterations."""
+
+    done = 0
+
+    def update(self):
+        self.done += 1
+
+
+def small(training=(), **groups):
+    groups = {**groups, "training": dict(training)}
+    return Config.from_dict({name: {**SMALL.get(name, {}), **groups.get(name, {})} for name in {*SMALL, *groups}})
+
+
+def make(training=(), **groups):
+    """A trainer and a batch of its images."""
+    config = small(training, **groups)
+    data = config.data
+    dataset = load_dataset("digits", image_size=8, val_fraction=0.2, train_examples=data.train_examples)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=config.training.precision)
+    fabric.launch()
+    trainer = Trainer(config, build_model(config, dataset), dataset, fabric)
+    x = dataset.train.pixels(slice(0, 24)).contiguous(memory_format=torch.channels_last)
+    return trainer, x, dataset.train.labels[:24]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def phi(names):
+    return {name for name in names if ".router." in name}
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every attack, as its images, start and result; and every update, as its part and adversarial images."""
+    attacks, updates = [], []
+    attack, step = Trainer.attack, Trainer.step
+
+    def attacking(self, x, generator, held=None):
+        x_adv = attack(self, x, generator, held)
+        attacks.append((x, held, x_adv))
+        return x_adv
+
+    def stepping(self, level, x, y, generator, x_adv=None):
+        updates.append((level.part, x, x_adv))
+        return step(self, level, x, y, generator, x_adv)
+
+    monkeypatch.setattr(Trainer, "attack", attacking)
+    monkeypatch.setattr(Trainer, "step", stepping)
+    return attacks, updates
+
+
+@pytest.mark.parametrize(
+    ("alternation", "parts", "attacked"),
+    [
+        ("both", "rerere", 6), ("shared-attack", "rerere", 3), ("by-iteration", "rer", 3), ("every-2", "reere", 5),
+        ("warm-start", "rerere", 6),
+    ],
+)  # fmt: skip
+def test_updates_and_attacks_of_an_epoch(watched, alternation, parts, attacked):
+    trainer, *_ = make({"alternation": alternation})
+    attacks, updates = watched
+    trainer.train_epoch(0, bar := Bar())  # 64 images: three batches of 20
+    assert "".join(part[0] for part, *_ in updates) == parts
+    assert len(attacks) == attacked and bar.done == 3
+    # Each update is against the attack on its own batch, the last one made; a shared one is the same tensor.
+    made = {id(x_adv): x for x, _, x_adv in attacks}
+    assert all(made[id(x_adv)] is x for _, x, x_adv in updates)
+    assert len({id(x_adv) for *_, x_adv in updates}) == attacked
+    seen = {part: sum(len(x) for each, x, _ in updates if each == part) for part in ("routers", "experts")}
+    assert trainer.means.counts == seen
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_warm_attack_is_one_step_from_the_last(watched, augment, monkeypatch):
+    trainer, *_ = make({"alternation": "warm-start"}, data={"augment": augment})
+    attacks, _ = watched
+    steps, real = [], trainers.trades_attack
+    monkeypatch.setattr(trainers, "trades_attack", lambda *a, **kw: steps.append(kw["steps"]) or real(*a, **kw))
+    for epoch in range(2):
+        trainer.train_epoch(epoch, Bar())
+    assert steps == [1] * 12
+    assert not attacks[0][1].any() and all(held.any() for _, held, _ in attacks[6:])
+    if augment:
+        return
+    last = {}
+    for x, held, x_adv in attacks:
+        for image, start, result in zip(x, held, x_adv, strict=True):
+            key = image.numpy().tobytes()
+            assert torch.equal(start, last.get(key, torch.zeros_like(start)))
+            # A step of 0.06 twice in the same direction, say, is more than one attack could do.
+            last[key] = (result - image).half().float()
+    assert max(delta.abs().max() for delta in last.values()) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_mixed_routing_attacks_each_image_one_way_or_the_other(monkeypatch):
+    trainer, x, _ = make({"attack_routing": "mixed"})
+    calls = []
+
+    def marked(predict, part, *, held=None, **settings):
+        calls.append((predict is trainer.model, part, held))
+        return part + (1 if predict is trainer.model else 2)
+
+    monkeypatch.setattr(trainers, "trades_attack", marked)
+    ways = torch.cat([(trainer.attack(x, seeded(seed)) - x)[:, 0, 0, 0].round() for seed in range(20)])
+    # Both ways, evenly: 480 fair draws, five standard deviations of slack.
+    assert set(ways.tolist()) == {1, 2} and abs((ways == 1).sum() - 240) < 55
+    assert [hard for hard, *_ in calls[:2]] == [True, False] and len(calls[0][1]) + len(calls[1][1]) == len(x)
+    torch.testing.assert_close(trainer.attack(x, seeded(3)), trainer.attack(x, seeded(3)), rtol=0, atol=0)
+    # One image goes one way, the other part being empty, and what is held goes with its image.
+    assert trainer.attack(x[:1], seeded()).shape == x[:1].shape
+    calls.clear()
+    trainer.attack(x, seeded(), held=x)
+    assert all(torch.equal(part, held) for _, part, held in calls)
+
+
+def test_mixed_attacks_are_those_of_the_two_ways():
+    trainer, x, _ = make({"attack_routing": "mixed"})
+    trainer.model.eval()
+    mixed = trainer.attack(x, seeded())
+    softly = torch.rand(len(x), generator=seeded()) < 0.5
+    for way, chosen in (("straight-through", ~softly), ("soft", softly)):
+        # The noise is drawn part by part, so that the part is repeated with the generator where it was.
+        generator = seeded()
+        torch.rand(len(x), generator=generator)
+        if way == "soft":
+            torch.randn(x[~softly].shape, generator=generator)
+        trainer.config.training.attack_routing = way
+        assert torch.equal(trainer.attack(x[chosen], generator), mixed[chosen])
+
+
+@pytest.mark.parametrize("level", [ROUTERS, EXPERTS, Level("all"), Level("all", adversarial=False)], ids=named)
+def test_router_terms_are_part_of_every_step_that_trains_routers(level):
+    settings = {"balance": 0.01} if not level.adversarial else {"balance": 0.01, "margin": 0.1}
+    trainer, x, y = make(settings)
+    terms = trainer.step(level, x, y, seeded())
+    expected = {"ce", *(["kl"] if level.adversarial else []), *([] if level.part == "experts" else settings)}
+    assert set(terms) == expected
+    if "balance" in terms:
+        assert 0.01 <= terms["balance"] <= 0.02  # between an even share and one of two experts with all
+    if "margin" in terms:
+        assert 0 < terms["margin"] <= 0.1
+
+
+def test_a_strong_balance_spreads_the_images():
+    trainer, x, y = make({"balance": 20.0})
+    for router in routers_of(trainer.model):
+        torch.nn.init.constant_(router.scores.bias[0].data, 2.0)  # all images to one expert
+    terms = [trainer.step(ROUTERS, x, y, seeded())["balance"].item() / 20 for _ in range(20)]
+    # From its least, 1 for even shares, to 2 for one expert with all.
+    assert terms[0] > 1.3 and terms[-1] - 1 < (terms[0] - 1) / 2
+
+
+@pytest.mark.parametrize("level", [ROUTERS, EXPERTS, Level("all")], ids=named)
+def test_awp_takes_the_gradient_at_worse_weights_and_moves_one_part(level):
+    trainer, x, y = make({"awp": 0.01})
+    x_adv, beta = trainer.attack(x, seeded()), trainer.config.training.beta
+    before, model = state(trainer.model), copy.deepcopy(trainer.model)
+    trainer.step(level, x, y, seeded(), x_adv)
+
+    # The same written out on a copy: ascend, take the gradient there, step from where the weights were.
+    psi, routers = split_parameters(model)
+    mine = {"experts": psi, "routers": routers, "all": [*psi, *routers]}[level.part]
+    moved = [p for p in mine if p.dim() > 1]
+    kept = [p.detach().clone() for p in moved]
+    with learning(model, level.part):
+        sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
+    model.load_state_dict({**before, **dict(model.named_parameters())})  # the ascent records no statistics
+    with torch.no_grad():
+        for p in moved:
+            p.add_(0.01 * p.norm() / p.grad.norm() * p.grad)
+    model.zero_grad()
+    with learning(model, level.part):
+        sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
+    with torch.no_grad():
+        for p, as_it_was in zip(moved, kept, strict=True):
+            p.copy_(as_it_was)
+    torch.optim.SGD(mine, lr=0.1, momentum=0.9, weight_decay=5e-4).step()
+    after = model.state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, after[name], msg=name, rtol=1e-4, atol=1e-6)
+    names = changed(trainer.model, before)
+    assert names and (
+        level.part == "all" or names == ({*phi(names)} if level.part == "routers" else names - phi(names))
+    )
+    plain, *_ = make()
+    plain.step(level, x, y, seeded(), x_adv)
+    assert changed(trainer.model, plain.model.state_dict())
+
+
+def test_the_average_is_what_is_validated_and_the_weights_train_on(monkeypatch):
+    trainer, *_ = make({"ema": 0.9})
+    plain, *_ = make()
+    start, name = state(trainer.model), "backbone.classifier.weight"
+    weights, real = [], trainer.average.update
+    monkeypatch.setattr(trainer.average, "update", lambda m, n: weights.append(state(m)[name]) or real(m, n))
+    for each in (trainer, plain):
+        each.train_epoch(0, Bar())
+    expected = start[name]
+    for number, weight in enumerate(weights):
+        decay = (1 + number) / (10 + number)
+        expected = decay * expected + (1 - decay) * weight
+    assert len(weights) == 3
+    torch.testing.assert_close(trainer.average.state[name], expected)
+    measured, real_outcomes = [], trainers.outcomes
+
+    def outcomes(model, *args, **kwargs):
+        measured.append(state(model)[name])
+        return real_outcomes(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainers, "outcomes", outcomes)
+    trainer.validate()
+    assert torch.equal(measured[0], trainer.average.state[name])
+    # Training goes the same way as without an average.
+    assert not changed(trainer.model, plain.model.state_dict())
+
+
+EVERYTHING = {
+    "alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "margin": 0.1, "ema": 0.9, "awp": 0.005,
+}  # fmt: skip
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("training", [EVERYTHING, {"alternation": "by-iteration"}, {"alternation": "every-2"}])
+def test_resumed_runs_end_bit_identical(tmp_path, training):
+    whole = train(small(training), run_dir=tmp_path / "whole", **THREADS)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "last")  # as if stopped within the last of the epochs
+    resume(run)
+    files = {"last/model.safetensors", "best/model.safetensors", "model.safetensors"}
+    more = "last/more.safetensors"
+    assert (whole / more).exists() == (training is EVERYTHING) and not (whole / "best/more.safetensors").exists()
+    for name in {*files, more} if training is EVERYTHING else files:
+        assert_same(load_file(run / name), load_file(whole / name))
+    last, kept = load_file(whole / "last/model.safetensors"), load_file(whole / "model.safetensors")
+    assert_same(kept, load_file(whole / "best/model.safetensors"))
+    if training is EVERYTHING:
+        remembered = load_file(whole / more)
+        assert remembered["perturbations"].shape == (64, 1, 8, 8) and remembered["perturbations"].any()
+        epoch = torch.load(whole / "best/state.pt", weights_only=True)["progress"]["epoch"]
+        averaged = {name.removeprefix("average."): t for name, t in remembered.items() if name != "perturbations"}
+        assert averaged.keys() == {name for name, tensor in last.items() if tensor.is_floating_point()}
+        same = [torch.equal(kept[name], averaged[name]) for name in averaged]
+        assert all(same) == (epoch == 3)
+        assert not all(torch.equal(kept[name], last[name]) for name in averaged)
+        lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+        assert all({"ce", "kl", "balance", "margin"} <= set(line["train"]["routers"]) for line in lines)
+
+
+@pytest.mark.parametrize("alternation", ALTERNATIONS)
+@pytest.mark.parametrize("router", ["layer", "embedding"])
+def test_options_train_together_in_bf16(alternation, router):
+    settings = {**EVERYTHING, "alternation": alternation, "precision": "bf16-mixed"}
+    trainer, *_ = make(settings, model={"router": router})
+    before = state(trainer.model)
+    trainer.train_epoch(0, Bar())
+    assert all(tensor.isfinite().all() and tensor.dtype != torch.bfloat16 for tensor in state(trainer.model).values())
+    assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
+
+
+@pytest.mark.slow
+def test_options_train_compiled():
+    trainer, *_ = make({**EVERYTHING, "compile": True})
+    before = state(trainer.model)
+    trainer.train_epoch(0, Bar())
+    assert all(tensor.isfinite().all() for tensor in state(trainer.model).values())
+    assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
