@@ -102,7 +102,7 @@ class Run:
         run = shlex.quote(str(self.path))
         source = self.field("model", "source")
         own = f" --model {shlex.quote(str(source))}" if source is not None else ""
-        evaluate, sweep, dissect = self._evaluated(), self._swept(), self._dissected()
+        evaluate, sweep, dissect, trace = self._evaluated(), self._swept(), self._dissected(), self._traced()
         wanted: list[tuple[str, object, str]] = [
             ("accuracy under attack", self.evaluation, f"evaluate {run}{own}{evaluate}"),
             ("sweep over eps", self.sweep, f"sweep-eps {run}{own}{sweep}"),
@@ -110,7 +110,7 @@ class Run:
         if self.routed:
             wanted += [
                 ("dissection of the attack", self.dissection, f"dissect {run}{own}{dissect}"),
-                ("pathways", self.pathways, f"pathways {run}{own}"),
+                ("pathways", self.pathways, f"pathways {run}{own}{trace}"),
             ]
         wanted.append(("gallery", self.gallery, f"report {run}{own}"))
         return [
@@ -147,6 +147,14 @@ class Run:
     def _dissected(self) -> str:
         counts = [each.get("num_examples") for each in self.dissection.values() if isinstance(each, dict)]
         return self._options(self.dissection, next(iter(counts), None), {})
+
+    def _traced(self) -> str:
+        found = self.pathways
+        attacks = [name] if (name := (found.get("attack") or {}).get("name")) is not None else []
+        setting = {"threat": found.get("threat"), "attack": {"seed": found.get("seed")}}
+        against = (found.get("against") or {}).get("run")
+        compared = "" if against is None else f" --against {shlex.quote(str(against))}"
+        return compared + self._options(attacks, found.get("num_examples"), setting)
 
     def _options(self, attacks: Iterable[str], count: int | None, found: Mapping[str, Any]) -> str:
         """The options of the measurement that is there, where they are not the run's own."""

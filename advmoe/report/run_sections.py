@@ -38,7 +38,7 @@ def run_section(run: Run, album: Album, number_: int, *, alone: bool) -> Section
         Part("dissection", "The attack, dissected", dissection(run, album)),
         Part("pathways", "Pathways", pathways(run, album)),
         Part("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
-        Part("made", "What made it", made(run)),
+        Part("made", "Commands and configuration", made(run)),
     ]
     return section(ident, run.label, intro, parts=parts)
 
@@ -48,8 +48,8 @@ def introduction(run: Run, ident: str) -> Content:
     absent = [each.title for each in run.made() if each.state != "there"]
     notes: list[Content] = []
     if absent:
-        link = element("a", "what made it", href=f"#{ident}-made")
-        notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. The commands are under ", link, "."))
+        link = element("a", "commands that make them", href=f"#{ident}-made")
+        notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. See the ", link, "."))
     if run.gallery is None and run.no_gallery:
         notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
     return [
@@ -77,7 +77,8 @@ def tiles(run: Run) -> Html | None:
         items.append((f"Robust, {name}", f"{percent(share)} %", note))
     items.append(("Robust, worst case", f"{percent(found.get('worst_case'))} %", "over all attacks at once"))
     if "gmacs" in cost:
-        items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", "selected pathway, routers included"))
+        of = "selected pathway, routers included" if run.routed else ""
+        items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", of))
     if "ms_per_image" in cost:
         where = f"{cost.get('device')}, batch {cost.get('batch')}, {cost.get('threads')} threads"
         items.append(("Time of one image", f"{number(cost['ms_per_image'])} ms", where))

@@ -39,7 +39,7 @@ def study_section(study: Study, album: Album, number_: int) -> Section:
             Part("tables", "Tables", _tables(found.get("tables") or [])),
             Part("figures", "Figures", _figures(study, album)),
             Part("notes", "Notes", _notes(found.get("notes") or [])),
-            Part("made", "What made it", made),
+            Part("made", "Commands and settings", made),
         ],
     )
 

@@ -54,13 +54,14 @@ def table(caption: str, columns: Sequence[Column | str], rows: Sequence[Sequence
 
 
 def _boxed(kind: str, caption: str, *parts: Html) -> Html:
-    inner = element("table", element("caption", caption), parts, class_=kind)
+    inner = element("table", element("caption", element("span", caption)), parts, class_=kind)
     return element("div", inner, class_="scroll", role="group", tabindex="0", aria_label=caption)
 
 
 def _head(column: Column, numeric: bool) -> Html:
-    hint = column.better and element("span", f" ({column.better} is better)", class_="unseen")
-    button = element("button", column.title, hint, type="button")
+    hint = column.better and element("span", f"({column.better} is better)", class_="unseen")
+    words = [[element("span", word), " "] for word in column.title.split()]  # a name such as pgd-10 stays on one line
+    button = element("button", words, hint, type="button")
     return element("th", button, scope="col", aria_sort="none", class_="number" if numeric else None)
 
 

@@ -256,16 +256,19 @@ def test_a_screen_reader_finds_names_and_descriptions(browser, page):
     def having(*roles):
         return [node for node in known if node["role"]["value"] in roles]
 
-    def text(node, of="name"):
-        return node.get(of, {}).get("value", "").strip()
+    def text(node):
+        return node.get("name", {}).get("value", "").strip()
 
     assert [text(node) for node in having("RootWebArea")] == [f"{HOSTILE} \N{MIDDLE DOT} advmoe report"]
     assert len(having("main")) == len(having("navigation")) == 1
     images = having("image", "img", "graphics-document")
-    drawings = [node for node in images if text(node, "description")]
+    inside = "['title', 'desc'].map((name) => drawing.querySelector(name).textContent)"
+    drawings = browser.js(f"return [...document.querySelectorAll('.drawing')].map((drawing) => {inside})")
     assert len(drawings) == len(list((page.parent / "report-figures").glob("*.svg")))
     assert len(images) == len(drawings) + 8  # the gallery's: two images in three pictures and a strip each
     assert all(text(node) for node in images)
+    names = [text(node) for node in images]
+    assert all(len(said) > 20 and f"{title} {said}" in names for title, said in drawings)
     tables = having("table")
     assert len(tables) >= 5 and all(text(node) for node in tables)
     assert [node for node in having("button", "link", "columnheader", "rowheader") if not text(node)] == []

@@ -73,6 +73,17 @@ def test_commands_repeat_the_measurements_that_are_there(make_run, tmp_path, mon
     assert made["dissection of the attack"] == "advmoe dissect 'runs/a run' --attacks pgd-10 --num-examples 40"
 
 
+def test_the_command_of_pathways(make_run):
+    found = {
+        "attack": {"name": "pgd-10"}, "num_examples": 20, "threat": {"norm": "linf", "eps": 0.1}, "seed": 3,
+        "against": {"run": "runs/a mask"},
+    }  # fmt: skip
+    run = loaded(make_run("a", pathways=found))
+    options = "--against 'runs/a mask' --attacks pgd-10 --num-examples 20 --threat.eps 25.5/255 --seed 3"
+    assert commands(run)["pathways"] == f"advmoe pathways {run.path} {options}"
+    assert set(states(run).values()) == {"there"}
+
+
 def test_commands_name_what_is_not_the_runs_own(make_run):
     changed = {
         "robust_accuracy": {"pgd-20": 0.5}, "num_examples": 10, "threat": {"norm": "l2", "eps": 0.5},

@@ -149,7 +149,7 @@ def test_what_is_missing_is_named(load, parsed):
     page = parsed(*introduction(load(only={"metrics"}), "run-3"))
     assert page.texts("p", "lead") == ["AdvMoE: resnet18, r = 0.5, N = 2, on digits."]
     absent = "accuracy under attack, sweep over eps, dissection of the attack, pathways, gallery"
-    assert f"Missing or unfinished: {absent}. The commands are under what made it." in page.texts("p")
+    assert f"Missing or unfinished: {absent}. See the commands that make them." in page.texts("p")
     assert page.attributes("a", "href") == ["#run-3-made"]
 
 
@@ -167,7 +167,7 @@ def test_a_whole_section(load, album, parsed):
     assert (made.ident, made.title) == ("run-2", "advmoe")
     titles = [
         "Robust accuracy", "Training", "Robustness against the attack's strength", "The attack, dissected", "Gallery",
-        "What made it",
+        "Commands and configuration",
     ]  # fmt: skip
     assert [title for _, title in made.parts] == titles
     page = parsed(made.html)
@@ -178,7 +178,8 @@ def test_a_whole_section(load, album, parsed):
 
 def test_alone_on_the_page_it_is_introduced_by_the_summary(load, album, parsed):
     made = run_section(load(only=set()), album, 1, alone=True)
-    assert parsed(made.html).texts("p", "lead") == [] and [title for _, title in made.parts] == ["What made it"]
+    assert parsed(made.html).texts("p", "lead") == []
+    assert [title for _, title in made.parts] == ["Commands and configuration"]
 
 
 def test_strings_of_a_run_are_escaped(load, album, parsed):

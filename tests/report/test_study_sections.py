@@ -21,7 +21,7 @@ def shown(make_study, album, parsed):
 def test_a_whole_section(shown):
     page = shown()
     assert page.texts("h2") == ["The paper's table1"]
-    assert page.texts("h3") == ["Claims", "Tables", "Figures", "Notes", "What made it"]
+    assert page.texts("h3") == ["Claims", "Tables", "Figures", "Notes", "Commands and settings"]
     assert page.texts("p")[:2] == [
         "AdvMoE against AT.",
         "Scale smoke; seeds 0, 1; cpu a processor, device cpu; 2 threads; 1 h 30 min in all.",
@@ -32,7 +32,7 @@ def test_a_whole_section(shown):
 
 def test_a_study_that_holds_nothing_yet(shown):
     page = shown(tables=[], figures=[], claims=[], notes=[], runs=[], command=None, shows=None, settings={})
-    assert page.texts("h3") == ["What made it"]
+    assert page.texts("h3") == ["Commands and settings"]
     page = shown(name="empty", **dict.fromkeys(("seeds", "hardware", "threads", "seconds", "versions", "created")))
     assert "Scale smoke; seeds unknown." in page.texts("p")
 
