@@ -174,7 +174,8 @@ class Trainer:
     def step(
         self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
     ) -> Terms:
-        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms before it.
+        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms whose gradient
+        it followed: those of the weights before it or, with `training.awp`, of these perturbed.
 
         An adversarial level attacks the images, unless `x_adv` (N, C, H, W) holds what an attack has made of them.
         """

@@ -87,7 +87,7 @@ def test_pictures_in_words():
     assert "clean: layer 0 expert 1 to 1 (40 %); adversarial: layer 0 expert 1 to 1 (40 %)" in found["flow"].alt
     classes = found["classes-clean"]
     assert classes.data[0] == pytest.approx([1, 0, 2 / 3, 1 / 3]) and classes.data[2] == [None] * 4
-    assert "from 0 (class <dog>, layer 0, expert 0) to 1 (class cat, layer 0, expert 0)" in classes.alt
+    assert "from 0 (class cat, layer 0, expert 1) to 1 (class cat, layer 0, expert 0)" in classes.alt
     assert "0.667 within a class, 0.111 between classes" in found["class-iou-clean"].caption
     assert "random masks of the same size" in found["iou-against"].caption
     assert "grey" not in found["flow"].caption  # of two experts no flow is joined to others
