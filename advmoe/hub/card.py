@@ -239,7 +239,10 @@ def _training(record: Record) -> str:
         if chosen:
             lines.append(f"- Options: {', '.join(chosen)}.")
         rate = f"learning rate {t.lr:g}, momentum {t.momentum:g}, weight decay {t.weight_decay:g}"
-        lines.append(f"- {t.epochs} epochs, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
+        epochs = f"{t.epochs} epochs"
+        if t.method == "sparse":
+            epochs = f"epochs: {', '.join(f'{number} {phase}' for phase, number in t.phase_epochs().items())}"
+        lines.append(f"- {epochs}, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
     if manifest is not None:
         lines += _provenance(manifest)
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.spec import Study
 
 SECONDS: Mapping[str, float] = {"smoke": 1.7e-4, "cpu": 6e-4}
-"""Of one pass of one image of the first backbone's S-Dense form, one thread of an EPYC core beside another: measured."""
+"""Of a pass of one image of the first backbone's S-Dense form, one thread of an EPYC core beside another, measured."""
 _OVERHEAD: Mapping[str, float] = {"smoke": 1.5, "cpu": 5.0}
 """Seconds of a task besides."""
 _TRAIN_IMAGES: Mapping[str, int] = {"smoke": 1_300, "cpu": 50_000}
