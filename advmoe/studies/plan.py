@@ -146,7 +146,7 @@ class Planner:
         return PlannedMeasure(on, measure.kind, options, against, key)
 
     def rows(self, rows: Iterable[Row]) -> list[PlannedRow]:
-        """Every row, with a run and its measurements for each seed."""
+        """Every row, with a run and its measurements for each seed, those of time for the first alone."""
         planned = []
         for row in rows:
             runs = {seed: self.run(row.run, seed) for seed in self.seeds}
