@@ -79,7 +79,7 @@ class MoEConv2d(MoELayer):
         self.bias = nn.Parameter(torch.zeros(bank_rows)) if bias else None
         self.strided = kernel == (1, 1) and _pair(stride) != (1, 1) and not any(sides)
         self.pointwise = (kernel, _pair(stride), any(sides), groups, bias) == ((1, 1), (1, 1), False, 1, False)
-        self._fits_a_vector = groups == 1 and num_experts * c_out <= _LANES
+        self._fits_a_vector = groups == 1 and num_experts * c_out < _LANES  # as many as that take a sixth longer
         if shared_init:
             self.copy_first_expert()
 
@@ -123,8 +123,8 @@ class MoEConv2d(MoELayer):
         every = self.compute_all(x, *banks).unbind(1)
         y = every[0]
         for expert, other in enumerate(every[1:], 1):
-            # `lerp` by 0 or 1 takes one of two as they are; `where` does it number by number.
-            y = torch.lerp(y, other, (choice == expert).to(y.dtype).view(-1, 1, 1, 1))
+            # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
+            y = torch.where((choice == expert).view(-1, 1, 1, 1), other, y)
         return y
 
     def _batched_products(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
