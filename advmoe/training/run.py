@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
-from advmoe.files import write_text
+from advmoe.files import require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.pruning import write_masks
@@ -226,6 +226,7 @@ def _start(launch: _Launch) -> Path:
         raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     if launch.accelerator == "cuda" and torch.cuda.device_count() < devices:
         raise ValueError(f"devices must be <= the {torch.cuda.device_count()} CUDA devices present, got {devices!r}")
+    require_writable("run_dir", launch.run_dir)
     fabric = Fabric(
         accelerator=launch.accelerator,
         devices=devices,
