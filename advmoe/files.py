@@ -19,7 +19,7 @@ def sync(path: Path) -> None:
 
 
 def require_writable(name: str, folder: Path) -> None:
-    """Raise `ValueError`, which calls it `name`, unless `folder` can be made and files written in it; leaves nothing."""
+    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, made anew if need be."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:
         # Tried, not asked: permissions say nothing of root's limits, of /proc or of a read-only file system.

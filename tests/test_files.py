@@ -6,7 +6,6 @@ from advmoe import cli
 from advmoe.config import Config
 from advmoe.files import require_writable
 
-
 LINUX = pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc")
 
 
