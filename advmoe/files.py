@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and whether they can be."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(name: str, folder: Path) -> None:
+    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, made anew if need be."""
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    try:
+        # Tried, not asked: permissions say nothing of root's limits, of /proc or of a read-only file system.
+        with tempfile.TemporaryDirectory(dir=there, prefix=".advmoe-"):
+            pass
+    except OSError as error:
+        reason = f"{there}: {error.strerror}"
+        raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

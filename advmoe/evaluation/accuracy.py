@@ -74,7 +74,7 @@ def make_job(
 def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
     """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
     names = tuple(name for name in wanted if name != "routed" or job.setting.routed)
-    if wanted and not names:
+    if not names:
         raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
     return names
 

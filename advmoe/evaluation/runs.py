@@ -31,7 +31,7 @@ from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.sources import load_classifier, load_module
 from advmoe.evaluation.suite import build
 from advmoe.evaluation.targets import home_of, is_source
-from advmoe.files import write_arrays, write_text
+from advmoe.files import require_writable, write_arrays, write_text
 from advmoe.models import Classifier, load_model
 from advmoe.pruning import deployed
 from advmoe.seeding import generator_for, seed_for
@@ -86,6 +86,7 @@ def subject(
     overrides: dict[str, dict[str, Any]] | None = None,
     num_examples: int | None = None,
     seed: int | None = None,
+    kept: bool = True,
 ) -> Subject:
     """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
 
@@ -94,6 +95,7 @@ def subject(
         overrides: fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier).
         num_examples: a random subset of the test images, by `seed`.
         out: where results go; by default the run, or `evaluations/<file>-<factory>`.
+        kept: whether results go there at all, so that it must be writable.
 
     Raises `ValueError` for a run, model, data or setting that cannot be used.
     """
@@ -105,6 +107,9 @@ def subject(
         raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
     if own and source is not None:
         raise ValueError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {source!r}")
+    home = home_of(str(target), out)
+    if kept:
+        require_writable("out", home)
     settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
     for group, fields in (overrides or {}).items():
         settings[group].update(fields)
@@ -122,7 +127,6 @@ def subject(
     index = torch.arange(len(dataset.test))
     if num_examples is not None and num_examples < len(index):
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
-    home = home_of(str(target), out)
     return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name, dataset.classes)
 
 

@@ -61,8 +61,10 @@ def default_attacks(setting: Setting) -> tuple[str, ...]:
 def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
     """The full names of the attacks asked for, each once, in order.
 
-    Raises `ValueError` for an unknown one, one that the model has no use for, or a missing extra.
+    Raises `ValueError` for none, an unknown one, one that the model has no use for, or a missing extra.
     """
+    if not names:
+        raise ValueError("attacks must name at least one attack, got none")
     found = []
     for name in names:
         check_name(name)

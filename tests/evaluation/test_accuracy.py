@@ -268,3 +268,8 @@ def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatc
     assert calls == [1]  # the look for MoE layers
     # Without queries nothing of it is needed.
     evaluate(model, (x, y), attacks=["routed"], steps=1, queries=0)
+
+
+def test_no_attack_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"^attacks must name at least one attack, got none$"):
+        evaluate(Threshold(), planted(), attacks=[])

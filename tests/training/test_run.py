@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
+from advmoe.training import run as run_module
 from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
@@ -130,6 +131,39 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finishe
     with pytest.warns(UserWarning, match=r"last/model\.safetensors.*damaged.*last-previous"):
         resume(run)
     assert_same_weights(weights(run), weights(finished))
+
+
+def refused_by_two_processes(run, message):
+    """Resume `run` in two real processes and see it refused in one line."""
+    command = [sys.executable, "-m", "advmoe", "train", "--resume", str(run), "--devices", "2", "--accelerator", "cpu"]
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("advmoe: error: ")] == [message]
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "last" / "state.pt").unlink()
+    (run / "last-previous" / "state.pt").unlink()
+    found = "; ".join(f"{run / name / 'state.pt'} must exist, got nothing" for name in ("last", "last-previous"))
+    refused_by_two_processes(run, f"advmoe: error: {found}")
+
+
+def test_what_a_process_says_is_passed_on_where_it_is_ours():
+    trace = 'Traceback (most recent call last):\n  File "{}", line 3, in f\n    g()\n{}: a: b\n'
+    ours, other = run_module.__file__, torch.__file__
+    cases = [
+        (ours, "ValueError", ValueError("a: b")),
+        (ours, "advmoe.training.checkpoint.DamagedCheckpoint", ValueError("a: b")),
+        (ours, "advmoe.training.trainer.TrainingDiverged", TrainingDiverged("a: b")),
+        (other, "ValueError", None),
+        (ours, "KeyError", None),
+    ]
+    for file, kind, expected in cases:
+        said = run_module._said(trace.format(file, kind))
+        assert (type(said), str(said)) == (type(expected), str(expected))
 
 
 REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "ema": 0.9, "awp": 0.005}
