@@ -365,6 +365,14 @@ class TrainingConfig:
         found = re.fullmatch(r"every-([0-9]{1,9})", self.alternation)
         return int(found[1]) if found is not None and int(found[1]) >= 2 else None
 
+    def phase_epochs(self) -> dict[str, int]:
+        """Epochs of each phase of `sparse`, by name, after HYDRA's 100, 20 and 100 where they are left out."""
+        return {
+            "pretrain": self.epochs if self.init_from is None else 0,
+            "prune": -(-self.epochs // 5) if self.prune_epochs is None else self.prune_epochs,
+            "finetune": self.epochs if self.finetune_epochs is None else self.finetune_epochs,
+        }
+
 
 @dataclass(kw_only=True)
 class AttackConfig:

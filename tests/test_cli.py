@@ -56,7 +56,7 @@ MORE_MISTAKES = [
     ([*TRAIN, "--training.lr", "[1"], ["training.lr must be valid YAML"]),
     ([*TRAIN, "--training.lr"], ["--training.lr", "expected one argument"]),
     ([*TRAIN, "--training.compile", "1"], ["training.compile must be true or false, got 1"]),
-    ([*TRAIN, "--model.kind", "mo"], ["model.kind must be one of moe, dense, s-dense, got 'mo'"]),
+    ([*TRAIN, "--model.kind", "mo"], ["model.kind must be one of moe, dense, s-dense, sparse, got 'mo'"]),
     ([*TRAIN, "--model.kind", "dense"], ["model.kind must be moe when training.method is advmoe, got 'dense'"]),
     ([*TRAIN, "--training.alternation", "often"], ["training.alternation must be one of both, ", "got 'often'"]),
     (

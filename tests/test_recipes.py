@@ -101,4 +101,4 @@ def test_two_steps(name: str) -> None:
         moved = [not torch.equal(p, old) for p, old in zip(learn, before, strict=True)]
         assert sum(moved) > 0.8 * len(moved)
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-        leave(phase, trainer, run, trainer.kept().state_dict())
+        leave(phase, trainer, run, trainer.as_saved().state_dict())

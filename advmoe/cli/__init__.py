@@ -32,8 +32,8 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (training diverged, or an exported file computes something else), 2 (a
-    mistake in the input) or 130 (interrupted).
+    """Run one command; the exit code is 0, 1 (training diverged, an exported file computes something else, or a part of
+    a study failed), 2 (a mistake in the input) or 130 (interrupted).
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from advmoe.config import Config
+from advmoe.config import Config, TrainingConfig
 from advmoe.evaluation.intervals import wilson
 
 PAPER = "https://arxiv.org/abs/2308.10110"
@@ -27,9 +27,11 @@ _METHODS = {
     "at-routers": "adversarial training (TRADES) of the routers, the experts fixed",
     "at-experts": "adversarial training (TRADES) of the experts, the routers fixed",
     "sparse": "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
-    "advmoe": f"[AdvMoE]({PAPER}): routers and experts in turn, each against its own attack",
+    "advmoe": f"[AdvMoE]({PAPER}): routers and experts in turn, each against attacks",
 }
 
+_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+"""Fields of a run's training that the line on its method does not tell."""
 
 RECORDED = ("config.yaml", "manifest.json", "evaluation.json", "masks.json")
 """The files of a run directory that a card tells, and that travel with the weights."""
@@ -216,7 +218,8 @@ def _data(record: Record) -> str:
     where = f", read from `{data.root}`" if data.name == "folder" else ""
     augmented = "augmented" if data.augment else "not augmented"
     share = f"{100 * data.val_fraction:g}% of the training set held out to choose the best checkpoint"
-    return f"## Data\n\n`{data.name}`{where}; images of {size}, {augmented}; {share}."
+    drawn = f"{data.train_examples} of its training images; " if data.train_examples is not None else ""
+    return f"## Data\n\n`{data.name}`{where}; {drawn}images of {size}, {augmented}; {share}."
 
 
 def _training(record: Record) -> str:
@@ -228,10 +231,18 @@ def _training(record: Record) -> str:
         t, threat = config.training, config.threat
         lines.append(f"- Method `{t.method}`: {_METHODS.get(t.method, 'see the configuration below')}.")
         if t.method != "standard":
-            inner = f"inner attack of {t.attack_steps} steps of {t.step_size}, beta {t.beta:g}"
+            steps = "1 step" if t.alternation == "warm-start" else f"{t.attack_steps} steps"
+            inner = f"inner attack of {steps} of {t.step_size}, beta {t.beta:g}"
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
+        usual = TrainingConfig()
+        chosen = [f"{each} {getattr(t, each)}" for each in _OPTIONS if getattr(t, each) != getattr(usual, each)]
+        if chosen:
+            lines.append(f"- Options: {', '.join(chosen)}.")
         rate = f"learning rate {t.lr:g}, momentum {t.momentum:g}, weight decay {t.weight_decay:g}"
-        lines.append(f"- {t.epochs} epochs, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
+        epochs = f"{t.epochs} epochs"
+        if t.method == "sparse":
+            epochs = f"epochs: {', '.join(f'{number} {phase}' for phase, number in t.phase_epochs().items())}"
+        lines.append(f"- {epochs}, batch {t.batch_size}, {rate}, {t.precision}, seed {t.seed}.")
     if manifest is not None:
         lines += _provenance(manifest)
     return "\n".join(lines)

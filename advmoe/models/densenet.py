@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from advmoe.models.folding import conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
@@ -31,8 +32,8 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + growth, H, W)."""
-        y = self.conv1(self.relu(self.norm1(x)))
-        y = self.conv2(self.relu(self.norm2(y)))
+        y = conv_norm(self.conv1, self.norm2, self.relu(self.norm1(x)))
+        y = self.conv2(self.relu(y))
         return torch.cat((x, y), 1)
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from advmoe.models.folding import folding
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -25,7 +27,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def frozen(model: object) -> Iterator[None]:
     """Eval mode and no parameter gradients inside: what an attack on the current model needs. Restores both.
 
-    Anything that is no module (a plain callable) is left alone.
+    Anything that is no module (a plain callable) is left alone. Batch norms are folded into the convolutions ahead of
+    them (`folding`), anew after every change of either that is not made through `.data`.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
@@ -35,7 +38,8 @@ def frozen(model: object) -> Iterator[None]:
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
-        yield
+        with folding():
+            yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from advmoe.models.folding import Steps, conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
@@ -19,7 +20,7 @@ def _shortcut(layers: LayerFactory, c_in: int, c_out: int, stride: int) -> nn.Mo
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     narrow_in, narrow_out = layers.channels(c_in), layers.channels(c_out)
-    return nn.Sequential(layers.plain_conv(narrow_in, narrow_out, 1, stride), BatchNorm2d(narrow_out))
+    return Steps(layers.plain_conv(narrow_in, narrow_out, 1, stride), BatchNorm2d(narrow_out))
 
 
 class BasicBlock(nn.Module):
@@ -39,8 +40,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = self.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = self.relu(conv_norm(self.conv1, self.norm1, x))
+        y = conv_norm(self.conv2, self.norm2, y)
         y += self.shortcut(x)
         out: Tensor = self.relu(y)
         return out
@@ -66,9 +67,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = self.relu(self.norm1(self.conv1(x)))
-        y = self.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
+        y = self.relu(conv_norm(self.conv1, self.norm1, x))
+        y = self.relu(conv_norm(self.conv2, self.norm2, y))
+        y = conv_norm(self.conv3, self.norm3, y)
         y += self.shortcut(x)
         out: Tensor = self.relu(y)
         return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from advmoe.models.folding import Steps
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 
@@ -19,9 +20,7 @@ def stem_stride(input_size: int) -> int:
     return 4 if input_size >= LARGE else 1
 
 
-def stem(
-    layers: LayerFactory, in_channels: int, c_out: int, input_size: int, *, activate: bool = True
-) -> nn.Sequential:
+def stem(layers: LayerFactory, in_channels: int, c_out: int, input_size: int, *, activate: bool = True) -> Steps:
     """Images (N, C, H, W) -> (N, C', H', W') by a plain convolution, C' being the model's own of the dense `c_out`.
 
     Below `LARGE` pixels: 3x3 at full resolution. From there on, as for ImageNet (He et al., CVPR 2016): 7x7 with stride
@@ -35,4 +34,4 @@ def stem(
         steps += [BatchNorm2d(narrow), nn.ReLU(inplace=True)]
     if large:
         steps.append(nn.MaxPool2d(3, 2, 1))
-    return nn.Sequential(*steps)
+    return Steps(*steps)

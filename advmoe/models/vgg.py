@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from advmoe.models.folding import Steps
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 
@@ -41,7 +42,7 @@ class VGG(nn.Module):
                 conv = layers.conv(narrow, c_out, 3, 1, 1) if steps else layers.plain_conv(narrow, wide, 3, 1, 1)
                 steps += [conv, BatchNorm2d(wide), nn.ReLU(inplace=True)]
                 narrow = wide
-        self.features = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.features = Steps(*steps, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         hidden = layers.channels(4 * width)
         self.classifier = nn.Sequential(
             nn.Linear(4 * narrow, hidden),

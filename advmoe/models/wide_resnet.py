@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from advmoe.models.folding import conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
@@ -35,7 +36,7 @@ class PreActivationBlock(nn.Module):
         active = self.relu(self.norm1(x))
         shortcut = x if self.projection is None else self.projection(active)
         # Not in place: a gated convolution keeps its output for the gate's gradient.
-        out: Tensor = self.conv2(self.relu(self.norm2(self.conv1(active)))) + shortcut
+        out: Tensor = self.conv2(self.relu(conv_norm(self.conv1, self.norm2, active))) + shortcut
         return out
 
 

@@ -79,13 +79,21 @@ class MoEConv2d(MoELayer):
         self.bias = nn.Parameter(torch.zeros(bank_rows)) if bias else None
         self.strided = kernel == (1, 1) and _pair(stride) != (1, 1) and not any(sides)
         self.pointwise = (kernel, _pair(stride), any(sides), groups, bias) == ((1, 1), (1, 1), False, 1, False)
-        self._fits_a_vector = groups == 1 and num_experts * c_out <= _LANES
+        self._fits_a_vector = groups == 1 and num_experts * c_out < _LANES  # as many as that take a sixth longer
         if shared_init:
             self.copy_first_expert()
 
     def banks(self) -> tuple[Tensor, ...]:
         """The filters (M, C_in / G, k, k) and, where there is a bias, its numbers (M,)."""
         return (self.bank,) if self.bias is None else (self.bank, self.bias)
+
+    def folded(self, x: Tensor, filters: Tensor, biases: Tensor) -> Tensor:
+        """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
+        W').
+
+        `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift.
+        """
+        return self._pass(x, (filters, biases), affine=True)
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if
@@ -115,6 +123,7 @@ class MoEConv2d(MoELayer):
         every = self.compute_all(x, *banks).unbind(1)
         y = every[0]
         for expert, other in enumerate(every[1:], 1):
+            # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
             y = torch.where((choice == expert).view(-1, 1, 1, 1), other, y)
         return y
 
@@ -131,8 +140,10 @@ class MoEConv2d(MoELayer):
         filters = banks[0].index_select(0, self.row_index[choice].flatten()).view(n, self.c_out, c)
         if x.is_contiguous(memory_format=torch.channels_last):
             y = torch.bmm(x.permute(0, 2, 3, 1).view(n, h * w, c), filters.transpose(1, 2))
-            return y.view(n, h, w, self.c_out).permute(0, 3, 1, 2)
-        return torch.bmm(filters, x.flatten(2)).view(n, self.c_out, h, w)
+            y = y.view(n, h, w, self.c_out).permute(0, 3, 1, 2)
+        else:
+            y = torch.bmm(filters, x.flatten(2)).view(n, self.c_out, h, w)
+        return y + banks[1].view(self.num_experts, -1)[choice][:, :, None, None] if len(banks) == 2 else y
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""

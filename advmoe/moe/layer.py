@@ -47,6 +47,8 @@ class MoELayer(nn.Module, ABC):
         self.num_experts, self.layer, self.bank_rows, self.expert_rows = num_experts, layer, bank_rows, expert_rows
         self.rows = windows(bank_rows, expert_rows, num_experts)
         self.adjacent = [r[0] if r[-1] - r[0] + 1 == len(r) else None for r in self.rows]
+        self.apart = [row for rows in self.rows for row in rows] == list(range(bank_rows))
+        """Whether the experts' rows lie one after another, none shared and none left."""
         self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
         self.router = router
         self.copies = False
@@ -97,6 +99,10 @@ class MoELayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, ...), by the active routing (see `routing.route`)."""
+        return self._pass(x, self.banks())
+
+    def _pass(self, x: Tensor, banks: tuple[Tensor, ...], *, affine: bool = False) -> Tensor:
+        """The layer with `banks`. In an `affine` one the gate scales what is linear in `x` alone, not the biases."""
         routing = active_routing()
         router = self.router
         if routing.one_pass and self.layer in routing.scores:
@@ -108,9 +114,9 @@ class MoELayer(nn.Module, ABC):
             raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:
-            return self._routed(x, scores, choice, routing)
+            return self._routed(x, scores, choice, routing, banks, affine)
         # Tokens routed one by one: each is a sample of its own.
-        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing)
+        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, banks, affine)
         y: Tensor = each.unflatten(0, choice.shape)
         return y
 
@@ -121,19 +127,32 @@ class MoELayer(nn.Module, ABC):
         parts = zip(plan.experts, split(x, plan), strict=True)
         return merge(tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan)
 
-    def _routed(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> Tensor:
+    def _routed(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        choice: Tensor,
+        routing: Routing,
+        banks: tuple[Tensor, ...],
+        affine: bool,
+    ) -> Tensor:
         """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
-        banks = self.banks()
         dtype = banks[0].dtype
         if torch.is_autocast_enabled(device := x.device.type):
             # One cast of the banks a pass: autocast would cast every expert's slice anew.
             dtype = torch.get_autocast_dtype(device)
             banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
         if routing.mode == "hard":
+            gate = None
+            if torch.is_grad_enabled() and scores.requires_grad:
+                gate = scores.softmax(1).gather(1, choice[:, None])[:, 0]
+            if affine and gate is not None:
+                # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed.
+                x, gate = straight_through(x, gate), None
             each = self.compute_each(x, choice, *banks) if len(x) > 1 else None
             y = self._grouped(x, routing.plan(scores, choice), banks) if each is None else each
-            if torch.is_grad_enabled() and scores.requires_grad:
-                y = straight_through(y, scores.softmax(1).gather(1, choice[:, None])[:, 0])
+            if gate is not None:
+                y = straight_through(y, gate)
             return y.clone() if self.copies and y.requires_grad else y
         if routing.mode == "gathered":
             if len(choice) != 1:

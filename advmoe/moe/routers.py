@@ -15,15 +15,12 @@ from torch.nn import functional as F
 
 
 class _LowPrecisionPool(torch.autograd.Function):
-    """Global average pool of a bf16 or fp16 (N, C, H, W) to fp32 (N, C), without an fp32 copy either way.
-
-    Columns are summed first, each rounded once to the input's precision, then added in fp32: errors average out over W.
-    """
+    """Global average pool of a bf16 or fp16 (N, C, H, W) to fp32 (N, C), without an fp32 copy either way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype, ctx.shape = x.dtype, x.shape
-        return x.sum(2).sum(2, dtype=torch.float32) / (x.shape[2] * x.shape[3])
+        return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -65,9 +65,18 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _listing(root: str) -> dict[str, dict[str, int]]:
-    """Classes and numbers of files of an image folder, by split; empty where it cannot be read."""
-    found: dict[str, dict[str, int]] = {}
-    for split in sorted(path for path in Path(root).glob("*") if path.is_dir()):
-        folders = sorted(entry.path for entry in os.scandir(split) if entry.is_dir())
-        found[split.name] = {Path(folder).name: sum(1 for _ in os.scandir(folder)) for folder in folders}
-    return found
+    """Classes and numbers of files of an image folder, by split, as its reader sees them: without names that begin
+    with a dot, such as the cache's beside the splits. Empty where there is no folder.
+    """
+    folder = Path(root).expanduser()
+    splits = _visible(folder) if folder.is_dir() else []
+    return {
+        split.name: {each.name: len(_visible(each.path)) for each in _visible(split.path) if each.is_dir()}
+        for split in splits
+        if split.is_dir()
+    }
+
+
+def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

@@ -146,13 +146,17 @@ class Planner:
         return PlannedMeasure(on, measure.kind, options, against, key)
 
     def rows(self, rows: Iterable[Row]) -> list[PlannedRow]:
-        """Every row, with a run and its measurements for each seed."""
+        """Every row, with a run and its measurements for each seed, those of time for the first alone."""
         planned = []
         for row in rows:
-            seeds = row.seeds if row.seeds is not None else tuple(self.seeds)
-            runs = {seed: self.run(row.run, seed) for seed in seeds}
+            runs = {seed: self.run(row.run, seed) for seed in self.seeds}
             found = {
-                seed: {name: self.measure(each, runs[seed]) for name, each in row.measures.items()} for seed in seeds
+                seed: {
+                    name: self.measure(each, run)
+                    for name, each in row.measures.items()
+                    if each.kind not in ALONE or seed == self.seeds[0]  # no time depends on the seed
+                }
+                for seed, run in runs.items()
             }
             planned.append(PlannedRow(row, runs, found))
         return planned

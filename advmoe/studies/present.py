@@ -54,19 +54,18 @@ LABELS = {
 
 def table(
     title: str, results: Results, labels: Sequence[str], columns: Sequence[Column], *, caption: str = "",
-    paper_table: str = "", more: Callable[[Found], Mapping[str, Any]] | None = None,
-    more_columns: Sequence[Mapping[str, Any]] = (),
+    paper_table: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """One row for each of `results`: its labels, then a cell for each column; `more` adds cells of its own."""
+    """One row for each of `results`: its labels, then a cell for each column."""
     rows = []
     for row in results:
         reported = _reported(paper_table, row)
         cells = {column.key: cell(row, column.value, column.factor, reported, column.paper) for column in columns}
         shown = {label: str(row.labels.get(label, "")) for label in labels}
-        rows.append({**shown, **cells, **(more(row) if more is not None else {})})
+        rows.append({**shown, **cells})
     heads: list[Mapping[str, Any]] = [{"key": label, "title": LABELS[label], "better": None} for label in labels]
     heads += [{"key": column.key, "title": column.title, "better": column.better} for column in columns]
-    return {"title": title, "caption": caption, "columns": [*heads, *more_columns], "rows": rows}
+    return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 
 
 def _reported(table: str, row: Found) -> dict[str, float]:

@@ -212,13 +212,13 @@ _CPU = Scale(
     base={
         "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
         "threat": {"norm": "linf", "eps": "8/255"},
-        "training": {**_TRADES, "epochs": 10, "batch_size": 64, "lr": 0.05, "step_size": "5/255"},
+        "training": {**_TRADES, "epochs": 8, "batch_size": 64, "lr": 0.05, "step_size": "5/255"},
         "attack": {"steps": 50, "step_size": "2/255", "pathways": 4, "queries": 0},
     },
     datasets={
         "CIFAR-10": Part(
             "CIFAR-10 (JPEG)",
-            {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 10_000, "val_fraction": 0.05}},
+            {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 6_000, "val_fraction": 0.05}},
             "CIFAR-10",
         )
     },

@@ -49,8 +49,6 @@ class Row:
 
     run: Run
     measures: Mapping[str, Measure] = field(default_factory=dict)
-    seeds: tuple[int, ...] | None = None
-    """Seeds other than the study's."""
 
 
 @dataclass(frozen=True, kw_only=True)

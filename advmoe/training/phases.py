@@ -53,14 +53,8 @@ def phases(config: Config) -> tuple[Phase, ...]:
     t = config.training
     if t.method != "sparse":
         return (Phase(None, 0, config),)
-    lengths = {
-        "pretrain": t.epochs if t.init_from is None else 0,
-        # HYDRA's share: 20 epochs after 100.
-        "prune": -(-t.epochs // 5) if t.prune_epochs is None else t.prune_epochs,
-        "finetune": t.epochs if t.finetune_epochs is None else t.finetune_epochs,
-    }
     found, first = list[Phase](), 0
-    for name, epochs in lengths.items():
+    for name, epochs in t.phase_epochs().items():
         if epochs == 0:
             continue
         kind, method = _FORMS[name]

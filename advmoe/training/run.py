@@ -37,18 +37,7 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
     """
     run, plan = trainer, phases(trainer.config)
     fabric, t = run.fabric, run.config.training
-    progress: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
-    found = checkpoints.load_latest(run_dir / "last")
-    if found is not None:
-        progress = found.progress
-    phase = phase_at(plan, progress["epoch"])
-    trainer = enter(phase, run)
-    if found is not None:
-        trainer.restore(found)
-    if fabric.is_global_zero:
-        logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
-        if board is not None:
-            board.follow(logged)
+    phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     bar = tqdm(
         total=epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
@@ -57,7 +46,7 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
     with bar:
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
-            bar.set_description(f"{phase.name or 'train'}: epoch {epoch + 1}/{epochs}")
+            bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
             _train_epoch(trainer, phase, epoch, bar)
             seconds = time.perf_counter() - started
             measured = trainer.validate()
@@ -94,7 +83,25 @@ def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> Non
     """Write the weights that were measured, as the best checkpoint and as the run's model."""
     with trainer.averaged():
         checkpoints.save(run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False)
-        save_model(trainer.kept(), run_dir)
+        save_model(trainer.as_saved(), run_dir)
+
+
+def _begin(
+    run: Trainer, plan: tuple[Phase, ...], run_dir: Path, board: Board | None
+) -> tuple[Phase, Trainer, dict[str, Any]]:
+    """The phase under way, its trainer, and how far it is: as the last checkpoint has it, or at the start."""
+    found = checkpoints.load_latest(run_dir / "last")
+    start: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
+    progress = start if found is None else found.progress
+    phase = phase_at(plan, progress["epoch"])
+    trainer = enter(phase, run)
+    if found is not None:
+        trainer.restore(found)
+    if run.fabric.is_global_zero:
+        logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+        if board is not None:
+            board.follow(logged)
+    return phase, trainer, progress
 
 
 def _train_epoch(trainer: Trainer, phase: Phase, epoch: int, bar: Any) -> None:
@@ -149,7 +156,7 @@ def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress:
     best = checkpoints.load_latest(run_dir / "best")
     if best is not None:
         trainer.load(best.weights)
-    save_model(model := trainer.kept(), run_dir)
+    save_model(model := trainer.as_saved(), run_dir)
     if model.spec["kind"] == "sparse":
         write_masks(model, run_dir)
     now = datetime.now(UTC).isoformat(timespec="seconds")

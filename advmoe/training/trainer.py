@@ -116,7 +116,7 @@ class Trainer:
     dataset: Dataset
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
-    """The sparse model whose compacted form `model` is, where that is trained; it is what a run keeps."""
+    """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
@@ -174,7 +174,8 @@ class Trainer:
     def step(
         self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
     ) -> Terms:
-        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms before it.
+        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms whose gradient
+        it followed: those of the weights before it or, with `training.awp`, of these perturbed.
 
         An adversarial level attacks the images, unless `x_adv` (N, C, H, W) holds what an attack has made of them.
         """
@@ -314,12 +315,12 @@ class Trainer:
         """Inside, the model has the weights that are measured and kept: their average, if one is taken, or its own."""
         return nullcontext() if self.average is None else self.average.applied(self.model)
 
-    def kept(self) -> Classifier:
-        """The model as the run keeps it."""
+    def as_saved(self) -> Classifier:
+        """The model as checkpoints hold it."""
         return self.model if self.whole is None else expand(self.model, self.whole)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over the weights of a model as the run keeps it."""
+        """Take over the weights of a checkpoint."""
         if self.whole is None:
             self.model.load_state_dict(weights)
         else:
@@ -334,7 +335,7 @@ class Trainer:
             more = {f"average.{name}": tensor for name, tensor in self.average.state.items()}
         if self.perturbations is not None:
             more["perturbations"] = self.perturbations.held
-        return Checkpoint(self.kept().state_dict(), states, progress, more)
+        return Checkpoint(self.as_saved().state_dict(), states, progress, more)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to `checkpoint`."""

@@ -270,6 +270,19 @@ def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> Non
     assert "Masking gap (straight-through PGD less the worst case): 4.0 points." in card
 
 
+def test_a_card_tells_the_options_of_the_training(run: Path, tmp_path: Path) -> None:
+    plain = (advmoe.save_pretrained(run, tmp_path / "plain") / "README.md").read_text()
+    assert "Options" not in plain
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    values = Config.load(run / "config.yaml").to_dict()
+    values["training"] |= {"method": "advmoe", "alternation": "warm-start", "ema": 0.99}
+    values["data"]["train_examples"] = 300
+    Config.from_dict(values).dump(other / "config.yaml")
+    card = (advmoe.save_pretrained(other, tmp_path / "saved") / "README.md").read_text()
+    assert "- Options: alternation warm-start, ema 0.99.\n" in card and "inner attack of 1 step of" in card
+    assert "; 300 of its training images; images of" in card
+
+
 def test_a_card_says_what_is_unknown(run: Path, tmp_path: Path) -> None:
     bare = model_card(small().spec, Record(), name="bare")
     assert "**Not evaluated.**" in bare and bare.count("Unknown") == 3 and "Not measured." in bare

@@ -49,6 +49,25 @@ def test_gradients_are_those_of_indexing(layout):
     torch.testing.assert_close(fast.grad, plain.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("row", [1, 5, 8, 24])  # rows of whole units of 16 bytes, and others
+def test_rows_of_any_length_and_precision_come_back(row, dtype):
+    x, plan = torch.rand(7, row).to(dtype), Plan.of(torch.tensor([1, 0, 1, 0, 1, 1, 0]), 2)
+    first, second = split(x, plan)
+    shifted = torch.cat((torch.zeros(1, dtype=dtype), second.flatten()))[1:].view_as(second)  # off those units
+    assert torch.equal(merge((first, second), plan), x)
+    assert torch.equal(merge((first, shifted), plan), x)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_what_was_merged_may_be_changed_in_place(layout):
+    x, plan = batch(layout).requires_grad_(), Plan.of(torch.tensor([2, 0, 1, 0, 2, 2, 0]), 3)
+    merged = merge(split(x, plan), plan)
+    merged += 1
+    merged.mul_(3).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+
+
 def test_parts_of_different_memory_formats_merge():
     x, plan = batch("nhwc"), Plan.of(torch.tensor([1, 0, 1, 0, 1, 1, 0]), 2)
     first, second = split(x, plan)

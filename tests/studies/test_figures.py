@@ -1,4 +1,4 @@
-"""Figures 2, 7 and 8 on made-up results."""
+"""Figures 2, 6, 7 and 8 on made-up results."""
 
 import pytest
 
@@ -48,6 +48,45 @@ def test_radii_of_a_sweep_are_whole_pixels_in_the_figure(row):
     radii = scale.sweep(scale.run("AdvMoE")).options["epsilons"]
     made = row({"method": "AdvMoE"}, {0: {"sweep": swept({255 * eps: 0.5 for eps in radii})}})
     assert [point["x"] for point in show("fig2", made).figures[0].data["AdvMoE"]] == [0, 2, 4, 6, 8, 12, 16]
+
+
+def traced(shares, unchanged):
+    """Pathways: two bins of the IoU with the mask, and whether each image's pathway survived the attack."""
+    kinds = {"clean": shares, "adversarial": shares[::-1], "random_pathways": [0.5, 0.5]}
+    against = {
+        kind: {"mean": each[1], "std": 0.1, "histogram": {"edges": [0, 0.5, 1], "shares": each}}
+        for kind, each in kinds.items()
+    }
+    kept = {"index": list(range(len(unchanged))), "unchanged": [mark == "1" for mark in unchanged]}
+    content = {
+        "clean": {"distinct": 3, "entropy": 1.5}, "against": against,
+        "attack": {"unchanged": unchanged.count("1") / len(unchanged)},
+    }  # fmt: skip
+    return "pathways", content, {"pathways_examples": kept}
+
+
+def test_fig6_is_the_mean_distribution_and_whose_pathways_survive(row):
+    steady = {
+        seed: {"pathways": traced([0.25 + 0.25 * (seed == 1), 0.75 - 0.25 * (seed == 1)], "111111")}
+        for seed in range(3)
+    }
+    fragile = {seed: {"pathways": traced([1.0, 0.0], "000000")} for seed in range(3)}
+    rows = [row({"method": "AdvMoE", "routed": True}, steady), row({"method": "AT (MoE)", "routed": True}, fragile)]
+    outcome = show("fig6", *rows, row({"method": "AT (Sparse)", "routed": False}, {0: {}}))
+    first, second = outcome.figures
+    assert first.kind == "histogram" and first.data["clean"]["shares"] == pytest.approx([1 / 3, 2 / 3])
+    assert first.data["adversarial"]["shares"] == pytest.approx([2 / 3, 1 / 3])
+    assert second.data["clean"] == {"edges": [0, 0.5, 1], "shares": [1.0, 0.0]}
+    (claim,) = outcome.claims
+    assert [(each["verdict"], each["p_value"]) for each in claim["verdicts"]] == [("holds", 1 / 64)]
+    pathways = outcome.tables[0]["rows"]
+    assert [line["method"] for line in pathways] == ["AdvMoE", "AT (MoE)"]
+    assert [line["kept"]["mean"] for line in pathways] == [100.0, 0.0]
+    assert [line["clean"]["mean"] for line in pathways] == pytest.approx([2 / 3, 0.0])
+    swapped = show(
+        "fig6", row({"method": "AdvMoE", "routed": True}, fragile), row({"method": "AT (MoE)", "routed": True}, steady)
+    )
+    assert [each["verdict"] for each in swapped.claims[0]["verdicts"]] == ["does not hold"]
 
 
 @pytest.fixture

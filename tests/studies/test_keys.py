@@ -67,6 +67,12 @@ def test_images_of_a_folder_count_by_their_classes_and_numbers(tmp_path):
     nothing = {"data": {"name": "folder", "root": str(tmp_path / "nothing")}}
     assert key(**here) == key(**there)
     assert len({key(**each) for each in (here, more, renamed, nothing)}) == 4
+    # What the reader leaves out does not count: the cache that it makes itself above all.
+    hidden = folder(tmp_path / "hidden", **small)
+    (tmp_path / "hidden" / ".advmoe-cache").mkdir()
+    (tmp_path / "hidden" / "train" / "cat" / ".DS_Store").touch()
+    (tmp_path / "hidden" / "readme.txt").touch()
+    assert key(**hidden) == key(**here)
     # Of the data sets that are what they are called, where they lie says nothing.
     assert key(data={"root": str(tmp_path / "here")}) == key()
 

@@ -76,11 +76,15 @@ def test_every_seed_has_its_own_chain(tmp_path, tiny_run):
     start = tiny_run("start")
     run = tiny_run("run", start=start)
     planner = Planner(tmp_path, [0, 1])
-    (row, single) = planner.rows([Row(run, {"cost": COST}), Row(run, {}, seeds=(4,))])
-    assert list(row.runs) == [0, 1] and list(single.runs) == [4]
+    (row,) = planner.rows([Row(run, {"cost": COST, "accuracy": evaluate("pgd")})])
+    assert list(row.runs) == [0, 1]
+    assert {seed: list(measures) for seed, measures in row.measures.items()} == {
+        0: ["cost", "accuracy"],
+        1: ["accuracy"],
+    }
     assert [row.runs[seed].config["training"]["seed"] for seed in (0, 1)] == [0, 1]
     assert row.runs[1].start is planner.run(start, 1) and planner.run(start, 1).key != planner.run(start, 0).key
-    assert len(planner.tasks([row])) == 2 * (2 + 1) and len(planner.tasks([single])) == 2
+    assert len(planner.tasks([row])) == 2 * (2 + 1) + 1
 
 
 def test_a_measurement_says_how_the_run_is_attacked_unless_it_is_of_time(planner, tiny_run):

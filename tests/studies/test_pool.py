@@ -19,7 +19,7 @@ from advmoe.studies.spec import Measure, Row
 
 ROOT = Path(__file__).parents[2]
 HOW = {"threads": 1, "accelerator": "cpu"}
-PATIENCE = 60
+PATIENCE = 300
 """Seconds after which a test gives up on a process."""
 
 

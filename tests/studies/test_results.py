@@ -13,6 +13,7 @@ from advmoe.studies.results import (
     best_validation,
     categories,
     cell,
+    kept_pathways,
     of_cost,
     of_evaluation,
     outcomes,
@@ -103,6 +104,13 @@ def test_categories_of_a_dissection(row):
     assert categories(found, PGD, [1, 3]) == {0: {0: True, 1: False, 2: True, 3: True}}
     assert categories(found, rf"{PGD}-soft", [4]) == {0: dict.fromkeys(range(4), True)}
     assert categories(found, "routed", [1]) == {} and categories(None, PGD, [1]) == {}
+
+
+def test_pathways_that_an_attack_left_alone(row):
+    arrays = {"pathways_examples": {"index": [4, 9], "unchanged": [True, False]}}
+    found = row({}, {0: {"pathways": ("pathways", {}, arrays)}, 1: {}})
+    assert kept_pathways(found) == {0: {4: True, 9: False}}
+    assert kept_pathways(found, "others") == {} and kept_pathways(None) == {}
 
 
 @pytest.fixture

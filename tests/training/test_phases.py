@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import advmoe
+from advmoe import cli
 from advmoe.config import Config
 from advmoe.evaluation.cost import gmacs
 from advmoe.evaluation.cost_report import cost_report
@@ -326,9 +327,20 @@ def test_a_start_that_cannot_be_is_named_before_anything_is_made(tmp_path, model
     assert not (tmp_path / "run").exists()
 
 
-def test_a_transformer_is_refused_before_it_is_pretrained(tmp_path):
-    with pytest.raises(ValueError, match=r"^model.name must be a CNN when model.kind is sparse, got 'deit-tiny'$"):
-        train(tiny(model={"name": "deit-tiny", "width": 8}), run_dir=tmp_path / "run", **THREADS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.name", "deit-tiny"], "model.name must be a CNN when model.kind is sparse, got 'deit-tiny'"),
+        (["--training.method", "at"], "training.method must be sparse when model.kind is sparse, got 'at'"),
+        (["--training.prune_epochs", "-1"], "training.prune_epochs must be >= 0, got -1"),
+    ],
+    ids=["transformer", "method", "epochs"],
+)
+def test_what_cannot_be_pruned_is_one_line_and_nothing_is_made(tmp_path, capsys, options, message):
+    tiny(model={"width": 8}).dump(tmp_path / "tiny.yaml")
+    words = ["train", "--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run"), *options]
+    assert cli.main([*words, "--accelerator", "cpu"]) == 2
+    assert capsys.readouterr().err == f"advmoe: error: {message}\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -411,3 +423,4 @@ def test_it_is_saved_whole_with_its_masks(finished, tmp_path):
     assert (folder / "masks.json").read_bytes() == (finished[0] / "masks.json").read_bytes()
     card = (folder / "README.md").read_text()
     assert "`resnet18` pruned to 0.5 of every layer's channels (Sparse-CNN)" in card and "Method `sparse`: rob" in card
+    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 640" in card

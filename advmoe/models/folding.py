@@ -1,0 +1,115 @@
+"""Batch norm folded into the convolution ahead of it, for as long as both stay as they are.
+
+Axes: `N` batch, `C` channels, `H W` size, `M` rows of a bank, `E` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advmoe.models.layers import Projection
+from advmoe.models.norm import BatchNorm2d
+from advmoe.moe.conv import MoEConv2d, kept_pixels
+from advmoe.moe.routing import active_routing
+
+Folded = tuple[Tensor, Tensor]
+"""Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each."""
+
+
+@dataclass
+class Folds:
+    """What has been folded, by norm, each with what it was made of: a change of that makes it anew."""
+
+    made: dict[nn.Module, tuple[tuple[object, ...], Folded]] = field(default_factory=dict)
+
+    def of(self, conv: nn.Conv2d | MoEConv2d, norm: BatchNorm2d, dtype: torch.dtype) -> Folded:
+        """The filters of `conv` followed by `norm`, in `dtype`."""
+        filters = conv.bank if isinstance(conv, MoEConv2d) else conv.weight
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None and var is not None
+        sources = (filters, norm.weight, norm.bias, mean, var)
+        state = (dtype, norm.eps, *((each.data_ptr(), each._version) for each in sources))
+        known = self.made.get(norm)
+        if known is None or known[0] != state:
+            # Made outside inference mode, as a later pass may want gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                scale = norm.weight * (var + norm.eps).rsqrt()
+                shift = norm.bias - mean * scale
+                experts = len(filters) // len(scale)
+                each = (filters * scale.repeat(experts).view(-1, 1, 1, 1), shift.repeat(experts))
+                known = self.made[norm] = state, (each[0].to(dtype), each[1].to(dtype))
+        return known[1]
+
+
+_active: ContextVar[Folds | None] = ContextVar("advmoe_folds", default=None)
+
+
+@contextmanager
+def folding() -> Iterator[None]:
+    """Let passes inside fold what is fixed (see `conv_norm`); nothing folded outlives it."""
+    if _active.get() is not None:
+        yield
+        return
+    token = _active.set(Folds())
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(conv(x))` for `x` (N, C, H, W), by one convolution where that is the same: inside `folding`, in eval mode,
+    with nothing to learn and nobody's hooks. The reference (`masked`), and what is compiled or exported, stay as they
+    are written.
+    """
+    folds = _active.get()
+    if folds is None or torch.compiler.is_compiling() or not _fixed(conv, norm):
+        y: Tensor = norm(conv(x))
+        return y
+    assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else norm.weight.dtype
+    filters, bias = folds.of(conv, norm, dtype)
+    if isinstance(conv, MoEConv2d):
+        return conv.folded(x, filters, bias)
+    if isinstance(conv, Projection):
+        return F.conv2d(kept_pixels(x, conv.stride), filters, bias)
+    return F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether `conv_norm` may fold the two."""
+    if type(norm) is not BatchNorm2d or type(conv) not in (nn.Conv2d, Projection, MoEConv2d):
+        return False
+    assert isinstance(conv, nn.Conv2d | MoEConv2d)
+    filters, usual = (
+        (conv.bank, conv.apart) if isinstance(conv, MoEConv2d) else (conv.weight, conv.padding_mode == "zeros")
+    )
+    if norm.training or not norm.track_running_stats or conv.bias is not None or not usual:
+        return False
+    if any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
+        return False
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in (conv, norm))
+    return not hooked and active_routing().mode in ("hard", "soft")
+
+
+class Steps(nn.Sequential):
+    """Modules in sequence, of which a convolution and the batch norm after it run as `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> what the last step makes."""
+        steps, done = list(self), 0
+        while done < len(steps):
+            step, following = steps[done], steps[done + 1 : done + 2]
+            if following and isinstance(following[0], BatchNorm2d):
+                x, done = conv_norm(step, following[0], x), done + 2
+            else:
+                x, done = step(x), done + 1
+        return x
