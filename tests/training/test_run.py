@@ -262,6 +262,13 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
     routers = train(tiny(training=settings), run_dir=tmp_path / "routers", **THREADS)
     settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1}
     experts = train(tiny(training=settings), run_dir=tmp_path / "experts", **THREADS)
+    trained = weights(experts)
+    shutil.move(routers, tmp_path / "elsewhere")  # a run that has a checkpoint needs no more what it started from
+    assert_same_weights(weights(resume(experts)), trained)
+    shutil.rmtree(experts / "last")
+    with pytest.raises(ValueError, match="routers"):
+        resume(experts)
+    routers = tmp_path / "elsewhere"
     before, middle, after = (load_file(run / "model.safetensors") for run in (standard, routers, experts))
     for name in before:
         phi = ".router." in name
