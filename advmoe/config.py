@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from advmoe.files import write_text
+
 ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RouterKind = Literal["layer", "embedding", "image"]
 RoutePer = Literal["image", "token"]
@@ -470,8 +472,8 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write the configuration as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        """Write the configuration as YAML, whole or not at all."""
+        write_text(Path(path), self.to_yaml())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Config:

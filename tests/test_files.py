@@ -4,7 +4,7 @@ import pytest
 
 from advmoe import cli
 from advmoe.config import Config
-from advmoe.files import require_writable
+from advmoe.files import read_object, require_writable, write_text
 
 LINUX = pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc")
 
@@ -65,3 +65,37 @@ def test_every_command_refuses_a_place_that_it_cannot_write_before_it_starts(wor
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and " must be where files can be written, got " in err
     assert content(workplace) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", "must hold a JSON object, got a list"), ("", "must be JSON, got: Expecting value"), ("{", "must be JSON")],
+)
+def test_a_file_that_holds_no_object_is_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_object(tmp_path / "a.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'} {message}")
+
+
+def test_text_is_written_in_utf_8_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "größer")
+    assert file.read_bytes() == "größer".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "half \udc80")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a.txt", "größer".encode())]
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    Config().dump(file)
+    before = file.read_bytes()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("advmoe.files.sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Config.from_dict({"training": {"epochs": 7}}).dump(file)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("config.yaml", before)]

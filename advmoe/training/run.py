@@ -147,7 +147,7 @@ def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
             logged = json.loads(line)
             if logged["epoch"] <= epochs:
                 kept[line] = logged
-        except ValueError:
+        except (ValueError, TypeError, KeyError):  # cut off, or no line of ours
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
     return list(kept.values())
@@ -178,13 +178,17 @@ class _Launch:
     fresh: bool
     tensorboard: bool
 
+    def resumed(self) -> bool:
+        """Whether the weights come from a checkpoint of the run itself."""
+        return not self.fresh and bool(checkpoints.candidates(self.run_dir / "last"))
+
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """What each process of a run does. The directory is made once data and model are known to be good."""
     torch.set_num_threads(threads)
     config, folder = launch.config, launch.run_dir
     dataset = load_data(config, progress=fabric.is_global_zero)
-    model = build_model(config, dataset)
+    model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
@@ -236,7 +240,7 @@ def _start(launch: _Launch) -> Path:
     )
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
-        build_model(launch.config, load_data(launch.config, progress=True))
+        build_model(launch.config, load_data(launch.config, progress=True), resumed=launch.resumed())
     threads = launch.threads or max(1, torch.get_num_threads() // devices)
     try:
         fabric.launch(partial(_process, launch=launch, threads=threads))

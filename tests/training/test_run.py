@@ -151,6 +151,13 @@ def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp
     refused_by_two_processes(run, f"advmoe: error: {found}")
 
 
+def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n[]\n3\n{"lr": 1}\n{"epoch": null}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert run_module._trim_metrics(path, 2) == [{"epoch": 1}, {"epoch": 2}]
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
 def test_what_a_process_says_is_passed_on_where_it_is_ours():
     trace = 'Traceback (most recent call last):\n  File "{}", line 3, in f\n    g()\n{}: a: b\n'
     ours, other = run_module.__file__, torch.__file__
@@ -262,6 +269,13 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
     routers = train(tiny(training=settings), run_dir=tmp_path / "routers", **THREADS)
     settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1}
     experts = train(tiny(training=settings), run_dir=tmp_path / "experts", **THREADS)
+    trained = weights(experts)
+    shutil.move(routers, tmp_path / "elsewhere")  # a run that has a checkpoint needs no more what it started from
+    assert_same_weights(weights(resume(experts)), trained)
+    shutil.rmtree(experts / "last")
+    with pytest.raises(ValueError, match="routers"):
+        resume(experts)
+    routers = tmp_path / "elsewhere"
     before, middle, after = (load_file(run / "model.safetensors") for run in (standard, routers, experts))
     for name in before:
         phi = ".router." in name
