@@ -252,8 +252,8 @@ class TrainingConfig:
     alternation: str = "both"
     """Of `advmoe`: which of the routers' and the experts' levels an iteration runs, on which batch, against which
     attack. `both`, the paper's Algorithm 1: both, each on a batch and against an attack of its own; an epoch gives
-    every image once to each level, and costs twice one of `at`. `shared-attack`: both on one batch, against one attack
-    on the model before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
+    every image once to each level, at 1.8 times the cost of `at`. `shared-attack`: both on one batch, against one
+    attack made before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
     every image once an epoch, to one of them. `every-K` (as in `every-4`): the experts' level always, the routers' in
     every K-th iteration, on a batch and against an attack of its own; every image once an epoch to the experts, one in
     K to the routers. `warm-start`: as `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng
