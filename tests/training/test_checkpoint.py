@@ -106,8 +106,6 @@ def test_checksums_that_are_no_object_are_damage(tmp_path):
     for value in (1, 2):
         checkpoints.save(tmp_path / "last", _checkpoint(value))
     (tmp_path / "last" / "checksums.json").write_text("[]")
-    with pytest.warns(
-        UserWarning, match=r"last/checksums\.json must hold a JSON object, got a list; going on"
-    ):
+    with pytest.warns(UserWarning, match=r"last/checksums\.json must hold a JSON object, got a list; going on"):
         found = checkpoints.load_latest(tmp_path / "last")
     assert found is not None and found.progress == {"epoch": 1}
