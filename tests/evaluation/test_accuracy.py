@@ -223,7 +223,7 @@ def test_restored_after_a_failure_too():
     seen, model, tf32 = [], Failing(), torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = True
-        with pytest.raises(RuntimeError, match="planned"):
+        with pytest.raises(ValueError, match="RuntimeError: planned"):
             evaluate(model, planted())
         assert seen == [(False, False)]
         assert model.training and torch.backends.cudnn.allow_tf32
