@@ -178,13 +178,14 @@ class Study:
     """A study's folder, with `study.json` as `advmoe study` writes it."""
 
     path: Path
-    label: str
     content: dict[str, Any]
 
     @property
     def title(self) -> str:
-        """Its title, or its name where it has none."""
-        return str(self.content.get("title") or self.content.get("study") or self.path.name)
+        """Its title, or its name where it has none, and its scale: a study may be there at several."""
+        scale = self.content.get("scale")
+        title = str(self.content.get("title") or self.content.get("study") or self.path.name)
+        return title if scale is None else f"{title} ({scale})"
 
 
 def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
@@ -201,7 +202,7 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
 
 def _load(path: Path, label: str) -> Run | Study:
     if (path / "study.json").is_file():
-        return Study(path, label, _json(path / "study.json"))
+        return Study(path, _json(path / "study.json"))
     if (path / "config.yaml").is_file():
         return _load_run(path, label)
     rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"

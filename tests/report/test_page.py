@@ -21,7 +21,7 @@ def test_a_page_with_its_figures(make_run, make_study, tmp_path, parsed):
     assert sorted(os.listdir(folder)) == [f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
     page = parsed(out)
     assert page.texts("h1") == ["2 runs and 1 study"]
-    assert page.texts("h2") == ["Contents", "Summary", "advmoe", "at", "The paper's table1"]
+    assert page.texts("h2") == ["Contents", "Summary", "advmoe", "at", "The paper's table1 (smoke)"]
     assert page.attributes("html", "lang") == ["en"]
     assert page.texts("footer")[0].endswith(
         "Its figures lie as SVG and PNG in report-figures/ beside it.Made by advmoe report <x>"
@@ -66,7 +66,7 @@ def test_the_same_results_make_the_same_page(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "title"), [("run", "AT (Dense), at <i>"), ("study", "A <i> study"), ("own", "Title <i>")]
+    ("make", "title"), [("run", "AT (Dense), at <i>"), ("study", "A <i> study (smoke)"), ("own", "Title <i>")]
 )
 def test_titles(make_run, make_study, tmp_path, parsed, make, title):
     path = (

@@ -107,7 +107,7 @@ def test_a_network_of_the_users_own_is_named_in_every_command(make_run):
 def test_a_study(make_study):
     path = make_study()
     (study,) = load_results([str(path)])
-    assert isinstance(study, Study) and study.title == "The paper's table1"
+    assert isinstance(study, Study) and study.title == "The paper's table1 (smoke)"
     assert study.content == json.loads((path / "study.json").read_text())
 
 

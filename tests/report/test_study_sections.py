@@ -20,7 +20,7 @@ def shown(make_study, album, parsed):
 
 def test_a_whole_section(shown):
     page = shown()
-    assert page.texts("h2") == ["The paper's table1"]
+    assert page.texts("h2") == ["The paper's table1 (smoke)"]
     assert page.texts("h3") == ["Claims", "Tables", "Figures", "Notes", "Commands and settings"]
     assert page.texts("p")[:2] == [
         "AdvMoE against AT.",
@@ -134,4 +134,4 @@ def test_strings_of_a_study_are_escaped(make_study, album, parsed):
     (study,) = load_results([path])
     made = study_section(study, album, 1).html
     assert "<img" not in made and made.count("&lt;img src=x onerror=alert(1)&gt;") >= 17
-    assert parsed(made).texts("h2") == [hostile]
+    assert parsed(made).texts("h2") == [f"{hostile} (smoke)"]

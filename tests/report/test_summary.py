@@ -63,9 +63,9 @@ def test_sweeps_in_unlike_norms_are_not_drawn_together(make_run, shown):
 
 def test_verdicts_of_studies(make_study, make_run, shown):
     page = shown(make_study("table1"), make_study("fig2", title=None, shows=None, claims=[]), make_run("a", only=set()))
-    assert page.texts("li") == ["The paper's table1: AdvMoE against AT.", "fig2"]
+    assert page.texts("li") == ["The paper's table1 (smoke): AdvMoE against AT.", "fig2 (smoke)"]
     assert page.texts("caption")[0] == "Claims and their verdicts."
-    assert page.texts("td")[:4] == ["The paper's table1", "PGD", "\N{CHECK MARK} holds", "0.031"]
+    assert page.texts("td")[:4] == ["The paper's table1 (smoke)", "PGD", "\N{CHECK MARK} holds", "0.031"]
     assert page.texts("caption")[1].startswith("Runs side by side")
 
 
