@@ -1,4 +1,4 @@
-# make demo | test | slow | check: each starts from nothing and makes its own .venv.
+# make demo | test | slow | studies | check: each starts from nothing and makes its own .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow studies check format clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -15,10 +15,14 @@ demo: $(INSTALLED)
 	@echo "run kept in runs/demo"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Every study at smoke size, on shared runs, and one report of them all.
+studies: $(INSTALLED)
+	$(BIN)/python -m pytest -m studies
 
 # Every check runs, whichever fails first.
 check: $(INSTALLED)

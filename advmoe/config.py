@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from advmoe.files import write_text
+
 ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RouterKind = Literal["layer", "embedding", "image"]
 RoutePer = Literal["image", "token"]
@@ -250,8 +252,8 @@ class TrainingConfig:
     alternation: str = "both"
     """Of `advmoe`: which of the routers' and the experts' levels an iteration runs, on which batch, against which
     attack. `both`, the paper's Algorithm 1: both, each on a batch and against an attack of its own; an epoch gives
-    every image once to each level, and costs twice one of `at`. `shared-attack`: both on one batch, against one attack
-    on the model before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
+    every image once to each level, at 1.8 times the cost of `at`. `shared-attack`: both on one batch, against one
+    attack made before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
     every image once an epoch, to one of them. `every-K` (as in `every-4`): the experts' level always, the routers' in
     every K-th iteration, on a batch and against an attack of its own; every image once an epoch to the experts, one in
     K to the routers. `warm-start`: as `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng
@@ -470,8 +472,8 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write the configuration as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        """Write the configuration as YAML, whole or not at all."""
+        write_text(Path(path), self.to_yaml())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Config:

@@ -1,8 +1,10 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, whether they can be, and JSON objects read back."""
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(name: str, folder: Path) -> None:
+    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, made anew if need be."""
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    try:
+        # Tried, not asked: permissions say nothing of root's limits, of /proc or of a read-only file system.
+        with tempfile.TemporaryDirectory(dir=there, prefix=".advmoe-"):
+            pass
+    except OSError as error:
+        reason = f"{there}: {error.strerror}"
+        raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,7 +44,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ValueError`, which names the file, for one that holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
+    return found
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from advmoe.cli.arguments import Parser, add_fields, count, given_fields, new_parser, split_words
 from advmoe.config import parse_yaml, require, typed
+from advmoe.files import require_writable, write_text
 
 Device = Literal["cpu", "cuda"]
 
@@ -54,9 +55,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     require(bool(options["batches"]), "--batch", "batch sizes separated by commas", args.get("batch"))
     out = Path(args["out"]) if "out" in args else None
     require(out is None or not out.is_dir(), "--out", "a file to write", str(out))
+    if out is not None:
+        require_writable("--out", out.parent)
 
     from advmoe.evaluation.cost_report import cost_report, table
-    from advmoe.files import write_text
 
     report = cost_report(args["target"], **options)
     print(table(report))

@@ -9,6 +9,7 @@ from typing import Any
 
 from advmoe.cli.arguments import Parser, add_engine, add_fields, engine_options, given_fields, new_parser
 from advmoe.config import Config
+from advmoe.files import require_writable
 
 REPORT_FIELDS = {"data": ("root", "workers")}
 
@@ -38,6 +39,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     out = Path(args.get("out", "report.html"))
     figures_of(out)  # what cannot be written shows before anything is computed
+    require_writable("path", out.parent)
     results = load_results(args["results"])
     if "no_gallery" not in args:
         results = [_with_gallery(each, options) for each in results]

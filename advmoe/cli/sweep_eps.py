@@ -30,6 +30,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     home, result = sweep_run(target, epsilons=epsilons, **options)
     for name, curve in result["curves"].items():
         print(f"{name}\n{table(curve)}\n")
+        points = (*curve["points"], curve["probe"])
+        for flag in dict.fromkeys(flag for point in points for flag in point.get("flags", ())):
+            print(f"flag  {name}: {flag}\n")
     if draw is not None:
         draw.sweep_figure(result["curves"], home / "sweep.svg")
     print(f"written to {home / 'sweep.json'}" + (f" and {home / 'sweep.svg'}" if draw else ""))

@@ -51,14 +51,27 @@ def outcomes(
     `attacks` are names as in `suite`; by default PGD, and for a routed model PGD through soft routing. No checks are
     made: this is what `evaluate` and training count with. Raises `ValueError` for empty data.
     """
-    device, journal = torch.device(device), Journal()
+    device = torch.device(device)
     job, wanted = make_job(predict, data, device, threat, attack, attacks, batch_size, seed)
     names = applicable(wanted, job)
-    clean = _clean(predict, job, device)
+    clean = classified(predict, job, device)
+    held, _ = measured(predict, job, names, clean, device, progress=progress)
+    return {"clean": clean.correct, **held}
+
+
+def measured(
+    predict: Predict, job: Job, names: Sequence[str], clean: Clean, device: torch.device, *, progress: bool = False
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """By full name of an attack, whether each example is still right, (N,) booleans, and its `evaluation.json` entry.
+
+    As of `outcomes`, in this process. `clean` is what `classified` found.
+    """
+    journal = Journal()
     if "routed" in names:
         job = replace(job, plan=_routed_plan(predict, job, clean, device))
     run_tasks(job, names, lambda _: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
-    return {"clean": clean.correct, **{name: _joined(job, journal, name, "robust").bool() for name in names}}
+    held = {name: _joined(job, journal, name, "robust").bool() for name in names}
+    return held, {name: _report(job, journal, name, held[name]) for name in names}
 
 
 def make_job(
@@ -74,7 +87,7 @@ def make_job(
 def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
     """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
     names = tuple(name for name in wanted if name != "routed" or job.setting.routed)
-    if wanted and not names:
+    if not names:
         raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
     return names
 
@@ -91,6 +104,16 @@ def summary(found: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def masking_gap(found: dict[str, Tensor]) -> float | None:
+    """Of `outcomes`: the accuracy under the strongest straight-through PGD (`pgd-N`) less the worst case.
+
+    None where there is no such attack.
+    """
+    numbers = summary(found)
+    usual = [share for name, share in numbers["robust_accuracy"].items() if re.fullmatch(r"pgd-\d+", name)]
+    return float(min(usual) - numbers["worst_case"]) if usual else None
+
+
 @dataclass(frozen=True)
 class Clean:
     """What a classifier does with the images as they are."""
@@ -103,7 +126,8 @@ class Clean:
     """(N, L) expert indices, (N, L, T) where tokens are routed one by one; (N, 0) for a plain model."""
 
 
-def _clean(predict: Predict, job: Job, device: torch.device) -> Clean:
+def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
+    """What the classifier does with a job's images as they are."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as batches:
@@ -188,7 +212,7 @@ def assess(
     with threads_set(plan.threads):
         checks = checked(predict, job, devices[0], allow)
         stored = journal.open(_fingerprint(predict, job, names, devices[0]), resume=plan.resume)
-        clean = _clean(predict, job, devices[0])
+        clean = classified(predict, job, devices[0])
         if "routed" in names:
             ready = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
             ready = ready or _routed_plan(predict, job, clean, devices[0])
@@ -270,14 +294,12 @@ def _evaluation(
 ) -> Evaluation:
     held = {name: _joined(job, journal, name, "robust").bool() for name in names}
     labels = job.data[1] if isinstance(job.data, tuple) else job.data.labels
-    numbers = summary({"clean": clean.correct, **held})
-    reference = next((name for name in names if re.fullmatch(r"pgd-\d+", name)), None)
-    gap = numbers["robust_accuracy"][reference] - numbers["worst_case"] if reference is not None else None
+    found = {"clean": clean.correct, **held}
     reports = {name: _report(job, journal, name, held[name]) for name in names}
     reports |= {name: {"skipped": _ADDS_NOTHING} for name in wanted if name not in names}
     result = {
-        **numbers,
-        "masking_gap": gap,
+        **summary(found),
+        "masking_gap": masking_gap(found),
         "threat": asdict(job.setting.threat),
         "attack": {
             "steps": job.setting.attack.steps, "step_size": float(job.setting.attack.step_size),

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.attacks.pgd import Predict
+from advmoe.evaluation.scoring import answering
+from advmoe.evaluation.sources import one_line
 from advmoe.moe.routing import Routing, route
 
 CHECKS = ("pixels", "labels", "logits", "deterministic", "batch-independent", "gradients")
@@ -87,12 +89,16 @@ def check(predict: Predict, x: Tensor, y: Tensor, *, num_classes: int | None = N
 
     Differences of logits are relative to the image's largest finite |logit|, or absolute where that is below 1.
     Pathways are those of the last routed model of ours that ran inside `predict`; a model without has none to compare.
+
+    Raises `ValueError` for a model that does not take the images at all; one that takes them only where they require no
+    gradient fails `gradients`.
     """
     n, pixels = len(x), _check_pixels(x)
     if not pixels.passed:
         return [pixels, _check_labels(y, n, num_classes)]
     given = x.clone()
-    logits, routing = _forward(predict, given)
+    with answering(given):
+        logits, routing = _forward(predict, given)
     shown = _check_logits(logits, n, num_classes)
     labels = _check_labels(y, n, num_classes if shown.fatal else logits.shape[1])
     checks = [pixels, labels, shown]
@@ -262,8 +268,7 @@ def _check_batch(predict: Predict, x: Tensor, logits: Tensor, routing: Routing) 
         try:
             found, taken = _forward(predict, x[batch[0]][None] if len(batch) == 1 else x.flip(0))
         except (RuntimeError, ValueError) as error:  # batch norm in train mode, say, refuses a single image
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            detail = f"the model must take every batch, got an error for one of {len(batch)}: {reason}"
+            detail = f"the model must take every batch, got an error for one of {len(batch)}: {one_line(error)}"
             return Check("batch-independent", False, math.inf, detail)
         if not isinstance(found, Tensor) or found.shape != (len(batch), logits.shape[1]):
             detail = f"logits must be (N, K) for every batch, got {_described(found)} for one of {len(batch)}"
@@ -315,9 +320,12 @@ def _named(changed: dict[int, float]) -> str:
 
 def _check_gradients(predict: Predict, x: Tensor, y: Tensor) -> Check:
     leaf = x.clone().requires_grad_(True)
-    with torch.enable_grad(), route():
-        loss = F.cross_entropy(_wide(predict(leaf)), y.long().to(x.device), reduction="sum")
-        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    try:
+        with torch.enable_grad(), answering(leaf), route():
+            loss = F.cross_entropy(_wide(predict(leaf)), y.long().to(x.device), reduction="sum")
+            gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    except ValueError as error:
+        return Check("gradients", False, 1, f"where they require a gradient, {error}")
     if gradient is None:
         return Check("gradients", False, 1, "no gradient reaches the pixels: the model must be differentiable")
     rows = gradient.flatten(1)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import Classifier
-from advmoe.models.modes import frozen
+from advmoe.models.modes import evaluating, frozen
 from advmoe.moe import MoELayer
 from advmoe.pruning import deployed
 
@@ -102,7 +102,8 @@ def activation_bytes(model: nn.Module, x: Tensor) -> int:
     nothing refers to it any more; not `x`, parameters and buffers. On the CPU a kernel's own scratch memory is not
     seen. On CUDA it is what the allocator's peak grew by, which includes scratch memory and rounds sizes up.
     """
-    with frozen(model), torch.no_grad():
+    # Not `frozen`: folded filters are weights, but would be counted.
+    with evaluating(model), torch.no_grad():
         if x.is_cuda:
             model(x)  # libraries take their workspaces, which stay, at their first call
             torch.cuda.synchronize(x.device)

@@ -13,7 +13,7 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
-from advmoe.files import write_text
+from advmoe.files import read_object, write_text
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -95,12 +95,14 @@ class Journal:
             return None
         head = self.path / "evaluation.json"
         if resume and head.exists():
-            stored = json.loads(head.read_text())
+            stored = read_object(head)
+            if not isinstance(known := stored.get("fingerprint"), dict):
+                raise ValueError(f"{head} must hold the settings that --resume continues (fingerprint), got {known!r}")
             for name, value in json.loads(json.dumps(fingerprint)).items():
-                if stored["fingerprint"].get(name) != value:
+                if known.get(name) != value:
                     rule = f"repeat the settings of the evaluation that it continues ({name})"
-                    raise ValueError(f"--resume must {rule}: {stored['fingerprint'].get(name)}, got {value}")
-            return dict(stored)
+                    raise ValueError(f"--resume must {rule}: {known.get(name)}, got {value}")
+            return stored
         self.remove()
         self.path.mkdir(parents=True)
         write_text(head, json.dumps({"fingerprint": fingerprint}))
@@ -110,12 +112,13 @@ class Journal:
         """Store `values` beside the fingerprint."""
         if self.path is not None:
             head = self.path / "evaluation.json"
-            write_text(head, json.dumps(json.loads(head.read_text()) | values))
+            write_text(head, json.dumps(read_object(head) | values))
 
     def get(self, task: Task) -> Result | None:
-        """The result of a task, if it is done."""
+        """The result of a task, if it is done; one that is damaged is not."""
         if task not in self.kept and self.path is not None and (file := self.path / task.file).exists():
-            self.kept[task] = json.loads(file.read_text())
+            with suppress(ValueError):
+                self.kept[task] = read_object(file)
         return self.kept.get(task)
 
     def put(self, task: Task, result: Result) -> None:

@@ -55,7 +55,7 @@ def run_images(
     try:
         if not (Path(run) / "config.yaml").is_file():
             raise ValueError("the run has no config.yaml")
-        given = subject(run, source=source, overrides=overrides, num_examples=number, seed=0)
+        given = subject(run, source=source, overrides=overrides, num_examples=number, seed=0, kept=False)
         images, _ = take(given.data, slice(0, number), torch.device("cpu"))
         if (size := model.spec["input_size"]) not in (None, images.shape[-1]):
             raise ValueError(f"the model takes images of {size} x {size}, got {tuple(images.shape[2:])}")

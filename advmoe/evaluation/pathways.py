@@ -237,7 +237,7 @@ def pathways_run(
     )
     device, predict, job, names = opened_routed(given, target, accelerator, attacks, batch_size, purpose="trace")
     if len(names) != 1:
-        raise ValueError(f"attacks to trace must be a single one, got {', '.join(names) or 'none'}")
+        raise ValueError(f"attacks to trace must be a single one, got {', '.join(names)}")
     if not isinstance(predict, nn.Module):
         raise ValueError(f"a model to trace must be a torch.nn.Module, got {type(predict).__name__}")
     units, opened = units_of(predict), None if against is None else _opened(Path(against), source, predict, device)

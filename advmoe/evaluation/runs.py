@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,29 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
-from advmoe.config import Config, Pixels
+from advmoe.config import Config
 from advmoe.data import Images, load_dataset
 from advmoe.evaluation import sweep as sweeps
-from advmoe.evaluation.accuracy import Plan, applicable, assess, checked, make_job, outcomes, placed, positive
+from advmoe.evaluation.accuracy import (
+    Plan,
+    applicable,
+    assess,
+    checked,
+    classified,
+    make_job,
+    masking_gap,
+    measured,
+    placed,
+    positive,
+)  # fmt: skip
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Job, Journal, Load, threads_set
 from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.sources import load_classifier, load_module
-from advmoe.evaluation.suite import build
+from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source
-from advmoe.files import write_arrays, write_text
+from advmoe.files import require_writable, write_arrays, write_text
 from advmoe.models import Classifier, load_model
 from advmoe.pruning import deployed
 from advmoe.seeding import generator_for, seed_for
@@ -86,6 +97,7 @@ def subject(
     overrides: dict[str, dict[str, Any]] | None = None,
     num_examples: int | None = None,
     seed: int | None = None,
+    kept: bool = True,
 ) -> Subject:
     """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
 
@@ -94,6 +106,7 @@ def subject(
         overrides: fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier).
         num_examples: a random subset of the test images, by `seed`.
         out: where results go; by default the run, or `evaluations/<file>-<factory>`.
+        kept: whether results go there at all, so that it must be writable.
 
     Raises `ValueError` for a run, model, data or setting that cannot be used.
     """
@@ -105,6 +118,9 @@ def subject(
         raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
     if own and source is not None:
         raise ValueError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {source!r}")
+    home = home_of(str(target), out)
+    if kept:
+        require_writable("out", home)
     settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
     for group, fields in (overrides or {}).items():
         settings[group].update(fields)
@@ -122,7 +138,6 @@ def subject(
     index = torch.arange(len(dataset.test))
     if num_examples is not None and num_examples < len(index):
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
-    home = home_of(str(target), out)
     return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name, dataset.classes)
 
 
@@ -228,6 +243,34 @@ def attacked(name: str, predict: Predict, job: Job, device: torch.device) -> Ite
             yield x, job.setting.threat.project(x_adv, x), y
 
 
+class _Radii:
+    """What attacks do at one radius after another, each measured once."""
+
+    def __init__(self, predict: Predict, job: Job, names: Sequence[str], device: torch.device) -> None:
+        self.predict, self.job, self.names, self.device = predict, job, names, device
+        self.clean = classified(predict, job, device)
+        self.found: dict[float, tuple[dict[str, Tensor], dict[str, dict[str, Any]]]] = {}
+
+    def held(self, eps: float) -> dict[str, Tensor]:
+        """Whether each example is still right, (N,) booleans by attack, and under `worst case`."""
+        if eps not in self.found:
+            held: dict[str, Tensor] = {}
+            details: dict[str, dict[str, Any]] = {}
+            for name in self.names:
+                job = replace(self.job, setting=stretched(name, self.job.setting, eps))
+                outcome, reports = measured(self.predict, job, [name], self.clean, self.device, progress=True)
+                held |= outcome
+                details[name] = {key: reports[name][key] for key in ("settings", "flags")}
+            details["worst case"] = {"masking_gap": masking_gap({"clean": self.clean.correct, **held})}
+            held["worst case"] = torch.stack([self.clean.correct, *held.values()]).all(0)
+            self.found[eps] = held, details
+        return self.found[eps][0]
+
+    def details(self, name: str, eps: float) -> dict[str, Any]:
+        """What else a point of the curve `name` holds, at a radius that was measured."""
+        return self.found[eps][1][name]
+
+
 def sweep_run(
     target: str | Path,
     *,
@@ -246,9 +289,10 @@ def sweep_run(
 ) -> tuple[Path, dict[str, Any]]:
     """Robust accuracy against the attack's radius, for each attack and in the worst case over them.
 
-    The step of gradient attacks is the configured one or, where that is more, 2.5 eps / steps, so that every radius can
-    be crossed. Writes `sweep.json` beside the run's other results and returns where that is, and its content: a
-    `sweep.sweep` by attack, and under `worst case`. Raises `ValueError` for whatever cannot be used.
+    Each attack's step is as of `suite.stretched`, so that every radius can be crossed. Writes `sweep.json` beside the
+    run's other results and returns where that is, and its content: a `sweep.sweep` by attack, whose points hold the
+    attack's `settings` and `flags` at that radius, and one under `worst case`, whose points hold `masking_gap`. Raises
+    `ValueError` for whatever cannot be used.
     """
     given = subject(
         target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
@@ -256,29 +300,22 @@ def sweep_run(
     device, predict, job, wanted = _opened(given, accelerator, attacks, batch_size)
     names = applicable(wanted, job)
     norm, attack = given.config.threat.norm, given.config.attack
-    found: dict[float, dict[str, Tensor]] = {}
-
-    def at(eps: float) -> dict[str, Tensor]:
-        if eps not in found:
-            step = Pixels(max(float(attack.step_size), 2.5 * eps / attack.steps))
-            stretched = replace(attack, step_size=step)
-            results = outcomes(
-                predict, given.data, threat=ThreatModel(norm, eps), attack=stretched, attacks=names,
-                batch_size=batch_size, seed=given.seed, device=device, progress=True,
-            )  # fmt: skip
-            clean = results.pop("clean")
-            found[eps] = results | {"worst case": torch.stack([clean, *results.values()]).all(0)}
-        return found[eps]
-
     probe = None if norm == "linf" else math.sqrt(math.prod(given.data.shape))
     with threads_set(threads):
         checked(predict, job, device, allow)
+        at = _Radii(predict, job, names, device)
         curves = {
-            name: sweeps.sweep(lambda eps, name=name: at(eps)[name], epsilons, norm=norm, probe=probe)  # type: ignore[misc]
+            name: sweeps.sweep(lambda eps, name=name: at.held(eps)[name], epsilons, norm=norm, probe=probe)  # type: ignore[misc]
             for name in (*names, "worst case")
         }
-    settings = {"steps": attack.steps, "restarts": attack.restarts, "seed": given.seed}
-    result = {"curves": curves, "attack": settings, "data": {"name": given.source, "split": "test"}}
+    for name, curve in curves.items():
+        for point in (*curve["points"], curve["probe"]):
+            point |= at.details(name, point["eps"])
+    settings = {
+        "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts, "seed": given.seed,
+    }  # fmt: skip
+    data = {"name": given.source, "split": "test"}
+    result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, "data": data}
     given.home.mkdir(parents=True, exist_ok=True)
     write_text(given.home / "sweep.json", json.dumps(result, indent=2) + "\n")
     return given.home, result
@@ -302,8 +339,9 @@ def dissect_run(
     """Dissect PGD on a routed run: which predictions and which choices of experts survive it.
 
     Every image is attacked, those that are wrong without an attack too. `attacks` are PGD's names as in `suite`, one
-    dissection each. Writes `dissection.json` and returns where that is, and the dissections. Raises `ValueError` for a
-    model without MoE layers and whatever else cannot be used.
+    dissection each. Writes `dissection.json`, with each one's settings, flags, threat, seed and data, and with the
+    `masking_gap` of all; returns where that is, and the dissections. Raises `ValueError` for a model without MoE layers
+    and whatever else cannot be used.
     """
     given = subject(
         target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
@@ -315,7 +353,17 @@ def dissect_run(
         for name in names:
             batches = attacked(name, predict, job, device)
             found[name] = Dissection.merge([dissect(predict, *batch, batch_size=batch_size) for batch in batches])
-    result = {name: each.to_dict() for name, each in found.items()}
+    held = {name: each.survived for name, each in found.items()}
+    gap = masking_gap({"clean": found[names[0]].clean_correct.bool(), **held})
+    result = {}
+    for name, each in found.items():
+        attack = build(name, predict, job.setting, None)
+        flags = dict.fromkeys(attack.flags, len(list(job.tasks([name]))))
+        result[name] = each.to_dict() | {
+            "masking_gap": gap, "threat": asdict(job.setting.threat),
+            "attack": {**attack.settings, "seed": given.seed}, "flags": flags,
+            "data": {"name": given.source, "split": "test"},
+        }  # fmt: skip
     given.home.mkdir(parents=True, exist_ok=True)
     write_text(given.home / "dissection.json", json.dumps(result, indent=2) + "\n")
     return given.home, found

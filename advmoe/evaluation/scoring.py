@@ -17,6 +17,7 @@ from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images
+from advmoe.evaluation.sources import one_line
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.seeding import seed_for
@@ -36,6 +37,18 @@ def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@contextmanager
+def answering(x: Tensor) -> Iterator[None]:
+    """Inside, what a classifier raises on images `x` becomes a one-line `ValueError`; lack of memory stays itself."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        got = one_line(error)
+        raise ValueError(f"model must take images {tuple(x.shape)} without an error, got {got}") from error
 
 
 def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -69,10 +82,14 @@ def size(data: EvaluationData) -> int:
 
 
 def is_routed(predict: Predict, data: EvaluationData, device: torch.device) -> bool:
-    """Whether MoE layers of ours run inside `predict`, module or any other callable: seen on the first example."""
+    """Whether MoE layers of ours run inside `predict`, module or any other callable: seen on the first example.
+
+    Raises `ValueError` where `predict` does not take it.
+    """
     size(data)
-    with measuring(predict, device), torch.no_grad(), route() as routing:
-        predict(take(data, slice(0, 1), device)[0])
+    x, _ = take(data, slice(0, 1), device)
+    with measuring(predict, device), torch.no_grad(), answering(x), route() as routing:
+        predict(x)
         return bool(routing.choices)
 
 

@@ -123,7 +123,7 @@ def _executed(file: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         for known in [known for known in sys.modules if known.partition(".")[0] == package.__name__]:
             del sys.modules[known]
-        raise ValueError(f"{file} must run without an error, got {_one_line(error, file)}") from error
+        raise ValueError(f"{file} must run without an error, got {one_line(error, file)}") from error
     return module
 
 
@@ -155,7 +155,7 @@ def _made(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} must make the classifier without an error, got {_one_line(error, file)}") from error
+        raise ValueError(f"{spec} must make the classifier without an error, got {one_line(error, file)}") from error
     if isinstance(model, type) or not callable(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
         raise ValueError(f"{spec} must return a torch.nn.Module or another callable from pixels to logits, got {got}")
@@ -175,7 +175,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be an undamaged safetensors file, got {_one_line(error)}") from error
+        raise ValueError(f"{path} must be an undamaged safetensors file, got {one_line(error)}") from error
     state = model.state_dict()
     differing = [
         f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
@@ -189,7 +189,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(found)
     except RuntimeError as error:
-        raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {_one_line(error)}") from error
+        raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
 
 
 def _few(names: Iterable[str]) -> str:
@@ -199,7 +199,7 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more if names else "nothing"
 
 
-def _one_line(error: BaseException, file: Path | None = None) -> str:
+def one_line(error: BaseException, file: Path | None = None) -> str:
     """Type, text and, where it passed through `file`, the last line there."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 200 else f"{text[:200]}..."

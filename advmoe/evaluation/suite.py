@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from advmoe.attacks.autoattack import autoattack_attack, official_library
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LossName, Predict, pgd
 from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
-from advmoe.config import AttackConfig
+from advmoe.config import AttackConfig, Pixels
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
 from advmoe.threat import ThreatModel
@@ -52,6 +52,18 @@ class Setting:
         )  # fmt: skip
 
 
+def stretched(name: str, setting: Setting, eps: float) -> Setting:
+    """`setting` at the radius `eps`, which the steps of the attack with this full name can cross.
+
+    The step is the configured one or, where that is more, 2.5 eps / N: of PGD the N of its name, else `attack.steps`.
+    """
+    match = _PGD.fullmatch(name)
+    steps = int(match["steps"]) if match else setting.attack.steps
+    size = Pixels(max(float(setting.attack.step_size), 2.5 * eps / steps))
+    threat = ThreatModel(setting.threat.norm, eps)
+    return replace(setting, threat=threat, attack=replace(setting.attack, step_size=size))
+
+
 def default_attacks(setting: Setting) -> tuple[str, ...]:
     """PGD, and PGD through soft routing for a routed model."""
     name = f"pgd-{setting.attack.steps}"
@@ -61,8 +73,10 @@ def default_attacks(setting: Setting) -> tuple[str, ...]:
 def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
     """The full names of the attacks asked for, each once, in order.
 
-    Raises `ValueError` for an unknown one, one that the model has no use for, or a missing extra.
+    Raises `ValueError` for none, an unknown one, one that the model has no use for, or a missing extra.
     """
+    if not names:
+        raise ValueError("attacks must name at least one attack, got none")
     found = []
     for name in names:
         check_name(name)

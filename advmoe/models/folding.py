@@ -69,8 +69,8 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     with nothing to learn and nobody's hooks. The reference (`masked`), and what is compiled or exported, stay as they
     are written.
     """
-    folds = _active.get()
-    if folds is None or torch.compiler.is_compiling() or not _fixed(conv, norm):
+    folds = None if torch.compiler.is_compiling() else _active.get()
+    if folds is None or not _fixed(conv, norm):
         y: Tensor = norm(conv(x))
         return y
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)

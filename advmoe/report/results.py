@@ -143,8 +143,9 @@ class Run:
         return f" --eps {eps}{self._options(attacks, curve.get('num_examples'), self.sweep)}"
 
     def _dissected(self) -> str:
-        counts = [each.get("num_examples") for each in self.dissection.values() if isinstance(each, dict)]
-        return self._options(self.dissection, next(iter(counts), None), {})
+        first: dict[str, Any] = next((each for each in self.dissection.values() if isinstance(each, dict)), {})
+        setting = {"threat": first.get("threat"), "attack": {"seed": (first.get("attack") or {}).get("seed")}}
+        return self._options(self.dissection, first.get("num_examples"), setting)
 
     def _traced(self) -> str:
         found = self.pathways

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import merged, require
-from advmoe.files import write_text
+from advmoe.files import require_writable, write_text
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
 from advmoe.studies.pool import Told, run_tasks
@@ -139,6 +139,7 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
     skipped. Returns the study's folder and the content of `study.json`. Raises `ValueError` for what cannot be run.
     """
     session = Session(study_named(name), options)
+    require_writable("--out", session.home)
     rows: list[PlannedRow] = []
     for rows in session.stages():
         session.errors = run_tasks(

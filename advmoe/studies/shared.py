@@ -92,5 +92,5 @@ def method_bars(id: str, title: str, results: Results, value: Callable[[Trained]
 
 
 def scales_of(scale: Scale, **choices: Sequence[float]) -> list[tuple[float, dict[str, Any]]]:
-    """Model scales with the settings that set them."""
-    return [(r, {"model": {"scale": r}}) for r in scale.pick(**choices)]
+    """Model scales with the settings that set them. Experts start independently at each, as overlapping ones must."""
+    return [(r, {"model": {"scale": r, "experts_init": "independent"}}) for r in scale.pick(**choices)]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from advmoe.files import sync, write_text
+from advmoe.files import read_object, sync, write_text
 from advmoe.models.state import savable
 
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
@@ -75,9 +75,11 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
 def load(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
     try:
-        expected: dict[str, str] = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
+        expected: dict[str, str] = read_object(folder / "checksums.json")
+    except OSError as error:
         raise DamagedCheckpoint(f"{folder / 'checksums.json'} must be readable, got: {error}") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
     more = _MORE in expected
     for name in (*_FILES, *[_MORE] * more):
         path = folder / name
@@ -90,15 +92,18 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"], remembered)
 
 
+def candidates(folder: Path) -> list[Path]:
+    """What there is of `folder` and `<folder>-previous`, sound or not, the newest first."""
+    return [each for each in (folder, folder.with_name(f"{folder.name}-previous")) if each.exists()]
+
+
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint of `folder` and `<folder>-previous`; None where neither exists.
 
     Warns, naming the file, about one that is damaged. Raises `DamagedCheckpoint` if all that exist are.
     """
     refused: list[str] = []
-    for candidate in (folder, folder.with_name(f"{folder.name}-previous")):
-        if not candidate.exists():
-            continue
+    for candidate in candidates(folder):
         try:
             checkpoint = load(candidate)
         except DamagedCheckpoint as error:

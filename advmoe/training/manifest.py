@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from advmoe.files import write_text
+from advmoe.files import read_object, write_text
 
 
 def _cpu_name() -> str:
@@ -71,9 +71,7 @@ def write(run_dir: Path, manifest: dict[str, Any]) -> None:
 
 def read(run_dir: Path) -> dict[str, Any]:
     """The manifest of `run_dir`. Raises `ValueError` naming the file if it is damaged."""
-    path = run_dir / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    manifest = read_object(path := run_dir / "manifest.json")
+    if missing := [name for name in ("name", "command", "devices", "threads") if name not in manifest]:
+        raise ValueError(f"{path} must hold what a run is resumed by, got no {', '.join(missing)}")
     return manifest

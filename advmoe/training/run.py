@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
-from advmoe.files import write_text
+from advmoe.files import require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.pruning import write_masks
@@ -146,7 +147,7 @@ def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
             logged = json.loads(line)
             if logged["epoch"] <= epochs:
                 kept[line] = logged
-        except ValueError:
+        except (ValueError, TypeError, KeyError):  # cut off, or no line of ours
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
     return list(kept.values())
@@ -177,13 +178,17 @@ class _Launch:
     fresh: bool
     tensorboard: bool
 
+    def resumed(self) -> bool:
+        """Whether the weights come from a checkpoint of the run itself."""
+        return not self.fresh and bool(checkpoints.candidates(self.run_dir / "last"))
+
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """What each process of a run does. The directory is made once data and model are known to be good."""
     torch.set_num_threads(threads)
     config, folder = launch.config, launch.run_dir
     dataset = load_data(config, progress=fabric.is_global_zero)
-    model = build_model(config, dataset)
+    model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
@@ -226,6 +231,7 @@ def _start(launch: _Launch) -> Path:
         raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     if launch.accelerator == "cuda" and torch.cuda.device_count() < devices:
         raise ValueError(f"devices must be <= the {torch.cuda.device_count()} CUDA devices present, got {devices!r}")
+    require_writable("run_dir", launch.run_dir)
     fabric = Fabric(
         accelerator=launch.accelerator,
         devices=devices,
@@ -234,16 +240,27 @@ def _start(launch: _Launch) -> Path:
     )
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
-        build_model(launch.config, load_data(launch.config, progress=True))
+        build_model(launch.config, load_data(launch.config, progress=True), resumed=launch.resumed())
     threads = launch.threads or max(1, torch.get_num_threads() // devices)
     try:
         fabric.launch(partial(_process, launch=launch, threads=threads))
     except ProcessRaisedException as error:
-        last = str(error).strip().splitlines()[-1]
-        if TrainingDiverged.__name__ in last:
-            raise TrainingDiverged(last.split(": ", 1)[1]) from error
+        if (said := _said(str(error))) is not None:
+            raise said from error
         raise
     return launch.run_dir
+
+
+def _said(report: str) -> Exception | None:
+    """What a process raised, by the `report` of it, where a line of ours says all; None for anything else."""
+    kind, _, message = report.strip().splitlines()[-1].partition(": ")
+    kind = kind.rpartition(".")[2]
+    if kind == TrainingDiverged.__name__:
+        return TrainingDiverged(message)
+    files = re.findall(r'^ *File "(.+)", line \d+', report, re.MULTILINE)
+    ours = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parents[1])  # a library's is a bug
+    mistakes = (ValueError.__name__, checkpoints.DamagedCheckpoint.__name__)
+    return ValueError(message) if ours and kind in mistakes else None
 
 
 def train(

@@ -54,11 +54,12 @@ class TrainingDiverged(RuntimeError):
     """A loss became NaN or infinite."""
 
 
-def build_model(config: Config, dataset: Dataset) -> Classifier:
+def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> Classifier:
     """The model that `config` describes for `dataset`, its weights drawn from the run's seed or taken from
-    `training.init_from`. Executes `model.source`, if that is given.
+    `training.init_from`, which is not read for a run that is `resumed`: its checkpoint holds all weights. Executes
+    `model.source`, if that is given.
     """
-    init_from = config.training.init_from
+    init_from = None if resumed else config.training.init_from
     start = None if init_from is None else load_run(init_from, config.model.source)
     # A plain network of the user's own, trained already, is converted with the weights that it has.
     upcycled = start.backbone if start is not None and config.model.to_moe and not start.routed else None

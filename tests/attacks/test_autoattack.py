@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -56,33 +57,57 @@ def images(n, size=8, seed=0):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def make_model(make_routed):
-    """Small ResNets by kind; the dense one has ten classes."""
+@pytest.fixture
+def make_model(make_routed, shallow_backbones):
+    """Small ResNets of ten classes by kind."""
 
     def make(kind):
         if kind == "moe":
-            return make_routed()
+            return make_routed(num_classes=10, width=4)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return create_model("resnet18", num_classes=10, kind="dense", width=8, input_size=16).eval()
+            return create_model("resnet18", num_classes=10, kind="dense", width=4, input_size=16).eval()
 
     return make
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+@pytest.fixture
+def stages(official, monkeypatch):
+    """The official ensembles made from here on iterate less; holds each attack that ran with its number of images."""
+    ran, complete = [], official.AutoAttack._set_version
+
+    def set_version(ensemble, version):
+        complete(ensemble, version)
+        ensemble.apgd.n_iter = ensemble.apgd_targeted.n_iter = ensemble.fab.n_iter = 4
+        ensemble.square.n_queries = 30
+        for name in ("apgd", "apgd_targeted", "fab", "square"):
+            attack = getattr(ensemble, name)
+            attack.perturb = partial(counted, name, attack.perturb)
+
+    def counted(name, perturb, x, y):
+        ran.append((name, len(x)))
+        return perturb(x, y)
+
+    monkeypatch.setattr(official.AutoAttack, "_set_version", set_version)
+    return ran
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("linf", 0.02), ThreatModel("l2", 0.4)], ids=["linf", "l2"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_standard_proposals_are_the_official_ones(official, make_model, make_images, kind, threat):
-    model, x = make_model(kind).requires_grad_(False), make_images(4, seed=3)
+def test_standard_proposals_are_the_official_ones(official, stages, make_model, make_images, kind, threat):
+    model, x = make_model(kind).requires_grad_(False), make_images(6, seed=3)
     y = labelled(model, x)
     found = autoattack(model, x, y, threat=threat, seed=7)
-    expected = directly(official, model, x, y, threat, 7, targets=9 if kind == "dense" else 4)
+    ours = list(stages)
+    expected = directly(official, model, x, y, threat, 7)
     assert torch.equal(found.x_adv, expected)
     assert torch.equal(found.x_adv[0], x[0])  # misclassified, hence not attacked
-    assert robust_accuracy(model, found.x_adv, y) == robust_accuracy(model, expected, y) < 1
-    capped = [flag for flag in found.flags if flag.startswith("not standard")]
-    assert capped == ([] if kind == "dense" else ["not standard AutoAttack: 5 classes allow only 4 of 9 targets"])
-    assert not any("dynamic" in flag or "randomized" in flag for flag in found.flags)
+    assert stages == ours * 2 and [name for name, _ in ours] == ["apgd", "apgd_targeted", "fab", "square"]
+    # APGD-T breaks some of the five that are right which APGD-CE did not, and some outlast every attack.
+    counts = [count for _, count in ours]
+    assert counts[0] == 5 >= counts[1] > counts[2] >= counts[3] > 0
+    assert 0 < robust_accuracy(model, found.x_adv, y) == robust_accuracy(model, expected, y)
+    assert found.flags == ()
 
 
 @pytest.mark.parametrize("name", ["fab-t", "square"])

@@ -9,7 +9,7 @@ from torch import nn
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
-from advmoe.evaluation.accuracy import assess, evaluate, outcomes, summary
+from advmoe.evaluation.accuracy import assess, evaluate, masking_gap, outcomes, summary
 from advmoe.evaluation.scoring import run_attack
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
@@ -223,7 +223,7 @@ def test_restored_after_a_failure_too():
     seen, model, tf32 = [], Failing(), torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = True
-        with pytest.raises(RuntimeError, match="planned"):
+        with pytest.raises(ValueError, match="RuntimeError: planned"):
             evaluate(model, planted())
         assert seen == [(False, False)]
         assert model.training and torch.backends.cudnn.allow_tf32
@@ -268,3 +268,22 @@ def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatc
     assert calls == [1]  # the look for MoE layers
     # Without queries nothing of it is needed.
     evaluate(model, (x, y), attacks=["routed"], steps=1, queries=0)
+
+
+def test_no_attack_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"^attacks must name at least one attack, got none$"):
+        evaluate(Threshold(), planted(), attacks=[])
+
+
+def test_the_gap_is_measured_from_the_strongest_plain_pgd():
+    held = {
+        "clean": [1, 1, 1, 1, 0],
+        "pgd-2": [1, 1, 1, 0, 0],
+        "pgd-50": [1, 1, 0, 0, 0],  # the strongest: 2 of 5
+        "pgd-50-margin": [1, 0, 0, 0, 0],
+        "pgd-50-soft": [0, 1, 0, 0, 0],
+    }
+    found = {name: torch.tensor(each).bool() for name, each in held.items()}
+    assert masking_gap(found) == pytest.approx(0.4)  # nothing outlasts all
+    assert masking_gap({name: found[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
+    assert masking_gap({name: found[name] for name in ("clean", "pgd-50-margin")}) is None

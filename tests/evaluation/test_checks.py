@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.checks import ALLOWABLE, CHECKS, Check, check, check_data, require_passed
 from advmoe.models import create_model
 
@@ -420,3 +421,35 @@ def test_the_record_is_plain_json():
     records = [each.to_dict() for each in check(Threshold(change=lambda logits: logits.squeeze()), X, Y)]
     assert json.loads(json.dumps(records, allow_nan=False)) == records
     assert list(records[0]) == ["name", "passed", "value", "detail"]
+
+
+@pytest.mark.parametrize("largest", [0, 2])
+def test_a_model_that_does_not_take_the_images(largest):
+    def refuses(x):
+        if len(x) > largest:
+            raise TypeError(f"no more\nthan {largest}")
+        return torch.zeros(len(x), 2)
+
+    size = 1 if largest == 0 else 3  # the first image alone shows whether a model is routed, then come all of them
+    message = rf"^model must take images \({size}, 1, 2, 2\) without an error, got TypeError: no more than {largest}$"
+    with pytest.raises(ValueError, match=message):
+        evaluate(refuses, (X, Y), steps=1)
+
+
+def test_a_model_that_takes_no_pixels_with_a_gradient():
+    def by_numpy(x):
+        return torch.from_numpy(Threshold()(x).numpy())
+
+    found = checked(by_numpy)["gradients"]
+    start = "where they require a gradient, model must take images (3, 1, 2, 2) without an error, got RuntimeError: "
+    assert (found.passed, found.value) == (False, 1) and found.detail.startswith(start)
+    with pytest.raises(ValueError, match=r"^model and data must pass the checks .*--allow gradients$"):
+        evaluate(by_numpy, (X, Y), steps=1)
+
+
+def test_lack_of_memory_is_no_mistake_of_the_model():
+    def hungry(x):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        check(hungry, X, Y)

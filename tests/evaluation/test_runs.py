@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from advmoe.config import Config
-from advmoe.evaluation.runs import evaluate_run, load_run
+from advmoe.evaluation.runs import dissect_run, evaluate_run, load_run, sweep_run
 from advmoe.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +204,63 @@ def test_a_sweep_falls_and_is_drawn(run_dir):
     assert accuracies[0] == pytest.approx(clean)
     assert worst["probe"]["eps"] == 1
     assert "worst case" in out and (run_dir / "sweep.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_sweep_records_each_attack_s_own_steps_and_the_gap(run_dir):
+    overrides = {"attack": {"steps": 4, "restarts": 2}}
+    home, result = sweep_run(
+        run_dir, epsilons=[0.04, 0.3], attacks=["pgd-8", "pgd-1", "pgd-2-soft"], overrides=overrides, num_examples=36,
+        batch_size=18, accelerator="cpu", threads=1, seed=5,
+    )  # fmt: skip
+    assert json.loads((home / "sweep.json").read_text()) == result
+    assert result["threat"] == {"norm": "linf"} and result["data"] == {"name": "digits", "split": "test"}
+    assert result["attack"] == {"steps": 4, "step_size": 0.03, "restarts": 2, "seed": 5}
+    # 2.5 eps / N where that is more than the configured 0.03; the probe's eps is 1.
+    sizes = {"pgd-1": [0.1, 0.75, 2.5], "pgd-8": [0.03, 0.09375, 0.3125], "pgd-2-soft": [0.05, 0.375, 1.25]}
+    for name, expected in sizes.items():
+        curve = result["curves"][name]
+        points = [*curve["points"], curve["probe"]]
+        settings = [point["settings"] for point in points]
+        assert [each["step_size"] for each in settings] == pytest.approx(expected)
+        assert {(each["steps"], each["restarts"]) for each in settings} == {(int(name[4]), 2)}
+        assert all(point["flags"] == {} for point in points)
+    at = {name: [p["robust_accuracy"] for p in curve["points"]] for name, curve in result["curves"].items()}
+    gaps = [point["masking_gap"] for point in result["curves"]["worst case"]["points"]]
+    lowest = [min(pair) for pair in zip(at["pgd-1"], at["pgd-8"], strict=True)]
+    assert gaps == pytest.approx([low - worst for low, worst in zip(lowest, at["worst case"], strict=True)])
+
+
+def test_a_sweep_keeps_what_autoattack_warned_of(tmp_path, monkeypatch):
+    pytest.importorskip("pyautoattack")
+    soft = OWN.replace("torch.cat", "(torch.cat").replace("* self.scale", "* self.scale).softmax(1)")
+    (tmp_path / "soft.py").write_text(soft)
+    monkeypatch.chdir(tmp_path)
+    _, result = sweep_run(
+        "soft.py:make", epsilons=[0.1], attacks=["autoattack:apgd-ce"], num_examples=100, accelerator="cpu", threads=1,
+        allow=["logits"], overrides={"data": {"name": "digits", "image_size": 8}},
+    )  # fmt: skip
+    (point,) = result["curves"]["autoattack:apgd-ce"]["points"]
+    assert point["settings"]["attacks"] == ["apgd-ce"]
+    assert any("the output is a probability distribution" in flag for flag in point["flags"])
+    assert result["curves"]["worst case"]["points"][0]["masking_gap"] is None
+
+
+def test_a_dissection_records_how_it_was_attacked(run_dir):
+    home, found = dissect_run(
+        run_dir, attacks=["pgd-1", "pgd-4", "pgd-4-soft"], num_examples=36, batch_size=12, accelerator="cpu", threads=1,
+        seed=5,
+    )  # fmt: skip
+    result = json.loads((home / "dissection.json").read_text())
+    assert list(result) == ["pgd-1", "pgd-4", "pgd-4-soft"]
+    worst = torch.stack([each.survived for each in found.values()]).all(0).double().mean().item()
+    strongest = min(found[name].survived.double().mean().item() for name in ("pgd-1", "pgd-4"))
+    for name, each in result.items():
+        steps, short = int(name[4]), name == "pgd-1"
+        assert each["threat"] == {"norm": "linf", "eps": 0.1} and each["data"] == {"name": "digits", "split": "test"}
+        assert each["attack"] == {"steps": steps, "step_size": 0.03, "restarts": 1, "loss": "ce", "seed": 5}
+        flag = "1 steps of 0.03 cannot cross the ball from its centre to its edge, 0.1"
+        assert each["flags"] == ({flag: 3} if short else {})
+        assert each["masking_gap"] == pytest.approx(strongest - worst)
 
 
 def test_a_dissection_adds_up_and_is_drawn(run_dir):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from advmoe.models.folding import Folds, folding
 from advmoe.moe import route
 
 
@@ -41,3 +42,40 @@ def test_hard_and_masked_agree_in_outputs_and_gradients(make_routed, make_images
     for name, gradient in masked[2].items():
         torch.testing.assert_close(hard[2][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
     assert any("router" in name and g.abs().sum() > 0 for name, g in hard[2].items())
+
+
+SINGLE = 1e-3
+"""What float32 may differ by, as a share of a tensor's largest entry."""
+
+
+def assert_close(actual, expected):
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0, atol=SINGLE * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["learnt", "frozen"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_hard_and_masked_agree_in_single_precision(make_routed, make_images, monkeypatch, training, frozen):
+    model = make_routed(router="layer").train(training).requires_grad_(not frozen)
+    x, y = make_images(16).requires_grad_(), torch.arange(16) % 5
+    fold, folds = Folds.of, []
+    monkeypatch.setattr(Folds, "of", lambda *args: folds.append(args) or fold(*args))
+    results = {}
+    for mode in ("hard", "masked"):
+        model.zero_grad()
+        x.grad = None
+        folds.clear()
+        with route(mode) as routing, folding():
+            logits = model(x)
+            F.cross_entropy(logits, y).backward()
+        # As under an attack, fixed norms are folded into their convolutions; the reference never folds.
+        assert bool(folds) == (mode == "hard" and frozen and not training)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert len(gradients) == (0 if frozen else len(list(model.parameters())))
+        results[mode] = logits.detach(), {"x": x.grad, **gradients}, routing.pathway()
+    hard, masked = results["hard"], results["masked"]
+    assert torch.equal(hard[2], masked[2]) and len(hard[2].unique()) > 1
+    assert_close(hard[0], masked[0])
+    for name, gradient in masked[1].items():
+        assert gradient.abs().max() > 0, name
+        assert_close(hard[1][name], gradient)

@@ -81,6 +81,7 @@ def test_rows_scales_and_names():
     assert {name: each.kind for name, each in row.measures.items()} == {
         "accuracy": "evaluate", "cost": "cost", "sweep": "sweep",
     }  # fmt: skip
-    assert scales_of(scale, smoke=(0.5,), cpu=(0.2, 0.8), paper=()) == [(0.5, {"model": {"scale": 0.5}})]
+    found = scales_of(scale, smoke=(0.5,), cpu=(0.2, 0.8), paper=())
+    assert found == [(0.5, {"model": {"scale": 0.5, "experts_init": "independent"}})]
     assert named({"method": "AdvMoE", "variant": "EMA", "scale": 1}) == "AdvMoE, EMA"
     assert named({"method": "AT (S-Dense)"}) == "AT (S-Dense)"

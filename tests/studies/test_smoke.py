@@ -11,7 +11,7 @@ import pytest
 
 from advmoe.studies.catalogue import STUDIES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.studies
 
 
 @pytest.fixture(scope="module")

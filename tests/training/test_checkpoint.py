@@ -100,3 +100,12 @@ def test_opening_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
         checkpoints.load(tmp_path / "last")
     assert not (tmp_path / "owned").exists()
+
+
+def test_checksums_that_are_no_object_are_damage(tmp_path):
+    for value in (1, 2):
+        checkpoints.save(tmp_path / "last", _checkpoint(value))
+    (tmp_path / "last" / "checksums.json").write_text("[]")
+    with pytest.warns(UserWarning, match=r"last/checksums\.json must hold a JSON object, got a list; going on"):
+        found = checkpoints.load_latest(tmp_path / "last")
+    assert found is not None and found.progress == {"epoch": 1}

@@ -263,7 +263,7 @@ def test_mistakes_of_the_other_commands(place, capsys):
     assert "--model must go with a run (FILE.py:FACTORY is one itself), got 'own.py:net'" in message(
         "evaluate", "own.py:net", "--model", "own.py:net", "--data.name", "digits"
     )
-    Path("manifest.json").write_text("{}")
+    Path("manifest.json").write_text('{"name": "run", "command": null, "devices": 1, "threads": 1}')
     assert "must be left out for a run of a model of advmoe's own, got own.py:net" in message(
         "train", "--resume", ".", "--model", "own.py:net"
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
+from advmoe.training import run as run_module
 from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
@@ -132,6 +133,46 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finishe
     assert_same_weights(weights(run), weights(finished))
 
 
+def refused_by_two_processes(run, message):
+    """Resume `run` in two real processes and see it refused in one line."""
+    command = [sys.executable, "-m", "advmoe", "train", "--resume", str(run), "--devices", "2", "--accelerator", "cpu"]
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("advmoe: error: ")] == [message]
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "last" / "state.pt").unlink()
+    (run / "last-previous" / "state.pt").unlink()
+    found = "; ".join(f"{run / name / 'state.pt'} must exist, got nothing" for name in ("last", "last-previous"))
+    refused_by_two_processes(run, f"advmoe: error: {found}")
+
+
+def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n[]\n3\n{"lr": 1}\n{"epoch": null}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert run_module._trim_metrics(path, 2) == [{"epoch": 1}, {"epoch": 2}]
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_what_a_process_says_is_passed_on_where_it_is_ours():
+    trace = 'Traceback (most recent call last):\n  File "{}", line 3, in f\n    g()\n{}: a: b\n'
+    ours, other = run_module.__file__, torch.__file__
+    cases = [
+        (ours, "ValueError", ValueError("a: b")),
+        (ours, "advmoe.training.checkpoint.DamagedCheckpoint", ValueError("a: b")),
+        (ours, "advmoe.training.trainer.TrainingDiverged", TrainingDiverged("a: b")),
+        (other, "ValueError", None),
+        (ours, "KeyError", None),
+    ]
+    for file, kind, expected in cases:
+        said = run_module._said(trace.format(file, kind))
+        assert (type(said), str(said)) == (type(expected), str(expected))
+
+
 REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "ema": 0.9, "awp": 0.005}
 
 
@@ -228,6 +269,13 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
     routers = train(tiny(training=settings), run_dir=tmp_path / "routers", **THREADS)
     settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1}
     experts = train(tiny(training=settings), run_dir=tmp_path / "experts", **THREADS)
+    trained = weights(experts)
+    shutil.move(routers, tmp_path / "elsewhere")  # a run that has a checkpoint needs no more what it started from
+    assert_same_weights(weights(resume(experts)), trained)
+    shutil.rmtree(experts / "last")
+    with pytest.raises(ValueError, match="routers"):
+        resume(experts)
+    routers = tmp_path / "elsewhere"
     before, middle, after = (load_file(run / "model.safetensors") for run in (standard, routers, experts))
     for name in before:
         phi = ".router." in name
