@@ -120,11 +120,9 @@ class Run:
 
     def _trained(self, own: str) -> Made:
         """Its training, to be continued where it has not finished."""
-        run, epochs = shlex.quote(str(self.path)), self.field("training", "epochs")
-        config = shlex.quote(str(self.path / "config.yaml"))
-        whole = isinstance(epochs, int) and len(self.epochs) >= epochs
-        if self.manifest and not (self.manifest.get("finished") or whole):
-            return Made("training", f"{len(self.epochs)} of {epochs} epochs", f"advmoe train --resume {run}{own}")
+        run, config = (shlex.quote(str(path)) for path in (self.path, self.path / "config.yaml"))
+        if self.manifest and not self.manifest.get("finished"):
+            return Made("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
         command = self.manifest.get("command")
         # A run directory is trained into once: the same again goes elsewhere.
         anew = f"advmoe train --config {config}{own} --run-dir {run}-again"

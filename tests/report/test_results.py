@@ -53,11 +53,9 @@ def test_a_run_in_progress_is_continued(make_run):
     path = make_run("running", only={"manifest", "metrics"}, manifest={"command": ["advmoe", "train"]})
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "tra')
-    config = path / "config.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 4"))
     run = loaded(path)
     assert len(run.epochs) == 2
-    assert states(run)["training"] == "2 of 4 epochs"
+    assert states(run)["training"] == "2 epochs so far"
     assert commands(run)["training"] == f"advmoe train --resume {path}"
 
 
