@@ -40,6 +40,7 @@ from advmoe.files import write_text, write_whole
 from advmoe.models import Classifier
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
+from advmoe.progress import tracked
 from advmoe.pruning import deployed
 
 Format = Literal["onnx", "torch-export"]
@@ -393,7 +394,8 @@ def compared(model: nn.Module, run: Run, images: Tensor, batch: int = 1) -> dict
     Raises `ExportFailed` where a pathway differs otherwise, or a logit by more than `TOLERANCE`.
     """
     largest, pathways, ties = 0.0, set(), []
-    for x, first in [*zip(images.split(batch), range(0, len(images), batch), strict=True), (images[:1], 0)]:
+    parts = [*zip(images.split(batch), range(0, len(images), batch), strict=True), (images[:1], 0)]
+    for x, first in tracked(parts, "compare"):
         with route() as routing:
             expected = model(x)
         logits, *rest = run(x)
@@ -446,7 +448,7 @@ def timed(model: nn.Module, run: Run, images: Tensor, rounds: int = 10, repeats:
     The two take turns, and the first pass of a turn does not count: the other's threads may still be spinning.
     """
     times: dict[str, list[float]] = {"pytorch": [], "exported": []}
-    for turn in range(rounds):
+    for turn in tracked(range(rounds), "time", unit="round"):
         x = images[turn % len(images)][None].contiguous(memory_format=torch.channels_last)
         for name, call in (("pytorch", model), ("exported", run)):
             for attempt in range(1 + repeats):

@@ -105,16 +105,17 @@ def main() -> None:
     runs = {name: Path(options.runs) / method for name, method in reversed(ROWS.items())}
     milliseconds = times(runs, options.jobs)
     print(
-        "| model | SA % | RA PGD-50 % | RA PGD-50, soft % | worst case % | GMACs | ms/image | busiest expert's load |"
+        "| model | SA % | RA PGD-50 % | RA PGD-50, soft % | worst of both % | masking gap | GMACs | ms/image | "
+        "busiest expert's load |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, run in runs.items():
         result = json.loads((run / "evaluation.json").read_text())
         robust = {k.removeprefix("pgd-50"): f"{100 * v:.1f}" for k, v in result["robust_accuracy"].items()}
         cells = [
             name, f"{100 * result['clean_accuracy']:.1f}", robust[""], robust.get("-soft", "-"),
-            f"{100 * result['worst_case']:.1f}", f"{result['cost']['gmacs']:.4f}", f"{milliseconds[name]:.3f}",
-            describe_load(run),
+            f"{100 * result['worst_case']:.1f}", f"{100 * result['masking_gap']:.1f}", f"{result['cost']['gmacs']:.4f}",
+            f"{milliseconds[name]:.3f}", describe_load(run),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
 

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from advmoe import cli
+from advmoe.cli import evaluate
 from advmoe.config import Config
 from advmoe.recipes import METHODS, SETTINGS, recipe
 
@@ -63,6 +65,7 @@ MORE_MISTAKES = [
         [*TRAIN, "--data.train_examples", "2000"],
         ["data.train_examples must be ", "<= the 1442 training images, got 2000"],
     ),
+    ([*TRAIN, "--threat.eps", "-1/255"], ["threat.eps must be >= 0 and <= 1, got -1/255"]),
     ([*TRAIN, "--devices", "0"], ["--devices must be >= 1, got 0"]),
     ([*TRAIN, "--accelerator", "tpu"], ["--accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
     (["train", "--config", "absent.yaml"], ["--config must be", "'absent.yaml'"]),
@@ -107,6 +110,16 @@ def test_a_missing_dataset_is_one_line_and_creates_nothing(tmp_path: Path) -> No
     done = run(tmp_path, "train", "--config", "cifar10-resnet18-advmoe", "--data.root", "nowhere")
     assert_refused(done, "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-m", "advmoe", "recipes"]
+    ours, theirs = os.pipe()
+    os.close(ours)  # as `head` does once it has its lines
+    done = subprocess.run(command, env=environment, stdout=theirs, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_print_config_round_trip(tmp_path: Path) -> None:
@@ -211,6 +224,25 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "advmoe evaluate runs/digits-advmoe-3" in capsys.readouterr().out
 
 
+def test_training_tells_which_experts_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = [{"layer": 0, "dead_experts": [1]}, {"layer": 1, "dead_experts": []}, {"layer": 2, "dead_experts": [0]}]
+    last = [{"layer": 0, "dead_experts": []}, {"layer": 1, "dead_experts": []}, {"layer": 2, "dead_experts": [0, 3]}]
+
+    def train(config: Config, *, run_dir: Path, **_: Any) -> None:
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"layers": each}) + "\n" for each in lines))
+
+    monkeypatch.setattr("advmoe.training.run.train", train)
+    lines = [earlier, last]
+    assert cli.main([*TRAIN, "--run-dir", "routed"]) == 0
+    told = "note  experts chosen for no image in the last epoch, in 1 of 3 layers (layer 2: 0 3)"
+    assert capsys.readouterr().out.splitlines()[0] == told
+    lines = [earlier, [{"layer": 0, "dead_experts": []}]]
+    assert cli.main([*TRAIN, "--run-dir", "alive"]) == 0
+    assert capsys.readouterr().out.startswith("run ")
+
+
 def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Config().dump(tmp_path / "config.yaml")
     seen = fake(monkeypatch, "advmoe.training.run.resume")
@@ -292,6 +324,25 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "flag  pgd-50-soft: a warning",
         "",
         f"written to {tmp_path / 'evaluation.json'} and evaluation-examples.npz",
+    ]
+
+
+def test_evaluate_tells_how_many_pathways_were_attacked() -> None:
+    parts = {"soft T=1": {"attempted": 6, "broken": 2}, "pathways": {"attempted": 4, "broken": 1}}
+    report = {
+        "interval": [0.1, 0.6],
+        "seconds": 1.0,
+        "parts": parts,
+        "settings": {"pathways": {"reached": 75, "attacked": 32}},
+    }
+    result = {
+        "clean_accuracy": 0.6, "robust_accuracy": {"routed": 0.3}, "worst_case": 0.3, "num_examples": 10,
+        "threat": {"norm": "linf", "eps": 0.1}, "attacks": {"routed": report},
+    }  # fmt: skip
+    assert [line.split() for line in evaluate._table(result).splitlines()[4:7]] == [
+        ["soft", "T=1", "2", "broken", "of", "6"],
+        ["pathways", "1", "broken", "of", "4"],
+        ["pathways", "reached", "75", "of", "them", "attacked:", "32"],
     ]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from advmoe.attacks.autoattack import square
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LossName, Predict, ascend, loss_named, margins
+from advmoe.progress import tracked
 from advmoe.threat import ThreatModel
 
 Anchor = Literal["current", "clean"]
@@ -331,7 +332,7 @@ def search(
         num_classes = predict(x[:1]).shape[1]
     best = Combination()
     for alternatives in axes(budget, num_classes):
-        best = max([best, *alternatives(best)], key=strength)
+        best = max(tracked([best, *alternatives(best)], "search", unit="combination"), key=strength)
     return best, tuple(tried.values())
 
 
@@ -419,7 +420,8 @@ def _pathways(
     with torch.no_grad():
         clean = model(x)
     result, left = x.clone(), torch.arange(len(x), device=x.device)
-    for forced in _candidates(clean, plan):
+    number = len(plan.pathways) + sum(scores.shape[-1] - 1 for scores in clean.scores)
+    for forced in tracked(_candidates(clean, plan), "pathways", total=number, unit="pathway"):
         result[left], fooled = along_pathway(
             model, predict, x[left], y[left], forced[left], threat=threat, steps=budget.pathway_steps,
             step_size=stride(budget.step_size, budget.pathway_steps, threat.eps), generator=generator,

@@ -8,12 +8,15 @@ A command is a module here, with a `parser` and a `run`, and an entry in `COMMAN
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from typing import Any
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
 from advmoe.cli.arguments import explained, fail, is_ours, new_parser
+from advmoe.progress import shown
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -39,8 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parse(argv)
         command = args["command"]
-        code: int = COMMANDS[command].run(args[command], argv)
+        with shown():
+            code: int = COMMANDS[command].run(args[command], argv)
+        sys.stdout.flush()  # while what goes wrong with it can still be caught
         return code
+    except BrokenPipeError:
+        # Whoever reads (head, say) has seen enough; what a command writes to files was written before it printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if not is_ours(error):
             raise
@@ -70,9 +79,21 @@ def _parse(argv: list[str]) -> dict[str, Any]:
 
 def _in_full(argv: list[str]) -> list[str]:
     """`argv` with the short options of `train` written out: the parser takes `--model` for the group of fields."""
+    argv = _joined(argv)
     if argv[:1] != ["train"]:
         return argv
     full = {"--model": "--model.source", "--to-moe": "--model.to_moe"}
     words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
     parts = (word.partition("=") for word in words)
     return [full.get(option, option) + equals + rest for option, equals, rest in parts]
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`argv` with negative fractions tied to their options: the parser would take `-1/255` for one more option."""
+    words: list[str] = []
+    for word in argv:
+        if words and re.fullmatch(r"-[\d.]+/[\d.]+", word) and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words

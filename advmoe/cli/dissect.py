@@ -20,11 +20,17 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     draw = drawing(args)
 
     from advmoe.evaluation.runs import dissect_run
+    from advmoe.files import read_object
 
     home, found = dissect_run(target, **options)
+    written = read_object(home / "dissection.json")
     for name, dissection in found.items():
         print(f"{name}\n{dissection.table()}\n")
+        for flag in written[name]["flags"]:
+            print(f"flag  {name}: {flag}\n")
         if draw is not None:
             draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
+    if (gap := next(iter(written.values()))["masking_gap"]) is not None:
+        print(f"masking gap  {100 * gap:.1f} points  straight-through PGD less the worst case of these attacks\n")
     print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
     return 0

@@ -50,6 +50,8 @@ def _table(result: dict[str, Any]) -> str:
         rows.append((name, f"{100 * value:.1f} %", note))
         if len(parts := report.get("parts", {})) > 1:
             rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
+        if (known := report.get("settings", {}).get("pathways")) is not None and isinstance(known, dict):
+            rows.append(("  pathways reached", f"{known['reached']}", f"of them attacked: {known['attacked']}"))
     rows.append(("worst case", f"{100 * result['worst_case']:.1f} %", ""))
     if "masking_gap" in result:
         rows.append(("masking gap", "-" if gap is None else f"{100 * gap:.1f} points", _GAP))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -83,6 +82,7 @@ def _plan(name: str, options: Any) -> int:
 
 
 def _run(name: str, options: Any) -> int:
+    from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
     from advmoe.studies.present import text
     from advmoe.studies.run import run_study
@@ -90,7 +90,7 @@ def _run(name: str, options: Any) -> int:
     require_matplotlib()
 
     def told(word: str, task: Any) -> None:
-        print(f"{word if word in ('starts', 'done') else f'failed: {word}'}  {described(task)}", file=sys.stderr)
+        tell(f"{word if word in ('starts', 'done') else f'failed: {word}'}  {described(task)}")
 
     home, content = run_study(name, options, told)
     for shown in content["tables"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -83,8 +84,21 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
+    for line in _unused(run_dir / "metrics.jsonl"):
+        print(line)
     print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
     return 0
+
+
+def _unused(metrics: Path) -> list[str]:
+    """What to say of experts that got no image in the last epoch: such a model has fewer of them than it seems."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    layers = json.loads(lines[-1]).get("layers", []) if lines else []
+    dead = {each["layer"]: each["dead_experts"] for each in layers if each["dead_experts"]}
+    if not dead:
+        return []
+    named = ", ".join(f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in dead.items())
+    return [f"note  experts chosen for no image in the last epoch, in {len(dead)} of {len(layers)} layers ({named})"]
 
 
 def _source(text: str | None, own: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from advmoe.data.augment import Variation, augment
@@ -14,6 +15,7 @@ from advmoe.data.imagenet import load_imagenet
 from advmoe.data.stream import FileSet
 from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
+from advmoe.progress import shown
 
 __all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "augment", "load_dataset"]
 
@@ -53,7 +55,7 @@ def load_dataset(
         train_examples: How many of the given training images are used, validation split included; by default all.
         workers: Processes that decode images not held in memory, ahead of time; 0 decodes them in this one.
         seed: Decides which images are held out, and nothing else.
-        progress: Show progress bars, if stderr is a terminal.
+        progress: Show progress bars, if stderr is a terminal; inside `progress.shown` they are anyway.
 
     Returns:
         The data set, on the CPU.
@@ -71,8 +73,9 @@ def load_dataset(
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
         raise ValueError(f"data.workers must be an integer >= 0, got {workers!r}")
     folder = Path(root).expanduser()
-    request = Request(root=folder, download=download, image_size=image_size, workers=workers, progress=progress)
-    source = _READERS[name](request)
+    request = Request(root=folder, download=download, image_size=image_size, workers=workers)
+    with shown() if progress else nullcontext():
+        source = _READERS[name](request)
     train, val = split(drawn(source.train, train_examples), val_fraction, seed)
     if source.statistics is None:
         assert isinstance(train, ImageSet)  # readers of images that are not in memory give statistics

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import uuid
 import warnings
 import zlib
@@ -23,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from advmoe.data.decode import Bytes, decode, middle_square
 from advmoe.data.download import one_line
 from advmoe.data.listing import Listing
+from advmoe.progress import bar
 from advmoe.data.types import ImageSet
 
 CACHE_FOLDER = ".advmoe-cache"
@@ -50,7 +49,7 @@ class _File(NamedTuple):
 
 
 def load_decoded(
-    root: Path, listings: dict[str, Listing], *, image_size: int | None, progress: bool
+    root: Path, listings: dict[str, Listing], *, image_size: int | None
 ) -> dict[str, ImageSet]:
     """Load listed files into memory; the first use decodes every file, later ones open the cache.
 
@@ -61,7 +60,6 @@ def load_decoded(
         listings: The images of `train` and of `test`, at least one each.
         image_size: Side in pixels: images are cropped to their middle square and resized (bicubic, antialiased). None
             takes them as they are, which must be square and of one size.
-        progress: Whether to show a bar while decoding.
 
     Returns:
         Each part, images (N, 3, H, H) in the order of its listing.
@@ -75,7 +73,7 @@ def load_decoded(
     folders = _cache_folders(root)
     arrays = next((found for folder in folders if (found := _open_cache(folder, stem, fingerprint))), None)
     if arrays is None:
-        arrays = _decode_parts(root, parts, image_size, progress=progress)
+        arrays = _decode_parts(root, parts, image_size)
         if not any(_write_cache(folder, stem, fingerprint, arrays) for folder in folders):
             tried = ", ".join(str(folder) for folder in folders)
             warnings.warn(f"the decoded images could not be kept for the next time (tried {tried})", stacklevel=2)
@@ -167,7 +165,7 @@ def _write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) 
 
 
 def _decode_parts(
-    root: Path, parts: dict[str, list[_File]], image_size: int | None, *, progress: bool
+    root: Path, parts: dict[str, list[_File]], image_size: int | None
 ) -> dict[str, Bytes]:
     """Decode every file; large ones with a thread per core."""
     first = parts["train"][0].path
@@ -188,7 +186,6 @@ def _decode_parts(
         return len(files)
 
     total = sum(len(files) for files in parts.values())
-    hidden = not (progress and sys.stderr.isatty())
     # Pillow decodes outside the interpreter's lock. With small files the work is in Python, and threads only contend.
     small = sum(file.size for files in parts.values() for file in files) < _SMALL_FILE * total
     pool = ThreadPoolExecutor(1 if small else os.cpu_count())
@@ -198,10 +195,10 @@ def _decode_parts(
             for part, files in parts.items()
             for start in range(0, len(files), _FILES_PER_TASK)
         ]
-        with tqdm(total=total, unit="image", desc="decoding", disable=hidden) as bar:
+        with bar("decoding", total, unit="image") as drawn:
             # In the order of the files, so that the first bad one is the one reported.
             for task in tasks:
-                bar.update(task.result())
+                drawn.update(task.result())
     finally:
         pool.shutdown(cancel_futures=True)
     return arrays

@@ -95,7 +95,7 @@ def load_archive(archive: Archive, request: Request) -> Source:
                 f"data.root must hold {archive.file} with md5 {archive.md5}, got md5 {got} in {str(path)!r}"
             )
     elif request.download:
-        fetch(archive.url, path, archive.md5, progress=request.progress)
+        fetch(archive.url, path, archive.md5)
     else:
         raise ValueError(f"data.root must hold {archive.file} (or set data.download=true), got {str(root)!r}")
 

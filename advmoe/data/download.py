@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
+from advmoe.progress import bar
+
 
 TRIES = 4
 """Requests made for a file before giving up; each goes on where the last one stopped."""
@@ -33,14 +33,13 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(url: str, path: Path, md5: str, *, progress: bool = False) -> None:
+def fetch(url: str, path: Path, md5: str) -> None:
     """Download `url` to `path`, through `<path>.part`, which a later call goes on from if this one is cut off.
 
     Args:
         url: Where the file is.
         path: Final name; it appears at once, whole and with the right checksum.
         md5: The checksum that the file must have.
-        progress: Whether to show a bar; none is shown where stderr is not a terminal.
 
     Raises:
         ValueError: The folder cannot be written, the server cannot be reached or stops early every time (what came is
@@ -54,7 +53,7 @@ def fetch(url: str, path: Path, md5: str, *, progress: bool = False) -> None:
     reason = "an early end"
     for _ in range(TRIES):
         try:
-            if _receive(url, part, md5, progress=progress):
+            if _receive(url, part, md5):
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = one_line(error)
@@ -69,7 +68,7 @@ def fetch(url: str, path: Path, md5: str, *, progress: bool = False) -> None:
     os.replace(part, path)
 
 
-def _receive(url: str, part: Path, md5: str, *, progress: bool) -> bool:
+def _receive(url: str, part: Path, md5: str) -> bool:
     """Make one request and write what it brings to `part`; return whether that is the end of the file."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
@@ -91,11 +90,10 @@ def _receive(url: str, part: Path, md5: str, *, progress: bool) -> bool:
             return False
         length = response.headers.get("Content-Length")
         end = None if length is None else start + int(length)
-        hidden = not (progress and sys.stderr.isatty())
-        bar = tqdm(total=end, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=hidden)
-        with bar, part.open("ab" if start else "wb") as file:
+        drawn = bar(part.stem, end, unit="B", done=start, unit_scale=True)
+        with drawn, part.open("ab" if start else "wb") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
                 start += len(block)
-                bar.update(len(block))
+                drawn.update(len(block))
     return end is None or start == end

@@ -26,5 +26,5 @@ def load_folder(request: Request) -> Source:
     if test is None:
         raise ValueError(f"data.root must hold a folder test or val beside train, got {str(root)!r}")
     listings = {"train": by_class(root, "train", classes), "test": by_class(root, test, classes)}
-    parts = load_decoded(root, listings, image_size=request.image_size, progress=request.progress)
+    parts = load_decoded(root, listings, image_size=request.image_size)
     return Source(train=parts["train"], test=parts["test"], classes=tuple(classes), flip=True)

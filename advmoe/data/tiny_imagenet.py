@@ -39,7 +39,7 @@ def load_tiny_imagenet(request: Request) -> Source:
         raise ValueError(f"data.root must hold words.txt with words for {unnamed}, got none in {str(root)!r}")
     train = [(file, label) for wnid, label in index.items() for file in image_files(root, f"train/{wnid}/images")]
     listings = {"train": train, "test": _annotated(root, index)}
-    parts = load_decoded(root, listings, image_size=request.image_size, progress=request.progress)
+    parts = load_decoded(root, listings, image_size=request.image_size)
     return Source(train=parts["train"], test=parts["test"], classes=tuple(words[w] for w in wnids), flip=True)
 
 

@@ -99,8 +99,6 @@ class Request:
     """Side in pixels that images are resized to; None for their own, or the data set's customary one."""
     workers: int
     """Processes that decode images which are not held in memory; 0 decodes them in this one."""
-    progress: bool
-    """Whether to show bars."""
 
 
 @dataclass(frozen=True, eq=False)

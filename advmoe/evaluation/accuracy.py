@@ -27,6 +27,7 @@ from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
 from advmoe.evaluation.suite import Setting, default_attacks, named
 from advmoe.moe.routing import route
+from advmoe.progress import shown, tell, tracked
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 
@@ -44,7 +45,6 @@ def outcomes(
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Per example, whether it is classified correctly: clean, and under each attack, (N,) booleans by name.
 
@@ -55,12 +55,12 @@ def outcomes(
     job, wanted = make_job(predict, data, device, threat, attack, attacks, batch_size, seed)
     names = applicable(wanted, job)
     clean = classified(predict, job, device)
-    held, _ = measured(predict, job, names, clean, device, progress=progress)
+    held, _ = measured(predict, job, names, clean, device)
     return {"clean": clean.correct, **held}
 
 
 def measured(
-    predict: Predict, job: Job, names: Sequence[str], clean: Clean, device: torch.device, *, progress: bool = False
+    predict: Predict, job: Job, names: Sequence[str], clean: Clean, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """By full name of an attack, whether each example is still right, (N,) booleans, and its `evaluation.json` entry.
 
@@ -69,7 +69,7 @@ def measured(
     journal = Journal()
     if "routed" in names:
         job = replace(job, plan=_routed_plan(predict, job, clean, device))
-    run_tasks(job, names, lambda _: predict, journal, workers=1, devices=[device], threads=None, progress=progress)
+    run_tasks(job, names, predict, journal, load=lambda _: predict, workers=1, devices=[device], threads=None)
     held = {name: _joined(job, journal, name, "robust").bool() for name in names}
     return held, {name: _report(job, journal, name, held[name]) for name in names}
 
@@ -131,7 +131,7 @@ def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as batches:
-        for x, y in batches:
+        for x, y in tracked(batches, "clean", total=len(slices)):
             with route() as routing:
                 logits = predict(x)
             chosen = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
@@ -166,7 +166,6 @@ class Plan:
     """CPU threads of each process; None leaves PyTorch's number, and then results of different machines may differ."""
     accelerator: str = "cpu"
     """`auto`, `cpu` or `cuda`, or one device such as `cuda:1`."""
-    progress: bool = False
     journal: Path | None = None
     """Where finished batches are kept until the end."""
     resume: bool = False
@@ -211,6 +210,8 @@ def assess(
     names, journal = applicable(wanted, job), Journal(plan.journal)
     with threads_set(plan.threads):
         checks = checked(predict, job, devices[0], allow)
+        if plan.resume and plan.journal is not None and not plan.journal.exists():
+            tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")
         stored = journal.open(_fingerprint(predict, job, names, devices[0]), resume=plan.resume)
         clean = classified(predict, job, devices[0])
         if "routed" in names:
@@ -219,8 +220,8 @@ def assess(
             journal.note(plan=ready.to_json())
             job = replace(job, plan=ready)
         run_tasks(
-            job, names, load if plan.workers > 1 else lambda _: predict, journal, workers=plan.workers, devices=devices,
-            threads=plan.threads, progress=plan.progress,
+            job, names, predict, journal, load=load, workers=plan.workers, devices=devices,
+            threads=plan.threads,
         )  # fmt: skip
     return _evaluation(job, journal, clean, names, wanted, [each.to_dict() for each in checks])
 
@@ -375,13 +376,14 @@ def evaluate(
     Returns `evaluation.json`'s content (fractions). Raises `ValueError` for data or a model that fail the checks, and
     for an unknown attack.
     """
-    plan = Plan(accelerator=str(device), progress=progress)
+    plan = Plan(accelerator=str(device))
     size = Pixels(step_size)
     attack = AttackConfig(steps=steps, step_size=size, restarts=restarts, queries=queries)
-    return assess(
-        lambda _: model, data, threat=threat or ThreatModel(), attack=attack, attacks=attacks, batch_size=batch_size,
-        seed=seed, allow=allow, plan=plan,
-    ).result  # fmt: skip
+    with shown(progress):
+        return assess(
+            lambda _: model, data, threat=threat or ThreatModel(), attack=attack, attacks=attacks,
+            batch_size=batch_size, seed=seed, allow=allow, plan=plan,
+        ).result  # fmt: skip
 
 
 def positive(name: str, value: int) -> int:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from advmoe.models import Classifier
 from advmoe.models.modes import evaluating, frozen
 from advmoe.moe import MoELayer
+from advmoe.progress import tracked
 from advmoe.pruning import deployed
 
 
@@ -138,7 +139,8 @@ def in_turn(
         lap(side)
     round_takes = sum(lap(side) for side in sides.values())
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(max(3, min(50, int(seconds / max(round_takes, 1e-6))))):
+    rounds = max(3, min(50, int(seconds / max(round_takes, 1e-6))))
+    for _ in tracked(range(rounds), f"batch {len(x)}", unit="round"):
         for name, side in sides.items():
             times[name].append(1000 * lap(side) / len(x))
     return times

@@ -12,7 +12,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
-from tqdm import tqdm
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.files import read_object, write_text
+from advmoe.progress import bar
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -136,57 +136,76 @@ class Journal:
 def run_tasks(
     job: Job,
     names: Iterable[str],
-    load: Load,
+    predict: Predict,
     journal: Journal,
     *,
+    load: Load,
     workers: int,
     devices: list[torch.device],
     threads: int | None,
-    progress: bool,
 ) -> None:
-    """Do the tasks that `journal` lacks, in this process or in `workers` others that each `load` the model."""
+    """Do the tasks that `journal` lacks: in this process, which has the classifier `predict` on the first of `devices`,
+    and in `workers` - 1 others, which `load` theirs.
+    """
     tasks = [task for task in job.tasks(names) if journal.get(task) is None]
-    bar = tqdm(total=len(tasks), desc="attack", unit="batch", disable=None if progress else True)
-    with bar:
-        if workers == 1 or len(tasks) <= 1:
-            predict = load(devices[0])
-            batches = stream(job.data, [job.examples(task) for task in tasks], devices[0])
-            with measuring(predict, devices[0]), closing(batches):
-                for task, (x, y) in zip(tasks, batches, strict=True):
-                    bar.set_description(task.attack)
-                    journal.put(task, job.run(task, predict, x, y)[0])
-                    bar.update()
+    with bar("attack", len(tasks), unit="batch") as drawn:
+
+        def keep(task: Task, result: Result) -> None:
+            journal.put(task, result)
+            drawn.set_description(task.attack)
+            drawn.update()
+
+        if workers > 1 and len(tasks) > 1:
+            _share(job, tasks, predict, keep, load=load, workers=workers, devices=devices, threads=threads)
             return
-        with closing(_shared(job, tasks, load, workers, devices, threads)) as finished:
-            for task, result in finished:
-                bar.set_description(task.attack)
-                journal.put(task, result)
-                bar.update()
+        batches = stream(job.data, [job.examples(task) for task in tasks], devices[0])
+        with measuring(predict, devices[0]), closing(batches):
+            for task, (x, y) in zip(tasks, batches, strict=True):
+                drawn.set_description(task.attack)
+                keep(task, job.run(task, predict, x, y)[0])
 
 
 # Several processes
 
 
-def _shared(
-    job: Job, tasks: list[Task], load: Load, workers: int, devices: list[torch.device],
-    threads: int | None,
-) -> Generator[tuple[Task, Result]]:  # fmt: skip
-    """The results of `tasks`, as the processes finish them."""
+def _share(
+    job: Job, tasks: list[Task], predict: Predict, keep: Callable[[Task, Result], None], *, load: Load, workers: int,
+    devices: list[torch.device], threads: int | None,
+) -> None:  # fmt: skip
+    """Do `tasks` in this process and others, which take seconds to start, and `keep` each result as it comes."""
     context = multiprocessing.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()
-    for task in tasks:
-        todo.put(task)
-    arguments = [(job, load, devices[i % len(devices)], threads, todo, done) for i in range(min(workers, len(tasks)))]
-    processes = [context.Process(target=_work, args=each, daemon=True) for each in arguments]
+    following, done = context.Value("q", 0), context.Queue()
+    places = [devices[i % len(devices)] for i in range(1, min(workers, len(tasks)))]
+    processes = [
+        context.Process(target=_work, args=(job, tasks, load, place, threads, following, done), daemon=True)
+        for place in places
+    ]
+    left = len(tasks)
     try:
         for process in processes:
             process.start()
-        for _ in tasks:
-            yield _next(done, processes)
+        with measuring(predict, devices[0]):
+            while (task := _claimed(tasks, following)) is not None:
+                x, y = take(job.data, job.examples(task), devices[0])
+                keep(task, job.run(task, predict, x, y)[0])
+                left -= 1
+                while not done.empty():
+                    keep(*_next(done, processes))
+                    left -= 1
+        for _ in range(left):
+            keep(*_next(done, processes))
     finally:
         for process in processes:
             process.terminate()
             process.join()
+
+
+def _claimed(tasks: list[Task], following: Any) -> Task | None:
+    """The next task that no process has, None where there is none left."""
+    with following.get_lock():
+        number = following.value
+        following.value += 1
+    return tasks[number] if number < len(tasks) else None
 
 
 def _next(done: Any, processes: list[Any]) -> tuple[Task, Result]:
@@ -204,7 +223,7 @@ def _next(done: Any, processes: list[Any]) -> tuple[Task, Result]:
 
 
 def _work(
-    job: Job, load: Load, device: torch.device, threads: int | None, todo: Any, done: Any
+    job: Job, tasks: list[Task], load: Load, device: torch.device, threads: int | None, following: Any, done: Any
 ) -> None:  # pragma: no cover - runs in a process of its own
     """Do tasks until none is left, or until the parent process is gone."""
     parent = os.getppid()
@@ -213,11 +232,7 @@ def _work(
     try:
         predict = load(device)
         with measuring(predict, device):
-            while os.getppid() == parent:
-                try:
-                    task = todo.get(timeout=1)
-                except queue.Empty:
-                    continue
+            while os.getppid() == parent and (task := _claimed(tasks, following)) is not None:
                 x, y = take(job.data, job.examples(task), device)
                 done.put((task, job.run(task, predict, x, y)[0], None))
     except KeyboardInterrupt:

@@ -44,6 +44,7 @@ from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import require_writable, write_arrays, write_text
 from advmoe.models import Classifier, load_model
+from advmoe.progress import tracked
 from advmoe.pruning import deployed
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
@@ -128,7 +129,7 @@ def subject(
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
     dataset = load_dataset(
         config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
-        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed, progress=True,
+        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed,
     )  # fmt: skip
     found = dataset.num_classes, dataset.in_channels
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else found
@@ -172,10 +173,10 @@ def evaluate_run(
         target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
     )
     if workers is None:
-        workers = _processes(-(-len(given.data) // positive("batch_size", batch_size)))
+        workers = _processes(-(-len(given.data) // positive("batch_size", batch_size)), accelerator)
     plan = Plan(
         workers=positive("workers", workers),
-        threads=threads and positive("threads", threads), accelerator=accelerator, progress=True,
+        threads=threads and positive("threads", threads), accelerator=accelerator,
         journal=given.home / ".evaluation", resume=resume,
     )  # fmt: skip
     found = assess(
@@ -191,9 +192,11 @@ def evaluate_run(
     return result
 
 
-def _processes(batches: int) -> int:
-    """One process per GPU or core, where there are batches for all; starting one takes seconds."""
-    return max(1, min(torch.cuda.device_count() or os.cpu_count() or 1, batches))
+def _processes(batches: int, accelerator: str) -> int:
+    """One process per GPU or, on the CPU, per core, where there are batches for all; starting one takes seconds."""
+    devices = Plan(accelerator=accelerator).devices()
+    most = len(devices) if devices[0].type == "cuda" else os.cpu_count() or 1
+    return max(1, min(most, batches))
 
 
 def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -237,7 +240,7 @@ def attacked(name: str, predict: Predict, job: Job, device: torch.device) -> Ite
     (part,) = build(name, predict, job.setting, None).parts
     tasks = list(job.tasks([name]))
     with closing(stream(job.data, [job.examples(task) for task in tasks], device)) as images:
-        for task, (x, y) in zip(tasks, images, strict=True):
+        for task, (x, y) in zip(tracked(tasks, name), images, strict=True):
             with measuring(predict, device):
                 x_adv = part.run(x, y, seed_for(job.seed, task.first, name, part.name)).x_adv
             yield x, job.setting.threat.project(x_adv, x), y
@@ -258,7 +261,7 @@ class _Radii:
             details: dict[str, dict[str, Any]] = {}
             for name in self.names:
                 job = replace(self.job, setting=stretched(name, self.job.setting, eps))
-                outcome, reports = measured(self.predict, job, [name], self.clean, self.device, progress=True)
+                outcome, reports = measured(self.predict, job, [name], self.clean, self.device)
                 held |= outcome
                 details[name] = {key: reports[name][key] for key in ("settings", "flags")}
             details["worst case"] = {"masking_gap": masking_gap({"clean": self.clean.correct, **held})}

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from advmoe.evaluation.intervals import wilson
+from advmoe.progress import tracked
 
 PROBE_LIMIT = 0.01
 """Robust accuracy that the probe may leave (or one example, where that is more)."""
@@ -55,7 +56,7 @@ def sweep(
     """
     radii, probe = _checked(epsilons, norm, probe)
     outcomes: dict[float, Tensor] = {}
-    for eps in sorted({*radii, probe}):
+    for eps in tracked(sorted({*radii, probe}), "radii", unit="radius"):
         expected = next((len(known) for known in outcomes.values()), None)
         outcomes[eps] = _checked_outcome(robust_at(eps), eps, expected)
     points = _points(outcomes)

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.flow import flow_figure
@@ -21,12 +21,15 @@ from advmoe.report.result_figures import dissection_figure, sweep_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 __all__ = [
     "bars_figure", "dissection_figure", "flow_figure", "heatmap_figure", "histogram_figure", "lines_figure",
     "require_matplotlib", "stacked_figure", "sweep_figure",
 ]  # fmt: skip
 
+_LEGEND_ROW = 0.2
+"""Inches."""
 _HATCHES = ("", "////", "....", "xxxx")
 
 
@@ -343,7 +346,9 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
-    """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow."""
+    """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow; the
+    figure grows with it, so that the axes keep their height.
+    """
     if title is not None:
         axes.set_title(_wrapped(title, 52), loc="left", fontsize=11)
     if legend:
@@ -351,8 +356,9 @@ def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
         names = [_wrapped(name, 46) for name in names]
         longest = max((len(line) for name in names for line in name.splitlines()), default=1)
         columns = max(1, min(len(names), 52 // (longest + 6)))
-        figure = axes.get_figure()
-        assert figure is not None
+        figure = cast("Figure", axes.get_figure())
+        rows = -(-sum(1 + name.count("\n") for name in names) // columns)
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * (rows - 1))
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

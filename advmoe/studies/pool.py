@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from advmoe.progress import bar
 from advmoe.studies.plan import PlannedMeasure, Task
 
 Told = Callable[[str, Task], None]
@@ -47,9 +48,16 @@ def run_tasks(
     todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
     alone = {name: task for name, task in todo.items() if isinstance(task, PlannedMeasure) and task.alone}
     together = {name: task for name, task in todo.items() if name not in alone}
-    for part, number in ((together, jobs), (alone, 1)):
-        if part:
-            _Pool(min(number, len(part)), threads, accelerator, logs).run(part, errors, told)
+    with bar("study", len(todo), unit="task") as drawn:
+
+        def counted(word: str, task: Task) -> None:
+            told(word, task)
+            if word != "starts":
+                drawn.update()
+
+        for part, number in ((together, jobs), (alone, 1)):
+            if part:
+                _Pool(min(number, len(part)), threads, accelerator, logs).run(part, errors, counted)
     return errors
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from advmoe.config import merged, require
+from advmoe.config import Config, merged, require
 from advmoe.files import require_writable, write_text
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
@@ -141,13 +142,27 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
     session = Session(study_named(name), options)
     require_writable("--out", session.home)
     rows: list[PlannedRow] = []
-    for rows in session.stages():
+    for number, rows in enumerate(session.stages()):
+        if number == 0:
+            _require_images(session.planner.tasks(rows))
         session.errors = run_tasks(
             session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
             accelerator=options.accelerator, logs=options.root / "logs", told=told,
         )  # fmt: skip
     outcome = session.study.show(session.scale, Results.read(rows))
     return session.home, _write(session, rows, outcome)
+
+
+def _require_images(tasks: Mapping[str, Task]) -> None:
+    """Read the images that `tasks` need: a mistake shows before anything is made, and workers find them decoded.
+
+    Raises `ValueError` for images that cannot be read.
+    """
+    from advmoe.training.run import load_data
+
+    runs = [t.run if isinstance(t, PlannedMeasure) else t for t in tasks.values() if t.state() != "finished"]
+    for config in {json.dumps(run.config["data"], sort_keys=True): run.config for run in runs}.values():
+        load_data(Config.from_dict(config))
 
 
 def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> dict[str, Any]:
@@ -178,7 +193,7 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
         "scale": session.scale.name, "seeds": list(session.planner.seeds), "tables": list(outcome.tables),
         "figures": drawn, "claims": list(outcome.claims), "notes": notes, "runs": _runs(session, rows),
         "settings": merged(session.scale.base, session.options.overrides),
-        "command": " ".join(options.command or ()) or None, "seconds": round(seconds, 1), "threads": options.threads,
+        "command": shlex.join(options.command or ()) or None, "seconds": round(seconds, 1), "threads": options.threads,
         "hardware": {name: made[name] for name in ("cpu", "device", "platform")}, "versions": made["versions"],
         "git_commit": made["git_commit"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -160,6 +160,11 @@ class Scale:
         """Seconds of an epoch of training beside those of `against`, with nothing else running."""
         return Measure("pace", self.paced, against)
 
+    @property
+    def strong(self) -> str:
+        """What the attack is called that stands for AutoAttack: it need not be all of it."""
+        return self.autoattack[0].removeprefix("RA ").removesuffix(" %")
+
     @staticmethod
     def eps(run: Run) -> float:
         """The radius of a run's threat."""

@@ -48,11 +48,11 @@ def compared(
     return Comparison(more, less, *sides)
 
 
-def ordering(results: Results, where: str = "", **labels: Any) -> dict[str, Any]:
-    """The claim AT (MoE) < AT (S-Dense) < AdvMoE."""
+def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> dict[str, Any]:
+    """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: what the attack is called that stands for AutoAttack."""
     ways: dict[str, tuple[str | None, str]] = {name: (attack, "accuracy") for name, attack in MEASURED.items()}
     if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
-        ways["AutoAttack"] = ("autoattack.*", "autoattack")
+        ways[strong] = ("autoattack.*", "autoattack")
     verdicts = [
         verdict(
             name,
@@ -66,18 +66,20 @@ def ordering(results: Results, where: str = "", **labels: Any) -> dict[str, Any]
     return claim(f"ordering{where}", f"AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy{where}.", verdicts)
 
 
-def orderings(results: Results) -> list[dict[str, Any]]:
+def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
     """One for each data set and backbone."""
     found = []
     for dataset in results.distinct("dataset"):
         for backbone in results.select(dataset=dataset).distinct("backbone"):
-            found.append(ordering(results, f", {backbone}, {dataset}", dataset=dataset, backbone=backbone))
+            found.append(
+                ordering(results, f", {backbone}, {dataset}", strong=strong, dataset=dataset, backbone=backbone)
+            )
     return found
 
 
 def overview(title: str, results: Results, columns: Sequence[Column], paper_table: str) -> dict[str, Any]:
     """A row for each data set, backbone and method, beside the paper's."""
-    caption = "Mean and standard deviation over seeds; the paper's numbers in brackets, at the paper's own size."
+    caption = "Mean and standard deviation over seeds; the paper's numbers are of its own, larger size."
     return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
 
 

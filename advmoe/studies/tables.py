@@ -54,7 +54,7 @@ def _table1_show(scale: Scale, results: Results) -> Outcome:
                 "table1-worst", f"{title}: worst case", results, WORST.value, "robust accuracy, worst case (%)"
             ),
         ],
-        claims=orderings(results),
+        claims=orderings(results, scale.strong),
     )
 
 
@@ -69,7 +69,7 @@ def _table2_show(scale: Scale, results: Results) -> Outcome:
     return Outcome(
         tables=[overview("Under AutoAttack", results, [RA, column, WORST, SA, GMACS, MS], "table2")],
         figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
-        claims=orderings(results),
+        claims=orderings(results, scale.strong),
     )
 
 

@@ -21,8 +21,9 @@ from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 def do(task: Task, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
+    # Measurements come after their run: several of one may be made at the same time.
     run = task.run if isinstance(task, PlannedMeasure) else task
-    with _held(run.path.with_name(f".{run.key}.lock")):
+    with _held(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):
@@ -33,7 +34,7 @@ def do(task: Task, *, threads: int, accelerator: str) -> None:
 
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
-    """Inside, no other process works on the same run; the system lets go of the lock of a process that is killed."""
+    """Inside, no other process works on the same task; the system lets go of the lock of a process that is killed."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

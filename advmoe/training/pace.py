@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.evaluation.harness import threads_set
+from advmoe.progress import tracked
 from advmoe.training.run import load_data
 from advmoe.training.trainer import Trainer, build_model
 
@@ -38,12 +39,12 @@ def pace(
     with threads_set(threads):
         trainers = {name: _trainer(config, rounds, accelerator) for name, config in configs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
-        bar = tqdm(disable=True)
-        for number in range(rounds + 1):
+        hidden = tqdm(disable=True)
+        for number in tracked(range(rounds + 1), "pace", unit="round"):
             for name, trainer in trainers.items():
                 _settled(trainer)
                 started = time.perf_counter()
-                trainer.train_epoch(number, bar)
+                trainer.train_epoch(number, hidden)
                 _settled(trainer)
                 if number:
                     seconds[name].append((time.perf_counter() - started) / ITERATIONS)
@@ -67,7 +68,7 @@ def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
         data=replace(config.data, train_examples=examples, val_fraction=0.0),
         training=replace(config.training, epochs=rounds + 1, init_from=None),
     )  # fmt: skip
-    dataset = load_data(short, progress=False)
+    dataset = load_data(short)
     fabric = Fabric(accelerator=accelerator, devices=1, precision=config.training.precision)
     return Trainer(short, build_model(short, dataset), dataset, fabric)
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch.multiprocessing.spawn import ProcessRaisedException
-from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.files import require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
+from advmoe.progress import bar, shown
 from advmoe.pruning import write_masks
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
@@ -40,15 +40,11 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
     fabric, t = run.fabric, run.config.training
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
-    bar = tqdm(
-        total=epochs * iterations, initial=progress["epoch"] * iterations, desc="train", unit="it",
-        disable=None if fabric.is_global_zero else True,
-    )  # fmt: skip
-    with bar:
+    with bar("train", epochs * iterations, unit="it", done=progress["epoch"] * iterations) as drawn:
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
-            bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
-            _train_epoch(trainer, phase, epoch, bar)
+            drawn.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
+            _train_epoch(trainer, phase, epoch, drawn)
             seconds = time.perf_counter() - started
             measured = trainer.validate()
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
@@ -184,10 +180,16 @@ class _Launch:
 
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
-    """What each process of a run does. The directory is made once data and model are known to be good."""
+    """One process of a run, of which the first shows how far it is."""
     torch.set_num_threads(threads)
+    with shown(fabric.is_global_zero):
+        _train(fabric, launch)
+
+
+def _train(fabric: Fabric, launch: _Launch) -> None:
+    """What each process does. The directory is made once data and model are known to be good."""
     config, folder = launch.config, launch.run_dir
-    dataset = load_data(config, progress=fabric.is_global_zero)
+    dataset = load_data(config)
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
     if fabric.is_global_zero and launch.fresh:
@@ -204,11 +206,11 @@ def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
         manifests.write(folder, described)
         config.dump(folder / "config.yaml")
     fabric.barrier()
-    shown = launch.tensorboard and fabric.is_global_zero
-    fit(trainer, folder, manifests.read(folder), Board(folder) if shown else None)
+    board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
+    fit(trainer, folder, manifests.read(folder), board)
 
 
-def load_data(config: Config, *, progress: bool) -> Dataset:
+def load_data(config: Config) -> Dataset:
     """The images that `config` trains on. Raises `ValueError` for what cannot be read."""
     data = config.data
     return load_dataset(
@@ -220,7 +222,6 @@ def load_data(config: Config, *, progress: bool) -> Dataset:
         train_examples=data.train_examples,
         workers=data.workers,
         seed=config.training.seed,
-        progress=progress,
     )
 
 
@@ -240,7 +241,8 @@ def _start(launch: _Launch) -> Path:
     )
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
-        build_model(launch.config, load_data(launch.config, progress=True), resumed=launch.resumed())
+        with shown():
+            build_model(launch.config, load_data(launch.config), resumed=launch.resumed())
     threads = launch.threads or max(1, torch.get_num_threads() // devices)
     try:
         fabric.launch(partial(_process, launch=launch, threads=threads))

@@ -28,6 +28,7 @@ from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
+from advmoe.progress import shown
 from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
@@ -158,7 +159,7 @@ class Trainer:
             trades_attack, threat=self.threat, steps=t.attack_steps if held is None else 1,
             step_size=float(t.step_size), generator=generator,
         )  # fmt: skip
-        with frozen(self.model), self.fabric.autocast():
+        with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
                 return search(self.model, x, held=held)
             soft = soft_routing(self.model)
@@ -190,7 +191,10 @@ class Trainer:
         for part, optimizer in self.optimizers.items():
             if level.part in ("all", part):
                 optimizer.step()
-        self.means.add(level.part, {**terms, "accuracy": (logits.argmax(1) == y).float().mean()}, len(y))
+        means = dict(terms)
+        if self.config.training.precision == "32-true":  # an accuracy is reported in fp32 or not at all
+            means["accuracy"] = (logits.argmax(1) == y).float().mean()
+        self.means.add(level.part, means, len(y))
         return terms
 
     def _loss(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Terms, Routing, Tensor]:

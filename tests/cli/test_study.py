@@ -65,6 +65,12 @@ def test_a_mistake_is_one_line_and_creates_nothing(advmoe, tmp_path, words, mess
     assert err.startswith("advmoe: error: ") and err.count("\n") == 1 and message in err
 
 
+def test_missing_images_are_one_line_and_create_nothing(advmoe, tmp_path):
+    code, out, err = advmoe("study", "fig2", "--scale", "cpu")
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith("advmoe: error: data.root must ") and err.count("\n") == 1 and "cifar10-jpeg" in err
+
+
 def test_results_cannot_go_to_a_file(advmoe, tmp_path):
     (tmp_path / "file").write_text("mine")
     code, out, err = advmoe("study", "fig2", "--out", "file")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from advmoe.config import Config
+from advmoe.evaluation import runs
 from advmoe.evaluation.runs import dissect_run, evaluate_run, load_run, sweep_run
 from advmoe.training.run import train
 
@@ -263,6 +264,27 @@ def test_a_dissection_records_how_it_was_attacked(run_dir):
         assert each["masking_gap"] == pytest.approx(strongest - worst)
 
 
+def test_a_dissection_says_what_to_beware_of(run_dir):
+    words = ["--attacks", "pgd-1,pgd-4", "--num-examples", "12", "--no-figure", "--accelerator", "cpu"]
+    code, out, err = finish(start("dissect", run_dir, *words))
+    assert (code, err) == (0, "")
+    assert "flag  pgd-1: 1 steps of 0.03 cannot cross the ball" in out and "flag  pgd-4" not in out
+
+
+def test_resuming_nothing_says_so(run_dir):
+    words = ["--attacks", "pgd-1", "--num-examples", "12", "--resume", "--accelerator", "cpu"]
+    code, _, err = finish(start("evaluate", run_dir, *words))
+    assert code == 0 and (run_dir / "evaluation.json").exists()
+    assert err == f"nothing to continue in {run_dir / '.evaluation'}: this evaluation starts anew\n"
+
+
+def test_processes_are_as_many_as_the_cores_that_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 99)
+    assert runs._processes(1000, "cpu") == os.cpu_count()
+    assert runs._processes(1000, "cuda") == runs._processes(1000, "auto") == 99
+    assert runs._processes(3, "cuda") == 3
+
+
 def test_a_dissection_adds_up_and_is_drawn(run_dir):
     code, out, err = finish(start("dissect", run_dir, *SMALL, "--accelerator", "cpu"))
     assert (code, err) == (0, "")
@@ -271,7 +293,7 @@ def test_a_dissection_adds_up_and_is_drawn(run_dir):
     survived = found["categories"]["both_survive"] + found["categories"]["only_routing_fails"]
     assert survived == pytest.approx(found["robust_accuracy"])
     assert len(found["flip_rate"]) == found["num_layers"] == 16
-    assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out
+    assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out and "masking gap  0.0 points" in out
     # The same attack, of the same seed and batches, measured the other way.
     result = evaluate_run(
         run_dir, attacks=["pgd-4"], num_examples=36, accelerator="cpu", overrides={"attack": {"steps": 4}}

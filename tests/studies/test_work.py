@@ -106,6 +106,22 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
     assert other.state() == "missing"
 
 
+def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run, monkeypatch):
+    run = planner.run(tiny_run("run"), 0)
+    run.path.mkdir(parents=True)
+    (run.path / "manifest.json").write_text(json.dumps({"finished": "now"}))
+    (run.path / "model.safetensors").touch()
+    first, second = (planner.measure(Measure("evaluate", {"attacks": [name]}), run) for name in ("pgd-1", "pgd-2"))
+    at_once = threading.Barrier(2, timeout=20)  # broken unless both are inside
+    monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", lambda *_, **__: at_once.wait())
+    threads = [threading.Thread(target=work.do, args=(each,), kwargs=HOW) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert first.state() == second.state() == "finished"
+
+
 def test_of_two_that_want_the_same_the_second_waits(planner, tiny_run):
     run = planner.run(tiny_run("run"), 0)
     run.path.parent.mkdir(parents=True)

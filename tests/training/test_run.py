@@ -259,6 +259,8 @@ def test_every_method_router_objective_and_precision_trains(groups, tmp_path):
     codes = groups["training"].get("router_objective") == "codes"
     assert ("codes" in line["train"].get("routers", {})) == codes
     assert (line["val"] is None) == (groups.get("data", {}).get("val_fraction") == 0.0)
+    in_fp32 = groups["training"].get("precision", "32-true") == "32-true"  # as every accuracy that is reported
+    assert line["train"] and all(("accuracy" in level) == in_fp32 for level in line["train"].values())
     for name, tensor in load_file(run / "model.safetensors").items():
         assert tensor.dtype in (torch.float32, torch.int64) and torch.isfinite(tensor).all(), name
 

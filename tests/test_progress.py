@@ -1,0 +1,124 @@
+import fcntl
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from advmoe import cli, progress
+from advmoe.progress import bar, shown, tell, tracked
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What bars are drawn on in place of stderr, however short their loops are."""
+    made = Terminal()
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, file=made))
+    monkeypatch.setattr(progress, "BRIEF", 0.0)
+    return made
+
+
+def drawn(terminal: Terminal) -> set[str]:
+    """What the bars that were drawn say they count."""
+    return set(re.findall(r"\r([^\r:|]+): +\d+%", terminal.getvalue()))
+
+
+def test_bars_count_and_estimate(terminal: Terminal) -> None:
+    with shown():
+        assert list(tracked(iter("abc"), "letters", total=3, unit="letter")) == ["a", "b", "c"]
+        with bar("bytes", 10, unit="B", done=4) as counted:
+            counted.update(6)
+    text = terminal.getvalue()
+    assert re.search(r"letters: +0%.*0/3 \[\d\d:\d\d<", text)  # elapsed < remaining
+    assert re.search(r"bytes: 100%.*10/10", text)
+
+
+def test_nothing_is_drawn_unless_wanted(terminal: Terminal) -> None:
+    list(tracked([1, 2], "not asked for"))
+    with shown(), shown(False):
+        list(tracked([1, 2], "inside a loop"))
+    list(tracked([1, 2], "after"))
+    assert terminal.getvalue() == ""
+
+
+def test_nothing_is_drawn_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with shown():
+        list(tracked([1, 2], "into a file"))
+        bar("into a file", 2, unit="it").close()
+        tell("a line")
+    assert capfd.readouterr().err == "a line\n"
+
+
+def test_a_loop_left_early_leaves_no_bar_behind(terminal: Terminal) -> None:
+    with shown():
+        for _ in tracked(range(5), "left"):
+            break
+        with bar("next", 1, unit="it") as following:
+            assert following.pos == 0  # the first line: nothing else is drawn
+
+
+DIGITS = ("--threads", "1", "--num-examples", "60")
+ROUTED = ("--attacks", "pgd-2,routed", "--attack.queries", "2", "--threat.eps", "0.01", "--workers", "1")
+COMMANDS = {
+    "evaluate": ([*ROUTED, *DIGITS], {"clean", "search", "pathways", "steps", "routed"}),
+    "dissect": (["--no-figure", *DIGITS], {"pgd-2", "steps"}),
+    "pathways": (["--no-figure", *DIGITS], {"pgd-2", "steps"}),
+    "sweep-eps": (["--eps", "0,0.1", "--attacks", "pgd-2", "--no-figure", *DIGITS], {"radii", "pgd-2"}),
+    "cost": (["--batch", "1", "--seconds", "0", "--threads", "1"], {"batch 1"}),
+    "export": (["--format", "torch-export", "--threads", "1"], {"compare", "time"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_long_loops_of_commands(
+    command: str, make_digits_run: Callable[..., Path], tmp_path: Path, terminal: Terminal
+) -> None:
+    options, expected = COMMANDS[command]
+    run = make_digits_run(tmp_path / "run")
+    assert cli.main([command, str(run), *options]) == 0, terminal.getvalue()
+    assert expected <= drawn(terminal)
+
+
+def test_training_shows_epochs_and_their_validation(tmp_path: Path, terminal: Terminal) -> None:
+    options = ["--training.epochs", "1", "--data.train_examples", "200", "--model.width", "8", "--threads", "1"]
+    command = ["train", "--config", "digits-advmoe", "--run-dir", str(tmp_path / "run"), *options]
+    assert cli.main(command) == 0, terminal.getvalue()
+    found = drawn(terminal)
+    assert {"epoch 1/1", "clean"} <= found and any(name.startswith("pgd-") for name in found), found
+
+
+def test_the_attack_inside_a_training_step_is_not_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    loop = sys.modules["advmoe.attacks.pgd"]  # the package has a function of that name
+    monkeypatch.setattr(loop, "tracked", lambda items, *a, **k: asked.append(progress._wanted.get()) or items)
+    data = ["--data.train_examples", "100", "--data.val_fraction", "0"]
+    options = ["--run-dir", str(tmp_path / "run"), "--training.epochs", "1", "--model.width", "8"]
+    assert cli.main(["train", "--config", "digits-advmoe", *options, *data]) == 0
+    assert asked and not any(asked)
+
+
+def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_digits_run(tmp_path / "run")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", *DIGITS]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    os.close(theirs)
+    shown_there = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 0 and re.search(r"pgd-2: 100%.*1/1", shown_there), shown_there
+    assert b"pgd-2: " not in done.stdout
