@@ -38,7 +38,7 @@ DATASETS = ("digits", "cifar10", "cifar100", "folder", "tiny-imagenet", "imagene
 ROUTED_METHODS: tuple[Method, ...] = ("at-routers", "at-experts", "advmoe")
 """Those that train routers and experts apart, and so need MoE layers."""
 
-ALTERNATIONS = ("both", "shared-attack", "by-iteration", "warm-start", "every-K")
+ALTERNATIONS = ("both", "shared-attack", "by-iteration", "warm-start", "every-K", "shared-every-K")
 """How AdvMoE takes turns between routers and experts; K is a whole number from 2, as in `every-4`."""
 
 _STRENGTH = "a number or a fraction such as 8/255"
@@ -256,8 +256,10 @@ class TrainingConfig:
     attack made before them; every image once an epoch, to both. `by-iteration`: in turns, the routers' level first;
     every image once an epoch, to one of them. `every-K` (as in `every-4`): the experts' level always, the routers' in
     every K-th iteration, on a batch and against an attack of its own; every image once an epoch to the experts, one in
-    K to the routers. `warm-start`: as `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng
-    et al., CVPR 2020; `attack_steps` says nothing then), which takes 2 bytes for each value of the training images.
+    K to the routers. `shared-every-K`: as `every-K`, but what the routers learn from is the experts' batch and the
+    attack made on it. `warm-start`: as `both`, but an attack is one step from the image's last perturbation (ATTA,
+    Zheng et al., CVPR 2020; `attack_steps` says nothing then), which takes 2 bytes for each value of the training
+    images.
     """
     epochs: int = 100
     """Passes over the training set; one of `advmoe` gives every image once to the routers and once to the experts,
@@ -347,7 +349,7 @@ class TrainingConfig:
 
     def _check_options(self) -> None:
         """Refuse options that would change nothing."""
-        known = self.every is not None or self.alternation in ALTERNATIONS[:-1]
+        known = self.every is not None or self.alternation in ALTERNATIONS[:-2]
         rule = f"one of {', '.join(ALTERNATIONS)} (K a whole number >= 2)"
         require(known, "training.alternation", rule, self.alternation)
         if self.alternation != "both":
@@ -363,8 +365,8 @@ class TrainingConfig:
 
     @property
     def every(self) -> int | None:
-        """K where `alternation` is `every-K`."""
-        found = re.fullmatch(r"every-([0-9]{1,9})", self.alternation)
+        """K where `alternation` is `every-K` or `shared-every-K`."""
+        found = re.fullmatch(r"(?:shared-)?every-([0-9]{1,9})", self.alternation)
         return int(found[1]) if found is not None and int(found[1]) >= 2 else None
 
     def phase_epochs(self) -> dict[str, int]:

@@ -46,6 +46,9 @@ def tell(line: str) -> None:
 
 def tracked(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "batch") -> Iterator[T]:
     """`items`, counted by a bar that is gone after the last. `total`: how many, where they have no length."""
+    if not _wanted.get():  # tqdm would make a lock between processes, which those that are ended leave behind
+        yield from items
+        return
     if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(what, total, unit=unit, delay=BRIEF, leave=False) as drawn:

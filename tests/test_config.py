@@ -55,7 +55,7 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: TrainingConfig(alternation="every-1"), "(K a whole number >= 2), got 'every-1'"),
         (
             lambda: TrainingConfig(alternation="every-K"),
-            "one of both, shared-attack, by-iteration, warm-start, every-K",
+            "one of both, shared-attack, by-iteration, warm-start, every-K, shared-every-K",
         ),
         (lambda: TrainingConfig(alternation="every-2.5"), "training.alternation must be one of both, shared-attack,"),
         (
@@ -214,7 +214,13 @@ def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
     older = {group: {n: v for n, v in fields.items() if n not in (*options, "train_examples")}
              for group, fields in Config().to_dict().items()}  # fmt: skip
     assert Config.from_dict(older) == Config()
-    for alternation, every in (("every-2", 2), ("every-10", 10), ("both", None), ("by-iteration", None)):
+    for alternation, every in (
+        ("every-2", 2),
+        ("every-10", 10),
+        ("shared-every-3", 3),
+        ("both", None),
+        ("shared-attack", None),
+    ):
         assert TrainingConfig(alternation=alternation).every == every
 
 

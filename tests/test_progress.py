@@ -16,6 +16,8 @@ from tqdm import tqdm
 from advmoe import cli, progress
 from advmoe.progress import bar, shown, tell, tracked
 
+ROOT = Path(__file__).parents[1]
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -60,6 +62,20 @@ def test_nothing_is_drawn_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> N
         bar("into a file", 2, unit="it").close()
         tell("a line")
     assert capfd.readouterr().err == "a line\n"
+
+
+def test_a_process_that_draws_nothing_leaves_nothing_behind() -> None:
+    # Locks between processes are reported as leaked where a worker is ended before it could let go of its own.
+    code = """
+import multiprocessing
+import multiprocessing.resource_tracker as tracker
+multiprocessing.set_start_method("spawn")  # as it is in a worker
+from advmoe.progress import tracked
+list(tracked([1], "x"))
+assert tracker._resource_tracker._fd is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_loop_left_early_leaves_no_bar_behind(terminal: Terminal) -> None:
@@ -115,7 +131,7 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", *DIGITS]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     shown_there = os.read(ours, 10_000).decode()

@@ -56,7 +56,7 @@ _ALTERNATIONS: dict[str, tuple[Level, ...]] = {
     "by-iteration": (Level("routers", every=2), Level("experts", every=2, turn=1)),
     "warm-start": (Level("routers", warm=True), Level("experts", batch=1, warm=True)),
 }
-"""AdvMoE's levels by `training.alternation`, but for `every-K`."""
+"""AdvMoE's levels by `training.alternation`, but for those with a K."""
 
 
 def levels_of(training: TrainingConfig) -> tuple[Level, ...]:
@@ -64,7 +64,8 @@ def levels_of(training: TrainingConfig) -> tuple[Level, ...]:
     if training.method != "advmoe":
         return METHODS[training.method]
     if training.every is not None:
-        return Level("routers", every=training.every), Level("experts", batch=1)
+        shared = training.alternation.startswith("shared-")
+        return Level("routers", every=training.every), Level("experts", batch=0 if shared else 1)
     return _ALTERNATIONS[training.alternation]
 
 

@@ -88,6 +88,13 @@ def test_routers_every_fourth_iteration_on_a_batch_of_their_own():
     assert len({tuple(seen(plan, "routers")) for plan in plans}) == 4
 
 
+def test_routers_every_third_iteration_on_the_experts_batch():
+    plans = [plan_of("shared-every-3", epoch) for epoch in range(3)]
+    turns = [[parts for _, parts in run] for plan in plans for run in plan]
+    assert turns == ([[("routers", "experts")]] + [[("experts",)]] * 2) * 7
+    assert all(sorted(seen(plan, "experts")) == list(range(70)) for plan in plans)
+
+
 def halves(model):
     """State (parameters and buffers) of the experts' and of the routers' half, by name."""
     state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("normalize")}

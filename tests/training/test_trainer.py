@@ -29,7 +29,7 @@ SMALL = {
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 ROUTERS, EXPERTS = METHODS["advmoe"]
-ALTERNATIONS = ["both", "shared-attack", "by-iteration", "every-2", "warm-start"]
+ALTERNATIONS = ["both", "shared-attack", "by-iteration", "every-2", "shared-every-2", "warm-start"]
 
 
 def named(level):
@@ -102,7 +102,7 @@ def watched(monkeypatch):
     ("alternation", "parts", "attacked"),
     [
         ("both", "rerere", 6), ("shared-attack", "rerere", 3), ("by-iteration", "rer", 3), ("every-2", "reere", 5),
-        ("warm-start", "rerere", 6),
+        ("shared-every-2", "reere", 3), ("warm-start", "rerere", 6),
     ],
 )  # fmt: skip
 def test_updates_and_attacks_of_an_epoch(watched, alternation, parts, attacked):
