@@ -187,7 +187,7 @@ def measure_autoattack(options: Options) -> Iterator[Line]:
         loads={"eval": loads(ours, x)},
         clean_accuracy=accuracy(ours, x, y),
         robust_accuracy=robust,
-        same_robust_accuracy=len(set(robust.values())) == 1,
+        same_robust_accuracy=len({round(share * len(x)) for share in robust.values()}) == 1,
         flags=flags,
     )
     yield line | {"images_per_second": images_per_second(line, len(x))}

@@ -22,7 +22,7 @@ from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import FileSet
 from advmoe.evaluation.checks import check, check_data, check_labels, require_passed
-from advmoe.evaluation.harness import Job, Journal, Load, run_tasks, threads_set
+from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
 from advmoe.evaluation.suite import Setting, default_attacks, named
@@ -69,7 +69,7 @@ def measured(
     journal = Journal()
     if "routed" in names:
         job = replace(job, plan=_routed_plan(predict, job, clean, device))
-    run_tasks(job, names, predict, journal, load=lambda _: predict, workers=1, devices=[device], threads=None)
+    run_tasks(job, names, predict, journal, device)
     held = {name: _joined(job, journal, name, "robust").bool() for name in names}
     return held, {name: _report(job, journal, name, held[name]) for name in names}
 
@@ -208,7 +208,9 @@ def assess(
     predict = load(devices[0])
     job, wanted = make_job(predict, data, devices[0], threat, attack, attacks, batch_size, seed)
     names, journal = applicable(wanted, job), Journal(plan.journal)
-    with threads_set(plan.threads):
+    number = min(plan.workers, len(list(job.tasks(names))))
+    places = [devices[i % len(devices)] for i in range(1, number)]
+    with threads_set(plan.threads), closing(Helpers(load, places, plan.threads)) as helpers:  # ready when checks are
         checks = checked(predict, job, devices[0], allow)
         if plan.resume and plan.journal is not None and not plan.journal.exists():
             tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")
@@ -219,10 +221,7 @@ def assess(
             ready = ready or _routed_plan(predict, job, clean, devices[0])
             journal.note(plan=ready.to_json())
             job = replace(job, plan=ready)
-        run_tasks(
-            job, names, predict, journal, load=load, workers=plan.workers, devices=devices,
-            threads=plan.threads,
-        )  # fmt: skip
+        run_tasks(job, names, predict, journal, devices[0], helpers)
     return _evaluation(job, journal, clean, names, wanted, [each.to_dict() for each in checks])
 
 

@@ -134,18 +134,11 @@ class Journal:
 
 
 def run_tasks(
-    job: Job,
-    names: Iterable[str],
-    predict: Predict,
-    journal: Journal,
-    *,
-    load: Load,
-    workers: int,
-    devices: list[torch.device],
-    threads: int | None,
-) -> None:
-    """Do the tasks that `journal` lacks: in this process, which has the classifier `predict` on the first of `devices`,
-    and in `workers` - 1 others, which `load` theirs.
+    job: Job, names: Iterable[str], predict: Predict, journal: Journal, device: torch.device,
+    helpers: Helpers | None = None,
+) -> None:  # fmt: skip
+    """Do the tasks that `journal` lacks, in this process, which has the classifier `predict` on `device`, and in those
+    of its `helpers`.
     """
     tasks = [task for task in job.tasks(names) if journal.get(task) is None]
     with bar("attack", len(tasks), unit="batch") as drawn:
@@ -155,11 +148,11 @@ def run_tasks(
             drawn.set_description(task.attack)
             drawn.update()
 
-        if workers > 1 and len(tasks) > 1:
-            _share(job, tasks, predict, keep, load=load, workers=workers, devices=devices, threads=threads)
+        if helpers is not None and helpers.processes and len(tasks) > 1:
+            helpers.share(job, tasks, predict, device, keep)
             return
-        batches = stream(job.data, [job.examples(task) for task in tasks], devices[0])
-        with measuring(predict, devices[0]), closing(batches):
+        batches = stream(job.data, [job.examples(task) for task in tasks], device)
+        with measuring(predict, device), closing(batches):
             for task, (x, y) in zip(tasks, batches, strict=True):
                 drawn.set_description(task.attack)
                 keep(task, job.run(task, predict, x, y)[0])
@@ -168,36 +161,67 @@ def run_tasks(
 # Several processes
 
 
-def _share(
-    job: Job, tasks: list[Task], predict: Predict, keep: Callable[[Task, Result], None], *, load: Load, workers: int,
-    devices: list[torch.device], threads: int | None,
-) -> None:  # fmt: skip
-    """Do `tasks` in this process and others, which take seconds to start, and `keep` each result as it comes."""
-    context = multiprocessing.get_context("spawn")
-    following, done = context.Value("q", 0), context.Queue()
-    places = [devices[i % len(devices)] for i in range(1, min(workers, len(tasks)))]
-    processes = [
-        context.Process(target=_work, args=(job, tasks, load, place, threads, following, done), daemon=True)
-        for place in places
-    ]
-    left = len(tasks)
-    try:
-        for process in processes:
-            process.start()
-        with measuring(predict, devices[0]):
-            while (task := _claimed(tasks, following)) is not None:
-                x, y = take(job.data, job.examples(task), devices[0])
+class Helpers:
+    """Processes that each `load` the classifier, on a device of `places`, and share tasks with this one.
+
+    To start takes them seconds, which this process need not wait for. None is left after `close`.
+    """
+
+    def __init__(self, load: Load, places: list[torch.device], threads: int | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.following, self.done = context.Value("q", 0), context.Queue()
+        self.orders, self.processes = [], []
+        try:
+            for place in places:
+                theirs, ours = context.Pipe(duplex=False)
+                arguments = (load, place, threads, theirs, self.following, self.done)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                self.processes.append(process)
+                process.start()
+                theirs.close()
+                self.orders.append(ours)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for process in self.processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+    def share(
+        self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, keep: Callable[[Task, Result], None]
+    ) -> None:
+        """Do `tasks` in this process, which has `predict` on `device`, and the others; `keep` results as they come."""
+        for order in self.orders:
+            with suppress(BrokenPipeError):  # one that failed has said why, or is found dead below
+                order.send((job, tasks))
+        left = len(tasks)
+        with measuring(predict, device):
+            while (task := _claimed(tasks, self.following)) is not None:
+                x, y = take(job.data, job.examples(task), device)
                 keep(task, job.run(task, predict, x, y)[0])
                 left -= 1
-                while not done.empty():
-                    keep(*_next(done, processes))
+                while not self.done.empty():
+                    keep(*self._next())
                     left -= 1
         for _ in range(left):
-            keep(*_next(done, processes))
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+            keep(*self._next())
+
+    def _next(self) -> tuple[Task, Result]:
+        while True:
+            try:
+                task, result, error = self.done.get(timeout=1)
+            except queue.Empty:
+                for process in self.processes:
+                    if process.exitcode not in (None, 0):
+                        raise RuntimeError(f"a worker process died with exit code {process.exitcode}") from None
+                continue
+            if error is not None:
+                raise error
+            return task, result
 
 
 def _claimed(tasks: list[Task], following: Any) -> Task | None:
@@ -208,22 +232,8 @@ def _claimed(tasks: list[Task], following: Any) -> Task | None:
     return tasks[number] if number < len(tasks) else None
 
 
-def _next(done: Any, processes: list[Any]) -> tuple[Task, Result]:
-    while True:
-        try:
-            task, result, error = done.get(timeout=1)
-        except queue.Empty:
-            for process in processes:
-                if process.exitcode not in (None, 0):
-                    raise RuntimeError(f"a worker process died with exit code {process.exitcode}") from None
-            continue
-        if error is not None:
-            raise error
-        return task, result
-
-
 def _work(
-    job: Job, tasks: list[Task], load: Load, device: torch.device, threads: int | None, following: Any, done: Any
+    load: Load, device: torch.device, threads: int | None, orders: Any, following: Any, done: Any
 ) -> None:  # pragma: no cover - runs in a process of its own
     """Do tasks until none is left, or until the parent process is gone."""
     parent = os.getppid()
@@ -231,11 +241,12 @@ def _work(
         torch.set_num_threads(threads)
     try:
         predict = load(device)
+        job, tasks = orders.recv()
         with measuring(predict, device):
             while os.getppid() == parent and (task := _claimed(tasks, following)) is not None:
                 x, y = take(job.data, job.examples(task), device)
                 done.put((task, job.run(task, predict, x, y)[0], None))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # the parent is gone
         pass
     except Exception as error:
         done.put((None, None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))
