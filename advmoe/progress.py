@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -13,45 +13,57 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 BRIEF = 1.0
-"""Seconds that a loop inside another must last before it is drawn."""
+"""Seconds that a loop inside another lasts before it is drawn."""
 
-_wanted: ContextVar[bool] = ContextVar("advmoe_progress", default=False)
+_delay: ContextVar[float | None] = ContextVar("advmoe_progress", default=None)
+"""Seconds after which bars are drawn, None for not at all."""
 
 
 @contextmanager
-def shown(wanted: bool = True) -> Iterator[None]:
-    """Loops inside draw their bars, or with `wanted` false none, as a loop does that would flicker. Other threads and
-    processes draw none unless they ask for it.
+def shown(wanted: bool = True, *, delay: float = 0.0) -> Iterator[None]:
+    """Inside, loops draw their bars once they have lasted `delay` seconds; with `wanted` false they draw none.
+
+    Other threads and processes draw none unless they ask for it.
     """
-    token = _wanted.set(wanted)
+    token = _delay.set(delay if wanted else None)
     try:
         yield
     finally:
-        _wanted.reset(token)
+        _delay.reset(token)
 
 
 def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) -> tqdm[Any]:
     """A bar to be updated by hand, over `total` steps of which `done` are; quiet where stderr is no terminal.
 
-    `more`: as tqdm takes it.
+    Once it is closed it stays where no other stands above it. `more`: as tqdm takes it.
     """
-    hidden = None if _wanted.get() else True  # None: quiet unless on a terminal
+    delay = _delay.get()
+    hidden = True if delay is None or total == 0 else None  # None: quiet unless on a terminal
+    more = {"leave": None, **more, "delay": max(delay or 0.0, more.get("delay", 0.0))}
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr, above the bars that are drawn there."""
-    tqdm.write(line, file=sys.stderr)
+    """Write a line to stderr, above the bars that are drawn there; where nobody reads it any more, nothing."""
+    with suppress(BrokenPipeError):
+        tqdm.write(line, file=sys.stderr)
 
 
-def tracked(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "batch") -> Iterator[T]:
-    """`items`, counted by a bar that is gone after the last. `total`: how many, where they have no length."""
-    if not _wanted.get():  # tqdm would make a lock between processes, which those that are ended leave behind
-        yield from items
-        return
+def tracked(
+    items: Iterable[T], what: str, *, total: int | None = None, unit: str = "batch", delay: float = 0.0
+) -> Iterator[T]:
+    """`items`, counted by a bar that is gone after the last; a single one is not.
+
+    Args:
+        total: how many, where they have no length.
+        delay: seconds that must pass until the bar is drawn: `BRIEF` where the loop is inside another and mostly short.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with bar(what, total, unit=unit, delay=BRIEF, leave=False) as drawn:
+    if _delay.get() is None or total == 1:  # tqdm would make a lock, which a worker that is ended leaves behind
+        yield from items
+        return
+    with bar(what, total, unit=unit, delay=delay, leave=False) as drawn:
         for item in items:
             yield item
             drawn.update()

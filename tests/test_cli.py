@@ -112,14 +112,45 @@ def test_a_missing_dataset_is_one_line_and_creates_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    command = [sys.executable, "-m", "advmoe", "recipes"]
+@pytest.mark.parametrize(
+    ("before", "code"),
+    [
+        ("", 141),  # printed when all is done, and flushed
+        ("recipes.describe_setting = lambda name: 100_000 * name", 141),  # more than fits in a buffer
+        ("run = recipes.run; recipes.run = lambda *a: run(*a) + 1", 1),  # what the command has to say comes first
+    ],
+)
+def test_a_reader_that_has_seen_enough_leaves_no_traceback(tmp_path: Path, before: str, code: int) -> None:
+    script = (
+        f"import sys\nfrom advmoe import cli\nfrom advmoe.cli import recipes\n{before}\nsys.exit(cli.main(['recipes']))"
+    )
     ours, theirs = os.pipe()
     os.close(ours)  # as `head` does once it has its lines
-    done = subprocess.run(command, env=environment, stdout=theirs, stderr=subprocess.PIPE, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": ""}, stdout=theirs,
+        stderr=subprocess.PIPE, timeout=120, check=False,
+    )  # fmt: skip
     os.close(theirs)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_another_broken_pipe_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli.recipes, "run", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["recipes"])
+
+
+def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-c", "from advmoe.progress import tell; tell('a'); print('done')"]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    os.close(theirs)
+    assert done.stdout == b"done\n"
 
 
 def test_print_config_round_trip(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tqdm import tqdm
@@ -28,8 +29,11 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """What bars are drawn on in place of stderr, however short their loops are."""
     made = Terminal()
-    monkeypatch.setattr(progress, "tqdm", partial(tqdm, file=made))
-    monkeypatch.setattr(progress, "BRIEF", 0.0)
+
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **{**kwargs, "file": made, "delay": 0.0})
+
+    monkeypatch.setattr(progress, "tqdm", eager)
     return made
 
 
@@ -46,6 +50,35 @@ def test_bars_count_and_estimate(terminal: Terminal) -> None:
     text = terminal.getvalue()
     assert re.search(r"letters: +0%.*0/3 \[\d\d:\d\d<", text)  # elapsed < remaining
     assert re.search(r"bytes: 100%.*10/10", text)
+
+
+def test_what_is_nothing_or_one_is_not_drawn(terminal: Terminal) -> None:
+    with shown():
+        list(tracked([1], "one"))
+        bar("none", 0, unit="it").close()
+    assert terminal.getvalue() == ""
+
+
+def test_a_bar_inside_another_is_gone_when_it_is_done(terminal: Terminal) -> None:
+    with shown(), bar("outer", 2, unit="it") as outer:
+        with bar("inner", 2, unit="it") as inner:
+            inner.update(2)
+        outer.update(2)
+    text = terminal.getvalue()
+    assert "inner:   0%" in text
+    assert re.search(r"\n\r +\x1b\[A\router: 100%.*2/2.*\n$", text), text  # its line is wiped, the outer one stays
+
+
+def test_delays_add_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(progress, "tqdm", lambda **kwargs: asked.append(kwargs["delay"]))
+    with shown():
+        bar("at once", 2, unit="it")
+        bar("later", 2, unit="it", delay=3.0)
+        with shown(delay=2.0):
+            bar("inside", 2, unit="it")
+            bar("later still", 2, unit="it", delay=3.0)
+    assert asked == [0.0, 3.0, 2.0, 3.0]
 
 
 def test_nothing_is_drawn_unless_wanted(terminal: Terminal) -> None:
@@ -86,7 +119,7 @@ def test_a_loop_left_early_leaves_no_bar_behind(terminal: Terminal) -> None:
             assert following.pos == 0  # the first line: nothing else is drawn
 
 
-DIGITS = ("--threads", "1", "--num-examples", "60")
+DIGITS = ("--threads", "1", "--num-examples", "60", "--batch-size", "30")
 ROUTED = ("--attacks", "pgd-2,routed", "--attack.queries", "2", "--threat.eps", "0.01", "--workers", "1")
 COMMANDS = {
     "evaluate": ([*ROUTED, *DIGITS], {"clean", "search", "pathways", "steps", "routed"}),
@@ -113,13 +146,16 @@ def test_training_shows_epochs_and_their_validation(tmp_path: Path, terminal: Te
     command = ["train", "--config", "digits-advmoe", "--run-dir", str(tmp_path / "run"), *options]
     assert cli.main(command) == 0, terminal.getvalue()
     found = drawn(terminal)
-    assert {"epoch 1/1", "clean"} <= found and any(name.startswith("pgd-") for name in found), found
+    assert "epoch 1/1" in found and any(name.startswith("pgd-") for name in found), found
+    assert "clean" not in found  # one batch
 
 
 def test_the_attack_inside_a_training_step_is_not_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
     loop = sys.modules["advmoe.attacks.pgd"]  # the package has a function of that name
-    monkeypatch.setattr(loop, "tracked", lambda items, *a, **k: asked.append(progress._wanted.get()) or items)
+    monkeypatch.setattr(
+        loop, "tracked", lambda items, *a, **k: asked.append(progress._delay.get() is not None) or items
+    )
     data = ["--data.train_examples", "100", "--data.val_fraction", "0"]
     options = ["--run-dir", str(tmp_path / "run"), "--training.epochs", "1", "--model.width", "8"]
     assert cli.main(["train", "--config", "digits-advmoe", *options, *data]) == 0
@@ -134,7 +170,10 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
-    shown_there = os.read(ours, 10_000).decode()
+    shown_there = ""
+    with suppress(OSError):  # the end
+        while part := os.read(ours, 10_000):
+            shown_there += part.decode()
     os.close(ours)
-    assert done.returncode == 0 and re.search(r"pgd-2: 100%.*1/1", shown_there), shown_there
+    assert done.returncode == 0 and re.search(r"pgd-2: 100%.*2/2", shown_there), shown_there
     assert b"pgd-2: " not in done.stdout

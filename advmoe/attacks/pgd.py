@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.progress import tracked
+from advmoe.progress import BRIEF, tracked
 from advmoe.threat import ThreatModel, randn_like
 
 Predict = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def ascend(
     """
     sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     x_adv = start.detach()
-    for step, size in zip(tracked(range(steps), "steps", unit="step"), sizes, strict=True):
+    for step, size in zip(tracked(range(steps), "steps", unit="step", delay=BRIEF), sizes, strict=True):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
             output = predict(x_adv)

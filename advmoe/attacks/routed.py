@@ -24,7 +24,7 @@ from torch import Tensor
 from advmoe.attacks.autoattack import square
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LossName, Predict, ascend, loss_named, margins
-from advmoe.progress import tracked
+from advmoe.progress import BRIEF, tracked
 from advmoe.threat import ThreatModel
 
 Anchor = Literal["current", "clean"]
@@ -421,7 +421,7 @@ def _pathways(
         clean = model(x)
     result, left = x.clone(), torch.arange(len(x), device=x.device)
     number = len(plan.pathways) + sum(scores.shape[-1] - 1 for scores in clean.scores)
-    for forced in tracked(_candidates(clean, plan), "pathways", total=number, unit="pathway"):
+    for forced in tracked(_candidates(clean, plan), "pathways", total=number, unit="pathway", delay=BRIEF):
         result[left], fooled = along_pathway(
             model, predict, x[left], y[left], forced[left], threat=threat, steps=budget.pathway_steps,
             step_size=stride(budget.step_size, budget.pathway_steps, threat.eps), generator=generator,

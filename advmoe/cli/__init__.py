@@ -33,10 +33,13 @@ COMMANDS: dict[str, Any] = {
 }
 """The module of each command."""
 
+CLOSED = 141
+"""The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (training diverged, an exported file computes something else, or a part of
-    a study failed), 2 (a mistake in the input) or 130 (interrupted).
+    a study failed), 2 (a mistake in the input), 130 (interrupted) or 141 (nobody reads the output).
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -44,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         command = args["command"]
         with shown():
             code: int = COMMANDS[command].run(args[command], argv)
-        sys.stdout.flush()  # while what goes wrong with it can still be caught
-        return code
-    except BrokenPipeError:
-        # Whoever reads (head, say) has seen enough; what a command writes to files was written before it printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code if _flushed() else code or CLOSED
+    except BrokenPipeError as error:
+        # Whoever reads (head, say) has seen enough. Commands print when their work is done; other pipes are other bugs.
+        if not is_ours(error):
+            raise
+        _flushed()
+        return CLOSED
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if not is_ours(error):
             raise
@@ -86,6 +90,16 @@ def _in_full(argv: list[str]) -> list[str]:
     words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
     parts = (word.partition("=") for word in words)
     return [full.get(option, option) + equals + rest for option, equals, rest in parts]
+
+
+def _flushed() -> bool:
+    """Whether somebody takes what was printed; if not, Python must not try again at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _joined(argv: list[str]) -> list[str]:

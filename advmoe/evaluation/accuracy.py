@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
 from advmoe.evaluation.suite import Setting, default_attacks, named
 from advmoe.moe.routing import route
-from advmoe.progress import shown, tell, tracked
+from advmoe.progress import BRIEF, shown, tell, tracked
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 
@@ -131,7 +131,7 @@ def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as batches:
-        for x, y in tracked(batches, "clean", total=len(slices)):
+        for x, y in tracked(batches, "clean", total=len(slices), delay=BRIEF):
             with route() as routing:
                 logits = predict(x)
             chosen = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
@@ -208,9 +208,12 @@ def assess(
     predict = load(devices[0])
     job, wanted = make_job(predict, data, devices[0], threat, attack, attacks, batch_size, seed)
     names, journal = applicable(wanted, job), Journal(plan.journal)
-    number = min(plan.workers, len(list(job.tasks(names))))
-    places = [devices[i % len(devices)] for i in range(1, number)]
-    with threads_set(plan.threads), closing(Helpers(load, places, plan.threads)) as helpers:  # ready when checks are
+    left = [task for task in job.tasks(names) if not (plan.resume and journal.holds(task))]
+    places = [devices[i % len(devices)] for i in range(1, min(plan.workers, len(left)))]
+    with threads_set(plan.threads), ExitStack() as stack:
+        helpers = None
+        if places:  # they start while the model is checked
+            helpers = stack.enter_context(closing(Helpers(load, places, plan.threads, job, names)))
         checks = checked(predict, job, devices[0], allow)
         if plan.resume and plan.journal is not None and not plan.journal.exists():
             tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")

@@ -12,9 +12,10 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from advmoe.attacks.routed import RoutedPlan
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.files import read_object, write_text
-from advmoe.progress import bar
+from advmoe.progress import bar, tell
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -121,6 +122,10 @@ class Journal:
                 self.kept[task] = read_object(file)
         return self.kept.get(task)
 
+    def holds(self, task: Task) -> bool:
+        """Whether there is a file of the task's, sound or not."""
+        return self.path is not None and (self.path / task.file).exists()
+
     def put(self, task: Task, result: Result) -> None:
         """Keep a result."""
         self.kept[task] = result
@@ -143,18 +148,20 @@ def run_tasks(
     tasks = [task for task in job.tasks(names) if journal.get(task) is None]
     with bar("attack", len(tasks), unit="batch") as drawn:
 
+        def begin(task: Task) -> None:
+            drawn.set_description(task.attack)
+
         def keep(task: Task, result: Result) -> None:
             journal.put(task, result)
-            drawn.set_description(task.attack)
             drawn.update()
 
-        if helpers is not None and helpers.processes and len(tasks) > 1:
-            helpers.share(job, tasks, predict, device, keep)
+        if helpers is not None and len(tasks) > 1:
+            helpers.share(job, tasks, predict, device, begin, keep)
             return
         batches = stream(job.data, [job.examples(task) for task in tasks], device)
         with measuring(predict, device), closing(batches):
             for task, (x, y) in zip(tasks, batches, strict=True):
-                drawn.set_description(task.attack)
+                begin(task)
                 keep(task, job.run(task, predict, x, y)[0])
 
 
@@ -162,19 +169,24 @@ def run_tasks(
 
 
 class Helpers:
-    """Processes that each `load` the classifier, on a device of `places`, and share tasks with this one.
+    """Processes that each `load` the classifier, on a device of `places`, and share the tasks `names` of `job`, or
+    those of them that are left to do, with this one.
 
     To start takes them seconds, which this process need not wait for. None is left after `close`.
     """
 
-    def __init__(self, load: Load, places: list[torch.device], threads: int | None) -> None:
+    def __init__(
+        self, load: Load, places: list[torch.device], threads: int | None, job: Job, names: Sequence[str]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
+        self.tasks = list(job.tasks(names))
         self.following, self.done = context.Value("q", 0), context.Queue()
         self.orders, self.processes = [], []
         try:
             for place in places:
                 theirs, ours = context.Pipe(duplex=False)
-                arguments = (load, place, threads, theirs, self.following, self.done)
+                # The images here and not in the order: only a process that starts takes memory over without a socket.
+                arguments = (load, place, threads, job, self.tasks, theirs, self.following, self.done)
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 self.processes.append(process)
                 process.start()
@@ -192,61 +204,111 @@ class Helpers:
                 process.join()
 
     def share(
-        self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, keep: Callable[[Task, Result], None]
-    ) -> None:
-        """Do `tasks` in this process, which has `predict` on `device`, and the others; `keep` results as they come."""
-        for order in self.orders:
-            with suppress(BrokenPipeError):  # one that failed has said why, or is found dead below
-                order.send((job, tasks))
-        left = len(tasks)
-        with measuring(predict, device):
-            while (task := _claimed(tasks, self.following)) is not None:
-                x, y = take(job.data, job.examples(task), device)
-                keep(task, job.run(task, predict, x, y)[0])
-                left -= 1
-                while not self.done.empty():
-                    keep(*self._next())
-                    left -= 1
-        for _ in range(left):
-            keep(*self._next())
+        self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, begin: Callable[[Task], None],
+        keep: Callable[[Task, Result], None],
+    ) -> None:  # fmt: skip
+        """Do `tasks`, with the plan of `job`, in this process, which has `predict` on `device`, and in the others.
 
-    def _next(self) -> tuple[Task, Result]:
-        while True:
+        `begin` hears of what this one begins, `keep` gets all results as they come. What a process that dies has not
+        finished is done again here; an error in one is raised.
+        """
+        number_of = {task: number for number, task in enumerate(self.tasks)}
+        for order in self.orders:
+            with suppress(BrokenPipeError):  # of one that has failed, and said why
+                order.send((job.plan, [number_of[task] for task in tasks]))
+        collector = _Collector(self, tasks, keep)
+        collector.start()
+        try:
+            with measuring(predict, device):
+
+                def do(task: Task) -> None:
+                    begin(task)
+                    x, y = take(job.data, job.examples(task), device)
+                    collector.kept(task, job.run(task, predict, x, y)[0])
+
+                while not collector.errors and (number := _claimed(len(tasks), self.following)) is not None:
+                    do(tasks[number])
+                collector.join()
+                if collector.errors:
+                    raise collector.errors[0]
+                codes = [process.exitcode for process in self.processes if process.exitcode]
+                if collector.left and codes:
+                    tell(f"a worker process died (exit code {codes[0]}): what it had not finished is done again")
+                for task in list(collector.left):
+                    do(task)
+        finally:
+            collector.stopped = True
+            collector.join()
+
+
+class _Collector(threading.Thread):
+    """Keeps what other processes find as they find it, while this one is at work: until nothing is left of `tasks`, an
+    error has come, or none of them lives.
+    """
+
+    def __init__(self, helpers: Helpers, tasks: list[Task], keep: Callable[[Task, Result], None]) -> None:
+        super().__init__(daemon=True)
+        self.helpers, self.keep = helpers, keep
+        self.left, self.lock = dict.fromkeys(tasks), threading.Lock()
+        self.errors: list[Exception] = []
+        self.stopped = False
+
+    def kept(self, task: Task, result: Result) -> None:
+        """Keep a result, from whichever process."""
+        with self.lock:
+            if task in self.left:
+                self.keep(task, result)
+                del self.left[task]
+
+    def run(self) -> None:
+        """Collect."""
+        while self.left and not self.stopped:
+            ended = all(process.exitcode is not None for process in self.helpers.processes)
             try:
-                task, result, error = self.done.get(timeout=1)
+                task, result, error = self.helpers.done.get(timeout=0.2)
             except queue.Empty:
-                for process in self.processes:
-                    if process.exitcode not in (None, 0):
-                        raise RuntimeError(f"a worker process died with exit code {process.exitcode}") from None
+                if ended:  # seen before the queue was empty
+                    return
                 continue
             if error is not None:
-                raise error
-            return task, result
+                self.errors.append(error)
+                return
+            try:
+                self.kept(task, result)
+            except Exception as problem:  # a full disk, say
+                self.errors.append(problem)
+                return
 
 
-def _claimed(tasks: list[Task], following: Any) -> Task | None:
-    """The next task that no process has, None where there is none left."""
+def _claimed(count: int, following: Any) -> int | None:
+    """The number of the next task, of `count`, that no process has; None where there is none left."""
     with following.get_lock():
-        number = following.value
+        number: int = following.value
         following.value += 1
-    return tasks[number] if number < len(tasks) else None
+    return number if number < count else None
 
 
 def _work(
-    load: Load, device: torch.device, threads: int | None, orders: Any, following: Any, done: Any
-) -> None:  # pragma: no cover - runs in a process of its own
+    load: Load, device: torch.device, threads: int | None, job: Job, tasks: list[Task], orders: Any, following: Any,
+    done: Any,
+) -> None:  # pragma: no cover - runs in a process of its own  # fmt: skip
     """Do tasks until none is left, or until the parent process is gone."""
     parent = os.getppid()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         predict = load(device)
-        job, tasks = orders.recv()
+        try:
+            plan, numbers = orders.recv()
+        except EOFError:  # the parent is gone
+            return
+        job = replace(job, plan=plan)
         with measuring(predict, device):
-            while os.getppid() == parent and (task := _claimed(tasks, following)) is not None:
+            while os.getppid() == parent and (number := _claimed(len(numbers), following)) is not None:
+                task = tasks[numbers[number]]
                 x, y = take(job.data, job.examples(task), device)
                 done.put((task, job.run(task, predict, x, y)[0], None))
-    except (KeyboardInterrupt, EOFError):  # the parent is gone
+    except KeyboardInterrupt:
         pass
     except Exception as error:
         done.put((None, None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))

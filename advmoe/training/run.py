@@ -20,7 +20,7 @@ from advmoe.data import Dataset, load_dataset
 from advmoe.files import require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
-from advmoe.progress import bar, shown
+from advmoe.progress import BRIEF, bar, shown
 from advmoe.pruning import write_masks
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
@@ -46,7 +46,8 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
             drawn.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
             _train_epoch(trainer, phase, epoch, drawn)
             seconds = time.perf_counter() - started
-            measured = trainer.validate()
+            with shown(fabric.is_global_zero, delay=BRIEF):
+                measured = trainer.validate()
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
             best = progress["best"]

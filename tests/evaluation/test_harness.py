@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -59,51 +60,80 @@ def test_a_damaged_result_is_of_a_task_yet_to_be_done(left, text):
 
 
 class Net(nn.Module):
-    """Tells two classes by brightness. In a process of its own it ends that process where `fatal`; in the first one it
-    waits for another to have been made, and takes its time.
+    """Tells two classes by brightness, but in a process of its own, when it is attacked, it does as `marks` say by the
+    name of a file. The first process waits at its first attack until another has begun one.
     """
 
-    def __init__(self, made, fatal):
+    def __init__(self, marks):
         super().__init__()
-        self.made, self.fatal, self.elsewhere = made, fatal, multiprocessing.parent_process() is not None
-        self.calls = 0
+        self.marks, self.elsewhere = marks, multiprocessing.parent_process() is not None
+
+    def wants(self, what):
+        return (self.marks / what).exists()
+
+    def act(self):
+        (self.marks / "begun").touch()
+        if self.wants("exit-0"):
+            os._exit(0)
+        if self.wants("exit-7"):
+            os._exit(7)
+        if self.wants("error"):
+            raise EOFError("of the model's own")
 
     def forward(self, x):
-        if self.elsewhere and self.fatal:
-            os._exit(7)
-        self.calls += 1
-        while self.calls > 1 and not (self.elsewhere or self.made.exists()):  # at the first one there is no other yet
-            time.sleep(0.01)
-        time.sleep(0 if self.elsewhere else 0.01)
+        if x.requires_grad and len(x) == 1:  # not a check, which takes all
+            if self.elsewhere:
+                self.act()
+            while not (self.elsewhere or self.wants("begun") or self.wants("alone")):
+                time.sleep(0.01)
+            if not self.elsewhere and self.wants("interrupt"):
+                while not list(self.marks.glob("journal/pgd-2.*")):  # what the other one has found
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
         score = x.flatten(1).mean(1, keepdim=True) - 0.5
         return torch.cat([-score, score], 1)
 
 
-def load(made, at, device):
-    if multiprocessing.parent_process() is not None:
-        made.touch()
-        if at == "start":
+def load(marks, device):
+    if multiprocessing.parent_process() is not None and (marks / "first-at-start").exists():
+        with suppress(FileNotFoundError):
+            (marks / "first-at-start").unlink()  # the others do not
             os._exit(7)
-    return Net(made, fatal=at == "work")
+    return Net(marks)
 
 
-def assessed(made, at, workers):
+def assessed(marks, what, workers=2):
+    marks.mkdir()
+    (marks / what).touch()
     x = torch.linspace(0, 1, 12).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
     return assess(
-        partial(load, made, at), (x, (x[:, 0, 0, 0] > 0.5).long()), threat=ThreatModel("linf", 0.1),
-        attack=AttackConfig(steps=2), attacks=["pgd-2"], batch_size=1, plan=Plan(workers=workers, threads=1),
+        partial(load, marks), (x, (x[:, 0, 0, 0] > 0.5).long()), threat=ThreatModel("linf", 0.1),
+        attack=AttackConfig(steps=2), attacks=["pgd-2"], batch_size=1,
+        plan=Plan(workers=workers, threads=1, journal=marks / "journal"),
     )  # fmt: skip
 
 
-def test_a_process_that_dies_with_work_in_hand_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^a worker process died with exit code 7$"):
-        assessed(tmp_path / "made", "work", 2)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return assessed(tmp_path_factory.mktemp("alone") / "marks", "alone", workers=1)
 
 
-def test_work_is_done_without_processes_that_never_began(tmp_path):
-    found = assessed(tmp_path / "made", "start", 3)
-    (tmp_path / "there").touch()
-    alone = assessed(tmp_path / "there", "never", 1)
+@pytest.mark.parametrize(("what", "workers"), [("exit-0", 2), ("exit-7", 2), ("first-at-start", 3)])
+def test_what_a_process_did_not_finish_is_done_again(tmp_path, alone, capsys, what, workers):
+    found = assessed(tmp_path / "marks", what, workers)
     assert found.result["robust_accuracy"] == alone.result["robust_accuracy"] and 0 < found.result["worst_case"] < 1
     for name, values in alone.examples.items():
         assert found.examples[name].tolist() == values.tolist()
+    said = "a worker process died (exit code 7): what it had not finished is done again\n"
+    assert capsys.readouterr().err == (said if what == "exit-7" else "")
+
+
+def test_an_error_in_a_process_is_raised(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^in a worker: EOFError\(.of the model.s own.\)$"):
+        assessed(tmp_path / "marks", "error")
+
+
+def test_what_others_found_is_kept_when_this_process_is_interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        assessed(tmp_path / "marks", "interrupt")
+    assert list((tmp_path / "marks" / "journal").glob("pgd-2.*.json"))
