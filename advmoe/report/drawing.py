@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
-MARKS = "osD^vPX"
+MARKS = "osD^vPX*"  # one more than colours, so that a series looks like none before it
 # Black is a line's colour alone: a dark page turns it, and what stands on it would be lost.
 EXPERTS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#F0E442", "#882255")
 LIGHT = {ORANGE, SKY, PURPLE, "#F0E442"}

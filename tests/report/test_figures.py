@@ -4,11 +4,13 @@ import json
 import sys
 import warnings
 from functools import partial
+from itertools import cycle, islice
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
 
+from advmoe.report import drawing
 from advmoe.report.figures import (
     bars_figure,
     coarser,
@@ -317,3 +319,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'advmoe\[figures\]'"):
         sweep_figure(swept(1, 1, 1), tmp_path / "a.svg")
+
+
+def test_no_two_of_many_series_look_alike():
+    looks = list(islice(zip(cycle(drawing.LINES), cycle(drawing.MARKS), strict=False), 50))
+    assert len(set(looks)) == 50
