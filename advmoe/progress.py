@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -49,21 +49,30 @@ def tell(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
+@contextmanager
+def counting(what: str, total: int | None, *, unit: str, delay: float = 0.0) -> Iterator[Callable[[], object]]:
+    """Yields what is to be called after each of `total` steps; the bar is gone after the last.
+
+    Args:
+        delay: seconds that must pass until the bar is drawn: `BRIEF` where the loop is inside another and mostly short.
+    """
+    if _delay.get() is None:  # tqdm would make a lock, which a worker that is ended leaves behind
+        yield lambda: None
+        return
+    with bar(what, total, unit=unit, delay=delay, leave=False) as drawn:
+        yield drawn.update
+
+
 def tracked(
     items: Iterable[T], what: str, *, total: int | None = None, unit: str = "batch", delay: float = 0.0
 ) -> Iterator[T]:
-    """`items`, counted by a bar that is gone after the last; a single one is not.
-
-    Args:
-        total: how many, where they have no length.
-        delay: seconds that must pass until the bar is drawn: `BRIEF` where the loop is inside another and mostly short.
-    """
+    """`items`, counted by a bar as of `counting`; a single one is not. `total`: how many, where they have no length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if _delay.get() is None or total == 1:  # tqdm would make a lock, which a worker that is ended leaves behind
+    if total == 1:
         yield from items
         return
-    with bar(what, total, unit=unit, delay=delay, leave=False) as drawn:
+    with counting(what, total, unit=unit, delay=delay) as step:
         for item in items:
             yield item
-            drawn.update()
+            step()

@@ -11,8 +11,9 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import Predict
+from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -67,9 +69,11 @@ def autoattack(
     if len(x) == 0:
         return Found(x)
     with _contained(library, predict) as said:
-        official = _official(library, predict, x.device, threat, seed, version, attacks)
+        heard = _Heard(predict)
+        official = _official(library, heard, x.device, threat, seed, version, attacks)
         notes = _fit(official, _count_classes(predict, x) if num_classes is None else num_classes)
-        x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
+        with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as heard.told:
+            x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
     return Found(x_adv, (*notes, *_flags(said)))
 
 
@@ -86,11 +90,13 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     if len(x) == 0:
         return Found(x)
     with _contained(library, predict) as said, torch.no_grad():
+        heard = _Heard(predict)
         attack = library.square.SquareAttack(
-            predict, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
+            heard, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
             verbose=False, device=x.device, resc_schedule=False,
         )  # fmt: skip
-        x_adv = attack.perturb(x, y)
+        with counting("square", queries, unit="query", delay=BRIEF) as heard.told:
+            x_adv = attack.perturb(x, y)
     return Found(x_adv, _flags(said))
 
 
@@ -198,6 +204,35 @@ def _fit(official: Any, classes: int) -> list[str]:
                 f"not {official.version} AutoAttack: {classes} classes allow only {classes - 1} of {usual} targets"
             )
     return notes
+
+
+@dataclass
+class _Heard:
+    """A classifier that tells of every pass."""
+
+    predict: Predict
+    told: Callable[[], object] = lambda: None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K)."""
+        logits = self.predict(x)
+        self.told()
+        return logits
+
+
+def _calls(official: Any) -> int:
+    """About how many passes the ensemble makes of a batch of which some image withstands all of it."""
+    apgd, targeted, fab = official.apgd, official.apgd_targeted, official.fab
+    untargeted = apgd.n_restarts * (apgd.n_iter * apgd.eot_iter + 2)
+    each = {
+        "apgd-ce": untargeted,
+        "apgd-dlr": untargeted,
+        "apgd-t": targeted.n_restarts * targeted.n_target_classes * (targeted.n_iter * targeted.eot_iter + 2),
+        "fab": 2 * fab.n_restarts * fab.n_iter,
+        "fab-t": 2 * fab.n_target_classes * fab.n_iter,  # which it starts once
+        "square": official.square.n_restarts * official.square.n_queries,
+    }
+    return sum(each[name] for name in official.attacks_to_run)
 
 
 # What it must not leave behind

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -387,3 +388,32 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         text = str(error.value)
         assert text.startswith("autoattack needs the extra autoattack: pip install 'advmoe[autoattack]', got: ")
         assert "\n" not in text
+
+
+@pytest.mark.parametrize("attacks", [["apgd-dlr", "fab"], ["fab-t"]], ids=lambda names: "+".join(names))
+def test_a_bar_counts_the_passes_to_about_its_end(official, monkeypatch, attacks):
+    model, x, threat = linear(10).requires_grad_(False), images(2, seed=2), ThreatModel("linf", 0.001)
+    total, passes = [], []
+
+    @contextmanager
+    def counting(what, number, **_):
+        total.append(number)
+        yield lambda: passes.append(1)
+
+    monkeypatch.setattr(sys.modules[autoattack.__module__], "counting", counting)
+    autoattack(model, x, labelled(model, x, wrong=0), threat=threat, seed=0, version="custom", attacks=attacks)
+    assert abs(len(passes) - total[0]) < 0.03 * total[0]  # nothing breaks at so small a radius
+
+
+def test_a_bar_counts_the_queries_of_square(official, monkeypatch):
+    model, x = linear(10).requires_grad_(False), images(2, seed=2)
+    passes = []
+
+    @contextmanager
+    def counting(what, number, **_):
+        assert (what, number) == ("square", 200)
+        yield lambda: passes.append(1)
+
+    monkeypatch.setattr(sys.modules[autoattack.__module__], "counting", counting)
+    square(model, x, labelled(model, x, wrong=0), threat=ThreatModel("linf", 0.001), seed=0, queries=200)
+    assert 200 <= len(passes) <= 205
