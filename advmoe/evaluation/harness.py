@@ -8,14 +8,14 @@ batches round differently, and an attack's signs amplify it.)
 from __future__ import annotations
 
 import json
-import os
-import queue
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,8 @@ class Helpers:
     """Processes that each `load` the classifier, on a device of `places`, and share the tasks `names` of `job`, or
     those of them that are left to do, with this one.
 
-    To start takes them seconds, which this process need not wait for. None is left after `close`.
+    To start takes them seconds, which this process need not wait for. None is left after `close`. Each has a pipe of
+    its own, and no lock that another one could take with it when it is killed.
     """
 
     def __init__(
@@ -180,28 +181,27 @@ class Helpers:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.tasks = list(job.tasks(names))
-        self.following, self.done = context.Value("q", 0), context.Queue()
-        self.orders, self.processes = [], []
+        self.processes: dict[Connection, Any] = {}
         try:
             for place in places:
-                theirs, ours = context.Pipe(duplex=False)
-                # The images here and not in the order: only a process that starts takes memory over without a socket.
-                arguments = (load, place, threads, job, self.tasks, theirs, self.following, self.done)
+                ours, theirs = context.Pipe()
+                # The images here and not in an order: only a process that starts takes memory over without a socket.
+                arguments = (load, place, threads, job, self.tasks, theirs)
                 process = context.Process(target=_work, args=arguments, daemon=True)
-                self.processes.append(process)
+                self.processes[ours] = process
                 process.start()
                 theirs.close()
-                self.orders.append(ours)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """End the processes, whatever they do."""
-        for process in self.processes:
+        for pipe, process in self.processes.items():
             if process.pid is not None:
                 process.terminate()
                 process.join()
+            pipe.close()
 
     def share(
         self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, begin: Callable[[Task], None],
@@ -210,108 +210,151 @@ class Helpers:
         """Do `tasks`, with the plan of `job`, in this process, which has `predict` on `device`, and in the others.
 
         `begin` hears of what this one begins, `keep` gets all results as they come. What a process that dies has not
-        finished is done again here; an error in one is raised.
+        finished is done by another; an error in one is raised.
         """
-        number_of = {task: number for number, task in enumerate(self.tasks)}
-        for order in self.orders:
-            with suppress(BrokenPipeError):  # of one that has failed, and said why
-                order.send((job.plan, [number_of[task] for task in tasks]))
-        collector = _Collector(self, tasks, keep)
-        collector.start()
+        shared = _Shared(tasks, keep)
+        desk = _Desk(self, job.plan, shared)
+        desk.start()
         try:
             with measuring(predict, device):
-
-                def do(task: Task) -> None:
+                while (task := shared.next()) is not None:
                     begin(task)
                     x, y = take(job.data, job.examples(task), device)
-                    collector.kept(task, job.run(task, predict, x, y)[0])
-
-                while not collector.errors and (number := _claimed(len(tasks), self.following)) is not None:
-                    do(tasks[number])
-                collector.join()
-                if collector.errors:
-                    raise collector.errors[0]
-                codes = [process.exitcode for process in self.processes if process.exitcode]
-                if collector.left and codes:
-                    tell(f"a worker process died (exit code {codes[0]}): what it had not finished is done again")
-                for task in list(collector.left):
-                    do(task)
+                    shared.done(task, job.run(task, predict, x, y)[0])
         finally:
-            collector.stopped = True
-            collector.join()
+            desk.stopped = True
+            desk.join()
 
 
-class _Collector(threading.Thread):
-    """Keeps what other processes find as they find it, while this one is at work: until nothing is left of `tasks`, an
-    error has come, or none of them lives.
-    """
+class _Shared:
+    """Tasks that several processes do: those that none has, and those that one is at."""
 
-    def __init__(self, helpers: Helpers, tasks: list[Task], keep: Callable[[Task, Result], None]) -> None:
+    def __init__(self, tasks: Iterable[Task], keep: Callable[[Task, Result], None]) -> None:
+        self.waiting, self.begun = deque(tasks), set[Task]()
+        self.keep, self.changed = keep, threading.Condition()
+        self.error: Exception | None = None
+
+    def next(self) -> Task | None:
+        """The next task, once there is one; None once all are done. Raises the error of another process."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or not self.begun or self.error)
+            if self.error is not None:
+                raise self.error
+            return self.taken()
+
+    def taken(self) -> Task | None:
+        """A task that none has, or None where there is none."""
+        with self.changed:
+            if not self.waiting:
+                return None
+            task = self.waiting.popleft()
+            self.begun.add(task)
+            return task
+
+    def done(self, task: Task, result: Result) -> None:
+        """Keep what was found."""
+        with self.changed:
+            self.keep(task, result)
+            self.begun.remove(task)
+            self.changed.notify()
+
+    def lost(self, task: Task) -> None:
+        """Have a task done by another process than the one that was at it."""
+        with self.changed:
+            self.begun.remove(task)
+            self.waiting.appendleft(task)
+            self.changed.notify()
+
+    def failed(self, error: Exception) -> None:
+        """Raise `error` in `next`."""
+        with self.changed:
+            self.error = error
+            self.changed.notify()
+
+
+class _Desk(threading.Thread):
+    """Gives the other processes their tasks and keeps what they find, while this one is at work, until `stopped`."""
+
+    def __init__(self, helpers: Helpers, plan: RoutedPlan | None, shared: _Shared) -> None:
         super().__init__(daemon=True)
-        self.helpers, self.keep = helpers, keep
-        self.left, self.lock = dict.fromkeys(tasks), threading.Lock()
-        self.errors: list[Exception] = []
+        self.helpers, self.plan, self.shared = helpers, plan, shared
+        self.number_of = {task: number for number, task in enumerate(helpers.tasks)}
+        self.at: dict[Connection, Task] = {}
+        self.idle: set[Connection] = set()
         self.stopped = False
 
-    def kept(self, task: Task, result: Result) -> None:
-        """Keep a result, from whichever process."""
-        with self.lock:
-            if task in self.left:
-                self.keep(task, result)
-                del self.left[task]
-
     def run(self) -> None:
-        """Collect."""
-        while self.left and not self.stopped:
-            ended = all(process.exitcode is not None for process in self.helpers.processes)
-            try:
-                task, result, error = self.helpers.done.get(timeout=0.2)
-            except queue.Empty:
-                if ended:  # seen before the queue was empty
-                    return
-                continue
-            if error is not None:
-                self.errors.append(error)
-                return
-            try:
-                self.kept(task, result)
-            except Exception as problem:  # a full disk, say
-                self.errors.append(problem)
-                return
+        """Serve."""
+        alive = list(self.helpers.processes)
+        try:
+            while alive and not self.stopped:
+                for pipe in wait(alive, timeout=0.1):
+                    assert isinstance(pipe, Connection)
+                    if not self._heard(pipe):
+                        alive.remove(pipe)
+                while self.idle and (task := self.shared.taken()) is not None:
+                    self._give(self.idle.pop(), task)
+        except Exception as problem:  # an error in another process; a full disk
+            self.shared.failed(problem)
 
+    def _give(self, pipe: Connection, task: Task) -> None:
+        self.at[pipe] = task
+        with suppress(BrokenPipeError):  # its end is heard of next
+            pipe.send((self.plan, self.number_of[task]))
 
-def _claimed(count: int, following: Any) -> int | None:
-    """The number of the next task, of `count`, that no process has; None where there is none left."""
-    with following.get_lock():
-        number: int = following.value
-        following.value += 1
-    return number if number < count else None
+    def _heard(self, pipe: Connection) -> bool:
+        """Take what a process says: that it is ready, with what it found or an error; whether it still lives."""
+        try:
+            result, error = pipe.recv()
+        except (EOFError, OSError):  # the latter in the middle of a message
+            self._ended(pipe)
+            return False
+        if error is not None:
+            raise error
+        if (task := self.at.pop(pipe, None)) is not None:
+            self.shared.done(task, result)
+        self.idle.add(pipe)
+        return True
+
+    def _ended(self, pipe: Connection) -> None:
+        process = self.helpers.processes[pipe]
+        process.join()
+        self.idle.discard(pipe)
+        if (task := self.at.pop(pipe, None)) is not None:
+            if process.exitcode:
+                tell(f"a worker process died (exit code {process.exitcode}): what it had not finished is done again")
+            self.shared.lost(task)
 
 
 def _work(
-    load: Load, device: torch.device, threads: int | None, job: Job, tasks: list[Task], orders: Any, following: Any,
-    done: Any,
-) -> None:  # pragma: no cover - runs in a process of its own  # fmt: skip
-    """Do tasks until none is left, or until the parent process is gone."""
-    parent = os.getppid()
+    load: Load, device: torch.device, threads: int | None, job: Job, tasks: list[Task], pipe: Connection
+) -> None:  # pragma: no cover - runs in a process of its own
+    """Do the tasks that come through `pipe`, by number and with the plan, until nothing more can come."""
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        predict = load(device)
+    with suppress(KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; the parent is gone
         try:
-            plan, numbers = orders.recv()
-        except EOFError:  # the parent is gone
-            return
-        job = replace(job, plan=plan)
-        with measuring(predict, device):
-            while os.getppid() == parent and (number := _claimed(len(numbers), following)) is not None:
-                task = tasks[numbers[number]]
-                x, y = take(job.data, job.examples(task), device)
-                done.put((task, job.run(task, predict, x, y)[0], None))
-    except KeyboardInterrupt:
-        pass
-    except Exception as error:
-        done.put((None, None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))
+            predict = load(device)
+            with measuring(predict, device):
+                result = None
+                while (order := _asked(pipe, result)) is not None:
+                    plan, number = order
+                    x, y = take(job.data, job.examples(tasks[number]), device)
+                    result, _ = replace(job, plan=plan).run(tasks[number], predict, x, y)
+        except Exception as error:
+            pipe.send((None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))
+
+
+def _asked(
+    pipe: Connection, result: Result | None
+) -> tuple[RoutedPlan | None, int] | None:  # pragma: no cover - runs in a process of its own
+    """The next order, after `result`; None where the parent is gone."""
+    try:
+        pipe.send((result, None))
+        order: tuple[RoutedPlan | None, int] = pipe.recv()
+    except (EOFError, OSError):
+        return None
+    return order
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from contextlib import suppress
 from functools import partial
@@ -59,6 +60,14 @@ def test_a_damaged_result_is_of_a_task_yet_to_be_done(left, text):
     assert Journal(left).get(TASK) == RESULT
 
 
+def once(mark):
+    """Whether this is the first process to ask for `mark`, which is there for one."""
+    with suppress(FileNotFoundError):
+        mark.unlink()
+        return True
+    return False
+
+
 class Net(nn.Module):
     """Tells two classes by brightness, but in a process of its own, when it is attacked, it does as `marks` say by the
     name of a file. The first process waits at its first attack until another has begun one.
@@ -77,6 +86,8 @@ class Net(nn.Module):
             os._exit(0)
         if self.wants("exit-7"):
             os._exit(7)
+        if once(self.marks / "first-killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.wants("error"):
             raise EOFError("of the model's own")
 
@@ -95,10 +106,8 @@ class Net(nn.Module):
 
 
 def load(marks, device):
-    if multiprocessing.parent_process() is not None and (marks / "first-at-start").exists():
-        with suppress(FileNotFoundError):
-            (marks / "first-at-start").unlink()  # the others do not
-            os._exit(7)
+    if multiprocessing.parent_process() is not None and once(marks / "first-at-start"):
+        os._exit(7)
     return Net(marks)
 
 
@@ -118,14 +127,17 @@ def alone(tmp_path_factory):
     return assessed(tmp_path_factory.mktemp("alone") / "marks", "alone", workers=1)
 
 
-@pytest.mark.parametrize(("what", "workers"), [("exit-0", 2), ("exit-7", 2), ("first-at-start", 3)])
-def test_what_a_process_did_not_finish_is_done_again(tmp_path, alone, capsys, what, workers):
+@pytest.mark.parametrize(
+    ("what", "workers", "code"),
+    [("exit-0", 2, None), ("exit-7", 2, 7), ("first-killed", 3, -9), ("first-at-start", 3, None)],
+)
+def test_what_a_process_did_not_finish_is_done_again(tmp_path, alone, capsys, what, workers, code):
     found = assessed(tmp_path / "marks", what, workers)
     assert found.result["robust_accuracy"] == alone.result["robust_accuracy"] and 0 < found.result["worst_case"] < 1
     for name, values in alone.examples.items():
         assert found.examples[name].tolist() == values.tolist()
-    said = "a worker process died (exit code 7): what it had not finished is done again\n"
-    assert capsys.readouterr().err == (said if what == "exit-7" else "")
+    said = f"a worker process died (exit code {code}): what it had not finished is done again\n"
+    assert capsys.readouterr().err == ("" if code is None else said)
 
 
 def test_an_error_in_a_process_is_raised(tmp_path):
