@@ -9,7 +9,6 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `L` MoE layers. Pixels a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -36,12 +35,13 @@ from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.scoring import measuring
-from advmoe.files import write_text, write_whole
+from advmoe.files import checksum, require_writable, write_text, write_whole
 from advmoe.models import Classifier
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
+from advmoe.wording import one_line
 
 Format = Literal["onnx", "torch-export"]
 
@@ -158,7 +158,7 @@ def export_run(
     _require_place(path, form)  # before the data are read
     placed(model, _CPU)
     images, described = run_images(home, model, num_examples, source=source)
-    origin = {"run": home.resolve().name, "weights_sha256": _checksum(home / "model.safetensors")}
+    origin = {"run": home.resolve().name, "weights_sha256": checksum(home / "model.safetensors")}
     return path, _export(model, path, form, images, described, threads, origin)
 
 
@@ -206,17 +206,13 @@ def _require_place(path: Path, form: _Form) -> None:
         raise ValueError(f"the file to write must end in {suffix} for format {form.format}, got {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"the file to write must lie in a directory that exists, and be none, got {str(path)!r}")
+    require_writable("the file to write", path.parent)
 
 
 def _input_shape(model: nn.Module) -> tuple[int, int, int]:
     if not isinstance(model, Classifier):
         raise ValueError(f"images must be given for a model without an input size, got a {type(model).__name__}")
     return input_shape(model)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Making the file
@@ -300,7 +296,7 @@ def _traced(model: nn.Module, form: _Form, shape: tuple[int, ...]) -> ExportedPr
     try:
         program = torch.export.export(_Deployed(model, form.mode), (example,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ExportFailed(f"PyTorch could not trace the model: {_one_line(error)}") from error
+        raise ExportFailed(f"PyTorch could not trace the model: {one_line(error, 300)}") from error
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
@@ -316,7 +312,7 @@ def _write_onnx(program: ExportedProgram, form: _Form, report: dict[str, Any], p
                 dynamic_shapes=({0: "batch"},) if form.dynamic_batch else None, dynamo=True, verbose=False,
             )  # fmt: skip
     except Exception as error:
-        raise ExportFailed(f"PyTorch could not write the graph as ONNX: {_one_line(error)}") from error
+        raise ExportFailed(f"PyTorch could not write the graph as ONNX: {one_line(error, 300)}") from error
     assert made is not None
     proto = made.model_proto
     report["opset"] = next(each.version for each in proto.opset_import if each.domain == "")
@@ -353,7 +349,7 @@ def _opened(path: Path, form: _Form) -> Run:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportFailed(f"ONNX Runtime could not load the graph: {_one_line(error)}") from error
+        raise ExportFailed(f"ONNX Runtime could not load the graph: {one_line(error, 300)}") from error
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(each) for each in session.run(None, {"pixels": x.contiguous().numpy()}))
@@ -375,11 +371,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:300]}...'}"
 
 
 # Comparing the file with the model

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 def sync(path: Path) -> None:
@@ -31,9 +34,43 @@ def require_writable(name: str, folder: Path) -> None:
         raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
+def hold(path: Path, *, folder: bool = False, wait: bool = False) -> int | None:
+    """A descriptor of `path`, a file or a `folder` that is made if need be, which no other process can hold until it
+    is closed. The system closes that of a process which is killed. None where another one has it, but with `wait`.
+    """
+    while True:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such locks
+            return os.open(os.devnull, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # it was removed before it was held
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, no other process holds the file `path`, which is made if need be; waits until none does."""
+    descriptor = hold(path, wait=True)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a file beside `path`, which then takes its place; a failure leaves `path` as it was."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         write(partial)
         sync(partial)
@@ -47,6 +84,12 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError`, which names the file, for one that holds anything else."""
     try:
@@ -56,6 +99,17 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
     return found
+
+
+def write_array(path: Path, array: Any) -> None:
+    """Write one NumPy array as an .npy file, whole or not at all."""
+    import numpy as np
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.save(file, array)
+
+    write_whole(path, write)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

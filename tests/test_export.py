@@ -359,6 +359,7 @@ def test_data_that_cannot_be_read_are_replaced_and_that_is_said(run_dir, capsys)
         (["--opset", "20", "--format", "torch-export"], "opset must be left out for format torch-export, got 20"),
         (["--out", "net.pt2"], "the file to write must end in .onnx for format onnx, got 'net.pt2'"),
         (["--out", "nowhere/net.onnx"], "the file to write must lie in a directory that exists, and be none"),
+        (["--out", "/proc/net.onnx"], "the file to write must be where files can be written, got '/proc'"),
         (["--num-examples", "0"], "--num-examples must be >= 1, got 0"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
         (["--dynamic-bach"], "--dynamic-bach is no option of export: did you mean --dynamic-batch?"),

@@ -33,14 +33,19 @@ class Parser(ArgumentParser):
         raise ValueError(message)
 
 
+USUAL_THREADS = "PyTorch's choice"
+
+
 def new_parser(description: str) -> Parser:
     """A parser that reports only what was given."""
     # No defaults: the parser reports what was given, and the help texts say the rest. --print_config is ours.
     return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, print_config=None)
 
 
-def measuring_parser(description: str) -> Parser:
-    """A parser with what all commands that attack a run, or a classifier of the user's own, share."""
+def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
+    """A parser with what all commands that attack a run, or a classifier of the user's own, share; `threads`: see
+    `add_engine`.
+    """
     parser = new_parser(description)
     add = parser.add_argument
     add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
@@ -56,7 +61,7 @@ def measuring_parser(description: str) -> Parser:
     add("--batch-size", metavar="B", help="images attacked at once (default: 250)")
     add("--seed", metavar="SEED", help="of the images drawn and the attacks' random draws (default: the run's)")
     add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
-    add_engine(parser)
+    add_engine(parser, threads)
     add_fields(parser, EVALUATE_FIELDS, defaults=False)
     return parser
 
@@ -95,11 +100,11 @@ def drawing(args: dict[str, Any]) -> Any:
     return figures
 
 
-def add_engine(parser: Parser) -> None:
-    """Add the options that `engine_options` reads."""
+def add_engine(parser: Parser, threads: str = USUAL_THREADS) -> None:
+    """Add the options that `engine_options` reads; `threads`: how many there are where none is given."""
     accelerators = ",".join(get_args(Accelerator))
     parser.add_argument("--accelerator", metavar=f"{{{accelerators}}}", help="where to run (default: auto)")
-    parser.add_argument("--threads", metavar="T", help="CPU threads per process (default: PyTorch's choice)")
+    parser.add_argument("--threads", metavar="T", help=f"CPU threads per process (default: {threads})")
 
 
 def engine_options(args: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ _GAP = "straight-through PGD less the worst case"
 
 def parser() -> Parser:
     """The command's options."""
-    parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.")
+    parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.", "1")
     add = parser.add_argument
     add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
     add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")

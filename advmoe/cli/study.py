@@ -30,7 +30,7 @@ def parser() -> Parser:
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
     add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
     add("--dry-run", action="store_true", help="print what would be done and stop")
-    add_engine(parser)
+    add_engine(parser, "1")
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)
     return parser
 

@@ -81,6 +81,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 command = ["advmoe", *argv]
                 runs.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
             else:
+                if "accelerator" not in args:
+                    del engine["accelerator"]  # the run's own
                 runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
         except TrainingDiverged as error:
             return fail(error, 1)

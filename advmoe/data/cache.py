@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from advmoe.data.decode import Bytes, decode, middle_square
-from advmoe.data.download import one_line
 from advmoe.data.listing import Listing
-from advmoe.progress import bar
 from advmoe.data.types import ImageSet
+from advmoe.files import write_array, write_text
+from advmoe.progress import bar
+from advmoe.wording import one_line
 
 CACHE_FOLDER = ".advmoe-cache"
 """Name of the cache folder inside `root`."""
@@ -139,29 +140,17 @@ def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, By
         folder.mkdir(parents=True, exist_ok=True)
         for part, array in arrays.items():
             name = f"{stem}-{fingerprint[:16]}-{part}.npy"
-            _write_atomically(folder / name, partial(np.save, arr=array))
+            write_array(folder / name, array)
             record[part] = {"shape": list(array.shape), "crc32": zlib.crc32(array.data)}
             kept.add(name)
         # Last, since this is what makes the arrays count.
-        text = json.dumps(record, indent=1).encode()
-        _write_atomically(folder / f"{stem}.json", lambda file: file.write(text))
+        write_text(folder / f"{stem}.json", json.dumps(record, indent=1))
         for old in folder.glob(f"{stem}-*.npy"):
             if old.name not in kept:
                 old.unlink(missing_ok=True)
     except OSError:
         return False
     return True
-
-
-def _write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Write a file under a name of its own, and give it its final name when it is whole."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _decode_parts(

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from advmoe.data.download import fetch, file_md5, one_line
+from advmoe.data.download import fetch, file_md5
+from advmoe.wording import one_line
 from advmoe.data.types import ImageSet, Request, Source, resize
 
 _PIXELS = 3 * 32 * 32

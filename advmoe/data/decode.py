@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from advmoe.data.download import one_line
+from advmoe.wording import one_line
+
 
 if TYPE_CHECKING:
     from PIL import Image

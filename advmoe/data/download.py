@@ -9,7 +9,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from advmoe.files import held
 from advmoe.progress import bar
+from advmoe.wording import one_line
 
 
 TRIES = 4
@@ -17,11 +19,6 @@ TRIES = 4
 TIMEOUT = 30.0
 """Seconds without an answer after which a request is given up."""
 _BLOCK = 2**20
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's type and text as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def file_md5(path: Path) -> str:
@@ -34,7 +31,8 @@ def file_md5(path: Path) -> str:
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Download `url` to `path`, through `<path>.part`, which a later call goes on from if this one is cut off.
+    """Download `url` to `path`, through `<path>.part`, which a later call goes on from if this one is cut off. Of two
+    processes that do, the second waits for what the first one brings.
 
     Args:
         url: Where the file is.
@@ -45,11 +43,17 @@ def fetch(url: str, path: Path, md5: str) -> None:
         ValueError: The folder cannot be written, the server cannot be reached or stops early every time (what came is
             kept), or the checksum is wrong (what came is removed).
     """
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with held(path.with_name(f".{path.name}.lock")):
+            if not (path.is_file() and file_md5(path) == md5):
+                _fetch(url, path, md5)
     except OSError as error:
         raise ValueError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
+
+
+def _fetch(url: str, path: Path, md5: str) -> None:
+    part = path.with_name(path.name + ".part")
     reason = "an early end"
     for _ in range(TRIES):
         try:

@@ -18,10 +18,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from advmoe.data.download import one_line
 from advmoe.data.listing import Listing, by_class, class_folders, image_files, read_lines
 from advmoe.data.stream import file_set
 from advmoe.data.types import Request, Source
+from advmoe.wording import one_line
 
 IMAGE_SIZE = 224
 """Side in pixels unless another is asked for."""

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from advmoe.data.augment import Variation
 from advmoe.data.decode import central_crop, decode, random_crop
-from advmoe.data.download import one_line
 from advmoe.seeding import seed_for
+from advmoe.wording import one_line
 
 
 @dataclass(frozen=True, eq=False)

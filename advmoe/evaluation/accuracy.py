@@ -25,7 +25,7 @@ from advmoe.evaluation.checks import check, check_data, check_labels, require_pa
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
-from advmoe.evaluation.suite import Setting, default_attacks, named
+from advmoe.evaluation.suite import Setting, default_attacks, named, require_classes
 from advmoe.moe.routing import route
 from advmoe.progress import BRIEF, shown, tell, tracked
 from advmoe.seeding import seed_for
@@ -210,11 +210,11 @@ def assess(
     names, journal = applicable(wanted, job), Journal(plan.journal)
     left = [task for task in job.tasks(names) if not (plan.resume and journal.holds(task))]
     places = [devices[i % len(devices)] for i in range(1, min(plan.workers, len(left)))]
-    with threads_set(plan.threads), ExitStack() as stack:
+    with threads_set(plan.threads), closing(journal), ExitStack() as stack:
         helpers = None
         if places:  # they start while the model is checked
             helpers = stack.enter_context(closing(Helpers(load, places, plan.threads, job, names)))
-        checks = checked(predict, job, devices[0], allow)
+        checks = checked(predict, job, devices[0], allow, names)
         if plan.resume and plan.journal is not None and not plan.journal.exists():
             tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")
         stored = journal.open(_fingerprint(predict, job, names, devices[0]), resume=plan.resume)
@@ -235,8 +235,12 @@ def placed(predict: Predict, device: torch.device) -> Predict:
     return predict
 
 
-def checked(predict: Predict, job: Job, device: torch.device, allow: Collection[str]) -> list[Any]:
-    """The checks on the first images, all of which passed or may fail; and the whole data's pixels and labels."""
+def checked(
+    predict: Predict, job: Job, device: torch.device, allow: Collection[str], names: Sequence[str]
+) -> list[Any]:
+    """The checks on the first images, all of which passed or may fail; and the whole data's pixels and labels, and
+    whether the attacks `names` can be made on as many classes.
+    """
     size(job.data)
     x, y = take(job.data, slice(0, CHECKED), device)
     with measuring(predict, device):
@@ -244,6 +248,7 @@ def checked(predict: Predict, job: Job, device: torch.device, allow: Collection[
         require_passed(checks, allow)
         with torch.no_grad():
             num_classes = predict(x[:1]).shape[1]
+    require_classes(names, num_classes)
     if isinstance(job.data, tuple):
         check_data(*job.data, num_classes)
     else:
@@ -266,8 +271,12 @@ def _routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device)
 
 
 def _fingerprint(predict: Predict, job: Job, names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: an interrupted evaluation continues only where all of it is the same."""
-    state = predict.state_dict() if isinstance(predict, nn.Module) else {}
+    """What the numbers depend on, but for the code: an interrupted evaluation continues only where it is the same."""
+    if isinstance(predict, nn.Module):
+        state = predict.state_dict()
+    else:  # without weights to compare, what it makes of the first images
+        with measuring(predict, device), torch.no_grad():
+            state = {"predicted": predict(take(job.data, slice(0, CHECKED), device)[0]).argmax(1)}
     attack = job.setting.attack
     return {
         "attacks": list(names), "threat": asdict(job.setting.threat), "batch_size": job.batch_size, "seed": job.seed,
@@ -306,7 +315,8 @@ def _evaluation(
         "threat": asdict(job.setting.threat),
         "attack": {
             "steps": job.setting.attack.steps, "step_size": float(job.setting.attack.step_size),
-            "restarts": job.setting.attack.restarts, "seed": job.seed,
+            "restarts": job.setting.attack.restarts, "pathways": job.setting.attack.pathways,
+            "queries": job.setting.attack.queries, "batch_size": job.batch_size, "seed": job.seed,
         },
         "attacks": reports,
         "checks": checks,

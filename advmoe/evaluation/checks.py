@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from advmoe.attacks.pgd import Predict
 from advmoe.evaluation.scoring import answering
-from advmoe.evaluation.sources import one_line
 from advmoe.moe.routing import Routing, route
+from advmoe.wording import one_line
 
 CHECKS = ("pixels", "labels", "logits", "deterministic", "batch-independent", "gradients")
 """The checks by name, in the order in which they are made."""

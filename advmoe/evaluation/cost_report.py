@@ -5,6 +5,7 @@ Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `E` experts, `T` tok
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -80,8 +81,8 @@ def cost_report(
         positive("batch", batch)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu where no CUDA device is present, got 'cuda'")
-    if not seconds >= 0:
-        raise ValueError(f"seconds must be >= 0, got {seconds!r}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be >= 0 and finite, got {seconds!r}")
     number = max(batches)
     with threads_set(threads):
         if (Path(target) / "model.json").is_file():

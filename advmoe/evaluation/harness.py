@@ -8,6 +8,7 @@ batches round differently, and an attack's signs amplify it.)
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -26,7 +27,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
-from advmoe.files import read_object, write_text
+from advmoe.files import hold, read_object, write_text
 from advmoe.progress import bar, tell
 
 Load = Callable[[torch.device], Predict]
@@ -86,14 +87,20 @@ class Journal:
 
     path: Path | None = None
     kept: dict[Task, Result] = field(default_factory=dict)
+    _held: int | None = field(init=False, default=None)
 
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Begin, or with `resume` continue what an interrupted evaluation left here.
 
-        Returns the plan that was stored with it, if any. Raises `ValueError` where it had other settings.
+        Returns the plan that was stored with it, if any. Raises `ValueError` where it had other settings, or where
+        another process is at it.
         """
         if self.path is None:
             return None
+        if not self._hold():
+            raise ValueError(
+                f"out must be free of other evaluations, got {str(self.path.parent)!r}: one is at work there"
+            )
         head = self.path / "evaluation.json"
         if resume and head.exists():
             stored = read_object(head)
@@ -104,8 +111,8 @@ class Journal:
                     rule = f"repeat the settings of the evaluation that it continues ({name})"
                     raise ValueError(f"--resume must {rule}: {known.get(name)}, got {value}")
             return stored
-        self.remove()
-        self.path.mkdir(parents=True)
+        for file in self.path.iterdir():
+            file.unlink()
         write_text(head, json.dumps({"fingerprint": fingerprint}))
         return None
 
@@ -132,10 +139,24 @@ class Journal:
         if self.path is not None:
             write_text(self.path / task.file, json.dumps(result))
 
+    def close(self) -> None:
+        """Let others continue or replace what is here."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def remove(self) -> None:
-        """Delete the directory, once the results stand elsewhere or are not wanted."""
-        if self.path is not None and self.path.exists():
+        """Delete the directory, once the results stand elsewhere or are not wanted, but for that of another process."""
+        if self.path is not None and self.path.exists() and self._hold():
             shutil.rmtree(self.path)
+            self.close()
+
+    def _hold(self) -> bool:
+        """Make the directory this object's alone until `close`, or the process's end; whether no other one has it."""
+        assert self.path is not None
+        if self._held is None:
+            self._held = hold(self.path, folder=True)
+        return self._held is not None
 
 
 def run_tasks(

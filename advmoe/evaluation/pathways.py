@@ -244,7 +244,7 @@ def pathways_run(
     compared = None if opened is None else _comparable(predict, opened, take(given.data, slice(0, 1), device)[0])
     mine, theirs = [], []
     with threads_set(threads):
-        checked(predict, job, device, allow)
+        checked(predict, job, device, allow, names)
         for batch in attacked(names[0], predict, job, device):
             mine.append(dissect(predict, *batch, batch_size=batch_size))
             if isinstance(opened, nn.Module):

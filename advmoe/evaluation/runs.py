@@ -305,7 +305,7 @@ def sweep_run(
     norm, attack = given.config.threat.norm, given.config.attack
     probe = None if norm == "linf" else math.sqrt(math.prod(given.data.shape))
     with threads_set(threads):
-        checked(predict, job, device, allow)
+        checked(predict, job, device, allow, names)
         at = _Radii(predict, job, names, device)
         curves = {
             name: sweeps.sweep(lambda eps, name=name: at.held(eps)[name], epsilons, norm=norm, probe=probe)  # type: ignore[misc]
@@ -352,7 +352,7 @@ def dissect_run(
     device, predict, job, names = opened_routed(given, target, accelerator, attacks, batch_size, purpose="dissect")
     found: dict[str, Dissection] = {}
     with threads_set(threads):
-        checked(predict, job, device, allow)
+        checked(predict, job, device, allow, names)
         for name in names:
             batches = attacked(name, predict, job, device)
             found[name] = Dissection.merge([dissect(predict, *batch, batch_size=batch_size) for batch in batches])

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from advmoe.attacks.pgd import Predict
+from advmoe.wording import few, one_line
 
 _numbers = itertools.count(1)
 
@@ -123,7 +124,7 @@ def _executed(file: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         for known in [known for known in sys.modules if known.partition(".")[0] == package.__name__]:
             del sys.modules[known]
-        raise ValueError(f"{file} must run without an error, got {one_line(error, file)}") from error
+        raise ValueError(f"{file} must run without an error, got {_told(error, file)}") from error
     return module
 
 
@@ -133,7 +134,7 @@ def _factory(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
         public = [known for known in vars(module) if not known.startswith("_")]
         near = difflib.get_close_matches(name, public, n=3)
         own = [known for known in public if getattr(vars(module)[known], "__module__", None) == module.__name__]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it defines {_few(own)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it defines {few(own) or 'nothing'}"
         raise ValueError(f"{spec} must name something in the file ({hint}), got {name!r}")
     found = getattr(module, name)
     if not callable(found) or isinstance(found, nn.Module):
@@ -155,7 +156,7 @@ def _made(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} must make the classifier without an error, got {one_line(error, file)}") from error
+        raise ValueError(f"{spec} must make the classifier without an error, got {_told(error, file)}") from error
     if isinstance(model, type) or not callable(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
         raise ValueError(f"{spec} must return a torch.nn.Module or another callable from pixels to logits, got {got}")
@@ -185,24 +186,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     missing, unexpected = [name for name in state if name not in found], [name for name in found if name not in state]
     for kind, names in (("no", missing), ("unexpected", unexpected), ("other shapes:", differing)):
         if names:
-            raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {kind} {_few(names)}")
+            raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {kind} {few(names)}")
     try:
         model.load_state_dict(found)
     except RuntimeError as error:
         raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
 
 
-def _few(names: Iterable[str]) -> str:
-    """Up to 3 of `names`, and how many more."""
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "nothing"
-
-
-def one_line(error: BaseException, file: Path | None = None) -> str:
-    """Type, text and, where it passed through `file`, the last line there."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 200 else f"{text[:200]}..."
+def _told(error: BaseException, file: Path) -> str:
+    """An error and, where it passed through `file`, the last line there."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     where = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
+    return f"{one_line(error)}{where}"

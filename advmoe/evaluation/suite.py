@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -95,11 +95,21 @@ def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
 def check_name(name: str) -> None:
     """Raise `ValueError` unless `name` is an attack's, whatever the model."""
     match = _AUTOATTACK.fullmatch(name)
-    unknown = [each for each in (match["custom"] or "").split("+") if each and each not in _CUSTOM] if match else []
+    custom = match["custom"] if match else None
+    unknown = [] if custom is None else [each for each in custom.split("+") if each not in _CUSTOM]
     if unknown:
         raise ValueError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {unknown[0]!r}")
     if not (match or _PGD.fullmatch(name) or name == "routed"):
         raise ValueError(f"attacks must be among {', '.join(KNOWN)}, got {name!r}")
+
+
+def require_classes(names: Iterable[str], num_classes: int) -> None:
+    """Raise `ValueError` for an attack whose loss (DLR) needs more classes than there are."""
+    for name in names:
+        if "-dlr" in name and num_classes < 3:
+            raise ValueError(
+                f"attacks must not use the loss dlr for less than 3 classes, got {name!r} for {num_classes}"
+            )
 
 
 def build(name: str, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -58,10 +58,37 @@ class Record:
                 except UnicodeDecodeError:
                     raise ValueError(f"{path} must be text, got bytes that are not UTF-8") from None
         config = Config.load(run / "config.yaml") if "config.yaml" in texts else None
+        if config is not None and _without_places(config):
+            texts["config.yaml"] = config.to_yaml()
+        manifest = _json(run / "manifest.json", texts.get("manifest.json"))
+        command = manifest.get("command") if manifest is not None else None
+        if isinstance(command, list) and (portable := [_portable(str(word)) for word in command]) != command:
+            manifest = {**(manifest or {}), "command": portable}
+            texts["manifest.json"] = json.dumps(manifest, indent=2) + "\n"
         evaluation = _json(run / "evaluation.json", texts.get("evaluation.json"))
         if evaluation is not None:
             _check_evaluation(evaluation, run / "evaluation.json")
-        return Record(config, _json(run / "manifest.json", texts.get("manifest.json")), evaluation, texts)
+        return Record(config, manifest, evaluation, texts)
+
+
+def _without_places(config: Config) -> bool:
+    """Have `config` name no place of this machine alone, which tells others nothing but what they need not know;
+    whether it did.
+    """
+    found = False
+    for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
+        value = getattr(getattr(config, group), name)
+        if value is not None and (portable := _portable(value)) != value:
+            setattr(getattr(config, group), name, portable)
+            found = True
+    return found
+
+
+def _portable(word: str) -> str:
+    """A word without the folders of a path that begins at a root or at home."""
+    option, equals, value = word.rpartition("=")
+    local = PurePath(value).is_absolute() or value.startswith("~")
+    return f"{option}{equals}{PurePath(value).name}" if local else word
 
 
 def _json(path: Path, text: str | None) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from advmoe.models.vgg import VGG
 from advmoe.models.vit import VisionTransformer
 from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
+from advmoe.wording import one_line
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,6 @@ def save_model(model: Classifier, folder: Path) -> None:
     write_text(folder / "model.json", json.dumps(model.spec, indent=2) + "\n")
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files.
 
@@ -178,7 +174,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
             else:
                 model = create_model(**spec)
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
-        raise ValueError(f"{description} must be {rule}, got: {_one_line(error)}") from error
+        raise ValueError(f"{description} must be {rule}, got: {one_line(error)}") from error
     if model is None:
         made = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
         raise ValueError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
@@ -187,7 +183,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ValueError(f"{weights} must hold the weights that {description.name} describes, got: {reason}") from error
     return model.eval()
 

@@ -33,6 +33,7 @@ from advmoe.moe.linear import MoELinear
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
+from advmoe.wording import few, one_line
 
 SAME = 1e-3
 """Largest difference of logits before and after, relative to the largest: grouped samples take other kernels, which
@@ -75,7 +76,7 @@ class ConvertedClassifier(Classifier):
                 chosen = {layer: len(choice) for layer, choice in routing.choices.items()}
                 wrong = [f"{name} with {chosen.get(i, 0)}" for i, name in enumerate(names) if chosen.get(i) != len(x)]
                 rule = "every MoE layer must make one choice per image (leave others plain: `to_moe(..., skip=...)`)"
-                raise ValueError(f"{rule}, got of {len(x)} images {_few(wrong)}")
+                raise ValueError(f"{rule}, got of {len(x)} images {few(wrong)}")
             return logits
 
 
@@ -206,10 +207,6 @@ def _words(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(word.strip() for word in words if word.strip())
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 # Which layers
 
 
@@ -288,7 +285,7 @@ def _require_matches(argument: str, patterns: Sequence[str], names: Sequence[str
     for pattern in patterns:
         if not any(_matching(name, [pattern]) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1)
-            there = f"did you mean {near[0]}?" if near else f"there are {_few(names) or 'none'}"
+            there = f"did you mean {near[0]}?" if near else f"there are {few(names) or 'none'}"
             kind = "Linear layers" if argument == "linear" else "layers to convert"
             raise ValueError(f"{argument} must name {kind} of the network ({there}), got {pattern!r}")
 
@@ -333,7 +330,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
     num_experts, router = settings["num_experts"], settings["router"]
     name = type(module).__name__
     if not conversion.converted:
-        listed = _few([f"{layer} ({reason})" for layer, reason in conversion.skipped.items()])
+        listed = few([f"{layer} ({reason})" for layer, reason in conversion.skipped.items()])
         raise ValueError(f"module must have a Conv2d to convert, got {name} with {listed or 'none'}")
     image_router = None
     if router != "layer":
@@ -441,8 +438,7 @@ def _logits(model: nn.Module, example: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]), evaluating(model), torch.no_grad():
             logits = model(example.to(device, dtype))
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"module must take images {shape} without an error, got {text}") from error
+        raise ValueError(f"module must take images {shape} without an error, got {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(example):
         raise ValueError(f"module must make logits (N, K) of images {shape}, got {_shown(logits)}")
     return logits

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from advmoe.report.drawing import INK, LINES, PAPER
+from advmoe.report.drawing import EXPERTS, INK, LIGHT, PAPER
 from advmoe.report.html import Html, element, joined
 from advmoe.report.results import Arrays
 from advmoe.report.tables import percent
 from advmoe.report.words import of_threat
 
 _Pixels = np.ndarray[Any, Any]
-_LIGHT = {"#E69F00", "#56B4E9", "#CC79A7"}
 _IN_A_ROW = 20
 """MoE layers: more would be too small to read on a phone."""
 
@@ -122,8 +121,8 @@ def _strip(before: _Pixels, after: _Pixels, layers: range) -> Html:
 
 
 def _cell(column: int, row: int, expert: int, *, framed: bool) -> Html:
-    colour = LINES[expert % len(LINES)]
-    ink = INK if colour in _LIGHT else PAPER
+    colour = EXPERTS[expert % len(EXPERTS)]
+    ink = INK if colour in LIGHT else PAPER
     x, y = 12 * column + 1, 14 * row + 1
     frame = {"stroke": "currentColor", "stroke_width": "1.8"} if framed else {}
     box = element("rect", x=x, y=y, width=10, height=11, rx=1.5, fill=colour, **frame)

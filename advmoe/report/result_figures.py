@@ -17,6 +17,7 @@ from advmoe.report.drawing import (
     GREEN,
     GREY,
     INK,
+    LIGHT,
     LINES,
     MARKS,
     ORANGE,
@@ -27,18 +28,14 @@ from advmoe.report.drawing import (
     drawn,
     require_fields,
 )  # fmt: skip
+from advmoe.report.words import CATEGORIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CATEGORIES = {
-    "both_survive": ("1 both survive", GREEN, PAPER),
-    "only_routing_fails": ("2 only routing fails", SKY, INK),
-    "only_prediction_fails": ("3 only prediction fails", ORANGE, INK),
-    "both_fail": ("4 both fail", VERMILION, PAPER),
-}
-"""Category: title, colour of its bar, colour of the number in it."""
+_COLOURS = dict(zip(CATEGORIES, (GREEN, SKY, ORANGE, VERMILION), strict=True))
+"""Of the categories' bars."""
 
 
 def sweep_figure(result: Mapping[str, Any], path: str | Path) -> None:
@@ -156,13 +153,14 @@ def _category_bars(axes: Axes, dissection: Mapping[str, Any]) -> None:
     bars = {label: shares for label, shares in bars.items() if shares is not None}
     rows = list(reversed(list(bars.values())))
     left = [0.0] * len(bars)
-    for name, (title, colour, ink) in _CATEGORIES.items():
+    for name, title in CATEGORIES.items():
+        colour = _COLOURS[name]
         widths = [100 * shares[name] for shares in bars.values()]
         numbers = " / ".join(f"{100 * shares[name]:.1f} %" for shares in rows)
         drawn = axes.barh(list(bars), widths, left=left, color=colour, label=f"{title}: {numbers}", edgecolor="white")
         # A narrow part's number stands in the legend alone.
         inside = [f"{width:.1f}" if width >= 6 else "" for width in widths]
-        axes.bar_label(drawn, inside, label_type="center", color=ink, fontsize=9)
+        axes.bar_label(drawn, inside, label_type="center", color=INK if colour in LIGHT else PAPER, fontsize=9)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     title = "What survived the attack" + (" (all / right clean)" if len(bars) == 2 else "")
     axes.set(title=title, xlabel="images (%)", xlim=(0, 100))

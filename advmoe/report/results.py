@@ -5,6 +5,7 @@ Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` clas
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -31,6 +32,9 @@ _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
     "adversarial_confidence", "clean_pathway", "adversarial_pathway", "num_experts", "classes", "attack", "norm", "eps",
 )  # fmt: skip
+
+_BATCH = 250
+"""Images that `advmoe evaluate` attacks at once, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class Run:
         words = ["--attacks", ",".join(attacks)] if attacks else []
         words += [] if count is None else ["--num-examples", str(count)]
         threat, attack = found.get("threat") or {}, dict(found.get("attack") or {})
-        seed = attack.pop("seed", None)
+        seed, size = attack.pop("seed", None), attack.pop("batch_size", None)
         for group, fields in (("threat", threat), ("attack", attack)):
             for name, value in fields.items():
                 if not _same(value, self.field(group, name)):
@@ -168,6 +172,10 @@ class Run:
                     words += [f"--{group}.{name}", str(shown)]
         if seed not in (None, self.field("training", "seed")):
             words += ["--seed", str(seed)]
+        if size not in (None, _BATCH):
+            words += ["--batch-size", str(size)]
+        if failed := [str(each["name"]) for each in found.get("checks") or () if not each.get("passed")]:
+            words += ["--allow", ",".join(failed)]
         return "".join(f" {shlex.quote(word)}" for word in words)
 
 
@@ -226,13 +234,22 @@ def _load_run(path: Path, label: str) -> Run:
         sweep=_json(path / "sweep.json"),
         dissection=_json(path / "dissection.json"),
         pathways=_json(path / "pathways.json"),
-        gallery=load_gallery(path / GALLERY),
+        gallery=_current_gallery(path),
     )
 
 
 def with_gallery(run: Run, reason: str | None = None) -> Run:
     """The run with the gallery that lies in its directory now; `reason`: why there is none."""
-    return replace(run, gallery=load_gallery(run.path / GALLERY), no_gallery=reason)
+    return replace(run, gallery=_current_gallery(run.path), no_gallery=reason)
+
+
+def _current_gallery(path: Path) -> Arrays | None:
+    """The gallery in a run directory; None where there is none, or one of other weights than are there now."""
+    found, weights = load_gallery(path / GALLERY), path / "model.safetensors"
+    if found is None or not weights.is_file():
+        return found
+    with weights.open("rb") as file:
+        return found if found["weights"] == hashlib.file_digest(file, "sha256").hexdigest() else None
 
 
 def load_gallery(path: Path) -> Arrays | None:
@@ -242,6 +259,7 @@ def load_gallery(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
+            arrays["weights"] = file["weights"] if "weights" in file else np.array("")  # of a gallery made long ago
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
     lengths = {arrays[name].shape[:1] for name in _ARRAYS[:10]}

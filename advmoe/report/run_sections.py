@@ -18,13 +18,8 @@ from advmoe.report.results import Run
 from advmoe.report.sections import Part, Section, section
 from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
 
-_LOSSES = {"ce": "cross-entropy", "kl": "KL(clean || adversarial)"}
-_CATEGORIES = {
-    "both_survive": "1 both survive",
-    "only_routing_fails": "2 only routing fails",
-    "only_prediction_fails": "3 only prediction fails",
-    "both_fail": "4 both fail",
-}
+_LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
+"""Terms of the loss, which are logged as they are added up, with their weights."""
 
 
 def run_section(run: Run, album: Album, number_: int, *, alone: bool) -> Section:
@@ -169,7 +164,7 @@ def _losses(run: Run, album: Album) -> Content:
                     series.setdefault(shown, []).append({"x": at, "y": value})
     if not series:
         return None
-    return _lines(run, album, series, "losses", "Training losses", "epoch", "loss (nats)")
+    return _lines(run, album, series, "losses", "Training losses", "epoch", "loss term, as weighted (nats)")
 
 
 def _validation(run: Run, album: Album) -> Content:
@@ -239,9 +234,8 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
         f"right clean (n = {found['num_clean_correct']})": found["categories_of_clean_correct"],
         f"all images (n = {found['num_examples']})": found["categories"],
     }
-    shares = {
-        row: {title: each[key] for key, title in _CATEGORIES.items()} for row, each in rows.items() if each is not None
-    }
+    titles = words.CATEGORIES.items()
+    shares = {row: {title: each[key] for key, title in titles} for row, each in rows.items() if each is not None}
     changed = {str(layer): {"changed": {"y": 100 * rate}} for layer, rate in enumerate(found["flip_rate"])}
     loads = {
         f"expert {expert}, {kind}": [layer[expert] for layer in found["load"][kind]]

@@ -47,10 +47,10 @@ def study_section(study: Study, album: Album, number_: int) -> Section:
 def _about(found: Mapping[str, Any]) -> str:
     seeds = found.get("seeds") or []
     words = [f"Scale {found.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
-    if found.get("hardware"):
-        words.append(flat(found["hardware"]))
-    if found.get("threads") is not None:
-        words.append(f"{found['threads']} threads")
+    made = found.get("made_on") or {}
+    words += [flat(made[name]) for name in ("cpu", "device") if made.get(name)]
+    if made.get("threads"):
+        words.append(f"{' or '.join(map(str, made['threads']))} threads a process")
     if found.get("seconds") is not None:
         words.append(f"{seconds(found['seconds'])} in all")
     return f"{'; '.join(words)}."
@@ -211,7 +211,15 @@ def _runs(study: Study) -> Content:
 
 def _settings(found: Mapping[str, Any]) -> Content:
     rows = [(str(name), flat(value)) for name, value in (found.get("settings") or {}).items()]
-    rows += [(name, flat(found[name])) for name in ("versions", "hardware", "created") if found.get(name)]
-    if not rows:
-        return None
-    return element("details", element("summary", "Settings, versions, hardware"), pairs("What all runs share", rows))
+    given: Mapping[str, Any] = found.get("shown_by") or {}
+    parts = {
+        "What all runs share": rows,
+        "What runs and measurements were made on": _rows(found.get("made_on") or {}),
+        "What this was put together by": _rows({**given, "created": found.get("created")}),
+    }
+    shown = [pairs(title, each) for title, each in parts.items() if each]
+    return element("details", element("summary", "Settings, versions, hardware"), shown) if shown else None
+
+
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name).replace("_", " "), flat(value)) for name, value in found.items() if value]

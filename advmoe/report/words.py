@@ -8,6 +8,14 @@ from typing import Any
 
 from advmoe.report.tables import DASH, number, percent
 
+CATEGORIES = {
+    "both_survive": "1 both survive",
+    "only_routing_fails": "2 only routing fails",
+    "only_prediction_fails": "3 only prediction fails",
+    "both_fail": "4 both fail",
+}
+"""Titles of a dissection's categories."""
+
 
 def radius(eps: float, norm: str) -> str:
     """An attack's radius, as `--eps` takes it: of 255 in l-inf, as in 8/255."""

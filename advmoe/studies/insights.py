@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import (
@@ -22,7 +23,6 @@ from advmoe.studies.results import (
 )
 from advmoe.studies.scales import Scale
 from advmoe.studies.shared import (
-    BAR_PARTS,
     MEASURED,
     RA_LABEL,
     compared,
@@ -86,16 +86,16 @@ def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[d
         runs = [found for run in row.by_seed.values() if (found := run.found("dissection")) is not None]
         for attack in dict.fromkeys(name for found in runs for name in found):
             each = [found[attack]["categories"] for found in runs]
-            mean = {part: sum(one[part] for one in each) / len(each) for part in BAR_PARTS}
+            mean = {part: sum(one[part] for one in each) / len(each) for part in CATEGORIES}
             name = f"{row.labels['method']}: {attack}"
-            shares[name] = {title: mean[part] for part, title in BAR_PARTS.items()}
+            shares[name] = {title: mean[part] for part, title in CATEGORIES.items()}
             rows.append({
                 "method": row.labels["method"], "attack": attack, "n": len(each),
                 **{part: 100 * share for part, share in mean.items()},
                 "model": 100 * (mean["both_survive"] + mean["only_routing_fails"]),
                 "routers": 100 * (mean["both_survive"] + mean["only_prediction_fails"]),
             })  # fmt: skip
-    heads = {"method": "Method", "attack": "Attack", "n": "Seeds", **{k: f"{v} %" for k, v in BAR_PARTS.items()}}
+    heads = {"method": "Method", "attack": "Attack", "n": "Seeds", **{k: f"{v} %" for k, v in CATEGORIES.items()}}
     heads |= {"model": "model robust (1 + 2) %", "routers": "routers robust (1 + 3) %"}
     better = {"model": "higher", "routers": "higher"}
     columns = [{"key": key, "title": head, "better": better.get(key)} for key, head in heads.items()]

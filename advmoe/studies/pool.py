@@ -72,6 +72,7 @@ class _Worker:
 class _Pool:
     def __init__(self, jobs: int, threads: int, accelerator: str, logs: Path) -> None:
         self.jobs, self.settings, self.logs = jobs, (threads, accelerator), logs
+        self.cards = _cards(accelerator)
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[_Worker] = []
 
@@ -121,7 +122,8 @@ class _Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
         ours, theirs = self.context.Pipe()
         number = min(set(range(self.jobs)) - {each.number for each in self.workers})
-        arguments = (theirs, os.getpid(), self.logs / f"worker-{number}.log", number, *self.settings)
+        card = self.cards[number % len(self.cards)] if self.cards else None
+        arguments = (theirs, os.getpid(), self.logs / f"worker-{number}.log", card, *self.settings)
         process = self.context.Process(target=_work, args=arguments, daemon=False)
         process.start()
         theirs.close()
@@ -148,20 +150,32 @@ def _cause(error: str) -> str:
     return error.removeprefix("skipped, as what it needs failed: ")
 
 
-def _work(pipe: Connection, parent: int, log: Path, number: int, threads: int, accelerator: str) -> None:
-    """Do the tasks that come through `pipe` and answer each with None or what went wrong, in one line."""
+def _cards(accelerator: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees; none where the CPU computes."""
+    if accelerator == "cpu":
+        return []
+    import torch
+
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (names or [str(number) for number in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
+def _work(pipe: Connection, parent: int, log: Path, card: str | None, threads: int, accelerator: str) -> None:
+    """Do the tasks that come through `pipe` and answer each with None or what went wrong, in one line. `card`: the
+    one GPU that this process is to see.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    if card is not None:  # not a matter of `set_device`: whoever asks for one device gets the first that is seen
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
     import torch
 
     from advmoe.studies.work import do
 
     torch.set_num_threads(threads)
-    if (gpus := torch.cuda.device_count()) > 1 and accelerator != "cpu":
-        torch.cuda.set_device(number % gpus)
     while True:
         try:
             task: Task = pipe.recv()

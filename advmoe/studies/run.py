@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, merged, require
-from advmoe.files import require_writable, write_text
+from advmoe.files import read_object, require_writable, write_text
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
 from advmoe.studies.pool import Told, run_tasks
@@ -111,8 +112,9 @@ class Session:
 
     @property
     def home(self) -> Path:
-        """The study's folder."""
-        return self.options.root / f"{self.study.name}-{self.scale.name}"
+        """The study's folder; a part of the study has its own, and leaves what the whole one found."""
+        part = re.sub(r"[^\w+.-]+", "_", "".join(f"-{word}" for word in self.options.only))
+        return self.options.root / f"{self.study.name}-{self.scale.name}{part}"
 
 
 def _require_free(study: Study, overrides: Settings) -> None:
@@ -186,16 +188,16 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
             "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
         })  # fmt: skip
     seconds = math.fsum(_seconds(task) or 0.0 for task in session.planner.tasks(rows).values())
-    cuda = torch.cuda.is_available() and options.accelerator != "cpu"
-    made = describe(name="", seed=0, device=torch.device("cuda" if cuda else "cpu"), devices=1, command=None)
+    shown = describe(name="", seed=0, device=torch.device("cpu"), devices=1, command=None)
     content = {
         "study": session.study.name, "title": session.study.title, "shows": session.study.shows,
         "scale": session.scale.name, "seeds": list(session.planner.seeds), "tables": list(outcome.tables),
         "figures": drawn, "claims": list(outcome.claims), "notes": notes, "runs": _runs(session, rows),
         "settings": merged(session.scale.base, session.options.overrides),
-        "command": shlex.join(options.command or ()) or None, "seconds": round(seconds, 1), "threads": options.threads,
-        "hardware": {name: made[name] for name in ("cpu", "device", "platform")}, "versions": made["versions"],
-        "git_commit": made["git_commit"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(options.command or ()) or None, "seconds": round(seconds, 1),
+        "made_on": _made_on(session.planner.tasks(rows).values()),
+        "shown_by": {name: shown[name] for name in ("versions", "git_commit")},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     write_text(home / "study.json", json.dumps(content, indent=1) + "\n")
     return content
@@ -217,11 +219,27 @@ def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
     return found
 
 
+def _made_on(tasks: Iterable[Task]) -> dict[str, list[Any]]:
+    """What the runs and their measurements were made with, each thing once: they may come from several machines."""
+    found: dict[str, dict[Any, None]] = {"cpu": {}, "device": {}, "threads": {}, "torch": {}, "git_commit": {}}
+    for noted in map(_noted, tasks):
+        for each in (noted, *noted.get("resumed", ())):
+            known = {**each, "torch": (each.get("versions") or {}).get("torch")}
+            for name, values in found.items():
+                if known.get(name) is not None:
+                    values[known[name]] = None
+    return {name: list(values) for name, values in found.items()}
+
+
 def _seconds(task: Task) -> float | None:
     """What a run or a measurement took, as was noted there when it was made."""
-    file, name = ("manifest.json", "wall_seconds") if isinstance(task, PlannedRun) else ("done.json", "seconds")
-    try:
-        seconds: float | None = json.loads((task.path / file).read_text()).get(name)
-    except (OSError, ValueError):
-        return None
+    seconds: float | None = _noted(task).get("wall_seconds" if isinstance(task, PlannedRun) else "seconds")
     return seconds
+
+
+def _noted(task: Task) -> dict[str, Any]:
+    """What a run or a measurement says of how it was made; nothing where it is not there."""
+    try:
+        return read_object(task.path / ("manifest.json" if isinstance(task, PlannedRun) else "done.json"))
+    except (OSError, ValueError):
+        return {}

@@ -107,7 +107,7 @@ def _show(scale: Scale, results: Results) -> Outcome:
     gap = Column("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
     shown = table("Changes to the recipe", results, ["method", "variant"], [validated, RA, WORST, gap, SA])
     groups = {
-        str(row.labels.get("variant") or row.labels["method"]): {
+        str(row.labels["variant"]) if row.labels["method"] == "AdvMoE" else named(row.labels): {
             column.title: point(row, column.value, 0) for column in (RA, WORST)
         }
         for row in results
@@ -134,11 +134,16 @@ def _show(scale: Scale, results: Results) -> Outcome:
             verdicts.append(verdict(name, compared))
     statement = f"The recipe best on validation images ({label}) is more robust than AT (S-Dense)."
     said = {each["measure"]: each["verdict"] for each in verdicts}
-    note = f"The best recipe by validation: {label}. "
-    note += {
-        "holds": "In the worst case it is above AT (S-Dense) at this size.",
-        "does not hold": "In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
-    }.get(said.get("worst case", ""), "In the worst case it is not told apart from AT (S-Dense) at this size.")
+    note = f"The best recipe by validation: {label}."
+    if said:
+        note += (
+            " "
+            + {
+                "holds": "In the worst case it is above AT (S-Dense) at this size.",
+                "does not hold": "In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
+                "undecided": "In the worst case it is not told apart from AT (S-Dense) at this size.",
+            }[said["worst case"]]
+        )
     source = "beyond the paper"
     return Outcome(
         tables=[shown], figures=[figure], claims=[claim("worst-case-recipe", statement, verdicts, source)], notes=[note]

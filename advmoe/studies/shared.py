@@ -24,10 +24,6 @@ from advmoe.studies.spec import Figure, Measure, Row, Run
 MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
 """How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""
 RA_LABEL = "robust accuracy under PGD (%)"
-BAR_PARTS = {
-    "both_survive": "1 both survive", "only_routing_fails": "2 only routing fails",
-    "only_prediction_fails": "3 only prediction fails", "both_fail": "4 both fail",
-}  # fmt: skip
 
 
 def named(labels: Mapping[str, Any]) -> str:

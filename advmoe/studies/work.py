@@ -5,17 +5,14 @@ A task whose result is there already is not done again; of two processes that wa
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from advmoe.config import Config
-from advmoe.files import write_arrays, write_text
+from advmoe.files import held, write_arrays, write_text
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 
@@ -23,22 +20,13 @@ def do(task: Task, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
     # Measurements come after their run: several of one may be made at the same time.
     run = task.run if isinstance(task, PlannedMeasure) else task
-    with _held(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
+    with held(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):
             _measure(task, threads=threads, accelerator=accelerator)
         else:
             _train(task, threads=threads, accelerator=accelerator)
-
-
-@contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Inside, no other process works on the same task; the system lets go of the lock of a process that is killed."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
@@ -59,8 +47,20 @@ def _measure(task: PlannedMeasure, *, threads: int, accelerator: str) -> None:
     task.path.mkdir(parents=True, exist_ok=True)
     _MEASURES[task.kind](task, threads, accelerator)
     settings = {"kind": task.kind, "options": task.options, "against": task.against and task.against.key}
-    done = {**settings, "threads": threads, "seconds": round(time.perf_counter() - started, 3)}
+    seconds = round(time.perf_counter() - started, 3)
+    done = {**settings, **_here(accelerator), "threads": threads, "seconds": seconds}
     write_text(task.path / "done.json", json.dumps(done, indent=2) + "\n")
+
+
+def _here(accelerator: str) -> dict[str, Any]:
+    """What the numbers of this process depend on besides its settings."""
+    import torch
+
+    from advmoe.training.manifest import describe
+
+    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    made = describe(name="", seed=0, device=device, devices=1, command=None)
+    return {name: made[name] for name in ("cpu", "device", "versions", "git_commit")}
 
 
 def _overrides(task: PlannedMeasure) -> dict[str, dict[str, Any]]:

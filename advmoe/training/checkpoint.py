@@ -7,7 +7,6 @@ damage visible.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from advmoe.files import read_object, sync, write_text
+from advmoe.files import checksum, read_object, sync, write_text
 from advmoe.models.state import savable
 
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
@@ -41,11 +40,6 @@ class Checkpoint:
     more: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) -> None:
     """Write `checkpoint` to `folder`; what stood there moves to `<folder>-previous` (or goes, without `keep_previous`).
 
@@ -60,33 +54,49 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
     if checkpoint.more:
         save_file(savable(checkpoint.more), fresh / _MORE)
         names.append(_MORE)
-    write_text(fresh / "checksums.json", json.dumps({name: _checksum(fresh / name) for name in names}))
+    write_text(fresh / "checksums.json", json.dumps({name: checksum(fresh / name) for name in names}))
     for name in names:
         sync(fresh / name)
     if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.replace(previous)
+        if previous.exists() and not _is_sound(folder):  # then what stands under the other name is what counts
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.replace(previous)
     fresh.replace(folder)
     sync(folder.parent)
     if not keep_previous:
         shutil.rmtree(previous, ignore_errors=True)
 
 
-def load(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
+def _is_sound(folder: Path) -> bool:
+    try:
+        _verified(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def _verified(folder: Path) -> dict[str, str]:
+    """The checksums of the files in `folder`, which are right. Raises `DamagedCheckpoint` else."""
     try:
         expected: dict[str, str] = read_object(folder / "checksums.json")
     except OSError as error:
         raise DamagedCheckpoint(f"{folder / 'checksums.json'} must be readable, got: {error}") from error
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
-    more = _MORE in expected
-    for name in (*_FILES, *[_MORE] * more):
+    for name in (*_FILES, *[_MORE] * (_MORE in expected)):
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} must exist, got nothing")
-        if (found := _checksum(path)) != expected.get(name):
+        if (found := checksum(path)) != expected.get(name):
             raise DamagedCheckpoint(f"{path} must have checksum {expected.get(name)}, got {found}: it is damaged")
+    return expected
+
+
+def load(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
+    more = _MORE in _verified(folder)
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     remembered = load_file(folder / _MORE) if more else {}
     return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"], remembered)

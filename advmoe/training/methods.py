@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from advmoe.config import Method, TrainingConfig
@@ -91,6 +92,10 @@ def parts_of(model: nn.Module) -> dict[Part, list[nn.Parameter]]:
     return {"experts": [p for p in psi if id(p) not in known], "routers": phi, "scores": scores}
 
 
+def _is_batch_norm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 @contextmanager
 def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[None]:
     """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
@@ -104,7 +109,15 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
     parts = parts_of(model)
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
     modules = list(model.modules())
-    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in modules if _is_batch_norm(module)]
+
+    def fixed(module: nn.Module) -> bool:
+        return not record or part == ("experts" if id(module) in router_modules else "routers")
+
+    # What moves its buffers in its own way (instance norms, spectral norms) gets them back.
+    moving = (module for module in modules if not _is_batch_norm(module) and fixed(module))
+    others = [buffer for module in moving for buffer in module.buffers(recurse=False)]
+    kept = [buffer.clone() for buffer in others]
     modes = [module.training for module in modules]
     wanted = [(p, p.requires_grad) for parameters in parts.values() for p in parameters]
     recording = [norm.track_running_stats for norm in norms]
@@ -113,8 +126,7 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
         parameter.requires_grad_(needs and id(parameter) not in still)
     model.train()
     for norm in norms:
-        fixed = "experts" if id(norm) in router_modules else "routers"
-        norm.track_running_stats = record and part != fixed
+        norm.track_running_stats = not fixed(norm)
     try:
         yield
     finally:
@@ -124,3 +136,6 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
             parameter.requires_grad_(needs)
         for norm, records in zip(norms, recording, strict=True):
             norm.track_running_stats = records
+        with torch.no_grad():
+            for buffer, value in zip(others, kept, strict=True):
+                buffer.copy_(value)

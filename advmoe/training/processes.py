@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 
 def _averaged(fabric: Fabric, tensors: list[Tensor]) -> list[Tensor]:
+    if not tensors:  # a network without buffers
+        return []
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     mean = fabric.all_reduce(flat, reduce_op="mean")
     assert isinstance(mean, Tensor)
@@ -45,6 +47,6 @@ def total(fabric: Fabric, tensor: Tensor) -> Tensor:
     """Sum over processes."""
     if fabric.world_size == 1:
         return tensor
-    reduced = fabric.all_reduce(tensor, reduce_op="sum")
+    reduced = fabric.all_reduce(tensor.clone(), reduce_op="sum")  # which is done in place
     assert isinstance(reduced, Tensor)
     return reduced

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +19,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
-from advmoe.files import require_writable, write_text
+from advmoe.evaluation.harness import threads_set
+from advmoe.files import hold, require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown
@@ -28,6 +31,7 @@ from advmoe.training.board import Board, examples, require_tensorboard
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
+from advmoe.wording import one_line
 
 
 def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board | None = None) -> None:
@@ -50,11 +54,11 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
                 measured = trainer.validate()
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
-            best = progress["best"]
-            better = best is None or score is None or score >= best["score"]
+            known = progress["best"]
+            better = known is None or score is None or score >= known["score"]
             progress = {
                 "epoch": epoch + 1,
-                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
+                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else known,
                 "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
             }
             if fabric.is_global_zero:
@@ -66,7 +70,8 @@ def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board 
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
                 fabric.barrier()
-                leave(phase, trainer, run, checkpoints.load(run_dir / "best").weights)
+                best = checkpoints.load_latest(run_dir / "best") or checkpoints.load(run_dir / "best")
+                leave(phase, trainer, run, best.weights)
                 phase = phase_at(plan, epoch + 1)
                 trainer = enter(phase, run)
                 progress["best"] = None
@@ -94,7 +99,11 @@ def _begin(
     phase = phase_at(plan, progress["epoch"])
     trainer = enter(phase, run)
     if found is not None:
-        trainer.restore(found)
+        try:
+            trainer.restore(found)
+        except (RuntimeError, ValueError) as error:
+            rule = "hold weights of the model that its config.yaml, and --model, describe"
+            raise ValueError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
     if run.fabric.is_global_zero:
         logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
         if board is not None:
@@ -182,33 +191,68 @@ class _Launch:
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """One process of a run, of which the first shows how far it is."""
-    torch.set_num_threads(threads)
-    with shown(fabric.is_global_zero):
-        _train(fabric, launch)
+    with threads_set(threads), shown(fabric.is_global_zero), ExitStack() as alone:
+        _train(fabric, launch, alone)
 
 
-def _train(fabric: Fabric, launch: _Launch) -> None:
-    """What each process does. The directory is made once data and model are known to be good."""
+def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
+    """What each process does. The directory is made once data and model are known to be good; while `alone` is open
+    no other run fills it.
+    """
     config, folder = launch.config, launch.run_dir
+    if fabric.is_global_zero and not launch.fresh:
+        _claim(folder, alone)
     dataset = load_data(config)
+    _require_shares(config, dataset, fabric.world_size)
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
+    described = manifests.describe(
+        name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
+        command=launch.command,
+    )  # fmt: skip
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
-        described = manifests.describe(
-            name=launch.name,
-            seed=config.training.seed,
-            device=fabric.device,
-            devices=fabric.world_size,
-            command=launch.command,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        manifests.write(folder, described)
+        _claim(folder, alone)
+        _require_empty(folder)
+        manifests.write(folder, described | {"accelerator": launch.accelerator})
         config.dump(folder / "config.yaml")
+    elif fabric.is_global_zero:
+        _note_resumption(folder, described)
     fabric.barrier()
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
     fit(trainer, folder, manifests.read(folder), board)
+
+
+def _claim(folder: Path, alone: ExitStack) -> None:
+    """Make `folder` this process's, as long as `alone` is open. Raises `ValueError` where another one has it."""
+    descriptor = hold(folder, folder=True)
+    if descriptor is None:
+        raise ValueError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
+    alone.callback(os.close, descriptor)
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(folder)!r}")
+
+
+def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
+    """Raise `ValueError` where the images make no batches of equal shares, of two images a process at least."""
+    size = min(config.training.batch_size, len(dataset.train))
+    if size % devices or size // devices < 2:
+        rule = f"make batches that {devices} processes share equally, of >= 2 images each"
+        raise ValueError(
+            f"the training images (data.train_examples, data.val_fraction) must {rule}, got {size} a batch"
+        )
+
+
+def _note_resumption(folder: Path, described: dict[str, Any]) -> None:
+    """Have the manifest tell what the run went on with, where that may be other than what it began with."""
+    manifest = manifests.read(folder)
+    names = ("versions", "platform", "cpu", "device", "devices", "threads", "git_commit", "started")
+    earlier = manifest.get("resumed") or []
+    manifests.write(folder, manifest | {"resumed": [*earlier, {name: described[name] for name in names}]})
 
 
 def load_data(config: Config) -> Dataset:
@@ -231,8 +275,10 @@ def _start(launch: _Launch) -> Path:
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
-    if launch.accelerator == "cuda" and torch.cuda.device_count() < devices:
-        raise ValueError(f"devices must be <= the {torch.cuda.device_count()} CUDA devices present, got {devices!r}")
+    present = torch.cuda.device_count()
+    if present < devices and (launch.accelerator == "cuda" or (launch.accelerator == "auto" and present)):
+        rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
+        raise ValueError(f"devices must be {rule}, got {devices!r}")
     require_writable("run_dir", launch.run_dir)
     fabric = Fabric(
         accelerator=launch.accelerator,
@@ -290,8 +336,7 @@ def train(
     for a NaN or infinite loss.
     """
     run_dir = Path(run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(run_dir)!r}")
+    _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()
     return _start(
@@ -304,11 +349,12 @@ def resume(
     *,
     source: str | None = None,
     devices: int | None = None,
-    accelerator: str = "auto",
+    accelerator: str | None = None,
     threads: int | None = None,
     tensorboard: bool = False,
 ) -> Path:
-    """Continue the run in `run_dir` from its last sound checkpoint, by default with the processes and threads it had.
+    """Continue the run in `run_dir` from its last sound checkpoint, by default with the accelerator, processes and
+    threads that it began with.
 
     `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
     executed. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the weights
@@ -327,6 +373,7 @@ def resume(
         raise ValueError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    accelerator = accelerator or manifest.get("accelerator") or "auto"
     if tensorboard := tensorboard or (run_dir / "tensorboard").is_dir():
         require_tensorboard()
     name, command = manifest["name"], manifest["command"]

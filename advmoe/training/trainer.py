@@ -30,7 +30,7 @@ from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import shown
 from advmoe.pruning import adopt, compact, expand
-from advmoe.seeding import generator_for
+from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage
 from advmoe.training.awp import perturbed
@@ -49,6 +49,7 @@ from advmoe.training.objectives import (
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.schedule import cosine
+from advmoe.wording import one_line
 
 
 class TrainingDiverged(RuntimeError):
@@ -96,6 +97,7 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
         raise ValueError(f"model.source {source}: {error}") from error
     if (classes := model.spec["num_classes"]) != dataset.num_classes:
         raise ValueError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
+    _require_train_mode(model, example, source)
     t = config.training
     reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
     if method in ROUTED_METHODS:
@@ -104,6 +106,18 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
         rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
         raise ValueError(f"model.source must be {rule}, got {source!r} without")
     return model
+
+
+def _require_train_mode(model: Classifier, example: Tensor, source: str | None) -> None:
+    """Some networks make more than logits in train mode, or fail in it. Raises `ValueError` for these."""
+    rule = f"model.source {source}: module must make logits (N, K) in train mode too"
+    try:
+        with torch.no_grad(), learning(model, "all", record=False):
+            made = model(example)
+    except Exception as error:
+        raise ValueError(f"{rule}, got {one_line(error)}") from error
+    if not isinstance(made, Tensor) or made.shape != (len(example), model.spec["num_classes"]):
+        raise ValueError(f"{rule}, got {tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__}")
 
 
 @dataclass
@@ -192,7 +206,8 @@ class Trainer:
             if level.part in ("all", part):
                 optimizer.step()
         means = dict(terms)
-        if self.config.training.precision == "32-true":  # an accuracy is reported in fp32 or not at all
+        # An accuracy is reported in fp32 or not at all, and a GPU's convolutions are TF32's.
+        if self.config.training.precision == "32-true" and x.device.type == "cpu":
             means["accuracy"] = (logits.argmax(1) == y).float().mean()
         self.means.add(level.part, means, len(y))
         return terms
@@ -226,7 +241,7 @@ class Trainer:
     def _perturbed(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> Iterator[None]:
         """The weights of `level`'s part moved against it by `training.awp` inside."""
         gamma = self.config.training.awp
-        if gamma == 0:
+        if gamma == 0 or level.part == "scores":  # of which there is no direction to perturb in: a number a channel
             yield
             return
         with learning(self.model, level.part, record=False):
@@ -251,7 +266,8 @@ class Trainer:
         variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
         varied = variation if self.config.data.augment else None
         self.use, self.means = LayerUse(), EpochMeans()
-        with closing(self.train_set.batches(shares, varied if self.perturbations is None else None)) as drawn:
+        drawing = self.train_set.batches(shares, varied if self.perturbations is None else None)
+        with self._layers_seeded(epoch), closing(drawing) as drawn:
             for step, run in enumerate(plan, epoch * len(plan)):
                 factor = cosine(step, t.epochs * len(plan))
                 for optimizer in self.optimizers.values():
@@ -266,6 +282,14 @@ class Trainer:
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
+
+    @contextmanager
+    def _layers_seeded(self, epoch: int) -> Iterator[None]:
+        """Inside, what layers draw by themselves (dropout) follows from the seed and the epoch."""
+        device = self.fabric.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed_for(self.config.training.seed, "layers", epoch, self.fabric.global_rank))
+            yield
 
     def _prepared(
         self, level: Level, index: Tensor, images: Tensor, varied: Variation | None, generator: torch.Generator

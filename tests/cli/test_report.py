@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from advmoe import cli
 from advmoe.config import Config
@@ -60,6 +61,15 @@ def test_a_trained_run_gets_its_gallery_once(trained, tmp_path):
     assert cli.main(["report", str(trained), "-o", str(tmp_path / "again.html")]) == 0
     assert (trained / "gallery.npz").stat().st_mtime_ns == made
     assert (tmp_path / "again.html").read_text().count('<li class="card">') == 8
+
+    # Of other weights than are there now it is no picture.
+    weights = load_file(trained / "model.safetensors")
+    save_file({name: value + 0 if value.is_floating_point() else value + 1 for name, value in weights.items()},
+              trained / "model.safetensors")  # fmt: skip
+    assert cli.main(["report", str(trained), "-o", str(tmp_path / "again.html"), "--no-gallery"]) == 0
+    assert '<li class="card">' not in (tmp_path / "again.html").read_text()
+    assert cli.main(["report", str(trained), "-o", str(tmp_path / "again.html")]) == 0
+    assert (trained / "gallery.npz").stat().st_mtime_ns > made
 
 
 def test_no_gallery_where_none_is_wanted(report, bare):

@@ -52,7 +52,15 @@ def test_planted_accuracies():
         "masking_gap": 0,
         "num_examples": 6,
         "threat": {"norm": "linf", "eps": 26 / 255},
-        "attack": {"steps": 20, "step_size": 0.02, "restarts": 2, "seed": 3},
+        "attack": {
+            "steps": 20,
+            "step_size": 0.02,
+            "restarts": 2,
+            "pathways": 32,
+            "queries": 25000,
+            "batch_size": 250,
+            "seed": 3,
+        },
     }
     assert all(check["passed"] for check in checks)
     assert report.pop("seconds") > 0
@@ -89,9 +97,11 @@ def test_examples_tell_what_became_of_each():
     [
         (["pgd-0"], r"attacks must be among pgd-STEPS.*routed, got 'pgd-0'"),
         (["autoatack"], "attacks must be among .*got 'autoatack'"),
+        (["autoattack:square+"], r"attacks must name parts of AutoAttack \(apgd-ce, .*\), got ''"),
         (["autoattack:apgd-ce+cube"], r"attacks must name parts of AutoAttack \(apgd-ce, .*\), got 'cube'"),
         (["pgd-5-soft"], "must not name soft routing for a model without MoE layers, got 'pgd-5-soft'"),
-        (["pgd-5-dlr"], "loss dlr must have at least 3 classes, got 2"),
+        (["pgd-5-dlr"], "attacks must not use the loss dlr for less than 3 classes, got 'pgd-5-dlr' for 2"),
+        (["autoattack:apgd-dlr"], "must not use the loss dlr for less than 3 classes, got 'autoattack:apgd-dlr' for 2"),
     ],
 )
 def test_an_attack_that_cannot_be_made_is_named(names, message):
@@ -287,3 +297,23 @@ def test_the_gap_is_measured_from_the_strongest_plain_pgd():
     assert masking_gap(found) == pytest.approx(0.4)  # nothing outlasts all
     assert masking_gap({name: found[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
     assert masking_gap({name: found[name] for name in ("clean", "pgd-50-margin")}) is None
+
+
+def test_what_is_measured_is_fp32_whichever_flags_are_set():
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    seen = []
+
+    class Watching(Threshold):
+        def forward(self, x):
+            seen.append((conv.fp32_precision, matmul.fp32_precision))
+            return super().forward(x)
+
+    try:
+        for precision in ("tf32", "ieee"):  # of these the second cannot be read by the older names
+            conv.fp32_precision, matmul.fp32_precision = precision, "tf32"
+            evaluate(Watching(), planted(), threat=THREAT, steps=1, step_size=0.2)
+            assert (conv.fp32_precision, matmul.fp32_precision) == (precision, "tf32")
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+    assert seen and all(each[1] == "ieee" and each[0] in ("ieee", "none") for each in seen)

@@ -25,6 +25,7 @@ def left(tmp_path):
     journal = Journal(tmp_path / "left")
     journal.open({"seed": 0}, resume=False)
     journal.put(TASK, RESULT)
+    journal.close()
     return tmp_path / "left"
 
 
@@ -32,6 +33,21 @@ def test_what_is_sound_is_continued(left):
     journal = Journal(left)
     assert journal.open({"seed": 0}, resume=True) == {"fingerprint": {"seed": 0}}
     assert journal.get(TASK) == RESULT
+
+
+def test_what_another_process_is_at_is_left_alone(left):
+    other = Journal(left)
+    assert other.open({"seed": 0}, resume=True)
+    for again in (True, False):
+        with pytest.raises(ValueError, match=r"out must be free of other evaluations, got .*: one is at work there"):
+            Journal(left).open({"seed": 1}, resume=again)
+    Journal(left).remove()
+    assert (left / TASK.file).exists()
+    other.close()
+    anew = Journal(left)
+    assert anew.open({"seed": 1}, resume=False) is None and anew.get(TASK) is None
+    anew.remove()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

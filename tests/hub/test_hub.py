@@ -90,6 +90,25 @@ def test_a_run_comes_back_as_a_run(run: Path, tmp_path: Path) -> None:
     assert not (folder / "evaluation.json").exists() and "Not evaluated" in (folder / "README.md").read_text()
 
 
+def test_places_of_this_machine_do_not_travel(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    values = Config.load(run / "config.yaml").to_dict()
+    values["data"] |= {"name": "folder", "root": "/home/somebody/clients/acme"}
+    values["training"] |= {"init_from": "~/runs/start"}
+    Config.from_dict(values).dump(other / "config.yaml")
+    manifest = json.loads((run / "manifest.json").read_text())
+    command = ["advmoe", "train", "--data.root", "/home/somebody/clients/acme", "--run-dir=/tmp/somewhere/run"]
+    (other / "manifest.json").write_text(json.dumps(manifest | {"command": command}))
+    folder = advmoe.save_pretrained(other, tmp_path / "saved")
+    for file in folder.iterdir():
+        assert b"somebody" not in file.read_bytes() and b"somewhere" not in file.read_bytes(), file
+    config = Config.load(folder / "config.yaml")
+    assert (config.data.root, config.training.init_from) == ("acme", "start")
+    found = json.loads((folder / "manifest.json").read_text())
+    assert found == manifest | {"command": ["advmoe", "train", "--data.root", "acme", "--run-dir=run"]}
+    assert "read from `acme`" in (folder / "README.md").read_text()
+
+
 def test_a_folder_of_other_things_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     for folder in (tmp_path, run, tmp_path / "README.md"):

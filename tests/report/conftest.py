@@ -205,7 +205,8 @@ def write_study() -> Callable[..., Path]:
         content = {
             "study": name, "title": f"The paper's {name}", "shows": "AdvMoE against AT.", "scale": "smoke",
             "seeds": [0, 1], "notes": ["Seed 1 is short."], "command": f"advmoe study {name}", "seconds": 5400.0,
-            "threads": 2, "hardware": {"cpu": "a processor", "device": "cpu"}, "versions": {"torch": "2.13.0"},
+            "made_on": {"cpu": ["a processor"], "device": ["cpu"], "threads": [2], "torch": ["2.13.0"]},
+            "shown_by": {"versions": {"torch": "2.13.0"}},
             "created": "2026-01-01T00:00:00", "settings": {"training": {"epochs": 2}},
             "tables": [{
                 "title": "Methods", "caption": "Mean and standard deviation.", "columns": [

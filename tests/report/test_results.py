@@ -85,11 +85,13 @@ def test_the_command_of_pathways(make_run):
 def test_commands_name_what_is_not_the_runs_own(make_run):
     changed = {
         "robust_accuracy": {"pgd-20": 0.5}, "num_examples": 10, "threat": {"norm": "l2", "eps": 0.5},
-        "attack": {"steps": 20, "step_size": 2 / 255, "restarts": 3, "seed": 7},
+        "attack": {"steps": 20, "step_size": 2 / 255, "restarts": 3, "pathways": 4, "batch_size": 20, "seed": 7},
+        "checks": [{"name": "pixels", "passed": True}, {"name": "determinism", "passed": False}],
     }  # fmt: skip
     run = loaded(make_run("other", evaluation=changed))
     options = "--attacks pgd-20 --num-examples 10 --threat.norm l2 --threat.eps 0.5 --attack.steps 20"
-    expected = f"advmoe evaluate {run.path} {options} --attack.restarts 3 --seed 7"
+    options += " --attack.restarts 3 --attack.pathways 4 --seed 7 --batch-size 20 --allow determinism"
+    expected = f"advmoe evaluate {run.path} {options}"
     assert commands(run)["accuracy under attack"] == expected
 
 

@@ -72,7 +72,7 @@ def test_training(load, album, parsed):
     assert page.texts("title") == ["Training losses", "Validation accuracy", "Share of the busiest expert"]
     losses, accuracies, busiest = page.texts("desc")
     assert "routers: cross-entropy: from 2 at 1 to 1 at 2." in losses
-    assert "experts: KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2." in losses
+    assert "experts: beta x KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2." in losses
     assert "accuracy" not in losses
     assert "clean: from 25.0 at 1 to 50.0 at 2. robust: from 12.5 at 1 to 25.0 at 2." in accuracies
     assert "from 0.75 (1, 0) to 1 (1, 1)" in busiest
@@ -84,7 +84,7 @@ def test_training_of_a_plain_model_shows_no_experts(load, album, parsed):
     assert page.texts("title") == ["Training losses", "Validation accuracy"]
     assert page.texts("desc")[0] == (
         "Lines of loss (nats) against epoch. cross-entropy: from 2 at 1 to 1 at 2. "
-        "KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2."
+        "beta x KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2."
     )
 
 

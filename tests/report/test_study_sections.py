@@ -24,7 +24,7 @@ def test_a_whole_section(shown):
     assert page.texts("h3") == ["Claims", "Tables", "Figures", "Notes", "Commands and settings"]
     assert page.texts("p")[:2] == [
         "AdvMoE against AT.",
-        "Scale smoke; seeds 0, 1; cpu a processor, device cpu; 2 threads; 1 h 30 min in all.",
+        "Scale smoke; seeds 0, 1; a processor; cpu; 2 threads a process; 1 h 30 min in all.",
     ]
     assert page.texts("code") == ["advmoe study table1"]
     assert page.texts("li")[-1] == "Seed 1 is short."
@@ -33,7 +33,7 @@ def test_a_whole_section(shown):
 def test_a_study_that_holds_nothing_yet(shown):
     page = shown(tables=[], figures=[], claims=[], notes=[], runs=[], command=None, shows=None, settings={})
     assert page.texts("h3") == ["Commands and settings"]
-    page = shown(name="empty", **dict.fromkeys(("seeds", "hardware", "threads", "seconds", "versions", "created")))
+    page = shown(name="empty", **dict.fromkeys(("seeds", "made_on", "shown_by", "seconds", "created")))
     assert "Scale smoke; seeds unknown." in page.texts("p")
 
 

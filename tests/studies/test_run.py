@@ -103,7 +103,9 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
     assert (content["study"], content["title"], content["scale"]) == ("tiny", "A tiny study", "smoke")
     assert content["seeds"] == [0] and content["command"] == "advmoe study tiny"
     assert content["settings"]["training"]["epochs"] == 2 and content["settings"]["threat"]["eps"] == 0.1
-    assert content["versions"]["torch"] and content["hardware"]["device"] == "cpu" and content["threads"] == 1
+    made = content["made_on"]
+    assert made["torch"] == [content["shown_by"]["versions"]["torch"]] and made["device"] == ["cpu"]
+    assert made["threads"] == [1] and len(made["git_commit"]) <= 1
 
     (shown,) = content["tables"]
     assert [row["method"] for row in shown["rows"]] == ["AT (S-Dense)", "router-robustified MoE"]
@@ -185,6 +187,8 @@ def test_a_plan_holds_later_stages_once_the_earlier_are_finished(done, tmp_path)
     fresh = plan_study("tiny", options(tmp_path / "new", seeds=2))
     assert [task.state() for task in fresh.values()] == ["missing"] * 4 and not (tmp_path / "new").exists()
     assert key(content, DENSE) in fresh  # the same run, wherever it will lie
+    part = options(root, only=["s-dense", "N = 2+r = 0.5"])
+    assert Session(STUDIES["tiny"], part).home == root / "tiny-smoke-s-dense-N_2+r_0.5"  # beside the whole one's
     kept = plan_study("tiny", options(root, only=["s-dense"]))
     assert list(kept) == [name for name in tasks if name.split("/")[0] == key(content, DENSE)]
 

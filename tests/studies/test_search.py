@@ -60,6 +60,19 @@ def test_the_best_are_trained_together_and_the_baseline_gets_what_helps_any_netw
     assert SECOND(scale, Results(rows[:1])) == SECOND(scale, Results()) == []
 
 
+def test_the_figure_tells_a_recipe_from_the_baseline_that_has_it_too(made):
+    rows = [
+        made(None, 0.3, LOW, method="AT (S-Dense)"), made(BASE, 0.4, MIDDLE), made("EMA", 0.5, HIGH),
+        made("EMA", 0.3, MIDDLE, method="AT (S-Dense)"),
+    ]  # fmt: skip
+    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows))
+    (figure,) = outcome.figures
+    shown = {group: round(values["RA PGD %"]["y"]) for group, values in figure.data.items()}
+    assert shown == {"AT (S-Dense)": 0, BASE: 50, "EMA": 100, "AT (S-Dense), EMA": 50}
+    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows[1:3]))  # --only: nothing to compare with
+    assert outcome.notes == ["The best recipe by validation: EMA."]
+
+
 @pytest.mark.parametrize(("name", "start"), [("smoke", None), ("cpu", "independent start"), ("paper", "shared start")])
 def test_every_change_changes_something(name, start):
     baseline, base, *changed = FIRST(scale_named(name), Results())

@@ -1,6 +1,7 @@
 """Checkpoints: written whole, verified when read, damage named."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ def test_a_kill_at_either_rename_leaves_a_sound_checkpoint(tmp_path, monkeypatch
     assert checkpoints.load_latest(tmp_path / "last").progress["epoch"] == 3
 
 
+@pytest.mark.parametrize("survived", [0, 1])
+def test_a_kill_after_a_damaged_checkpoint_leaves_the_sound_one(tmp_path, monkeypatch, survived):
+    for value in (1, 2):
+        checkpoints.save(tmp_path / "last", _checkpoint(value))
+    (tmp_path / "last" / "state.pt").write_bytes(b"damaged")
+    real, renames = Path.replace, []
+
+    def killed(self, target):
+        if self.is_dir():
+            renames.append(target)
+            if len(renames) > survived:
+                raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with suppress(KeyboardInterrupt):
+        checkpoints.save(tmp_path / "last", _checkpoint(3))
+    monkeypatch.undo()
+    assert checkpoints.load(tmp_path / "last-previous").progress["epoch"] == 1
+    assert (tmp_path / "last").exists() == (survived == 1)
+
+
 def test_opening_a_checkpoint_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -95,7 +118,7 @@ def test_opening_a_checkpoint_runs_no_code(tmp_path):
 
     checkpoints.save(tmp_path / "last", _checkpoint(1))
     torch.save({"optimizers": [Evil()], "progress": {}}, tmp_path / "last" / "state.pt")
-    sums = {name: checkpoints._checksum(tmp_path / "last" / name) for name in ("model.safetensors", "state.pt")}
+    sums = {name: checkpoints.checksum(tmp_path / "last" / name) for name in ("model.safetensors", "state.pt")}
     (tmp_path / "last" / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
         checkpoints.load(tmp_path / "last")

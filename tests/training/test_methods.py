@@ -4,9 +4,12 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from advmoe.config import Method, TrainingConfig
 from advmoe.models import create_model, split_parameters
+from advmoe.models.convert import to_moe
 from advmoe.moe import routers_of
 from advmoe.training.methods import METHODS, Level, epoch_plan, learning, levels_of, parts_of
 from advmoe.training.objectives import trades
@@ -206,3 +209,21 @@ def test_scores_learn_under_weights_that_are_fixed_and_statistics_that_are_not(m
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     statistics = {name for name in before if "running_" in name or "num_batches" in name}
     assert moved == statistics | {name for name in before if ".scores." in name}
+
+
+def test_norms_of_other_kinds_that_are_fixed_keep_their_buffers(make_images):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, track_running_stats=True), spectral_norm(nn.Conv2d(8, 8, 3))]
+    model = to_moe(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    own = {name for name, _ in model.named_buffers() if "running_" in name or "_u" in name}
+    assert any("backbone.1." in name for name in own) and any("backbone.2." in name for name in own)
+
+    def moved(part, *, record=True):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with learning(model, part, record=record):
+            model(make_images(16))
+        return {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+
+    assert moved("routers") and all(".router." in name for name in moved("routers"))
+    assert any("backbone.1." in name for name in moved("experts"))
+    assert moved("all", record=False) == set()

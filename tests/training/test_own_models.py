@@ -36,12 +36,13 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.down = nn.Conv2d(8, 16, 1, stride=2, bias=False)
         self.mlp = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        self.drop = nn.Dropout(0.2)
         self.fc = nn.Linear(16, classes)
 
     def forward(self, x):
         x = self.norm(self.conv(self.depth(self.stem(x)))).relu()
         x = self.down(x).mean((2, 3))
-        return self.fc(x + self.mlp(x))
+        return self.fc(self.drop(x + self.mlp(x)))
 
 def net():
     return Net()
@@ -51,6 +52,16 @@ def few():
 
 def coloured():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+
+class Talkative(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+class Nervous(Net):
+    def forward(self, x):
+        assert not self.training, "never in train mode"
+        return super().forward(x)
 
 def function():
     return lambda x: x.flatten(1)[:, :10]
@@ -174,6 +185,10 @@ def test_an_interrupted_run_ends_bit_identical(place):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(ValueError, match=r"--model FILE\.py:FACTORY must be given again .* got nothing"):
         resume("cut")
+    rule = r"cut/last must hold weights of the model that its config\.yaml, and --model, describe, got RuntimeError: "
+    Path("elsewhere.py").write_text(OWN.replace("nn.Linear(16, 16), nn.GELU()", "nn.Linear(16, 16, False), nn.GELU()"))
+    with pytest.raises(ValueError, match=rule):
+        resume("cut", source="elsewhere.py:net")
 
 
 def test_a_trained_plain_network_is_upcycled(place):
@@ -236,6 +251,9 @@ MISTAKES = [
      "without an error, got RuntimeError: "),
     (["--model", "own.py:function", "--to-moe"], "own.py:function must return a torch.nn.Module, got an object of type "
      "function"),
+    (["--model", "own.py:Talkative", "--to-moe"], "model.source own.py:Talkative: module must make logits (N, K) in "
+     "train mode too, got tuple"),
+    (["--model", "own.py:Nervous", "--training.method", "at"], "in train mode too, got AssertionError: never in train"),
     (["--model", "own.py:ready", "--to-moe"], "module must have no MoE layers yet"),
     (["--model", "own.py:net", "--to-moe=perhaps"], "model.to_moe must be true or false, got 'perhaps'"),
     (["--model"], "expected one argument"),

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
+from advmoe.files import hold
 from advmoe.training import run as run_module
+from advmoe.training.processes import average_buffers, total
 from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
@@ -56,6 +58,7 @@ def test_run_directory_holds_what_is_needed_to_trust_and_repeat_it(finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert torch.__version__.startswith(manifest["versions"]["torch"].split("+")[0])
     assert manifest["threads"] == 1 and manifest["seed"] == 0 and manifest["wall_seconds"] > 0
+    assert manifest["accelerator"] == "cpu" and "resumed" not in manifest
     assert manifest["finished"] is not None
 
 
@@ -120,6 +123,64 @@ def test_interrupted_anywhere_and_resumed_ends_bit_identical(finished, tmp_path,
     assert_same_weights(load_file(run / "model.safetensors"), load_file(finished / "model.safetensors"))
     epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3]
+    manifest = json.loads((run / "manifest.json").read_text())
+    (again,) = manifest["resumed"]
+    assert manifest["finished"] and again["started"] >= manifest["started"]
+    assert again["versions"] == manifest["versions"] and (again["device"], again["threads"]) == ("cpu", 1)
+
+
+def test_a_run_goes_on_where_it_was_begun(finished, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "_start", lambda launch: asked.append((launch.accelerator, launch.threads)))
+    resume(finished)
+    resume(finished, accelerator="cuda", threads=3)
+    assert asked == [("cpu", 1), ("cuda", 3)]
+
+
+def test_two_runs_do_not_fill_one_directory(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "manifest.json").read_bytes()
+    other = hold(run, folder=True)
+    with pytest.raises(ValueError, match=r"run_dir must be free of other processes, got '.*/run': one is training"):
+        resume(run)
+    assert (run / "manifest.json").read_bytes() == before
+    os.close(other)
+    (tmp_path / "new").mkdir()
+    other = hold(tmp_path / "new", folder=True)
+    with pytest.raises(ValueError, match=r"run_dir must be free of other processes, got '.*/new'"):
+        train(tiny(), run_dir=tmp_path / "new", **THREADS)
+    os.close(other)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(("images", "devices"), [(3, 1), (5, 2)])
+def test_batches_too_small_for_the_processes_are_refused(tmp_path, images, devices):
+    rule = rf"training images .* must make batches that {devices} processes share equally, with >= 2 images each"
+    data = {"train_examples": images, "val_fraction": 0.0 if devices > 1 else 0.7}
+    with pytest.raises(ValueError, match=rule):
+        train(tiny(data=data), run_dir=tmp_path / "run", devices=devices, **THREADS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    rule = r"devices must be <= the 1 CUDA devices present \(or go with --accelerator cpu\), got 2"
+    for accelerator in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=rule):
+            train(tiny(), run_dir=tmp_path / "run", devices=2, accelerator=accelerator)
+
+
+def test_sums_over_processes_leave_what_each_one_has():
+    class Two:
+        world_size = 2
+
+        def all_reduce(self, tensor, reduce_op):
+            return tensor.mul_(2)  # in place, as a process group does it
+
+    mine = torch.tensor([1.0, 2.0])
+    assert total(Two(), mine).tolist() == [2.0, 4.0] and mine.tolist() == [1.0, 2.0]
+    average_buffers(Two(), [])  # of a network that has none
 
 
 def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finished, tmp_path):
