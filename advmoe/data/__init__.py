@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from advmoe.data.augment import Variation, augment
+from advmoe.data.augment import Variation
 from advmoe.data.cifar import load_cifar10, load_cifar100
 from advmoe.data.digits import load_digits
 from advmoe.data.folder import load_folder
@@ -17,7 +17,7 @@ from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
 from advmoe.progress import shown
 
-__all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "augment", "load_dataset"]
+__all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "load_dataset"]
 
 _READERS: dict[str, Callable[[Request], Source]] = {
     "digits": load_digits,

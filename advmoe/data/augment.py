@@ -25,7 +25,12 @@ class View:
 
     @staticmethod
     def draw(images: Tensor, *, generator: torch.Generator, padding: int, flip: bool) -> View:
-        """Draw a shift of up to `padding` pixels and, with `flip`, a side for each of `images` (N, C, H, W)."""
+        """Draw a shift of up to `padding` pixels, zeros moving in, and, with `flip`, a side for each of `images`
+        (N, C, H, W), contiguous or channels-last.
+
+        What is drawn is drawn on the generator's device and moved, so that one seed gives the same on any device and
+        for images of any type.
+        """
         n, _, height, width = images.shape
         device = images.device
 
@@ -66,7 +71,7 @@ class View:
 
 @dataclass(frozen=True)
 class Variation:
-    """How the images of an epoch are varied: shifted in memory (`augment`), cropped in files (`decode.random_crop`)."""
+    """How the images of an epoch are varied: shifted in memory (`View`), cropped in files (`decode.random_crop`)."""
 
     generator: torch.Generator
     """What images in memory draw from, batch by batch as they are handed out."""
@@ -79,28 +84,3 @@ class Variation:
     def view(self, images: Tensor) -> View:
         """Draw how images in memory, (N, C, H, W), are varied: shifts of up to an eighth of their side, and flips."""
         return View.draw(images, generator=self.generator, padding=images.shape[-1] // 8, flip=self.flip)
-
-
-def augment(images: Tensor, *, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """Shift every image by its own random offset, zeros moving in, and flip half of them left to right.
-
-    The same as padding with zeros on all sides and cropping at random. Random numbers are drawn on the generator's
-    device and moved, so one seed gives the same crops of uint8 and float images, on any device.
-
-    Args:
-        images: (N, C, H, W), any dtype; contiguous or channels-last.
-        generator: Source of the randomness; it may lie on another device than `images`.
-        padding: Largest shift, in pixels, in each of the four directions.
-        flip: Whether to flip each image with probability 1/2.
-
-    Returns:
-        (N, C, H, W) of the same dtype, device and memory format; never `images` itself.
-
-    Raises:
-        ValueError: `images` is not a batch, or `padding` is negative.
-    """
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
-    if padding < 0:
-        raise ValueError(f"padding must be >= 0, got {padding!r}")
-    return View.draw(images, generator=generator, padding=padding, flip=flip).of(images)
