@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -91,7 +91,8 @@ def _spread(axes: Axes, places: list[float], points: Sequence[Mapping[str, Any]]
 def bars_figure(
     groups: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path, *, ylabel: str, title: str | None = None
 ) -> None:
-    """Draw bars side by side in groups, with intervals where there are any and, while they are few, their heights.
+    """Draw bars side by side in groups, with intervals where there are any and, while they are few, their heights; lying
+    where the groups' names are too long to stand side by side.
 
     Args:
         groups: group to {bar's name: {"y", "low", "high"}}; low and high may be missing or None, and a group may lack
@@ -101,42 +102,79 @@ def bars_figure(
     """
     _require_some(groups, "groups")
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
-    crowded = len(groups) * len(names)
-    width = 0.8 / len(names)
-    inches = min(9.0, max(WIDTH, 0.28 * crowded + 1))
+    inches = min(9.0, max(WIDTH, 0.28 * len(groups) * len(names) + 1))
+    slot = int(10 * inches / len(groups))
+    if max(len(word) for group in groups for word in (group.split() or [""])) > slot:  # it would run into the next
+        with drawn(path, WIDTH, 1.2 + (0.16 * len(names) + 0.14) * len(groups)) as figure:
+            _lying_bars(figure.add_subplot(), groups, names, ylabel, title)
+        return
     with drawn(path, inches, 3.3) as figure:
         axes = figure.add_subplot()
-        for number, (name, colour) in enumerate(zip(names, cycle(LINES), strict=False)):
-            places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(groups))]
-            points = [bars.get(name, {}) for bars in groups.values()]
+        for name, places, points, look in _bars(groups, names):
             heights = [_number(point.get("y")) for point in points]
-            hatch = _HATCHES[number // len(LINES) % len(_HATCHES)]
-            axes.bar(places, heights, 0.92 * width, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0, label=name)
+            axes.bar(places, heights, 0.92 * 0.8 / len(names), label=name, **look)
             _whiskers(axes, places, points)
-            if crowded <= 20:
+            if len(groups) * len(names) <= 20:
                 _number_bars(axes, places, points)
         axes.set(ylabel=ylabel, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
-        axes.set_xticklabels([_wrapped(group, int(10 * inches / len(groups))) for group in groups])
+        axes.set_xticklabels([_wrapped(group, slot) for group in groups])
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.12)
         axes.grid(axis="y")
         _finish(axes, title, legend=len(names) > 1)
 
 
-def _whiskers(axes: Axes, places: list[float], points: Iterable[Mapping[str, Any]]) -> None:
+_Points = list[Mapping[str, Any]]
+
+
+def _bars(
+    groups: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Sequence[str]
+) -> Iterator[tuple[str, list[float], _Points, dict[str, Any]]]:
+    """Of each bar's name: the places of its bars, what they show, and how they look."""
+    width = 0.8 / len(names)
+    for number, (name, colour) in enumerate(zip(names, cycle(LINES), strict=False)):
+        places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(groups))]
+        hatch = _HATCHES[number // len(LINES) % len(_HATCHES)]
+        look = {"color": colour, "hatch": hatch, "edgecolor": PAPER, "linewidth": 0}
+        yield name, places, [bars.get(name, {}) for bars in groups.values()], look
+
+
+def _lying_bars(
+    axes: Axes, groups: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Sequence[str], label: str,
+    title: str | None,
+) -> None:  # fmt: skip
+    """Bars from left to right, the first group on top: room for long names and for every number."""
+    for name, places, points, look in _bars(groups, names):
+        lengths = [_number(point.get("y")) for point in points]
+        axes.barh(places, lengths, 0.92 * 0.8 / len(names), label=name, **look)
+        _whiskers(axes, places, points, lying=True)
+        _number_bars(axes, places, points, lying=True)
+    axes.set(xlabel=label, yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5))
+    axes.set_yticklabels([_wrapped(group, 20) for group in groups])
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.12)
+    axes.grid(axis="x")
+    _finish(axes, title, legend=len(names) > 1)
+
+
+def _whiskers(axes: Axes, places: list[float], points: _Points, *, lying: bool = False) -> None:
     for at, point in zip(places, points, strict=True):
         low, high = _number(point.get("low")), _number(point.get("high"))
         if not math.isnan(low + high):
-            axes.plot([at, at], [low, high], color=GREY, linewidth=1.4, marker="_", markersize=6)
+            ends = ([low, high], [at, at]) if lying else ([at, at], [low, high])
+            axes.plot(*ends, color=GREY, linewidth=1.4, marker="|" if lying else "_", markersize=6)
 
 
-def _number_bars(axes: Axes, places: list[float], points: Iterable[Mapping[str, Any]]) -> None:
-    """The height of each bar, above it and above its interval."""
+def _number_bars(axes: Axes, places: list[float], points: _Points, *, lying: bool = False) -> None:
+    """What each bar shows, beyond its end and that of its interval."""
     for at, point in zip(places, points, strict=True):
         if point.get("y") is not None:
-            top = max(float(point["y"]), float(point.get("high") or -math.inf), 0.0)
-            text, place = f"{point['y']:.3g}", (at, top)
-            axes.annotate(text, place, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=GREY)
+            end = max(float(point["y"]), float(point.get("high") or -math.inf), 0.0)
+            place, offset = ((end, at), (4, 0)) if lying else ((at, end), (0, 3))
+            axes.annotate(
+                f"{point['y']:.3g}", place, offset, textcoords="offset points", fontsize=8.5, color=GREY,
+                ha="left" if lying else "center", va="center" if lying else "baseline",
+            )  # fmt: skip
 
 
 def stacked_figure(

@@ -58,6 +58,12 @@ def words(path):
     return ["".join(each.itertext()).replace("\N{NO-BREAK SPACE}", " ").strip() for each in elements]
 
 
+def text_places(path):
+    """The texts of an SVG file, each with where it stands."""
+    elements = ElementTree.fromstring(path.read_text()).iter("{http://www.w3.org/2000/svg}text")
+    return [("".join(each.itertext()).strip(), (float(each.get("x")), float(each.get("y")))) for each in elements]
+
+
 def test_a_sweep(tmp_path):
     sweep_figure(swept(0.823, 0.61, 0.402), tmp_path / "a.svg")
     text = words(tmp_path / "a.svg")
@@ -162,6 +168,16 @@ def test_bars(tmp_path):
     many = {str(at): {"A": point(0, 12.5)} for at in range(30)}
     bars_figure(many, tmp_path / "b.svg", ylabel="y")
     assert "12.5" not in words(tmp_path / "b.svg") and "29" in words(tmp_path / "b.svg")
+
+
+def test_bars_lie_where_names_are_long(tmp_path):
+    groups = {f"embedding router {at}": {"A": {"y": 10.5 + at, "low": 9.0, "high": 12.0}, "B": {}} for at in range(14)}
+    bars_figure(groups, tmp_path / "a.svg", ylabel="accuracy (%)")
+    said = words(tmp_path / "a.svg")
+    assert {*groups, "accuracy (%)", "A", "B", *(f"{10.5 + at:.3g}" for at in range(14))} <= set(said)
+    places = {text: place for text, place in text_places(tmp_path / "a.svg") if text in groups}
+    x, y = zip(*places.values(), strict=True)
+    assert list(y) == sorted(set(y)) and max(x) - min(x) < 1  # one below the other, up to the axis
 
 
 def test_stacked_shares(tmp_path):
