@@ -91,8 +91,8 @@ def _spread(axes: Axes, places: list[float], points: Sequence[Mapping[str, Any]]
 def bars_figure(
     groups: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path, *, ylabel: str, title: str | None = None
 ) -> None:
-    """Draw bars side by side in groups, with intervals where there are any and, while they are few, their heights; lying
-    where the groups' names are too long to stand side by side.
+    """Draw bars side by side in groups, with intervals where there are any and, while they are few, their heights.
+    Where the groups' names are too long to stand side by side, the bars lie.
 
     Args:
         groups: group to {bar's name: {"y", "low", "high"}}; low and high may be missing or None, and a group may lack
