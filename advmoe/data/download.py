@@ -45,11 +45,14 @@ def fetch(url: str, path: Path, md5: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with held(path.with_name(f".{path.name}.lock")):
-            if not (path.is_file() and file_md5(path) == md5):
-                _fetch(url, path, md5)
     except OSError as error:
         raise ValueError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
+    with held(lock := path.with_name(f".{path.name}.lock")):
+        try:
+            if not (path.is_file() and file_md5(path) == md5):
+                _fetch(url, path, md5)
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _fetch(url: str, path: Path, md5: str) -> None:

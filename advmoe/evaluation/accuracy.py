@@ -21,7 +21,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import FileSet
-from advmoe.evaluation.checks import check, check_data, check_labels, require_passed
+from advmoe.evaluation.checks import Check, check, check_data, check_labels, require_passed
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
@@ -217,7 +217,7 @@ def assess(
         checks = checked(predict, job, devices[0], allow, names)
         if plan.resume and plan.journal is not None and not plan.journal.exists():
             tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")
-        stored = journal.open(_fingerprint(predict, job, names, devices[0]), resume=plan.resume)
+        stored = journal.open(_fingerprint(predict, job, names, devices[0], checks), resume=plan.resume)
         clean = classified(predict, job, devices[0])
         if "routed" in names:
             ready = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
@@ -270,11 +270,13 @@ def _routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device)
         )  # fmt: skip
 
 
-def _fingerprint(predict: Predict, job: Job, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+def _fingerprint(
+    predict: Predict, job: Job, names: Sequence[str], device: torch.device, checks: Sequence[Check]
+) -> dict[str, Any]:
     """What the numbers depend on, but for the code: an interrupted evaluation continues only where it is the same."""
-    if isinstance(predict, nn.Module):
-        state = predict.state_dict()
-    else:  # without weights to compare, what it makes of the first images
+    state = predict.state_dict() if isinstance(predict, nn.Module) else {}
+    steady = all(each.passed for each in checks if each.name == "deterministic")
+    if not isinstance(predict, nn.Module) and steady:  # without weights to compare, what it makes of the first images
         with measuring(predict, device), torch.no_grad():
             state = {"predicted": predict(take(job.data, slice(0, CHECKED), device)[0]).argmax(1)}
     attack = job.setting.attack

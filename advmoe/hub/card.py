@@ -62,8 +62,8 @@ class Record:
             texts["config.yaml"] = config.to_yaml()
         manifest = _json(run / "manifest.json", texts.get("manifest.json"))
         command = manifest.get("command") if manifest is not None else None
-        if isinstance(command, list) and (portable := [_portable(str(word)) for word in command]) != command:
-            manifest = {**(manifest or {}), "command": portable}
+        if isinstance(command, list) and (words := [portable(str(word)) for word in command]) != command:
+            manifest = {**(manifest or {}), "command": words}
             texts["manifest.json"] = json.dumps(manifest, indent=2) + "\n"
         evaluation = _json(run / "evaluation.json", texts.get("evaluation.json"))
         if evaluation is not None:
@@ -78,13 +78,13 @@ def _without_places(config: Config) -> bool:
     found = False
     for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
         value = getattr(getattr(config, group), name)
-        if value is not None and (portable := _portable(value)) != value:
-            setattr(getattr(config, group), name, portable)
+        if value is not None and (name_ := portable(value)) != value:
+            setattr(getattr(config, group), name, name_)
             found = True
     return found
 
 
-def _portable(word: str) -> str:
+def portable(word: str) -> str:
     """A word without the folders of a path that begins at a root or at home."""
     option, equals, value = word.rpartition("=")
     local = PurePath(value).is_absolute() or value.startswith("~")

@@ -10,7 +10,7 @@ from typing import Any
 from advmoe import __version__
 from advmoe.evaluation.runs import load_run
 from advmoe.files import write_text
-from advmoe.hub.card import RECORDED, Record, model_card
+from advmoe.hub.card import RECORDED, Record, model_card, portable
 from advmoe.models import Classifier, save_model
 
 
@@ -42,9 +42,10 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Fill `folder`; files of an earlier checkpoint there are replaced, or removed where this one has none."""
         name = self.repo_id or folder.resolve().name
-        card = model_card(self.model.spec, self.record, name=name, repo_id=self.repo_id, license=self.license)
+        card = model_card(self.spec(), self.record, name=name, repo_id=self.repo_id, license=self.license)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
+        write_text(folder / "model.json", json.dumps(self.spec(), indent=2) + "\n")
         write_text(folder / "config.json", json.dumps(self.hub_config(), indent=2) + "\n")
         write_text(folder / "README.md", card)
         for file in RECORDED:
@@ -55,4 +56,9 @@ class Checkpoint:
 
     def hub_config(self) -> dict[str, Any]:
         """`config.json`: the Hub counts downloads by it and shows it; models are rebuilt from `model.json`."""
-        return {"library_name": "advmoe", "advmoe_version": __version__, "model": self.model.spec}
+        return {"library_name": "advmoe", "advmoe_version": __version__, "model": self.spec()}
+
+    def spec(self) -> dict[str, Any]:
+        """What describes the model, without the folders of this machine."""
+        spec: dict[str, Any] = dict(self.model.spec)
+        return spec if spec.get("source") is None else spec | {"source": portable(spec["source"])}

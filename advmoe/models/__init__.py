@@ -174,7 +174,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
             else:
                 model = create_model(**spec)
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
-        raise ValueError(f"{description} must be {rule}, got: {one_line(error)}") from error
+        raise ValueError(f"{description} must be {rule}, got {one_line(error)}") from error
     if model is None:
         made = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
         raise ValueError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
@@ -184,7 +184,7 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         reason = one_line(error)
-        raise ValueError(f"{weights} must hold the weights that {description.name} describes, got: {reason}") from error
+        raise ValueError(f"{weights} must hold the weights that {description.name} describes, got {reason}") from error
     return model.eval()
 
 

@@ -34,16 +34,27 @@ from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 from advmoe.wording import one_line
 
 
-def fit(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], board: Board | None = None) -> None:
+def fit(
+    trainer: Trainer,
+    run_dir: Path,
+    manifest: dict[str, Any],
+    board: Board | None = None,
+    resumption: dict[str, Any] | None = None,
+) -> None:
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
     model, and show every epoch on `board`.
 
-    A phase's successor starts from the best checkpoint of it, and is what `last` holds once it is over.
+    What `resumption` tells of this process is noted in the manifest, unless nothing is left to do. A phase's successor
+    starts from the best checkpoint of it, and is what `last` holds once it is over.
     """
     run, plan = trainer, phases(trainer.config)
     fabric, t = run.fabric, run.config.training
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
+    if resumption is not None and progress["epoch"] < epochs:
+        manifest = _noted(manifest, resumption)
+        if fabric.is_global_zero:
+            manifests.write(run_dir, manifest)
     with bar("train", epochs * iterations, unit="it", done=progress["epoch"] * iterations) as drawn:
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
@@ -217,11 +228,9 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         _require_empty(folder)
         manifests.write(folder, described | {"accelerator": launch.accelerator})
         config.dump(folder / "config.yaml")
-    elif fabric.is_global_zero:
-        _note_resumption(folder, described)
     fabric.barrier()
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
-    fit(trainer, folder, manifests.read(folder), board)
+    fit(trainer, folder, manifests.read(folder), board, None if launch.fresh else described)
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:
@@ -230,6 +239,9 @@ def _claim(folder: Path, alone: ExitStack) -> None:
     if descriptor is None:
         raise ValueError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
     alone.callback(os.close, descriptor)
+    for partial_ in folder.glob(".*.partial"):  # of a process that was killed
+        if partial_.is_file():
+            partial_.unlink()
 
 
 def _require_empty(folder: Path) -> None:
@@ -247,12 +259,11 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
         )
 
 
-def _note_resumption(folder: Path, described: dict[str, Any]) -> None:
-    """Have the manifest tell what the run went on with, where that may be other than what it began with."""
-    manifest = manifests.read(folder)
+def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
+    """The manifest that tells what the run went on with, which may be other than what it began with."""
     names = ("versions", "platform", "cpu", "device", "devices", "threads", "git_commit", "started")
     earlier = manifest.get("resumed") or []
-    manifests.write(folder, manifest | {"resumed": [*earlier, {name: described[name] for name in names}]})
+    return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names}]}
 
 
 def load_data(config: Config) -> Dataset:

@@ -206,8 +206,8 @@ class Trainer:
             if level.part in ("all", part):
                 optimizer.step()
         means = dict(terms)
-        # An accuracy is reported in fp32 or not at all, and a GPU's convolutions are TF32's.
-        if self.config.training.precision == "32-true" and x.device.type == "cpu":
+        # Reported in the precision of fp32 or not at all; what a GPU makes of that in training is TF32.
+        if self.config.training.precision == "32-true":
             means["accuracy"] = (logits.argmax(1) == y).float().mean()
         self.means.add(level.part, means, len(y))
         return terms

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from torch import nn
 
 import advmoe
 from advmoe.config import Config
@@ -107,6 +108,17 @@ def test_places_of_this_machine_do_not_travel(run: Path, tmp_path: Path) -> None
     found = json.loads((folder / "manifest.json").read_text())
     assert found == manifest | {"command": ["advmoe", "train", "--data.root", "acme", "--run-dir=run"]}
     assert "read from `acme`" in (folder / "README.md").read_text()
+
+
+def test_the_place_of_a_network_of_ones_own_does_not_travel(tmp_path: Path) -> None:
+    model = advmoe.to_moe(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+                          example=torch.rand(2, 3, 8, 8))  # fmt: skip
+    model.spec["source"] = "/home/somebody/acme/net.py:make"
+    folder = advmoe.save_pretrained(model, tmp_path / "saved")
+    for name in ("model.json", "config.json", "README.md"):
+        text = (folder / name).read_text()
+        assert "somebody" not in text and ("net.py:make" in text or name == "README.md")
+    assert model.spec["source"] == "/home/somebody/acme/net.py:make"
 
 
 def test_a_folder_of_other_things_is_left_alone(run: Path, tmp_path: Path) -> None:

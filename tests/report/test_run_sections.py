@@ -83,7 +83,7 @@ def test_training_of_a_plain_model_shows_no_experts(load, album, parsed):
     page = parsed(*training(load(routed=False, only={"metrics"}), album))
     assert page.texts("title") == ["Training losses", "Validation accuracy"]
     assert page.texts("desc")[0] == (
-        "Lines of loss (nats) against epoch. cross-entropy: from 2 at 1 to 1 at 2. "
+        "Lines of loss term, as weighted (nats) against epoch. cross-entropy: from 2 at 1 to 1 at 2. "
         "beta x KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2."
     )
 

@@ -156,7 +156,7 @@ def test_two_runs_do_not_fill_one_directory(finished, tmp_path):
 
 @pytest.mark.parametrize(("images", "devices"), [(3, 1), (5, 2)])
 def test_batches_too_small_for_the_processes_are_refused(tmp_path, images, devices):
-    rule = rf"training images .* must make batches that {devices} processes share equally, with >= 2 images each"
+    rule = rf"training images .* must make batches that {devices} processes share equally, of >= 2 images each"
     data = {"train_examples": images, "val_fraction": 0.0 if devices > 1 else 0.7}
     with pytest.raises(ValueError, match=rule):
         train(tiny(data=data), run_dir=tmp_path / "run", devices=devices, **THREADS)
