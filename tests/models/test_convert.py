@@ -435,10 +435,7 @@ def test_a_saved_model_is_not_opened_without_its_network_or_with_another(tmp_pat
     assert "holds a network of somebody's own (their/model.py:net), whose code is never run unasked" in text
     assert "--model FILE.py:FACTORY" in text
     got = "got ValueError: module must have the layers that were converted"
-    assert f"of a model made of this TimmStyle, {got}" in message(
-        "of a model made of this TimmStyle, got ValueError: module must have the layers that were converted"
-        in message(made(TimmStyle))
-    )
+    assert f"of a model made of this TimmStyle, {got}" in message(made(TimmStyle))
     wider = made(Plain)
     wider.down = nn.Conv2d(8, 9, 1)
     assert "model.safetensors must hold the weights that model.json describes" in message(wider)
