@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,13 +155,14 @@ def test_two_runs_do_not_fill_one_directory(finished, tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-@pytest.mark.parametrize(("images", "devices"), [(3, 1), (5, 2)])
-def test_batches_too_small_for_the_processes_are_refused(tmp_path, images, devices):
-    rule = rf"training images .* must make batches that {devices} processes share equally, of >= 2 images each"
-    data = {"train_examples": images, "val_fraction": 0.0 if devices > 1 else 0.7}
-    with pytest.raises(ValueError, match=rule):
-        train(tiny(data=data), run_dir=tmp_path / "run", devices=devices, **THREADS)
+def test_batches_too_small_for_the_processes_are_refused(tmp_path):
+    rule = r"training images .* must make batches that {} processes share equally, of >= 2 images each, got {} a batch"
+    data = {"train_examples": 5, "val_fraction": 0.0}
+    with pytest.raises(ValueError, match=rule.format(2, 5)):
+        train(tiny(data=data), run_dir=tmp_path / "run", devices=2, **THREADS)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=rule.format(1, 1)):  # what a validation split may leave
+        run_module._require_shares(tiny(), SimpleNamespace(train=[0]), 1)
 
 
 def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path, monkeypatch):
