@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from advmoe.config import Config
+from advmoe.studies import pool
 from advmoe.studies.plan import PlannedRun
 from advmoe.studies.pool import run_tasks
 from advmoe.studies.spec import Measure, Row
@@ -155,3 +156,18 @@ def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path, plan
     finally:
         parent.kill()
         parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("seen", "count", "accelerator", "cards"),
+    [
+        (None, 3, "auto", ["0", "1", "2"]), ("4, GPU-5a", 2, "cuda", ["4", "GPU-5a"]), ("", 0, "auto", []),
+        ("7,9", 2, "cpu", []),
+    ],
+)  # fmt: skip
+def test_each_worker_sees_one_card_of_those_there_are(monkeypatch, seen, count, accelerator, cards):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert pool._cards(accelerator) == cards
