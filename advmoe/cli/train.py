@@ -49,19 +49,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     model = overrides.get("model", {})
     devices = count("--devices", args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
-    if resumed is not None:
-        alone = not overrides or overrides == {"model": {"source": model.get("source")}}
-        alone = alone and "config" not in args and "run_dir" not in args
-        require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
-        run_dir = existing_run("--resume", resumed)
-        config = Config.load(run_dir / "config.yaml")
-    else:
-        name, values = _source(args.get("config"), model.get("source"))
-        config = Config.from_dict(merged(values, overrides))
-        for field in OWN_MODEL if config.model.source is not None else ():
-            rule = "left out with a network of your own (--model)"
-            require(field not in model, f"model.{field}", rule, model.get(field))
-        run_dir = Path(args.get("run_dir", f"runs/{name}-{config.training.seed}"))
+    name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)
     if "print_config" in args:
         print(config.to_yaml(), end="")
         return 0
@@ -90,6 +78,25 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         print(line)
     print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
     return 0
+
+
+def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
+    """Of the run to be continued: its name, which it keeps, its directory and its configuration."""
+    resumed, own = args["resume"], {"model": {"source": overrides.get("model", {}).get("source")}}
+    alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
+    require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
+    run_dir = existing_run("--resume", resumed)
+    return run_dir.name, run_dir, Config.load(run_dir / "config.yaml")
+
+
+def _new(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
+    """Of a new run: its name, its directory and its configuration."""
+    model = overrides.get("model", {})
+    name, values = _source(args.get("config"), model.get("source"))
+    config = Config.from_dict(merged(values, overrides))
+    for field in OWN_MODEL if config.model.source is not None else ():
+        require(field not in model, f"model.{field}", "left out with a network of your own (--model)", model.get(field))
+    return name, Path(args.get("run_dir", f"runs/{name}-{config.training.seed}")), config
 
 
 def _unused(metrics: Path) -> list[str]:

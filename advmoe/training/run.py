@@ -73,10 +73,7 @@ def fit(
                 "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
             }
             if fabric.is_global_zero:
-                with (run_dir / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                if board is not None:
-                    board.write(line, examples(trainer))
+                _log(trainer, run_dir, line, board)
                 if better:
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
@@ -91,6 +88,14 @@ def fit(
             fabric.barrier()
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
+
+
+def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
+    """Tell of an epoch in `metrics.jsonl` and on the board."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    if board is not None:
+        board.write(line, examples(trainer))
 
 
 def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
