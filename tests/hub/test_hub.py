@@ -298,7 +298,7 @@ def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> Non
     (flag,) = found["attacks"]["autoattack"]["flags"]
     assert f"AutoAttack's flag (`autoattack`): {flag}" in card
     assert "AutoAttack was not run" not in card and "raised no flag" not in card
-    assert "Masking gap (straight-through PGD less the worst case): 4.0 points." in card
+    assert "Masking gap (straight-through PGD less the worst case): 2.5 points." in card
 
 
 def test_a_card_tells_the_options_of_the_training(run: Path, tmp_path: Path) -> None:
