@@ -1,7 +1,7 @@
 """Checkpoints: written whole, verified when read, damage named."""
 
 import json
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,22 +67,28 @@ def test_all_damaged_is_an_error_that_names_both(tmp_path):
         checkpoints.load_latest(tmp_path / "last")
 
 
-@pytest.mark.parametrize("survived", [0, 1])
-def test_a_kill_at_either_rename_leaves_a_sound_checkpoint(tmp_path, monkeypatch, survived):
-    checkpoints.save(tmp_path / "last", _checkpoint(1))
-    real, renames = Path.replace, []
+@contextmanager
+def killed_after(renames):
+    """Inside, the process seems to be killed when it renames a folder for the next time after so many."""
+    real, done = Path.replace, []
 
-    def killed(self, target):
+    def replace(self, target):
         if self.is_dir():
-            renames.append(target)
-            if len(renames) > survived:
+            done.append(target)
+            if len(done) > renames:
                 raise KeyboardInterrupt
         return real(self, target)
 
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        yield
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_a_kill_at_either_rename_leaves_a_sound_checkpoint(tmp_path, survived):
+    checkpoints.save(tmp_path / "last", _checkpoint(1))
+    with pytest.raises(KeyboardInterrupt), killed_after(survived):
         checkpoints.save(tmp_path / "last", _checkpoint(2))
-    monkeypatch.undo()
     assert (tmp_path / "last").exists() == (survived == 0)
     assert checkpoints.load_latest(tmp_path / "last").progress["epoch"] == 1
     checkpoints.save(tmp_path / "last", _checkpoint(3))
@@ -90,23 +96,12 @@ def test_a_kill_at_either_rename_leaves_a_sound_checkpoint(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("survived", [0, 1])
-def test_a_kill_after_a_damaged_checkpoint_leaves_the_sound_one(tmp_path, monkeypatch, survived):
+def test_a_kill_after_a_damaged_checkpoint_leaves_the_sound_one(tmp_path, survived):
     for value in (1, 2):
         checkpoints.save(tmp_path / "last", _checkpoint(value))
     (tmp_path / "last" / "state.pt").write_bytes(b"damaged")
-    real, renames = Path.replace, []
-
-    def killed(self, target):
-        if self.is_dir():
-            renames.append(target)
-            if len(renames) > survived:
-                raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), killed_after(survived):  # there is one rename: the second case comes to its end
         checkpoints.save(tmp_path / "last", _checkpoint(3))
-    monkeypatch.undo()
     assert checkpoints.load(tmp_path / "last-previous").progress["epoch"] == 1
     assert (tmp_path / "last").exists() == (survived == 1)
 
