@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from advmoe.data.download import fetch, file_md5
-from advmoe.wording import one_line
 from advmoe.data.types import ImageSet, Request, Source, resize
+from advmoe.wording import one_line
 
 _PIXELS = 3 * 32 * 32
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from advmoe.wording import one_line
 
-
 if TYPE_CHECKING:
     from PIL import Image
 

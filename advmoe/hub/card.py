@@ -78,8 +78,8 @@ def _without_places(config: Config) -> bool:
     found = False
     for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
         value = getattr(getattr(config, group), name)
-        if value is not None and (name_ := portable(value)) != value:
-            setattr(getattr(config, group), name, name_)
+        if value is not None and (short := portable(value)) != value:
+            setattr(getattr(config, group), name, short)
             found = True
     return found
 

@@ -134,16 +134,12 @@ def _show(scale: Scale, results: Results) -> Outcome:
             verdicts.append(verdict(name, compared))
     statement = f"The recipe best on validation images ({label}) is more robust than AT (S-Dense)."
     said = {each["measure"]: each["verdict"] for each in verdicts}
-    note = f"The best recipe by validation: {label}."
-    if said:
-        note += (
-            " "
-            + {
-                "holds": "In the worst case it is above AT (S-Dense) at this size.",
-                "does not hold": "In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
-                "undecided": "In the worst case it is not told apart from AT (S-Dense) at this size.",
-            }[said["worst case"]]
-        )
+    told = {
+        "holds": " In the worst case it is above AT (S-Dense) at this size.",
+        "does not hold": " In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
+        "undecided": " In the worst case it is not told apart from AT (S-Dense) at this size.",
+    }
+    note = f"The best recipe by validation: {label}." + (told[said["worst case"]] if said else "")
     source = "beyond the paper"
     return Outcome(
         tables=[shown], figures=[figure], claims=[claim("worst-case-recipe", statement, verdicts, source)], notes=[note]

@@ -244,9 +244,9 @@ def _claim(folder: Path, alone: ExitStack) -> None:
     if descriptor is None:
         raise ValueError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
     alone.callback(os.close, descriptor)
-    for partial_ in folder.glob(".*.partial"):  # of a process that was killed
-        if partial_.is_file():
-            partial_.unlink()
+    for left in folder.glob(".*.partial"):  # by a process that was killed
+        if left.is_file():
+            left.unlink()
 
 
 def _require_empty(folder: Path) -> None:
