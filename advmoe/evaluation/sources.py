@@ -69,6 +69,11 @@ def load_module(spec: str) -> nn.Module:
     return model
 
 
+def file_of(spec: str) -> Path:
+    """The file of `FILE.py:NAME`, which must exist."""
+    return _parsed(spec)[0]
+
+
 def _parsed(spec: str) -> tuple[Path, str]:
     text, _, name = spec.rpartition(":")
     if not text.endswith(".py") or not name.isidentifier():

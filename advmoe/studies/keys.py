@@ -27,7 +27,7 @@ def run_key(config: Config, start: str | None = None) -> str:
     """The key of a training run. `start`: that of the run it starts from.
 
     Every field counts but those that change no result: where images lie and how they are read, how the trained model
-    is attacked later (`attack`), and what does not concern the model's kind. Fields at their defaults are left out, so
+    is attacked later (`attack`), and what does not concern the model's kind or the method. Fields at their defaults are left out, so
     that a field added later leaves the keys of older runs as they are. Images of one's own are told apart by their
     classes and numbers.
     """
@@ -40,6 +40,8 @@ def run_key(config: Config, start: str | None = None) -> str:
         model.update({name: getattr(ModelConfig(), name) for name in _ROUTED})
     if kind == "dense":
         model["scale"] = ModelConfig().scale
+    if config.training.method != "advmoe":
+        groups["training"]["alternation"] = _DEFAULTS.training.alternation
     for group, fields in groups.items():
         defaults = vars(getattr(_DEFAULTS, group))
         for name in list(fields):

@@ -20,7 +20,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
-from advmoe.files import hold, require_writable, write_text
+from advmoe.evaluation.sources import file_of
+from advmoe.files import checksum, hold, require_writable, write_text
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown
@@ -226,6 +227,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
         command=launch.command,
     )  # fmt: skip
+    if config.model.source is not None:
+        described["source_sha256"] = checksum(file_of(config.model.source))
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
@@ -234,8 +237,12 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         manifests.write(folder, described | {"accelerator": launch.accelerator})
         config.dump(folder / "config.yaml")
     fabric.barrier()
+    manifest = manifests.read(folder)
+    began_with = manifest.get("source_sha256")
+    if fabric.is_global_zero and began_with is not None and began_with != described["source_sha256"]:
+        print(f"note  the code of {config.model.source} is not what the run began with")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
-    fit(trainer, folder, manifests.read(folder), board, None if launch.fresh else described)
+    fit(trainer, folder, manifest, board, None if launch.fresh else described)
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:
@@ -266,9 +273,9 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
-    names = ("versions", "platform", "cpu", "device", "devices", "threads", "git_commit", "started")
+    names = ("versions", "platform", "cpu", "device", "devices", "threads", "git_commit", "source_sha256", "started")
     earlier = manifest.get("resumed") or []
-    return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names}]}
+    return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
 
 
 def load_data(config: Config) -> Dataset:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import advmoe
 from advmoe import cli
 from advmoe.config import Config, ModelConfig
+from advmoe.files import checksum
 from advmoe.training.methods import learning
 from advmoe.training.run import resume, train
 
@@ -189,6 +190,25 @@ def test_an_interrupted_run_ends_bit_identical(place):
     Path("elsewhere.py").write_text(OWN.replace("nn.Linear(16, 16), nn.GELU()", "nn.Linear(16, 16, False), nn.GELU()"))
     with pytest.raises(ValueError, match=rule):
         resume("cut", source="elsewhere.py:net")
+
+
+def test_a_resumption_with_changed_code_says_so(place, capsys):
+    config = settings(model={"source": "own.py:net", "to_moe": True}, training={"epochs": 2})
+    train(config, run_dir="run", **ENGINE)
+    shutil.copytree("run/last-previous", "kept")
+    began = json.loads(Path("run/manifest.json").read_text())["source_sha256"]
+    assert began == checksum(Path("own.py"))
+    Path("own.py").write_text(OWN + "\n# a comment\n")
+    for source, changed in (("same.py:net", False), ("own.py:net", True)):
+        Path("same.py").write_text(OWN)
+        shutil.rmtree("run/last")
+        shutil.copytree("kept", "run/last")
+        capsys.readouterr()
+        resume("run", source=source)
+        assert (f"note  the code of {source} is not what the run began with" in capsys.readouterr().out) == changed
+        manifest = json.loads(Path("run/manifest.json").read_text())
+        assert manifest["source_sha256"] == began
+        assert manifest["resumed"][-1]["source_sha256"] == checksum(Path(source.partition(":")[0]))
 
 
 def test_a_trained_plain_network_is_upcycled(place):
