@@ -27,9 +27,9 @@ def run_key(config: Config, start: str | None = None) -> str:
     """The key of a training run. `start`: that of the run it starts from.
 
     Every field counts but those that change no result: where images lie and how they are read, how the trained model
-    is attacked later (`attack`), and what does not concern the model's kind or the method. Fields at their defaults are left out, so
-    that a field added later leaves the keys of older runs as they are. Images of one's own are told apart by their
-    classes and numbers.
+    is attacked later (`attack`), and what does not concern the model's kind or the method. Fields at their defaults are
+    left out, so that a field added later leaves the keys of older runs as they are. Images of one's own are told apart
+    by their classes and numbers.
     """
     groups: dict[str, dict[str, Any]] = {
         group: {name: _plain(value) for name, value in vars(getattr(config, group)).items()}
