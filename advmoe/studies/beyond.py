@@ -18,7 +18,7 @@ LOST = 0.01
 """The mean accuracy that a variant may lose to the paper's AdvMoE and still be said to lose nothing, where no test
 finds that it lost."""
 
-VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-4", "shared-every-2", "warm-start")
+VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-3", "every-4", "shared-every-2", "warm-start")
 """Values of `training.alternation`; the first is the paper's."""
 
 
