@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,13 +186,15 @@ class Study:
 
     path: Path
     content: dict[str, Any]
+    label: str | None = None
+    """What tells it from another one of the same name and scale."""
 
     @property
     def title(self) -> str:
-        """Its title, or its name where it has none, and its scale: a study may be there at several."""
-        scale = self.content.get("scale")
+        """Its title, or its name where it has none, its scale and its label: a study may be there several times."""
         title = str(self.content.get("title") or self.content.get("study") or self.path.name)
-        return title if scale is None else f"{title} ({scale})"
+        told = [str(each) for each in (self.content.get("scale"), self.label) if each is not None]
+        return f"{title} ({', '.join(told)})" if told else title
 
 
 def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
@@ -203,7 +206,12 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
     for path in map(Path, paths):
         once.setdefault(path.resolve(), path)
     labels = _labels(list(once))
-    return [_load(path, labels[whole]) for whole, path in once.items()]
+    results = {whole: _load(path, labels[whole]) for whole, path in once.items()}
+    titles = Counter(each.title for each in results.values() if isinstance(each, Study))
+    return [
+        replace(each, label=labels[whole]) if isinstance(each, Study) and titles[each.title] > 1 else each
+        for whole, each in results.items()
+    ]
 
 
 def _load(path: Path, label: str) -> Run | Study:

@@ -111,6 +111,14 @@ def test_a_study(make_study):
     assert study.content == json.loads((path / "study.json").read_text())
 
 
+def test_studies_of_one_name_are_told_apart(make_study):
+    paths = [make_study("table1"), make_study("table1-32", title="The paper's table1"), make_study("fig2")]
+    titles = [each.title for each in load_results(paths)]
+    assert titles == [
+        "The paper's table1 (smoke, table1)", "The paper's table1 (smoke, table1-32)", "The paper's fig2 (smoke)"
+    ]  # fmt: skip
+
+
 def test_labels_tell_directories_apart_and_each_is_there_once(make_run, tmp_path):
     paths = [make_run(name, only=set()) for name in ("x/seed-0", "y/seed-0")]
     (tmp_path / "link").symlink_to(paths[0])
