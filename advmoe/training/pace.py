@@ -18,8 +18,8 @@ from advmoe.progress import tracked
 from advmoe.training.run import load_data
 from advmoe.training.trainer import Trainer, build_model
 
-ITERATIONS = 8
-"""Iterations of each round: a multiple of the cycles that alternations have."""
+ITERATIONS = 12
+"""Iterations of each round: whole cycles of every alternation in use, whose K are 2, 3 and 4."""
 
 
 def pace(
