@@ -61,11 +61,12 @@ def finish(process):
 
 
 def written(home):
-    """What an evaluation left, but for how long it took."""
+    """What an evaluation left, but for how long it took, on how many threads."""
     result = json.loads((home / "evaluation.json").read_text())
     for report in result["attacks"].values():
         report.pop("seconds")
-    result["cost"].pop("ms_per_image", None)
+    for name in ("ms_per_image", "threads"):
+        result["cost"].pop(name, None)
     with np.load(home / "evaluation-examples.npz", allow_pickle=False) as file:
         return result, {name: file[name].tolist() for name in file.files}
 
