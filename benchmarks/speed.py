@@ -103,8 +103,12 @@ def random_dataset(setting: Setting, batches: int = 4) -> Dataset:
 
 
 def make_config(setting: Setting, kind: ModelKind, method: Method = "at", precision: Precision = "32-true") -> Config:
-    """The paper's setting: r = 0.5, N = 2, layer routers, TRADES with K = 2 steps; `setting`'s sizes."""
-    training = TrainingConfig(method=method, batch_size=setting.batch, lr=LEARNING_RATE, precision=precision)
+    """The paper's setting: r = 0.5, N = 2, layer routers, TRADES with K = 2 steps, both levels in every iteration;
+    `setting`'s sizes.
+    """
+    training = TrainingConfig(
+        method=method, alternation="both", batch_size=setting.batch, lr=LEARNING_RATE, precision=precision
+    )
     return Config(model=ModelConfig(kind=kind, width=setting.width), training=training)
 
 

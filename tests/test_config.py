@@ -59,8 +59,8 @@ def test_what_is_no_strength(value: object) -> None:
         ),
         (lambda: TrainingConfig(alternation="every-2.5"), "training.alternation must be one of both, shared-attack,"),
         (
-            lambda: TrainingConfig(alternation="every-4", method="at"),
-            "training.method must be advmoe when training.alternation is every-4, got 'at'",
+            lambda: TrainingConfig(alternation="every-2", method="at"),
+            "training.method must be advmoe when training.alternation is every-2, got 'at'",
         ),
         (lambda: TrainingConfig(ema=1), "training.ema must be < 1, got 1.0"),
         (lambda: TrainingConfig(ema=-0.1), "training.ema must be >= 0, got -0.1"),
@@ -208,7 +208,7 @@ def test_files(tmp_path: Path) -> None:
 def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
     options = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
     training = Config().to_dict()["training"]
-    assert [training[name] for name in options] == ["both", "straight-through", 0, 0, 0, 0]
+    assert [training[name] for name in options] == ["every-4", "straight-through", 0, 0, 0, 0]
     assert Config().to_dict()["data"]["train_examples"] is None
     # Runs of before these fields existed are read as what they were.
     older = {group: {n: v for n, v in fields.items() if n not in (*options, "train_examples")}
@@ -222,6 +222,9 @@ def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
         ("shared-attack", None),
     ):
         assert TrainingConfig(alternation=alternation).every == every
+    # It says nothing about other methods: they take the default, and what older runs of theirs name.
+    assert TrainingConfig(method="at", alternation="both").alternation == "both"
+    assert TrainingConfig(method="at").alternation == TrainingConfig().alternation
 
 
 def test_merged_lays_groups_over_one_another() -> None:

@@ -261,7 +261,7 @@ def _training(record: Record) -> str:
             steps = "1 step" if t.alternation == "warm-start" else f"{t.attack_steps} steps"
             inner = f"inner attack of {steps} of {t.step_size}, beta {t.beta:g}"
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
-        usual = TrainingConfig()
+        usual = TrainingConfig(alternation="both" if t.method == "advmoe" else t.alternation)  # the paper's
         chosen = [f"{each} {getattr(t, each)}" for each in _OPTIONS if getattr(t, each) != getattr(usual, each)]
         if chosen:
             lines.append(f"- Options: {', '.join(chosen)}.")

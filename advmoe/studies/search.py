@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.config import Config, TrainingConfig, merged
+from advmoe.config import Config, merged
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.present import RA, SA, WORST, Column, bars, table
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
@@ -53,9 +53,8 @@ MOST = 3
 
 
 def _recipe(scale: Scale, settings: Settings, **labels: str) -> Run:
-    """AdvMoE with changed settings, alternating as it does by default."""
-    usual = {"training": {"alternation": TrainingConfig().alternation}}
-    return scale.run("AdvMoE", more=merged(usual, settings), **labels)
+    """AdvMoE with changed settings."""
+    return scale.run("AdvMoE", more=settings, **labels)
 
 
 def _single(scale: Scale, _: Results) -> list[Row]:

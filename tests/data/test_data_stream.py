@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "model": {"width": 4, "experts_init": "shared"},
     "data": {"name": "imagenet", "image_size": 16, "val_fraction": 0.2, "workers": 0},
     "threat": {"eps": "0.05"},
-    "training": {"epochs": 2, "batch_size": 6, "step_size": 0.03, "val_attack_steps": 1},
+    "training": {"alternation": "both", "epochs": 2, "batch_size": 6, "step_size": 0.03, "val_attack_steps": 1},
     "attack": {"steps": 2},
 }
 CPU: dict[str, Any] = {"accelerator": "cpu", "threads": 1}

@@ -303,7 +303,7 @@ def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> Non
 
 def test_a_card_tells_the_options_of_the_training(run: Path, tmp_path: Path) -> None:
     plain = (advmoe.save_pretrained(run, tmp_path / "plain") / "README.md").read_text()
-    assert "Options" not in plain
+    assert "- Options: alternation every-4.\n" in plain  # the default departs from the paper's Algorithm 1
     other = Path(shutil.copytree(run, tmp_path / "run"))
     values = Config.load(run / "config.yaml").to_dict()
     values["training"] |= {"method": "advmoe", "alternation": "warm-start", "ema": 0.99}
@@ -312,6 +312,11 @@ def test_a_card_tells_the_options_of_the_training(run: Path, tmp_path: Path) -> 
     card = (advmoe.save_pretrained(other, tmp_path / "saved") / "README.md").read_text()
     assert "- Options: alternation warm-start, ema 0.99.\n" in card and "inner attack of 1 step of" in card
     assert "; 300 of its training images; images of" in card
+    for each in ({"alternation": "both"}, {"alternation": "every-4", "method": "at"}):
+        values["training"] |= {"ema": 0, **each}
+        Config.from_dict(values).dump(other / "config.yaml")
+        saved = advmoe.save_pretrained(other, tmp_path / each["alternation"])
+        assert "Options" not in (saved / "README.md").read_text()
 
 
 def test_a_card_says_what_is_unknown(run: Path, tmp_path: Path) -> None:

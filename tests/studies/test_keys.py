@@ -6,7 +6,8 @@ from advmoe.config import Config, field_names
 from advmoe.studies.keys import digest, measure_key, run_key
 
 OF_ROUTED = {"model.num_experts", "model.router", "model.route_per", "model.experts", "model.experts_init"}
-NO_RESULT = {"data.root", "data.download", "data.workers", "training.init_from"}
+NO_RESULT = {"data.root", "data.download", "data.workers", "training.init_from", "training.alternation"}
+"""An alternation is of `advmoe` alone."""
 OF_ATTACKS = {name for name in field_names() if name.startswith("attack.")}
 
 
@@ -32,6 +33,8 @@ def test_every_field_counts_but_those_that_change_no_result(kind, without):
         if run_key(config) == key(model={"kind": kind}):
             same.add(name)
     assert same == without
+    advmoe = [key(training={"method": "advmoe", "alternation": each}) for each in ("both", "shared-attack")]
+    assert len({*advmoe, key()}) == 3
 
 
 def test_a_key_holds_no_defaults_so_that_fields_to_come_leave_it_alone():

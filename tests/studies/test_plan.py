@@ -64,6 +64,7 @@ def test_runs_of_studies_are_shared():
     assert key() == key(variant="both", more={"training": {"alternation": "both"}})
     assert key() == key(experts=2, scale=0.5, more={"model": {"num_experts": 2, "scale": 0.5}})
     assert key("AT (Dense)") == key("AT (Dense)", more={"model": {"scale": 0.8}})
+    assert key("AT (MoE)") == key("AT (MoE)", more={"training": {"alternation": "both"}})  # says nothing about AT
     assert len({key(), key("AT (MoE)"), key("AT (S-Dense)"), key("AT (Dense)"), key(backbone="VGG-16")}) == 5
     # The same model trained from another start is another run.
     settings = {"training": {"lr": 0.3}}

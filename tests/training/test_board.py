@@ -25,7 +25,8 @@ SMALL = {
     "model": {"width": 4, "experts_init": "shared"},
     "data": {"name": "digits", "image_size": 8, "val_fraction": 0.3, "train_examples": 60},
     "threat": {"eps": "0.1"},
-    "training": {"epochs": 3, "batch_size": 20, "step_size": 0.06, "val_attack_steps": 2},
+    # Both levels in every epoch, short as these are.
+    "training": {"alternation": "both", "epochs": 3, "batch_size": 20, "step_size": 0.06, "val_attack_steps": 2},
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 

@@ -46,7 +46,7 @@ def seen(plan, part):
 
 @pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_has_levels_and_both_is_the_paper_s(method):
-    config = TrainingConfig(method=method, init_from="somewhere")
+    config = TrainingConfig(method=method, alternation="both", init_from="somewhere")
     assert levels_of(config) == METHODS[method]
     plan = epoch_plan(METHODS[method], 70, 10, seed=0, epoch=3)
     expected = batches(70, 10, seed=0, epoch=3, levels=len(METHODS[method]))

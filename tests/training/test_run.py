@@ -24,7 +24,8 @@ TINY = {
     "model": {"width": 4, "experts_init": "shared"},
     "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": True},
     "threat": {"eps": "0.1"},
-    "training": {"epochs": 3, "batch_size": 640, "step_size": 0.06, "val_attack_steps": 2},
+    # Both levels in each of the few iterations.
+    "training": {"alternation": "both", "epochs": 3, "batch_size": 640, "step_size": 0.06, "val_attack_steps": 2},
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 
