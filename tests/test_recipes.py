@@ -33,6 +33,7 @@ def test_every_recipe_is_valid() -> None:
             assert setting == f"{config.data.name}-{config.model.name}"
             # The paper's, whatever the data; the backbone's own width.
             assert (config.model.width, config.model.scale, config.model.num_experts) == (None, 0.5, 2)
+            assert config.training.alternation == "both"
             assert (config.training.attack_steps, config.training.beta, config.attack.steps) == (2, 6, 50)
         find_backbone(config.model.name)
 

@@ -80,5 +80,7 @@ def test_every_variant_is_one_that_training_knows():
     scale = scale_named("smoke")
     rows = STUDIES["efficiency"].stages[0](scale, Results())
     assert [row.run.labels.get("variant") for row in rows] == [None, *VARIANTS]
-    assert [Config.from_dict(row.run.settings).training.alternation for row in rows[1:]] == [*VARIANTS]
+    base, *variants = [Config.from_dict(row.run.settings).training for row in rows]
+    assert base.method == "at" and {each.method for each in variants} == {"advmoe"}
+    assert [each.alternation for each in variants] == [*VARIANTS]
     assert {row.measures["pace"].against.name for row in rows} == {rows[0].run.name}
