@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advmoe import native
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
@@ -285,7 +286,8 @@ def _fingerprint(
         "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
                    "pathways": attack.pathways, "queries": attack.queries},
         "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "data": _data_digest(job.data), "model": _digest(*(state[name] for name in sorted(state))),
+        "kernels": native.used() if device.type == "cpu" else None, "data": _data_digest(job.data),
+        "model": _digest(*(state[name] for name in sorted(state))),
     }  # fmt: skip
 
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import native
 from advmoe.models.layers import Projection
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
+from advmoe.moe.dispatch import fixed_convolution
 from advmoe.moe.routing import active_routing
 
-Folded = tuple[Tensor, Tensor]
-"""Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each."""
+Folded = tuple[Tensor, Tensor, native.Packed | None]
+"""Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each; both as the kernels
+read them.
+"""
 
 
 @dataclass
@@ -44,7 +48,9 @@ class Folds:
                 shift = norm.bias - mean * scale
                 experts = len(filters) // len(scale)
                 each = (filters * scale.repeat(experts).view(-1, 1, 1, 1), shift.repeat(experts))
-                known = self.made[norm] = state, (each[0].to(dtype), each[1].to(dtype))
+                folded = each[0].to(dtype), each[1].to(dtype)
+                packed = conv.packed(*folded) if isinstance(conv, MoEConv2d | Projection) else None
+                known = self.made[norm] = state, (*folded, packed)
         return known[1]
 
 
@@ -76,10 +82,12 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else norm.weight.dtype
-    filters, bias = folds.of(conv, norm, dtype)
+    filters, bias, packed = folds.of(conv, norm, dtype)
     if isinstance(conv, MoEConv2d):
-        return conv.folded(x, filters, bias)
+        return conv.folded(x, filters, bias, packed)
     if isinstance(conv, Projection):
+        if packed is not None and packed.dtype == x.dtype and native.suits(x):
+            return fixed_convolution(x, packed)
         return F.conv2d(kept_pixels(x, conv.stride), filters, bias)
     return F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 

@@ -10,9 +10,11 @@ from math import ceil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import native
 from advmoe.config import ModelConfig
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
+from advmoe.moe.rectifier import Rectifier
 
 
 def narrowed(dense_channels: int, scale: float) -> int:
@@ -37,6 +39,10 @@ class Projection(nn.Conv2d):
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
         return F.conv2d(kept_pixels(input, self.stride), self.weight, self.bias)
 
+    def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
+        """`filters` (C_out, C_in, 1, 1) and `biases` (C_out,) as the kernels read them, or None where they do not."""
+        return native.Packed.of(filters[None], biases[None], (self.stride[0], self.stride[1]), (0, 0))
+
 
 class LayerFactory:
     """Makes the layers of one model. `num_moe_layers` counts the MoE layers made, in order of the forward pass."""
@@ -52,6 +58,10 @@ class LayerFactory:
         return (
             dense_channels if self.config.kind in ("dense", "sparse") else narrowed(dense_channels, self.config.scale)
         )
+
+    def rectifier(self) -> Rectifier:
+        """A ReLU, of which MoE layers with routers of their own take what these pool."""
+        return Rectifier(pools=self.config.kind == "moe" and self.config.router == "layer")
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""

@@ -35,15 +35,14 @@ class BasicBlock(nn.Module):
         self.norm1 = BatchNorm2d(narrow)
         self.conv2 = layers.conv(narrow, channels, 3, 1, 1)
         self.norm2 = BatchNorm2d(narrow)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         self.shortcut = _shortcut(layers, c_in, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         y = self.relu(conv_norm(self.conv1, self.norm1, x))
         y = conv_norm(self.conv2, self.norm2, y)
-        y += self.shortcut(x)
-        out: Tensor = self.relu(y)
+        out: Tensor = self.relu(y, self.shortcut(x))
         return out
 
 
@@ -62,7 +61,7 @@ class Bottleneck(nn.Module):
         self.norm2 = BatchNorm2d(narrow)
         self.conv3 = layers.conv(narrow, wide, 1)
         self.norm3 = BatchNorm2d(layers.channels(wide))
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         self.shortcut = _shortcut(layers, c_in, wide, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,8 +69,7 @@ class Bottleneck(nn.Module):
         y = self.relu(conv_norm(self.conv1, self.norm1, x))
         y = self.relu(conv_norm(self.conv2, self.norm2, y))
         y = conv_norm(self.conv3, self.norm3, y)
-        y += self.shortcut(x)
-        out: Tensor = self.relu(y)
+        out: Tensor = self.relu(y, self.shortcut(x))
         return out
 
 

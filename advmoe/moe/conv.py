@@ -7,12 +7,14 @@ experts, `k` kernel.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.moe.layer import MoELayer
+from advmoe import native
+from advmoe.moe.layer import MoELayer, Weights
 from advmoe.moe.routers import LayerRouter
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -27,6 +29,32 @@ def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
     channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
     """
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
+        return kept
+    return _strided(x, stride)
+
+
+class _Kept(torch.autograd.Function):
+    """The pixels of a stride, whose gradient is spread in one go: autograd's own takes an axis at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: tuple[int, ...]) -> Tensor:
+        ctx.stride, ctx.shape = stride, x.shape
+        ctx.last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if ctx.last else torch.contiguous_format
+        return _strided(x, stride).clone(memory_format=layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layout = torch.channels_last if ctx.last else torch.contiguous_format
+        spread = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
+        _strided(spread, ctx.stride).copy_(grad)
+        return spread, None
+
+
+def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x[..., :: stride[0], :: stride[1]]
 
 
@@ -79,6 +107,7 @@ class MoEConv2d(MoELayer):
         self.bias = nn.Parameter(torch.zeros(bank_rows)) if bias else None
         self.strided = kernel == (1, 1) and _pair(stride) != (1, 1) and not any(sides)
         self.pointwise = (kernel, _pair(stride), any(sides), groups, bias) == ((1, 1), (1, 1), False, 1, False)
+        self.linear = not bias
         self._fits_a_vector = groups == 1 and num_experts * c_out < _LANES  # as many as that take a sixth longer
         if shared_init:
             self.copy_first_expert()
@@ -87,13 +116,20 @@ class MoEConv2d(MoELayer):
         """The filters (M, C_in / G, k, k) and, where there is a bias, its numbers (M,)."""
         return (self.bank,) if self.bias is None else (self.bank, self.bias)
 
-    def folded(self, x: Tensor, filters: Tensor, biases: Tensor) -> Tensor:
+    def folded(self, x: Tensor, filters: Tensor, biases: Tensor, fixed: native.Packed | None) -> Tensor:
         """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
         W').
 
-        `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift.
+        `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift; `fixed` are both, `packed`.
         """
-        return self._pass(x, (filters, biases), affine=True)
+        return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed))
+
+    def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
+        """`filters` and `biases`, as of `folded`, as the kernels read them, or None where they do not compute this."""
+        stride, dilation = _pair(self.stride), _pair(self.dilation)
+        if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
+            return None
+        return native.Packed.of(filters[self.row_index], biases[self.row_index], stride, _pair(self.padding))
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if

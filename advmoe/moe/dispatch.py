@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe import native
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -89,6 +91,17 @@ def _scatter(parts: tuple[Tensor, ...], members: tuple[Tensor, ...]) -> Tensor:
     return out
 
 
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Each sample's inner product of `a` and `b` (N, ...), (N,)."""
+    if native.suits(a, b):
+        return native.products(a, b)
+    (rows, last), (others, same) = _rows(a), _rows(b)
+    if last != same:
+        others, _ = _rows(_laid_out(b, last))
+    # The sum keeps fp32 inside; asked for an fp32 result, PyTorch would first copy a bf16 product whole.
+    return (rows * others).sum(1)
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *members: Tensor) -> tuple[Tensor, ...]:
@@ -99,6 +112,27 @@ class _Split(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _scatter(grads, ctx.members), *[None] * len(ctx.members)
+
+
+class _GatedSplit(torch.autograd.Function):
+    """`straight_through` and `split`, whose backward passes over the gradient are one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, *members: Tensor) -> tuple[Tensor, ...]:
+        ctx.members, ctx.gate_dtype = members, gate.dtype
+        ctx.save_for_backward(x)
+        return _gather(x, members)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if native.suits(x, *grads):
+            grad, products = native.unsplit(grads, ctx.members, x)
+        else:
+            grad = _scatter(grads, ctx.members)
+            products = _row_products(grad, x)
+        return grad, products.to(ctx.gate_dtype), *[None] * len(ctx.members)
 
 
 class _Merge(torch.autograd.Function):
@@ -124,18 +158,38 @@ class _Gate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (y,) = ctx.saved_tensors
-        (a, last), (b, other) = _rows(grad), _rows(y)
-        if last != other:
-            b, _ = _rows(_laid_out(y, last))
-        # The sum keeps fp32 inside; asked for an fp32 result, PyTorch would first copy a bf16 product whole.
-        return grad, (a * b).sum(1).to(ctx.gate_dtype)
+        return grad, _row_products(grad, y).to(ctx.gate_dtype)
 
 
-def split(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """The samples of each expert of `plan`, (n_e, ...) each, from `x` (N, ...)."""
+class _Convolution(torch.autograd.Function):
+    """A convolution by fixed filters, of which each sample uses its expert's, and `straight_through` ahead of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed) -> Tensor:
+        ctx.filters, ctx.gate_dtype = filters, None if gate is None else gate.dtype
+        ctx.save_for_backward(x, choice)
+        return filters.convolve(x, choice)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, choice = ctx.saved_tensors
+        gated = ctx.gate_dtype is not None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        dx, products = ctx.filters.backward(grad, x, choice, products=gated)
+        return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None
+
+
+def split(x: Tensor, plan: Plan, gate: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The samples of each expert of `plan`, (n_e, ...) each, from `x` (N, ...), `straight_through` the `gate` (N,) if
+    there is one.
+    """
     if len(plan.experts) == 1:
-        return (x,)
-    parts: tuple[Tensor, ...] = _Split.apply(x, *plan.members)  # type: ignore[no-untyped-call]
+        return (x if gate is None else straight_through(x, gate),)
+    if gate is None:
+        parts: tuple[Tensor, ...] = _Split.apply(x, *plan.members)  # type: ignore[no-untyped-call]
+    else:
+        parts = _GatedSplit.apply(x, gate, *plan.members)  # type: ignore[no-untyped-call]
     return parts
 
 
@@ -153,3 +207,16 @@ def straight_through(y: Tensor, gate: Tensor) -> Tensor:
     """
     gated: Tensor = _Gate.apply(y, gate)  # type: ignore[no-untyped-call]
     return gated
+
+
+def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed) -> Tensor:
+    """`x` (N, C_in, H, W), `straight_through` the `gate` (N,) if there is one, by the filters of the expert in `choice`
+    (N,): (N, C_out, H', W'). Moves no sample; `x` is one that kernels take.
+    """
+    y: Tensor = _Convolution.apply(x, gate, choice.contiguous(), filters)  # type: ignore[no-untyped-call]
+    return y
+
+
+def fixed_convolution(x: Tensor, filters: native.Packed) -> Tensor:
+    """`x` (N, C_in, H, W) by the only expert's filters."""
+    return convolution(x, None, torch.zeros(len(x), dtype=torch.long), filters)

@@ -6,12 +6,14 @@ Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.moe.dispatch import Plan, merge, split, straight_through
+from advmoe import native
+from advmoe.moe.dispatch import Plan, convolution, merge, split, straight_through
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing
 
@@ -23,6 +25,18 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     """
     starts = [e * bank_rows // num_experts for e in range(num_experts)]
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a pass computes with."""
+
+    banks: tuple[Tensor, ...]
+    """(M, ...) each."""
+    affine: bool = False
+    """Whether the gate scales what is linear in the input alone, not the last of the banks, which are biases."""
+    fixed: native.Packed | None = None
+    """The same, of a convolution whose weights do not learn, as the kernels read them."""
 
 
 class MoELayer(nn.Module, ABC):
@@ -51,6 +65,8 @@ class MoELayer(nn.Module, ABC):
         """Whether the experts' rows lie one after another, none shared and none left."""
         self.register_buffer("row_index", torch.tensor(self.rows), persistent=False)
         self.router = router
+        self.linear = False
+        """Whether the layer is a linear map of its input, with no bias."""
         self.copies = False
         """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
 
@@ -99,10 +115,10 @@ class MoELayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, ...), by the active routing (see `routing.route`)."""
-        return self._pass(x, self.banks())
+        return self._pass(x, Weights(self.banks()))
 
-    def _pass(self, x: Tensor, banks: tuple[Tensor, ...], *, affine: bool = False) -> Tensor:
-        """The layer with `banks`. In an `affine` one the gate scales what is linear in `x` alone, not the biases."""
+    def _pass(self, x: Tensor, weights: Weights) -> Tensor:
+        """The layer with `weights`."""
         routing = active_routing()
         router = self.router
         if routing.one_pass and self.layer in routing.scores:
@@ -114,46 +130,46 @@ class MoELayer(nn.Module, ABC):
             raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:
-            return self._routed(x, scores, choice, routing, banks, affine)
+            return self._routed(x, scores, choice, routing, weights)
         # Tokens routed one by one: each is a sample of its own.
-        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, banks, affine)
+        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, weights)
         y: Tensor = each.unflatten(0, choice.shape)
         return y
 
-    def _grouped(self, x: Tensor, plan: Plan, banks: tuple[Tensor, ...]) -> Tensor:
-        """The output for samples `x` (N, ...), one expert's samples at a time."""
-        if len(plan.experts) == 1:
-            return self.compute(x, *(self.of_expert(plan.experts[0], bank) for bank in banks))
-        parts = zip(plan.experts, split(x, plan), strict=True)
+    def _grouped(self, x: Tensor, gate: Tensor | None, plan: Plan, banks: tuple[Tensor, ...]) -> Tensor:
+        """The output for samples `x` (N, ...), `straight_through` the `gate` (N,) if there is one, one expert's samples
+        at a time.
+        """
+        parts = zip(plan.experts, split(x, plan, gate), strict=True)
         return merge(tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan)
 
-    def _routed(
-        self,
-        x: Tensor,
-        scores: Tensor,
-        choice: Tensor,
-        routing: Routing,
-        banks: tuple[Tensor, ...],
-        affine: bool,
-    ) -> Tensor:
+    def _chosen(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, weights: Weights) -> Tensor:
+        """The output for samples `x` (N, ...), of which each is computed by its expert alone."""
+        gate = None
+        if torch.is_grad_enabled() and scores.requires_grad:
+            gate = scores.softmax(1).gather(1, choice[:, None])[:, 0]
+        # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed and is had
+        # where gradients are brought back in order.
+        ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
+        banks = weights.banks
+        if len(x) > 1 and weights.fixed is not None and weights.fixed.dtype == x.dtype and native.suits(x):
+            y = convolution(x, ahead, choice, weights.fixed)
+        elif len(x) > 1 and (each := self.compute_each(_gated(x, ahead), choice, *banks)) is not None:
+            y = each
+        else:
+            y = self._grouped(x, ahead, routing.plan(scores, choice), banks)
+        y = _gated(y, behind)
+        return y.clone() if self.copies and y.requires_grad else y
+
+    def _routed(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, weights: Weights) -> Tensor:
         """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
-        dtype = banks[0].dtype
+        banks, dtype = weights.banks, weights.banks[0].dtype
         if torch.is_autocast_enabled(device := x.device.type):
             # One cast of the banks a pass: autocast would cast every expert's slice anew.
             dtype = torch.get_autocast_dtype(device)
             banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
         if routing.mode == "hard":
-            gate = None
-            if torch.is_grad_enabled() and scores.requires_grad:
-                gate = scores.softmax(1).gather(1, choice[:, None])[:, 0]
-            if affine and gate is not None:
-                # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed.
-                x, gate = straight_through(x, gate), None
-            each = self.compute_each(x, choice, *banks) if len(x) > 1 else None
-            y = self._grouped(x, routing.plan(scores, choice), banks) if each is None else each
-            if gate is not None:
-                y = straight_through(y, gate)
-            return y.clone() if self.copies and y.requires_grad else y
+            return self._chosen(x, scores, choice, routing, replace(weights, banks=banks))
         if routing.mode == "gathered":
             if len(choice) != 1:
                 raise ValueError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
@@ -164,9 +180,13 @@ class MoELayer(nn.Module, ABC):
             every = self.compute_all(x, *banks).flatten(0, 1)
             return every.index_select(0, torch.arange(x.shape[0], device=x.device) * self.num_experts + choice)
         if routing.mode == "soft":
-            weights = (scores / routing.temperature).softmax(1)
+            mixed = (scores / routing.temperature).softmax(1)
         else:
             probability = scores.softmax(1)
-            weights = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
+            mixed = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
         every = self.compute_all(x, *banks)
-        return (every * weights.to(dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1)
+        return (every * mixed.to(dtype).view(*mixed.shape, *[1] * (every.dim() - 2))).sum(1)
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else straight_through(x, gate)

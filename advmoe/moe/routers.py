@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import native
+from advmoe.moe.rectifier import pooled_before
 
-class _LowPrecisionPool(torch.autograd.Function):
-    """Global average pool of a bf16 or fp16 (N, C, H, W) to fp32 (N, C), without an fp32 copy either way."""
+
+class _Pool(torch.autograd.Function):
+    """Global average pool of (N, C, H, W), to fp32 (N, C) from lower precisions, whose gradient is a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype, ctx.shape = x.dtype, x.shape
-        return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+        if native.suits(x):
+            return native.pooled(x)
+        return x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -35,8 +40,11 @@ def global_pool(x: Tensor) -> Tensor:
     if x.dim() != 4:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x.sum(1) / x.shape[1] if x.dim() == 3 else x
-    if x.dtype in (torch.bfloat16, torch.float16):
-        pooled: Tensor = _LowPrecisionPool.apply(x)  # type: ignore[no-untyped-call]
+    known = pooled_before(x)
+    if known is not None:
+        return known
+    if x.dtype in (torch.bfloat16, torch.float16) or native.suits(x):
+        pooled: Tensor = _Pool.apply(x)  # type: ignore[no-untyped-call]
         return pooled
     # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
@@ -76,7 +84,8 @@ class LayerRouter(nn.Module):
             return scores
         # For one image a router's cost is that of its calls, and functions have less around them than modules.
         mean, var = norm.running_mean, norm.running_var
-        pooled = x.mean((2, 3)) if x.dtype == torch.float32 and x.dim() == 4 else global_pool(x)
+        fast = x.dtype == torch.float32 and x.dim() == 4 and pooled_before(x) is None and not native.suits(x)
+        pooled = x.mean((2, 3)) if fast else global_pool(x)
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 

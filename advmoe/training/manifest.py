@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from advmoe import native
 from advmoe.files import read_object, write_text
 
 
@@ -57,6 +58,7 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "devices": devices,
         "threads": torch.get_num_threads(),
+        "kernels": native.used() if device.type == "cpu" else None,
         "git_commit": _git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": None,

@@ -273,7 +273,8 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
-    names = ("versions", "platform", "cpu", "device", "devices", "threads", "git_commit", "source_sha256", "started")
+    machine = ("versions", "platform", "cpu", "device", "devices", "threads", "kernels")
+    names = (*machine, "git_commit", "source_sha256", "started")
     earlier = manifest.get("resumed") or []
     return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
 

@@ -1,0 +1,429 @@
+// What a routed network spends its time on beside convolutions that a library does well, for CPUs: convolutions of which
+// each sample has its own expert, and passes over activations that would otherwise be several.
+//
+// A plain C interface, so that nothing of PyTorch's is needed to compile it. Activations are channels-last: a sample is
+// H x W pixels of C numbers. Every loop over samples is shared by `threads` threads and computes a sample the same way
+// whatever the others are.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+template <int L>
+struct VectorOf {
+    typedef float type __attribute__((vector_size(L * 4), aligned(4), may_alias));
+    typedef uint32_t bits __attribute__((vector_size(L * 4)));
+    typedef uint16_t upper __attribute__((vector_size(L * 2), aligned(2), may_alias));
+};
+template <int L>
+using Vector = typename VectorOf<L>::type;
+
+// bf16 is the upper half of fp32.
+struct Half {
+    uint16_t bits;
+};
+
+template <int L>
+inline Vector<L> load(const float* from) {
+    return *reinterpret_cast<const Vector<L>*>(from);
+}
+
+template <int L>
+inline Vector<L> load(const Half* from) {
+    using Bits = typename VectorOf<L>::bits;
+    const typename VectorOf<L>::upper upper = *reinterpret_cast<const typename VectorOf<L>::upper*>(from);
+    const Bits bits = __builtin_convertvector(upper, Bits) << 16;
+    Vector<L> values;
+    std::memcpy(&values, &bits, sizeof values);
+    return values;
+}
+
+template <int L>
+inline void store(Vector<L> values, float* to) {
+    *reinterpret_cast<Vector<L>*>(to) = values;
+}
+
+// To the nearest, ties to even; what is not a number stays so.
+template <int L>
+inline void store(Vector<L> values, Half* to) {
+    using Bits = typename VectorOf<L>::bits;
+    Bits bits;
+    std::memcpy(&bits, &values, sizeof bits);
+    const Bits quiet = (bits >> 16) | 0x40u, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits chosen = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+    *reinterpret_cast<typename VectorOf<L>::upper*>(to) = __builtin_convertvector(chosen, typename VectorOf<L>::upper);
+}
+
+inline float value_of(float x) { return x; }
+inline float value_of(Half x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+template <int L>
+inline float total(Vector<L> v) {
+    float sum = 0;
+    for (int i = 0; i < L; ++i) sum += v[i];
+    return sum;
+}
+
+// The mean over `pixels` of L channels, `channels` apart.
+template <int L, class T>
+void mean_of(const T* x, int64_t pixels, int64_t channels, float* out) {
+    Vector<L> sum[4] = {};
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum[i] += load<L>(x + (p + i) * channels);
+    for (; p < pixels; ++p) sum[0] += load<L>(x + p * channels);
+    *reinterpret_cast<Vector<L>*>(out) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(pixels);
+}
+
+template <class T>
+void pool(const T* x, int64_t n, int64_t pixels, int64_t channels, float* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const T* from = x + i * pixels * channels;
+        float* to = out + i * channels;
+        int64_t c = 0;
+        for (; c + kLanes <= channels; c += kLanes) mean_of<kLanes>(from + c, pixels, channels, to + c);
+        for (; c + 8 <= channels; c += 8) mean_of<8>(from + c, pixels, channels, to + c);
+        for (; c < channels; ++c) {
+            float sum = 0;
+            for (int64_t p = 0; p < pixels; ++p) sum += value_of(from[p * channels + c]);
+            to[c] = sum / static_cast<float>(pixels);
+        }
+    }
+}
+
+// y = max(y + shortcut, 0) for B x L of a sample's channels, and their mean over pixels.
+template <int L, int B, class T>
+void rectify_channels(T* y, const T* shortcut, int64_t pixels, int64_t channels, float* mean) {
+    Vector<L> sum[B] = {};
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const int64_t at = p * channels + b * L;
+            Vector<L> v = load<L>(y + at);
+            if (shortcut) v += load<L>(shortcut + at);
+            store<L>(v < 0.0f ? Vector<L>{} : v, y + at);
+            if (mean) sum[b] += load<L>(y + at);
+        }
+    if (mean)
+        for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
+}
+
+// out = g + the mean's gradient, where the rectified x is above 0.
+template <int L, int B, class T>
+void unrectify_channels(const T* x, const T* g, const float* mean, int64_t pixels, int64_t channels, T* out) {
+    Vector<L> spread[B] = {};
+    if (mean)
+        for (int b = 0; b < B; ++b) spread[b] = load<L>(mean + b * L) / static_cast<float>(pixels);
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const int64_t at = p * channels + b * L;
+            store<L>(load<L>(x + at) <= 0.0f ? Vector<L>{} : load<L>(g + at) + spread[b], out + at);
+        }
+}
+
+// Calls `each` with vectors of the channels, as many at a time as share cache lines.
+template <class Each>
+void by_channels(int64_t channels, const Each& each) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) each(std::integral_constant<int, 4>{}, std::integral_constant<int, kLanes>{}, c);
+    for (; c + 2 * kLanes <= channels; c += 2 * kLanes) each(std::integral_constant<int, 2>{}, std::integral_constant<int, kLanes>{}, c);
+    for (; c + kLanes <= channels; c += kLanes) each(std::integral_constant<int, 1>{}, std::integral_constant<int, kLanes>{}, c);
+    for (; c + 8 <= channels; c += 8) each(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{}, c);
+}
+
+template <class T>
+void rectify(T* y, const T* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = i * pixels * channels;
+        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
+            rectify_channels<lanes(), vectors()>(y + at + c, shortcut ? shortcut + at + c : nullptr, pixels, channels,
+                                                 mean ? mean + i * channels + c : nullptr);
+        });
+    }
+}
+
+template <class T>
+void unrectify(const T* x, const T* g, const float* mean, int64_t n, int64_t pixels, int64_t channels, T* out,
+               int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = i * pixels * channels;
+        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
+            unrectify_channels<lanes(), vectors()>(x + at + c, g + at + c, mean ? mean + i * channels + c : nullptr,
+                                                   pixels, channels, out + at + c);
+        });
+    }
+}
+
+template <class T>
+float product(const T* a, const T* b, int64_t count) {
+    Vector<kLanes> sum[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[j] += load<kLanes>(a + i + j * kLanes) * load<kLanes>(b + i + j * kLanes);
+    float rest = 0;
+    for (; i < count; ++i) rest += value_of(a[i]) * value_of(b[i]);
+    return total<kLanes>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <class T>
+void multiply(const T* a, const T* b, int64_t n, int64_t row, float* products, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) products[i] = product(a + i * row, b + i * row, row);
+}
+
+template <class T>
+void unsplit(int parts, const T* const* gradients, const int64_t* const* members, const int64_t* counts, const T* x,
+             int64_t row, T* out, float* dots, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int part = 0; part < parts; ++part) {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < counts[part]; ++i) {
+            const int64_t n = members[part][i];
+            const T* g = gradients[part] + i * row;
+            std::memcpy(out + n * row, g, row * sizeof(T));
+            dots[n] = product(g, x + n * row, row);
+        }
+    }
+}
+
+// Output pixels that lie on a grid, and which inputs each of them sums over.
+struct Grid {
+    int rows, cols;
+    int64_t in_row, in_col;              // from one output pixel's first input to the next one's
+    int64_t out_first, out_row, out_col; // where outputs lie
+    std::vector<int64_t> offset;         // of each tap's input from the first
+    std::vector<int> weight;             // each tap's index among the filters'
+};
+
+// B x L output channels of T pixels: a register each. Pixels beyond the last are computed again and not stored.
+template <int L, int B, int T>
+void tile(const Grid& grid, const float* in, const float* filters, const float* bias, int c_in, int c_out_padded,
+          int c_out, int first_pixel, float* out) {
+    using V = Vector<L>;
+    const int count = std::min(T, grid.rows * grid.cols - first_pixel);
+    const float* base[T];
+    float* to[T];
+    for (int t = 0; t < T; ++t) {
+        const int pixel = first_pixel + std::min(t, count - 1);
+        const int row = pixel / grid.cols, col = pixel % grid.cols;
+        base[t] = in + row * grid.in_row + col * grid.in_col;
+        to[t] = out + grid.out_first + row * grid.out_row + col * grid.out_col;
+    }
+    V sum[T][B];
+    for (int b = 0; b < B; ++b) {
+        const V start = bias ? load<L>(bias + b * L) : V{};
+        for (int t = 0; t < T; ++t) sum[t][b] = start;
+    }
+    for (size_t tap = 0; tap < grid.offset.size(); ++tap) {
+        const float* w = filters + static_cast<int64_t>(grid.weight[tap]) * c_in * c_out_padded;
+        const int64_t at = grid.offset[tap];
+        const float* from[T];
+        for (int t = 0; t < T; ++t) from[t] = base[t] + at;
+        for (int c = 0; c < c_in; ++c, w += c_out_padded) {
+            V weights[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) weights[b] = load<L>(w + b * L);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                const float x = from[t][c];
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) sum[t][b] += weights[b] * x;
+            }
+        }
+    }
+    for (int t = 0; t < count; ++t)
+        for (int b = 0; b < B; ++b) {
+            const V made = sum[t][b];
+            const int left = c_out - b * L;
+            if (left >= L)
+                *reinterpret_cast<V*>(to[t] + b * L) = made;
+            else if (left > 0)
+                std::memcpy(to[t] + b * L, &made, left * sizeof(float));
+        }
+}
+
+template <int L, int B, int T>
+void tiles(const Grid& grid, const float* in, const float* filters, const float* bias, int c_in, int c_out_padded,
+           int c_out, float* out) {
+    for (int pixel = 0; pixel < grid.rows * grid.cols; pixel += T)
+        tile<L, B, T>(grid, in, filters, bias, c_in, c_out_padded, c_out, pixel, out);
+}
+
+void convolve(const Grid& grid, const float* in, const float* filters, const float* bias, int c_in, int c_out_padded,
+              int c_out, float* out) {
+    for (int first = 0; first < c_out_padded;) {
+        const float* shift = bias ? bias + first : nullptr;
+        const int wide = c_out_padded - first;
+        if (wide >= 2 * kLanes) {
+            tiles<kLanes, 2, 8>(grid, in, filters + first, shift, c_in, c_out_padded, c_out - first, out + first);
+            first += 2 * kLanes;
+        } else if (wide >= kLanes) {
+            tiles<kLanes, 1, 8>(grid, in, filters + first, shift, c_in, c_out_padded, c_out - first, out + first);
+            first += kLanes;
+        } else {
+            tiles<8, 1, 8>(grid, in, filters + first, shift, c_in, c_out_padded, c_out - first, out + first);
+            first += 8;
+        }
+    }
+}
+
+int floor_divide(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+}  // namespace
+
+extern "C" {
+
+// Changes with the functions below, so that nothing calls what an older file holds.
+int advmoe_kernels() { return 1; }
+
+// out[n, c] = the mean of x[n, :, c].
+void advmoe_pool_fp32(const float* x, int64_t n, int64_t pixels, int64_t channels, float* out, int threads) {
+    pool(x, n, pixels, channels, out, threads);
+}
+void advmoe_pool_bf16(const Half* x, int64_t n, int64_t pixels, int64_t channels, float* out, int threads) {
+    pool(x, n, pixels, channels, out, threads);
+}
+
+// y = max(y + shortcut, 0), and its mean over pixels in `mean` (n, channels); shortcut and mean may be null. Channels are
+// whole vectors of 8.
+void advmoe_rectify_fp32(float* y, const float* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean,
+                         int threads) {
+    rectify(y, shortcut, n, pixels, channels, mean, threads);
+}
+void advmoe_rectify_bf16(Half* y, const Half* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean,
+                         int threads) {
+    rectify(y, shortcut, n, pixels, channels, mean, threads);
+}
+
+// The gradient for y + shortcut of the above, by that of its result x and, where it is given, of the mean.
+void advmoe_unrectify_fp32(const float* x, const float* g, const float* mean, int64_t n, int64_t pixels,
+                           int64_t channels, float* out, int threads) {
+    unrectify(x, g, mean, n, pixels, channels, out, threads);
+}
+void advmoe_unrectify_bf16(const Half* x, const Half* g, const float* mean, int64_t n, int64_t pixels, int64_t channels,
+                           Half* out, int threads) {
+    unrectify(x, g, mean, n, pixels, channels, out, threads);
+}
+
+// products[n] = <a[n], b[n]>.
+void advmoe_products_fp32(const float* a, const float* b, int64_t n, int64_t row, float* products, int threads) {
+    multiply(a, b, n, row, products, threads);
+}
+void advmoe_products_bf16(const Half* a, const Half* b, int64_t n, int64_t row, float* products, int threads) {
+    multiply(a, b, n, row, products, threads);
+}
+
+// Rows of each part go back to where `members` says they came from; dots[n] is a row's product with x[n].
+void advmoe_unsplit_fp32(int parts, const float* const* gradients, const int64_t* const* members, const int64_t* counts,
+                         const float* x, int64_t row, float* out, float* dots, int threads) {
+    unsplit(parts, gradients, members, counts, x, row, out, dots, threads);
+}
+void advmoe_unsplit_bf16(int parts, const Half* const* gradients, const int64_t* const* members, const int64_t* counts,
+                         const Half* x, int64_t row, Half* out, float* dots, int threads) {
+    unsplit(parts, gradients, members, counts, x, row, out, dots, threads);
+}
+
+struct Shape {
+    int64_t n;
+    int32_t h, w, c_in, oh, ow, c_out, kh, kw, sh, sw, ph, pw, experts;
+};
+
+// y[n] = x[n] * filters[choice[n]] + bias[choice[n]]. Filters (E, kh, kw, c_in, c_out padded to whole vectors of 8),
+// bias (E, c_out padded) or null. Returns how many samples chose an expert that there is not; then nothing is computed.
+int64_t advmoe_convolve(const Shape* shape, const float* x, const int64_t* choice, const float* filters,
+                        const float* bias, float* y, int threads) {
+    const Shape s = *shape;
+    const int64_t wrong = std::count_if(choice, choice + s.n, [&](int64_t e) { return e < 0 || e >= s.experts; });
+    if (wrong) return wrong;
+    const int padded = (s.c_out + 7) / 8 * 8, width = s.w + 2 * s.pw, height = s.h + 2 * s.ph;
+    Grid grid{s.oh, s.ow, static_cast<int64_t>(s.sh) * width * s.c_in, static_cast<int64_t>(s.sw) * s.c_in,
+              0, static_cast<int64_t>(s.ow) * s.c_out, s.c_out, {}, {}};
+    for (int ky = 0; ky < s.kh; ++ky)
+        for (int kx = 0; kx < s.kw; ++kx) {
+            grid.offset.push_back((static_cast<int64_t>(ky) * width + kx) * s.c_in);
+            grid.weight.push_back(ky * s.kw + kx);
+        }
+    const int64_t filter = static_cast<int64_t>(s.kh) * s.kw * s.c_in * padded;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> framed(static_cast<size_t>(height) * width * s.c_in);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.n; ++n) {
+            const float* from = x + n * s.h * s.w * s.c_in;
+            for (int row = 0; row < s.h; ++row)
+                std::memcpy(framed.data() + ((row + s.ph) * static_cast<int64_t>(width) + s.pw) * s.c_in,
+                            from + static_cast<int64_t>(row) * s.w * s.c_in, sizeof(float) * s.w * s.c_in);
+            const int64_t e = choice[n];
+            convolve(grid, framed.data(), filters + e * filter, bias ? bias + e * padded : nullptr, s.c_in, padded,
+                     s.c_out, y + n * s.oh * s.ow * s.c_out);
+        }
+    }
+    return 0;
+}
+
+// The gradient for x of the above, and, where `dots` is given, its product with x: filters (E, kh, kw, c_out, c_in padded).
+void advmoe_convolve_backward(const Shape* shape, const float* g, const int64_t* choice, const float* filters,
+                              const float* x, float* dx, float* dots, int threads) {
+    const Shape s = *shape;
+    const int padded = (s.c_in + 7) / 8 * 8;
+    // Rows and columns of zeros around the gradient that a pixel at the edge may look at.
+    const int top = -std::min(0, floor_divide(s.ph - s.kh + 1, s.sh)), left = -std::min(0, floor_divide(s.pw - s.kw + 1, s.sw));
+    const int bottom = std::max(0, (s.h - 1 + s.ph) / s.sh - s.oh + 1), right = std::max(0, (s.w - 1 + s.pw) / s.sw - s.ow + 1);
+    const int width = s.ow + left + right, height = s.oh + top + bottom;
+    std::vector<Grid> grids;
+    for (int py = 0; py < std::min(s.sh, s.h); ++py)
+        for (int px = 0; px < std::min(s.sw, s.w); ++px) {
+            Grid grid{(s.h - py + s.sh - 1) / s.sh, (s.w - px + s.sw - 1) / s.sw, static_cast<int64_t>(width) * s.c_out,
+                      s.c_out, (static_cast<int64_t>(py) * s.w + px) * s.c_in,
+                      static_cast<int64_t>(s.sh) * s.w * s.c_in, static_cast<int64_t>(s.sw) * s.c_in, {}, {}};
+            for (int ky = 0; ky < s.kh; ++ky)
+                for (int kx = 0; kx < s.kw; ++kx) {
+                    const int y = py + s.ph - ky, x = px + s.pw - kx;
+                    if (floor_divide(y, s.sh) * s.sh != y || floor_divide(x, s.sw) * s.sw != x) continue;
+                    grid.offset.push_back(((floor_divide(y, s.sh) + top) * static_cast<int64_t>(width) +
+                                           floor_divide(x, s.sw) + left) * s.c_out);
+                    grid.weight.push_back(ky * s.kw + kx);
+                }
+            grids.push_back(grid);
+        }
+    const int64_t filter = static_cast<int64_t>(s.kh) * s.kw * s.c_out * padded;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> framed(static_cast<size_t>(height) * width * s.c_out);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.n; ++n) {
+            const float* from = g + n * s.oh * s.ow * s.c_out;
+            for (int row = 0; row < s.oh; ++row)
+                std::memcpy(framed.data() + ((row + top) * static_cast<int64_t>(width) + left) * s.c_out,
+                            from + static_cast<int64_t>(row) * s.ow * s.c_out, sizeof(float) * s.ow * s.c_out);
+            for (const Grid& grid : grids)
+                convolve(grid, framed.data(), filters + choice[n] * filter, nullptr, s.c_out, padded, s.c_in,
+                         dx + n * s.h * s.w * s.c_in);
+            const int64_t size = static_cast<int64_t>(s.h) * s.w * s.c_in;
+            if (dots) dots[n] = product(dx + n * size, x + n * size, size);
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,192 @@
+"""Each kernel against PyTorch's operations, on shapes that fill vector units and shapes that do not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from advmoe import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+LAST = torch.channels_last
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def batch(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).contiguous(memory_format=LAST)
+
+
+def assert_close(actual, expected, dtype=torch.float32):
+    """Equal but for the rounding of `dtype`, as a share of the largest entry."""
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    atol = rounding * max(1e-6, expected.abs().max().item())
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 8, 20, 24, 40, 96])
+def test_a_pool_is_the_mean_over_pixels_in_fp32(dtype, channels):
+    x = batch(5, channels, 7, 3, dtype=dtype)
+    pooled = native.pooled(x)
+    assert pooled.dtype == torch.float32
+    assert_close(pooled, x.double().mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [1, 15, 64, 200])
+def test_products_are_inner_products(dtype, row):
+    a, b = batch(6, row, 1, 1, dtype=dtype), batch(6, row, 1, 1, dtype=dtype, seed=1)
+    assert_close(native.products(a, b), (a.double() * b.double()).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 64, 120])
+def test_a_rectified_sum_and_its_gradient(dtype, pool, summed, channels):
+    y = batch(4, channels, 5, 2, dtype=dtype)
+    shortcut = batch(4, channels, 5, 2, dtype=dtype, seed=1) if summed else None
+    expected = y.clone().requires_grad_()
+    rectified = (expected if shortcut is None else expected + shortcut).relu()
+    x = y.clone()
+    mean = native.rectify(x, shortcut, pool=pool)
+    assert torch.equal(x, rectified)
+    g, m = batch(4, channels, 5, 2, dtype=dtype, seed=2), batch(4, channels, 1, 1, seed=3)[:, :, 0, 0].contiguous()
+    back = native.unrectify(x, g, m if pool else None)
+    total = (rectified.double() * g).sum()
+    if pool:
+        assert_close(mean, x.double().mean((2, 3)))
+        total = total + (rectified.double().mean((2, 3)) * m).sum()
+    (wanted,) = torch.autograd.grad(total, expected)
+    assert_close(back, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
+    y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
+    x = y.clone()
+    native.rectify(x, None, pool=False)
+    assert torch.equal(x.isnan(), y.isnan())
+    assert torch.equal(x.nan_to_num(), y.relu().nan_to_num())
+    assert native.unrectify(x, torch.ones_like(x), None).flatten().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_come_back_in_order_with_their_products(dtype):
+    x = batch(7, 5, 3, 2, dtype=dtype)
+    members = (torch.tensor([1, 3, 6]), torch.tensor([0, 2, 4, 5]))
+    parts = [batch(len(m), 5, 3, 2, dtype=dtype, seed=9 + i) for i, m in enumerate(members)]
+    out, products = native.unsplit(parts, members, x)
+    for part, index in zip(parts, members, strict=True):
+        assert torch.equal(out[index], part)
+    assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
+
+
+def packed(filters, bias, stride, padding):
+    made = native.Packed.of(filters, bias, stride, padding)
+    assert made is not None
+    return made
+
+
+sides = st.integers(1, 9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 5), c_in=st.integers(1, 20), c_out=st.integers(1, 40), experts=st.integers(1, 3),
+    size=st.tuples(sides, sides), kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    biased=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_each_sample_is_convolved_by_its_expert(n, c_in, c_out, experts, size, kernel, stride, padding, biased, seed):
+    kernel = tuple(min(k, side + 2 * p) for k, side, p in zip(kernel, size, padding, strict=True))
+    x = batch(n, c_in, *size, seed=seed).requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(experts, c_out, c_in, *kernel, generator=generator)
+    bias = torch.randn(experts, c_out, generator=generator) if biased else None
+    choice = torch.randint(experts, (n,), generator=generator)
+    each = [
+        F.conv2d(
+            x[i : i + 1].double(), filters[e].double(), None if bias is None else bias[e].double(), stride, padding
+        )
+        for i, e in enumerate(choice.tolist())
+    ]
+    expected = torch.cat(each)
+    made = packed(filters, bias, stride, padding)
+    y = made.convolve(x.detach(), choice)
+    assert y.is_contiguous(memory_format=LAST)
+    assert_close(y, expected.detach())
+    grad = batch(*y.shape, seed=seed + 1)
+    (wanted,) = torch.autograd.grad(expected, x, grad.double())
+    dx, products = made.backward(grad, x.detach(), choice, products=True)
+    assert_close(dx, wanted)
+    terms = (wanted.double() * x.detach()).flatten(1)
+    assert bool(((products - terms.sum(1)).abs() <= 1e-5 * terms.abs().sum(1) + 1e-6).all())  # terms may cancel
+    assert made.backward(grad, x.detach(), choice, products=False)[1] is None
+
+
+@pytest.mark.parametrize("channels", [8, 16, 32, 48])
+def test_a_sample_is_computed_alike_alone_and_among_others(channels):
+    x, choice = batch(9, channels, 6, 6), torch.arange(9) % 2
+    made = packed(batch(2 * channels, channels, 3, 3).view(2, channels, channels, 3, 3), None, (1, 1), (1, 1))
+    together = made.convolve(x, choice)
+    back, _ = made.backward(together, x, choice, products=False)
+    for i in range(9):
+        one = slice(i, i + 1)
+        alone = made.convolve(x[one].contiguous(memory_format=LAST), choice[one])
+        assert torch.equal(alone, together[one])
+        assert torch.equal(made.backward(alone, x[one], choice[one], products=False)[0], back[one])
+
+
+def test_an_expert_that_is_not_there_is_refused():
+    made = packed(torch.ones(2, 4, 3, 1, 1), None, (1, 1), (0, 0))
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match=r"forced must hold experts from 0 to 1, got \[0, "):
+            made.convolve(batch(2, 3, 2, 2), torch.tensor([0, wrong]))
+
+
+def test_large_filters_and_other_precisions_are_left_to_pytorch():
+    assert native.Packed.of(torch.ones(1, 256, 256, 3, 3), None, (1, 1), (1, 1)) is None
+    assert native.Packed.of(torch.ones(1, 4, 4, 3, 3, dtype=torch.float64), None, (1, 1), (1, 1)) is None
+    assert native.Packed.of(torch.ones(1, 4, 4, 3, 3, device="meta"), None, (1, 1), (1, 1)) is None
+
+
+def test_what_suits_is_plain_memory_that_nobody_watches():
+    x = batch(2, 8, 3, 3)
+    assert native.suits(x) and native.suits(x, nn.Parameter(x))
+    with native.without_kernels():
+        assert not native.suits(x)
+    assert not native.suits(x.double())
+    assert not native.suits(x, x.bfloat16())
+    assert not native.suits(x.contiguous())
+    assert not native.suits(x.to("meta"))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert not native.suits(fake)
+    assert not native.suits(fake)
+    with FlopCounterMode(display=False):
+        assert not native.suits(x)
+    seen = []
+    torch.func.vmap(lambda each: seen.append(native.suits(each)) or each)(x[None])
+    assert seen == [False]
+
+
+def test_results_do_not_depend_on_threads():
+    x, choice = batch(9, 16, 6, 6), torch.arange(9) % 2
+    made = packed(batch(32, 16, 3, 3).view(2, 16, 16, 3, 3), None, (1, 1), (1, 1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = made.convolve(x, choice)
+            results.append((y, *made.backward(y, x, choice, products=True), native.pooled(x), native.products(x, x)))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
