@@ -61,7 +61,7 @@ class _Tracer(fx.Tracer):
     """Looks into blocks, not into layers: subclasses of PyTorch's are layers too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_READERS, nn.BatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*_READERS, nn.BatchNorm2d, nn.ReLU)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def channel_layout(network: nn.Module) -> Layout:

@@ -28,12 +28,12 @@ class DenseLayer(nn.Module):
         self.conv1 = layers.conv(narrow_in, 4 * growth, 1)
         self.norm2 = BatchNorm2d(narrow)
         self.conv2 = layers.conv(narrow, growth, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + growth, H, W)."""
-        y = conv_norm(self.conv1, self.norm2, self.relu(self.norm1(x)))
-        y = self.conv2(self.relu(y))
+        y = conv_norm(self.conv1, self.norm2, self.relu(self.norm1(x)), self.relu)
+        y = self.conv2(y)
         return torch.cat((x, y), 1)
 
 
@@ -44,7 +44,7 @@ class Transition(nn.Module):
         super().__init__()
         self.norm = BatchNorm2d(narrow_in)
         self.conv = layers.conv(narrow_in, c_out, 1)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         self.pool = nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class DenseNet(nn.Module):
                 c, narrow = c + growth, narrow + layers.channels(growth)
         self.blocks = nn.Sequential(*steps)
         self.norm = BatchNorm2d(narrow)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         self.classifier = nn.Linear(narrow, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from advmoe.models.layers import Projection
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.dispatch import fixed_convolution
+from advmoe.moe.layer import Finish
+from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.routing import active_routing
 
 Folded = tuple[Tensor, Tensor, native.Packed | None]
@@ -70,26 +72,31 @@ def folding() -> Iterator[None]:
         _active.reset(token)
 
 
-def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, rectifier: Rectifier | None = None, shortcut: Tensor | None = None
+) -> Tensor:
     """`norm(conv(x))` for `x` (N, C, H, W), by one convolution where that is the same: inside `folding`, in eval mode,
-    with nothing to learn and nobody's hooks. The reference (`masked`), and what is compiled or exported, stay as they
-    are written.
+    with nothing to learn and nobody's hooks; then, if there is one, the `rectifier` of that and the `shortcut`. The
+    reference (`masked`), and what is compiled or exported, stay as they are written.
     """
+    finish = None if rectifier is None else Finish(rectifier, shortcut)
     folds = None if torch.compiler.is_compiling() else _active.get()
     if folds is None or not _fixed(conv, norm):
         y: Tensor = norm(conv(x))
-        return y
+        return y if finish is None else finish(y)
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else norm.weight.dtype
     filters, bias, packed = folds.of(conv, norm, dtype)
     if isinstance(conv, MoEConv2d):
-        return conv.folded(x, filters, bias, packed)
-    if isinstance(conv, Projection):
-        if packed is not None and packed.dtype == x.dtype and native.suits(x):
-            return fixed_convolution(x, packed)
-        return F.conv2d(kept_pixels(x, conv.stride), filters, bias)
-    return F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv.folded(x, filters, bias, packed, finish)
+    if packed is not None and packed.dtype == x.dtype and native.suits(x):
+        y = fixed_convolution(x, packed)
+    elif isinstance(conv, Projection):
+        y = F.conv2d(kept_pixels(x, conv.stride), filters, bias)
+    else:
+        y = F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return y if finish is None else finish(y)
 
 
 def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
@@ -109,15 +116,17 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 class Steps(nn.Sequential):
-    """Modules in sequence, of which a convolution and the batch norm after it run as `conv_norm`."""
+    """Modules in sequence, of which a convolution, the batch norm after it and its rectifier run as `conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> what the last step makes."""
         steps, done = list(self), 0
         while done < len(steps):
-            step, following = steps[done], steps[done + 1 : done + 2]
+            step, following = steps[done], steps[done + 1 : done + 3]
             if following and isinstance(following[0], BatchNorm2d):
-                x, done = conv_norm(step, following[0], x), done + 2
+                last = following[-1]
+                rectifier = last if isinstance(last, Rectifier) else None
+                x, done = conv_norm(step, following[0], x, rectifier), done + (2 if rectifier is None else 3)
             else:
                 x, done = step(x), done + 1
         return x

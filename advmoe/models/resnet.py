@@ -40,10 +40,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = self.relu(conv_norm(self.conv1, self.norm1, x))
-        y = conv_norm(self.conv2, self.norm2, y)
-        out: Tensor = self.relu(y, self.shortcut(x))
-        return out
+        y = conv_norm(self.conv1, self.norm1, x, self.relu)
+        return conv_norm(self.conv2, self.norm2, y, self.relu, self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -66,11 +64,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = self.relu(conv_norm(self.conv1, self.norm1, x))
-        y = self.relu(conv_norm(self.conv2, self.norm2, y))
-        y = conv_norm(self.conv3, self.norm3, y)
-        out: Tensor = self.relu(y, self.shortcut(x))
-        return out
+        y = conv_norm(self.conv1, self.norm1, x, self.relu)
+        y = conv_norm(self.conv2, self.norm2, y, self.relu)
+        return conv_norm(self.conv3, self.norm3, y, self.relu, self.shortcut(x))
 
 
 class ResNet(nn.Module):

@@ -31,7 +31,7 @@ def stem(layers: LayerFactory, in_channels: int, c_out: int, input_size: int, *,
     kernel, stride, padding = (7, 2, 3) if large else (3, 1, 1)
     steps: list[nn.Module] = [layers.plain_conv(in_channels, narrow, kernel, stride, padding)]
     if activate or large:
-        steps += [BatchNorm2d(narrow), nn.ReLU(inplace=True)]
+        steps += [BatchNorm2d(narrow), layers.rectifier()]
     if large:
         steps.append(nn.MaxPool2d(3, 2, 1))
     return Steps(*steps)

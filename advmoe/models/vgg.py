@@ -40,7 +40,7 @@ class VGG(nn.Module):
             for _ in range(depth):
                 wide = layers.channels(c_out)
                 conv = layers.conv(narrow, c_out, 3, 1, 1) if steps else layers.plain_conv(narrow, wide, 3, 1, 1)
-                steps += [conv, BatchNorm2d(wide), nn.ReLU(inplace=True)]
+                steps += [conv, BatchNorm2d(wide), layers.rectifier()]
                 narrow = wide
         self.features = Steps(*steps, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         hidden = layers.channels(4 * width)

@@ -27,7 +27,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = layers.conv(narrow_in, c_out, 3, stride, 1)
         self.norm2 = BatchNorm2d(narrow_out)
         self.conv2 = layers.conv(narrow_out, c_out, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         same = stride == 1 and c_in == c_out
         self.projection = None if same else layers.plain_conv(narrow_in, narrow_out, 1, stride)
 
@@ -36,7 +36,7 @@ class PreActivationBlock(nn.Module):
         active = self.relu(self.norm1(x))
         shortcut = x if self.projection is None else self.projection(active)
         # Not in place: a gated convolution keeps its output for the gate's gradient.
-        out: Tensor = self.conv2(self.relu(conv_norm(self.conv1, self.norm2, active))) + shortcut
+        out: Tensor = self.conv2(conv_norm(self.conv1, self.norm2, active, self.relu)) + shortcut
         return out
 
 
@@ -66,7 +66,7 @@ class WideResNet(nn.Module):
                 c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.norm = BatchNorm2d(layers.channels(c_in))
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = layers.rectifier()
         self.classifier = nn.Linear(layers.channels(c_in), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

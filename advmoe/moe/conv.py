@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
-from advmoe.moe.layer import MoELayer, Weights
+from advmoe.moe.layer import Finish, MoELayer, Weights
 from advmoe.moe.routers import LayerRouter
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -116,13 +116,21 @@ class MoEConv2d(MoELayer):
         """The filters (M, C_in / G, k, k) and, where there is a bias, its numbers (M,)."""
         return (self.bank,) if self.bias is None else (self.bank, self.bias)
 
-    def folded(self, x: Tensor, filters: Tensor, biases: Tensor, fixed: native.Packed | None) -> Tensor:
+    def folded(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        biases: Tensor,
+        fixed: native.Packed | None,
+        finish: Finish | None = None,
+    ) -> Tensor:
         """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
         W').
 
         `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift; `fixed` are both, `packed`.
+        Its output is finished if there is something to `finish` it.
         """
-        return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed))
+        return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
 
     def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
         """`filters` and `biases`, as of `folded`, as the kernels read them, or None where they do not compute this."""

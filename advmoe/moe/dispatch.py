@@ -69,7 +69,8 @@ def _wide(*rows: Tensor) -> tuple[Tensor, ...]:
     return rows if any(units) else tuple(each.view(torch.complex128) for each in rows)
 
 
-def _gather(x: Tensor, members: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def split_rows(x: Tensor, members: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The samples of `x` (N, ...) at each of the places `members` (n_e,), without a gradient."""
     rows, channels_last = _rows(x)
     return tuple(_unrows(rows.index_select(0, index), x.shape, channels_last) for index in members)
 
@@ -106,7 +107,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *members: Tensor) -> tuple[Tensor, ...]:
         ctx.members = members
-        return _gather(x, members)
+        return split_rows(x, members)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,7 +122,7 @@ class _GatedSplit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, *members: Tensor) -> tuple[Tensor, ...]:
         ctx.members, ctx.gate_dtype = members, gate.dtype
         ctx.save_for_backward(x)
-        return _gather(x, members)
+        return split_rows(x, members)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -144,7 +145,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gather(grad, ctx.members)
+        return None, *split_rows(grad, ctx.members)
 
 
 class _Gate(torch.autograd.Function):

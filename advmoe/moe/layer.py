@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from advmoe import native
 from advmoe.moe.dispatch import Plan, convolution, merge, split, straight_through
+from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing
 
@@ -37,6 +38,23 @@ class Weights:
     """Whether the gate scales what is linear in the input alone, not the last of the banks, which are biases."""
     fixed: native.Packed | None = None
     """The same, of a convolution whose weights do not learn, as the kernels read them."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of a layer's output."""
+
+    rectifier: Rectifier
+    shortcut: Tensor | None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The output `y` (N, C, H, W), which it may overwrite, with the shortcut added, rectified."""
+        rectified: Tensor = self.rectifier(y, self.shortcut)
+        return rectified
+
+    def merged(self, parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
+        """The same of the experts' outputs, put together on the way."""
+        return self.rectifier.merged(parts, plan, self.shortcut)
 
 
 class MoELayer(nn.Module, ABC):
@@ -117,8 +135,8 @@ class MoELayer(nn.Module, ABC):
         """(N, ...) -> (N, ...), by the active routing (see `routing.route`)."""
         return self._pass(x, Weights(self.banks()))
 
-    def _pass(self, x: Tensor, weights: Weights) -> Tensor:
-        """The layer with `weights`."""
+    def _pass(self, x: Tensor, weights: Weights, finish: Finish | None = None) -> Tensor:
+        """The layer with `weights`, its output finished if there is something to `finish` it."""
         routing = active_routing()
         router = self.router
         if routing.one_pass and self.layer in routing.scores:
@@ -130,20 +148,31 @@ class MoELayer(nn.Module, ABC):
             raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:
-            return self._routed(x, scores, choice, routing, weights)
+            return self._routed(x, scores, choice, routing, weights, finish)
         # Tokens routed one by one: each is a sample of its own.
         each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, weights)
         y: Tensor = each.unflatten(0, choice.shape)
         return y
 
-    def _grouped(self, x: Tensor, gate: Tensor | None, plan: Plan, banks: tuple[Tensor, ...]) -> Tensor:
+    def _grouped(
+        self, x: Tensor, gate: Tensor | None, plan: Plan, banks: tuple[Tensor, ...], finish: Finish | None
+    ) -> Tensor:
         """The output for samples `x` (N, ...), `straight_through` the `gate` (N,) if there is one, one expert's samples
         at a time.
         """
         parts = zip(plan.experts, split(x, plan, gate), strict=True)
-        return merge(tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts), plan)
+        made = tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts)
+        return merge(made, plan) if finish is None else finish.merged(made, plan)
 
-    def _chosen(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, weights: Weights) -> Tensor:
+    def _chosen(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        choice: Tensor,
+        routing: Routing,
+        weights: Weights,
+        finish: Finish | None,
+    ) -> Tensor:
         """The output for samples `x` (N, ...), of which each is computed by its expert alone."""
         gate = None
         if torch.is_grad_enabled() and scores.requires_grad:
@@ -157,19 +186,39 @@ class MoELayer(nn.Module, ABC):
         elif len(x) > 1 and (each := self.compute_each(_gated(x, ahead), choice, *banks)) is not None:
             y = each
         else:
-            y = self._grouped(x, ahead, routing.plan(scores, choice), banks)
+            direct = finish if behind is None and not self.copies else None
+            y = self._grouped(x, ahead, routing.plan(scores, choice), banks, direct)
+            if direct is not None:
+                return y
         y = _gated(y, behind)
-        return y.clone() if self.copies and y.requires_grad else y
+        if self.copies and y.requires_grad:
+            y = y.clone()
+        return y if finish is None else finish(y)
 
-    def _routed(self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, weights: Weights) -> Tensor:
+    def _routed(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        choice: Tensor,
+        routing: Routing,
+        weights: Weights,
+        finish: Finish | None = None,
+    ) -> Tensor:
         """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
-        banks, dtype = weights.banks, weights.banks[0].dtype
+        banks = weights.banks
         if torch.is_autocast_enabled(device := x.device.type):
             # One cast of the banks a pass: autocast would cast every expert's slice anew.
             dtype = torch.get_autocast_dtype(device)
             banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
         if routing.mode == "hard":
-            return self._chosen(x, scores, choice, routing, replace(weights, banks=banks))
+            return self._chosen(x, scores, choice, routing, replace(weights, banks=banks), finish)
+        y = self._reference(x, scores, choice, routing, banks)
+        return y if finish is None else finish(y)
+
+    def _reference(
+        self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, banks: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The output in every mode but the hard one."""
         if routing.mode == "gathered":
             if len(choice) != 1:
                 raise ValueError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
@@ -185,7 +234,7 @@ class MoELayer(nn.Module, ABC):
             probability = scores.softmax(1)
             mixed = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
         every = self.compute_all(x, *banks)
-        return (every * mixed.to(dtype).view(*mixed.shape, *[1] * (every.dim() - 2))).sum(1)
+        return (every * mixed.to(banks[0].dtype).view(*mixed.shape, *[1] * (every.dim() - 2))).sum(1)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:

@@ -100,36 +100,36 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rectifies(y: Tensor, *others: Tensor) -> bool:
-    """Whether `rectify` takes `y` (N, C, H, W), and `others` of the same shape."""
-    if y.dim() != 4 or y.shape[1] % _LANES or any(each.shape != y.shape for each in others):
-        return False
-    return suits(y, *others)
+    """Whether `rectify` takes `y` (N, C, H, W), a batch or some of its samples, and `others`."""
+    return y.dim() == 4 and y.shape[1] % _LANES == 0 and suits(y, *others)
 
 
-def rectify(y: Tensor, shortcut: Tensor | None, *, pool: bool) -> Tensor | None:
-    """Set `y` (N, C, H, W) to max(y + shortcut, 0), in place; with `pool`, returns the mean of that over its pixels,
-    (N, C) in fp32.
+def rectify(
+    parts: Sequence[Tensor], members: Sequence[Tensor], out: Tensor, shortcut: Tensor | None, *, pool: bool
+) -> Tensor | None:
+    """Set `out` (N, C, H, W) to max(y + shortcut, 0), where the samples of y are those of `parts` (n_e, C, H, W) at the
+    places `members` (n_e,), or of the only part, which may be `out` itself; with `pool`, returns the mean of that over
+    its pixels, (N, C) in fp32.
     """
-    n, c, h, w = y.shape
+    n, c, h, w = out.shape
     mean = torch.empty(n, c) if pool else None
-    run = built().functions[f"rectify_{_NAMES[y.dtype]}"]
-    run(y.data_ptr(), _address(shortcut), n, h * w, c, _address(mean), _threads(n))
+    rows = _Parts(parts, members)
+    run = built().functions[f"rectify_{_NAMES[out.dtype]}"]
+    run(*rows.arguments(), _address(shortcut), h * w, c, out.data_ptr(), _address(mean), _threads(n))
     return mean
 
 
-def unrectify(x: Tensor, grad: Tensor, mean_grad: Tensor | None) -> Tensor:
-    """The gradient for `y` (and for `shortcut`) of `rectify`, by that of its result `x` (N, C, H, W) and, where it is
-    given, of the mean (N, C).
+def unrectify(x: Tensor, grad: Tensor, mean_grad: Tensor | None, members: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The gradient for y of `rectify`, in its parts if there are `members` (n_e,), by that of the result `x` (N, C, H,
+    W) and, where it is given, of the mean (N, C).
     """
     n, c, h, w = x.shape
-    out = torch.empty_like(x)
+    sizes = [len(index) for index in members] or [n]
+    out = tuple(torch.empty(size, c, h, w, dtype=x.dtype, memory_format=torch.channels_last) for size in sizes)
+    rows = _Parts(out, members)
     run = built().functions[f"unrectify_{_NAMES[x.dtype]}"]
-    run(x.data_ptr(), grad.data_ptr(), _address(mean_grad), n, h * w, c, out.data_ptr(), _threads(n))
+    run(*rows.arguments(), x.data_ptr(), grad.data_ptr(), _address(mean_grad), h * w, c, _threads(n))
     return out
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def unsplit(parts: Sequence[Tensor], members: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,16 +137,29 @@ def unsplit(parts: Sequence[Tensor], members: Sequence[Tensor], x: Tensor) -> tu
     row's inner product with that of `x`, (N,) in fp32. All of these `suits`; every row of the batch is in one part.
     """
     out, products = torch.empty_like(x), torch.empty(len(x))
-    count = len(parts)
-    gradients = (ctypes.c_void_p * count)(*(part.data_ptr() for part in parts))
-    places = (ctypes.c_void_p * count)(*(index.data_ptr() for index in members))
-    counts = (ctypes.c_int64 * count)(*map(len, parts))
+    rows = _Parts(parts, members)
     run = built().functions[f"unsplit_{_NAMES[x.dtype]}"]
-    run(
-        count, ctypes.addressof(gradients), ctypes.addressof(places), ctypes.addressof(counts), x.data_ptr(),
-        x.numel() // len(x), out.data_ptr(), products.data_ptr(), _threads(len(x)),
-    )  # fmt: skip
+    run(*rows.arguments(), x.data_ptr(), x.numel() // len(x), out.data_ptr(), products.data_ptr(), _threads(len(x)))
     return out, products
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Parts:
+    """Samples that lie apart, as kernels take them; it owns what they point at."""
+
+    def __init__(self, parts: Sequence[Tensor], members: Sequence[Tensor]) -> None:
+        count = len(parts)
+        self._rows = (ctypes.c_void_p * count)(*(part.data_ptr() for part in parts))
+        self._members = (ctypes.c_void_p * count)(*(each.data_ptr() for each in members)) if members else None
+        self._counts = (ctypes.c_int64 * count)(*map(len, parts))
+
+    def arguments(self) -> tuple[int, int, int | None, int]:
+        """How many parts, and where their rows, their members and their numbers of rows lie."""
+        members = None if self._members is None else ctypes.addressof(self._members)
+        return len(self._rows), ctypes.addressof(self._rows), members, ctypes.addressof(self._counts)
 
 
 _SIZES = ("h", "w", "c_in", "oh", "ow", "c_out", "kh", "kw", "sh", "sw", "ph", "pw", "experts")

@@ -108,9 +108,9 @@ void pool(const T* x, int64_t n, int64_t pixels, int64_t channels, float* out, i
     }
 }
 
-// y = max(y + shortcut, 0) for B x L of a sample's channels, and their mean over pixels.
+// out = max(y + shortcut, 0) for B x L of a sample's channels, and their mean over pixels; out may be y.
 template <int L, int B, class T>
-void rectify_channels(T* y, const T* shortcut, int64_t pixels, int64_t channels, float* mean) {
+void rectify_channels(const T* y, const T* shortcut, int64_t pixels, int64_t channels, T* out, float* mean) {
     Vector<L> sum[B] = {};
     for (int64_t p = 0; p < pixels; ++p)
 #pragma GCC unroll 4
@@ -118,8 +118,8 @@ void rectify_channels(T* y, const T* shortcut, int64_t pixels, int64_t channels,
             const int64_t at = p * channels + b * L;
             Vector<L> v = load<L>(y + at);
             if (shortcut) v += load<L>(shortcut + at);
-            store<L>(v < 0.0f ? Vector<L>{} : v, y + at);
-            if (mean) sum[b] += load<L>(y + at);
+            store<L>(v < 0.0f ? Vector<L>{} : v, out + at);
+            if (mean) sum[b] += load<L>(out + at);
         }
     if (mean)
         for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
@@ -149,29 +149,48 @@ void by_channels(int64_t channels, const Each& each) {
     for (; c + 8 <= channels; c += 8) each(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{}, c);
 }
 
+// Samples of a batch that lie apart: row i of each part is sample members[i], or i where there are no members.
 template <class T>
-void rectify(T* y, const T* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = i * pixels * channels;
-        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
-            rectify_channels<lanes(), vectors()>(y + at + c, shortcut ? shortcut + at + c : nullptr, pixels, channels,
-                                                 mean ? mean + i * channels + c : nullptr);
-        });
+struct Parts {
+    int count;
+    T* const* rows;
+    const int64_t* const* members;
+    const int64_t* counts;
+
+    // Calls `each` with every row and its sample, shared by `threads` threads.
+    template <class Each>
+    void shared(int threads, int64_t row, const Each& each) const {
+#pragma omp parallel num_threads(threads)
+        for (int part = 0; part < count; ++part) {
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < counts[part]; ++i)
+                each(rows[part] + i * row, members ? members[part][i] : i);
+        }
     }
+};
+
+template <class T>
+void rectify(const Parts<const T>& y, const T* shortcut, int64_t pixels, int64_t channels, T* out, float* mean,
+             int threads) {
+    const int64_t row = pixels * channels;
+    y.shared(threads, row, [&](const T* from, int64_t n) {
+        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
+            rectify_channels<lanes(), vectors()>(from + c, shortcut ? shortcut + n * row + c : nullptr, pixels,
+                                                 channels, out + n * row + c, mean ? mean + n * channels + c : nullptr);
+        });
+    });
 }
 
 template <class T>
-void unrectify(const T* x, const T* g, const float* mean, int64_t n, int64_t pixels, int64_t channels, T* out,
+void unrectify(const T* x, const T* g, const float* mean, int64_t pixels, int64_t channels, const Parts<T>& out,
                int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = i * pixels * channels;
+    const int64_t row = pixels * channels;
+    out.shared(threads, row, [&](T* to, int64_t n) {
         by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
-            unrectify_channels<lanes(), vectors()>(x + at + c, g + at + c, mean ? mean + i * channels + c : nullptr,
-                                                   pixels, channels, out + at + c);
+            unrectify_channels<lanes(), vectors()>(x + n * row + c, g + n * row + c,
+                                                   mean ? mean + n * channels + c : nullptr, pixels, channels, to + c);
         });
-    }
+    });
 }
 
 template <class T>
@@ -193,18 +212,11 @@ void multiply(const T* a, const T* b, int64_t n, int64_t row, float* products, i
 }
 
 template <class T>
-void unsplit(int parts, const T* const* gradients, const int64_t* const* members, const int64_t* counts, const T* x,
-             int64_t row, T* out, float* dots, int threads) {
-#pragma omp parallel num_threads(threads)
-    for (int part = 0; part < parts; ++part) {
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < counts[part]; ++i) {
-            const int64_t n = members[part][i];
-            const T* g = gradients[part] + i * row;
-            std::memcpy(out + n * row, g, row * sizeof(T));
-            dots[n] = product(g, x + n * row, row);
-        }
-    }
+void unsplit(const Parts<const T>& gradients, const T* x, int64_t row, T* out, float* dots, int threads) {
+    gradients.shared(threads, row, [&](const T* g, int64_t n) {
+        std::memcpy(out + n * row, g, row * sizeof(T));
+        dots[n] = product(g, x + n * row, row);
+    });
 }
 
 // Output pixels that lie on a grid, and which inputs each of them sums over.
@@ -305,25 +317,27 @@ void advmoe_pool_bf16(const Half* x, int64_t n, int64_t pixels, int64_t channels
     pool(x, n, pixels, channels, out, threads);
 }
 
-// y = max(y + shortcut, 0), and its mean over pixels in `mean` (n, channels); shortcut and mean may be null. Channels are
-// whole vectors of 8.
-void advmoe_rectify_fp32(float* y, const float* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean,
-                         int threads) {
-    rectify(y, shortcut, n, pixels, channels, mean, threads);
+// out = max(y + shortcut, 0), samples in order, and its mean over pixels in `mean` (n, channels); shortcut and mean may be
+// null. Channels are whole vectors of 8.
+void advmoe_rectify_fp32(int parts, const float* const* y, const int64_t* const* members, const int64_t* counts,
+                         const float* shortcut, int64_t pixels, int64_t channels, float* out, float* mean, int threads) {
+    rectify<float>({parts, y, members, counts}, shortcut, pixels, channels, out, mean, threads);
 }
-void advmoe_rectify_bf16(Half* y, const Half* shortcut, int64_t n, int64_t pixels, int64_t channels, float* mean,
-                         int threads) {
-    rectify(y, shortcut, n, pixels, channels, mean, threads);
+void advmoe_rectify_bf16(int parts, const Half* const* y, const int64_t* const* members, const int64_t* counts,
+                         const Half* shortcut, int64_t pixels, int64_t channels, Half* out, float* mean, int threads) {
+    rectify<Half>({parts, y, members, counts}, shortcut, pixels, channels, out, mean, threads);
 }
 
-// The gradient for y + shortcut of the above, by that of its result x and, where it is given, of the mean.
-void advmoe_unrectify_fp32(const float* x, const float* g, const float* mean, int64_t n, int64_t pixels,
-                           int64_t channels, float* out, int threads) {
-    unrectify(x, g, mean, n, pixels, channels, out, threads);
+// The gradient for y (in its parts) and the shortcut of the above, by that of its result x and, if there is one, the mean.
+void advmoe_unrectify_fp32(int parts, float* const* out, const int64_t* const* members, const int64_t* counts,
+                           const float* x, const float* g, const float* mean, int64_t pixels, int64_t channels,
+                           int threads) {
+    unrectify<float>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
 }
-void advmoe_unrectify_bf16(const Half* x, const Half* g, const float* mean, int64_t n, int64_t pixels, int64_t channels,
-                           Half* out, int threads) {
-    unrectify(x, g, mean, n, pixels, channels, out, threads);
+void advmoe_unrectify_bf16(int parts, Half* const* out, const int64_t* const* members, const int64_t* counts,
+                           const Half* x, const Half* g, const float* mean, int64_t pixels, int64_t channels,
+                           int threads) {
+    unrectify<Half>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
 }
 
 // products[n] = <a[n], b[n]>.
@@ -337,11 +351,11 @@ void advmoe_products_bf16(const Half* a, const Half* b, int64_t n, int64_t row, 
 // Rows of each part go back to where `members` says they came from; dots[n] is a row's product with x[n].
 void advmoe_unsplit_fp32(int parts, const float* const* gradients, const int64_t* const* members, const int64_t* counts,
                          const float* x, int64_t row, float* out, float* dots, int threads) {
-    unsplit(parts, gradients, members, counts, x, row, out, dots, threads);
+    unsplit<float>({parts, gradients, members, counts}, x, row, out, dots, threads);
 }
 void advmoe_unsplit_bf16(int parts, const Half* const* gradients, const int64_t* const* members, const int64_t* counts,
                          const Half* x, int64_t row, Half* out, float* dots, int threads) {
-    unsplit(parts, gradients, members, counts, x, row, out, dots, threads);
+    unsplit<Half>({parts, gradients, members, counts}, x, row, out, dots, threads);
 }
 
 struct Shape {

@@ -54,10 +54,17 @@ def test_a_rectified_sum_and_its_gradient(dtype, pool, summed, channels):
     expected = y.clone().requires_grad_()
     rectified = (expected if shortcut is None else expected + shortcut).relu()
     x = y.clone()
-    mean = native.rectify(x, shortcut, pool=pool)
+    mean = native.rectify([x], (), x, shortcut, pool=pool)
     assert torch.equal(x, rectified)
+    members = (torch.tensor([3, 0]), torch.tensor([1, 2]))
+    parts = [y[index].contiguous(memory_format=LAST) for index in members]
+    again = torch.empty_like(x)
+    same = native.rectify(parts, members, again, shortcut, pool=pool)
+    assert torch.equal(again, x) and (mean is None or torch.equal(mean, same))
     g, m = batch(4, channels, 5, 2, dtype=dtype, seed=2), batch(4, channels, 1, 1, seed=3)[:, :, 0, 0].contiguous()
-    back = native.unrectify(x, g, m if pool else None)
+    (back,) = native.unrectify(x, g, m if pool else None)
+    for part, index in zip(native.unrectify(x, g, m if pool else None, members), members, strict=True):
+        assert torch.equal(part, back[index])
     total = (rectified.double() * g).sum()
     if pool:
         assert_close(mean, x.double().mean((2, 3)))
@@ -71,10 +78,10 @@ def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
     y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
     x = y.clone()
-    native.rectify(x, None, pool=False)
+    native.rectify([x], (), x, None, pool=False)
     assert torch.equal(x.isnan(), y.isnan())
     assert torch.equal(x.nan_to_num(), y.relu().nan_to_num())
-    assert native.unrectify(x, torch.ones_like(x), None).flatten().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
+    assert native.unrectify(x, torch.ones_like(x), None)[0].flatten().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
