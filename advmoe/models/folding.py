@@ -82,7 +82,10 @@ def conv_norm(
     finish = None if rectifier is None else Finish(rectifier, shortcut)
     folds = None if torch.compiler.is_compiling() else _active.get()
     if folds is None or not _fixed(conv, norm):
-        y: Tensor = norm(conv(x))
+        y: Tensor = conv(x)
+        if rectifier is not None and type(norm) is BatchNorm2d:
+            return rectifier.normed(norm, y, shortcut)
+        y = norm(y)
         return y if finish is None else finish(y)
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
     device = x.device.type

@@ -41,9 +41,7 @@ class _Rectified(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, mean_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad = torch.zeros_like(x) if grad is None else grad.to(x.dtype)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        mean_grad = None if mean_grad is None else mean_grad.float().contiguous()
+        grad, mean_grad = _gradients(x, grad, mean_grad)
         whole = native.unrectify(x, grad, mean_grad) if ctx.summed or not ctx.members else None
         if not ctx.members:
             parts = whole
@@ -82,6 +80,26 @@ class Rectifier(nn.ReLU):
             return rectified
         return self._apply_fused(shortcut, plan.members, *parts)
 
+    def normed(self, norm: nn.BatchNorm2d, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """max(norm(y) + shortcut, 0) for `y` (N, C, H, W)."""
+        if not self._normed(norm, y, shortcut):
+            rectified: Tensor = self(norm(y), shortcut)
+            return rectified
+        arguments = (y, norm.weight, norm.bias, shortcut, norm.eps, self.pools)
+        x, pooled, mean, variance = _NormRectified.apply(*arguments)  # type: ignore[no-untyped-call]
+        if norm.track_running_stats:
+            _record(norm, mean, variance, y.numel() // y.shape[1])
+        return _pooling(x, pooled)
+
+    def _normed(self, norm: nn.BatchNorm2d, y: Tensor, shortcut: Tensor | None) -> bool:
+        """Whether kernels do what `normed` is."""
+        if type(y) is not Tensor or not norm.training or not norm.affine or norm.weight.dtype != torch.float32:
+            return False
+        if y.dim() != 4 or y.numel() <= y.shape[1]:  # PyTorch's refuses a single value
+            return False
+        hooks = (norm._forward_hooks, norm._forward_pre_hooks, self._forward_hooks, self._forward_pre_hooks)
+        return not any(hooks) and self._fused(y, shortcut)
+
     def _fused(self, y: Tensor, shortcut: Tensor | None) -> bool:
         others = () if shortcut is None else (shortcut,)
         return native.rectifies(y, *others) and all(each.shape[1:] == y.shape[1:] for each in others)
@@ -89,12 +107,65 @@ class Rectifier(nn.ReLU):
     def _apply_fused(self, shortcut: Tensor | None, members: tuple[Tensor, ...], *parts: Tensor) -> Tensor:
         x: Tensor
         x, pooled = _Rectified.apply(shortcut, self.pools, members, *parts)  # type: ignore[no-untyped-call]
-        if pooled is not None:
-            setattr(x, _POOLED, (pooled, x._version))
-        return x
+        return _pooling(x, pooled)
+
+
+def _record(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Have `norm` remember the statistics (C,) of a batch of `count` values a channel, as PyTorch's does."""
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        share = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), share)
+
+
+def _pooling(x: Tensor, pooled: Tensor | None) -> Tensor:
+    """`x`, of which `pooled_before` then knows the mean."""
+    if pooled is not None:
+        setattr(x, _POOLED, (pooled, x._version))
+    return x
 
 
 def pooled_before(x: Tensor) -> Tensor | None:
     """The mean of `x` (N, C, H, W) over its pixels, (N, C), where a `Rectifier` made both and `x` is as it left it."""
     pooled, version = getattr(x, _POOLED, (None, None))
     return pooled if version == x._version else None
+
+
+class _NormRectified(torch.autograd.Function):
+    """max(norm(y) + shortcut, 0) by the batch's own statistics, its mean over pixels, which is None unless `pool`, and
+    the statistics: mean and variance (C,), in fp64.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, pool: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        mean, variance = native.moments(y)
+        invstd = (variance + eps).rsqrt()
+        scale = weight * invstd
+        x, pooled = native.norm_rectify(y, scale.float(), (bias - mean * scale).float(), shortcut, pool=pool)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(y, x, weight, mean, invstd)
+        ctx.summed = shortcut is not None
+        return x, pooled, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, mean_grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, weight, mean, invstd = ctx.saved_tensors
+        grad, mean_grad = _gradients(x, grad, mean_grad)
+        dy, scale_grad, shift_grad, kept = native.unnorm_rectify(
+            y, x, grad, mean_grad, mean, invstd, weight, keep=ctx.summed
+        )
+        return dy, scale_grad.to(weight.dtype), shift_grad.to(weight.dtype), kept, None, None
+
+
+def _gradients(x: Tensor, grad: Tensor | None, mean_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `x` and of its mean as the kernels take them."""
+    grad = torch.zeros_like(x) if grad is None else grad.to(x.dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return grad, None if mean_grad is None else mean_grad.float().contiguous()

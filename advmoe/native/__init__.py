@@ -132,6 +132,74 @@ def unrectify(x: Tensor, grad: Tensor, mean_grad: Tensor | None, members: Sequen
     return out
 
 
+class _Batch(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "pixels", "channels")]
+
+    @staticmethod
+    def of(x: Tensor) -> _Batch:
+        n, c, h, w = x.shape
+        return _Batch(n, h * w, c)
+
+
+def _run(name: str, like: Tensor, *tensors: Tensor | None) -> None:
+    """A kernel over the whole batch `like` (N, C, H, W)."""
+    batch = _Batch.of(like)
+    run = built().functions[f"{name}_{_NAMES[like.dtype]}"]
+    run(ctypes.addressof(batch), *map(_address, tensors), _threads(len(like)))
+
+
+def moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the variance (of the population) of each channel of `y` (N, C, H, W), (C,) in fp64."""
+    n, c, h, w = y.shape
+    # Of differences from some value of the channel: a large mean would drown the squares.
+    origin = y[0, :, 0, 0].float()
+    sums, squares = torch.empty(2, n, c).unbind()
+    _run("moments", y, y, origin, sums, squares)
+    count = n * h * w
+    mean = sums.sum(0, dtype=torch.float64) / count
+    variance = (squares.sum(0, dtype=torch.float64) / count - mean * mean).clamp_min(0)
+    return mean + origin, variance
+
+
+def norm_rectify(
+    y: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, *, pool: bool
+) -> tuple[Tensor, Tensor | None]:
+    """max(y * scale + shift + shortcut, 0) for `y` (N, C, H, W), with fp32 `scale` and `shift` (C,), and with `pool`
+    its mean over pixels (N, C).
+    """
+    x, mean = torch.empty_like(y), torch.empty(y.shape[:2]) if pool else None
+    _run("norm", y, y, scale, shift, shortcut, x, mean)
+    return x, mean
+
+
+def unnorm_rectify(
+    y: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    mean_grad: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients for `y`, `weight` and bias of `norm_rectify` by a batch's own `mean` and `invstd` (C,), in fp64,
+    and, with `keep`, for its shortcut; by that of its result `x` and, where it is given, of the mean over pixels.
+    """
+    n, c, h, w = y.shape
+    kept = torch.empty_like(y) if keep else None
+    sums, products = torch.empty(2, n, c).unbind()
+    centre, count = mean.float(), n * h * w
+    _run("unnorm_moments", y, y, x, grad, mean_grad, centre, kept, sums, products)
+    shift_grad = sums.sum(0, dtype=torch.float64)
+    scale_grad = products.sum(0, dtype=torch.float64) * invstd
+    scale = weight.double() * invstd
+    slope, offset = -scale * invstd * scale_grad / count, -scale * shift_grad / count
+    dy = torch.empty_like(y)
+    _run("unnorm", y, y, x, grad, mean_grad, kept, centre, scale.float(), slope.float(), offset.float(), dy)
+    return dy, scale_grad, shift_grad, kept
+
+
 def unsplit(parts: Sequence[Tensor], members: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of `parts` (n_e, ...) at the places `members` (n_e,) of a batch, as a tensor like `x` (N, ...), and each
     row's inner product with that of `x`, (N,) in fp32. All of these `suits`; every row of the batch is in one part.

@@ -135,6 +135,10 @@ def _opened(file: Path) -> Any:
             f"products_{dtype}": (None, [pointer, pointer, count, count, pointer, whole]),
             f"rectify_{dtype}": (None, [*parts, pointer, count, count, pointer, pointer, whole]),
             f"unrectify_{dtype}": (None, [*parts, pointer, pointer, pointer, count, count, whole]),
+            f"moments_{dtype}": (None, [pointer] * 5 + [whole]),
+            f"norm_{dtype}": (None, [pointer] * 7 + [whole]),
+            f"unnorm_moments_{dtype}": (None, [pointer] * 9 + [whole]),
+            f"unnorm_{dtype}": (None, [pointer] * 11 + [whole]),
             f"unsplit_{dtype}": (None, [*parts, pointer, count, pointer, pointer, whole]),
         }
     functions: dict[str, Any] = {}

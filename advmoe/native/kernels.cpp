@@ -149,6 +149,148 @@ void by_channels(int64_t channels, const Each& each) {
     for (; c + 8 <= channels; c += 8) each(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{}, c);
 }
 
+// Batch norm in train mode, and the rectifier behind it.
+
+// Per sample and channel: the sums over pixels of y - origin and of its square.
+template <int L, int B, class T>
+void moment_channels(const T* y, const float* origin, int64_t pixels, int64_t channels, float* sums, float* squares) {
+    Vector<L> sum[B] = {}, square[B] = {}, from[B];
+    for (int b = 0; b < B; ++b) from[b] = load<L>(origin + b * L);
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const Vector<L> v = load<L>(y + p * channels + b * L) - from[b];
+            sum[b] += v;
+            square[b] += v * v;
+        }
+    for (int b = 0; b < B; ++b) {
+        store<L>(sum[b], sums + b * L);
+        store<L>(square[b], squares + b * L);
+    }
+}
+
+// x = max(y * scale + shift + shortcut, 0), and its mean over pixels.
+template <int L, int B, class T>
+void norm_channels(const T* y, const float* scale, const float* shift, const T* shortcut, int64_t pixels,
+                   int64_t channels, T* x, float* mean) {
+    Vector<L> sum[B] = {}, factor[B], start[B];
+    for (int b = 0; b < B; ++b) {
+        factor[b] = load<L>(scale + b * L);
+        start[b] = load<L>(shift + b * L);
+    }
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const int64_t at = p * channels + b * L;
+            Vector<L> v = load<L>(y + at) * factor[b] + start[b];
+            if (shortcut) v += load<L>(shortcut + at);
+            store<L>(v < 0.0f ? Vector<L>{} : v, x + at);
+            if (mean) sum[b] += load<L>(x + at);
+        }
+    if (mean)
+        for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
+}
+
+// Per sample and channel, with r = g + the mean's gradient where x is above 0: the sums of r and of r * (y - centre).
+// r is kept in `kept`, if that is given.
+template <int L, int B, class T>
+void unnorm_sums(const T* y, const T* x, const T* g, const float* mean, const float* centre, int64_t pixels,
+                 int64_t channels, T* kept, float* sums, float* products) {
+    Vector<L> sum[B] = {}, product[B] = {}, spread[B] = {}, from[B];
+    for (int b = 0; b < B; ++b) {
+        from[b] = load<L>(centre + b * L);
+        if (mean) spread[b] = load<L>(mean + b * L) / static_cast<float>(pixels);
+    }
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const int64_t at = p * channels + b * L;
+            const Vector<L> r = load<L>(x + at) <= 0.0f ? Vector<L>{} : load<L>(g + at) + spread[b];
+            if (kept) store<L>(r, kept + at);
+            sum[b] += r;
+            product[b] += r * (load<L>(y + at) - from[b]);
+        }
+    for (int b = 0; b < B; ++b) {
+        store<L>(sum[b], sums + b * L);
+        store<L>(product[b], products + b * L);
+    }
+}
+
+// dy = r * scale + (y - centre) * slope + offset. Where r was kept, `kept` holds it.
+template <int L, int B, class T>
+void unnorm_channels(const T* y, const T* x, const T* g, const float* mean, const T* kept, const float* centre,
+                     const float* scale, const float* slope, const float* offset, int64_t pixels, int64_t channels,
+                     T* dy) {
+    Vector<L> spread[B] = {}, from[B], factor[B], tilt[B], start[B];
+    for (int b = 0; b < B; ++b) {
+        from[b] = load<L>(centre + b * L);
+        factor[b] = load<L>(scale + b * L);
+        tilt[b] = load<L>(slope + b * L);
+        start[b] = load<L>(offset + b * L);
+        if (mean) spread[b] = load<L>(mean + b * L) / static_cast<float>(pixels);
+    }
+    for (int64_t p = 0; p < pixels; ++p)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+            const int64_t at = p * channels + b * L;
+            const Vector<L> r = kept                             ? load<L>(kept + at)
+                                : load<L>(x + at) <= 0.0f ? Vector<L>{}
+                                                          : load<L>(g + at) + spread[b];
+            store<L>(r * factor[b] + (load<L>(y + at) - from[b]) * tilt[b] + start[b], dy + at);
+        }
+}
+
+struct Batch {
+    int64_t n, pixels, channels;
+};
+
+template <class T>
+void moments(const Batch& s, const T* y, const float* origin, float* sums, float* squares, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < s.n; ++n)
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            moment_channels<lanes(), vectors()>(y + n * s.pixels * s.channels + c, origin + c, s.pixels, s.channels,
+                                                sums + n * s.channels + c, squares + n * s.channels + c);
+        });
+}
+
+template <class T>
+void norm(const Batch& s, const T* y, const float* scale, const float* shift, const T* shortcut, T* x, float* mean,
+          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < s.n; ++n)
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.pixels * s.channels + c;
+            norm_channels<lanes(), vectors()>(y + at, scale + c, shift + c, shortcut ? shortcut + at : nullptr,
+                                              s.pixels, s.channels, x + at, mean ? mean + n * s.channels + c : nullptr);
+        });
+}
+
+template <class T>
+void unnorm_moments(const Batch& s, const T* y, const T* x, const T* g, const float* mean, const float* centre, T* kept,
+                    float* sums, float* products, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < s.n; ++n)
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.pixels * s.channels + c, row = n * s.channels + c;
+            unnorm_sums<lanes(), vectors()>(y + at, x + at, g + at, mean ? mean + row : nullptr, centre + c, s.pixels,
+                                            s.channels, kept ? kept + at : nullptr, sums + row, products + row);
+        });
+}
+
+template <class T>
+void unnorm(const Batch& s, const T* y, const T* x, const T* g, const float* mean, const T* kept, const float* centre,
+            const float* scale, const float* slope, const float* offset, T* dy, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < s.n; ++n)
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.pixels * s.channels + c;
+            unnorm_channels<lanes(), vectors()>(y + at, x + at, g + at, mean ? mean + n * s.channels + c : nullptr,
+                                                kept ? kept + at : nullptr, centre + c, scale + c, slope + c,
+                                                offset + c, s.pixels, s.channels, dy + at);
+        });
+}
+
 // Samples of a batch that lie apart: row i of each part is sample members[i], or i where there are no members.
 template <class T>
 struct Parts {
@@ -338,6 +480,47 @@ void advmoe_unrectify_bf16(int parts, Half* const* out, const int64_t* const* me
                            const Half* x, const Half* g, const float* mean, int64_t pixels, int64_t channels,
                            int threads) {
     unrectify<Half>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
+}
+
+// Batch norm in train mode: sums over pixels of y - origin and of its square, (n, channels).
+void advmoe_moments_fp32(const Batch* batch, const float* y, const float* origin, float* sums, float* squares, int threads) {
+    moments(*batch, y, origin, sums, squares, threads);
+}
+void advmoe_moments_bf16(const Batch* batch, const Half* y, const float* origin, float* sums, float* squares, int threads) {
+    moments(*batch, y, origin, sums, squares, threads);
+}
+
+// x = max(y * scale + shift + shortcut, 0), and its mean over pixels in `mean`; shortcut and mean may be null.
+void advmoe_norm_fp32(const Batch* batch, const float* y, const float* scale, const float* shift, const float* shortcut,
+                      float* x, float* mean, int threads) {
+    norm(*batch, y, scale, shift, shortcut, x, mean, threads);
+}
+void advmoe_norm_bf16(const Batch* batch, const Half* y, const float* scale, const float* shift, const Half* shortcut,
+                      Half* x, float* mean, int threads) {
+    norm(*batch, y, scale, shift, shortcut, x, mean, threads);
+}
+
+// With r = the gradient g of x, and that of the mean, where x is above 0: the sums over pixels of r and of r * (y - centre).
+// r is the shortcut's gradient, which is put into `kept`, if that is given.
+void advmoe_unnorm_moments_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* mean,
+                                const float* centre, float* kept, float* sums, float* products, int threads) {
+    unnorm_moments(*batch, y, x, g, mean, centre, kept, sums, products, threads);
+}
+void advmoe_unnorm_moments_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* mean,
+                                const float* centre, Half* kept, float* sums, float* products, int threads) {
+    unnorm_moments(*batch, y, x, g, mean, centre, kept, sums, products, threads);
+}
+
+// dy = r * scale + (y - centre) * slope + offset.
+void advmoe_unnorm_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* mean, const float* kept,
+                        const float* centre, const float* scale, const float* slope, const float* offset, float* dy,
+                        int threads) {
+    unnorm(*batch, y, x, g, mean, kept, centre, scale, slope, offset, dy, threads);
+}
+void advmoe_unnorm_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* mean, const Half* kept,
+                        const float* centre, const float* scale, const float* slope, const float* offset, Half* dy,
+                        int threads) {
+    unnorm(*batch, y, x, g, mean, kept, centre, scale, slope, offset, dy, threads);
 }
 
 // products[n] = <a[n], b[n]>.
