@@ -41,6 +41,8 @@ class Projection(nn.Conv2d):
 
     def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
         """`filters` (C_out, C_in, 1, 1) and `biases` (C_out,) as the kernels read them, or None where they do not."""
+        if not native.Packed.suits(filters, 1):
+            return None
         return native.Packed.of(filters[None], biases[None], (self.stride[0], self.stride[1]), (0, 0))
 
 

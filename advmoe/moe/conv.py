@@ -132,12 +132,22 @@ class MoEConv2d(MoELayer):
         """
         return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
 
-    def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
-        """`filters` and `biases`, as of `folded`, as the kernels read them, or None where they do not compute this."""
+    def packed(self, *banks: Tensor) -> native.Packed | None:
+        """Filters (M, C_in, k, k) and, if there are, biases (M,) as the kernels read them, or None where they do not
+        compute this or PyTorch is better at it.
+        """
+        filters, biases = banks if len(banks) == 2 else (banks[0], None)
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
-        return native.Packed.of(filters[self.row_index], biases[self.row_index], stride, _pair(self.padding))
+        if not native.Packed.suits(filters, self.num_experts):
+            return None
+        of_experts = [
+            None if bank is None else bank.unflatten(0, (self.num_experts, -1)) if self.apart else bank[self.row_index]
+            for bank in (filters, biases)
+        ]
+        assert of_experts[0] is not None
+        return native.Packed.of(of_experts[0], of_experts[1], stride, _pair(self.padding))
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,12 @@ class Plan:
         """Group the samples of `choice`, (N,) expert indices, by expert; order within a group is kept."""
         if len(choice) == 1:
             return Plan((int(choice.item()),), ())
+        if choice.device.type == "cpu":
+            chosen = choice.numpy()
+            places = {e: found for e in range(num_experts) if len(found := np.flatnonzero(chosen == e))}
+            if len(places) == 1:
+                return Plan((next(iter(places)),), ())
+            return Plan(tuple(places), tuple(map(torch.from_numpy, places.values())))
         # One wait for the device; `bincount` would add two.
         counts: list[int] = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0).tolist()
         used = tuple(e for e, n in enumerate(counts) if n) or (0,)

@@ -28,6 +28,10 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
 
 
+_WORTH_PACKING = 16
+"""Samples from which on it pays to have a kernel read weights that are packed for this pass alone."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """What a pass computes with."""
@@ -105,6 +109,10 @@ class MoELayer(nn.Module, ABC):
         """Each sample's own expert's output, (N, ...), in one call that moves no sample, or None to group them."""
         return None
 
+    def packed(self, *banks: Tensor) -> native.Packed | None:
+        """`banks` that do not learn in this pass as kernels read them, if there are kernels for the layer."""
+        return None
+
     def of_expert(self, expert: int, bank: Tensor) -> Tensor:
         """The rows (R, ...) of `expert` in `bank`: a view where they are adjacent, which costs no copy."""
         first = self.adjacent[expert]
@@ -180,9 +188,15 @@ class MoELayer(nn.Module, ABC):
         # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed and is had
         # where gradients are brought back in order.
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
-        banks = weights.banks
-        if len(x) > 1 and weights.fixed is not None and weights.fixed.dtype == x.dtype and native.suits(x):
-            y = convolution(x, ahead, choice, weights.fixed)
+        banks, fixed = weights.banks, weights.fixed
+        if (
+            fixed is None
+            and len(x) >= _WORTH_PACKING
+            and not (torch.is_grad_enabled() and any(bank.requires_grad for bank in banks))
+        ):
+            fixed = self.packed(*banks)
+        if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):
+            y = convolution(x, ahead, choice, fixed)
         elif len(x) > 1 and (each := self.compute_each(_gated(x, ahead), choice, *banks)) is not None:
             y = each
         else:

@@ -143,25 +143,20 @@ class _NormRectified(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, pool: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        mean, variance = native.moments(y)
-        invstd = (variance + eps).rsqrt()
-        scale = weight * invstd
-        x, pooled = native.norm_rectify(y, scale.float(), (bias - mean * scale).float(), shortcut, pool=pool)
+        made = native.norm_rectify(y, weight, bias, eps, shortcut, pool=pool)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, variance)
-        ctx.save_for_backward(y, x, weight, mean, invstd)
-        ctx.summed = shortcut is not None
-        return x, pooled, mean, variance
+        ctx.mark_non_differentiable(made.mean, made.variance)
+        ctx.save_for_backward(y, weight, made.x, made.mean, made.variance)
+        ctx.summed, ctx.eps = shortcut is not None, eps
+        return made.x, made.pooled, made.mean, made.variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, mean_grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, weight, mean, invstd = ctx.saved_tensors
-        grad, mean_grad = _gradients(x, grad, mean_grad)
-        dy, scale_grad, shift_grad, kept = native.unnorm_rectify(
-            y, x, grad, mean_grad, mean, invstd, weight, keep=ctx.summed
-        )
-        return dy, scale_grad.to(weight.dtype), shift_grad.to(weight.dtype), kept, None, None
+        y, weight, x, mean, variance = ctx.saved_tensors
+        made = native.Normed(x, None, mean, variance)
+        each = native.unnorm_rectify(y, made, weight, ctx.eps, *_gradients(x, grad, mean_grad), shortcut=ctx.summed)
+        return *each, None, None
 
 
 def _gradients(x: Tensor, grad: Tensor | None, mean_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:

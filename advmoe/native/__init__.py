@@ -141,63 +141,56 @@ class _Batch(ctypes.Structure):
         return _Batch(n, h * w, c)
 
 
-def _run(name: str, like: Tensor, *tensors: Tensor | None) -> None:
-    """A kernel over the whole batch `like` (N, C, H, W)."""
-    batch = _Batch.of(like)
-    run = built().functions[f"{name}_{_NAMES[like.dtype]}"]
-    run(ctypes.addressof(batch), *map(_address, tensors), _threads(len(like)))
+@dataclass(frozen=True)
+class Normed:
+    """What `norm_rectify` made, and what its gradient needs."""
+
+    x: Tensor
+    """(N, C, H, W)."""
+    pooled: Tensor | None
+    """The mean of `x` over its pixels, (N, C) in fp32."""
+    mean: Tensor
+    """Of each channel over the batch, (C,) in fp64."""
+    variance: Tensor
+    """Of the population, (C,) in fp64."""
 
 
-def moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the variance (of the population) of each channel of `y` (N, C, H, W), (C,) in fp64."""
-    n, c, h, w = y.shape
-    # Of differences from some value of the channel: a large mean would drown the squares.
-    origin = y[0, :, 0, 0].float()
-    sums, squares = torch.empty(2, n, c).unbind()
-    _run("moments", y, y, origin, sums, squares)
-    count = n * h * w
-    mean = sums.sum(0, dtype=torch.float64) / count
-    variance = (squares.sum(0, dtype=torch.float64) / count - mean * mean).clamp_min(0)
-    return mean + origin, variance
-
-
-def norm_rectify(
-    y: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None, *, pool: bool
-) -> tuple[Tensor, Tensor | None]:
-    """max(y * scale + shift + shortcut, 0) for `y` (N, C, H, W), with fp32 `scale` and `shift` (C,), and with `pool`
-    its mean over pixels (N, C).
+def norm_rectify(y: Tensor, weight: Tensor, bias: Tensor, eps: float, shortcut: Tensor | None, *, pool: bool) -> Normed:
+    """max(norm(y) + shortcut, 0) for `y` (N, C, H, W) that `rectifies`, by the batch's own statistics, with fp32
+    `weight` and `bias` (C,).
     """
-    x, mean = torch.empty_like(y), torch.empty(y.shape[:2]) if pool else None
-    _run("norm", y, y, scale, shift, shortcut, x, mean)
-    return x, mean
+    batch, channels = _Batch.of(y), y.shape[1]
+    x, pooled = torch.empty_like(y), torch.empty(y.shape[:2]) if pool else None
+    mean, variance = torch.empty(2, channels, dtype=torch.float64).unbind()
+    built().functions[f"norm_{_NAMES[y.dtype]}"](
+        ctypes.addressof(batch), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, _address(shortcut),
+        x.data_ptr(), _address(pooled), mean.data_ptr(), variance.data_ptr(), _threads(len(y)),
+    )  # fmt: skip
+    return Normed(x, pooled, mean, variance)
 
 
 def unnorm_rectify(
     y: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    mean_grad: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    made: Normed,
     weight: Tensor,
+    eps: float,
+    grad: Tensor,
+    pooled_grad: Tensor | None,
     *,
-    keep: bool,
+    shortcut: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients for `y`, `weight` and bias of `norm_rectify` by a batch's own `mean` and `invstd` (C,), in fp64,
-    and, with `keep`, for its shortcut; by that of its result `x` and, where it is given, of the mean over pixels.
+    """The gradients of `norm_rectify` for `y`, weight and bias and, if there was one, for the `shortcut`; by that of
+    what it `made` (N, C, H, W) and, where it is given, of its mean over pixels (N, C).
     """
-    n, c, h, w = y.shape
-    kept = torch.empty_like(y) if keep else None
-    sums, products = torch.empty(2, n, c).unbind()
-    centre, count = mean.float(), n * h * w
-    _run("unnorm_moments", y, y, x, grad, mean_grad, centre, kept, sums, products)
-    shift_grad = sums.sum(0, dtype=torch.float64)
-    scale_grad = products.sum(0, dtype=torch.float64) * invstd
-    scale = weight.double() * invstd
-    slope, offset = -scale * invstd * scale_grad / count, -scale * shift_grad / count
-    dy = torch.empty_like(y)
-    _run("unnorm", y, y, x, grad, mean_grad, kept, centre, scale.float(), slope.float(), offset.float(), dy)
-    return dy, scale_grad, shift_grad, kept
+    batch = _Batch.of(y)
+    kept, dy = torch.empty_like(y) if shortcut else None, torch.empty_like(y)
+    weight_grad, bias_grad = torch.empty(2, y.shape[1]).unbind()
+    built().functions[f"unnorm_{_NAMES[y.dtype]}"](
+        ctypes.addressof(batch), y.data_ptr(), made.x.data_ptr(), grad.data_ptr(), _address(pooled_grad),
+        weight.data_ptr(), eps, made.mean.data_ptr(), made.variance.data_ptr(), _address(kept), dy.data_ptr(),
+        weight_grad.data_ptr(), bias_grad.data_ptr(), _threads(len(y)),
+    )  # fmt: skip
+    return dy, weight_grad, bias_grad, kept
 
 
 def unsplit(parts: Sequence[Tensor], members: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,13 +248,14 @@ class Packed:
     _shift: Tensor | None = field(init=False)
 
     @staticmethod
-    def of(filters: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Packed | None:
-        """The convolutions by `filters` (E, C_out, C_in, k, k) and `bias` (E, C_out), or None where PyTorch's are
-        better.
-        """
-        small = filters[0].numel() * filters.element_size() <= _LARGEST
-        if filters.device.type != "cpu" or filters.dtype != torch.float32 or not small or not available():
-            return None
+    def suits(filters: Tensor, experts: int) -> bool:
+        """Whether PyTorch's are not better for such `filters` (M, C_in, k, k) of as many `experts`."""
+        fixed = filters.device.type == "cpu" and filters.dtype == torch.float32
+        return fixed and filters.numel() * filters.element_size() <= experts * _LARGEST and available()
+
+    @staticmethod
+    def of(filters: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Packed:
+        """The convolutions by `filters` (E, C_out, C_in, k, k) and `bias` (E, C_out), fp32 on the CPU."""
         return Packed(filters.detach(), None if bias is None else bias.detach(), stride, padding)
 
     @property

@@ -122,7 +122,7 @@ def _compiled(compiler: list[str], file: Path) -> Path:
 def _opened(file: Path) -> Any:
     """The library's functions, with what they take. Raises `_Unfit` for one of another version."""
     library = ctypes.CDLL(str(file))
-    pointer, count, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, count, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     takes: dict[str, tuple[Any, list[Any]]] = {
         "kernels": (whole, []),
         "convolve": (count, [pointer] * 6 + [whole]),
@@ -135,10 +135,8 @@ def _opened(file: Path) -> Any:
             f"products_{dtype}": (None, [pointer, pointer, count, count, pointer, whole]),
             f"rectify_{dtype}": (None, [*parts, pointer, count, count, pointer, pointer, whole]),
             f"unrectify_{dtype}": (None, [*parts, pointer, pointer, pointer, count, count, whole]),
-            f"moments_{dtype}": (None, [pointer] * 5 + [whole]),
-            f"norm_{dtype}": (None, [pointer] * 7 + [whole]),
-            f"unnorm_moments_{dtype}": (None, [pointer] * 9 + [whole]),
-            f"unnorm_{dtype}": (None, [pointer] * 11 + [whole]),
+            f"norm_{dtype}": (None, [*[pointer] * 4, real, *[pointer] * 5, whole]),
+            f"unnorm_{dtype}": (None, [*[pointer] * 6, real, *[pointer] * 6, whole]),
             f"unsplit_{dtype}": (None, [*parts, pointer, count, pointer, pointer, whole]),
         }
     functions: dict[str, Any] = {}

@@ -6,6 +6,7 @@
 // whatever the others are.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -244,51 +245,79 @@ struct Batch {
     int64_t n, pixels, channels;
 };
 
-template <class T>
-void moments(const Batch& s, const T* y, const float* origin, float* sums, float* squares, int threads) {
+// The sum over samples of numbers (n, channels).
+void add_samples(const Batch& s, const std::vector<float>& each, std::vector<double>& total) {
+    total.assign(s.channels, 0);
+    for (int64_t n = 0; n < s.n; ++n)
+        for (int64_t c = 0; c < s.channels; ++c) total[c] += each[n * s.channels + c];
+}
+
+// Calls `each` with every sample's channels, some vectors at a time, shared by `threads` threads: with where these begin
+// in the batch and among numbers (n, channels).
+template <class Each>
+void over(const Batch& s, int threads, const Each& each) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < s.n; ++n)
         by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
-            moment_channels<lanes(), vectors()>(y + n * s.pixels * s.channels + c, origin + c, s.pixels, s.channels,
-                                                sums + n * s.channels + c, squares + n * s.channels + c);
+            each(vectors, lanes, c, n * s.pixels * s.channels + c, n * s.channels + c);
         });
 }
 
 template <class T>
-void norm(const Batch& s, const T* y, const float* scale, const float* shift, const T* shortcut, T* x, float* mean,
-          int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < s.n; ++n)
-        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
-            const int64_t at = n * s.pixels * s.channels + c;
-            norm_channels<lanes(), vectors()>(y + at, scale + c, shift + c, shortcut ? shortcut + at : nullptr,
-                                              s.pixels, s.channels, x + at, mean ? mean + n * s.channels + c : nullptr);
-        });
+void norm(const Batch& s, const T* y, const float* weight, const float* bias, double eps, const T* shortcut, T* x,
+          float* pooled, double* mean, double* variance, int threads) {
+    std::vector<float> sums(s.n * s.channels), squares(s.n * s.channels), origin(s.channels), scale(s.channels),
+        shift(s.channels);
+    // Of differences from some value of the channel: a large mean would drown the squares.
+    for (int64_t c = 0; c < s.channels; ++c) origin[c] = value_of(y[c]);
+    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
+        moment_channels<lanes(), vectors()>(y + at, &origin[c], s.pixels, s.channels, &sums[row], &squares[row]);
+    });
+    std::vector<double> sum, square;
+    add_samples(s, sums, sum);
+    add_samples(s, squares, square);
+    const double count = static_cast<double>(s.n) * s.pixels;
+    for (int64_t c = 0; c < s.channels; ++c) {
+        const double difference = sum[c] / count;
+        mean[c] = difference + origin[c];
+        variance[c] = std::max(0.0, square[c] / count - difference * difference);
+        const double factor = weight[c] / std::sqrt(variance[c] + eps);
+        scale[c] = static_cast<float>(factor);
+        shift[c] = static_cast<float>(bias[c] - mean[c] * factor);
+    }
+    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
+        norm_channels<lanes(), vectors()>(y + at, &scale[c], &shift[c], shortcut ? shortcut + at : nullptr, s.pixels,
+                                          s.channels, x + at, pooled ? pooled + row : nullptr);
+    });
 }
 
 template <class T>
-void unnorm_moments(const Batch& s, const T* y, const T* x, const T* g, const float* mean, const float* centre, T* kept,
-                    float* sums, float* products, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < s.n; ++n)
-        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
-            const int64_t at = n * s.pixels * s.channels + c, row = n * s.channels + c;
-            unnorm_sums<lanes(), vectors()>(y + at, x + at, g + at, mean ? mean + row : nullptr, centre + c, s.pixels,
-                                            s.channels, kept ? kept + at : nullptr, sums + row, products + row);
-        });
-}
-
-template <class T>
-void unnorm(const Batch& s, const T* y, const T* x, const T* g, const float* mean, const T* kept, const float* centre,
-            const float* scale, const float* slope, const float* offset, T* dy, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < s.n; ++n)
-        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
-            const int64_t at = n * s.pixels * s.channels + c;
-            unnorm_channels<lanes(), vectors()>(y + at, x + at, g + at, mean ? mean + n * s.channels + c : nullptr,
-                                                kept ? kept + at : nullptr, centre + c, scale + c, slope + c,
-                                                offset + c, s.pixels, s.channels, dy + at);
-        });
+void unnorm(const Batch& s, const T* y, const T* x, const T* g, const float* pooled, const float* weight, double eps,
+            const double* mean, const double* variance, T* kept, T* dy, float* weight_gradient, float* bias_gradient,
+            int threads) {
+    std::vector<float> sums(s.n * s.channels), products(s.n * s.channels), centre(mean, mean + s.channels),
+        scale(s.channels), slope(s.channels), offset(s.channels);
+    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
+        unnorm_sums<lanes(), vectors()>(y + at, x + at, g + at, pooled ? pooled + row : nullptr, &centre[c], s.pixels,
+                                        s.channels, kept ? kept + at : nullptr, &sums[row], &products[row]);
+    });
+    std::vector<double> sum, product;
+    add_samples(s, sums, sum);
+    add_samples(s, products, product);
+    const double count = static_cast<double>(s.n) * s.pixels;
+    for (int64_t c = 0; c < s.channels; ++c) {
+        const double narrowed = 1 / std::sqrt(variance[c] + eps), factor = weight[c] * narrowed;
+        bias_gradient[c] = static_cast<float>(sum[c]);
+        weight_gradient[c] = static_cast<float>(product[c] * narrowed);
+        scale[c] = static_cast<float>(factor);
+        slope[c] = static_cast<float>(-factor * narrowed * narrowed * product[c] / count);
+        offset[c] = static_cast<float>(-factor * sum[c] / count);
+    }
+    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
+        unnorm_channels<lanes(), vectors()>(y + at, x + at, g + at, pooled ? pooled + row : nullptr,
+                                            kept ? kept + at : nullptr, &centre[c], &scale[c], &slope[c], &offset[c],
+                                            s.pixels, s.channels, dy + at);
+    });
 }
 
 // Samples of a batch that lie apart: row i of each part is sample members[i], or i where there are no members.
@@ -482,45 +511,28 @@ void advmoe_unrectify_bf16(int parts, Half* const* out, const int64_t* const* me
     unrectify<Half>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
 }
 
-// Batch norm in train mode: sums over pixels of y - origin and of its square, (n, channels).
-void advmoe_moments_fp32(const Batch* batch, const float* y, const float* origin, float* sums, float* squares, int threads) {
-    moments(*batch, y, origin, sums, squares, threads);
+// Batch norm in train mode: x = max(norm(y) + shortcut, 0), its mean over pixels in `pooled`, and each channel's mean and
+// variance over the batch; shortcut and pooled may be null.
+void advmoe_norm_fp32(const Batch* batch, const float* y, const float* weight, const float* bias, double eps,
+                      const float* shortcut, float* x, float* pooled, double* mean, double* variance, int threads) {
+    norm(*batch, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
 }
-void advmoe_moments_bf16(const Batch* batch, const Half* y, const float* origin, float* sums, float* squares, int threads) {
-    moments(*batch, y, origin, sums, squares, threads);
-}
-
-// x = max(y * scale + shift + shortcut, 0), and its mean over pixels in `mean`; shortcut and mean may be null.
-void advmoe_norm_fp32(const Batch* batch, const float* y, const float* scale, const float* shift, const float* shortcut,
-                      float* x, float* mean, int threads) {
-    norm(*batch, y, scale, shift, shortcut, x, mean, threads);
-}
-void advmoe_norm_bf16(const Batch* batch, const Half* y, const float* scale, const float* shift, const Half* shortcut,
-                      Half* x, float* mean, int threads) {
-    norm(*batch, y, scale, shift, shortcut, x, mean, threads);
+void advmoe_norm_bf16(const Batch* batch, const Half* y, const float* weight, const float* bias, double eps,
+                      const Half* shortcut, Half* x, float* pooled, double* mean, double* variance, int threads) {
+    norm(*batch, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
 }
 
-// With r = the gradient g of x, and that of the mean, where x is above 0: the sums over pixels of r and of r * (y - centre).
-// r is the shortcut's gradient, which is put into `kept`, if that is given.
-void advmoe_unnorm_moments_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* mean,
-                                const float* centre, float* kept, float* sums, float* products, int threads) {
-    unnorm_moments(*batch, y, x, g, mean, centre, kept, sums, products, threads);
+// The gradients of the above for y, weight and bias, by that of x and, if there is one, of `pooled`; that for the shortcut
+// is put into `kept`, which may be null.
+void advmoe_unnorm_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* pooled,
+                        const float* weight, double eps, const double* mean, const double* variance, float* kept,
+                        float* dy, float* weight_gradient, float* bias_gradient, int threads) {
+    unnorm(*batch, y, x, g, pooled, weight, eps, mean, variance, kept, dy, weight_gradient, bias_gradient, threads);
 }
-void advmoe_unnorm_moments_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* mean,
-                                const float* centre, Half* kept, float* sums, float* products, int threads) {
-    unnorm_moments(*batch, y, x, g, mean, centre, kept, sums, products, threads);
-}
-
-// dy = r * scale + (y - centre) * slope + offset.
-void advmoe_unnorm_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* mean, const float* kept,
-                        const float* centre, const float* scale, const float* slope, const float* offset, float* dy,
-                        int threads) {
-    unnorm(*batch, y, x, g, mean, kept, centre, scale, slope, offset, dy, threads);
-}
-void advmoe_unnorm_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* mean, const Half* kept,
-                        const float* centre, const float* scale, const float* slope, const float* offset, Half* dy,
-                        int threads) {
-    unnorm(*batch, y, x, g, mean, kept, centre, scale, slope, offset, dy, threads);
+void advmoe_unnorm_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* pooled,
+                        const float* weight, double eps, const double* mean, const double* variance, Half* kept,
+                        Half* dy, float* weight_gradient, float* bias_gradient, int threads) {
+    unnorm(*batch, y, x, g, pooled, weight, eps, mean, variance, kept, dy, weight_gradient, bias_gradient, threads);
 }
 
 // products[n] = <a[n], b[n]>.

@@ -95,12 +95,6 @@ def test_rows_come_back_in_order_with_their_products(dtype):
     assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
 
 
-def packed(filters, bias, stride, padding):
-    made = native.Packed.of(filters, bias, stride, padding)
-    assert made is not None
-    return made
-
-
 sides = st.integers(1, 9)
 
 
@@ -125,7 +119,7 @@ def test_each_sample_is_convolved_by_its_expert(n, c_in, c_out, experts, size, k
         for i, e in enumerate(choice.tolist())
     ]
     expected = torch.cat(each)
-    made = packed(filters, bias, stride, padding)
+    made = native.Packed.of(filters, bias, stride, padding)
     y = made.convolve(x.detach(), choice)
     assert y.is_contiguous(memory_format=LAST)
     assert_close(y, expected.detach())
@@ -141,7 +135,7 @@ def test_each_sample_is_convolved_by_its_expert(n, c_in, c_out, experts, size, k
 @pytest.mark.parametrize("channels", [8, 16, 32, 48])
 def test_a_sample_is_computed_alike_alone_and_among_others(channels):
     x, choice = batch(9, channels, 6, 6), torch.arange(9) % 2
-    made = packed(batch(2 * channels, channels, 3, 3).view(2, channels, channels, 3, 3), None, (1, 1), (1, 1))
+    made = native.Packed.of(batch(2 * channels, channels, 3, 3).view(2, channels, channels, 3, 3), None, (1, 1), (1, 1))
     together = made.convolve(x, choice)
     back, _ = made.backward(together, x, choice, products=False)
     for i in range(9):
@@ -152,16 +146,19 @@ def test_a_sample_is_computed_alike_alone_and_among_others(channels):
 
 
 def test_an_expert_that_is_not_there_is_refused():
-    made = packed(torch.ones(2, 4, 3, 1, 1), None, (1, 1), (0, 0))
+    made = native.Packed.of(torch.ones(2, 4, 3, 1, 1), None, (1, 1), (0, 0))
     for wrong in (2, -1):
         with pytest.raises(ValueError, match=r"forced must hold experts from 0 to 1, got \[0, "):
             made.convolve(batch(2, 3, 2, 2), torch.tensor([0, wrong]))
 
 
 def test_large_filters_and_other_precisions_are_left_to_pytorch():
-    assert native.Packed.of(torch.ones(1, 256, 256, 3, 3), None, (1, 1), (1, 1)) is None
-    assert native.Packed.of(torch.ones(1, 4, 4, 3, 3, dtype=torch.float64), None, (1, 1), (1, 1)) is None
-    assert native.Packed.of(torch.ones(1, 4, 4, 3, 3, device="meta"), None, (1, 1), (1, 1)) is None
+    assert native.Packed.suits(torch.ones(256, 128, 3, 3), 2)
+    assert not native.Packed.suits(torch.ones(256, 256, 3, 3), 1)
+    assert not native.Packed.suits(torch.ones(4, 4, 3, 3, dtype=torch.bfloat16), 1)
+    assert not native.Packed.suits(torch.ones(4, 4, 3, 3, device="meta"), 1)
+    with native.without_kernels():
+        assert not native.Packed.suits(torch.ones(4, 4, 3, 3), 1)
 
 
 def test_what_suits_is_plain_memory_that_nobody_watches():
@@ -186,7 +183,7 @@ def test_what_suits_is_plain_memory_that_nobody_watches():
 
 def test_results_do_not_depend_on_threads():
     x, choice = batch(9, 16, 6, 6), torch.arange(9) % 2
-    made = packed(batch(32, 16, 3, 3).view(2, 16, 16, 3, 3), None, (1, 1), (1, 1))
+    made = native.Packed.of(batch(32, 16, 3, 3).view(2, 16, 16, 3, 3), None, (1, 1), (1, 1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
