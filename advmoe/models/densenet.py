@@ -32,7 +32,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + growth, H, W)."""
-        y = conv_norm(self.conv1, self.norm2, self.relu.normed(self.norm1, x), self.relu)
+        y = conv_norm(self.conv1, self.norm2, self.relu.finish((x,), None, self.norm1, None), self.relu)
         y = self.conv2(y)
         return torch.cat((x, y), 1)
 
@@ -49,7 +49,7 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H/2, W/2)."""
-        out: Tensor = self.pool(self.conv(self.relu.normed(self.norm, x)))
+        out: Tensor = self.pool(self.conv(self.relu.finish((x,), None, self.norm, None)))
         return out
 
 
@@ -87,6 +87,6 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
-        features = self.relu.normed(self.norm, self.blocks(self.stem(x)))
+        features = self.relu.finish((self.blocks(self.stem(x)),), None, self.norm, None)
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits

@@ -79,14 +79,17 @@ def conv_norm(
     with nothing to learn and nobody's hooks; then, if there is one, the `rectifier` of that and the `shortcut`. The
     reference (`masked`), and what is compiled or exported, stay as they are written.
     """
-    finish = None if rectifier is None else Finish(rectifier, shortcut)
-    folds = None if torch.compiler.is_compiling() else _active.get()
+    compiling = torch.compiler.is_compiling()
+    folds = None if compiling else _active.get()
     if folds is None or not _fixed(conv, norm):
-        y: Tensor = conv(x)
-        if rectifier is not None and type(norm) is BatchNorm2d:
-            return rectifier.normed(norm, y, shortcut)
-        y = norm(y)
-        return y if finish is None else finish(y)
+        finish = None if rectifier is None or type(norm) is not BatchNorm2d else Finish(rectifier, norm, shortcut)
+        if finish is None or compiling:
+            y: Tensor = norm(conv(x))
+            return y if rectifier is None else rectifier(y, shortcut)
+        if type(conv) is MoEConv2d and not _hooked(conv):
+            return conv.finished(x, finish)
+        return finish(conv(x))
+    finish = None if rectifier is None else Finish(rectifier, None, shortcut)
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else norm.weight.dtype
@@ -114,8 +117,12 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
         return False
     if any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
         return False
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in (conv, norm))
-    return not hooked and active_routing().mode in ("hard", "soft")
+    return not _hooked(conv) and not _hooked(norm) and active_routing().mode in ("hard", "soft")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's own calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Steps(nn.Sequential):

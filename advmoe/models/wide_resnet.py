@@ -33,7 +33,7 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        active = self.relu.normed(self.norm1, x)
+        active = self.relu.finish((x,), None, self.norm1, None)
         shortcut = x if self.projection is None else self.projection(active)
         # Not in place: a gated convolution keeps its output for the gate's gradient.
         out: Tensor = self.conv2(conv_norm(self.conv1, self.norm2, active, self.relu)) + shortcut
@@ -71,6 +71,6 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
-        features = self.relu.normed(self.norm, self.blocks(self.stem(x)))
+        features = self.relu.finish((self.blocks(self.stem(x)),), None, self.norm, None)
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits

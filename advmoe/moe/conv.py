@@ -132,6 +132,10 @@ class MoEConv2d(MoELayer):
         """
         return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
 
+    def finished(self, x: Tensor, finish: Finish) -> Tensor:
+        """The layer's output for `x` (N, C_in, H, W), finished."""
+        return self._pass(x, Weights(self.banks()), finish)
+
     def packed(self, *banks: Tensor) -> native.Packed | None:
         """Filters (M, C_in, k, k) and, if there are, biases (M,) as the kernels read them, or None where they do not
         compute this or PyTorch is better at it.

@@ -136,7 +136,7 @@ class _GatedSplit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if native.suits(x, *grads):
-            grad, products = native.unsplit(grads, ctx.members, x)
+            grad, products = native.unsplit(native.Parts(grads, ctx.members), x)
         else:
             grad = _scatter(grads, ctx.members)
             products = _row_products(grad, x)

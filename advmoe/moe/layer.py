@@ -46,19 +46,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Finish:
-    """What becomes of a layer's output."""
+    """What becomes of a layer's output y (N, C, H, W): max(norm(y) + shortcut, 0), with or without a norm."""
 
     rectifier: Rectifier
+    norm: nn.BatchNorm2d | None
     shortcut: Tensor | None
 
-    def __call__(self, y: Tensor) -> Tensor:
-        """The output `y` (N, C, H, W), which it may overwrite, with the shortcut added, rectified."""
-        rectified: Tensor = self.rectifier(y, self.shortcut)
-        return rectified
-
-    def merged(self, parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
-        """The same of the experts' outputs, put together on the way."""
-        return self.rectifier.merged(parts, plan, self.shortcut)
+    def __call__(self, *parts: Tensor, plan: Plan | None = None) -> Tensor:
+        """What becomes of an output in one part, which may be overwritten, or in experts' parts by their `plan`."""
+        return self.rectifier.finish(parts, plan, self.norm, self.shortcut)
 
 
 class MoELayer(nn.Module, ABC):
@@ -170,7 +166,7 @@ class MoELayer(nn.Module, ABC):
         """
         parts = zip(plan.experts, split(x, plan, gate), strict=True)
         made = tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts)
-        return merge(made, plan) if finish is None else finish.merged(made, plan)
+        return merge(made, plan) if finish is None else finish(*made, plan=plan)
 
     def _chosen(
         self,

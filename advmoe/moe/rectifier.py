@@ -1,4 +1,7 @@
-"""ReLU ahead of an MoE layer: what the layer's router pools, and a residual block's sum, in the same pass.
+"""ReLU, and what stands around it in a network with MoE layers, in as few passes over activations as can be.
+
+Ahead of it stand a batch norm, the putting together of experts' outputs and a residual block's sum; behind it the next
+MoE layer, whose router begins with a mean over pixels, and the next block's shortcut.
 
 Axes: `N` batch, `C` channels, `H W` size.
 """
@@ -13,51 +16,93 @@ from torch import Tensor, nn
 from advmoe import native
 from advmoe.moe.dispatch import Plan, merge, split_rows
 
-_POOLED = "_advmoe_pooled"
+_KNOWN = "_advmoe_rectified"
+"""The attribute of a rectified tensor that holds what was made with it."""
 
 
 class _Rectified(torch.autograd.Function):
-    """max(y + shortcut, 0) and its mean over pixels, which is None unless `pool`: in place of y, where that is one
-    part, or put together from the parts that hold its samples at the places `members`.
+    """max(y + shortcut, 0) of a batch in parts, its mean over pixels, which is None unless `pool`, and the same once
+    more for a second use; in place of y, and with no second, where y is one part.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, shortcut: Tensor | None, pool: bool, members: tuple[Tensor, ...], *parts: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        if members:
-            count, (_, c, h, w) = sum(map(len, parts)), parts[0].shape
-            x = torch.empty(count, c, h, w, dtype=parts[0].dtype, memory_format=torch.channels_last)
-        else:
-            (x,) = parts
+        ctx: Any, shortcut: Tensor | None, pool: bool, members: tuple[Tensor, ...], *rows: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, out = native.Parts(rows, members), None if members else rows[0]
+        x, pooled = native.rectify(y, shortcut, pool=pool, out=out)
+        if out is not None:
             ctx.mark_dirty(x)
-        pooled = native.rectify(parts, members, x, shortcut, pool=pool)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         ctx.summed, ctx.members = shortcut is not None, members
-        return x, pooled
+        return x, pooled, x.detach() if out is None else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, mean_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad, mean_grad = _gradients(x, grad, mean_grad)
-        whole = native.unrectify(x, grad, mean_grad) if ctx.summed or not ctx.members else None
-        if not ctx.members:
-            parts = whole
-        elif whole is None:
-            parts = native.unrectify(x, grad, mean_grad, ctx.members)
-        else:
-            parts = split_rows(whole[0], ctx.members)
-        assert parts is not None
-        return whole[0] if whole is not None and ctx.summed else None, None, None, *parts
+        given, members = _given(x, *gradients), ctx.members
+        if ctx.summed or not members:
+            (whole,) = native.unrectify(x, given, native.Parts((torch.empty_like(x),)))
+            rows = split_rows(whole, members) if members else (whole,)
+            return whole if ctx.summed else None, None, None, *rows
+        into = tuple(torch.empty(len(m), *x.shape[1:], dtype=x.dtype, memory_format=_LAST) for m in members)
+        return None, None, None, *native.unrectify(x, given, native.Parts(into, members))
+
+
+class _NormRectified(torch.autograd.Function):
+    """max(norm(y) + shortcut, 0) of a batch in parts by its own statistics, and the rest as of `_Rectified`; then the
+    statistics: mean and variance (C,), in fp64.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shortcut: Tensor | None,
+        pool: bool,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        members: tuple[Tensor, ...],
+        *rows: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        made = native.norm_rectify(native.Parts(rows, members), weight, bias, eps, shortcut, pool=pool)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(made.mean, made.variance)
+        ctx.save_for_backward(weight, made.x, made.mean, made.variance, *rows)
+        ctx.summed, ctx.eps, ctx.members = shortcut is not None, eps, members
+        return made.x, made.pooled, made.x.detach(), made.mean, made.variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight, x, mean, variance, *rows = ctx.saved_tensors
+        y, made = native.Parts(tuple(rows), ctx.members), native.Normed(x, None, mean, variance)
+        given = _given(x, grad, pooled, branch)
+        dy, weight_grad, bias_grad, kept = native.unnorm_rectify(y, made, weight, ctx.eps, given, shortcut=ctx.summed)
+        return kept, None, weight_grad, bias_grad, None, None, *dy
+
+
+_LAST = torch.channels_last
+
+
+def _given(x: Tensor, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None) -> native.Gradients:
+    """The gradients of `x`, of its mean and of its second use, as the kernels take them."""
+    each = [g.to(x.dtype).contiguous(memory_format=_LAST) for g in (grad, branch) if g is not None]
+    first = each[0] if each else torch.zeros_like(x)
+    second = each[1] if len(each) == 2 else None
+    return native.Gradients(first, second, None if pooled is None else pooled.float().contiguous())
 
 
 class Rectifier(nn.ReLU):
     """ReLU, in place, of what nothing else needs as it was.
 
-    On a CPU with kernels one pass adds the shortcut, rectifies and, with `pools`, takes the mean over pixels that the
-    router of an MoE layer behind it begins with (`pooled_before`), and one pass brings all their gradients back.
+    On a CPU with kernels one pass puts experts' outputs together, adds the shortcut, rectifies and, with `pools`, takes
+    the mean over pixels that the router of an MoE layer behind it begins with (`pooled_before`); one pass brings all
+    their gradients back, and those of a second use (`branch_of`). A batch norm in train mode takes one more each way.
     """
 
     def __init__(self, *, pools: bool = False) -> None:
@@ -66,48 +111,67 @@ class Rectifier(nn.ReLU):
 
     def forward(self, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """max(y + shortcut, 0) for `y` (N, C, H, W), which it overwrites."""
-        if (y.is_leaf and y.requires_grad) or not self._fused(y, shortcut):
-            if shortcut is not None:
-                y += shortcut
-            return super().forward(y)
-        return self._apply_fused(shortcut, (), y)
+        if type(y) is Tensor and not (y.is_leaf and y.requires_grad) and self._fused((y,), shortcut):
+            return self._kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
+        if shortcut is not None:
+            y += shortcut
+        return super().forward(y)
 
-    def merged(self, parts: tuple[Tensor, ...], plan: Plan, shortcut: Tensor | None) -> Tensor:
-        """max(y + shortcut, 0), where y is the `merge` of the experts' outputs."""
+    def finish(
+        self, parts: tuple[Tensor, ...], plan: Plan | None, norm: nn.BatchNorm2d | None, shortcut: Tensor | None
+    ) -> Tensor:
+        """max(norm(y) + shortcut, 0), or without a `norm`, where y (N, C, H, W) is the `merge` of `parts` by `plan`, or
+        the only one of them.
+        """
+        members = plan.members if plan is not None and len(parts) > 1 else ()
         watched = self._forward_hooks or self._forward_pre_hooks
-        if len(parts) == 1 or watched or not self._fused(parts[0], shortcut) or not native.suits(*parts):
-            rectified: Tensor = self(merge(parts, plan), shortcut)
-            return rectified
-        return self._apply_fused(shortcut, plan.members, *parts)
+        if type(parts[0]) is Tensor and not watched and self._fused(parts, shortcut):
+            if norm is not None and _batch_normed(norm, parts):
+                arguments = (shortcut, self.pools, norm.weight, norm.bias, norm.eps, members)
+                *made, mean, variance = _NormRectified.apply(*arguments, *parts)  # type: ignore[no-untyped-call]
+                if norm.track_running_stats:
+                    _record(norm, mean, variance, sum(part.numel() for part in parts) // parts[0].shape[1])
+                return self._kept(*made)
+            if norm is None and members:
+                made = _Rectified.apply(shortcut, self.pools, members, *parts)  # type: ignore[no-untyped-call]
+                return self._kept(*made)
+        y = parts[0] if plan is None else merge(parts, plan)
+        rectified: Tensor = self(y if norm is None else norm(y), shortcut)
+        return rectified
 
-    def normed(self, norm: nn.BatchNorm2d, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """max(norm(y) + shortcut, 0) for `y` (N, C, H, W)."""
-        if not self._normed(norm, y, shortcut):
-            rectified: Tensor = self(norm(y), shortcut)
-            return rectified
-        arguments = (y, norm.weight, norm.bias, shortcut, norm.eps, self.pools)
-        x, pooled, mean, variance = _NormRectified.apply(*arguments)  # type: ignore[no-untyped-call]
-        if norm.track_running_stats:
-            _record(norm, mean, variance, y.numel() // y.shape[1])
-        return _pooling(x, pooled)
-
-    def _normed(self, norm: nn.BatchNorm2d, y: Tensor, shortcut: Tensor | None) -> bool:
-        """Whether kernels do what `normed` is."""
-        if type(y) is not Tensor or not norm.training or not norm.affine or norm.weight.dtype != torch.float32:
-            return False
-        if y.dim() != 4 or y.numel() <= y.shape[1]:  # PyTorch's refuses a single value
-            return False
-        hooks = (norm._forward_hooks, norm._forward_pre_hooks, self._forward_hooks, self._forward_pre_hooks)
-        return not any(hooks) and self._fused(y, shortcut)
-
-    def _fused(self, y: Tensor, shortcut: Tensor | None) -> bool:
+    def _fused(self, parts: tuple[Tensor, ...], shortcut: Tensor | None) -> bool:
+        """Whether the kernels take these."""
         others = () if shortcut is None else (shortcut,)
-        return native.rectifies(y, *others) and all(each.shape[1:] == y.shape[1:] for each in others)
+        return native.rectifies(*parts, *others) and all(each.shape[1:] == parts[0].shape[1:] for each in others)
 
-    def _apply_fused(self, shortcut: Tensor | None, members: tuple[Tensor, ...], *parts: Tensor) -> Tensor:
-        x: Tensor
-        x, pooled = _Rectified.apply(shortcut, self.pools, members, *parts)  # type: ignore[no-untyped-call]
-        return _pooling(x, pooled)
+    @staticmethod
+    def _kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
+        """`x`, of which the rest is then known."""
+        setattr(x, _KNOWN, (x._version, pooled, branch))
+        return x
+
+
+def pooled_before(x: Tensor) -> Tensor | None:
+    """The mean of `x` (N, C, H, W) over its pixels, (N, C), where a `Rectifier` made both and `x` is as it left it."""
+    version, pooled, _ = getattr(x, _KNOWN, (None, None, None))
+    return pooled if version == x._version else None
+
+
+def branch_of(x: Tensor) -> Tensor:
+    """`x`, for a second use, whose gradient a `Rectifier` that made `x` adds where it needs both."""
+    if type(x) is not Tensor:  # what a graph is traced with has every attribute
+        return x
+    version, _, branch = getattr(x, _KNOWN, (None, None, None))
+    return x if branch is None or version != x._version else branch
+
+
+def _batch_normed(norm: nn.BatchNorm2d, parts: tuple[Tensor, ...]) -> bool:
+    """Whether the kernels do what `norm` does to these."""
+    if not norm.training or not norm.affine or norm.weight.dtype != torch.float32:
+        return False
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    return sum(part.numel() for part in parts) > parts[0].shape[1]  # PyTorch's refuses a single value
 
 
 def _record(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -119,48 +183,3 @@ def _record(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) ->
         share = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
         norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), share)
-
-
-def _pooling(x: Tensor, pooled: Tensor | None) -> Tensor:
-    """`x`, of which `pooled_before` then knows the mean."""
-    if pooled is not None:
-        setattr(x, _POOLED, (pooled, x._version))
-    return x
-
-
-def pooled_before(x: Tensor) -> Tensor | None:
-    """The mean of `x` (N, C, H, W) over its pixels, (N, C), where a `Rectifier` made both and `x` is as it left it."""
-    pooled, version = getattr(x, _POOLED, (None, None))
-    return pooled if version == x._version else None
-
-
-class _NormRectified(torch.autograd.Function):
-    """max(norm(y) + shortcut, 0) by the batch's own statistics, its mean over pixels, which is None unless `pool`, and
-    the statistics: mean and variance (C,), in fp64.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, pool: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        made = native.norm_rectify(y, weight, bias, eps, shortcut, pool=pool)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(made.mean, made.variance)
-        ctx.save_for_backward(y, weight, made.x, made.mean, made.variance)
-        ctx.summed, ctx.eps = shortcut is not None, eps
-        return made.x, made.pooled, made.mean, made.variance
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, mean_grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, x, mean, variance = ctx.saved_tensors
-        made = native.Normed(x, None, mean, variance)
-        each = native.unnorm_rectify(y, made, weight, ctx.eps, *_gradients(x, grad, mean_grad), shortcut=ctx.summed)
-        return *each, None, None
-
-
-def _gradients(x: Tensor, grad: Tensor | None, mean_grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `x` and of its mean as the kernels take them."""
-    grad = torch.zeros_like(x) if grad is None else grad.to(x.dtype)
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    return grad, None if mean_grad is None else mean_grad.float().contiguous()

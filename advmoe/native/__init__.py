@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,41 +105,91 @@ def rectifies(y: Tensor, *others: Tensor) -> bool:
     return y.dim() == 4 and y.shape[1] % _LANES == 0 and suits(y, *others)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A batch (N, ...) whose samples lie apart, by expert, or together: as one part that needs no members."""
+
+    rows: tuple[Tensor, ...]
+    """(n_e, ...) each."""
+    members: tuple[Tensor, ...] = ()
+    """(n_e,) each: which samples of the batch they are."""
+
+    def like(self) -> Parts:
+        """Parts of the same shapes, yet to be filled."""
+        return Parts(tuple(map(torch.empty_like, self.rows)), self.members)
+
+    def whole(self) -> Tensor:
+        """A batch of the samples' shape, yet to be filled."""
+        first, samples = self.rows[0], sum(map(len, self.rows))
+        layout = torch.channels_last if first.dim() == 4 else torch.contiguous_format
+        return torch.empty(samples, *first.shape[1:], dtype=first.dtype, memory_format=layout)
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [("parts", ctypes.c_int), ("members", ctypes.c_void_p), ("counts", ctypes.c_void_p)]
+
+
+class _Size(ctypes.Structure):
+    _fields_ = [("pixels", ctypes.c_int64), ("channels", ctypes.c_int64)]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(each.data_ptr() for each in tensors))
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _run(name: str, parts: Parts, *arguments: Any) -> None:
+    """A kernel over a batch in parts, which says where they belong and then takes `arguments`."""
+    first = parts.rows[0]
+    members = _addresses(parts.members) if parts.members else None
+    counts = (ctypes.c_int64 * len(parts.rows))(*map(len, parts.rows))
+    places = _Places(len(parts.rows), members and ctypes.addressof(members), ctypes.addressof(counts))
+    given = [each if isinstance(each, int | float) else _pointed(each) for each in arguments]
+    threads = _threads(sum(map(len, parts.rows)))
+    built().functions[f"{name}_{_NAMES[first.dtype]}"](ctypes.addressof(places), *given, threads)
+
+
+def _pointed(x: Any) -> Any:
+    return x.data_ptr() if isinstance(x, Tensor) else x
+
+
+def _size(x: Tensor) -> Any:
+    return ctypes.byref(_Size(x.shape[2] * x.shape[3], x.shape[1]))
+
+
 def rectify(
-    parts: Sequence[Tensor], members: Sequence[Tensor], out: Tensor, shortcut: Tensor | None, *, pool: bool
-) -> Tensor | None:
-    """Set `out` (N, C, H, W) to max(y + shortcut, 0), where the samples of y are those of `parts` (n_e, C, H, W) at the
-    places `members` (n_e,), or of the only part, which may be `out` itself; with `pool`, returns the mean of that over
-    its pixels, (N, C) in fp32.
+    y: Parts, shortcut: Tensor | None, *, pool: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """max(y + shortcut, 0) for `y` (N, C, H, W) that `rectifies`, put into `out`, if that is given, which may be y's
+    only part; and with `pool` its mean over pixels, (N, C) in fp32.
     """
-    n, c, h, w = out.shape
-    mean = torch.empty(n, c) if pool else None
-    rows = _Parts(parts, members)
-    run = built().functions[f"rectify_{_NAMES[out.dtype]}"]
-    run(*rows.arguments(), _address(shortcut), h * w, c, out.data_ptr(), _address(mean), _threads(n))
-    return mean
+    x = y.whole() if out is None else out
+    pooled = torch.empty(x.shape[:2]) if pool else None
+    _run("rectify", y, _size(x), _addresses(y.rows), shortcut, x, pooled)
+    return x, pooled
 
 
-def unrectify(x: Tensor, grad: Tensor, mean_grad: Tensor | None, members: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """The gradient for y of `rectify`, in its parts if there are `members` (n_e,), by that of the result `x` (N, C, H,
-    W) and, where it is given, of the mean (N, C).
+@dataclass(frozen=True)
+class Gradients:
+    """Of something rectified."""
+
+    x: Tensor
+    """(N, C, H, W), of the result."""
+    branch: Tensor | None = None
+    """The same, where the result was used twice."""
+    pooled: Tensor | None = None
+    """(N, C), of the result's mean over pixels."""
+
+
+def unrectify(x: Tensor, gradients: Gradients, into: Parts) -> tuple[Tensor, ...]:
+    """The gradient for y of `rectify`, in its parts, put `into` tensors of their shapes, by those of its result `x`
+    (N, C, H, W). It is that for the shortcut too.
     """
-    n, c, h, w = x.shape
-    sizes = [len(index) for index in members] or [n]
-    out = tuple(torch.empty(size, c, h, w, dtype=x.dtype, memory_format=torch.channels_last) for size in sizes)
-    rows = _Parts(out, members)
-    run = built().functions[f"unrectify_{_NAMES[x.dtype]}"]
-    run(*rows.arguments(), x.data_ptr(), grad.data_ptr(), _address(mean_grad), h * w, c, _threads(n))
-    return out
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "pixels", "channels")]
-
-    @staticmethod
-    def of(x: Tensor) -> _Batch:
-        n, c, h, w = x.shape
-        return _Batch(n, h * w, c)
+    _run("unrectify", into, _size(x), x, gradients.x, gradients.branch, gradients.pooled, _addresses(into.rows))
+    return into.rows
 
 
 @dataclass(frozen=True)
@@ -155,72 +206,40 @@ class Normed:
     """Of the population, (C,) in fp64."""
 
 
-def norm_rectify(y: Tensor, weight: Tensor, bias: Tensor, eps: float, shortcut: Tensor | None, *, pool: bool) -> Normed:
+def norm_rectify(y: Parts, weight: Tensor, bias: Tensor, eps: float, shortcut: Tensor | None, *, pool: bool) -> Normed:
     """max(norm(y) + shortcut, 0) for `y` (N, C, H, W) that `rectifies`, by the batch's own statistics, with fp32
     `weight` and `bias` (C,).
     """
-    batch, channels = _Batch.of(y), y.shape[1]
-    x, pooled = torch.empty_like(y), torch.empty(y.shape[:2]) if pool else None
-    mean, variance = torch.empty(2, channels, dtype=torch.float64).unbind()
-    built().functions[f"norm_{_NAMES[y.dtype]}"](
-        ctypes.addressof(batch), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, _address(shortcut),
-        x.data_ptr(), _address(pooled), mean.data_ptr(), variance.data_ptr(), _threads(len(y)),
-    )  # fmt: skip
+    x = y.whole()
+    pooled = torch.empty(x.shape[:2]) if pool else None
+    mean, variance = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
+    _run("norm", y, _size(x), _addresses(y.rows), weight, bias, eps, shortcut, x, pooled, mean, variance)
     return Normed(x, pooled, mean, variance)
 
 
 def unnorm_rectify(
-    y: Tensor,
-    made: Normed,
-    weight: Tensor,
-    eps: float,
-    grad: Tensor,
-    pooled_grad: Tensor | None,
-    *,
-    shortcut: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of `norm_rectify` for `y`, weight and bias and, if there was one, for the `shortcut`; by that of
-    what it `made` (N, C, H, W) and, where it is given, of its mean over pixels (N, C).
+    y: Parts, made: Normed, weight: Tensor, eps: float, gradients: Gradients, *, shortcut: bool
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
+    """The gradients of `norm_rectify` for `y`, in its parts, for weight and bias and, if there was one, for the
+    `shortcut`; by those of what it `made`.
     """
-    batch = _Batch.of(y)
-    kept, dy = torch.empty_like(y) if shortcut else None, torch.empty_like(y)
-    weight_grad, bias_grad = torch.empty(2, y.shape[1]).unbind()
-    built().functions[f"unnorm_{_NAMES[y.dtype]}"](
-        ctypes.addressof(batch), y.data_ptr(), made.x.data_ptr(), grad.data_ptr(), _address(pooled_grad),
-        weight.data_ptr(), eps, made.mean.data_ptr(), made.variance.data_ptr(), _address(kept), dy.data_ptr(),
-        weight_grad.data_ptr(), bias_grad.data_ptr(), _threads(len(y)),
+    x, into = made.x, y.like()
+    kept = torch.empty_like(x) if shortcut else None
+    weight_grad, bias_grad = torch.empty(2, x.shape[1]).unbind()
+    _run(
+        "unnorm", y, _size(x), _addresses(y.rows), x, gradients.x, gradients.branch, gradients.pooled, weight, eps,
+        made.mean, made.variance, kept, _addresses(into.rows), weight_grad, bias_grad,
     )  # fmt: skip
-    return dy, weight_grad, bias_grad, kept
+    return into.rows, weight_grad, bias_grad, kept
 
 
-def unsplit(parts: Sequence[Tensor], members: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `parts` (n_e, ...) at the places `members` (n_e,) of a batch, as a tensor like `x` (N, ...), and each
-    row's inner product with that of `x`, (N,) in fp32. All of these `suits`; every row of the batch is in one part.
+def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch whose samples `parts` hold, as a tensor like `x` (N, ...), and each sample's inner product with that of
+    `x`, (N,) in fp32. All of these `suits`.
     """
     out, products = torch.empty_like(x), torch.empty(len(x))
-    rows = _Parts(parts, members)
-    run = built().functions[f"unsplit_{_NAMES[x.dtype]}"]
-    run(*rows.arguments(), x.data_ptr(), x.numel() // len(x), out.data_ptr(), products.data_ptr(), _threads(len(x)))
+    _run("unsplit", parts, _addresses(parts.rows), x, x.numel() // len(x), out, products)
     return out, products
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-class _Parts:
-    """Samples that lie apart, as kernels take them; it owns what they point at."""
-
-    def __init__(self, parts: Sequence[Tensor], members: Sequence[Tensor]) -> None:
-        count = len(parts)
-        self._rows = (ctypes.c_void_p * count)(*(part.data_ptr() for part in parts))
-        self._members = (ctypes.c_void_p * count)(*(each.data_ptr() for each in members)) if members else None
-        self._counts = (ctypes.c_int64 * count)(*map(len, parts))
-
-    def arguments(self) -> tuple[int, int, int | None, int]:
-        """How many parts, and where their rows, their members and their numbers of rows lie."""
-        members = None if self._members is None else ctypes.addressof(self._members)
-        return len(self._rows), ctypes.addressof(self._rows), members, ctypes.addressof(self._counts)
 
 
 _SIZES = ("h", "w", "c_in", "oh", "ow", "c_out", "kh", "kw", "sh", "sw", "ph", "pw", "experts")

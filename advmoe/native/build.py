@@ -129,15 +129,14 @@ def _opened(file: Path) -> Any:
         "convolve_backward": (None, [pointer] * 7 + [whole]),
     }
     for dtype in ("fp32", "bf16"):
-        parts = [whole, pointer, pointer, pointer]
         takes |= {
             f"pool_{dtype}": (None, [pointer, count, count, count, pointer, whole]),
             f"products_{dtype}": (None, [pointer, pointer, count, count, pointer, whole]),
-            f"rectify_{dtype}": (None, [*parts, pointer, count, count, pointer, pointer, whole]),
-            f"unrectify_{dtype}": (None, [*parts, pointer, pointer, pointer, count, count, whole]),
-            f"norm_{dtype}": (None, [*[pointer] * 4, real, *[pointer] * 5, whole]),
-            f"unnorm_{dtype}": (None, [*[pointer] * 6, real, *[pointer] * 6, whole]),
-            f"unsplit_{dtype}": (None, [*parts, pointer, count, pointer, pointer, whole]),
+            f"rectify_{dtype}": (None, [*[pointer] * 6, whole]),
+            f"unrectify_{dtype}": (None, [*[pointer] * 7, whole]),
+            f"norm_{dtype}": (None, [*[pointer] * 5, real, *[pointer] * 5, whole]),
+            f"unnorm_{dtype}": (None, [*[pointer] * 8, real, *[pointer] * 6, whole]),
+            f"unsplit_{dtype}": (None, [pointer, pointer, pointer, count, pointer, pointer, whole]),
         }
     functions: dict[str, Any] = {}
     for name, (gives, arguments) in takes.items():

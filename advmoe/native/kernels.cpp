@@ -126,9 +126,10 @@ void rectify_channels(const T* y, const T* shortcut, int64_t pixels, int64_t cha
         for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
 }
 
-// out = g + the mean's gradient, where the rectified x is above 0.
+// out = g + branch + the mean's gradient, where the rectified x is above 0.
 template <int L, int B, class T>
-void unrectify_channels(const T* x, const T* g, const float* mean, int64_t pixels, int64_t channels, T* out) {
+void unrectify_channels(const T* x, const T* g, const T* branch, const float* mean, int64_t pixels, int64_t channels,
+                        T* out) {
     Vector<L> spread[B] = {};
     if (mean)
         for (int b = 0; b < B; ++b) spread[b] = load<L>(mean + b * L) / static_cast<float>(pixels);
@@ -136,9 +137,33 @@ void unrectify_channels(const T* x, const T* g, const float* mean, int64_t pixel
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            store<L>(load<L>(x + at) <= 0.0f ? Vector<L>{} : load<L>(g + at) + spread[b], out + at);
+            Vector<L> r = load<L>(g + at) + spread[b];
+            if (branch) r += load<L>(branch + at);
+            store<L>(load<L>(x + at) <= 0.0f ? Vector<L>{} : r, out + at);
         }
 }
+
+// Samples of a batch that lie apart: row i of each part is sample members[i], or i where there are no members.
+struct Places {
+    int parts;
+    const int64_t* const* members;
+    const int64_t* counts;
+
+    // Calls `each` with the part, the row in it and the sample, for all samples, shared by `threads` threads.
+    template <class Each>
+    void share(int threads, const Each& each) const {
+#pragma omp parallel num_threads(threads)
+        for (int part = 0; part < parts; ++part) {
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < counts[part]; ++i) each(part, i, members ? members[part][i] : i);
+        }
+    }
+    int64_t samples() const {
+        int64_t sum = 0;
+        for (int part = 0; part < parts; ++part) sum += counts[part];
+        return sum;
+    }
+};
 
 // Calls `each` with vectors of the channels, as many at a time as share cache lines.
 template <class Each>
@@ -192,10 +217,10 @@ void norm_channels(const T* y, const float* scale, const float* shift, const T* 
         for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
 }
 
-// Per sample and channel, with r = g + the mean's gradient where x is above 0: the sums of r and of r * (y - centre).
-// r is kept in `kept`, if that is given.
+// Per sample and channel, with r = g + branch + the mean's gradient where x is above 0: the sums of r and of
+// r * (y - centre). r is kept in `kept`, if that is given.
 template <int L, int B, class T>
-void unnorm_sums(const T* y, const T* x, const T* g, const float* mean, const float* centre, int64_t pixels,
+void unnorm_sums(const T* y, const T* x, const T* g, const T* branch, const float* mean, const float* centre, int64_t pixels,
                  int64_t channels, T* kept, float* sums, float* products) {
     Vector<L> sum[B] = {}, product[B] = {}, spread[B] = {}, from[B];
     for (int b = 0; b < B; ++b) {
@@ -206,7 +231,9 @@ void unnorm_sums(const T* y, const T* x, const T* g, const float* mean, const fl
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            const Vector<L> r = load<L>(x + at) <= 0.0f ? Vector<L>{} : load<L>(g + at) + spread[b];
+            Vector<L> r = load<L>(g + at) + spread[b];
+            if (branch) r += load<L>(branch + at);
+            r = load<L>(x + at) <= 0.0f ? Vector<L>{} : r;
             if (kept) store<L>(r, kept + at);
             sum[b] += r;
             product[b] += r * (load<L>(y + at) - from[b]);
@@ -219,7 +246,7 @@ void unnorm_sums(const T* y, const T* x, const T* g, const float* mean, const fl
 
 // dy = r * scale + (y - centre) * slope + offset. Where r was kept, `kept` holds it.
 template <int L, int B, class T>
-void unnorm_channels(const T* y, const T* x, const T* g, const float* mean, const T* kept, const float* centre,
+void unnorm_channels(const T* y, const T* x, const T* g, const T* branch, const float* mean, const T* kept, const float* centre,
                      const float* scale, const float* slope, const float* offset, int64_t pixels, int64_t channels,
                      T* dy) {
     Vector<L> spread[B] = {}, from[B], factor[B], tilt[B], start[B];
@@ -234,77 +261,107 @@ void unnorm_channels(const T* y, const T* x, const T* g, const float* mean, cons
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            const Vector<L> r = kept                             ? load<L>(kept + at)
-                                : load<L>(x + at) <= 0.0f ? Vector<L>{}
-                                                          : load<L>(g + at) + spread[b];
+            Vector<L> r;
+            if (kept) {
+                r = load<L>(kept + at);
+            } else {
+                r = load<L>(g + at) + spread[b];
+                if (branch) r += load<L>(branch + at);
+                r = load<L>(x + at) <= 0.0f ? Vector<L>{} : r;
+            }
             store<L>(r * factor[b] + (load<L>(y + at) - from[b]) * tilt[b] + start[b], dy + at);
         }
 }
 
-struct Batch {
-    int64_t n, pixels, channels;
+struct Size {
+    int64_t pixels, channels;
+    int64_t row() const { return pixels * channels; }
 };
 
-// The sum over samples of numbers (n, channels).
-void add_samples(const Batch& s, const std::vector<float>& each, std::vector<double>& total) {
-    total.assign(s.channels, 0);
-    for (int64_t n = 0; n < s.n; ++n)
-        for (int64_t c = 0; c < s.channels; ++c) total[c] += each[n * s.channels + c];
-}
-
-// Calls `each` with every sample's channels, some vectors at a time, shared by `threads` threads: with where these begin
-// in the batch and among numbers (n, channels).
-template <class Each>
-void over(const Batch& s, int threads, const Each& each) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < s.n; ++n)
+template <class T>
+void rectify(const Places& places, const Size& s, const T* const* y, const T* shortcut, T* out, float* pooled,
+             int threads) {
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
         by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
-            each(vectors, lanes, c, n * s.pixels * s.channels + c, n * s.channels + c);
+            const int64_t at = n * s.row() + c;
+            rectify_channels<lanes(), vectors()>(y[part] + i * s.row() + c, shortcut ? shortcut + at : nullptr,
+                                                 s.pixels, s.channels, out + at,
+                                                 pooled ? pooled + n * s.channels + c : nullptr);
         });
+    });
 }
 
 template <class T>
-void norm(const Batch& s, const T* y, const float* weight, const float* bias, double eps, const T* shortcut, T* x,
-          float* pooled, double* mean, double* variance, int threads) {
-    std::vector<float> sums(s.n * s.channels), squares(s.n * s.channels), origin(s.channels), scale(s.channels),
+void unrectify(const Places& places, const Size& s, const T* x, const T* g, const T* branch, const float* pooled,
+               T* const* dy, int threads) {
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.row() + c;
+            unrectify_channels<lanes(), vectors()>(x + at, g + at, branch ? branch + at : nullptr,
+                                                   pooled ? pooled + n * s.channels + c : nullptr, s.pixels,
+                                                   s.channels, dy[part] + i * s.row() + c);
+        });
+    });
+}
+
+// The sum over samples of numbers (n, channels).
+std::vector<double> over_samples(const std::vector<float>& each, int64_t channels) {
+    std::vector<double> total(channels, 0);
+    for (size_t i = 0; i < each.size(); ++i) total[i % channels] += each[i];
+    return total;
+}
+
+template <class T>
+void norm(const Places& places, const Size& s, const T* const* y, const float* weight, const float* bias, double eps,
+          const T* shortcut, T* x, float* pooled, double* mean, double* variance, int threads) {
+    const int64_t samples = places.samples();
+    std::vector<float> sums(samples * s.channels), squares(samples * s.channels), origin(s.channels), scale(s.channels),
         shift(s.channels);
     // Of differences from some value of the channel: a large mean would drown the squares.
-    for (int64_t c = 0; c < s.channels; ++c) origin[c] = value_of(y[c]);
-    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
-        moment_channels<lanes(), vectors()>(y + at, &origin[c], s.pixels, s.channels, &sums[row], &squares[row]);
+    for (int64_t c = 0; c < s.channels; ++c) origin[c] = value_of(y[0][c]);
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            moment_channels<lanes(), vectors()>(y[part] + i * s.row() + c, &origin[c], s.pixels, s.channels,
+                                                &sums[n * s.channels + c], &squares[n * s.channels + c]);
+        });
     });
-    std::vector<double> sum, square;
-    add_samples(s, sums, sum);
-    add_samples(s, squares, square);
-    const double count = static_cast<double>(s.n) * s.pixels;
+    const std::vector<double> sum = over_samples(sums, s.channels), square = over_samples(squares, s.channels);
+    const double count = static_cast<double>(samples) * s.pixels;
     for (int64_t c = 0; c < s.channels; ++c) {
-        const double difference = sum[c] / count;
+        const double difference = sum[c] / count, spread = square[c] / count - difference * difference;
         mean[c] = difference + origin[c];
-        variance[c] = std::max(0.0, square[c] / count - difference * difference);
+        variance[c] = spread < 0 ? 0 : spread;
         const double factor = weight[c] / std::sqrt(variance[c] + eps);
         scale[c] = static_cast<float>(factor);
         shift[c] = static_cast<float>(bias[c] - mean[c] * factor);
     }
-    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
-        norm_channels<lanes(), vectors()>(y + at, &scale[c], &shift[c], shortcut ? shortcut + at : nullptr, s.pixels,
-                                          s.channels, x + at, pooled ? pooled + row : nullptr);
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.row() + c;
+            norm_channels<lanes(), vectors()>(y[part] + i * s.row() + c, &scale[c], &shift[c],
+                                              shortcut ? shortcut + at : nullptr, s.pixels, s.channels, x + at,
+                                              pooled ? pooled + n * s.channels + c : nullptr);
+        });
     });
 }
 
 template <class T>
-void unnorm(const Batch& s, const T* y, const T* x, const T* g, const float* pooled, const float* weight, double eps,
-            const double* mean, const double* variance, T* kept, T* dy, float* weight_gradient, float* bias_gradient,
-            int threads) {
-    std::vector<float> sums(s.n * s.channels), products(s.n * s.channels), centre(mean, mean + s.channels),
+void unnorm(const Places& places, const Size& s, const T* const* y, const T* x, const T* g, const T* branch,
+            const float* pooled, const float* weight, double eps, const double* mean, const double* variance, T* kept,
+            T* const* dy, float* weight_gradient, float* bias_gradient, int threads) {
+    const int64_t samples = places.samples();
+    std::vector<float> sums(samples * s.channels), products(samples * s.channels), centre(mean, mean + s.channels),
         scale(s.channels), slope(s.channels), offset(s.channels);
-    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
-        unnorm_sums<lanes(), vectors()>(y + at, x + at, g + at, pooled ? pooled + row : nullptr, &centre[c], s.pixels,
-                                        s.channels, kept ? kept + at : nullptr, &sums[row], &products[row]);
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.row() + c, number = n * s.channels + c;
+            unnorm_sums<lanes(), vectors()>(y[part] + i * s.row() + c, x + at, g + at, branch ? branch + at : nullptr,
+                                            pooled ? pooled + number : nullptr, &centre[c], s.pixels, s.channels,
+                                            kept ? kept + at : nullptr, &sums[number], &products[number]);
+        });
     });
-    std::vector<double> sum, product;
-    add_samples(s, sums, sum);
-    add_samples(s, products, product);
-    const double count = static_cast<double>(s.n) * s.pixels;
+    const std::vector<double> sum = over_samples(sums, s.channels), product = over_samples(products, s.channels);
+    const double count = static_cast<double>(samples) * s.pixels;
     for (int64_t c = 0; c < s.channels; ++c) {
         const double narrowed = 1 / std::sqrt(variance[c] + eps), factor = weight[c] * narrowed;
         bias_gradient[c] = static_cast<float>(sum[c]);
@@ -313,53 +370,13 @@ void unnorm(const Batch& s, const T* y, const T* x, const T* g, const float* poo
         slope[c] = static_cast<float>(-factor * narrowed * narrowed * product[c] / count);
         offset[c] = static_cast<float>(-factor * sum[c] / count);
     }
-    over(s, threads, [&](auto vectors, auto lanes, int64_t c, int64_t at, int64_t row) {
-        unnorm_channels<lanes(), vectors()>(y + at, x + at, g + at, pooled ? pooled + row : nullptr,
-                                            kept ? kept + at : nullptr, &centre[c], &scale[c], &slope[c], &offset[c],
-                                            s.pixels, s.channels, dy + at);
-    });
-}
-
-// Samples of a batch that lie apart: row i of each part is sample members[i], or i where there are no members.
-template <class T>
-struct Parts {
-    int count;
-    T* const* rows;
-    const int64_t* const* members;
-    const int64_t* counts;
-
-    // Calls `each` with every row and its sample, shared by `threads` threads.
-    template <class Each>
-    void shared(int threads, int64_t row, const Each& each) const {
-#pragma omp parallel num_threads(threads)
-        for (int part = 0; part < count; ++part) {
-#pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < counts[part]; ++i)
-                each(rows[part] + i * row, members ? members[part][i] : i);
-        }
-    }
-};
-
-template <class T>
-void rectify(const Parts<const T>& y, const T* shortcut, int64_t pixels, int64_t channels, T* out, float* mean,
-             int threads) {
-    const int64_t row = pixels * channels;
-    y.shared(threads, row, [&](const T* from, int64_t n) {
-        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
-            rectify_channels<lanes(), vectors()>(from + c, shortcut ? shortcut + n * row + c : nullptr, pixels,
-                                                 channels, out + n * row + c, mean ? mean + n * channels + c : nullptr);
-        });
-    });
-}
-
-template <class T>
-void unrectify(const T* x, const T* g, const float* mean, int64_t pixels, int64_t channels, const Parts<T>& out,
-               int threads) {
-    const int64_t row = pixels * channels;
-    out.shared(threads, row, [&](T* to, int64_t n) {
-        by_channels(channels, [&](auto vectors, auto lanes, int64_t c) {
-            unrectify_channels<lanes(), vectors()>(x + n * row + c, g + n * row + c,
-                                                   mean ? mean + n * channels + c : nullptr, pixels, channels, to + c);
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            const int64_t at = n * s.row() + c, there = i * s.row() + c;
+            unnorm_channels<lanes(), vectors()>(y[part] + there, x + at, g + at, branch ? branch + at : nullptr,
+                                                pooled ? pooled + n * s.channels + c : nullptr,
+                                                kept ? kept + at : nullptr, &centre[c], &scale[c], &slope[c],
+                                                &offset[c], s.pixels, s.channels, dy[part] + there);
         });
     });
 }
@@ -383,8 +400,10 @@ void multiply(const T* a, const T* b, int64_t n, int64_t row, float* products, i
 }
 
 template <class T>
-void unsplit(const Parts<const T>& gradients, const T* x, int64_t row, T* out, float* dots, int threads) {
-    gradients.shared(threads, row, [&](const T* g, int64_t n) {
+void unsplit(const Places& places, const T* const* gradients, const T* x, int64_t row, T* out, float* dots,
+             int threads) {
+    places.share(threads, [&](int part, int64_t i, int64_t n) {
+        const T* g = gradients[part] + i * row;
         std::memcpy(out + n * row, g, row * sizeof(T));
         dots[n] = product(g, x + n * row, row);
     });
@@ -488,51 +507,56 @@ void advmoe_pool_bf16(const Half* x, int64_t n, int64_t pixels, int64_t channels
     pool(x, n, pixels, channels, out, threads);
 }
 
-// out = max(y + shortcut, 0), samples in order, and its mean over pixels in `mean` (n, channels); shortcut and mean may be
-// null. Channels are whole vectors of 8.
-void advmoe_rectify_fp32(int parts, const float* const* y, const int64_t* const* members, const int64_t* counts,
-                         const float* shortcut, int64_t pixels, int64_t channels, float* out, float* mean, int threads) {
-    rectify<float>({parts, y, members, counts}, shortcut, pixels, channels, out, mean, threads);
+// out = max(y + shortcut, 0), samples in order, and its mean over pixels in `pooled` (n, channels); shortcut and pooled may
+// be null. Here and below channels are whole vectors of 8, and what has parts lies apart, at `places`.
+void advmoe_rectify_fp32(const Places* places, const Size* size, const float* const* y, const float* shortcut, float* out,
+                         float* pooled, int threads) {
+    rectify(*places, *size, y, shortcut, out, pooled, threads);
 }
-void advmoe_rectify_bf16(int parts, const Half* const* y, const int64_t* const* members, const int64_t* counts,
-                         const Half* shortcut, int64_t pixels, int64_t channels, Half* out, float* mean, int threads) {
-    rectify<Half>({parts, y, members, counts}, shortcut, pixels, channels, out, mean, threads);
+void advmoe_rectify_bf16(const Places* places, const Size* size, const Half* const* y, const Half* shortcut, Half* out,
+                         float* pooled, int threads) {
+    rectify(*places, *size, y, shortcut, out, pooled, threads);
 }
 
-// The gradient for y (in its parts) and the shortcut of the above, by that of its result x and, if there is one, the mean.
-void advmoe_unrectify_fp32(int parts, float* const* out, const int64_t* const* members, const int64_t* counts,
-                           const float* x, const float* g, const float* mean, int64_t pixels, int64_t channels,
-                           int threads) {
-    unrectify<float>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
+// The gradient for y (in its parts) and for the shortcut of the above, by that of its result x, which are two where x was
+// used twice (branch may be null), and of `pooled`, if that is given.
+void advmoe_unrectify_fp32(const Places* places, const Size* size, const float* x, const float* g, const float* branch,
+                           const float* pooled, float* const* dy, int threads) {
+    unrectify(*places, *size, x, g, branch, pooled, dy, threads);
 }
-void advmoe_unrectify_bf16(int parts, Half* const* out, const int64_t* const* members, const int64_t* counts,
-                           const Half* x, const Half* g, const float* mean, int64_t pixels, int64_t channels,
-                           int threads) {
-    unrectify<Half>(x, g, mean, pixels, channels, {parts, out, members, counts}, threads);
+void advmoe_unrectify_bf16(const Places* places, const Size* size, const Half* x, const Half* g, const Half* branch,
+                           const float* pooled, Half* const* dy, int threads) {
+    unrectify(*places, *size, x, g, branch, pooled, dy, threads);
 }
 
 // Batch norm in train mode: x = max(norm(y) + shortcut, 0), its mean over pixels in `pooled`, and each channel's mean and
 // variance over the batch; shortcut and pooled may be null.
-void advmoe_norm_fp32(const Batch* batch, const float* y, const float* weight, const float* bias, double eps,
-                      const float* shortcut, float* x, float* pooled, double* mean, double* variance, int threads) {
-    norm(*batch, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
+void advmoe_norm_fp32(const Places* places, const Size* size, const float* const* y, const float* weight,
+                      const float* bias, double eps, const float* shortcut, float* x, float* pooled, double* mean,
+                      double* variance, int threads) {
+    norm(*places, *size, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
 }
-void advmoe_norm_bf16(const Batch* batch, const Half* y, const float* weight, const float* bias, double eps,
-                      const Half* shortcut, Half* x, float* pooled, double* mean, double* variance, int threads) {
-    norm(*batch, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
+void advmoe_norm_bf16(const Places* places, const Size* size, const Half* const* y, const float* weight,
+                      const float* bias, double eps, const Half* shortcut, Half* x, float* pooled, double* mean,
+                      double* variance, int threads) {
+    norm(*places, *size, y, weight, bias, eps, shortcut, x, pooled, mean, variance, threads);
 }
 
-// The gradients of the above for y, weight and bias, by that of x and, if there is one, of `pooled`; that for the shortcut
-// is put into `kept`, which may be null.
-void advmoe_unnorm_fp32(const Batch* batch, const float* y, const float* x, const float* g, const float* pooled,
-                        const float* weight, double eps, const double* mean, const double* variance, float* kept,
-                        float* dy, float* weight_gradient, float* bias_gradient, int threads) {
-    unnorm(*batch, y, x, g, pooled, weight, eps, mean, variance, kept, dy, weight_gradient, bias_gradient, threads);
+// The gradients of the above for y, weight and bias, by those of x (as above) and of `pooled`; that for the shortcut is put
+// into `kept`, which may be null.
+void advmoe_unnorm_fp32(const Places* places, const Size* size, const float* const* y, const float* x, const float* g,
+                        const float* branch, const float* pooled, const float* weight, double eps, const double* mean,
+                        const double* variance, float* kept, float* const* dy, float* weight_gradient,
+                        float* bias_gradient, int threads) {
+    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, kept, dy, weight_gradient,
+           bias_gradient, threads);
 }
-void advmoe_unnorm_bf16(const Batch* batch, const Half* y, const Half* x, const Half* g, const float* pooled,
-                        const float* weight, double eps, const double* mean, const double* variance, Half* kept,
-                        Half* dy, float* weight_gradient, float* bias_gradient, int threads) {
-    unnorm(*batch, y, x, g, pooled, weight, eps, mean, variance, kept, dy, weight_gradient, bias_gradient, threads);
+void advmoe_unnorm_bf16(const Places* places, const Size* size, const Half* const* y, const Half* x, const Half* g,
+                        const Half* branch, const float* pooled, const float* weight, double eps, const double* mean,
+                        const double* variance, Half* kept, Half* const* dy, float* weight_gradient,
+                        float* bias_gradient, int threads) {
+    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, kept, dy, weight_gradient,
+           bias_gradient, threads);
 }
 
 // products[n] = <a[n], b[n]>.
@@ -543,14 +567,14 @@ void advmoe_products_bf16(const Half* a, const Half* b, int64_t n, int64_t row, 
     multiply(a, b, n, row, products, threads);
 }
 
-// Rows of each part go back to where `members` says they came from; dots[n] is a row's product with x[n].
-void advmoe_unsplit_fp32(int parts, const float* const* gradients, const int64_t* const* members, const int64_t* counts,
-                         const float* x, int64_t row, float* out, float* dots, int threads) {
-    unsplit<float>({parts, gradients, members, counts}, x, row, out, dots, threads);
+// Rows of each part go back to their places; dots[n] is a row's product with x[n].
+void advmoe_unsplit_fp32(const Places* places, const float* const* gradients, const float* x, int64_t row, float* out,
+                         float* dots, int threads) {
+    unsplit(*places, gradients, x, row, out, dots, threads);
 }
-void advmoe_unsplit_bf16(int parts, const Half* const* gradients, const int64_t* const* members, const int64_t* counts,
-                         const Half* x, int64_t row, Half* out, float* dots, int threads) {
-    unsplit<Half>({parts, gradients, members, counts}, x, row, out, dots, threads);
+void advmoe_unsplit_bf16(const Places* places, const Half* const* gradients, const Half* x, int64_t row, Half* out,
+                         float* dots, int threads) {
+    unsplit(*places, gradients, x, row, out, dots, threads);
 }
 
 struct Shape {

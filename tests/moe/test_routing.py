@@ -180,12 +180,12 @@ def test_errors_name_what_is_wrong(make_routed, make_images):
         pass
     with pytest.raises(ValueError, match="mode must be one of hard, soft, masked, gathered, got 'sfot'"), route("sfot"):
         pass
-    forced = torch.zeros(6, LAYERS, dtype=torch.long)
+    model, forced = make_routed(), torch.zeros(6, LAYERS, dtype=torch.long)
     with (
         pytest.raises(ValueError, match=r"forced must be \(N, L\) with N = 4, got shape \(6, 16\)"),
         route(forced=forced),
     ):
-        make_routed()(make_images(4))
+        model(make_images(4))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe import native
+from advmoe.native import Parts
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
 LAST = torch.channels_last
@@ -54,23 +55,63 @@ def test_a_rectified_sum_and_its_gradient(dtype, pool, summed, channels):
     expected = y.clone().requires_grad_()
     rectified = (expected if shortcut is None else expected + shortcut).relu()
     x = y.clone()
-    mean = native.rectify([x], (), x, shortcut, pool=pool)
+    _, mean = native.rectify(Parts((x,)), shortcut, pool=pool, out=x)
     assert torch.equal(x, rectified)
-    members = (torch.tensor([3, 0]), torch.tensor([1, 2]))
-    parts = [y[index].contiguous(memory_format=LAST) for index in members]
-    again = torch.empty_like(x)
-    same = native.rectify(parts, members, again, shortcut, pool=pool)
+    apart = in_parts(y)
+    again, same = native.rectify(apart, shortcut, pool=pool)
     assert torch.equal(again, x) and (mean is None or torch.equal(mean, same))
-    g, m = batch(4, channels, 5, 2, dtype=dtype, seed=2), batch(4, channels, 1, 1, seed=3)[:, :, 0, 0].contiguous()
-    (back,) = native.unrectify(x, g, m if pool else None)
-    for part, index in zip(native.unrectify(x, g, m if pool else None, members), members, strict=True):
-        assert torch.equal(part, back[index])
-    total = (rectified.double() * g).sum()
+    gradients, total = some_gradients(x, rectified, pool)
     if pool:
         assert_close(mean, x.double().mean((2, 3)))
-        total = total + (rectified.double().mean((2, 3)) * m).sum()
+    (back,) = native.unrectify(x, gradients, Parts((torch.empty_like(x),)))
+    for part, index in zip(native.unrectify(x, gradients, apart.like()), apart.members, strict=True):
+        assert torch.equal(part, back[index])
     (wanted,) = torch.autograd.grad(total, expected)
     assert_close(back, wanted, dtype)
+
+
+def in_parts(y):
+    members = (torch.tensor([3, 0]), torch.tensor([1, 2]))
+    return Parts(tuple(y[index].contiguous(memory_format=LAST) for index in members), members)
+
+
+def some_gradients(x, rectified, pool):
+    """Gradients of all that a kernel makes of a rectified tensor, and what of PyTorch's `rectified` has them."""
+    g, branch = batch(*x.shape, dtype=x.dtype, seed=2), batch(*x.shape, dtype=x.dtype, seed=4)
+    m = batch(*x.shape[:2], 1, 1, seed=3)[:, :, 0, 0].contiguous() if pool else None
+    total = (rectified.double() * (g.double() + branch.double())).sum()
+    if pool:
+        total = total + (rectified.double().mean((2, 3)) * m).sum()
+    return native.Gradients(g, branch, m), total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("channels", [8, 24, 64])
+def test_a_batch_norm_and_its_rectifier(dtype, pool, summed, channels):
+    exact = (3 * batch(4, channels, 5, 2) + 20).to(dtype)  # far from 0, as squares alone would not do
+    weight, bias = batch(channels, 1, 1, 1).flatten() + 1, batch(channels, 1, 1, 1, seed=1).flatten()
+    shortcut = batch(4, channels, 5, 2, dtype=dtype, seed=1) if summed else None
+    inputs = [each.double().requires_grad_() for each in (exact, weight, bias, *([shortcut] if summed else []))]
+    normed = F.batch_norm(inputs[0], None, None, *inputs[1:3], training=True)
+    rectified = (normed + inputs[3] if summed else normed).relu()
+    for y in (Parts((exact,)), in_parts(exact)):
+        made = native.norm_rectify(y, weight, bias, 1e-5, shortcut, pool=pool)
+        assert_close(made.x, rectified.detach(), dtype)
+        assert_close(made.mean, exact.double().mean((0, 2, 3)))
+        assert_close(made.variance, exact.double().var((0, 2, 3), correction=0))
+        if pool:
+            assert_close(made.pooled, made.x.double().mean((2, 3)))
+        # Where rounding has decided what is above 0, the gradient follows.
+        gradients, total = some_gradients(made.x, rectified * (made.x > 0), pool)
+        dy, *others = native.unnorm_rectify(y, made, weight, 1e-5, gradients, shortcut=summed)
+        wanted = torch.autograd.grad(total, inputs, retain_graph=True)
+        for part, index in zip(dy, y.members or (slice(None),), strict=True):
+            assert_close(part, wanted[0][index], dtype)
+        for found, each in zip(others, wanted[1:], strict=False):
+            assert_close(found, each, dtype)
+        assert summed or others[2] is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,10 +119,11 @@ def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
     y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
     x = y.clone()
-    native.rectify([x], (), x, None, pool=False)
+    native.rectify(Parts((x,)), None, pool=False, out=x)
     assert torch.equal(x.isnan(), y.isnan())
     assert torch.equal(x.nan_to_num(), y.relu().nan_to_num())
-    assert native.unrectify(x, torch.ones_like(x), None)[0].flatten().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
+    (back,) = native.unrectify(x, native.Gradients(torch.ones_like(x)), Parts((torch.empty_like(x),)))
+    assert back.flatten().tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,7 +131,7 @@ def test_rows_come_back_in_order_with_their_products(dtype):
     x = batch(7, 5, 3, 2, dtype=dtype)
     members = (torch.tensor([1, 3, 6]), torch.tensor([0, 2, 4, 5]))
     parts = [batch(len(m), 5, 3, 2, dtype=dtype, seed=9 + i) for i, m in enumerate(members)]
-    out, products = native.unsplit(parts, members, x)
+    out, products = native.unsplit(Parts(tuple(parts), members), x)
     for part, index in zip(parts, members, strict=True):
         assert torch.equal(out[index], part)
     assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
