@@ -35,7 +35,14 @@ def trained(tmp_path_factory):
             "model": {"width": 8, "experts_init": "shared"},
             "data": {"name": "digits", "image_size": 8, "augment": False},
             "threat": {"eps": "0.1"},
-            "training": {"method": "at", "epochs": 2, "batch_size": 64, "attack_steps": 1, "step_size": 0.1},
+            "training": {
+                "method": "at",
+                "epochs": 3,
+                "lr": 0.03,
+                "batch_size": 64,
+                "attack_steps": 1,
+                "step_size": 0.1,
+            },
             "attack": {"step_size": 0.03},
         }
     )
@@ -296,11 +303,12 @@ def test_a_dissection_adds_up_and_is_drawn(run_dir):
     assert survived == pytest.approx(found["robust_accuracy"])
     assert len(found["flip_rate"]) == found["num_layers"] == 16
     assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out and "masking gap  0.0 points" in out
-    # The same attack, of the same seed and batches, measured the other way.
+    # The same attack, of the same seed, measured the other way: not of images that are wrong already, hence not from the
+    # same random starts.
     result = evaluate_run(
         run_dir, attacks=["pgd-4"], num_examples=36, accelerator="cpu", overrides={"attack": {"steps": 4}}
     )
-    assert result["robust_accuracy"]["pgd-4"] == pytest.approx(found["robust_accuracy"], abs=0.05)
+    assert result["robust_accuracy"]["pgd-4"] == pytest.approx(found["robust_accuracy"], abs=2.5 / 36)
 
 
 @pytest.mark.parametrize(
