@@ -33,6 +33,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import native
 from advmoe.config import Config, Method, ModelConfig, ModelKind, Precision, TrainingConfig
 from advmoe.data import Dataset, ImageSet
 from advmoe.evaluation.scoring import measuring
@@ -253,7 +254,8 @@ def hardware(device: str) -> dict[str, Any]:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return found
-    return found | {"bf16_units": any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))}
+    units = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    return found | {"bf16_units": bool(units), "bf16_flags": units, "kernels": native.used()}
 
 
 # Results

@@ -122,7 +122,7 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody listens to the module's own calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 class Steps(nn.Sequential):

@@ -185,11 +185,8 @@ class MoELayer(nn.Module, ABC):
         # where gradients are brought back in order.
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
         banks, fixed = weights.banks, weights.fixed
-        if (
-            fixed is None
-            and len(x) >= _WORTH_PACKING
-            and not (torch.is_grad_enabled() and any(bank.requires_grad for bank in banks))
-        ):
+        learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
+        if fixed is None and not learnt and len(x) >= _WORTH_PACKING:
             fixed = self.packed(*banks)
         if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):
             y = convolution(x, ahead, choice, fixed)

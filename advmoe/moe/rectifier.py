@@ -169,6 +169,8 @@ def _batch_normed(norm: nn.BatchNorm2d, parts: tuple[Tensor, ...]) -> bool:
     """Whether the kernels do what `norm` does to these."""
     if not norm.training or not norm.affine or norm.weight.dtype != torch.float32:
         return False
+    if norm.num_features != parts[0].shape[1]:  # of which PyTorch's complains
+        return False
     if norm._forward_hooks or norm._forward_pre_hooks:
         return False
     return sum(part.numel() for part in parts) > parts[0].shape[1]  # PyTorch's refuses a single value

@@ -287,9 +287,12 @@ class Packed:
         self._shift = None if self.bias is None else _lanes_filled(self.bias)
 
     def _shape(self, x_shape: torch.Size) -> tuple[_Shape, int, int]:
-        n, c_in, h, w = x_shape
-        experts, c_out, _, kh, kw = self.filters.shape
+        experts, c_out, c_in, kh, kw = self.filters.shape
         (sh, sw), (ph, pw) = self.stride, self.padding
+        if len(x_shape) != 4 or x_shape[1] != c_in or x_shape[2] + 2 * ph < kh or x_shape[3] + 2 * pw < kw:
+            rule = f"(N, {c_in}, H, W), with its padding no smaller than the kernel of {kh} by {kw}"
+            raise ValueError(f"x must be {rule}, got shape {tuple(x_shape)}")
+        n, _, h, w = x_shape
         oh, ow = (h + 2 * ph - kh) // sh + 1, (w + 2 * pw - kw) // sw + 1
         return _Shape(n, h, w, c_in, oh, ow, c_out, kh, kw, sh, sw, ph, pw, experts), oh, ow
 
@@ -301,7 +304,7 @@ class Packed:
             ctypes.addressof(shape), x.data_ptr(), choice.data_ptr(), self._ahead.data_ptr(), _address(self._shift),
             y.data_ptr(), _threads(len(x)),
         )  # fmt: skip
-        if wrong:
+        if wrong:  # never by a router
             raise ValueError(f"forced must hold experts from 0 to {len(self.filters) - 1}, got {choice.tolist()}")
         return y
 

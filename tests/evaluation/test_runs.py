@@ -303,8 +303,8 @@ def test_a_dissection_adds_up_and_is_drawn(run_dir):
     assert survived == pytest.approx(found["robust_accuracy"])
     assert len(found["flip_rate"]) == found["num_layers"] == 16
     assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out and "masking gap  0.0 points" in out
-    # The same attack, of the same seed, measured the other way: not of images that are wrong already, hence not from the
-    # same random starts.
+    # The same attack, of the same seed, measured the other way: not of images that are wrong already, hence from other
+    # random starts.
     result = evaluate_run(
         run_dir, attacks=["pgd-4"], num_examples=36, accelerator="cpu", overrides={"attack": {"steps": 4}}
     )

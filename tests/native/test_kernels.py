@@ -194,6 +194,13 @@ def test_an_expert_that_is_not_there_is_refused():
             made.convolve(batch(2, 3, 2, 2), torch.tensor([0, wrong]))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (3, 3, 3), (2, 3, 1, 5)])
+def test_images_that_do_not_fit_the_filters_are_refused(shape):
+    made = native.Packed.of(torch.ones(1, 4, 3, 3, 3), None, (1, 1), (0, 0))
+    with pytest.raises(ValueError, match=r"x must be \(N, 3, H, W\), with its padding no smaller than the kernel of 3"):
+        made.convolve(torch.ones(shape), torch.zeros(2, dtype=torch.long))
+
+
 def test_large_filters_and_other_precisions_are_left_to_pytorch():
     assert native.Packed.suits(torch.ones(256, 128, 3, 3), 2)
     assert not native.Packed.suits(torch.ones(256, 256, 3, 3), 1)

@@ -1,0 +1,162 @@
+"""Whole networks computed with kernels and by PyTorch alone agree: outputs, gradients, what batch norms remember."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from advmoe import native
+from advmoe.models import create_model
+from advmoe.models.modes import frozen
+from advmoe.moe import route
+from advmoe.moe.dispatch import Plan
+from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+LAST = torch.channels_last
+NETWORKS = [
+    ("resnet18", {"kind": "moe"}),
+    ("resnet18", {"kind": "moe", "router": "embedding", "num_experts": 3}),
+    ("resnet18", {"kind": "moe", "experts": "independent"}),
+    ("resnet18", {"kind": "s-dense"}),
+    ("resnet50", {"kind": "moe"}),
+    ("vgg16", {"kind": "moe"}),
+    ("densenet40", {"kind": "moe"}),
+    ("wrn-10-2", {"kind": "moe"}),
+]
+
+
+def made(name, kwargs):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, width=16, input_size=16, **kwargs).to(memory_format=LAST)
+    for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        nn.init.normal_(norm.weight, 1, 0.2)
+        nn.init.normal_(norm.bias, 0, 0.2)
+    return model
+
+
+def passed(model, x, choices):
+    """Logits, the gradients that each pass ends in, and what norms remember."""
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    with route(forced=choices):
+        logits = model(x)
+    F.cross_entropy(logits.float(), torch.arange(len(x)) % 5).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}
+
+
+def assert_alike(found, expected, rounding):
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        # Some gradients are the differences of far larger sums, as those of what a norm takes out again.
+        scale = wanted.double().square().mean().sqrt().item() + 1e-4
+        error = (found[name].double() - wanted.double()).square().mean().sqrt().item()
+        assert error <= rounding * scale, f"{name}: {error:g} of {scale:g}"
+
+
+@needs_kernels
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
+@pytest.mark.parametrize(("name", "kwargs"), NETWORKS, ids=str)
+def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch):
+    model, x = made(name, kwargs).train(mode == "train"), make_images(20)
+    layers = sum(hasattr(module, "num_experts") for module in model.modules())
+    choices = torch.arange(20)[:, None].expand(-1, layers) % 2 if layers else None
+    called = []
+    for kernel in ("rectify", "norm_rectify"):
+        run = getattr(native, kernel)
+        monkeypatch.setattr(native, kernel, lambda *a, run=run, **k: called.append(run) or run(*a, **k))
+    results = []
+    for kernels in (True, False):
+        called.clear()
+        with frozen(model) if mode == "frozen" else torch.enable_grad():
+            if kernels:
+                results.append(passed(model, x, choices))
+                assert called
+            else:
+                with native.without_kernels():
+                    results.append(passed(model, x, choices))
+                assert not called
+    assert_alike(*results, 1e-2)
+
+
+@needs_kernels
+def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(make_images):
+    model = made("resnet18", {"kind": "moe"}).train()
+    errors = {(who, what): 0.0 for who in ("kernels", "pytorch") for what in ("routers", "others")}
+    for seed in range(4):
+        x = make_images(20, seed=seed)
+        choices = torch.randint(2, (20, 16), generator=torch.Generator().manual_seed(seed))
+        exact = passed(model, x, choices)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = {"kernels": passed(model, x, choices)}
+            with native.without_kernels():
+                results["pytorch"] = passed(model, x, choices)
+        for who, result in results.items():
+            for name, wanted in exact.items():
+                error = (result[name].double() - wanted.double()).norm().item()
+                errors[who, "routers" if "router" in name else "others"] += error
+    for what in ("routers", "others"):
+        assert 0 < errors["kernels", what] <= 1.2 * errors["pytorch", what], errors
+
+
+@needs_kernels
+@pytest.mark.parametrize("parts", [1, 2])
+def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
+    torch.manual_seed(0)
+    y, shortcut = (torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST).requires_grad_() for _ in range(2))
+    norm, rectifier = nn.BatchNorm2d(8), Rectifier(pools=True)
+    plan = Plan.of(torch.tensor([0, 1, 1, 0, 1, 0]), 2) if parts == 2 else None
+    rows = tuple(y[index].contiguous(memory_format=LAST) for index in plan.members) if plan else (y * 1,)
+    x = rectifier.finish(rows, plan, norm, shortcut)
+    twice = branch_of(x)
+    assert twice is not x and twice.data_ptr() == x.data_ptr()
+    weights = torch.randn(3, 6, 8, 4, 4)
+    sums = (x * weights[0]).sum() + (twice * weights[1]).sum() + (pooled_before(x) * weights[2, :, :, 0, 0]).sum()
+    found = torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias))
+    plain = (F.batch_norm(y, None, None, norm.weight, norm.bias, training=True) + shortcut).relu()
+    sums = (plain * (weights[0] + weights[1])).sum() + (plain.mean((2, 3)) * weights[2, :, :, 0, 0]).sum()
+    for ours, wanted in zip(found, torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias)), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    mean, var = y.detach().mean((0, 2, 3)), y.detach().var((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, 0.1 * mean)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * var)
+    assert norm.num_batches_tracked.item() == 1
+
+
+@needs_kernels
+def test_a_norm_that_does_not_record_stays_as_it_is():
+    norm = nn.BatchNorm2d(8)
+    before = copy.deepcopy(norm.state_dict())
+    norm.track_running_stats = False
+    Rectifier().finish((torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST),), None, norm, None)
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+
+
+@needs_kernels
+def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
+    x = Rectifier(pools=True)(torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST))
+    torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
+    x += 1
+    assert pooled_before(x) is None and branch_of(x) is x
+    assert pooled_before(x.clone()) is None
+
+
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+def test_a_leaf_is_not_overwritten(layout):
+    y = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        Rectifier()(y)
+
+
+@pytest.mark.parametrize("hooked", ["conv1", "norm1", "relu"])
+@pytest.mark.parametrize("training", [False, True])
+def test_who_listens_to_a_module_hears_it(make_routed, make_images, hooked, training):
+    model, heard = copy.deepcopy(make_routed()).train(training), []
+    block = model.backbone.blocks[0]
+    getattr(block, hooked).register_forward_hook(lambda module, given, made: heard.append(tuple(made.shape)))
+    with frozen(model) if not training else torch.enable_grad():
+        model(make_images(4))
+    assert heard == [(4, 4, 16, 16)] * (2 if hooked == "relu" else 1)
