@@ -221,6 +221,8 @@ def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.
     """`x` (N, C_in, H, W), `straight_through` the `gate` (N,) if there is one, by the filters of the expert in `choice`
     (N,): (N, C_out, H', W'). Moves no sample; `x` is one that kernels take.
     """
+    if not torch.is_grad_enabled():
+        return filters.convolve(x, choice.contiguous())
     y: Tensor = _Convolution.apply(x, gate, choice.contiguous(), filters)  # type: ignore[no-untyped-call]
     return y
 

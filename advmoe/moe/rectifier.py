@@ -111,8 +111,13 @@ class Rectifier(nn.ReLU):
 
     def forward(self, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """max(y + shortcut, 0) for `y` (N, C, H, W), which it overwrites."""
-        if type(y) is Tensor and not (y.is_leaf and y.requires_grad) and self._fused((y,), shortcut):
-            return self._kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
+        if type(y) is Tensor and self._fused((y,), shortcut):
+            if not torch.is_grad_enabled():
+                x, pooled = native.rectify(native.Parts((y,)), shortcut, pool=self.pools, out=y)
+                torch.autograd.graph.increment_version(y)
+                return self._kept(x, pooled, None)
+            if not (y.is_leaf and y.requires_grad):
+                return self._kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
         if shortcut is not None:
             y += shortcut
         return super().forward(y)

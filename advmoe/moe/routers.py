@@ -43,7 +43,10 @@ def global_pool(x: Tensor) -> Tensor:
     known = pooled_before(x)
     if known is not None:
         return known
-    if x.dtype in (torch.bfloat16, torch.float16) or native.suits(x):
+    suits = native.suits(x)
+    if suits and not torch.is_grad_enabled():
+        return native.pooled(x)
+    if suits or x.dtype in (torch.bfloat16, torch.float16):
         pooled: Tensor = _Pool.apply(x)  # type: ignore[no-untyped-call]
         return pooled
     # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
@@ -79,15 +82,57 @@ class LayerRouter(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         norm, hidden, last = self.norm, self.hidden, self.scores
+        pooled = None
+        if x.dim() == 4 and not norm.training and native.suits(x):
+            pooled = global_pool(x)
+            if self._fixed(pooled):
+                scorer = native.Scorer(norm, hidden, last)
+                if not torch.is_grad_enabled():
+                    return scorer.scores(pooled)[0]
+                scored: Tensor = _Scored.apply(pooled, scorer)  # type: ignore[no-untyped-call]
+                return scored
         if self.training or torch.is_grad_enabled():
-            scores: Tensor = last(hidden(norm(global_pool(x))).relu())
+            scores: Tensor = last(hidden(norm(global_pool(x) if pooled is None else pooled)).relu())
             return scores
         # For one image a router's cost is that of its calls, and functions have less around them than modules.
         mean, var = norm.running_mean, norm.running_var
-        fast = x.dtype == torch.float32 and x.dim() == 4 and pooled_before(x) is None and not native.suits(x)
-        pooled = x.mean((2, 3)) if fast else global_pool(x)
+        if pooled is None:
+            pooled = x.mean((2, 3)) if x.dtype == torch.float32 and x.dim() == 4 else global_pool(x)
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
+
+    def _fixed(self, pooled: Tensor) -> bool:
+        """Whether kernels do what this does to `pooled` (N, C): nothing learns, nobody listens or changed a part."""
+        norm, hidden, last = self.norm, self.hidden, self.scores
+        if type(norm) is not nn.BatchNorm1d or type(hidden) is not nn.Linear or type(last) is not nn.Linear:
+            return False
+        if any(part._forward_hooks or part._forward_pre_hooks for part in (norm, hidden, last)):
+            return False
+        learnable = (norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias)
+        each = [one for one in (norm.running_mean, norm.running_var, *learnable) if one is not None]
+        if len(each) < 8 or pooled.shape[1] != hidden.in_features:
+            return False
+        if torch.is_grad_enabled() and any(p.requires_grad for p in learnable):
+            return False
+        return native.suits(pooled, *each)
+
+
+class _Scored(torch.autograd.Function):
+    """A router's scores of pooled features, by kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, scorer: native.Scorer) -> Tensor:
+        scores, hidden = scorer.scores(pooled)
+        ctx.scorer = scorer
+        ctx.save_for_backward(hidden)
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        scorer: native.Scorer = ctx.scorer
+        return scorer.backward(grad.contiguous(), hidden), None
 
 
 class ImageRouter(nn.Module):

@@ -59,22 +59,26 @@ def suits(*tensors: Tensor) -> bool:
     """Whether `tensors` can be given to a kernel: on the CPU, of one dtype that the kernels know, and each sample one
     row of memory, which nobody traces, counts or batches.
     """
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in _NAMES or not available() or not _eager():
+    dtype = tensors[0].dtype
+    if dtype not in _NAMES or not available() or not _eager():
         return False
-    return all(each.dtype == first.dtype and _by_pixels(each) for each in tensors)
+    for each in tensors:
+        if type(each) not in _PLAIN or not each.is_cpu or each.dtype != dtype or not _by_pixels(each):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _eager() -> bool:
     """Whether operations are done as they are called: no graph is traced, no mode sees them, no transform is on."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def _by_pixels(x: Tensor) -> bool:
-    if type(x) not in (Tensor, nn.Parameter):
-        return False
     return x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.is_contiguous()
 
 
@@ -240,6 +244,54 @@ def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
     out, products = torch.empty_like(x), torch.empty(len(x))
     _run("unsplit", parts, _addresses(parts.rows), x, x.numel() // len(x), out, products)
     return out, products
+
+
+_ROUTER = ("mean", "variance", "norm_weight", "norm_bias", "weight", "bias", "last_weight", "last_bias")
+
+
+class _Router(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("channels", "hidden", "experts")),
+        *((name, ctypes.c_void_p) for name in _ROUTER),
+        ("eps", ctypes.c_double),
+    ]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A batch norm in eval mode, a linear layer, ReLU and a linear layer, none of which learns: pooled features (N, C)
+    -> scores (N, E). All parameters are fp32, on the CPU and contiguous.
+    """
+
+    norm: nn.BatchNorm1d
+    hidden: nn.Linear
+    last: nn.Linear
+
+    def _made(self) -> _Router:
+        norm, hidden, last = self.norm, self.hidden, self.last
+        each = (
+            norm.running_mean, norm.running_var, norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight,
+            last.bias,
+        )  # fmt: skip
+        sizes = hidden.in_features, hidden.out_features, last.out_features
+        return _Router(*sizes, *map(_address, each), norm.eps)
+
+    def scores(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores (N, E), and what the gradient needs, of `pooled` (N, C), which `suits`."""
+        n = len(pooled)
+        hidden = torch.empty(n, self.hidden.out_features)
+        scores = torch.empty(n, self.last.out_features)
+        run, router = built().functions["score"], self._made()
+        run(ctypes.addressof(router), pooled.data_ptr(), n, hidden.data_ptr(), scores.data_ptr(), _threads(n))
+        return scores, hidden
+
+    def backward(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        """The gradient for the pooled features (N, C), by that of the scores (N, E)."""
+        n = len(grad)
+        pooled = torch.empty(n, self.hidden.in_features)
+        run, router = built().functions["unscore"], self._made()
+        run(ctypes.addressof(router), hidden.data_ptr(), grad.data_ptr(), n, pooled.data_ptr(), _threads(n))
+        return pooled
 
 
 _SIZES = ("h", "w", "c_in", "oh", "ow", "c_out", "kh", "kw", "sh", "sw", "ph", "pw", "experts")

@@ -125,6 +125,8 @@ def _opened(file: Path) -> Any:
     pointer, count, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     takes: dict[str, tuple[Any, list[Any]]] = {
         "kernels": (whole, []),
+        "score": (None, [pointer, pointer, count, pointer, pointer, whole]),
+        "unscore": (None, [pointer, pointer, pointer, count, pointer, whole]),
         "convolve": (count, [pointer] * 6 + [whole]),
         "convolve_backward": (None, [pointer] * 7 + [whole]),
     }

@@ -388,6 +388,7 @@ float product(const T* a, const T* b, int64_t count) {
     for (; i + 4 * kLanes <= count; i += 4 * kLanes)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) sum[j] += load<kLanes>(a + i + j * kLanes) * load<kLanes>(b + i + j * kLanes);
+    for (; i + kLanes <= count; i += kLanes) sum[0] += load<kLanes>(a + i) * load<kLanes>(b + i);
     float rest = 0;
     for (; i < count; ++i) rest += value_of(a[i]) * value_of(b[i]);
     return total<kLanes>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
@@ -407,6 +408,58 @@ void unsplit(const Places& places, const T* const* gradients, const T* x, int64_
         std::memcpy(out + n * row, g, row * sizeof(T));
         dots[n] = product(g, x + n * row, row);
     });
+}
+
+struct Router {
+    int64_t channels, hidden, experts;
+    const float *mean, *variance, *norm_weight, *norm_bias;  // (channels,)
+    const float *weight, *bias;                              // (hidden, channels), (hidden,)
+    const float *last_weight, *last_bias;                    // (experts, hidden), (experts,)
+    double eps;
+
+    std::vector<float> scale() const {
+        std::vector<float> made(channels);
+        for (int64_t c = 0; c < channels; ++c)
+            made[c] = static_cast<float>(norm_weight[c] / std::sqrt(variance[c] + eps));
+        return made;
+    }
+};
+
+void score(const Router& r, const float* pooled, int64_t n, float* hidden, float* scores, int threads) {
+    const std::vector<float> scale = r.scale();
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> normed(r.channels);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; ++i) {
+            const float* p = pooled + i * r.channels;
+            float* h = hidden + i * r.hidden;
+            for (int64_t c = 0; c < r.channels; ++c) normed[c] = (p[c] - r.mean[c]) * scale[c] + r.norm_bias[c];
+            for (int64_t j = 0; j < r.hidden; ++j) {
+                const float v = product(normed.data(), r.weight + j * r.channels, r.channels) + r.bias[j];
+                h[j] = v < 0 ? 0 : v;
+            }
+            for (int64_t e = 0; e < r.experts; ++e)
+                scores[i * r.experts + e] = product(h, r.last_weight + e * r.hidden, r.hidden) + r.last_bias[e];
+        }
+    }
+}
+
+void unscore(const Router& r, const float* hidden, const float* gradient, int64_t n, float* pooled, int threads) {
+    const std::vector<float> scale = r.scale();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const float *h = hidden + i * r.hidden, *g = gradient + i * r.experts;
+        float* p = pooled + i * r.channels;
+        std::fill(p, p + r.channels, 0.0f);
+        for (int64_t j = 0; j < r.hidden; ++j) {
+            if (h[j] <= 0) continue;
+            float back = 0;
+            for (int64_t e = 0; e < r.experts; ++e) back += g[e] * r.last_weight[e * r.hidden + j];
+            for (int64_t c = 0; c < r.channels; ++c) p[c] += back * r.weight[j * r.channels + c];
+        }
+        for (int64_t c = 0; c < r.channels; ++c) p[c] *= scale[c];
+    }
 }
 
 // Output pixels that lie on a grid, and which inputs each of them sums over.
@@ -575,6 +628,18 @@ void advmoe_unsplit_fp32(const Places* places, const float* const* gradients, co
 void advmoe_unsplit_bf16(const Places* places, const Half* const* gradients, const Half* x, int64_t row, Half* out,
                          float* dots, int threads) {
     unsplit(*places, gradients, x, row, out, dots, threads);
+}
+
+// Scores (n, experts) of pooled features (n, channels): a batch norm in eval mode, a linear layer, ReLU, whose result
+// (n, hidden) is kept, and a linear layer.
+void advmoe_score(const Router* router, const float* pooled, int64_t n, float* hidden, float* scores, int threads) {
+    score(*router, pooled, n, hidden, scores, threads);
+}
+
+// The gradient of the above for the pooled features, by that of the scores.
+void advmoe_unscore(const Router* router, const float* hidden, const float* gradient, int64_t n, float* pooled,
+                    int threads) {
+    unscore(*router, hidden, gradient, n, pooled, threads);
 }
 
 struct Shape {

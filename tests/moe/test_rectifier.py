@@ -145,6 +145,16 @@ def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+def test_what_a_gradient_needs_is_not_overwritten_unnoticed(layout):
+    given = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    y = given.exp()  # whose gradient needs it as it is
+    with torch.no_grad():
+        Rectifier()(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
 def test_a_leaf_is_not_overwritten(layout):
     y = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
