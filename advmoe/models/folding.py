@@ -20,7 +20,7 @@ from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.dispatch import fixed_convolution
 from advmoe.moe.layer import Finish
-from advmoe.moe.rectifier import Rectifier
+from advmoe.moe.rectifier import Rectifier, listened
 from advmoe.moe.routing import active_routing
 
 Folded = tuple[Tensor, Tensor, native.Packed | None]
@@ -86,7 +86,7 @@ def conv_norm(
         if finish is None or compiling:
             y: Tensor = norm(conv(x))
             return y if rectifier is None else rectifier(y, shortcut)
-        if type(conv) is MoEConv2d and not _hooked(conv):
+        if type(conv) is MoEConv2d and not listened(conv):
             return conv.finished(x, finish)
         return finish(conv(x))
     finish = None if rectifier is None else Finish(rectifier, None, shortcut)
@@ -117,12 +117,7 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
         return False
     if any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
         return False
-    return not _hooked(conv) and not _hooked(norm) and active_routing().mode in ("hard", "soft")
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's own calls."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return not listened(conv) and not listened(norm) and active_routing().mode in ("hard", "soft")
 
 
 class Steps(nn.Sequential):

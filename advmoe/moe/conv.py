@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from advmoe import native
 from advmoe.moe.layer import Finish, MoELayer, Weights
+from advmoe.moe.rectifier import listened, pooled_before
 from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routing import active_routing
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -130,7 +132,28 @@ class MoEConv2d(MoELayer):
         `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift; `fixed` are both, `packed`.
         Its output is finished if there is something to `finish` it.
         """
+        if fixed is not None and finish is not None and not torch.is_grad_enabled():
+            y = self._at_once(x, fixed, finish)
+            if y is not None:
+                return y
         return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
+
+    def _at_once(self, x: Tensor, fixed: native.Packed, finish: Finish) -> Tensor | None:
+        """The router's choice, the convolution and its finish in one kernel, or None where there is more to it."""
+        routing, router, rectifier = active_routing(), self.router, finish.rectifier
+        usual = routing.mode == "hard" and routing.forced is None and self.layer not in routing.scores
+        if not usual or self.copies or type(router) is not LayerRouter or finish.norm is not None:
+            return None
+        pooled, shortcut = pooled_before(x), finish.shortcut
+        if pooled is None or x.shape[0] < 2 or fixed.dtype != x.dtype or self.c_out % native.LANES:
+            return None
+        others = () if shortcut is None else (shortcut,)
+        scorer = router.scorer(pooled)
+        if scorer is None or listened(router) or listened(rectifier) or not native.suits(x, *others):
+            return None
+        made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
+        routing.scores[self.layer], routing.choices[self.layer] = made.scores, made.choice
+        return rectifier.kept(made.y, made.pooled, None)
 
     def finished(self, x: Tensor, finish: Finish) -> Tensor:
         """The layer's output for `x` (N, C_in, H, W), finished."""

@@ -115,9 +115,9 @@ class Rectifier(nn.ReLU):
             if not torch.is_grad_enabled():
                 x, pooled = native.rectify(native.Parts((y,)), shortcut, pool=self.pools, out=y)
                 torch.autograd.graph.increment_version(y)
-                return self._kept(x, pooled, None)
+                return self.kept(x, pooled, None)
             if not (y.is_leaf and y.requires_grad):
-                return self._kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
+                return self.kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
         if shortcut is not None:
             y += shortcut
         return super().forward(y)
@@ -129,17 +129,16 @@ class Rectifier(nn.ReLU):
         the only one of them.
         """
         members = plan.members if plan is not None and len(parts) > 1 else ()
-        watched = self._forward_hooks or self._forward_pre_hooks
-        if type(parts[0]) is Tensor and not watched and self._fused(parts, shortcut):
+        if type(parts[0]) is Tensor and not listened(self) and self._fused(parts, shortcut):
             if norm is not None and _batch_normed(norm, parts):
                 arguments = (shortcut, self.pools, norm.weight, norm.bias, norm.eps, members)
                 *made, mean, variance = _NormRectified.apply(*arguments, *parts)  # type: ignore[no-untyped-call]
                 if norm.track_running_stats:
                     _record(norm, mean, variance, sum(part.numel() for part in parts) // parts[0].shape[1])
-                return self._kept(*made)
+                return self.kept(*made)
             if norm is None and members:
                 made = _Rectified.apply(shortcut, self.pools, members, *parts)  # type: ignore[no-untyped-call]
-                return self._kept(*made)
+                return self.kept(*made)
         y = parts[0] if plan is None else merge(parts, plan)
         rectified: Tensor = self(y if norm is None else norm(y), shortcut)
         return rectified
@@ -150,10 +149,17 @@ class Rectifier(nn.ReLU):
         return native.rectifies(*parts, *others) and all(each.shape[1:] == parts[0].shape[1:] for each in others)
 
     @staticmethod
-    def _kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
+    def kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
         """`x`, of which the rest is then known."""
         setattr(x, _KNOWN, (x._version, pooled, branch))
         return x
+
+
+def listened(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's own calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def pooled_before(x: Tensor) -> Tensor | None:
@@ -176,7 +182,7 @@ def _batch_normed(norm: nn.BatchNorm2d, parts: tuple[Tensor, ...]) -> bool:
         return False
     if norm.num_features != parts[0].shape[1]:  # of which PyTorch's complains
         return False
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if listened(norm):
         return False
     return sum(part.numel() for part in parts) > parts[0].shape[1]  # PyTorch's refuses a single value
 

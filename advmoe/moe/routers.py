@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
-from advmoe.moe.rectifier import pooled_before
+from advmoe.moe.rectifier import listened, pooled_before
 
 
 class _Pool(torch.autograd.Function):
@@ -85,8 +85,7 @@ class LayerRouter(nn.Module):
         pooled = None
         if x.dim() == 4 and not norm.training and native.suits(x):
             pooled = global_pool(x)
-            if self._fixed(pooled):
-                scorer = native.Scorer(norm, hidden, last)
+            if (scorer := self.scorer(pooled)) is not None:
                 if not torch.is_grad_enabled():
                     return scorer.scores(pooled)[0]
                 scored: Tensor = _Scored.apply(pooled, scorer)  # type: ignore[no-untyped-call]
@@ -101,20 +100,22 @@ class LayerRouter(nn.Module):
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 
-    def _fixed(self, pooled: Tensor) -> bool:
-        """Whether kernels do what this does to `pooled` (N, C): nothing learns, nobody listens or changed a part."""
+    def scorer(self, pooled: Tensor) -> native.Scorer | None:
+        """What does by kernels what this does to `pooled` (N, C) in eval mode; None where something learns, or somebody
+        listens to a part or changed it.
+        """
         norm, hidden, last = self.norm, self.hidden, self.scores
         if type(norm) is not nn.BatchNorm1d or type(hidden) is not nn.Linear or type(last) is not nn.Linear:
-            return False
-        if any(part._forward_hooks or part._forward_pre_hooks for part in (norm, hidden, last)):
-            return False
+            return None
+        if norm.training or any(map(listened, (norm, hidden, last))):
+            return None
         learnable = (norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias)
         each = [one for one in (norm.running_mean, norm.running_var, *learnable) if one is not None]
         if len(each) < 8 or pooled.shape[1] != hidden.in_features:
-            return False
+            return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in learnable):
-            return False
-        return native.suits(pooled, *each)
+            return None
+        return native.Scorer(norm, hidden, last) if native.suits(pooled, *each) else None
 
 
 class _Scored(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from advmoe.native.build import built
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_LANES = 8
+LANES = 8
 """Output channels are stored in multiples of this."""
 _LARGEST = 1 << 20
 """Bytes of one expert's filters that still lie in a core's cache between samples; larger ones are better grouped."""
@@ -106,7 +106,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 def rectifies(y: Tensor, *others: Tensor) -> bool:
     """Whether `rectify` takes `y` (N, C, H, W), a batch or some of its samples, and `others`."""
-    return y.dim() == 4 and y.shape[1] % _LANES == 0 and suits(y, *others)
+    return y.dim() == 4 and y.shape[1] % LANES == 0 and suits(y, *others)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class _Shape(ctypes.Structure):
 
 
 def _lanes_filled(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % _LANES)).contiguous()
+    return F.pad(x, (0, -x.shape[-1] % LANES)).contiguous()
 
 
 @dataclass
@@ -373,3 +373,40 @@ class Packed:
             dx.data_ptr(), _address(dots), _threads(len(x)),
         )  # fmt: skip
         return dx, dots
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What `whole_layer` made."""
+
+    y: Tensor
+    """(N, C_out, H', W')."""
+    pooled: Tensor | None
+    """The mean of `y` over its pixels, (N, C_out)."""
+    scores: Tensor
+    """(N, E)."""
+    choice: Tensor
+    """(N,)."""
+
+
+def whole_layer(
+    scorer: Scorer, pooled: Tensor, filters: Packed, x: Tensor, shortcut: Tensor | None, *, pool: bool
+) -> Layer:
+    """max(conv(x) + shortcut, 0) for `x` (N, C_in, H, W) and its mean over pixels `pooled` (N, C_in), which `suits`,
+    each sample by the expert that `scorer` rates highest. C_out is of whole vectors, and a shortcut of the output's
+    shape.
+    """
+    shape, oh, ow = filters._shape(x.shape)
+    n, c_out = x.shape[0], filters.filters.shape[1]
+    y = torch.empty(n, c_out, oh, ow, dtype=x.dtype, memory_format=torch.channels_last)
+    if shortcut is not None and shortcut.shape != y.shape:
+        raise ValueError(f"shortcut must be {tuple(y.shape)}, got shape {tuple(shortcut.shape)}")
+    after = torch.empty(n, c_out) if pool else None
+    scores, choice = torch.empty(n, scorer.last.out_features), torch.empty(n, dtype=torch.long)
+    router = scorer._made()
+    built().functions["layer"](
+        ctypes.addressof(router), pooled.data_ptr(), ctypes.addressof(shape), x.data_ptr(), filters._ahead.data_ptr(),
+        _address(filters._shift), _address(shortcut), y.data_ptr(), _address(after), scores.data_ptr(),
+        choice.data_ptr(), _threads(n),
+    )  # fmt: skip
+    return Layer(y, after, scores, choice)

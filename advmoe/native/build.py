@@ -127,6 +127,7 @@ def _opened(file: Path) -> Any:
         "kernels": (whole, []),
         "score": (None, [pointer, pointer, count, pointer, pointer, whole]),
         "unscore": (None, [pointer, pointer, pointer, count, pointer, whole]),
+        "layer": (None, [pointer] * 11 + [whole]),
         "convolve": (count, [pointer] * 6 + [whole]),
         "convolve_backward": (None, [pointer] * 7 + [whole]),
     }

@@ -425,24 +425,34 @@ struct Router {
     }
 };
 
+// The scores of one sample; `normed` is room for its features.
+void score_sample(const Router& r, const float* scale, const float* p, float* normed, float* h, float* scores) {
+    for (int64_t c = 0; c < r.channels; ++c) normed[c] = (p[c] - r.mean[c]) * scale[c] + r.norm_bias[c];
+    for (int64_t j = 0; j < r.hidden; ++j) {
+        const float v = product(normed, r.weight + j * r.channels, r.channels) + r.bias[j];
+        h[j] = v < 0 ? 0 : v;
+    }
+    for (int64_t e = 0; e < r.experts; ++e) scores[e] = product(h, r.last_weight + e * r.hidden, r.hidden) + r.last_bias[e];
+}
+
 void score(const Router& r, const float* pooled, int64_t n, float* hidden, float* scores, int threads) {
     const std::vector<float> scale = r.scale();
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> normed(r.channels);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; ++i) {
-            const float* p = pooled + i * r.channels;
-            float* h = hidden + i * r.hidden;
-            for (int64_t c = 0; c < r.channels; ++c) normed[c] = (p[c] - r.mean[c]) * scale[c] + r.norm_bias[c];
-            for (int64_t j = 0; j < r.hidden; ++j) {
-                const float v = product(normed.data(), r.weight + j * r.channels, r.channels) + r.bias[j];
-                h[j] = v < 0 ? 0 : v;
-            }
-            for (int64_t e = 0; e < r.experts; ++e)
-                scores[i * r.experts + e] = product(h, r.last_weight + e * r.hidden, r.hidden) + r.last_bias[e];
-        }
+        for (int64_t i = 0; i < n; ++i)
+            score_sample(r, scale.data(), pooled + i * r.channels, normed.data(), hidden + i * r.hidden,
+                         scores + i * r.experts);
     }
+}
+
+// The first of the largest, what is not a number being the largest, as PyTorch has it.
+int64_t largest(const float* scores, int64_t count) {
+    int64_t best = 0;
+    for (int64_t e = 1; e < count; ++e)
+        if (!std::isnan(scores[best]) && (std::isnan(scores[e]) || scores[e] > scores[best])) best = e;
+    return best;
 }
 
 void unscore(const Router& r, const float* hidden, const float* gradient, int64_t n, float* pooled, int threads) {
@@ -543,6 +553,42 @@ void convolve(const Grid& grid, const float* in, const float* filters, const flo
     }
 }
 
+struct Shape {
+    int64_t n;
+    int32_t h, w, c_in, oh, ow, c_out, kh, kw, sh, sw, ph, pw, experts;
+};
+
+// The convolution of one sample after another.
+struct Ahead {
+    const Shape s;
+    const int padded, width, height;
+    Grid grid;
+
+    explicit Ahead(const Shape& shape)
+        : s(shape), padded((s.c_out + 7) / 8 * 8), width(s.w + 2 * s.pw), height(s.h + 2 * s.ph),
+          grid{s.oh, s.ow, static_cast<int64_t>(s.sh) * width * s.c_in, static_cast<int64_t>(s.sw) * s.c_in,
+               0, static_cast<int64_t>(s.ow) * s.c_out, s.c_out, {}, {}} {
+        for (int ky = 0; ky < s.kh; ++ky)
+            for (int kx = 0; kx < s.kw; ++kx) {
+                grid.offset.push_back((static_cast<int64_t>(ky) * width + kx) * s.c_in);
+                grid.weight.push_back(ky * s.kw + kx);
+            }
+    }
+
+    // Numbers of a sample with its frame of zeros, which each thread fills anew inside.
+    size_t framed() const { return static_cast<size_t>(height) * width * s.c_in; }
+
+    void convolve_sample(const float* x, int64_t n, int64_t expert, const float* filters, const float* bias,
+                         float* framed, float* y) const {
+        const float* from = x + n * s.h * s.w * s.c_in;
+        for (int row = 0; row < s.h; ++row)
+            std::memcpy(framed + ((row + s.ph) * static_cast<int64_t>(width) + s.pw) * s.c_in,
+                        from + static_cast<int64_t>(row) * s.w * s.c_in, sizeof(float) * s.w * s.c_in);
+        convolve(grid, framed, filters + expert * s.kh * s.kw * s.c_in * padded, bias ? bias + expert * padded : nullptr,
+                 s.c_in, padded, s.c_out, y + n * s.oh * s.ow * s.c_out);
+    }
+};
+
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 }  // namespace
@@ -642,10 +688,6 @@ void advmoe_unscore(const Router* router, const float* hidden, const float* grad
     unscore(*router, hidden, gradient, n, pooled, threads);
 }
 
-struct Shape {
-    int64_t n;
-    int32_t h, w, c_in, oh, ow, c_out, kh, kw, sh, sw, ph, pw, experts;
-};
 
 // y[n] = x[n] * filters[choice[n]] + bias[choice[n]]. Filters (E, kh, kw, c_in, c_out padded to whole vectors of 8),
 // bias (E, c_out padded) or null. Returns how many samples chose an expert that there is not; then nothing is computed.
@@ -654,30 +696,42 @@ int64_t advmoe_convolve(const Shape* shape, const float* x, const int64_t* choic
     const Shape s = *shape;
     const int64_t wrong = std::count_if(choice, choice + s.n, [&](int64_t e) { return e < 0 || e >= s.experts; });
     if (wrong) return wrong;
-    const int padded = (s.c_out + 7) / 8 * 8, width = s.w + 2 * s.pw, height = s.h + 2 * s.ph;
-    Grid grid{s.oh, s.ow, static_cast<int64_t>(s.sh) * width * s.c_in, static_cast<int64_t>(s.sw) * s.c_in,
-              0, static_cast<int64_t>(s.ow) * s.c_out, s.c_out, {}, {}};
-    for (int ky = 0; ky < s.kh; ++ky)
-        for (int kx = 0; kx < s.kw; ++kx) {
-            grid.offset.push_back((static_cast<int64_t>(ky) * width + kx) * s.c_in);
-            grid.weight.push_back(ky * s.kw + kx);
-        }
-    const int64_t filter = static_cast<int64_t>(s.kh) * s.kw * s.c_in * padded;
+    const Ahead ahead(s);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> framed(static_cast<size_t>(height) * width * s.c_in);
+        std::vector<float> framed(ahead.framed());
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < s.n; ++n) {
-            const float* from = x + n * s.h * s.w * s.c_in;
-            for (int row = 0; row < s.h; ++row)
-                std::memcpy(framed.data() + ((row + s.ph) * static_cast<int64_t>(width) + s.pw) * s.c_in,
-                            from + static_cast<int64_t>(row) * s.w * s.c_in, sizeof(float) * s.w * s.c_in);
-            const int64_t e = choice[n];
-            convolve(grid, framed.data(), filters + e * filter, bias ? bias + e * padded : nullptr, s.c_in, padded,
-                     s.c_out, y + n * s.oh * s.ow * s.c_out);
-        }
+        for (int64_t n = 0; n < s.n; ++n) ahead.convolve_sample(x, n, choice[n], filters, bias, framed.data(), y);
     }
     return 0;
+}
+
+// A whole layer without gradients: scores of `pooled` features, the choice, its convolution with bias, the shortcut if
+// there is one, the rectifier, and if `next` is given the mean of the result over its pixels.
+void advmoe_layer(const Router* router, const float* pooled, const Shape* shape, const float* x, const float* filters,
+                  const float* bias, const float* shortcut, float* y, float* next, float* scores, int64_t* choice,
+                  int threads) {
+    const Router r = *router;
+    const Shape s = *shape;
+    const Ahead ahead(s);
+    const std::vector<float> scale = r.scale();
+    const int64_t pixels = static_cast<int64_t>(s.oh) * s.ow;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> framed(ahead.framed()), normed(r.channels), hidden(r.hidden);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < s.n; ++n) {
+            float* each = scores + n * r.experts;
+            score_sample(r, scale.data(), pooled + n * r.channels, normed.data(), hidden.data(), each);
+            choice[n] = largest(each, r.experts);
+            ahead.convolve_sample(x, n, choice[n], filters, bias, framed.data(), y);
+            by_channels(s.c_out, [&](auto vectors, auto lanes, int64_t c) {
+                const int64_t at = n * pixels * s.c_out + c;
+                rectify_channels<lanes(), vectors()>(y + at, shortcut ? shortcut + at : nullptr, pixels, s.c_out,
+                                                     y + at, next ? next + n * s.c_out + c : nullptr);
+            });
+        }
+    }
 }
 
 // The gradient for x of the above, and, where `dots` is given, its product with x: filters (E, kh, kw, c_out, c_in padded).

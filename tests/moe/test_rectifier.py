@@ -83,6 +83,30 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
 
 
 @needs_kernels
+@pytest.mark.parametrize(("name", "kwargs"), NETWORKS, ids=str)
+def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_images, monkeypatch):
+    model, x = made(name, kwargs), make_images(20)
+    model.train()
+    with torch.no_grad():
+        for _ in range(5):
+            model(x)  # the routers' norms have seen their features
+    whole = []
+    layer = native.whole_layer
+    monkeypatch.setattr(native, "whole_layer", lambda *a, **k: whole.append(a) or layer(*a, **k))
+    with frozen(model), torch.no_grad():
+        with route() as routing:
+            logits = model(x)
+        ours = routing.pathway() if routing.choices else None
+        # One router for all layers, or none, leaves nothing to put into one kernel.
+        assert bool(whole) == (kwargs["kind"] == "moe" and "router" not in kwargs)
+        with native.without_kernels(), route() as routing:
+            expected = model(x)
+        if ours is not None:
+            assert torch.equal(ours, routing.pathway()) and len(ours.unique()) > 1
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@needs_kernels
 def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(make_images):
     model = made("resnet18", {"kind": "moe"}).train()
     errors = {(who, what): 0.0 for who in ("kernels", "pytorch") for what in ("routers", "others")}

@@ -243,3 +243,57 @@ def test_results_do_not_depend_on_threads():
         torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)
+
+
+def router(channels, experts):
+    torch.manual_seed(0)
+    norm, hidden, last = nn.BatchNorm1d(channels), nn.Linear(channels, 11), nn.Linear(11, experts)
+    for each in (norm.running_mean, norm.bias.data):
+        nn.init.normal_(each)
+    for each in (norm.running_var, norm.weight.data):
+        nn.init.uniform_(each, 0.5, 2)
+    parts = nn.Sequential(norm, hidden, nn.ReLU(), last).eval().requires_grad_(False)
+    return native.Scorer(norm, hidden, last), parts
+
+
+@pytest.mark.parametrize("channels", [3, 8, 20, 64, 150])
+def test_scores_and_their_gradient(channels):
+    scorer, parts = router(channels, 3)
+    pooled = batch(9, channels, 1, 1)[:, :, 0, 0].contiguous().requires_grad_()
+    expected, g = parts(pooled), batch(9, 3, 1, 1, seed=1)[:, :, 0, 0].contiguous()
+    scores, kept = scorer.scores(pooled.detach())
+    assert_close(scores, expected.detach())
+    assert_close(scorer.backward(g, kept), torch.autograd.grad(expected, pooled, g)[0])
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_whole_layer_is_its_parts(summed, stride):
+    scorer, parts = router(12, 3)
+    x = batch(9, 12, 6, 6).relu()
+    filters, bias = batch(3 * 16, 12, 3, 3).view(3, 16, 12, 3, 3), batch(3, 16, 1, 1)[:, :, 0, 0]
+    fixed = native.Packed.of(filters, bias, (stride, stride), (1, 1))
+    pooled = native.pooled(x)
+    scorer.norm.running_mean, scorer.norm.running_var = pooled.mean(0), pooled.var(0)
+    shortcut = batch(9, 16, 6 // stride, 6 // stride, seed=2) if summed else None
+    made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=True)
+    assert_close(made.scores, parts(pooled))
+    assert torch.equal(made.choice, made.scores.argmax(1)) and len(made.choice.unique()) > 1
+    y = fixed.convolve(x, made.choice)
+    y, after = native.rectify(Parts((y,)), shortcut, pool=True, out=y)
+    assert torch.equal(made.y, y) and torch.equal(made.pooled, after)
+    with pytest.raises(ValueError, match=r"shortcut must be \(9, 16, "):
+        native.whole_layer(scorer, pooled, fixed, x, batch(9, 16, 1, 1), pool=True)
+
+
+def test_scores_that_are_equal_or_no_numbers_choose_as_pytorch_does():
+    scorer, _ = router(8, 3)
+    nn.init.zeros_(scorer.last.weight)
+    x = batch(4, 8, 2, 2)
+    fixed = native.Packed.of(torch.ones(3, 8, 8, 1, 1), None, (1, 1), (0, 0))
+    nan = float("nan")
+    for biases in ([1, 1, 1], [0, 2, 2], [nan, 9, 9], [0, 9, nan], [0, nan, nan], [float("inf"), nan, 0]):
+        scorer.last.bias.data = torch.tensor(biases, dtype=torch.float32)
+        made = native.whole_layer(scorer, native.pooled(x), fixed, x, None, pool=False)
+        assert made.pooled is None
+        assert made.choice.tolist() == [torch.tensor(biases).argmax().item()] * 4
