@@ -169,6 +169,19 @@ class _Gate(torch.autograd.Function):
         return grad, _row_products(grad, y).to(ctx.gate_dtype)
 
 
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, choice)
+        return native.chosen_probability(scores, choice)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        scores, choice = ctx.saved_tensors
+        return native.chosen_probability_backward(scores, choice, grad.contiguous()), None
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution by fixed filters, of which each sample uses its expert's, and `straight_through` ahead of it."""
 
@@ -207,6 +220,14 @@ def merge(parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
         return parts[0]
     merged: Tensor = _Merge.apply(plan.members, *parts)  # type: ignore[no-untyped-call]
     return merged
+
+
+def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
+    """What softmax over `scores` (N, E) gives each sample's `choice` (N,): (N,)."""
+    if scores.dtype == torch.float32 and native.suits(scores):
+        probability: Tensor = _Chosen.apply(scores, choice.contiguous())  # type: ignore[no-untyped-call]
+        return probability
+    return scores.softmax(1).gather(1, choice[:, None])[:, 0]
 
 
 def straight_through(y: Tensor, gate: Tensor) -> Tensor:

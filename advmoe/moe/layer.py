@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
-from advmoe.moe.dispatch import Plan, convolution, merge, split, straight_through
+from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, split, straight_through
 from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing
@@ -164,8 +164,14 @@ class MoELayer(nn.Module, ABC):
         """The output for samples `x` (N, ...), `straight_through` the `gate` (N,) if there is one, one expert's samples
         at a time.
         """
-        parts = zip(plan.experts, split(x, plan, gate), strict=True)
-        made = tuple(self.compute(part, *(self.of_expert(e, bank) for bank in banks)) for e, part in parts)
+        if self.apart:
+            # One node of autograd for all experts, whose gradients it puts side by side: a slice each adds zeros.
+            shares = [bank.split(self.expert_rows) for bank in banks]
+            rows = [tuple(share[e] for share in shares) for e in plan.experts]
+        else:
+            rows = [tuple(self.of_expert(e, bank) for bank in banks) for e in plan.experts]
+        parts = zip(split(x, plan, gate), rows, strict=True)
+        made = tuple(self.compute(part, *weights) for part, weights in parts)
         return merge(made, plan) if finish is None else finish(*made, plan=plan)
 
     def _chosen(
@@ -180,7 +186,7 @@ class MoELayer(nn.Module, ABC):
         """The output for samples `x` (N, ...), of which each is computed by its expert alone."""
         gate = None
         if torch.is_grad_enabled() and scores.requires_grad:
-            gate = scores.softmax(1).gather(1, choice[:, None])[:, 0]
+            gate = chosen_probability(scores, choice)
         # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed and is had
         # where gradients are brought back in order.
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)

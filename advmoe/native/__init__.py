@@ -246,6 +246,22 @@ def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, products
 
 
+def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
+    """What softmax over fp32 `scores` (N, E), which `suits`, gives each sample's `choice` (N,) of 0 to E - 1: (N,)."""
+    n, experts = scores.shape
+    probability = torch.empty(n)
+    built().functions["gate"](scores.data_ptr(), choice.data_ptr(), n, experts, probability.data_ptr())
+    return probability
+
+
+def chosen_probability_backward(scores: Tensor, choice: Tensor, grad: Tensor) -> Tensor:
+    """The gradient for `scores` (N, E) of `chosen_probability`, by that of its result (N,)."""
+    n, experts = scores.shape
+    out = torch.empty_like(scores)
+    built().functions["ungate"](scores.data_ptr(), choice.data_ptr(), grad.data_ptr(), n, experts, out.data_ptr())
+    return out
+
+
 _ROUTER = ("mean", "variance", "norm_weight", "norm_bias", "weight", "bias", "last_weight", "last_bias")
 
 

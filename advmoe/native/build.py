@@ -127,6 +127,8 @@ def _opened(file: Path) -> Any:
         "kernels": (whole, []),
         "score": (None, [pointer, pointer, count, pointer, pointer, whole]),
         "unscore": (None, [pointer, pointer, pointer, count, pointer, whole]),
+        "gate": (None, [pointer, pointer, count, count, pointer]),
+        "ungate": (None, [pointer, pointer, pointer, count, count, pointer]),
         "layer": (None, [pointer] * 11 + [whole]),
         "convolve": (count, [pointer] * 6 + [whole]),
         "convolve_backward": (None, [pointer] * 7 + [whole]),

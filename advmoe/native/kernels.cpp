@@ -472,6 +472,26 @@ void unscore(const Router& r, const float* hidden, const float* gradient, int64_
     }
 }
 
+// The probability that softmax gives the chosen of a sample's scores, and its gradient.
+void gate(const float* scores, const int64_t* choice, int64_t n, int64_t experts, float* probability) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float *each = scores + i * experts, most = each[largest(each, experts)];
+        float sum = 0;
+        for (int64_t e = 0; e < experts; ++e) sum += std::exp(each[e] - most);
+        probability[i] = std::exp(each[choice[i]] - most) / sum;
+    }
+}
+
+void ungate(const float* scores, const int64_t* choice, const float* gradient, int64_t n, int64_t experts, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float *each = scores + i * experts, most = each[largest(each, experts)];
+        float sum = 0, *to = out + i * experts;
+        for (int64_t e = 0; e < experts; ++e) sum += to[e] = std::exp(each[e] - most);
+        const float chosen = to[choice[i]] / sum, weight = gradient[i] * chosen;
+        for (int64_t e = 0; e < experts; ++e) to[e] = weight * ((e == choice[i] ? 1 : 0) - to[e] / sum);
+    }
+}
+
 // Output pixels that lie on a grid, and which inputs each of them sums over.
 struct Grid {
     int rows, cols;
@@ -688,6 +708,15 @@ void advmoe_unscore(const Router* router, const float* hidden, const float* grad
     unscore(*router, hidden, gradient, n, pooled, threads);
 }
 
+
+// The probability of each sample's choice among its scores (n, experts), and the gradient for the scores by that of it.
+void advmoe_gate(const float* scores, const int64_t* choice, int64_t n, int64_t experts, float* probability) {
+    gate(scores, choice, n, experts, probability);
+}
+void advmoe_ungate(const float* scores, const int64_t* choice, const float* gradient, int64_t n, int64_t experts,
+                   float* out) {
+    ungate(scores, choice, gradient, n, experts, out);
+}
 
 // y[n] = x[n] * filters[choice[n]] + bias[choice[n]]. Filters (E, kh, kw, c_in, c_out padded to whole vectors of 8),
 // bias (E, c_out padded) or null. Returns how many samples chose an expert that there is not; then nothing is computed.

@@ -186,6 +186,12 @@ def test_errors_name_what_is_wrong(make_routed, make_images):
         route(forced=forced),
     ):
         model(make_images(4))
+    for wrong in (2, -1):
+        rule = rf"forced must hold experts from 0 to 1, got \[{min(0, wrong)}, {max(0, wrong)}\]"
+        forced = torch.zeros(4, LAYERS, dtype=torch.long)
+        forced[1, 3] = wrong
+        with pytest.raises(ValueError, match=rule), route(forced=forced):
+            model(make_images(4))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -297,3 +297,12 @@ def test_scores_that_are_equal_or_no_numbers_choose_as_pytorch_does():
         made = native.whole_layer(scorer, native.pooled(x), fixed, x, None, pool=False)
         assert made.pooled is None
         assert made.choice.tolist() == [torch.tensor(biases).argmax().item()] * 4
+
+
+def test_the_probability_of_a_choice_and_its_gradient():
+    scores = (20 * batch(9, 4, 1, 1)[:, :, 0, 0]).contiguous().requires_grad_()
+    choice, g = torch.arange(9) % 4, batch(9, 1, 1, 1, seed=1).flatten()
+    expected = scores.double().softmax(1)[torch.arange(9), choice]
+    assert_close(native.chosen_probability(scores.detach(), choice), expected.detach())
+    found = native.chosen_probability_backward(scores.detach(), choice, g)
+    assert_close(found, torch.autograd.grad(expected, scores, g.double())[0])
