@@ -1,6 +1,8 @@
 """Whole networks computed with kernels and by PyTorch alone agree: outputs, gradients, what batch norms remember."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -194,3 +196,19 @@ def test_who_listens_to_a_module_hears_it(make_routed, make_images, hooked, trai
     with frozen(model) if not training else torch.enable_grad():
         model(make_images(4))
     assert heard == [(4, 4, 16, 16)] * (2 if hooked == "relu" else 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_activations_are_freed_without_the_garbage_collector(backward):
+    y = torch.randn(4, 8, 4, 4).contiguous(memory_format=LAST).requires_grad_()
+    gc.disable()
+    try:
+        x = Rectifier(pools=True).finish((y * 1,), None, nn.BatchNorm2d(8), None)
+        total = (x + branch_of(x)).sum()
+        if backward:
+            total.backward()
+        left = weakref.ref(x)
+        del x, total
+        assert left() is None
+    finally:
+        gc.enable()
