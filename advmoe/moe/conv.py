@@ -31,7 +31,7 @@ def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
     channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
     """
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and native.eager():
         kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
         return kept
     return _strided(x, stride)
@@ -48,11 +48,10 @@ class _Kept(torch.autograd.Function):
         return _strided(x, stride).clone(memory_format=layout)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         layout = torch.channels_last if ctx.last else torch.contiguous_format
         spread = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
-        _strided(spread, ctx.stride).copy_(grad)
+        _strided(spread, ctx.stride).copy_(grad)  # which has a derivative of its own
         return spread, None
 
 
@@ -149,7 +148,13 @@ class MoEConv2d(MoELayer):
             return None
         others = () if shortcut is None else (shortcut,)
         scorer = router.scorer(pooled)
-        if scorer is None or listened(router) or listened(rectifier) or not native.suits(x, *others):
+        if (
+            scorer is None
+            or scorer.last.out_features != self.num_experts
+            or listened(router)
+            or listened(rectifier)
+            or not native.suits(x, *others)
+        ):
             return None
         made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
         routing.scores[self.layer], routing.choices[self.layer] = made.scores, made.choice

@@ -35,8 +35,8 @@ class Plan:
         if choice.device.type == "cpu":
             chosen = choice.numpy()
             places = {e: found for e in range(num_experts) if len(found := np.flatnonzero(chosen == e))}
-            if len(places) == 1:
-                return Plan((next(iter(places)),), ())
+            if len(places) < 2:
+                return Plan((next(iter(places), 0),), ())
             return Plan(tuple(places), tuple(map(torch.from_numpy, places.values())))
         # One wait for the device; `bincount` would add two.
         counts: list[int] = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0).tolist()
@@ -225,7 +225,7 @@ def merge(parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
     """What softmax over `scores` (N, E) gives each sample's `choice` (N,): (N,)."""
     if scores.dtype == torch.float32 and native.suits(scores):
-        probability: Tensor = _Chosen.apply(scores, choice.contiguous())  # type: ignore[no-untyped-call]
+        probability: Tensor = _Chosen.apply(scores, choice.long().contiguous())  # type: ignore[no-untyped-call]
         return probability
     return scores.softmax(1).gather(1, choice[:, None])[:, 0]
 
@@ -243,11 +243,11 @@ def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.
     (N,): (N, C_out, H', W'). Moves no sample; `x` is one that kernels take.
     """
     if not torch.is_grad_enabled():
-        return filters.convolve(x, choice.contiguous())
-    y: Tensor = _Convolution.apply(x, gate, choice.contiguous(), filters)  # type: ignore[no-untyped-call]
+        return filters.convolve(x, choice.long().contiguous())
+    y: Tensor = _Convolution.apply(x, gate, choice.long().contiguous(), filters)  # type: ignore[no-untyped-call]
     return y
 
 
 def fixed_convolution(x: Tensor, filters: native.Packed) -> Tensor:
     """`x` (N, C_in, H, W) by the only expert's filters."""
-    return convolution(x, None, torch.zeros(len(x), dtype=torch.long), filters)
+    return convolution(x, None, torch.zeros(len(x), dtype=torch.long, device=x.device), filters)

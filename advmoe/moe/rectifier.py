@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from advmoe import native
 from advmoe.moe.dispatch import Plan, merge, split_rows
+from advmoe.moe.routing import active_routing
 
 _KNOWN = "_advmoe_rectified"
 """The attribute of a rectified tensor that holds what was made with it."""
@@ -114,7 +115,8 @@ class Rectifier(nn.ReLU):
         if type(y) is Tensor and self._fused((y,), shortcut):
             if not torch.is_grad_enabled():
                 x, pooled = native.rectify(native.Parts((y,)), shortcut, pool=self.pools, out=y)
-                torch.autograd.graph.increment_version(y)
+                if not y.is_inference():
+                    torch.autograd.graph.increment_version(y)
                 return self.kept(x, pooled, None)
             if not (y.is_leaf and y.requires_grad):
                 return self.kept(*_Rectified.apply(shortcut, self.pools, (), y))  # type: ignore[no-untyped-call]
@@ -146,13 +148,23 @@ class Rectifier(nn.ReLU):
     def _fused(self, parts: tuple[Tensor, ...], shortcut: Tensor | None) -> bool:
         """Whether the kernels take these."""
         others = () if shortcut is None else (shortcut,)
-        return native.rectifies(*parts, *others) and all(each.shape[1:] == parts[0].shape[1:] for each in others)
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return native.rectifies(*parts, *others) and all(each.shape == shape for each in others)
 
     @staticmethod
     def kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
-        """`x`, of which the rest is then known."""
-        setattr(x, _KNOWN, (x._version, pooled, branch))
+        """`x`, of which the rest is then known for as long as the model's pass goes on: whoever asks for a gradient of
+        `x` itself must get all of it, not what is left beside the other two's.
+        """
+        if active_routing().one_pass and not x.is_inference() and not module_hooks():
+            setattr(x, _KNOWN, (x._version, pooled, branch))
         return x
+
+
+def module_hooks() -> bool:
+    """Whether somebody listens to all modules there are."""
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
 
 
 def listened(module: nn.Module) -> bool:
@@ -163,22 +175,44 @@ def listened(module: nn.Module) -> bool:
 
 
 def pooled_before(x: Tensor) -> Tensor | None:
-    """The mean of `x` (N, C, H, W) over its pixels, (N, C), where a `Rectifier` made both and `x` is as it left it."""
-    version, pooled, _ = getattr(x, _KNOWN, (None, None, None))
-    return pooled if version == x._version else None
+    """The mean of `x` (N, C, H, W) over its pixels, (N, C), where a `Rectifier` of this pass made both and `x` is as it
+    left it.
+    """
+    return _known(x)[0]
 
 
 def branch_of(x: Tensor) -> Tensor:
-    """`x`, for a second use, whose gradient a `Rectifier` that made `x` adds where it needs both."""
-    if type(x) is not Tensor:  # what a graph is traced with has every attribute
-        return x
-    version, _, branch = getattr(x, _KNOWN, (None, None, None))
-    return x if branch is None or version != x._version else branch
+    """`x`, for a second use, whose gradient a `Rectifier` of this pass that made `x` adds where it needs both."""
+    branch = _known(x)[1]
+    return x if branch is None else branch
+
+
+def unshared(x: Tensor, module: nn.Module) -> Tensor:
+    """The output `x` of a `module`, of which whoever listens to that must get the whole gradient."""
+    if type(x) is Tensor and listened(module) and hasattr(x, _KNOWN):
+        delattr(x, _KNOWN)
+    return x
+
+
+def _known(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The mean of `x` and `x` for a second use, each None where it is not known, or has no gradient to bring back."""
+    if type(x) is not Tensor or not hasattr(x, _KNOWN):  # what a graph is traced with has every attribute
+        return None, None
+    if not active_routing().one_pass or x.is_inference() or x.retains_grad or x._backward_hooks:
+        return None, None
+    version, *made = getattr(x, _KNOWN)
+    if version != x._version:
+        return None, None
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    pooled, branch = (None if each is None or (wanted and not each.requires_grad) else each for each in made)
+    return pooled, branch
 
 
 def _batch_normed(norm: nn.BatchNorm2d, parts: tuple[Tensor, ...]) -> bool:
     """Whether the kernels do what `norm` does to these."""
-    if not norm.training or not norm.affine or norm.weight.dtype != torch.float32:
+    if not getattr(type(norm), "kernels", False) or not norm.training or norm.weight is None or norm.bias is None:
+        return False
+    if norm.weight.dtype != torch.float32 or not native.suits(norm.weight, norm.bias):
         return False
     if norm.num_features != parts[0].shape[1]:  # of which PyTorch's complains
         return False

@@ -111,7 +111,9 @@ class LayerRouter(nn.Module):
             return None
         learnable = (norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias)
         each = [one for one in (norm.running_mean, norm.running_var, *learnable) if one is not None]
-        if len(each) < 8 or pooled.shape[1] != hidden.in_features:
+        if len(each) < 8 or not pooled.shape[1] == norm.num_features == hidden.in_features:
+            return None
+        if hidden.out_features != last.in_features:
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in learnable):
             return None
@@ -125,13 +127,13 @@ class _Scored(torch.autograd.Function):
     def forward(ctx: Any, pooled: Tensor, scorer: native.Scorer) -> Tensor:
         scores, hidden = scorer.scores(pooled)
         ctx.scorer = scorer
-        ctx.save_for_backward(hidden)
+        ctx.save_for_backward(hidden, *scorer.tensors())  # so that a change of these does not go unnoticed
         return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (hidden,) = ctx.saved_tensors
+        hidden, *_ = ctx.saved_tensors
         scorer: native.Scorer = ctx.scorer
         return scorer.backward(grad.contiguous(), hidden), None
 

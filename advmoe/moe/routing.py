@@ -64,7 +64,7 @@ class Routing:
                 if scores.dim() == 3:
                     rule = f"(N, L) or (N, L, T) with N = {len(scores)}, T = {scores.shape[1]}"
                 raise ValueError(f"forced must be {rule}, got shape {shape}")
-            choice, experts = self.forced[:, layer], scores.shape[-1]
+            choice, experts = self.forced[:, layer].to(scores.device, torch.long), scores.shape[-1]
             # On a GPU looking would take a wait; there an index that is too large is an error of its own.
             if choice.device.type == "cpu" and not bool(((choice >= 0) & (choice < experts)).all()):
                 raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from advmoe.native.build import built
@@ -47,7 +48,7 @@ def used() -> str:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside, everything is computed by PyTorch alone."""
+    """Inside, everything is computed by PyTorch alone: what second derivatives need, which kernels do not have."""
     token = _off.set(True)
     try:
         yield
@@ -59,21 +60,29 @@ def suits(*tensors: Tensor) -> bool:
     """Whether `tensors` can be given to a kernel: on the CPU, of one dtype that the kernels know, and each sample one
     row of memory, which nobody traces, counts or batches.
     """
+    if not eager():
+        return False
     dtype = tensors[0].dtype
-    if dtype not in _NAMES or not available() or not _eager():
+    if dtype not in _NAMES:
         return False
     for each in tensors:
         if type(each) not in _PLAIN or not each.is_cpu or each.dtype != dtype or not _by_pixels(each):
             return False
-    return True
+    return available()
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _eager() -> bool:
+def eager() -> bool:
     """Whether operations are done as they are called: no graph is traced, no mode sees them, no transform is on."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    ):
         return False
     return torch._C._functorch.maybe_current_level() is None
 
@@ -86,10 +95,19 @@ def _threads(samples: int) -> int:
     return max(1, min(torch.get_num_threads(), samples))
 
 
+def _room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor for a kernel to fill, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _images(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 def pooled(x: Tensor) -> Tensor:
     """The mean over pixels, (N, C) in fp32, of a channels-last `x` (N, C, H, W) that `suits`."""
     n, c, h, w = x.shape
-    out = torch.empty(n, c)
+    out = _room(n, c)
     pool = built().functions[f"pool_{_NAMES[x.dtype]}"]
     pool(x.data_ptr(), n, h * w, c, out.data_ptr(), _threads(n))
     return out
@@ -97,7 +115,7 @@ def pooled(x: Tensor) -> Tensor:
 
 def products(a: Tensor, b: Tensor) -> Tensor:
     """Each sample's inner product of `a` and `b` (N, ...), which `suits`: (N,) in fp32."""
-    out = torch.empty(len(a))
+    out = _room(len(a))
     row = a.numel() // max(1, len(a))
     multiply = built().functions[f"products_{_NAMES[a.dtype]}"]
     multiply(a.data_ptr(), b.data_ptr(), len(a), row, out.data_ptr(), _threads(len(a)))
@@ -126,7 +144,7 @@ class Parts:
         """A batch of the samples' shape, yet to be filled."""
         first, samples = self.rows[0], sum(map(len, self.rows))
         layout = torch.channels_last if first.dim() == 4 else torch.contiguous_format
-        return torch.empty(samples, *first.shape[1:], dtype=first.dtype, memory_format=layout)
+        return torch.empty(samples, *first.shape[1:], dtype=first.dtype, device="cpu", memory_format=layout)
 
 
 class _Places(ctypes.Structure):
@@ -171,7 +189,7 @@ def rectify(
     only part; and with `pool` its mean over pixels, (N, C) in fp32.
     """
     x = y.whole() if out is None else out
-    pooled = torch.empty(x.shape[:2]) if pool else None
+    pooled = _room(*x.shape[:2]) if pool else None
     _run("rectify", y, _size(x), _addresses(y.rows), shortcut, x, pooled)
     return x, pooled
 
@@ -215,8 +233,8 @@ def norm_rectify(y: Parts, weight: Tensor, bias: Tensor, eps: float, shortcut: T
     `weight` and `bias` (C,).
     """
     x = y.whole()
-    pooled = torch.empty(x.shape[:2]) if pool else None
-    mean, variance = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
+    pooled = _room(*x.shape[:2]) if pool else None
+    mean, variance = _room(2, x.shape[1], dtype=torch.float64).unbind()
     _run("norm", y, _size(x), _addresses(y.rows), weight, bias, eps, shortcut, x, pooled, mean, variance)
     return Normed(x, pooled, mean, variance)
 
@@ -229,7 +247,7 @@ def unnorm_rectify(
     """
     x, into = made.x, y.like()
     kept = torch.empty_like(x) if shortcut else None
-    weight_grad, bias_grad = torch.empty(2, x.shape[1]).unbind()
+    weight_grad, bias_grad = _room(2, x.shape[1]).unbind()
     _run(
         "unnorm", y, _size(x), _addresses(y.rows), x, gradients.x, gradients.branch, gradients.pooled, weight, eps,
         made.mean, made.variance, kept, _addresses(into.rows), weight_grad, bias_grad,
@@ -241,7 +259,7 @@ def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
     """The batch whose samples `parts` hold, as a tensor like `x` (N, ...), and each sample's inner product with that of
     `x`, (N,) in fp32. All of these `suits`.
     """
-    out, products = torch.empty_like(x), torch.empty(len(x))
+    out, products = torch.empty_like(x), _room(len(x))
     _run("unsplit", parts, _addresses(parts.rows), x, x.numel() // len(x), out, products)
     return out, products
 
@@ -249,7 +267,7 @@ def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
     """What softmax over fp32 `scores` (N, E), which `suits`, gives each sample's `choice` (N,) of 0 to E - 1: (N,)."""
     n, experts = scores.shape
-    probability = torch.empty(n)
+    probability = _room(n)
     built().functions["gate"](scores.data_ptr(), choice.data_ptr(), n, experts, probability.data_ptr())
     return probability
 
@@ -283,20 +301,22 @@ class Scorer:
     hidden: nn.Linear
     last: nn.Linear
 
-    def _made(self) -> _Router:
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it computes with."""
         norm, hidden, last = self.norm, self.hidden, self.last
-        each = (
-            norm.running_mean, norm.running_var, norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight,
-            last.bias,
-        )  # fmt: skip
+        learnt = norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias
+        return norm.running_mean, norm.running_var, *learnt
+
+    def _made(self) -> _Router:
+        norm, hidden, last, each = self.norm, self.hidden, self.last, self.tensors()
         sizes = hidden.in_features, hidden.out_features, last.out_features
         return _Router(*sizes, *map(_address, each), norm.eps)
 
     def scores(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """The scores (N, E), and what the gradient needs, of `pooled` (N, C), which `suits`."""
         n = len(pooled)
-        hidden = torch.empty(n, self.hidden.out_features)
-        scores = torch.empty(n, self.last.out_features)
+        hidden = _room(n, self.hidden.out_features)
+        scores = _room(n, self.last.out_features)
         run, router = built().functions["score"], self._made()
         run(ctypes.addressof(router), pooled.data_ptr(), n, hidden.data_ptr(), scores.data_ptr(), _threads(n))
         return scores, hidden
@@ -304,7 +324,7 @@ class Scorer:
     def backward(self, grad: Tensor, hidden: Tensor) -> Tensor:
         """The gradient for the pooled features (N, C), by that of the scores (N, E)."""
         n = len(grad)
-        pooled = torch.empty(n, self.hidden.in_features)
+        pooled = _room(n, self.hidden.in_features)
         run, router = built().functions["unscore"], self._made()
         run(ctypes.addressof(router), hidden.data_ptr(), grad.data_ptr(), n, pooled.data_ptr(), _threads(n))
         return pooled
@@ -367,7 +387,9 @@ class Packed:
     def convolve(self, x: Tensor, choice: Tensor) -> Tensor:
         """(N, C_in, H, W), which `suits`, -> (N, C_out, H', W'), each sample by the expert in `choice` (N,)."""
         shape, oh, ow = self._shape(x.shape)
-        y = torch.empty(len(x), self.filters.shape[1], oh, ow, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(
+            len(x), self.filters.shape[1], oh, ow, dtype=x.dtype, device="cpu", memory_format=torch.channels_last
+        )
         wrong = built().functions["convolve"](
             ctypes.addressof(shape), x.data_ptr(), choice.data_ptr(), self._ahead.data_ptr(), _address(self._shift),
             y.data_ptr(), _threads(len(x)),
@@ -383,7 +405,7 @@ class Packed:
         if self._back is None:
             self._back = _lanes_filled(self.filters.permute(0, 3, 4, 1, 2))
         shape, _, _ = self._shape(x.shape)
-        dx, dots = torch.empty_like(x), torch.empty(len(x)) if products else None
+        dx, dots = torch.empty_like(x), _room(len(x)) if products else None
         built().functions["convolve_backward"](
             ctypes.addressof(shape), grad.data_ptr(), choice.data_ptr(), self._back.data_ptr(), x.data_ptr(),
             dx.data_ptr(), _address(dots), _threads(len(x)),
@@ -414,11 +436,11 @@ def whole_layer(
     """
     shape, oh, ow = filters._shape(x.shape)
     n, c_out = x.shape[0], filters.filters.shape[1]
-    y = torch.empty(n, c_out, oh, ow, dtype=x.dtype, memory_format=torch.channels_last)
+    y = _images(n, c_out, oh, ow)
     if shortcut is not None and shortcut.shape != y.shape:
         raise ValueError(f"shortcut must be {tuple(y.shape)}, got shape {tuple(shortcut.shape)}")
-    after = torch.empty(n, c_out) if pool else None
-    scores, choice = torch.empty(n, scorer.last.out_features), torch.empty(n, dtype=torch.long)
+    after = _room(n, c_out) if pool else None
+    scores, choice = _room(n, scorer.last.out_features), _room(n, dtype=torch.long)
     router = scorer._made()
     built().functions["layer"](
         ctypes.addressof(router), pooled.data_ptr(), ctypes.addressof(shape), x.data_ptr(), filters._ahead.data_ptr(),

@@ -43,7 +43,7 @@ def built() -> Built:
         return Built(None, "ADVMOE_NATIVE=0")
     try:
         return Built(_load())
-    except (OSError, subprocess.SubprocessError, _Unfit) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, _Unfit) as error:
         return Built(None, " ".join(str(error).split())[:200])
 
 
@@ -68,7 +68,7 @@ def _load() -> Any:
         try:
             return _opened(file)
         except (OSError, _Unfit):
-            file.unlink()
+            file.unlink(missing_ok=True)
     return _opened(_compiled(compiler, file))
 
 
@@ -86,8 +86,12 @@ def _fingerprint(compiler: list[str]) -> str:
     """Of all that the compiled file depends on."""
     path = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     changed = path.stat().st_mtime_ns if path.exists() else 0
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
-    parts = (SOURCE.read_text(), *FLAGS, *compiler, str(path), str(changed), platform.machine(), *cpu[:2])
+    telling = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+    cpu = {
+        line for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines() if line.startswith(telling)
+    }
+    source = SOURCE.read_text("utf-8")
+    parts = (source, *FLAGS, *compiler, str(path), str(changed), platform.machine(), *sorted(cpu))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -95,6 +99,8 @@ def _own_folder() -> Path | None:
     """The folder of compiled files, which nobody else may write to; None where there can be none."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache") / "advmoe" / "native"
+    if not folder.is_absolute():  # nobody's home is known
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
@@ -110,7 +116,7 @@ def _compiled(compiler: list[str], file: Path) -> Path:
     os.close(handle)
     try:
         call = [*compiler, *FLAGS, str(SOURCE), "-o", partial]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=_COMPILING_SECONDS)
+        done = subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=_COMPILING_SECONDS)
         if done.returncode:
             raise _Unfit(f"{compiler[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
         os.replace(partial, file)

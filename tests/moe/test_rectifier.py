@@ -1,5 +1,6 @@
 """Whole networks computed with kernels and by PyTorch alone agree: outputs, gradients, what batch norms remember."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -8,13 +9,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from advmoe import native
 from advmoe.models import create_model
 from advmoe.models.modes import frozen
+from advmoe.models.norm import BatchNorm2d
 from advmoe.moe import route
+from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.dispatch import Plan
 from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
+from advmoe.moe.routing import forward_scope
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
 LAST = torch.channels_last
@@ -133,14 +138,16 @@ def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(make_images):
 def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
     torch.manual_seed(0)
     y, shortcut = (torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST).requires_grad_() for _ in range(2))
-    norm, rectifier = nn.BatchNorm2d(8), Rectifier(pools=True)
+    norm, rectifier = BatchNorm2d(8), Rectifier(pools=True)
     plan = Plan.of(torch.tensor([0, 1, 1, 0, 1, 0]), 2) if parts == 2 else None
     rows = tuple(y[index].contiguous(memory_format=LAST) for index in plan.members) if plan else (y * 1,)
-    x = rectifier.finish(rows, plan, norm, shortcut)
-    twice = branch_of(x)
+    with forward_scope():
+        x = rectifier.finish(rows, plan, norm, shortcut)
+        twice, pooled = branch_of(x), pooled_before(x)
     assert twice is not x and twice.data_ptr() == x.data_ptr()
+    assert branch_of(x) is x and pooled_before(x) is None  # outside of the pass
     weights = torch.randn(3, 6, 8, 4, 4)
-    sums = (x * weights[0]).sum() + (twice * weights[1]).sum() + (pooled_before(x) * weights[2, :, :, 0, 0]).sum()
+    sums = (x * weights[0]).sum() + (twice * weights[1]).sum() + (pooled * weights[2, :, :, 0, 0]).sum()
     found = torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias))
     plain = (F.batch_norm(y, None, None, norm.weight, norm.bias, training=True) + shortcut).relu()
     sums = (plain * (weights[0] + weights[1])).sum() + (plain.mean((2, 3)) * weights[2, :, :, 0, 0]).sum()
@@ -154,7 +161,7 @@ def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
 
 @needs_kernels
 def test_a_norm_that_does_not_record_stays_as_it_is():
-    norm = nn.BatchNorm2d(8)
+    norm = BatchNorm2d(8)
     before = copy.deepcopy(norm.state_dict())
     norm.track_running_stats = False
     Rectifier().finish((torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST),), None, norm, None)
@@ -163,11 +170,12 @@ def test_a_norm_that_does_not_record_stays_as_it_is():
 
 @needs_kernels
 def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
-    x = Rectifier(pools=True)(torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST))
-    torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
-    x += 1
-    assert pooled_before(x) is None and branch_of(x) is x
-    assert pooled_before(x.clone()) is None
+    with forward_scope():
+        x = Rectifier(pools=True)(torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST))
+        torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
+        assert pooled_before(x.clone()) is None
+        x += 1
+        assert pooled_before(x) is None and branch_of(x) is x
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
@@ -203,8 +211,9 @@ def test_activations_are_freed_without_the_garbage_collector(backward):
     y = torch.randn(4, 8, 4, 4).contiguous(memory_format=LAST).requires_grad_()
     gc.disable()
     try:
-        x = Rectifier(pools=True).finish((y * 1,), None, nn.BatchNorm2d(8), None)
-        total = (x + branch_of(x)).sum()
+        with forward_scope():
+            x = Rectifier(pools=True).finish((y * 1,), None, BatchNorm2d(8), None)
+            total = (x + branch_of(x)).sum()
         if backward:
             total.backward()
         left = weakref.ref(x)
@@ -212,3 +221,109 @@ def test_activations_are_freed_without_the_garbage_collector(backward):
         assert left() is None
     finally:
         gc.enable()
+
+
+def resnet(kind="dense"):
+    torch.manual_seed(0)
+    return create_model("resnet18", num_classes=5, width=8, input_size=16, kind=kind).to(memory_format=LAST)
+
+
+def gradients(run, x):
+    """Of what `run` makes of `x`, for `x`, with kernels and without."""
+    found = []
+    for kernels in (True, False):
+        with contextlib.nullcontext() if kernels else native.without_kernels():
+            leaf = x.clone().requires_grad_()
+            run(leaf).backward()
+            found.append(leaf.grad)
+    return found
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_block_that_is_run_again_for_its_gradient_has_all_of_it(kind, make_images):
+    model, x = resnet(kind).train(), make_images(6)
+    blocks, stem = list(model.backbone.blocks), model.backbone.stem
+
+    def checkpointed(leaf):
+        y = stem(leaf)
+        for block in blocks:
+            y = checkpoint(block, y, use_reentrant=True)
+        return y.square().sum()
+
+    ours, wanted = gradients(checkpointed, x)
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("way", ["hook", "by hand", "retained"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, way, make_images):
+    found = []
+    for kernels in (True, False):
+        model, x, seen = resnet(kind).train(), make_images(6), []
+        first, *rest = model.backbone.blocks
+        with contextlib.nullcontext() if kernels else native.without_kernels():
+            if way == "hook":
+                first.register_forward_hook(lambda module, given, made, seen=seen: seen.append(made))
+                logits = model(x)
+            elif way == "retained":
+                first.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+                first.register_forward_pre_hook(lambda module, given: given[0].retain_grad())
+                logits = model(x)
+            else:
+                seen.append(first(model.backbone.stem(x)))
+                y = seen[0]
+                for block in rest:
+                    y = block(y)
+                logits = model.backbone.classifier(y.mean((2, 3)))
+            found.append(torch.autograd.grad(logits.square().sum(), seen[0])[0])
+    ours, wanted = found
+    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.Identity()], ids=str)
+def test_another_norm_is_computed_as_it_is(norm, make_images):
+    y = torch.randn(4, 8, 4, 4).contiguous(memory_format=LAST)
+    torch.testing.assert_close(Rectifier().finish((y.clone(),), None, norm, None), norm(y).relu())
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode_and_other_defaults(kind, training, make_images):
+    model, x = resnet(kind).train(training), make_images(6)
+    with torch.no_grad(), native.without_kernels():
+        expected = copy.deepcopy(model)(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-3, atol=1e-3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-3, atol=1e-3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_graph_computes_what_the_model_does(make_images):
+    model, x = resnet().eval(), make_images(4)
+    with torch.no_grad():
+        traced = torch.jit.trace(model.backbone, x, check_trace=False)
+        again = make_images(4, seed=7)
+        torch.testing.assert_close(traced(again), model.backbone(again), rtol=1e-3, atol=1e-4)
+
+
+def test_an_empty_batch_and_experts_of_any_integer_type():
+    torch.manual_seed(0)
+    layer = MoEConv2d(8, 8, 3, 1, 1, bank_rows=16, num_experts=2, layer=0).eval().requires_grad_(False)
+    assert layer(torch.rand(0, 8, 4, 4).contiguous(memory_format=LAST)).shape == (0, 8, 4, 4)
+    x, forced = torch.rand(20, 8, 4, 4).contiguous(memory_format=LAST), torch.arange(20)[:, None] % 2
+    for needed in (False, True):
+        each = []
+        for choices in (forced, forced.int(), forced.to(torch.uint8)):
+            with route(forced=choices), torch.set_grad_enabled(needed):
+                each.append(layer(x.clone().requires_grad_(needed)))
+        assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])

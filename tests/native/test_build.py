@@ -77,6 +77,7 @@ def test_a_cache_folder_that_is_a_file_is_done_without(tmp_path):
         ({"ADVMOE_NATIVE": "0"}, "ADVMOE_NATIVE=0"),
         ({"CXX": "/no/such/compiler"}, "/no/such/compiler"),
         ({"CXX": "false"}, "false: failed"),
+        ({"CXX": 'g++ "'}, "No closing quotation"),
         ({"PATH": "", "CXX": ""}, "no C++ compiler found"),
     ],
     ids=str,
