@@ -48,7 +48,9 @@ class _Rectified(torch.autograd.Function):
             (whole,) = native.unrectify(x, given, native.Parts((torch.empty_like(x),)))
             rows = split_rows(whole, members) if members else (whole,)
             return whole if ctx.summed else None, None, None, *rows
-        into = tuple(torch.empty(len(m), *x.shape[1:], dtype=x.dtype, memory_format=_LAST) for m in members)
+        into = tuple(
+            torch.empty(len(m), *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_LAST) for m in members
+        )
         return None, None, None, *native.unrectify(x, given, native.Parts(into, members))
 
 

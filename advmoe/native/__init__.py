@@ -169,13 +169,9 @@ def _run(name: str, parts: Parts, *arguments: Any) -> None:
     members = _addresses(parts.members) if parts.members else None
     counts = (ctypes.c_int64 * len(parts.rows))(*map(len, parts.rows))
     places = _Places(len(parts.rows), members and ctypes.addressof(members), ctypes.addressof(counts))
-    given = [each if isinstance(each, int | float) else _pointed(each) for each in arguments]
+    given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
     threads = _threads(sum(map(len, parts.rows)))
     built().functions[f"{name}_{_NAMES[first.dtype]}"](ctypes.addressof(places), *given, threads)
-
-
-def _pointed(x: Any) -> Any:
-    return x.data_ptr() if isinstance(x, Tensor) else x
 
 
 def _size(x: Tensor) -> Any:
@@ -387,9 +383,7 @@ class Packed:
     def convolve(self, x: Tensor, choice: Tensor) -> Tensor:
         """(N, C_in, H, W), which `suits`, -> (N, C_out, H', W'), each sample by the expert in `choice` (N,)."""
         shape, oh, ow = self._shape(x.shape)
-        y = torch.empty(
-            len(x), self.filters.shape[1], oh, ow, dtype=x.dtype, device="cpu", memory_format=torch.channels_last
-        )
+        y = _images(x.shape[0], self.filters.shape[1], oh, ow)
         wrong = built().functions["convolve"](
             ctypes.addressof(shape), x.data_ptr(), choice.data_ptr(), self._ahead.data_ptr(), _address(self._shift),
             y.data_ptr(), _threads(len(x)),
