@@ -89,7 +89,7 @@ void mean_of(const T* x, int64_t pixels, int64_t channels, float* out) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sum[i] += load<L>(x + (p + i) * channels);
     for (; p < pixels; ++p) sum[0] += load<L>(x + p * channels);
-    *reinterpret_cast<Vector<L>*>(out) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(pixels);
+    store<L>(((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(pixels), out);
 }
 
 template <class T>
@@ -126,7 +126,14 @@ void rectify_channels(const T* y, const T* shortcut, int64_t pixels, int64_t cha
         for (int b = 0; b < B; ++b) store<L>(sum[b] / static_cast<float>(pixels), mean + b * L);
 }
 
-// out = g + branch + the mean's gradient, where the rectified x is above 0.
+// The gradient of what was rectified to x: g + branch + the mean's, where x is above 0; branch may be null.
+template <int L, class T>
+inline Vector<L> unrectified(const T* x, const T* g, const T* branch, Vector<L> spread, int64_t at) {
+    Vector<L> r = load<L>(g + at) + spread;
+    if (branch) r += load<L>(branch + at);
+    return load<L>(x + at) <= 0.0f ? Vector<L>{} : r;
+}
+
 template <int L, int B, class T>
 void unrectify_channels(const T* x, const T* g, const T* branch, const float* mean, int64_t pixels, int64_t channels,
                         T* out) {
@@ -137,9 +144,7 @@ void unrectify_channels(const T* x, const T* g, const T* branch, const float* me
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            Vector<L> r = load<L>(g + at) + spread[b];
-            if (branch) r += load<L>(branch + at);
-            store<L>(load<L>(x + at) <= 0.0f ? Vector<L>{} : r, out + at);
+            store<L>(unrectified<L>(x, g, branch, spread[b], at), out + at);
         }
 }
 
@@ -231,9 +236,7 @@ void unnorm_sums(const T* y, const T* x, const T* g, const T* branch, const floa
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            Vector<L> r = load<L>(g + at) + spread[b];
-            if (branch) r += load<L>(branch + at);
-            r = load<L>(x + at) <= 0.0f ? Vector<L>{} : r;
+            const Vector<L> r = unrectified<L>(x, g, branch, spread[b], at);
             if (kept) store<L>(r, kept + at);
             sum[b] += r;
             product[b] += r * (load<L>(y + at) - from[b]);
@@ -261,14 +264,7 @@ void unnorm_channels(const T* y, const T* x, const T* g, const T* branch, const 
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            Vector<L> r;
-            if (kept) {
-                r = load<L>(kept + at);
-            } else {
-                r = load<L>(g + at) + spread[b];
-                if (branch) r += load<L>(branch + at);
-                r = load<L>(x + at) <= 0.0f ? Vector<L>{} : r;
-            }
+            const Vector<L> r = kept ? load<L>(kept + at) : unrectified<L>(x, g, branch, spread[b], at);
             store<L>(r * factor[b] + (load<L>(y + at) - from[b]) * tilt[b] + start[b], dy + at);
         }
 }
