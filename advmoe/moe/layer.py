@@ -194,12 +194,16 @@ class MoELayer(nn.Module, ABC):
         learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
         if fixed is None and not learnt and len(x) >= _WORTH_PACKING:
             fixed = self.packed(*banks)
+        direct = finish if behind is None and not self.copies else None
         if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):
+            if direct is not None and direct.norm is None:
+                made = direct.rectifier.convolved(x, ahead, choice, fixed, direct.shortcut)
+                if made is not None:
+                    return made
             y = convolution(x, ahead, choice, fixed)
         elif len(x) > 1 and (each := self.compute_each(_gated(x, ahead), choice, *banks)) is not None:
             y = each
         else:
-            direct = finish if behind is None and not self.copies else None
             y = self._grouped(x, ahead, routing.plan(scores, choice), banks, direct)
             if direct is not None:
                 return y

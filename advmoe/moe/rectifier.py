@@ -89,6 +89,40 @@ class _NormRectified(torch.autograd.Function):
         return kept, None, weight_grad, bias_grad, None, None, *dy
 
 
+class _ConvolutionRectified(torch.autograd.Function):
+    """max(conv(x) + shortcut, 0) by fixed filters, of which each sample uses its expert's, `straight_through` the gate
+    ahead of it, and the rest as of `_Rectified`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        choice: Tensor,
+        filters: native.Packed,
+        shortcut: Tensor | None,
+        pool: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        y, pooled = filters.rectified(x, choice, shortcut, pool=pool)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, choice, y)
+        ctx.filters, ctx.gate_dtype = filters, None if gate is None else gate.dtype
+        ctx.summed = shortcut is not None
+        return y, pooled, y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, choice, y = ctx.saved_tensors
+        given = _given(y, grad, pooled, branch)
+        gated = ctx.gate_dtype is not None
+        dx, products, kept = ctx.filters.unrectified(y, given, x, choice, products=gated, shortcut=ctx.summed)
+        return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None, kept, None
+
+
 _LAST = torch.channels_last
 
 
@@ -105,7 +139,8 @@ class Rectifier(nn.ReLU):
 
     On a CPU with kernels one pass puts experts' outputs together, adds the shortcut, rectifies and, with `pools`, takes
     the mean over pixels that the router of an MoE layer behind it begins with (`pooled_before`); one pass brings all
-    their gradients back, and those of a second use (`branch_of`). A batch norm in train mode takes one more each way.
+    their gradients back, and those of a second use (`branch_of`). A batch norm in train mode takes one more each way,
+    a convolution whose filters are fixed none: the rest is done to each sample as it comes and goes.
     """
 
     def __init__(self, *, pools: bool = False) -> None:
@@ -146,6 +181,22 @@ class Rectifier(nn.ReLU):
         y = parts[0] if plan is None else merge(parts, plan)
         rectified: Tensor = self(y if norm is None else norm(y), shortcut)
         return rectified
+
+    def convolved(
+        self, x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed, shortcut: Tensor | None
+    ) -> Tensor | None:
+        """max(conv(x) + shortcut, 0) where conv is as of `dispatch.convolution`, or None where there is more to it."""
+        others = () if shortcut is None else (shortcut,)
+        shape = filters.made_of(x.shape)
+        if type(x) is not Tensor or listened(self) or shape[1] % native.LANES or not native.suits(x, *others):
+            return None
+        if any(each.shape != shape for each in others):
+            return None
+        choice = choice.long().contiguous()
+        if not torch.is_grad_enabled():
+            return self.kept(*filters.rectified(x, choice, shortcut, pool=self.pools), None)
+        arguments = (x, gate, choice, filters, shortcut, self.pools)
+        return self.kept(*_ConvolutionRectified.apply(*arguments))  # type: ignore[no-untyped-call]
 
     def _fused(self, parts: tuple[Tensor, ...], shortcut: Tensor | None) -> bool:
         """Whether the kernels take these."""

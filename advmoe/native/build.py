@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+"""What is compiled; it includes the headers beside it."""
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
-KERNELS = 1
+KERNELS = 2
 """What `advmoe_kernels()` of the source must say: the interface that `advmoe.native` calls."""
 _COMPILING_SECONDS = 120
 
@@ -90,8 +91,8 @@ def _fingerprint(compiler: list[str]) -> str:
     cpu = {
         line for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines() if line.startswith(telling)
     }
-    source = SOURCE.read_text("utf-8")
-    parts = (source, *FLAGS, *compiler, str(path), str(changed), platform.machine(), *sorted(cpu))
+    sources = (file.read_text("utf-8") for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    parts = (*sources, *FLAGS, *compiler, str(path), str(changed), platform.machine(), *sorted(cpu))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -135,9 +136,8 @@ def _opened(file: Path) -> Any:
         "unscore": (None, [pointer, pointer, pointer, count, pointer, whole]),
         "gate": (None, [pointer, pointer, count, count, pointer]),
         "ungate": (None, [pointer, pointer, pointer, count, count, pointer]),
-        "layer": (None, [pointer] * 11 + [whole]),
-        "convolve": (count, [pointer] * 6 + [whole]),
-        "convolve_backward": (None, [pointer] * 7 + [whole]),
+        "tiles": (whole, []),
+        "pack_bf16": (count, [pointer, whole, pointer, pointer]),
     }
     for dtype in ("fp32", "bf16"):
         takes |= {
@@ -147,6 +147,9 @@ def _opened(file: Path) -> Any:
             f"unrectify_{dtype}": (None, [*[pointer] * 7, whole]),
             f"norm_{dtype}": (None, [*[pointer] * 5, real, *[pointer] * 5, whole]),
             f"unnorm_{dtype}": (None, [*[pointer] * 8, real, *[pointer] * 6, whole]),
+            f"layer_{dtype}": (None, [pointer] * 10 + [whole]),
+            f"convolve_{dtype}": (count, [pointer] * 7 + [whole]),
+            f"convolve_backward_{dtype}": (None, [pointer] * 8 + [whole]),
             f"unsplit_{dtype}": (None, [pointer, pointer, pointer, count, pointer, pointer, whole]),
         }
     functions: dict[str, Any] = {}

@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from advmoe import native
 from advmoe.models import create_model
+from advmoe.models.folding import folding
 from advmoe.models.modes import frozen
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe import route
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.dispatch import Plan
 from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
+from advmoe.moe.routers import routers_of
 from advmoe.moe.routing import forward_scope
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
@@ -37,7 +39,7 @@ NETWORKS = [
 
 def made(name, kwargs):
     torch.manual_seed(0)
-    model = create_model(name, num_classes=5, width=16, input_size=16, **kwargs).to(memory_format=LAST)
+    model = create_model(name, num_classes=5, input_size=16, **{"width": 16, **kwargs}).to(memory_format=LAST)
     for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
         nn.init.normal_(norm.weight, 1, 0.2)
         nn.init.normal_(norm.bias, 0, 0.2)
@@ -114,17 +116,25 @@ def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_i
 
 
 @needs_kernels
-def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(make_images):
-    model = made("resnet18", {"kind": "moe"}).train()
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):
+    model = made("resnet18", {"kind": "moe", "width": 16 if mode == "train" else 64})
+    for _ in range(3):
+        model.train()(make_images(20, seed=9))
+    if mode == "frozen":  # but for the routers, so that there are gradients to compare
+        model.eval().requires_grad_(False)
+        for router in routers_of(model):
+            router.requires_grad_(True)
     errors = {(who, what): 0.0 for who in ("kernels", "pytorch") for what in ("routers", "others")}
     for seed in range(4):
         x = make_images(20, seed=seed)
         choices = torch.randint(2, (20, 16), generator=torch.Generator().manual_seed(seed))
-        exact = passed(model, x, choices)
-        with torch.autocast("cpu", torch.bfloat16):
+        with folding():
+            exact = passed(model, x, choices)
+        with torch.autocast("cpu", torch.bfloat16), folding():
             results = {"kernels": passed(model, x, choices)}
-            with native.without_kernels():
-                results["pytorch"] = passed(model, x, choices)
+        with torch.autocast("cpu", torch.bfloat16), folding(), native.without_kernels():
+            results["pytorch"] = passed(model, x, choices)
         for who, result in results.items():
             for name, wanted in exact.items():
                 error = (result[name].double() - wanted.double()).norm().item()

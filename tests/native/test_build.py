@@ -95,7 +95,12 @@ def test_the_fingerprint_is_of_source_flags_and_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
     assert first != build._fingerprint(["sh"])
     monkeypatch.undo()
-    changed = tmp_path / "kernels.cpp"
-    changed.write_text(build.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
-    assert first != build._fingerprint(["sh"])
+    copied = shutil.copytree(build.SOURCE.parent, tmp_path / "native")
+    monkeypatch.setattr(build, "SOURCE", copied / "kernels.cpp")
+    assert first == build._fingerprint(["sh"])
+    assert (copied / "tiles.h").exists()
+    for file in ("kernels.cpp", "tiles.h"):
+        (copied / file).write_text((copied / file).read_text() + "\n")
+        second = build._fingerprint(["sh"])
+        assert first != second
+        first = second

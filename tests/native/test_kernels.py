@@ -116,7 +116,9 @@ def test_a_batch_norm_and_its_rectifier(dtype, pool, summed, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
+    # In bf16 a CPU may take what is no normal number for 0, as its own instructions do.
+    small = {torch.float32: 1e-40, torch.bfloat16: 2e-38}[dtype]
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, small, -small, 3.4e38])
     y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
     x = y.clone()
     native.rectify(Parts((x,)), None, pool=False, out=x)
@@ -137,47 +139,109 @@ def test_rows_come_back_in_order_with_their_products(dtype):
     assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
 
 
+tiles = pytest.mark.skipif(
+    not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1), reason="a CPU without tiles"
+)
+PRECISIONS = [torch.float32, pytest.param(torch.bfloat16, marks=tiles)]
 sides = st.integers(1, 9)
+pairs = st.tuples
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    n=st.integers(1, 5), c_in=st.integers(1, 20), c_out=st.integers(1, 40), experts=st.integers(1, 3),
-    size=st.tuples(sides, sides), kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
-    biased=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_each_sample_is_convolved_by_its_expert(n, c_in, c_out, experts, size, kernel, stride, padding, biased, seed):
-    kernel = tuple(min(k, side + 2 * p) for k, side, p in zip(kernel, size, padding, strict=True))
-    x = batch(n, c_in, *size, seed=seed).requires_grad_()
-    generator = torch.Generator().manual_seed(seed)
-    filters = torch.randn(experts, c_out, c_in, *kernel, generator=generator)
-    bias = torch.randn(experts, c_out, generator=generator) if biased else None
-    choice = torch.randint(experts, (n,), generator=generator)
+def convolved(x, filters, bias, choice, stride, padding):
+    """Each sample by its expert's filters, in fp64."""
     each = [
         F.conv2d(
             x[i : i + 1].double(), filters[e].double(), None if bias is None else bias[e].double(), stride, padding
         )
         for i, e in enumerate(choice.tolist())
     ]
-    expected = torch.cat(each)
+    return torch.cat(each)
+
+
+def assert_convolves(x, filters, bias, choice, stride, padding):
+    """The kernels' convolution of these and both its gradients are those in fp64, but for the rounding of results."""
+    x, dtype = x.detach().requires_grad_(), x.dtype
+    expected = convolved(x, filters, bias, choice, stride, padding)
     made = native.Packed.of(filters, bias, stride, padding)
     y = made.convolve(x.detach(), choice)
-    assert y.is_contiguous(memory_format=LAST)
-    assert_close(y, expected.detach())
-    grad = batch(*y.shape, seed=seed + 1)
+    assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype and y.shape == made.made_of(x.shape)
+    assert_close(y, expected.detach(), dtype)
+    grad = batch(*y.shape, seed=1, dtype=dtype)
     (wanted,) = torch.autograd.grad(expected, x, grad.double())
     dx, products = made.backward(grad, x.detach(), choice, products=True)
-    assert_close(dx, wanted)
-    terms = (wanted.double() * x.detach()).flatten(1)
+    assert_close(dx, wanted, dtype)
+    terms = (dx.double() * x.detach()).flatten(1)
     assert bool(((products - terms.sum(1)).abs() <= 1e-5 * terms.abs().sum(1) + 1e-6).all())  # terms may cancel
     assert made.backward(grad, x.detach(), choice, products=False)[1] is None
 
 
-@pytest.mark.parametrize("channels", [8, 16, 32, 48])
-def test_a_sample_is_computed_alike_alone_and_among_others(channels):
-    x, choice = batch(9, channels, 6, 6), torch.arange(9) % 2
-    made = native.Packed.of(batch(2 * channels, channels, 3, 3).view(2, channels, channels, 3, 3), None, (1, 1), (1, 1))
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 5), c_in=st.integers(1, 20), c_out=st.integers(1, 40), experts=st.integers(1, 3),
+    size=pairs(sides, sides), kernel=pairs(st.integers(1, 5), st.integers(1, 5)),
+    stride=pairs(st.integers(1, 3), st.integers(1, 3)), padding=pairs(st.integers(0, 4), st.integers(0, 4)),
+    biased=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_each_sample_is_convolved_by_its_expert(n, c_in, c_out, experts, size, kernel, stride, padding, biased, seed):
+    kernel = tuple(min(k, side + 2 * p) for k, side, p in zip(kernel, size, padding, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(experts, c_out, c_in, *kernel, generator=generator)
+    bias = torch.randn(experts, c_out, generator=generator) if biased else None
+    choice = torch.randint(experts, (n,), generator=generator)
+    assert_convolves(batch(n, c_in, *size, seed=seed), filters, bias, choice, stride, padding)
+
+
+@tiles
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 9), c_in=st.sampled_from([3, 24, 32, 64]), c_out=st.sampled_from([5, 16, 32, 48, 64]),
+    experts=st.integers(1, 3),
+    size=pairs(st.sampled_from([1, 2, 4, 7, 8, 16, 17]), st.sampled_from([1, 4, 8, 13, 16, 32])),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 3)]), stride=pairs(st.integers(1, 3), st.integers(1, 3)),
+    padding=pairs(st.integers(0, 2), st.integers(0, 2)), biased=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_tiles_convolve_each_sample_by_its_expert(n, c_in, c_out, experts, size, kernel, stride, padding, biased, seed):
+    kernel = tuple(min(k, side + 2 * p) for k, side, p in zip(kernel, size, padding, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(experts, c_out, c_in, *kernel, generator=generator).bfloat16()
+    bias = torch.randn(experts, c_out, generator=generator).bfloat16() if biased else None
+    choice = torch.randint(experts, (n,), generator=generator)
+    assert_convolves(batch(n, c_in, *size, seed=seed, dtype=torch.bfloat16), filters, bias, choice, stride, padding)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("pool", "summed"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_a_rectified_convolution_is_its_parts(dtype, pool, summed, stride, size):
+    x, choice = batch(6, 32, size, size, dtype=dtype), torch.tensor([0, 1, 1, 0, 2, 1])
+    filters, bias = (
+        batch(3 * 64, 32, 3, 3, dtype=dtype).view(3, 64, 32, 3, 3),
+        batch(3, 64, 1, 1, dtype=dtype)[:, :, 0, 0],
+    )
+    made = native.Packed.of(filters, bias, (stride, stride), (1, 1))
+    shortcut = batch(*made.made_of(x.shape), dtype=dtype, seed=2) if summed else None
+    y, pooled = made.rectified(x, choice, shortcut, pool=pool)
+    alone = made.convolve(x, choice)
+    expected, mean = native.rectify(Parts((alone,)), shortcut, pool=pool, out=alone)
+    assert torch.equal(y, expected) and (torch.equal(pooled, mean) if pool else pooled is None)
+    gradients, _ = some_gradients(y, y, pool)
+    dx, products, kept = made.unrectified(y, gradients, x, choice, products=True, shortcut=summed)
+    (back,) = native.unrectify(y, gradients, Parts((torch.empty_like(y),)))
+    wanted, dots = made.backward(back, x, choice, products=True)
+    assert torch.equal(dx, wanted) and torch.equal(products, dots)
+    assert torch.equal(kept, back) if summed else kept is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size"),
+    [(torch.float32, c, 6) for c in (8, 16, 32, 48)]
+    + [pytest.param(torch.bfloat16, 32, size, marks=tiles) for size in (4, 6, 8, 16)],
+)
+def test_a_sample_is_computed_alike_alone_and_among_others(dtype, channels, size):
+    x, choice = batch(9, channels, size, size, dtype=dtype), torch.arange(9) % 2
+    filters = batch(2 * channels, channels, 3, 3, dtype=dtype).view(2, channels, channels, 3, 3)
+    made = native.Packed.of(filters, None, (1, 1), (1, 1))
     together = made.convolve(x, choice)
     back, _ = made.backward(together, x, choice, products=False)
     for i in range(9):
@@ -204,8 +268,10 @@ def test_images_that_do_not_fit_the_filters_are_refused(shape):
 def test_large_filters_and_other_precisions_are_left_to_pytorch():
     assert native.Packed.suits(torch.ones(256, 128, 3, 3), 2)
     assert not native.Packed.suits(torch.ones(256, 256, 3, 3), 1)
-    assert not native.Packed.suits(torch.ones(4, 4, 3, 3, dtype=torch.bfloat16), 1)
+    assert not native.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.float16), 2)
     assert not native.Packed.suits(torch.ones(4, 4, 3, 3, device="meta"), 1)
+    narrow = ((8, 32), (32, 16), (96, 32))  # of two experts; where there are no tiles, wide ones too
+    assert not any(native.Packed.suits(torch.ones(*each, 3, 3, dtype=torch.bfloat16), 2) for each in narrow)
     with native.without_kernels():
         assert not native.Packed.suits(torch.ones(4, 4, 3, 3), 1)
 
@@ -230,9 +296,10 @@ def test_what_suits_is_plain_memory_that_nobody_watches():
     assert seen == [False]
 
 
-def test_results_do_not_depend_on_threads():
-    x, choice = batch(9, 16, 6, 6), torch.arange(9) % 2
-    made = native.Packed.of(batch(32, 16, 3, 3).view(2, 16, 16, 3, 3), None, (1, 1), (1, 1))
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_results_do_not_depend_on_threads(dtype):
+    x, choice = batch(9, 32, 6, 6, dtype=dtype), torch.arange(9) % 2
+    made = native.Packed.of(batch(64, 32, 3, 3, dtype=dtype).view(2, 32, 32, 3, 3), None, (1, 1), (1, 1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
@@ -266,16 +333,20 @@ def test_scores_and_their_gradient(channels):
     assert_close(scorer.backward(g, kept), torch.autograd.grad(expected, pooled, g)[0])
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_whole_layer_is_its_parts(summed, stride):
-    scorer, parts = router(12, 3)
-    x = batch(9, 12, 6, 6).relu()
-    filters, bias = batch(3 * 16, 12, 3, 3).view(3, 16, 12, 3, 3), batch(3, 16, 1, 1)[:, :, 0, 0]
+def test_a_whole_layer_is_its_parts(dtype, summed, stride):
+    scorer, parts = router(32, 3)
+    x = batch(9, 32, 6, 6, dtype=dtype).relu()
+    filters, bias = (
+        batch(3 * 16, 32, 3, 3, dtype=dtype).view(3, 16, 32, 3, 3),
+        batch(3, 16, 1, 1, dtype=dtype)[:, :, 0, 0],
+    )
     fixed = native.Packed.of(filters, bias, (stride, stride), (1, 1))
     pooled = native.pooled(x)
     scorer.norm.running_mean, scorer.norm.running_var = pooled.mean(0), pooled.var(0)
-    shortcut = batch(9, 16, 6 // stride, 6 // stride, seed=2) if summed else None
+    shortcut = batch(9, 16, 6 // stride, 6 // stride, seed=2, dtype=dtype) if summed else None
     made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=True)
     assert_close(made.scores, parts(pooled))
     assert torch.equal(made.choice, made.scores.argmax(1)) and len(made.choice.unique()) > 1
@@ -283,7 +354,7 @@ def test_a_whole_layer_is_its_parts(summed, stride):
     y, after = native.rectify(Parts((y,)), shortcut, pool=True, out=y)
     assert torch.equal(made.y, y) and torch.equal(made.pooled, after)
     with pytest.raises(ValueError, match=r"shortcut must be \(9, 16, "):
-        native.whole_layer(scorer, pooled, fixed, x, batch(9, 16, 1, 1), pool=True)
+        native.whole_layer(scorer, pooled, fixed, x, batch(9, 16, 1, 1, dtype=dtype), pool=True)
 
 
 def test_scores_that_are_equal_or_no_numbers_choose_as_pytorch_does():
