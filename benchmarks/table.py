@@ -42,7 +42,7 @@ def run_row(method: str, options: argparse.Namespace) -> None:
     settings = {
         "data.name": "folder", "data.root": options.root, "model.width": options.width, "training.epochs":
         options.epochs, "training.batch_size": options.batch_size, "training.lr": options.lr, "training.seed":
-        options.seed,
+        options.seed, "training.precision": options.precision,
     }  # fmt: skip
     if (run / "manifest.json").exists():
         if json.loads((run / "manifest.json").read_text())["finished"] is None:
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of training")
     parser.add_argument("--num-examples", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
