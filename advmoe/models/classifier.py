@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from advmoe.moe.rectifier import heard
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 
@@ -32,7 +34,8 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K), under the active routing."""
-        with forward_scope() as routing:
+        shares = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and heard(self))
+        with forward_scope(shares=shares) as routing:
             x = self.normalize(x)
             if self.router is not None:
                 routing.shared = self.router(x)

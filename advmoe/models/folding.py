@@ -20,7 +20,7 @@ from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.dispatch import fixed_convolution
 from advmoe.moe.layer import Finish
-from advmoe.moe.rectifier import Rectifier, listened, unshared
+from advmoe.moe.rectifier import Rectifier, listened
 from advmoe.moe.routing import active_routing
 
 Folded = tuple[Tensor, Tensor, native.Packed | None]
@@ -134,4 +134,4 @@ class Steps(nn.Sequential):
                 x, done = conv_norm(step, following[0], x, rectifier), done + (2 if rectifier is None else 3)
             else:
                 x, done = step(x), done + 1
-        return unshared(x, self)
+        return x

@@ -13,7 +13,7 @@ from advmoe.models.folding import Steps, conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
-from advmoe.moe.rectifier import branch_of, unshared
+from advmoe.moe.rectifier import branch_of
 
 
 def _shortcut(layers: LayerFactory, c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         y = conv_norm(self.conv1, self.norm1, x, self.relu)
-        return unshared(conv_norm(self.conv2, self.norm2, y, self.relu, self.shortcut(branch_of(x))), self)
+        return conv_norm(self.conv2, self.norm2, y, self.relu, self.shortcut(branch_of(x)))
 
 
 class Bottleneck(nn.Module):
@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
         """(N, C, H, W) -> (N, C', H', W')."""
         y = conv_norm(self.conv1, self.norm1, x, self.relu)
         y = conv_norm(self.conv2, self.norm2, y, self.relu)
-        return unshared(conv_norm(self.conv3, self.norm3, y, self.relu, self.shortcut(branch_of(x))), self)
+        return conv_norm(self.conv3, self.norm3, y, self.relu, self.shortcut(branch_of(x)))
 
 
 class ResNet(nn.Module):

@@ -188,15 +188,15 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed) -> Tensor:
         ctx.filters, ctx.gate_dtype = filters, None if gate is None else gate.dtype
-        ctx.save_for_backward(x, choice)
+        ctx.save_for_backward(x, choice, filters.filters)  # the last so that a change of these does not go unnoticed
         return filters.convolve(x, choice)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, choice = ctx.saved_tensors
+        x, choice, _ = ctx.saved_tensors
         gated = ctx.gate_dtype is not None
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
         dx, products = ctx.filters.backward(grad, x, choice, products=gated)
         return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None
 

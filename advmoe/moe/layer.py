@@ -192,7 +192,7 @@ class MoELayer(nn.Module, ABC):
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
         banks, fixed = weights.banks, weights.fixed
         learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
-        if fixed is None and not learnt and len(x) >= _WORTH_PACKING:
+        if fixed is None and not learnt and len(x) >= _WORTH_PACKING and native.suits(x):
             fixed = self.packed(*banks)
         direct = finish if behind is None and not self.copies else None
         if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):

@@ -106,7 +106,7 @@ class _ConvolutionRectified(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         y, pooled = filters.rectified(x, choice, shortcut, pool=pool)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, choice, y)
+        ctx.save_for_backward(x, choice, y, filters.filters)  # the last so that a change of these does not go unnoticed
         ctx.filters, ctx.gate_dtype = filters, None if gate is None else gate.dtype
         ctx.summed = shortcut is not None
         return y, pooled, y.detach()
@@ -116,7 +116,8 @@ class _ConvolutionRectified(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, choice, y = ctx.saved_tensors
+        x, choice, y, _ = ctx.saved_tensors
+        x, y = x.contiguous(memory_format=_LAST), y.contiguous(memory_format=_LAST)  # whoever kept them
         given = _given(y, grad, pooled, branch)
         gated = ctx.gate_dtype is not None
         dx, products, kept = ctx.filters.unrectified(y, given, x, choice, products=gated, shortcut=ctx.summed)
@@ -206,16 +207,22 @@ class Rectifier(nn.ReLU):
 
     @staticmethod
     def kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
-        """`x`, of which the rest is then known for as long as the model's pass goes on: whoever asks for a gradient of
-        `x` itself must get all of it, not what is left beside the other two's.
+        """`x`, of which the rest is then known for as long as the model's pass goes on, if nobody listens to that: who
+        asks for a gradient of `x` itself must get all of it, not what is left beside the other two's.
         """
-        if active_routing().one_pass and not x.is_inference() and not module_hooks():
+        if active_routing().shares and not x.is_inference():
             setattr(x, _KNOWN, (x._version, pooled, branch))
         return x
 
 
-def module_hooks() -> bool:
-    """Whether somebody listens to all modules there are."""
+def heard(model: nn.Module) -> bool:
+    """Whether somebody listens to a part of `model`, and so may hold of its activations."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if listened(module):
+            return True
+        waiting.extend(child for child in module._modules.values() if child is not None)
     hooks = torch.nn.modules.module
     return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
 
@@ -240,18 +247,11 @@ def branch_of(x: Tensor) -> Tensor:
     return x if branch is None else branch
 
 
-def unshared(x: Tensor, module: nn.Module) -> Tensor:
-    """The output `x` of a `module`, of which whoever listens to that must get the whole gradient."""
-    if type(x) is Tensor and listened(module) and hasattr(x, _KNOWN):
-        delattr(x, _KNOWN)
-    return x
-
-
 def _known(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The mean of `x` and `x` for a second use, each None where it is not known, or has no gradient to bring back."""
     if type(x) is not Tensor or not hasattr(x, _KNOWN):  # what a graph is traced with has every attribute
         return None, None
-    if not active_routing().one_pass or x.is_inference() or x.retains_grad or x._backward_hooks:
+    if not active_routing().shares or x.is_inference() or x.retains_grad or x._backward_hooks:
         return None, None
     version, *made = getattr(x, _KNOWN)
     if version != x._version:

@@ -51,6 +51,8 @@ class Routing:
     """Scores made from the image ahead of all layers, one entry per layer; empty with a router in each layer."""
     one_pass: bool = False
     """Whether a model's forward pass is under way, in which a layer that runs again keeps its choice."""
+    shares: bool = False
+    """Whether that pass may split the gradient of an activation among several tensors (see `rectifier`)."""
     _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
@@ -108,20 +110,21 @@ def opened(routing: Routing) -> Iterator[Routing]:
 
 
 @contextmanager
-def forward_scope() -> Iterator[Routing]:
-    """The active routing, emptied for a new forward pass; a fresh one where none is open."""
+def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
+    """The active routing, emptied for a new forward pass; a fresh one where none is open. `shares`: see `Routing`."""
     routing = _active.get()
     if routing is None:
-        with opened(Routing(one_pass=True)) as routing:
+        with opened(Routing(one_pass=True, shares=shares)) as routing:
             yield routing
         return
     for record in (routing.scores, routing.choices, routing.shared, routing._plans):
         record.clear()
-    before, routing.one_pass = routing.one_pass, True
+    before = routing.one_pass, routing.shares
+    routing.one_pass, routing.shares = True, shares
     try:
         yield routing
     finally:
-        routing.one_pass = before
+        routing.one_pass, routing.shares = before
 
 
 @contextmanager

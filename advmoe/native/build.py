@@ -137,7 +137,7 @@ def _opened(file: Path) -> Any:
         "gate": (None, [pointer, pointer, count, count, pointer]),
         "ungate": (None, [pointer, pointer, pointer, count, count, pointer]),
         "tiles": (whole, []),
-        "pack_bf16": (count, [pointer, whole, pointer, pointer]),
+        "pack_bf16": (count, [pointer, whole, pointer, pointer, whole]),
     }
     for dtype in ("fp32", "bf16"):
         takes |= {

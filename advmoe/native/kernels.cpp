@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "activations.h"
 #include "convolution.h"
@@ -40,6 +41,8 @@ template <class Run>
 void with_units(const Convolution& c, const Half* filters, const float* bias, const Run& run) {
 #if defined(ADVMOE_TILES)
     run(TileUnits(c, filters, bias));
+#else
+    std::abort();  // nobody may ask for it
 #endif
 }
 
@@ -233,11 +236,11 @@ int advmoe_tiles() {
 
 // bf16 filters (E, c_out, kh, kw, c_in) as tiles read them, ahead or `backward`, put into `out`, if that is given; the
 // numbers that they take.
-int64_t advmoe_pack_bf16(const Shape* shape, int backward, const Half* filters, Half* out) {
+int64_t advmoe_pack_bf16(const Shape* shape, int backward, const Half* filters, Half* out, int threads) {
     const Shape& s = *shape;
     const Convolution c = backward ? back(s) : ahead(s);
 #if defined(ADVMOE_TILES)
-    if (out) pack(s, c, backward, filters, out);
+    if (out) pack(s, c, backward, filters, out, threads);
 #endif
     return s.experts * filters_of(c);
 }

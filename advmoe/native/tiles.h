@@ -9,7 +9,8 @@
 
 #include "convolution.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if ((defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__))) && \
+    defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define ADVMOE_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -83,13 +84,13 @@ TiledGrid tiled(const Convolution& c, const Grid& grid, int64_t filters) {
 }
 
 // The filters (c_out, kh, kw, c_in) of each expert as the units read them.
-void pack(const Shape& s, const Convolution& c, bool backward, const Half* filters, Half* out) {
+void pack(const Shape& s, const Convolution& c, bool backward, const Half* filters, Half* out, int threads) {
     const int64_t columns = columns_of(c), size = static_cast<int64_t>(s.c_out) * c.taps * s.c_in;
     // From one input of the convolution to the next, and from one output.
     const int64_t in = backward ? static_cast<int64_t>(c.taps) * s.c_in : 1;
     const int64_t across = backward ? 1 : static_cast<int64_t>(c.taps) * s.c_in;
     const int64_t of_expert = filters_of(c);
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t e = 0; e < s.experts; ++e)
         for (int64_t column = 0; column < columns; ++column) {
             int64_t begin = 0;
@@ -134,9 +135,13 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Compilers do not know what the instructions for tiles read.
+inline void all_written() { asm volatile("" ::: "memory"); }
+
 struct Tiles {
     Tiles() {
         const TileShapes shapes;
+        all_written();
         _tile_loadconfig(&shapes);
     }
     ~Tiles() { _tile_release(); }
@@ -144,6 +149,7 @@ struct Tiles {
     void sums(const Operands& o, float* made) const {
         const int64_t apart = o.apart * sizeof(Half);
         constexpr int kApart = 2 * kChannels * sizeof(float);
+        all_written();
         _tile_zero(0);
         _tile_zero(1);
         if (!o.a[1]) {
@@ -213,7 +219,12 @@ struct TileUnits {
 
     int64_t together() const { return most; }
     // Pixels of no meaning are read behind the last frame.
-    int64_t beyond() const { return static_cast<int64_t>(kRows) * c.c_in; }
+    int64_t beyond() const {
+        int64_t most_apart = 0;
+        for (const TiledGrid& grid : grids)
+            if (grid.straight) most_apart = std::max(most_apart, grid.apart);
+        return kChannels * most_apart;
+    }
 
     void run(Own& own, const Half* framed, int64_t expert, int64_t count, Half* const* out) const {
         const Half* of_this = filters + expert * of_expert;

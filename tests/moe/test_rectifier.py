@@ -18,7 +18,7 @@ from advmoe.models.modes import frozen
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe import route
 from advmoe.moe.conv import MoEConv2d
-from advmoe.moe.dispatch import Plan
+from advmoe.moe.dispatch import Plan, convolution
 from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
 from advmoe.moe.routers import routers_of
 from advmoe.moe.routing import forward_scope
@@ -151,7 +151,7 @@ def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
     norm, rectifier = BatchNorm2d(8), Rectifier(pools=True)
     plan = Plan.of(torch.tensor([0, 1, 1, 0, 1, 0]), 2) if parts == 2 else None
     rows = tuple(y[index].contiguous(memory_format=LAST) for index in plan.members) if plan else (y * 1,)
-    with forward_scope():
+    with forward_scope(shares=True):
         x = rectifier.finish(rows, plan, norm, shortcut)
         twice, pooled = branch_of(x), pooled_before(x)
     assert twice is not x and twice.data_ptr() == x.data_ptr()
@@ -180,7 +180,7 @@ def test_a_norm_that_does_not_record_stays_as_it_is():
 
 @needs_kernels
 def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
-    with forward_scope():
+    with forward_scope(shares=True):
         x = Rectifier(pools=True)(torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST))
         torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
         assert pooled_before(x.clone()) is None
@@ -221,7 +221,7 @@ def test_activations_are_freed_without_the_garbage_collector(backward):
     y = torch.randn(4, 8, 4, 4).contiguous(memory_format=LAST).requires_grad_()
     gc.disable()
     try:
-        with forward_scope():
+        with forward_scope(shares=True):
             x = Rectifier(pools=True).finish((y * 1,), None, BatchNorm2d(8), None)
             total = (x + branch_of(x)).sum()
         if backward:
@@ -265,31 +265,142 @@ def test_a_block_that_is_run_again_for_its_gradient_has_all_of_it(kind, make_ima
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
+def heard_of(module, way):
+    """What a hook on `module` will get hold of, once the model has run."""
+    seen = []
+    if way == "input":
+        module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    elif way == "output":
+        module.register_forward_hook(lambda module, given, made: seen.append(made))
+    elif way == "retained":
+        module.register_forward_pre_hook(lambda module, given: seen.append(given[0]) or given[0].retain_grad())
+    return seen
+
+
 @pytest.mark.usefixtures("shallow_backbones")
-@pytest.mark.parametrize("way", ["hook", "by hand", "retained"])
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [
+        ("blocks.0", "output"), ("blocks.1", "input"), ("blocks.1", "retained"), ("blocks.0.relu", "output"),
+        ("blocks.1.shortcut", "input"), ("blocks.1.conv1", "input"), ("blocks", "input"), ("stem", "output"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["train", "frozen"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, way, make_images):
+def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way, make_images):
     found = []
     for kernels in (True, False):
-        model, x, seen = resnet(kind).train(), make_images(6), []
-        first, *rest = model.backbone.blocks
-        with contextlib.nullcontext() if kernels else native.without_kernels():
-            if way == "hook":
-                first.register_forward_hook(lambda module, given, made, seen=seen: seen.append(made))
-                logits = model(x)
-            elif way == "retained":
-                first.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
-                first.register_forward_pre_hook(lambda module, given: given[0].retain_grad())
-                logits = model(x)
-            else:
-                seen.append(first(model.backbone.stem(x)))
-                y = seen[0]
-                for block in rest:
-                    y = block(y)
-                logits = model.backbone.classifier(y.mean((2, 3)))
+        model, x = resnet(kind).train(), make_images(20).requires_grad_()
+        for _ in range(3):
+            model(x)
+        seen = heard_of(model.backbone.get_submodule(part), way)
+        with (
+            contextlib.nullcontext() if kernels else native.without_kernels(),
+            frozen(model) if mode == "frozen" else contextlib.nullcontext(),
+        ):
+            logits = model(x)
             found.append(torch.autograd.grad(logits.square().sum(), seen[0])[0])
     ours, wanted = found
     torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_blocks_called_by_hand_share_nothing(kind, make_images):
+    found = []
+    for kernels in (True, False):
+        model, x = resnet(kind).train(), make_images(6)
+        first, *rest = model.backbone.blocks
+        with contextlib.nullcontext() if kernels else native.without_kernels():
+            y = feature = first(model.backbone.stem(x))
+            for block in rest:
+                y = block(y)
+            logits = model.backbone.classifier(y.mean((2, 3)))
+            found.append(torch.autograd.grad(logits.square().sum(), feature)[0])
+    ours, wanted = found
+    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+
+
+def fixed_layer(channels=8):
+    """A convolution of two experts' fixed filters, and what it convolves: x, choice."""
+    torch.manual_seed(0)
+    filters = torch.randn(2, channels, channels, 3, 3)
+    x = torch.randn(20, channels, 6, 6).contiguous(memory_format=LAST).requires_grad_()
+    return native.Packed.of(filters, None, (1, 1), (1, 1)), x, torch.arange(20) % 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_frozen_network_s_convolutions_are_rectified_as_they_are_made(bf16, make_images, monkeypatch):
+    if bf16 and not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
+        pytest.skip("a CPU without tiles")
+    model, x = made("resnet18", {"kind": "moe", "width": 64}), make_images(20).requires_grad_()
+    dtypes = []
+    for name in ("rectified", "unrectified"):
+        run = getattr(native.Packed, name)
+        monkeypatch.setattr(
+            native.Packed, name, lambda self, *a, run=run, **k: dtypes.append(self.dtype) or run(self, *a, **k)
+        )
+    with frozen(model), folding(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(x).sum().backward()
+    assert dtypes == [torch.bfloat16 if bf16 else torch.float32] * len(dtypes)
+    assert len(dtypes) == 2 * 16 if bf16 else len(dtypes) >= 2 * 11  # fp32 ones may be too large
+
+
+@needs_kernels
+def test_a_shortcut_that_kernels_cannot_read_is_added_by_pytorch():
+    filters, x, choice = fixed_layer()
+    shortcut, rectifier = torch.randn(20, 8, 6, 6).contiguous(memory_format=LAST), Rectifier()
+    assert rectifier.convolved(x, None, choice, filters, shortcut) is not None
+    others = [shortcut.double(), shortcut.bfloat16(), shortcut.contiguous(), shortcut[:1], shortcut[:, :, :1, :1]]
+    for other in (*others, shortcut[:, :, :5]):
+        assert rectifier.convolved(x, None, choice, filters, other) is None
+    assert rectifier.convolved(x.contiguous(), None, choice, filters, None) is None
+    narrow = native.Packed.of(torch.ones(2, 4, 8, 3, 3), None, (1, 1), (1, 1))
+    assert rectifier.convolved(x, None, choice, narrow, None) is None
+    rectifier.register_forward_hook(lambda *_: None)
+    assert rectifier.convolved(x, None, choice, filters, shortcut) is None
+
+
+@needs_kernels
+def test_filters_of_another_precision_are_not_used():
+    layer = MoEConv2d(8, 8, 3, padding=1, bank_rows=16, num_experts=2, layer=0, own_router=False)
+    x, filters = torch.randn(20, 8, 6, 6).bfloat16().contiguous(memory_format=LAST), layer.bank.detach()
+    shifts, made = torch.randn(16), []
+    fixed = layer.packed(filters, shifts)
+    assert fixed is not None and fixed.dtype == torch.float32
+    for given in (fixed, None):
+        with torch.no_grad(), route() as routing:
+            routing.shared = [torch.arange(40.0).view(20, 2).sin()]
+            made.append(layer.folded(x, filters.bfloat16(), shifts.bfloat16(), given))
+    assert torch.equal(*made)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rectified", [False, True])
+def test_filters_that_change_before_the_gradient_are_noticed(rectified):
+    filters, x, choice = fixed_layer()
+    y = Rectifier().convolved(x, None, choice, filters, None) if rectified else convolution(x, None, choice, filters)
+    filters.filters.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rectified", [False, True])
+def test_what_was_kept_in_another_layout_gives_the_same_gradient(rectified):
+    found = []
+    for kept in (lambda t: t, lambda t: t.contiguous()):
+        filters, x, choice = fixed_layer()
+        gate = torch.ones(20, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, kept):
+            if rectified:
+                y = Rectifier().convolved(x, gate, choice, filters, None)
+            else:
+                y = convolution(x, gate, choice, filters)
+            found.append(torch.autograd.grad(y.square().sum(), (x, gate)))
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.usefixtures("shallow_backbones")

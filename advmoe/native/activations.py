@@ -1,0 +1,161 @@
+"""Passes over activations: pools, rectifiers, batch norms, and the samples of experts that lie apart."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmoe.native.build import built
+from advmoe.native.tensors import LANES, NAMES, addresses, room, suits, threads_for
+
+
+def pooled(x: Tensor) -> Tensor:
+    """The mean over pixels, (N, C) in fp32, of a channels-last `x` (N, C, H, W) that `suits`."""
+    n, c, h, w = x.shape
+    out = room(n, c)
+    pool = built().functions[f"pool_{NAMES[x.dtype]}"]
+    pool(x.data_ptr(), n, h * w, c, out.data_ptr(), threads_for(n))
+    return out
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Each sample's inner product of `a` and `b` (N, ...), which `suits`: (N,) in fp32."""
+    out = room(len(a))
+    row = a.numel() // max(1, len(a))
+    multiply = built().functions[f"products_{NAMES[a.dtype]}"]
+    multiply(a.data_ptr(), b.data_ptr(), len(a), row, out.data_ptr(), threads_for(len(a)))
+    return out
+
+
+def rectifies(y: Tensor, *others: Tensor) -> bool:
+    """Whether `rectify` takes `y` (N, C, H, W), a batch or some of its samples, and `others`."""
+    return y.dim() == 4 and y.shape[1] % LANES == 0 and suits(y, *others)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A batch (N, ...) whose samples lie apart, by expert, or together: as one part that needs no members."""
+
+    rows: tuple[Tensor, ...]
+    """(n_e, ...) each."""
+    members: tuple[Tensor, ...] = ()
+    """(n_e,) each: which samples of the batch they are."""
+
+    def like(self) -> Parts:
+        """Parts of the same shapes, yet to be filled."""
+        return Parts(tuple(map(torch.empty_like, self.rows)), self.members)
+
+    def whole(self) -> Tensor:
+        """A batch of the samples' shape, yet to be filled."""
+        first, samples = self.rows[0], sum(map(len, self.rows))
+        layout = torch.channels_last if first.dim() == 4 else torch.contiguous_format
+        return torch.empty(samples, *first.shape[1:], dtype=first.dtype, device="cpu", memory_format=layout)
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [("parts", ctypes.c_int), ("members", ctypes.c_void_p), ("counts", ctypes.c_void_p)]
+
+
+class _Size(ctypes.Structure):
+    _fields_ = [("pixels", ctypes.c_int64), ("channels", ctypes.c_int64)]
+
+
+def _run(name: str, parts: Parts, *arguments: Any) -> None:
+    """A kernel over a batch in parts, which says where they belong and then takes `arguments`."""
+    first = parts.rows[0]
+    members = addresses(parts.members) if parts.members else None
+    counts = (ctypes.c_int64 * len(parts.rows))(*map(len, parts.rows))
+    places = _Places(len(parts.rows), members and ctypes.addressof(members), ctypes.addressof(counts))
+    given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+    threads = threads_for(sum(map(len, parts.rows)))
+    built().functions[f"{name}_{NAMES[first.dtype]}"](ctypes.addressof(places), *given, threads)
+
+
+def _size(x: Tensor) -> Any:
+    return ctypes.byref(_Size(x.shape[2] * x.shape[3], x.shape[1]))
+
+
+def rectify(
+    y: Parts, shortcut: Tensor | None, *, pool: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """max(y + shortcut, 0) for `y` (N, C, H, W) that `rectifies`, put into `out`, if that is given, which may be y's
+    only part; and with `pool` its mean over pixels, (N, C) in fp32.
+    """
+    x = y.whole() if out is None else out
+    pooled = room(*x.shape[:2]) if pool else None
+    _run("rectify", y, _size(x), addresses(y.rows), shortcut, x, pooled)
+    return x, pooled
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of something rectified."""
+
+    x: Tensor
+    """(N, C, H, W), of the result."""
+    branch: Tensor | None = None
+    """The same, where the result was used twice."""
+    pooled: Tensor | None = None
+    """(N, C), of the result's mean over pixels."""
+
+
+def unrectify(x: Tensor, gradients: Gradients, into: Parts) -> tuple[Tensor, ...]:
+    """The gradient for y of `rectify`, in its parts, put `into` tensors of their shapes, by those of its result `x`
+    (N, C, H, W). It is that for the shortcut too.
+    """
+    _run("unrectify", into, _size(x), x, gradients.x, gradients.branch, gradients.pooled, addresses(into.rows))
+    return into.rows
+
+
+@dataclass(frozen=True)
+class Normed:
+    """What `norm_rectify` made, and what its gradient needs."""
+
+    x: Tensor
+    """(N, C, H, W)."""
+    pooled: Tensor | None
+    """The mean of `x` over its pixels, (N, C) in fp32."""
+    mean: Tensor
+    """Of each channel over the batch, (C,) in fp64."""
+    variance: Tensor
+    """Of the population, (C,) in fp64."""
+
+
+def norm_rectify(y: Parts, weight: Tensor, bias: Tensor, eps: float, shortcut: Tensor | None, *, pool: bool) -> Normed:
+    """max(norm(y) + shortcut, 0) for `y` (N, C, H, W) that `rectifies`, by the batch's own statistics, with fp32
+    `weight` and `bias` (C,).
+    """
+    x = y.whole()
+    pooled = room(*x.shape[:2]) if pool else None
+    mean, variance = room(2, x.shape[1], dtype=torch.float64).unbind()
+    _run("norm", y, _size(x), addresses(y.rows), weight, bias, eps, shortcut, x, pooled, mean, variance)
+    return Normed(x, pooled, mean, variance)
+
+
+def unnorm_rectify(
+    y: Parts, made: Normed, weight: Tensor, eps: float, gradients: Gradients, *, shortcut: bool
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
+    """The gradients of `norm_rectify` for `y`, in its parts, for weight and bias and, if there was one, for the
+    `shortcut`; by those of what it `made`.
+    """
+    x, into = made.x, y.like()
+    kept = torch.empty_like(x) if shortcut else None
+    weight_grad, bias_grad = room(2, x.shape[1]).unbind()
+    _run(
+        "unnorm", y, _size(x), addresses(y.rows), x, gradients.x, gradients.branch, gradients.pooled, weight, eps,
+        made.mean, made.variance, kept, addresses(into.rows), weight_grad, bias_grad,
+    )  # fmt: skip
+    return into.rows, weight_grad, bias_grad, kept
+
+
+def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch whose samples `parts` hold, as a tensor like `x` (N, ...), and each sample's inner product with that of
+    `x`, (N,) in fp32. All of these `suits`.
+    """
+    out, products = torch.empty_like(x), room(len(x))
+    _run("unsplit", parts, addresses(parts.rows), x, x.numel() // len(x), out, products)
+    return out, products
