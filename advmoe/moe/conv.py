@@ -234,6 +234,9 @@ class MoEConv2d(MoELayer):
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""
         outputs: Tensor
+        if self.groups == 1 and self.apart:  # side by side as they are
+            outputs = self.compute(x, *banks).unflatten(1, (self.num_experts, self.c_out))
+            return outputs
         each = [[self.of_expert(e, bank) for e in range(self.num_experts)] for bank in banks]
         if self.groups == 1:
             outputs = self.compute(x, *map(torch.cat, each)).unflatten(1, (self.num_experts, self.c_out))

@@ -201,6 +201,30 @@ class _Convolution(torch.autograd.Function):
         return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None
 
 
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, every: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(every, weights)
+        return native.mixed(every, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        every, weights = ctx.saved_tensors
+        every, grad = (each.contiguous(memory_format=torch.channels_last) for each in (every, grad))
+        return native.unmixed(grad, every, weights)
+
+
+def mix(every: Tensor, weights: Tensor) -> Tensor:
+    """The sum over experts of `weights` (N, E) times what each made, `every` (N, E, ...): (N, ...)."""
+    if every.dim() == 5 and weights.dtype == torch.float32:
+        together = every.flatten(1, 2)
+        if native.mixes(together, every.shape[1]):
+            y: Tensor = _Mix.apply(together, weights.contiguous())  # type: ignore[no-untyped-call]
+            return y
+    return (every * weights.to(every.dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1)
+
+
 def split(x: Tensor, plan: Plan, gate: Tensor | None = None) -> tuple[Tensor, ...]:
     """The samples of each expert of `plan`, (n_e, ...) each, from `x` (N, ...), `straight_through` the `gate` (N,) if
     there is one.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
-from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, split, straight_through
+from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, mix, split, straight_through
 from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing
@@ -229,13 +229,16 @@ class MoELayer(nn.Module, ABC):
             banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
         if routing.mode == "hard":
             return self._chosen(x, scores, choice, routing, replace(weights, banks=banks), finish)
-        y = self._reference(x, scores, choice, routing, banks)
+        if routing.mode == "soft":
+            y = mix(self.compute_all(x, *banks), (scores / routing.temperature).softmax(1))
+        else:
+            y = self._reference(x, scores, choice, routing, banks)
         return y if finish is None else finish(y)
 
     def _reference(
         self, x: Tensor, scores: Tensor, choice: Tensor, routing: Routing, banks: tuple[Tensor, ...]
     ) -> Tensor:
-        """The output in every mode but the hard one."""
+        """The output, by the formula of the mode."""
         if routing.mode == "gathered":
             if len(choice) != 1:
                 raise ValueError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
@@ -245,11 +248,8 @@ class MoELayer(nn.Module, ABC):
             # No gradient to give the choice: the chosen one's output is taken as it is.
             every = self.compute_all(x, *banks).flatten(0, 1)
             return every.index_select(0, torch.arange(x.shape[0], device=x.device) * self.num_experts + choice)
-        if routing.mode == "soft":
-            mixed = (scores / routing.temperature).softmax(1)
-        else:
-            probability = scores.softmax(1)
-            mixed = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
+        probability = scores.softmax(1)
+        mixed = F.one_hot(choice, self.num_experts) * (1 + (probability - probability.detach()))
         every = self.compute_all(x, *banks)
         return (every * mixed.to(banks[0].dtype).view(*mixed.shape, *[1] * (every.dim() - 2))).sum(1)
 

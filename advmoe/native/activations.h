@@ -309,6 +309,45 @@ void unnorm(const Places& places, const Size& s, const T* const* y, const T* x, 
     });
 }
 
+// y = the sum over experts of weights[n, e] times a pixel's e-th `channels` numbers in `every`.
+template <class T>
+void mix(const T* every, const float* weights, int64_t n, int64_t experts, const Size& s, T* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t p = i * s.pixels; p < (i + 1) * s.pixels; ++p)
+            by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+                Vector<lanes()> sum[vectors()] = {};
+                for (int64_t e = 0; e < experts; ++e)
+                    for (int b = 0; b < vectors(); ++b)
+                        sum[b] += weights[i * experts + e] * load<lanes()>(every + (p * experts + e) * s.channels + c + b * lanes());
+                for (int b = 0; b < vectors(); ++b) store<lanes()>(sum[b], y + p * s.channels + c + b * lanes());
+            });
+}
+
+// The gradients of the above for `every` and for the weights, by that of y.
+template <class T>
+void unmix(const T* g, const T* every, const float* weights, int64_t n, int64_t experts, const Size& s, T* dx,
+           float* weight_gradient, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t number = 0; number < n * experts; ++number) {
+        const int64_t i = number / experts, e = number % experts, apart = experts * s.channels;
+        const int64_t first = i * s.pixels * apart + e * s.channels;
+        float dot = 0;
+        by_channels(s.channels, [&](auto vectors, auto lanes, int64_t c) {
+            Vector<lanes()> sum[vectors()] = {};
+            for (int64_t p = 0; p < s.pixels; ++p)
+                for (int b = 0; b < vectors(); ++b) {
+                    const int64_t at = first + p * apart + c + b * lanes();
+                    const Vector<lanes()> r = load<lanes()>(g + i * s.row() + p * s.channels + c + b * lanes());
+                    sum[b] += r * load<lanes()>(every + at);
+                    store<lanes()>(weights[number] * r, dx + at);
+                }
+            for (int b = 0; b < vectors(); ++b) dot += total<lanes()>(sum[b]);
+        });
+        weight_gradient[number] = dot;
+    }
+}
+
 template <class T>
 void multiply(const T* a, const T* b, int64_t n, int64_t row, float* products, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advmoe.native.build import built
-from advmoe.native.tensors import LANES, NAMES, addresses, room, suits, threads_for
+from advmoe.native.tensors import LANES, NAMES, addresses, images, room, suits, threads_for
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -159,3 +159,31 @@ def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
     out, products = torch.empty_like(x), room(len(x))
     _run("unsplit", parts, addresses(parts.rows), x, x.numel() // len(x), out, products)
     return out, products
+
+
+def mixes(every: Tensor, experts: int) -> bool:
+    """Whether `mixed` takes `every` (N, E * C, H, W)."""
+    return every.dim() == 4 and every.shape[1] % (experts * LANES) == 0 and suits(every)
+
+
+def mixed(every: Tensor, weights: Tensor) -> Tensor:
+    """The sum over experts of fp32 `weights` (N, E), contiguous, times what each made, `every` (N, E * C, H, W), which
+    `mixes`: (N, C, H, W).
+    """
+    (n, experts), (_, wide, h, w) = weights.shape, every.shape
+    y = images(n, wide // experts, h, w, dtype=every.dtype)
+    mix = built().functions[f"mix_{NAMES[every.dtype]}"]
+    mix(every.data_ptr(), weights.data_ptr(), n, experts, _size(y), y.data_ptr(), threads_for(n))
+    return y
+
+
+def unmixed(grad: Tensor, every: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `mixed` for `every` and for the weights, by that of its result, `grad` (N, C, H, W)."""
+    (n, experts), into = weights.shape, torch.empty_like(every)
+    for_weights = room(n, experts)
+    unmix = built().functions[f"unmix_{NAMES[every.dtype]}"]
+    unmix(
+        grad.data_ptr(), every.data_ptr(), weights.data_ptr(), n, experts, _size(grad), into.data_ptr(),
+        for_weights.data_ptr(), threads_for(n),
+    )  # fmt: skip
+    return into, for_weights

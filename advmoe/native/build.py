@@ -24,7 +24,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("kernels.cpp")
 """What is compiled; it includes the headers beside it."""
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
-KERNELS = 2
+KERNELS = 3
 """What `advmoe_kernels()` of the source must say: the interface that `advmoe.native` calls."""
 _COMPILING_SECONDS = 120
 
@@ -147,6 +147,8 @@ def _opened(file: Path) -> Any:
             f"unrectify_{dtype}": (None, [*[pointer] * 7, whole]),
             f"norm_{dtype}": (None, [*[pointer] * 5, real, *[pointer] * 5, whole]),
             f"unnorm_{dtype}": (None, [*[pointer] * 8, real, *[pointer] * 6, whole]),
+            f"mix_{dtype}": (None, [pointer, pointer, count, count, pointer, pointer, whole]),
+            f"unmix_{dtype}": (None, [pointer, pointer, pointer, count, count, pointer, pointer, pointer, whole]),
             f"layer_{dtype}": (None, [pointer] * 10 + [whole]),
             f"convolve_{dtype}": (count, [pointer] * 7 + [whole]),
             f"convolve_backward_{dtype}": (None, [pointer] * 8 + [whole]),

@@ -124,7 +124,7 @@ void layer(const Router& r, const float* pooled, const Shape& s, const T* x, con
 extern "C" {
 
 // Changes with the functions below, so that nothing calls what an older file holds.
-int advmoe_kernels() { return 2; }
+int advmoe_kernels() { return 3; }
 
 // out[n, c] = the mean of x[n, :, c].
 void advmoe_pool_fp32(const float* x, int64_t n, int64_t pixels, int64_t channels, float* out, int threads) {
@@ -202,6 +202,26 @@ void advmoe_unsplit_fp32(const Places* places, const float* const* gradients, co
 void advmoe_unsplit_bf16(const Places* places, const Half* const* gradients, const Half* x, int64_t row, Half* out,
                          float* dots, int threads) {
     unsplit(*places, gradients, x, row, out, dots, threads);
+}
+
+// y = the sum over experts of weights (n, experts) times what each made, `every` (n, pixels, experts, channels).
+void advmoe_mix_fp32(const float* every, const float* weights, int64_t n, int64_t experts, const Size* size, float* y,
+                     int threads) {
+    mix(every, weights, n, experts, *size, y, threads);
+}
+void advmoe_mix_bf16(const Half* every, const float* weights, int64_t n, int64_t experts, const Size* size, Half* y,
+                     int threads) {
+    mix(every, weights, n, experts, *size, y, threads);
+}
+
+// The gradients of the above for `every` and the weights, by that of y.
+void advmoe_unmix_fp32(const float* g, const float* every, const float* weights, int64_t n, int64_t experts,
+                       const Size* size, float* dx, float* weight_gradient, int threads) {
+    unmix(g, every, weights, n, experts, *size, dx, weight_gradient, threads);
+}
+void advmoe_unmix_bf16(const Half* g, const Half* every, const float* weights, int64_t n, int64_t experts,
+                       const Size* size, Half* dx, float* weight_gradient, int threads) {
+    unmix(g, every, weights, n, experts, *size, dx, weight_gradient, threads);
 }
 
 // Scores (n, experts) of pooled features (n, channels): a batch norm in eval mode, a linear layer, ReLU, whose result

@@ -116,6 +116,24 @@ def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_i
 
 
 @needs_kernels
+@pytest.mark.parametrize(("name", "kwargs"), [each for each in NETWORKS if each[1]["kind"] == "moe"], ids=str)
+def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
+    model, images = made(name, kwargs), make_images(12)
+    model.train()(images)
+    results, mixed = [], []
+    mix = native.mixed
+    monkeypatch.setattr(native, "mixed", lambda every, weights: mixed.append(every.shape) or mix(every, weights))
+    for kernels in (True, False):
+        x = images.clone().requires_grad_()
+        with contextlib.nullcontext() if kernels else native.without_kernels(), frozen(model), route("soft"):
+            logits = model(x)
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(12) % 5), x)
+        results.append({"logits": logits.detach(), "x": gradient})
+    assert mixed
+    assert_alike(*results, 5e-3)
+
+
+@needs_kernels
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):
     model = made("resnet18", {"kind": "moe", "width": 16 if mode == "train" else 64})
@@ -235,7 +253,7 @@ def test_activations_are_freed_without_the_garbage_collector(backward):
 
 def resnet(kind="dense"):
     torch.manual_seed(0)
-    return create_model("resnet18", num_classes=5, width=8, input_size=16, kind=kind).to(memory_format=LAST)
+    return create_model("resnet18", num_classes=5, width=16, input_size=16, kind=kind).to(memory_format=LAST)
 
 
 def gradients(run, x):
@@ -263,6 +281,11 @@ def test_a_block_that_is_run_again_for_its_gradient_has_all_of_it(kind, make_ima
 
     ours, wanted = gradients(checkpointed, x)
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+def assert_nearly(ours, wanted):
+    """Equal but for the few entries that rounding put on the other side of a rectifier's zero."""
+    assert (ours - wanted).norm() <= 0.01 * wanted.norm(), ((ours - wanted).norm() / wanted.norm()).item()
 
 
 def heard_of(module, way):
@@ -300,8 +323,7 @@ def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way,
         ):
             logits = model(x)
             found.append(torch.autograd.grad(logits.square().sum(), seen[0])[0])
-    ours, wanted = found
-    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+    assert_nearly(*found)
 
 
 @pytest.mark.usefixtures("shallow_backbones")
@@ -317,8 +339,7 @@ def test_blocks_called_by_hand_share_nothing(kind, make_images):
                 y = block(y)
             logits = model.backbone.classifier(y.mean((2, 3)))
             found.append(torch.autograd.grad(logits.square().sum(), feature)[0])
-    ours, wanted = found
-    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max().item())
+    assert_nearly(*found)
 
 
 def fixed_layer(channels=8):

@@ -146,6 +146,25 @@ def test_rows_come_back_in_order_with_their_products(dtype):
     assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("channels", [8, 16, 24, 120])
+def test_a_mixture_and_its_gradients(dtype, experts, channels):
+    every = batch(5, experts * channels, 4, 3, dtype=dtype)
+    weights = batch(5, experts, 1, 1, seed=1).flatten(1).contiguous()
+    exact, shares = every.double().requires_grad_(), weights.double().requires_grad_()
+    expected = (exact.unflatten(1, (experts, channels)) * shares.view(5, experts, 1, 1, 1)).sum(1)
+    assert native.mixes(every, experts) and not native.mixes(every.contiguous(), experts)
+    assert not native.mixes(every[:, 4:].contiguous(memory_format=LAST), experts)
+    y = native.mixed(every, weights)
+    assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
+    assert_close(y, expected.detach(), dtype)
+    g = batch(*y.shape, dtype=dtype, seed=2)
+    wanted = torch.autograd.grad(expected, (exact, shares), g.double())
+    for ours, theirs in zip(native.unmixed(g, every, weights), wanted, strict=True):
+        assert_close(ours, theirs, dtype)
+
+
 tiles = pytest.mark.skipif(
     not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1), reason="a CPU without tiles"
 )
