@@ -164,7 +164,7 @@ class MoELayer(nn.Module, ABC):
         """The output for samples `x` (N, ...), `straight_through` the `gate` (N,) if there is one, one expert's samples
         at a time.
         """
-        if self.apart:
+        if self.apart and len(plan.experts) > 1:
             # One node of autograd for all experts, whose gradients it puts side by side: a slice each adds zeros.
             shares = [bank.split(self.expert_rows) for bank in banks]
             rows = [tuple(share[e] for share in shares) for e in plan.experts]
@@ -222,13 +222,13 @@ class MoELayer(nn.Module, ABC):
         finish: Finish | None = None,
     ) -> Tensor:
         """The output for samples `x` (N, ...) with `scores` (N, E) and `choice` (N,)."""
-        banks = weights.banks
         if torch.is_autocast_enabled(device := x.device.type):
             # One cast of the banks a pass: autocast would cast every expert's slice anew.
             dtype = torch.get_autocast_dtype(device)
-            banks, x = tuple(bank.to(dtype) for bank in banks), x.to(dtype)
+            weights, x = replace(weights, banks=tuple(bank.to(dtype) for bank in weights.banks)), x.to(dtype)
         if routing.mode == "hard":
-            return self._chosen(x, scores, choice, routing, replace(weights, banks=banks), finish)
+            return self._chosen(x, scores, choice, routing, weights, finish)
+        banks = weights.banks
         if routing.mode == "soft":
             y = mix(self.compute_all(x, *banks), (scores / routing.temperature).softmax(1))
         else:

@@ -169,7 +169,8 @@ class Rectifier(nn.ReLU):
         the only one of them.
         """
         members = plan.members if plan is not None and len(parts) > 1 else ()
-        if type(parts[0]) is Tensor and not listened(self) and self._fused(parts, shortcut):
+        wanted = bool(members) if norm is None else norm.training
+        if wanted and type(parts[0]) is Tensor and not listened(self) and self._fused(parts, shortcut):
             if norm is not None and _batch_normed(norm, parts):
                 arguments = (shortcut, self.pools, norm.weight, norm.bias, norm.eps, members)
                 *made, mean, variance = _NormRectified.apply(*arguments, *parts)  # type: ignore[no-untyped-call]

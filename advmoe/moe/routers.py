@@ -83,7 +83,9 @@ class LayerRouter(nn.Module):
                 return self.forward(x)
         norm, hidden, last = self.norm, self.hidden, self.scores
         pooled = None
-        if x.dim() == 4 and not norm.training and native.suits(x):
+        # For one image a router's cost is that of its calls, of which a kernel's has more around it than PyTorch's.
+        one = x.shape[0] == 1 and not torch.is_grad_enabled()
+        if x.dim() == 4 and not one and not norm.training and native.suits(x):
             pooled = global_pool(x)
             if (scorer := self.scorer(pooled)) is not None:
                 if not torch.is_grad_enabled():
@@ -93,8 +95,10 @@ class LayerRouter(nn.Module):
         if self.training or torch.is_grad_enabled():
             scores: Tensor = last(hidden(norm(global_pool(x) if pooled is None else pooled)).relu())
             return scores
-        # For one image a router's cost is that of its calls, and functions have less around them than modules.
+        # Functions have less around them than modules.
         mean, var = norm.running_mean, norm.running_var
+        if pooled is None:
+            pooled = pooled_before(x)
         if pooled is None:
             pooled = x.mean((2, 3)) if x.dtype == torch.float32 and x.dim() == 4 else global_pool(x)
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
