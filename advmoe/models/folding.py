@@ -19,7 +19,7 @@ from advmoe.models.layers import Projection
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.dispatch import fixed_convolution
-from advmoe.moe.layer import Finish
+from advmoe.moe.layer import WORTH_PACKING, Finish
 from advmoe.moe.rectifier import Rectifier, listened
 from advmoe.moe.routing import active_routing
 
@@ -81,6 +81,8 @@ def conv_norm(
     """
     compiling = torch.compiler.is_compiling()
     folds = None if compiling else _active.get()
+    if folds is None and not compiling and _worth_folding(conv, x):
+        folds = Folds()
     if folds is None or not _fixed(conv, norm):
         finish = None if rectifier is None or type(norm) is not BatchNorm2d else Finish(rectifier, norm, shortcut)
         if finish is None or compiling:
@@ -105,6 +107,13 @@ def conv_norm(
     return y if finish is None else finish(y)
 
 
+def _worth_folding(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a single pass gains by it: where kernels read filters that are packed for this pass anyway."""
+    if type(conv) is not MoEConv2d or torch.is_grad_enabled() or len(x) < WORTH_PACKING:
+        return False
+    return native.suits(x) and native.Packed.suits(conv.bank, conv.num_experts)
+
+
 def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether `conv_norm` may fold the two."""
     if type(norm) is not BatchNorm2d or type(conv) not in (nn.Conv2d, Projection, MoEConv2d):
@@ -115,7 +124,7 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
     )
     if norm.training or not norm.track_running_stats or conv.bias is not None or not usual:
         return False
-    if any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
         return False
     return not listened(conv) and not listened(norm) and active_routing().mode in ("hard", "soft")
 

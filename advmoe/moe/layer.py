@@ -28,7 +28,7 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
 
 
-_WORTH_PACKING = 16
+WORTH_PACKING = 16
 """Samples from which on it pays to have a kernel read weights that are packed for this pass alone."""
 
 
@@ -192,7 +192,7 @@ class MoELayer(nn.Module, ABC):
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
         banks, fixed = weights.banks, weights.fixed
         learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
-        if fixed is None and not learnt and len(x) >= _WORTH_PACKING and native.suits(x):
+        if fixed is None and not learnt and len(x) >= WORTH_PACKING and native.suits(x):
             fixed = self.packed(*banks)
         direct = finish if behind is None and not self.copies else None
         if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):
