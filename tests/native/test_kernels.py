@@ -1,7 +1,6 @@
 """Each kernel against PyTorch's operations, on shapes that fill vector units and shapes that do not."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe import native
-from advmoe.native import Parts
+from advmoe.native import Parts, build
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
 LAST = torch.channels_last
@@ -303,13 +302,11 @@ def test_large_filters_and_other_precisions_are_left_to_pytorch():
 
 
 def test_tiles_are_used_where_a_cpu_has_them():
-    cpu, compiler = Path("/proc/cpuinfo"), shutil.which("g++")
-    if not cpu.exists() or "amx_bf16" not in cpu.read_text() or compiler is None:
-        pytest.skip("a CPU without tiles, or no g++")
-    macros = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True, text=True
-    )
-    if "__AMX_BF16__" not in macros.stdout:
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or "amx_bf16" not in cpu.read_text():
+        pytest.skip("a CPU without tiles")
+    asked = [*build._compiler(), "-march=native", "-dM", "-E", "-xc++", os.devnull]
+    if "__AMX_BF16__" not in subprocess.run(asked, capture_output=True, text=True, check=True).stdout:
         pytest.skip("a compiler that does not know them")
     assert native.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.bfloat16), 2)
 
