@@ -44,5 +44,6 @@ def test_gathered_takes_the_forced_expert(make_routed, make_images):
 
 
 def test_gathered_is_for_one_image(make_routed, make_images):
+    model = make_routed()
     with pytest.raises(ValueError, match=r"mode gathered must be for 1 image .*, got 2 choices"), route("gathered"):
-        make_routed()(make_images(2))
+        model(make_images(2))
