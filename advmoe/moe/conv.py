@@ -234,12 +234,10 @@ class MoEConv2d(MoELayer):
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""
         outputs: Tensor
-        if self.groups == 1 and self.apart:  # side by side as they are
-            outputs = self.compute(x, *banks).unflatten(1, (self.num_experts, self.c_out))
-            return outputs
         each = [[self.of_expert(e, bank) for e in range(self.num_experts)] for bank in banks]
         if self.groups == 1:
-            outputs = self.compute(x, *map(torch.cat, each)).unflatten(1, (self.num_experts, self.c_out))
+            together = banks if self.apart else tuple(map(torch.cat, each))
+            outputs = self.compute(x, *together).unflatten(1, (self.num_experts, self.c_out))
             return outputs
         # A group's filters must lie side by side: (G, E, C_out / G) of them, and of the channels that they make.
         apart = self.c_out // self.groups
