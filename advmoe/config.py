@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import os
 import re
@@ -466,6 +468,13 @@ class Config:
             made[group] = groups[group](**fields)
         return Config(**made)
 
+    def digest(self) -> str:
+        """The SHA-256 of all fields but those that say where things lie, which change no result."""
+        groups = self.to_dict()
+        for group, name in PLACES:
+            del groups[group][name]
+        return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
+
     def to_yaml(self) -> str:
         """The text of `config.yaml`."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -482,6 +491,12 @@ class Config:
             return Config.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+PLACES = (
+    ("model", "source"), ("data", "root"), ("data", "download"), ("data", "workers"), ("training", "init_from"),
+)  # fmt: skip
+"""Fields that say where things lie or how they are fetched."""
 
 
 def field_names() -> list[str]:

@@ -41,6 +41,7 @@ from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
+from advmoe.rundir import DIGEST, WEIGHTS
 from advmoe.wording import one_line
 
 Format = Literal["onnx", "torch-export"]
@@ -154,11 +155,14 @@ def export_run(
     path = home / f"model{SUFFIXES[typed('format', Format, format)]}" if out is None else Path(out)
     positive("num_examples", num_examples)
     model = deployed(load_run(home, source))
+    assert model.origin is not None
     form = _form(model, format, dynamic_batch, opset)
     _require_place(path, form)  # before the data are read
     placed(model, _CPU)
     images, described = run_images(home, model, num_examples, source=source)
-    origin = {"run": home.resolve().name, "weights_sha256": checksum(home / "model.safetensors")}
+    origin = {
+        "run": home.resolve().name, "weights_sha256": checksum(home / WEIGHTS), DIGEST: model.origin.digest,
+    }  # fmt: skip
     return path, _export(model, path, form, images, described, threads, origin)
 
 

@@ -106,12 +106,17 @@ def checksum(path: Path) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError`, which names the file, for one that holds anything else."""
+    return read_json(path.read_bytes(), str(path))
+
+
+def read_json(content: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in `content`. Raises `ValueError`, which calls it `name`, for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from error
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be JSON, got: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
+        raise ValueError(f"{name} must hold a JSON object, got a {type(found).__name__}")
     return found
 
 

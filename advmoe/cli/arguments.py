@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from advmoe import config as config_module
 from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, require, typed
 from advmoe.evaluation.targets import is_source
+from advmoe.rundir import require_plain
 
 Accelerator = Literal["auto", "cpu", "cuda"]
 
@@ -171,8 +172,9 @@ def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def existing_run(option: str, text: str) -> Path:
-    """The run directory that `option` names. Raises `ValueError` where it is none."""
+    """The run directory that `option` names. Raises `ValueError` where it is none, or holds links."""
     require((Path(text) / "config.yaml").is_file(), option, "a run directory (one that holds a config.yaml)", text)
+    require_plain(Path(text))
     return Path(text)
 
 

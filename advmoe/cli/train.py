@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +22,7 @@ from advmoe.cli.arguments import (
 from advmoe.config import OWN_MODEL, Config, merged, read_yaml, require
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
+from advmoe.rundir import Epochs
 
 
 def parser() -> Parser:
@@ -101,8 +101,8 @@ def _new(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Co
 
 def _unused(metrics: Path) -> list[str]:
     """What to say of experts that got no image in the last epoch: such a model has fewer of them than it seems."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    layers = json.loads(lines[-1]).get("layers", []) if lines else []
+    lines = Epochs.read(metrics).lines
+    layers = lines[-1].get("layers", []) if lines else []
     dead = {each["layer"]: each["dead_experts"] for each in layers if each["dead_experts"]}
     if not dead:
         return []

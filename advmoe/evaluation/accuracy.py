@@ -27,8 +27,10 @@ from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, th
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
 from advmoe.evaluation.suite import Setting, default_attacks, named, require_classes
+from advmoe.models.state import digest
 from advmoe.moe.routing import route
 from advmoe.progress import BRIEF, shown, tell, tracked
+from advmoe.rundir import DIGEST
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 
@@ -156,6 +158,8 @@ class Evaluation:
     """What `evaluation-examples.npz` holds: label, clean_correct, clean_predicted, pathway, and for each attack
     `robust/NAME` and `predicted/NAME`, all in the order of the images.
     """
+    predict: Predict
+    """The classifier, on the first device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +230,7 @@ def assess(
             journal.note(plan=ready.to_json())
             job = replace(job, plan=ready)
         run_tasks(job, names, predict, journal, devices[0], helpers)
-    return _evaluation(job, journal, clean, names, wanted, [each.to_dict() for each in checks])
+    return _evaluation(predict, job, journal, clean, names, wanted, [each.to_dict() for each in checks])
 
 
 def placed(predict: Predict, device: torch.device) -> Predict:
@@ -275,11 +279,11 @@ def _fingerprint(
     predict: Predict, job: Job, names: Sequence[str], device: torch.device, checks: Sequence[Check]
 ) -> dict[str, Any]:
     """What the numbers depend on, but for the code: an interrupted evaluation continues only where it is the same."""
-    state = predict.state_dict() if isinstance(predict, nn.Module) else {}
+    model = digest(predict) if isinstance(predict, nn.Module) else None
     steady = all(each.passed for each in checks if each.name == "deterministic")
-    if not isinstance(predict, nn.Module) and steady:  # without weights to compare, what it makes of the first images
+    if model is None and steady:  # without weights to compare, what it makes of the first images
         with measuring(predict, device), torch.no_grad():
-            state = {"predicted": predict(take(job.data, slice(0, CHECKED), device)[0]).argmax(1)}
+            model = _digest(predict(take(job.data, slice(0, CHECKED), device)[0]).argmax(1))
     attack = job.setting.attack
     return {
         "attacks": list(names), "threat": asdict(job.setting.threat), "batch_size": job.batch_size, "seed": job.seed,
@@ -287,7 +291,7 @@ def _fingerprint(
                    "pathways": attack.pathways, "queries": attack.queries},
         "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "kernels": native.used() if device.type == "cpu" else None, "data": _data_digest(job.data),
-        "model": _digest(*(state[name] for name in sorted(state))),
+        "model": model,
     }  # fmt: skip
 
 
@@ -306,8 +310,9 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def _evaluation(
-    job: Job, journal: Journal, clean: Clean, names: Sequence[str], wanted: Sequence[str], checks: list[dict[str, Any]]
-) -> Evaluation:
+    predict: Predict, job: Job, journal: Journal, clean: Clean, names: Sequence[str], wanted: Sequence[str],
+    checks: list[dict[str, Any]],
+) -> Evaluation:  # fmt: skip
     held = {name: _joined(job, journal, name, "robust").bool() for name in names}
     labels = job.data[1] if isinstance(job.data, tuple) else job.data.labels
     found = {"clean": clean.correct, **held}
@@ -324,6 +329,7 @@ def _evaluation(
         },
         "attacks": reports,
         "checks": checks,
+        DIGEST: digest(predict) if isinstance(predict, nn.Module) else None,
     }  # fmt: skip
     examples = {
         "label": labels.cpu().numpy(),
@@ -334,7 +340,7 @@ def _evaluation(
     for name in names:
         examples[f"robust/{name}"] = held[name].numpy()
         examples[f"predicted/{name}"] = _joined(job, journal, name, "predicted").numpy()
-    return Evaluation(result, examples)
+    return Evaluation(result, examples, predict)
 
 
 _ADDS_NOTHING = "the model has no MoE layers, so routed adds nothing"

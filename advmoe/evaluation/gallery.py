@@ -19,8 +19,9 @@ from advmoe.evaluation.accuracy import Plan, make_job, positive
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.runs import attacked, subject
 from advmoe.evaluation.scoring import measuring, take
-from advmoe.files import checksum, write_arrays
+from advmoe.files import write_arrays
 from advmoe.moe.routing import route
+from advmoe.rundir import DIGEST
 from advmoe.seeding import generator_for
 
 NAME = "gallery.npz"
@@ -50,12 +51,10 @@ def gallery_run(
     The file's arrays: `index` (N,) positions in the test set, `labels`, `clean`, `adversarial` (N, C, H, W) float16,
     `clean_prediction` and `adversarial_prediction` (N,), their softmax probabilities `clean_confidence` and
     `adversarial_confidence` (N,), `clean_pathway` and `adversarial_pathway` (N, L), (N, L, T) where tokens are routed
-    one by one, (N, 0) for a plain model, `num_experts`, `classes` (K,) names, `attack`, `norm`, `eps`, and `weights`,
-    the checksum of the file of the model's weights. Returns where it is. Raises `ValueError` for whatever cannot be
+    one by one, (N, 0) for a plain model, `num_experts`, `classes` (K,) names, `attack`, `norm`, `eps`, and
+    `model_sha256`, the model's digest. Returns where it is. Raises `ValueError` for whatever cannot be
     used.
     """
-    weights = Path(target) / "model.safetensors"
-    held = checksum(weights) if weights.is_file() else ""
     given = subject(target, source=source, overrides=overrides, seed=seed)
     device = Plan(accelerator=accelerator).devices()[0]
     predict = given.load(device)
@@ -77,7 +76,7 @@ def gallery_run(
         "attack": np.array(name),
         "norm": np.array(given.threat.norm),
         "eps": np.array(given.threat.eps),
-        "weights": np.array(held),
+        DIGEST: np.array(given.digest or ""),
     }
     for kind, each in seen.items():
         arrays[f"{kind}_prediction"] = each.prediction.numpy()

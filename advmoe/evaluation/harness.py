@@ -27,8 +27,9 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
-from advmoe.files import hold, read_object, write_text
+from advmoe.files import hold
 from advmoe.progress import bar, tell
+from advmoe.rundir import read_result, require_plain, write_result
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -97,13 +98,14 @@ class Journal:
         """
         if self.path is None:
             return None
+        require_plain(self.path, itself=True)
         if not self._hold():
             raise ValueError(
                 f"out must be free of other evaluations, got {str(self.path.parent)!r}: one is at work there"
             )
         head = self.path / "evaluation.json"
         if resume and head.exists():
-            stored = read_object(head)
+            stored = read_result(head)
             if not isinstance(known := stored.get("fingerprint"), dict):
                 raise ValueError(f"{head} must hold the settings that --resume continues (fingerprint), got {known!r}")
             for name, value in json.loads(json.dumps(fingerprint)).items():
@@ -113,20 +115,22 @@ class Journal:
             return stored
         for file in self.path.iterdir():
             file.unlink()
-        write_text(head, json.dumps({"fingerprint": fingerprint}))
+        write_result(head, {"fingerprint": fingerprint})
         return None
 
     def note(self, **values: Any) -> None:
         """Store `values` beside the fingerprint."""
         if self.path is not None:
             head = self.path / "evaluation.json"
-            write_text(head, json.dumps(read_object(head) | values))
+            write_result(head, read_result(head) | values)
 
     def get(self, task: Task) -> Result | None:
         """The result of a task, if it is done; one that is damaged is not."""
         if task not in self.kept and self.path is not None and (file := self.path / task.file).exists():
-            with suppress(ValueError):
-                self.kept[task] = read_object(file)
+            try:
+                self.kept[task] = read_result(file, required=True)
+            except ValueError as error:
+                tell(f"{error}; done again")
         return self.kept.get(task)
 
     def holds(self, task: Task) -> bool:
@@ -137,7 +141,7 @@ class Journal:
         """Keep a result."""
         self.kept[task] = result
         if self.path is not None:
-            write_text(self.path / task.file, json.dumps(result))
+            write_result(self.path / task.file, result, indent=None)
 
     def close(self) -> None:
         """Let others continue or replace what is here."""
@@ -147,6 +151,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the directory, once the results stand elsewhere or are not wanted, but for that of another process."""
+        if self.path is not None and self.path.exists():
+            require_plain(self.path, itself=True)
         if self.path is not None and self.path.exists() and self._hold():
             shutil.rmtree(self.path)
             self.close()

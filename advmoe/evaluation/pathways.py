@@ -10,7 +10,6 @@ tokens, and no pathway is listed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -35,11 +34,12 @@ from advmoe.evaluation.overlap import (
     require_same_banks,
     units_of,
 )
-from advmoe.evaluation.runs import attacked, load_run, opened_routed, subject
+from advmoe.evaluation.runs import attacked, digest_of, load_run, opened_routed, subject
 from advmoe.evaluation.scoring import take
-from advmoe.files import write_arrays, write_text
+from advmoe.files import write_arrays
 from advmoe.models import Classifier
 from advmoe.moe.routing import pathway
+from advmoe.rundir import DIGEST, require_plain, write_result
 
 NAME = "pathways.json"
 """The file's name in a run directory."""
@@ -254,18 +254,20 @@ def pathways_run(
         result = statistics(found, units, num_classes=len(given.classes), other=other)
     result["classes"] = list(given.classes)
     result["attack"]["name"] = names[0]
-    result |= {"threat": asdict(given.threat), "seed": given.seed, "data": {"name": given.source, "split": "test"}}
+    result |= {"threat": asdict(given.threat), "seed": given.seed, **given.described}
     if against is not None:
         result["against"]["run"] = str(against)
+        result["against"][DIGEST] = digest_of(opened) if isinstance(opened, nn.Module) else None
     given.home.mkdir(parents=True, exist_ok=True)
     kept = (found.clean_pathway == found.adv_pathway).flatten(1).all(1)
     write_arrays(given.home / EXAMPLES, {"index": given.index.numpy(), "unchanged": kept.cpu().numpy()})
-    write_text(given.home / NAME, json.dumps(result) + "\n")
+    write_result(given.home / NAME, result, indent=None)
     return given.home, result
 
 
 def _opened(path: Path, source: str | None, predict: Predict, device: torch.device) -> nn.Module | Path:
     """The masks of a sparse run, or the model of a routed one. Raises `ValueError` for a run that is neither."""
+    require_plain(path)
     if (path / MASKS).is_file():
         return path / MASKS
     model = load_run(path, source)

@@ -11,13 +11,12 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
 from advmoe.config import Config
@@ -44,8 +43,10 @@ from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import require_writable, write_arrays, write_text
 from advmoe.models import Classifier, load_model
-from advmoe.progress import tracked
+from advmoe.models.state import digest
+from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
+from advmoe.rundir import CONFIG, DIGEST, config_note, require_plain, sealed, write_result
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
@@ -60,11 +61,35 @@ def load_run(path: str | Path, source: str | None = None) -> Classifier:
     return load_model(Path(path), None if source is None else load_module(source))
 
 
-def _loaded(target: str, weights: str | None, source: str | None, device: torch.device) -> Predict:
-    """The classifier of a run or a source, on `device`; of a sparse model the compacted form, which costs less."""
-    if is_source(target):
-        return placed(load_classifier(target, weights), device)
-    return placed(deployed(load_run(target, source)), device)
+@dataclass(frozen=True)
+class _Loader:
+    """Makes the classifier of a run or a source; each process calls it once."""
+
+    target: str
+    weights: str | None
+    source: str | None
+    digest: str | None = None
+    """The digest that it must have: a run may be trained on, and a factory draw other weights, meanwhile."""
+
+    def __call__(self, device: torch.device) -> Predict:
+        """The classifier on `device`; of a sparse model the compacted form, which costs less. Raises `ValueError`."""
+        predict = load_classifier(self.target, self.weights) if is_source(self.target) else self._run()
+        if self.digest is not None and (found := digest_of(predict)) != self.digest:
+            rule = f"make the same weights every time it is loaded (SHA-256 {self.digest[:16]})"
+            raise ValueError(f"{self.target} must {rule}, got {str(found)[:16]}: it changed meanwhile")
+        return placed(predict, device)
+
+    def _run(self) -> Classifier:
+        return deployed(load_run(self.target, self.source))
+
+
+def digest_of(predict: Predict) -> str | None:
+    """The digest of what results are of: a loaded model's as its weights file has it, another module's own; None of
+    any other callable.
+    """
+    if isinstance(predict, Classifier) and predict.origin is not None:
+        return predict.origin.digest
+    return digest(predict) if isinstance(predict, nn.Module) else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,13 @@ class Subject:
     source: str
     classes: tuple[str, ...]
     """Names of the classes."""
+    digest: str | None
+    """Of the model; None of a callable that is no module."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What every result says of what it is of."""
+        return {DIGEST: self.digest, "data": {"name": self.source, "split": "test"}}
 
     @property
     def threat(self) -> ThreatModel:
@@ -114,7 +146,9 @@ def subject(
     if num_examples is not None:
         positive("num_examples", num_examples)
     own = is_source(str(target))
-    load = partial(_loaded, str(target), weights, source)
+    if not own:
+        require_plain(Path(target))
+    load = _Loader(str(target), weights, source)
     if not own and weights is not None:
         raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
     if own and source is not None:
@@ -122,7 +156,7 @@ def subject(
     home = home_of(str(target), out)
     if kept:
         require_writable("out", home)
-    settings = Config().to_dict() if own else Config.load(Path(target) / "config.yaml").to_dict()
+    settings = Config().to_dict() if own else _settings(Path(target))
     for group, fields in (overrides or {}).items():
         settings[group].update(fields)
     config = Config.from_dict(settings)
@@ -139,7 +173,17 @@ def subject(
     index = torch.arange(len(dataset.test))
     if num_examples is not None and num_examples < len(index):
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
-    return Subject(load, dataset.test.subset(index), index, config, home, seed, dataset.name, dataset.classes)
+    load = replace(load, digest=digest_of(model))
+    images = dataset.test.subset(index)
+    return Subject(load, images, index, config, home, seed, dataset.name, dataset.classes, load.digest)
+
+
+def _settings(run: Path) -> dict[str, dict[str, Any]]:
+    """The fields of a run's configuration; says where it is not what the run began with."""
+    config = Config.load(run / CONFIG)
+    if (note := config_note(run, config.digest())) is not None:
+        tell(f"note  {note}")
+    return config.to_dict()
 
 
 def evaluate_run(
@@ -183,8 +227,8 @@ def evaluate_run(
         given.load, given.data, threat=given.threat, attack=given.config.attack, attacks=attacks, batch_size=batch_size,
         seed=given.seed, allow=allow, plan=plan,
     )  # fmt: skip
-    result = found.result | {"data": {"name": given.source, "split": "test"}}
-    model = given.load(plan.devices()[0])
+    result = found.result | given.described
+    model = found.predict
     if isinstance(model, Classifier) and model.spec["input_size"] is not None:
         result["cost"] = cost(model)
     save(given.home, result, {"index": given.index.numpy(), **found.examples})
@@ -203,7 +247,7 @@ def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any,
     """Write `evaluation.json` and `evaluation-examples.npz` into `home`, each whole or not at all."""
     home.mkdir(parents=True, exist_ok=True)
     write_arrays(home / "evaluation-examples.npz", examples)
-    write_text(home / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_result(home / "evaluation.json", result)
 
 
 def _opened(
@@ -317,10 +361,8 @@ def sweep_run(
     settings = {
         "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts, "seed": given.seed,
     }  # fmt: skip
-    data = {"name": given.source, "split": "test"}
-    result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, "data": data}
-    given.home.mkdir(parents=True, exist_ok=True)
-    write_text(given.home / "sweep.json", json.dumps(result, indent=2) + "\n")
+    result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, **given.described}
+    write_result(given.home / "sweep.json", result)
     return given.home, result
 
 
@@ -362,11 +404,10 @@ def dissect_run(
     for name, each in found.items():
         attack = build(name, predict, job.setting, None)
         flags = dict.fromkeys(attack.flags, len(list(job.tasks([name]))))
-        result[name] = each.to_dict() | {
+        result[name] = sealed(each.to_dict() | {
             "masking_gap": gap, "threat": asdict(job.setting.threat),
-            "attack": {**attack.settings, "seed": given.seed}, "flags": flags,
-            "data": {"name": given.source, "split": "test"},
-        }  # fmt: skip
+            "attack": {**attack.settings, "seed": given.seed}, "flags": flags, **given.described,
+        })  # fmt: skip
     given.home.mkdir(parents=True, exist_ok=True)
     write_text(given.home / "dissection.json", json.dumps(result, indent=2) + "\n")
     return given.home, found

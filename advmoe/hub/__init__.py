@@ -27,7 +27,8 @@ def save_pretrained(
     """Save a run's model, or a model, as the Hub keeps it, and return the folder. No network, no extra.
 
     Args:
-        model: a run directory, whose settings and results the card tells, or a model alone.
+        model: a run directory, or a model; the card tells the settings and results of the run that it is or was loaded
+            from, unless it has been changed since.
         folder: new, empty, or saved by this before: its files are replaced. Saved from a run, it is a run directory
             too: `advmoe evaluate FOLDER` takes it.
         source: `FILE.py:FACTORY` of the network, where the run trained one of the user's own; executed, not saved.
@@ -120,7 +121,9 @@ def _mixin() -> type[HubCheckpoint]:
 def _require_repo_id(name: str, text: str) -> None:
     owner, slash, rest = text.partition("/")
     if not (owner.strip(".~") and slash and rest and "/" not in rest):
-        rule = "owner/name" if name == "repo_id" else "a folder that exists, or a repository as owner/name"
+        rule = "a folder that exists, or a repository as owner/name"
+        if name == "repo_id":
+            rule = "owner/name of a repository (into a folder: advmoe.save_pretrained(RUN, FOLDER))"
         raise ValueError(f"{name} must be {rule}, got {text!r}")
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from advmoe.config import Config, TrainingConfig
 from advmoe.evaluation.intervals import wilson
+from advmoe.rundir import require_plain, stale, unsealed
 
 PAPER = "https://arxiv.org/abs/2308.10110"
 
@@ -44,12 +45,17 @@ class Record:
     config: Config | None = None
     manifest: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
+    note: str | None = None
+    """Why the evaluation that lies there is left out."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """The files that say it, by name."""
 
     @staticmethod
-    def read(run: Path) -> Record:
-        """The record in `run`. Raises `ValueError` naming a file that is damaged; any may be missing."""
+    def read(run: Path, digest: str | None = None) -> Record:
+        """The record in `run` of the model with this digest: an evaluation of another one is left out. Raises
+        `ValueError` naming a file that is damaged; any may be missing.
+        """
+        require_plain(run)
         texts = {}
         for name in RECORDED:
             if (path := run / name).is_file():
@@ -65,10 +71,14 @@ class Record:
         if isinstance(command, list) and (words := [portable(str(word)) for word in command]) != command:
             manifest = {**(manifest or {}), "command": words}
             texts["manifest.json"] = json.dumps(manifest, indent=2) + "\n"
-        evaluation = _json(run / "evaluation.json", texts.get("evaluation.json"))
+        evaluation, note = _json(run / "evaluation.json", texts.get("evaluation.json")), None
         if evaluation is not None:
+            evaluation = unsealed(evaluation, str(run / "evaluation.json"))
             _check_evaluation(evaluation, run / "evaluation.json")
-        return Record(config, manifest, evaluation, texts)
+        if evaluation is not None and stale(evaluation, digest):
+            evaluation, note = None, "The evaluation beside the run is of other weights than these."
+            del texts["evaluation.json"]
+        return Record(config, manifest, evaluation, note, texts)
 
 
 def _without_places(config: Config) -> bool:
@@ -291,10 +301,9 @@ def _provenance(manifest: Mapping[str, Any]) -> list[str]:
 def _robustness(record: Record) -> str:
     found = record.evaluation
     if found is None:
-        return (
-            "## Accuracy and robustness\n\n**Not evaluated.** No evaluation of this model is recorded: neither its "
-            "clean nor its robust accuracy is known."
-        )
+        reason = record.note or "No evaluation of this model is recorded."
+        unknown = "Neither its clean nor its robust accuracy is known."
+        return f"## Accuracy and robustness\n\n**Not evaluated.** {reason} {unknown}"
     data, reports, number = found.get("data", {}), found.get("attacks", {}), int(found["num_examples"])
     count = f"{number:,} images of `{data.get('name', 'unknown')}` ({data.get('split', 'test')})"
     named = {"none (clean, SA)": found["clean_accuracy"]}

@@ -12,6 +12,15 @@ from advmoe.evaluation.runs import load_run
 from advmoe.files import write_text
 from advmoe.hub.card import RECORDED, Record, model_card, portable
 from advmoe.models import Classifier, save_model
+from advmoe.models.state import digest
+
+
+def _recorded(model: Classifier) -> Record:
+    """What the run that a model was loaded from says of it; nothing where it has been changed since."""
+    origin = model.origin
+    if origin is None or origin.run is None or not origin.run.is_dir() or digest(model) != origin.digest:
+        return Record()
+    return Record.read(origin.run, origin.digest)
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,13 @@ class Checkpoint:
         license: str | None = None,
         repo_id: str | None = None,
     ) -> Checkpoint:
-        """A run directory's checkpoint (`source`: see `load_run`), or a model's alone. Raises `ValueError` else."""
-        if isinstance(model, Classifier):
-            return Checkpoint(model, Record(), license, repo_id)
+        """The checkpoint of a run directory (`source`: see `load_run`), or of a model, with what its run says of it as
+        long as it is what was loaded from there. Raises `ValueError` else.
+        """
         if isinstance(model, str | Path) and Path(model).is_dir():
-            return Checkpoint(load_run(model, source), Record.read(Path(model)), license, repo_id)
+            model = load_run(model, source)
+        if isinstance(model, Classifier):
+            return Checkpoint(model, _recorded(model), license, repo_id)
         got = repr(str(model)) if isinstance(model, str | Path) else f"an object of type {type(model).__name__}"
         raise ValueError(f"model must be a run directory or a model of advmoe's, got {got}")
 

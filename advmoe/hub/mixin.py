@@ -7,12 +7,16 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from advmoe.evaluation.runs import load_run
+from advmoe.evaluation.sources import load_module
 from advmoe.hub.card import Record
 from advmoe.hub.checkpoint import Checkpoint
+from advmoe.models import load_files
+from advmoe.rundir import MODEL, WEIGHTS
 
-LOADED = ("model.json", "model.safetensors")
-"""The files that loading takes of a repository, whatever else lies there."""
+LOADED = (MODEL, WEIGHTS)
+"""The files that loading takes of a repository, whatever else lies there: in the client's cache they are links of its
+own.
+"""
 
 
 class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
@@ -34,6 +38,7 @@ class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
         wanted = {name: kwargs[name] for name in options}
         folder = Path(snapshot_download(model_id, allow_patterns=list(LOADED), **wanted))
         try:
-            return cls(Checkpoint(load_run(folder, source), Record()))
+            module = None if source is None else load_module(source)
+            return cls(Checkpoint(load_files(folder / MODEL, folder / WEIGHTS, module), Record()))
         except ValueError as error:
             raise ValueError(f"{model_id}: {error}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,19 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RoutePer, RouterKind, typed
-from advmoe.files import write_text, write_whole
-from advmoe.models.classifier import Classifier
+from advmoe.files import read_object, write_text, write_whole
+from advmoe.models.classifier import Classifier, Origin
 from advmoe.models.convert import rebuilt
 from advmoe.models.densenet import DenseNet
 from advmoe.models.layers import LayerFactory
 from advmoe.models.normalize import Normalize
 from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
 from advmoe.models.sparse import SparseBackbone
-from advmoe.models.state import savable
+from advmoe.models.state import digest, savable
 from advmoe.models.vgg import VGG
 from advmoe.models.vit import VisionTransformer
 from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
+from advmoe.rundir import DIGEST, MODEL, WEIGHTS, require_plain, stored_digest
 from advmoe.wording import one_line
 
 
@@ -148,28 +149,37 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 def save_model(model: Classifier, folder: Path) -> None:
     """Write `model.safetensors` and `model.json`, which rebuild the model with no other file (but the code of a network
-    of the user's own), each atomically.
+    of the user's own), each whole or not at all. The weights' header holds the digest of both.
     """
-    weights = savable(model.state_dict())
-    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
-    write_text(folder / "model.json", json.dumps(model.spec, indent=2) + "\n")
+    weights, known = savable(model.state_dict()), {DIGEST: digest(model)}
+    write_whole(folder / WEIGHTS, lambda path: save_file(weights, path, metadata=known))
+    write_text(folder / MODEL, json.dumps(model.spec, indent=2) + "\n")
 
 
 def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
-    """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files.
+    """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files, and follows no link.
 
     `module` is what the model was made of where that was a network of the user's own (`to_moe`), new from its factory;
     it is taken over. Raises `ValueError` naming the file that is missing or damaged, or where `module` is needed.
     """
-    description, weights = folder / "model.json", folder / "model.safetensors"
+    require_plain(folder)
+    model = load_files(folder / MODEL, folder / WEIGHTS, module)
+    assert model.origin is not None
+    model.origin = replace(model.origin, run=folder)
+    return model
+
+
+def load_files(description: Path, weights: Path, module: nn.Module | None = None) -> Classifier:
+    """As `load_model`, of the two files themselves, wherever they lie."""
+    folder = description.parent
     for path in (description, weights):
         if not path.is_file():
             raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
     rule = "an undamaged model description" if module is None else f"of a model made of this {type(module).__name__}"
     try:
-        spec = json.loads(description.read_text())
+        spec = read_object(description)
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
-            if own := isinstance(spec, dict) and "source" in spec:
+            if own := "source" in spec:
                 model = None if module is None else rebuilt(spec, module)
             else:
                 model = create_model(**spec)
@@ -185,7 +195,21 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     except (SafetensorError, RuntimeError) as error:
         reason = one_line(error)
         raise ValueError(f"{weights} must hold the weights that {description.name} describes, got {reason}") from error
+    found, known = digest(model), stored_digest(weights)
+    if known not in (None, found):
+        rule = f"be as they were written together (SHA-256 {str(known)[:64]})"
+        raise ValueError(f"{weights} and {description.name} must {rule}, got {found}: one of them is damaged")
+    model.origin = Origin(found)
     return model.eval()
 
 
-__all__ = ["BACKBONES", "Classifier", "create_model", "find_backbone", "load_model", "save_model", "split_parameters"]
+__all__ = [
+    "BACKBONES",
+    "Classifier",
+    "create_model",
+    "find_backbone",
+    "load_files",
+    "load_model",
+    "save_model",
+    "split_parameters",
+]

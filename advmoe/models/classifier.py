@@ -5,6 +5,8 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,21 @@ from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model was loaded from."""
+
+    digest: str
+    """Of the model as it was then (`state.digest`)."""
+    run: Path | None = None
+    """The run directory, or the folder of a checkpoint."""
+
+
 class Classifier(nn.Module):
     """[0, 1] pixels (N, C, H, W) -> logits (N, K): normalisation, the router that sees the image if any, the backbone.
 
     `spec` holds what rebuilds it: the arguments of `create_model`, or for a module of the user's own those of `to_moe`.
+    `origin` is where it was loaded from, if it was; what has been done to it since does not show there.
     """
 
     def __init__(
@@ -26,6 +39,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec
+        self.origin: Origin | None = None
 
     @property
     def routed(self) -> bool:

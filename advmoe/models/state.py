@@ -1,10 +1,14 @@
-"""A module's state as weight files take it."""
+"""A module's state as weight files take it, and its digest."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -16,3 +20,17 @@ def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = plain.clone() if place in taken else plain
         taken.add(place)
     return found
+
+
+def digest(module: nn.Module) -> str:
+    """The SHA-256 of a model: of the names, types, shapes and values of its state, and of `spec`, what describes a
+    `Classifier`, but for the place of a network of the user's own. Device and memory format change nothing.
+    """
+    spec: Mapping[str, Any] = getattr(module, "spec", None) or {}
+    described = {name: value for name, value in spec.items() if name != "source"}
+    found = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor) and not value.is_meta:
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -32,6 +32,7 @@ def compact(model: Classifier) -> Classifier:
     state = {f"backbone.{name}": _part(whole, rows, columns) for name, whole, rows, columns in _tensors(masked)}
     state |= {f"normalize.{name}": value.clone() for name, value in model.normalize.state_dict().items()}
     small.load_state_dict(state, assign=True)
+    small.origin = model.origin
     return small.train(model.training)
 
 

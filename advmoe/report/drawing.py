@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advmoe.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -76,4 +78,4 @@ def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         yield figure
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    path.write_bytes(content.getvalue())
+    write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))

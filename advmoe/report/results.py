@@ -5,8 +5,6 @@ Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` clas
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shlex
 import zipfile
@@ -20,6 +18,18 @@ import numpy as np
 import yaml
 
 from advmoe.report.words import radius
+from advmoe.rundir import (
+    DIGEST,
+    MANIFEST,
+    METRICS,
+    WEIGHTS,
+    Epochs,
+    read_result,
+    require_plain,
+    stale,
+    stored_digest,
+    unsealed,
+)
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
@@ -66,6 +76,8 @@ class Run:
     sweep: dict[str, Any]
     dissection: dict[str, Any]
     pathways: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """What is wrong with its files: epochs that are damaged, results of other weights, which are left out."""
     gallery: Arrays | None = None
     no_gallery: str | None = None
     """Why there is no gallery, where something is known."""
@@ -205,6 +217,8 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
     once: dict[Path, Path] = {}
     for path in map(Path, paths):
         once.setdefault(path.resolve(), path)
+    for path in once.values():
+        require_plain(path)
     labels = _labels(list(once))
     results = {whole: _load(path, labels[whole]) for whole, path in once.items()}
     titles = Counter(each.title for each in results.values() if isinstance(each, Study))
@@ -231,19 +245,33 @@ def _load_run(path: Path, label: str) -> Run:
         raise ValueError(f"{path / 'config.yaml'} must be YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'config.yaml'} must hold fields by name, got {type(config).__name__}")
+    digest, epochs = stored_digest(path / WEIGHTS), Epochs.read(path / METRICS, strict=True)
+    found = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
+    found["dissection"] = {
+        attack: unsealed(each, f"{path / 'dissection.json'}: {attack}") if isinstance(each, dict) else each
+        for attack, each in found["dissection"].items()
+    }
+    others = [name for name, result in found.items() if any(stale(each, digest) for each in _parts(result))]
+    found |= {name: {} for name in others}
     return Run(
         path=path,
         label=label,
         config=config,
         config_text=text,
-        manifest=_json(path / "manifest.json"),
-        epochs=_lines(path / "metrics.jsonl"),
-        evaluation=_json(path / "evaluation.json"),
-        sweep=_json(path / "sweep.json"),
-        dissection=_json(path / "dissection.json"),
-        pathways=_json(path / "pathways.json"),
+        manifest=_json(path / MANIFEST),
+        epochs=epochs.lines,
+        evaluation=found["evaluation"],
+        sweep=found["sweep"],
+        dissection=found["dissection"],
+        pathways=found["pathways"],
+        notes=(*epochs.problems, *(f"{name}.json is of other weights than these, and left out" for name in others)),
         gallery=_current_gallery(path),
     )
+
+
+def _parts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result, or of a dissection those of its attacks."""
+    return [result, *(each for each in result.values() if isinstance(each, dict))]
 
 
 def with_gallery(run: Run, reason: str | None = None) -> Run:
@@ -253,11 +281,8 @@ def with_gallery(run: Run, reason: str | None = None) -> Run:
 
 def _current_gallery(path: Path) -> Arrays | None:
     """The gallery in a run directory; None where there is none, or one of other weights than are there now."""
-    found, weights = load_gallery(path / GALLERY), path / "model.safetensors"
-    if found is None or not weights.is_file():
-        return found
-    with weights.open("rb") as file:
-        return found if found["weights"] == hashlib.file_digest(file, "sha256").hexdigest() else None
+    found, digest = load_gallery(path / GALLERY), stored_digest(path / WEIGHTS)
+    return None if found is None or (digest is not None and str(found[DIGEST]) != digest) else found
 
 
 def load_gallery(path: Path) -> Arrays | None:
@@ -267,7 +292,7 @@ def load_gallery(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
-            arrays["weights"] = file["weights"] if "weights" in file else np.array("")  # of a gallery made long ago
+            arrays[DIGEST] = file[DIGEST] if DIGEST in file else np.array("")  # of a gallery made long ago
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
     lengths = {arrays[name].shape[:1] for name in _ARRAYS[:10]}
@@ -286,28 +311,7 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a JSON object, got a {type(found).__name__}")
-    return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; an unfinished last one, of a run that is being written, is left out."""
-    lines = _text(path).splitlines() if path.is_file() else []
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path} must hold JSON in every line, got {error} in line {number}") from None
-    return [each for each in found if isinstance(each, dict)]
+    return read_result(path) if path.is_file() else {}
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:

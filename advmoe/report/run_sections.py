@@ -45,6 +45,7 @@ def introduction(run: Run, ident: str) -> Content:
     if absent:
         link = element("a", "commands that make them", href=f"#{ident}-made")
         notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. See the ", link, "."))
+    notes += [element("p", f"{each}.") for each in run.notes]
     if run.gallery is None and run.no_gallery:
         notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
     return [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, merged
+from advmoe.files import read_object
+from advmoe.rundir import CONFIG, MANIFEST, WEIGHTS, require_plain, stale, stored_digest
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.spec import Measure, Row, Run
 
@@ -38,16 +39,17 @@ class PlannedRun:
     def state(self) -> str:
         """`finished`, `interrupted` or `missing`."""
         try:
-            finished = json.loads((self.path / "manifest.json").read_text())["finished"] is not None
-        except (OSError, ValueError, KeyError):
+            finished = read_object(self.path / MANIFEST).get("finished") is not None
+        except (OSError, ValueError):
             finished = False
-        if finished and (self.path / "model.safetensors").is_file():
+        if finished and (self.path / WEIGHTS).is_file():
             return "finished"
         return "interrupted" if self.path.exists() else "missing"
 
     def require_same(self) -> None:
-        """Raise `ValueError` where the run that lies there was trained otherwise: with other defaults, say."""
-        file = self.path / "config.yaml"
+        """Raise `ValueError` where what lies there was trained otherwise: with other defaults, say; or holds links."""
+        require_plain(self.path, itself=True)
+        file = self.path / CONFIG
         if not file.is_file():
             return
         config = Config.load(file)
@@ -95,8 +97,12 @@ class PlannedMeasure:
         return self.kind in ALONE
 
     def state(self) -> str:
-        """`finished` or `missing`."""
-        return "finished" if (self.path / "done.json").is_file() else "missing"
+        """`finished` or `missing`; one of other weights than the run has now is missing."""
+        try:
+            done = read_object(self.path / "done.json")
+        except (OSError, ValueError):
+            return "missing"
+        return "missing" if stale(done, stored_digest(self.run.path / WEIGHTS)) else "finished"
 
 
 ALONE = ("cost", "pace")

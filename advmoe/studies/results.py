@@ -5,7 +5,6 @@ Axes: `N` images.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe.rundir import METRICS, Epochs, read_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
 from advmoe.studies.statistics import mean_std
 
@@ -32,15 +32,14 @@ class Trained:
     @cached_property
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
-        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+        return Epochs.read(self.run.path / METRICS, strict=True).lines
 
     def found(self, measure: str) -> dict[str, Any] | None:
         """The content of a measurement's JSON file; None where there is none."""
         planned = self.measures.get(measure)
         if planned is None or planned.state() != "finished":
             return None
-        content: dict[str, Any] = json.loads(planned.result.read_text())
-        return content
+        return read_result(planned.result)
 
     def arrays(self, measure: str, file: str) -> dict[str, NDArray[Any]]:
         """The arrays of an .npz file of a measurement; none where it is not there."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from advmoe.config import Config, merged, require
 from advmoe.files import read_object, require_writable, write_text
+from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
 from advmoe.studies.pool import Told, run_tasks
@@ -142,6 +143,8 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
     skipped. Returns the study's folder and the content of `study.json`. Raises `ValueError` for what cannot be run.
     """
     session = Session(study_named(name), options)
+    for folder in (session.home, options.root / "logs"):
+        require_plain(folder, itself=True)
     require_writable("--out", session.home)
     rows: list[PlannedRow] = []
     for number, rows in enumerate(session.stages()):

@@ -13,6 +13,7 @@ from typing import Any
 
 from advmoe.config import Config
 from advmoe.files import held, write_arrays, write_text
+from advmoe.rundir import DIGEST, WEIGHTS, stored_digest, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 
@@ -48,7 +49,8 @@ def _measure(task: PlannedMeasure, *, threads: int, accelerator: str) -> None:
     _MEASURES[task.kind](task, threads, accelerator)
     settings = {"kind": task.kind, "options": task.options, "against": task.against and task.against.key}
     seconds = round(time.perf_counter() - started, 3)
-    done = {**settings, **_here(accelerator), "threads": threads, "seconds": seconds}
+    weights = {DIGEST: stored_digest(task.run.path / WEIGHTS)}
+    done = {**settings, **weights, **_here(accelerator), "threads": threads, "seconds": seconds}
     write_text(task.path / "done.json", json.dumps(done, indent=2) + "\n")
 
 
@@ -117,7 +119,7 @@ def _cost(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     found = cost_report(
         task.run.path, device=device, threads=threads, overrides={"data": _overrides(task)["data"]}, **task.options
     )
-    write_text(task.result, json.dumps(found, indent=2) + "\n")
+    write_result(task.result, found)
 
 
 def _pace(task: PlannedMeasure, threads: int, accelerator: str) -> None:
@@ -126,7 +128,7 @@ def _pace(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     assert task.against is not None
     configs = {"ours": Config.from_dict(task.run.config), "against": Config.from_dict(task.against.config)}
     found = pace(configs, accelerator=accelerator, threads=threads, **task.options)
-    write_text(task.result, json.dumps(found, indent=2) + "\n")
+    write_result(task.result, found)
 
 
 _MEASURES = {

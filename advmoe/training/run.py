@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -21,11 +20,12 @@ from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
-from advmoe.files import checksum, hold, require_writable, write_text
+from advmoe.files import checksum, hold, require_writable
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
-from advmoe.progress import BRIEF, bar, shown
+from advmoe.progress import BRIEF, bar, shown, tell
 from advmoe.pruning import write_masks
+from advmoe.rundir import CONFIG_DIGEST, METRICS, Epochs, config_note, require_plain
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
@@ -93,8 +93,8 @@ def fit(
 
 def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
     """Tell of an epoch in `metrics.jsonl` and on the board."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    known = Epochs.read(run_dir / METRICS)
+    Epochs([*known.lines, line]).write(run_dir / METRICS)
     if board is not None:
         board.write(line, examples(trainer))
 
@@ -122,9 +122,13 @@ def _begin(
             rule = "hold weights of the model that its config.yaml, and --model, describe"
             raise ValueError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
     if run.fabric.is_global_zero:
-        logged = _trim_metrics(run_dir / "metrics.jsonl", progress["epoch"])
+        logged = Epochs.read(run_dir / METRICS).upto(progress["epoch"])
+        for problem in logged.problems:
+            tell(f"note  {problem}")
+        if (run_dir / METRICS).exists():
+            logged.write(run_dir / METRICS)
         if board is not None:
-            board.follow(logged)
+            board.follow(logged.lines)
     return phase, trainer, progress
 
 
@@ -158,22 +162,6 @@ def _epoch_line(
         "images_per_second": round(seen / seconds, 1),
         "layers": trainer.use.report(trainer.fabric),
     }
-
-
-def _trim_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """Drop the lines of epochs that an interrupted run logged but did not save; returns those that stay."""
-    if not path.exists():
-        return []
-    kept: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            logged = json.loads(line)
-            if logged["epoch"] <= epochs:
-                kept[line] = logged
-        except (ValueError, TypeError, KeyError):  # cut off, or no line of ours
-            continue
-    write_text(path, "".join(f"{line}\n" for line in kept))
-    return list(kept.values())
 
 
 def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -227,6 +215,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
         command=launch.command,
     )  # fmt: skip
+    described[CONFIG_DIGEST] = config.digest()
     if config.model.source is not None:
         described["source_sha256"] = checksum(file_of(config.model.source))
     if fabric.is_global_zero and launch.fresh:
@@ -241,6 +230,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     began_with = manifest.get("source_sha256")
     if fabric.is_global_zero and began_with is not None and began_with != described["source_sha256"]:
         print(f"note  the code of {config.model.source} is not what the run began with")
+    if fabric.is_global_zero and (note := config_note(folder, described[CONFIG_DIGEST])) is not None:
+        print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
     fit(trainer, folder, manifest, board, None if launch.fresh else described)
 
@@ -274,7 +265,7 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
     machine = ("versions", "platform", "cpu", "device", "devices", "threads", "kernels")
-    names = (*machine, "git_commit", "source_sha256", "started")
+    names = (*machine, "git_commit", "source_sha256", CONFIG_DIGEST, "started")
     earlier = manifest.get("resumed") or []
     return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
 
@@ -386,6 +377,7 @@ def resume(
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     run_dir = Path(run_dir)
+    require_plain(run_dir)
     for name in ("config.yaml", "manifest.json"):
         if not (run_dir / name).is_file():
             raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}")

@@ -141,10 +141,10 @@ def test_a_gallery_that_was_made_in_the_meantime(make_run):
         ("config.yaml", "- 1", "config.yaml must hold fields by name, got list"),
         ("config.yaml", b"\xff\xfe", "config.yaml must be text in UTF-8, got"),
         ("evaluation.json", "{", "evaluation.json must be JSON, got"),
-        ("sweep.json", "[]", "sweep.json must be a JSON object, got a list"),
+        ("sweep.json", "[]", "sweep.json must hold a JSON object, got a list"),
         ("metrics.jsonl", "{\n{}\n", "metrics.jsonl must hold JSON in every line, got .* in line 1"),
         ("gallery.npz", "no", "gallery.npz must be a gallery, got"),
-        ("study.json", "1", "study.json must be a JSON object, got a int"),
+        ("study.json", "1", "study.json must hold a JSON object, got a int"),
     ],
 )
 def test_what_cannot_be_read(make_run, name, text, message):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import advmoe
 from advmoe.config import Config
 from advmoe.files import hold
+from advmoe.rundir import Epochs
 from advmoe.training import run as run_module
 from advmoe.training.processes import average_buffers, total
 from advmoe.training.run import TrainingDiverged, resume, train
@@ -213,8 +214,11 @@ def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp
 def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1}\n[]\n3\n{"lr": 1}\n{"epoch": null}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
-    assert run_module._trim_metrics(path, 2) == [{"epoch": 1}, {"epoch": 2}]
-    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    found = Epochs.read(path).upto(2)
+    assert found.lines == [{"epoch": 1}, {"epoch": 2}]
+    assert found.problems == [f"{path} is damaged in line 2, 3, 8, left out"]
+    found.write(path)
+    assert Epochs.read(path) == Epochs([{"epoch": 1}, {"epoch": 2}])
 
 
 def test_what_a_process_says_is_passed_on_where_it_is_ours():

@@ -1,0 +1,174 @@
+"""What a run directory holds, and how far it can be believed: it may come from a stranger, or be damaged.
+
+Nothing in it is a link. Weights carry the digest of the model, results carry that of the model that they are of, and
+JSON that numbers are made from carries a checksum of itself. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from advmoe.files import read_json, read_object, write_text
+from advmoe.wording import few
+
+CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.jsonl"
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+
+DIGEST = "model_sha256"
+"""The model's digest, in the header of its weights and in every result (`models.state.digest`)."""
+CONFIG_DIGEST = "config_sha256"
+"""The digest of the configuration that a run began with (`Config.digest`), in its manifest."""
+SEAL = "checksum"
+"""The checksum of the rest of a JSON object, in that object."""
+
+_MOST_HEADER = 100_000_000
+"""Bytes of a safetensors header, as that library has it."""
+
+
+def require_plain(folder: Path, *, itself: bool = False) -> None:
+    """Raise `ValueError` unless all below `folder` are plain files and folders: through a link, a run directory of a
+    stranger's would have its reader read, write or delete what lies elsewhere.
+
+    `folder` may be missing, or a link, which its user made; with `itself` it is one more part of a run.
+    """
+    if itself and (os.path.islink(folder) or (os.path.lexists(folder) and not os.path.isdir(folder))):
+        raise _not_plain(folder)
+    waiting = [folder]
+    while waiting:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):  # not gone meanwhile
+                    raise _not_plain(Path(entry.path))
+
+
+def _not_plain(path: Path) -> ValueError:
+    mode = path.lstat().st_mode
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return ValueError(f"{path} must be a plain file or folder, as all of a run or study must (no links), got {kind}")
+
+
+# The model
+
+
+def stored_digest(weights: Path) -> str | None:
+    """The digest in the header of a weights file, which training wrote there; None where there is none."""
+    try:
+        with weights.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(_MOST_HEADER, weights.stat().st_size):
+                return None
+            known = json.loads(file.read(length)).get("__metadata__", {}).get(DIGEST)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return known if isinstance(known, str) else None
+
+
+def stale(result: Mapping[str, Any], digest: str | None) -> bool:
+    """Whether `result` says that it is of another model than the one with this digest."""
+    known = result.get(DIGEST)
+    return known is not None and digest is not None and known != digest
+
+
+def config_note(folder: Path, digest: str) -> str | None:
+    """What to say where a run's configuration, of this digest, is not what it was trained with, as far as is known."""
+    if not (path := folder / MANIFEST).is_file():
+        return None
+    known = read_object(path).get(CONFIG_DIGEST)
+    return f"{folder / CONFIG} is not what the run began with" if known not in (None, digest) else None
+
+
+# Results
+
+
+_TIMES = ("seconds", "images_per_second", "ms_per_image")
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """A checksum of what JSON makes of `content`, but for the one in it and for times, so that the same numbers have
+    the same one.
+    """
+    plain = json.loads(
+        json.dumps({name: value for name, value in content.items() if name != SEAL}),
+        object_pairs_hook=lambda pairs: {name: value for name, value in pairs if name not in _TIMES},
+    )
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with its checksum."""
+    return {**content, SEAL: seal(content)}
+
+
+def unsealed(content: Mapping[str, Any], name: str, *, required: bool = False) -> dict[str, Any]:
+    """`content` without its checksum. Raises `ValueError`, which calls it `name`, where that is another one's; what
+    has none (of an earlier version) is taken as it is, unless one is `required`.
+    """
+    known = content.get(SEAL)
+    if (required or known is not None) and known != (found := seal(content)):
+        raise ValueError(f"{name} must be as it was written (checksum {str(known)[:64]}), got {found}: it is damaged")
+    return {key: value for key, value in content.items() if key != SEAL}
+
+
+def write_result(path: Path, result: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Write a result with its checksum, whole or not at all, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(sealed(result), indent=indent) + "\n")
+
+
+def read_result(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """What `write_result` wrote, as of `unsealed`. Raises `ValueError`, which names the file, where it is damaged."""
+    return unsealed(read_object(path), str(path), required=required)
+
+
+# The epochs
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The epochs of a run, from `metrics.jsonl`, and what is wrong with that file."""
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def read(path: Path, *, strict: bool = False) -> Epochs:
+        """The epochs in a file, none where there is no file; damaged lines are left out and named.
+
+        With `strict` raises `ValueError` for a damaged line, unless it is the last: one that was being written.
+        """
+        if not path.is_file():
+            return Epochs()
+        found, bad = list[dict[str, Any]](), list[str]()
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(unsealed(read_json(line, f"line {number}"), f"line {number}"))
+            except ValueError as error:
+                if strict and number < len(lines):
+                    raise ValueError(f"{path} must hold JSON in every line, got {error} in line {number}") from None
+                bad.append(str(number))
+        problems = [f"{path} is damaged in line {few(bad)}, left out"] if bad else []
+        known = {line["epoch"] for line in found if type(line.get("epoch")) is int}
+        if missing := [str(epoch) for epoch in range(1, max(known, default=0) + 1) if epoch not in known]:
+            problems.append(f"{path} lacks epoch {few(missing)}")
+        return Epochs(found, problems)
+
+    def upto(self, epoch: int) -> Epochs:
+        """Those of the first `epoch` epochs."""
+        kept = [line for line in self.lines if type(line.get("epoch")) is int and line["epoch"] <= epoch]
+        return Epochs(kept, self.problems)
+
+    def write(self, path: Path) -> None:
+        """Write the lines, whole or not at all, each with its checksum."""
+        write_text(path, "".join(json.dumps(sealed(line)) + "\n" for line in self.lines))
