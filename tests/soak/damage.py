@@ -225,8 +225,6 @@ def _from_checkpoint(bench: Bench) -> Ended:
     code = MEASURES["save"].words[0].replace("import save_pretrained", "import from_pretrained, save_pretrained")
     code = code.replace("'run', 'saved'", "from_pretrained('saved'), 'resaved'")
     return bench.process([bench.soak.python, "-c", code])
-        [bench.soak.python, "-c", code.replace("'run', 'saved'", "from_pretrained('saved'), 'resaved'")]
-    )
 
 
 def _study_reported(bench: Bench) -> Ended:
@@ -234,7 +232,7 @@ def _study_reported(bench: Bench) -> Ended:
 
 
 def _against(bench: Bench) -> Ended:
-    return bench.command("pathways", "other", *ATTACK, "--num-examples", "20", "--no-figure", "--against", "run")
+    return bench.command("pathways", "run", *ATTACK, "--no-figure", "--against", "other", "--out", "new")
 
 
 RESUME = Try(_resume, _resumed)
@@ -246,10 +244,6 @@ TRIES: dict[str, tuple[Callable[[Soak], Path], str, list[Try]]] = {
     "a run": (all_measured, "run", ON_A_RUN),
     "half an evaluation": (half_evaluated, "run/.evaluation", [_measure("evaluate", "--resume"), _measure("evaluate")]),
     "a study": (studied, "studies", [_measure("study"), Try(_study_reported, _none)]),
-        studied,
-        "studies",
-        [_measure("study"), Try(lambda b: b.command("report", "studies/convergence-smoke"), _none)],
-    ),
     "a checkpoint": (all_measured, "saved", [Try(_from_checkpoint, _none)]),
 }
 """What is damaged: how it is made, which folder of it, and the commands that are tried."""
