@@ -1,4 +1,4 @@
-# make demo | test | slow | studies | check: each starts from nothing and makes its own .venv.
+# make demo | test | slow | studies | soak | check: each starts from nothing and makes its own .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test slow studies check format clean
+.PHONY: demo test slow studies soak check format clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -23,6 +23,10 @@ slow: $(INSTALLED)
 # Every study at smoke size, on shared runs, and one report of them all.
 studies: $(INSTALLED)
 	$(BIN)/python -m pytest -m studies
+
+# Kills, damage, full disks and odd command lines for MINUTES, by a SEED that it prints: see docs/soak.md.
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 
 # Every check runs, whichever fails first.
 check: $(INSTALLED)

@@ -46,6 +46,8 @@ class Soak:
     work: Path
     seconds: float
     """Time limit of one command."""
+    patience: float
+    """Seconds after a command's end in which its processes must end too."""
     root: bool
     """Whether file systems can be mounted."""
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Bench:
         """Run `words`, and check what holds for every command: no traceback, hang or bomb, and nothing left over."""
         self.counts["commands"] += 1
         notes = self.folder / ".notes"
-        options = {"seconds": self.soak.seconds, "cwd": self.folder} | options
+        options = {"seconds": self.soak.seconds, "patience": self.soak.patience, "cwd": self.folder} | options
         env = {"TMPDIR": str(self._scratch()), "XDG_CACHE_HOME": str(self.soak.work / "cache")}
         options["env"] = env | options.get("env", {})
         ended = processes.run(words, notes=notes, **options)
@@ -144,14 +146,14 @@ def require_line(ended: Ended, rule: str = "") -> str:
     return lines[0]
 
 
-def require_stopped(ended: Ended, kill: Kill, *, begun: bool) -> None:
+def require_stopped(ended: Ended, kill: Kill, *, done: bool) -> None:
     """Raise `Failure` unless a command that was killed ended as it should.
 
     A signal before the command has begun (Python itself starts), or after its work is done, may end it outright.
     """
     if kill.whom == "child" or not ended.killed or ended.code == 0:
         return
-    if kill.signal == signal.SIGKILL or (ended.code == -kill.signal and not begun):
+    if kill.signal == signal.SIGKILL or (ended.code == -kill.signal and (done or not ended.begun)):
         return
     if ended.code != STOPPED[signal.Signals(kill.signal)]:
         raise Failure(f"exit code {ended.code} after {kill}: {last_line(ended.err)}")

@@ -240,7 +240,7 @@ _COMMANDS = ("evaluate", "evaluate-2", "sweep", "dissect", "pathways", "export",
 ON_A_RUN = [_measure(name) for name in _COMMANDS]
 ON_A_RUN += [RESUME, Try(_start, _none), Try(_against, _none)]
 TRIES: dict[str, tuple[Callable[[Soak], Path], str, list[Try]]] = {
-    "half a training": (half_trained, "run", [RESUME, RESUME, RESUME, *ON_A_RUN[-4:]]),
+    "half a training": (half_trained, "run", [RESUME, RESUME, RESUME, *ON_A_RUN[-2:]]),
     "a run": (all_measured, "run", ON_A_RUN),
     "half an evaluation": (half_evaluated, "run/.evaluation", [_measure("evaluate", "--resume"), _measure("evaluate")]),
     "a study": (studied, "studies", [_measure("study"), Try(_study_reported, _none)]),
@@ -289,7 +289,8 @@ def judge(bench: Bench, ended: Ended, tried: Try, damaged: Path, before: dict) -
     elsewhere = [each for each in changes(before, after) if each.startswith(("outside", "other"))]
     if elsewhere:
         raise Failure(f"touches what is not its: {elsewhere[0]}")
-    said = ended.err + ended.out
+    pages = [path.read_text() for path in bench.folder.glob("*.html")]
+    said = "\n".join([ended.err, ended.out, *pages])
     if ended.code == MISTAKE:
         bench.counts["refusals"] += 1
         line = require_line(ended)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+import signal
 from functools import cache
 from pathlib import Path
 from random import Random
 
-from bench import MACHINE, MISTAKE, Bench, Failure, copied, require_line
-from damage import all_measured
+from bench import MACHINE, MISTAKE, STOPPED, Bench, Failure, copied, require_line
 from measurements import ATTACK
+from processes import Ended
 from results import changes, snapshot
-from trainings import TINY
+from trainings import TINY, trained
 
 POLITE = 25.0
 """Seconds after which a command that is still at work is interrupted, as a user would."""
@@ -38,7 +38,7 @@ WORDS = shlex.split(
 WORDS += ["a\nb", "\x1b[31m", "x" * 300, "x" * 5000, "&a [*a]", "\udcff"]
 PATHS = shlex.split(
     """run run/ missing file run/config.yaml run/model.safetensors . .. /dev/null /dev/full /proc/self new/deep/er ''
-    ~nobody/x other saved run/missing net.py net.py:make net.py:absent net.py:fails missing.py:make file:make net.py:
+    ~nobody/x other run/missing net.py net.py:make net.py:absent net.py:fails missing.py:make file:make net.py:
     :make link"""
 )
 PATHS += ["x" * 300]
@@ -154,16 +154,15 @@ def line(bench: Bench) -> list[str]:
 
 def case(bench: Bench) -> None:
     """Try one line where there is a run, a file, a network and more to name."""
-    source = all_measured(bench.soak)
-    for name in ("run", "other", "saved"):
-        copied(source / name, bench.folder / name)
+    for name, variant in (("run", "advmoe"), ("other", "sparse")):
+        copied(trained(bench.soak, variant) / "run", bench.folder / name)
     (bench.folder / "file").write_text("mine")
     (bench.folder / "net.py").write_text(NET)
     (bench.folder / "link").symlink_to("absent")
     before = _of(bench.folder)
     words = line(bench)
     ended = bench.command(*words, polite=POLITE)
-    judge(bench, words, ended, changes(before, _of(bench.folder)))
+    judge(bench, ended, changes(before, _of(bench.folder)))
 
 
 def _of(folder: Path) -> dict:
@@ -171,16 +170,14 @@ def _of(folder: Path) -> dict:
     return {name: what for name, what in snapshot(folder).items() if not name.startswith((".notes", "__pycache__"))}
 
 
-def judge(bench: Bench, words: Sequence[str], ended, different: list[str]) -> None:
+def judge(bench: Bench, ended: Ended, different: list[str]) -> None:
     """Raise `Failure` unless a line was done, or refused as it should be."""
-    if ended.code in (MISTAKE, MACHINE):
-        bench.counts["refusals"] += 1
-        require_line(ended)
-        if different and ended.code == MISTAKE:
-            raise Failure(f"a refused command changes things: {different[0]}")
-    elif ended.code == 130:
-        require_line(ended)
-    elif ended.code not in (0, 1):
+    if ended.code == 0:
+        return
+    if ended.code not in (1, MISTAKE, MACHINE, STOPPED[signal.SIGINT]):
         raise Failure(f"exit code {ended.code}")
-    elif ended.code == 1:
-        require_line(ended)
+    require_line(ended)
+    if ended.code == MISTAKE:
+        bench.counts["refusals"] += 1
+        if different:
+            raise Failure(f"a refused command changes things: {different[0]}")

@@ -15,8 +15,6 @@ from uuid import uuid4
 HOOK = Path(__file__).with_name("hook")
 MEMORY = 12 * 2**30
 """Bytes of address space that a command may map: far above what it takes, far below what a bomb would."""
-PATIENCE = 20.0
-"""Seconds after which no process of a command that has ended may be left."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Ended:
     megabytes: float
     killed: bool = False
     """Whether the kill reached it."""
+    begun: bool = False
+    """Whether it had opened a file in its folder when the kill reached it; before, Python itself may die of it."""
     hung: bool = False
     left: list[str] = field(default_factory=list)
     """Processes that were still there afterwards."""
@@ -61,15 +61,17 @@ class Ended:
 def run(
     words: Sequence[str], *, cwd: Path, notes: Path, seconds: float, kill: Kill | None = None,
     env: Mapping[str, str] | None = None, limits: Mapping[int, int] | None = None, polite: float | None = None,
+    patience: float = 20.0,
 ) -> Ended:  # fmt: skip
     """Run `words` in `cwd` to its end.
 
     Args:
         notes: a folder for its output. seconds: after so many it counts as hung and is killed.
         limits: by `resource`'s number. polite: seconds after which it gets SIGINT, which is no failure of its.
+        patience: seconds after its end in which the processes that it started must end too.
     """
     notes.mkdir(parents=True, exist_ok=True)
-    for name in ("killed", "operations"):
+    for name in ("begun", "killed", "operations"):
         (notes / name).unlink(missing_ok=True)
     mark = f"SOAK_MARK={uuid4().hex}"
     hook = (kill.operation, kill.signal) if kill is not None and kill.after is None else (0, 0)
@@ -89,28 +91,31 @@ def run(
                 resource.prlimit(process.pid, which, (limit, limit))
             except ProcessLookupError:
                 break
-        code, used, killed, hung = _watched(process, mark, started, seconds, kill, polite)
+        code, used, killed, begun, hung = _watched(process, mark, notes, seconds, kill, polite)
     took = time.monotonic() - started
-    left = _swept(mark)
-    killed = killed or (notes / "killed").exists()
+    left = _swept(mark, patience)
+    begun, killed = begun or (notes / "killed").exists(), killed or (notes / "killed").exists()
     counted = (notes / "operations").read_text() if (notes / "operations").exists() else "0"
     texts = [(notes / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-    return Ended(words, code, *texts, took, used, killed, hung, left, int(counted or 0))
+    return Ended(words, code, *texts, took, used, killed, begun, hung, left, int(counted or 0))
 
 
 def _watched(
-    process: subprocess.Popen[bytes], mark: str, started: float, seconds: float, kill: Kill | None,
+    process: subprocess.Popen[bytes], mark: str, notes: Path, seconds: float, kill: Kill | None,
     polite: float | None,
-) -> tuple[int, float, bool, bool]:  # fmt: skip
-    """Wait for `process` and kill it when it is time: its code, its megabytes, whether it was killed, and hung."""
-    killed = hung = asked = False
+) -> tuple[int, float, bool, bool, bool]:  # fmt: skip
+    """Wait for `process` and kill it when it is time: its code, its megabytes, whether it was killed, had begun, and
+    hung.
+    """
+    started, killed, begun, hung, asked = time.monotonic(), False, False, False, False
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, usage.ru_maxrss / 1024, killed, hung
+            return process.returncode, usage.ru_maxrss / 1024, killed, begun, hung
         passed = time.monotonic() - started
         if kill is not None and kill.after is not None and not killed and passed >= kill.after:
+            begun = (notes / "begun").exists()
             killed = _struck(process.pid, mark, kill)
         if polite is not None and not asked and passed > polite:
             asked = True
@@ -154,9 +159,9 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _swept(mark: str) -> list[str]:
+def _swept(mark: str, patience: float) -> list[str]:
     """What is left of a command some time after its end, which is then killed."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while (left := _marked(mark)) and time.monotonic() < until:
         time.sleep(0.1)
     names = []

@@ -112,7 +112,9 @@ def main() -> int:
     work = Path(options.work or tempfile.mkdtemp(prefix="advmoe-soak-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     advmoe = options.advmoe.split()
-    soak = Soak(advmoe, sys.executable, work, options.limit, hasattr(os, "geteuid") and os.geteuid() == 0)
+    soak = Soak(
+        advmoe, sys.executable, work, options.limit, options.patience, hasattr(os, "geteuid") and os.geteuid() == 0
+    )
     session = Session(soak, f"{sys.executable} {' '.join(sys.argv[:1])} --work {work} --advmoe '{options.advmoe}'")
     print(f"seed {seed}, {options.minutes:g} minutes, {options.jobs} at a time, kinds {', '.join(kinds)}, in {work}")
     started = time.monotonic()
@@ -171,6 +173,7 @@ def _options() -> argparse.Namespace:
     add("--cases", type=int, help="so many at most")
     add("--jobs", type=int, default=2, help="cases at a time (default: 2)")
     add("--limit", type=float, default=300, help="seconds after which a command hangs (default: 300)")
+    add("--patience", type=float, default=20, help="seconds in which processes of a command must end after it")
     beside = Path(sys.executable).with_name("advmoe")
     add("--advmoe", default=str(beside) if beside.exists() else "advmoe", help="the command that is tried")
     add("--work", help="a folder to work in, which is kept (default: one that goes where nothing fails)")

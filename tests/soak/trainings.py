@@ -102,7 +102,7 @@ def go_on(bench: Bench, anew: list[str], kill=None) -> bool:
     if kill is None and ended.code != 0:
         raise Failure(f"exit code {ended.code} for 0: {last_line(ended.err)}")
     if kill is not None:
-        require_stopped(ended, kill, begun=run.exists() and not finished(run))
+        require_stopped(ended, kill, done=finished(run))
         if not ended.killed and ended.code != 0:
             raise Failure(f"exit code {ended.code} without a kill: {last_line(ended.err)}")
     return ended.code == 0

@@ -1,8 +1,8 @@
 """Loaded by Python itself at the start of a command that the soak runs: kills it at its n-th file operation.
 
 SOAK_HOOK holds `OPERATION SIGNAL FOLDER NOTES`: the command gets SIGNAL before its OPERATION-th file operation inside
-FOLDER (0: never). The folder NOTES tells how many there were (`operations`) and that it was killed (`killed`).
-Processes that the command starts are not counted.
+FOLDER (0: never). The folder NOTES tells how many there were (`operations`), that there was one (`begun`), and that the
+command was killed (`killed`). Processes that it starts are not counted.
 """
 
 import atexit
@@ -34,6 +34,8 @@ def watch(operation: int, signal: int, folder: str, notes: str) -> None:
             whole = os.path.abspath(os.fsdecode(path))
             if whole.startswith(folder) and not whole.startswith((notes, os.path.join(folder, ".tmp"))):
                 seen += 1
+                if seen == 1:
+                    note("begun", event)
                 if seen == operation:
                     note("killed", str(signal))
                     os.kill(home, signal)
