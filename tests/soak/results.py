@@ -12,8 +12,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 TIMES = re.compile(
     r"seconds|_ms$|^ms_|_per_second$|^(speedup|started|finished|created|created_at|wall_seconds|command|passes|host|pid)$"
 )
@@ -52,6 +50,8 @@ def content(path: Path) -> Any:
             case ".json":
                 return _plain(json.loads(path.read_text()))
             case ".npz":
+                import numpy as np  # only here, as the soak itself starts at once without
+
                 with np.load(path, allow_pickle=False) as arrays:
                     return {name: (arrays[name].dtype.str, arrays[name].tolist()) for name in arrays.files}
             case ".pt2":
