@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -99,7 +99,7 @@ class Session:
         return "\n".join(f"{row[0]:8}" + "".join(f"{cell:>13}" for cell in row[1:]) for row in rows)
 
 
-def cases(kinds: list[str], seed: int) -> list[Case] | object:
+def cases(kinds: list[str], seed: int) -> Iterator[Case]:
     """Cases without end: the kinds in turn, each with a seed of its own."""
     return (Case(kinds[number % len(kinds)], seed * 1_000_000 + number) for number in count())
 
@@ -135,10 +135,10 @@ def main() -> int:
 
 def _all(session: Session, kinds: list[str], seed: int, options: argparse.Namespace, started: float) -> None:
     """Begin cases until the time is over, or there were as many as wanted."""
-    queue, lock = enumerate(cases(kinds, seed)), threading.Lock()
+    queue, lock, stopped = enumerate(cases(kinds, seed)), threading.Lock(), threading.Event()
 
     def work() -> None:
-        while time.monotonic() - started < 60 * options.minutes:
+        while time.monotonic() - started < 60 * options.minutes and not stopped.is_set():
             with lock:
                 number, case = next(queue)
             if options.cases is not None and number >= options.cases:
@@ -146,8 +146,13 @@ def _all(session: Session, kinds: list[str], seed: int, options: argparse.Namesp
             session.do(case)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        for each in [pool.submit(work) for _ in range(options.jobs)]:
-            each.result()
+        workers = [pool.submit(work) for _ in range(options.jobs)]
+        try:
+            for each in workers:
+                each.result()
+        except KeyboardInterrupt:
+            print("interrupted: the cases under way are the last")
+            stopped.set()
 
 
 def _machine() -> str:
