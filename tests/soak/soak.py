@@ -69,7 +69,7 @@ class Session:
         folder = self.soak.work / f"{case.kind}-{case.seed}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        bench = Bench(self.soak, folder, Random(str(case)))
+        bench, started = Bench(self.soak, folder, Random(str(case))), time.monotonic()
         trouble = None
         try:
             KINDS[case.kind](bench)
@@ -81,6 +81,9 @@ class Session:
             counts = self.counts[case.kind]
             counts.update(bench.counts)
             counts["cases"] += 1
+            with (self.soak.work / "cases.log").open("a") as file:
+                what = " ".join((bench.log or [""])[0].splitlines()[:1])[:200]
+                file.write(f"{case}  {time.monotonic() - started:.0f} s  {trouble or 'fine'}  {what}\n")
             if trouble is not None:
                 counts["failures"] += 1
                 self.failed.append(f"{case}  {trouble}")
