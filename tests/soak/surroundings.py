@@ -26,7 +26,8 @@ LEFTOVERS = [
      "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"},
     {"LOCAL_RANK": "1", "NODE_RANK": "1"}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"},
     {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/none"}, {"KUBERNETES_PORT": "tcp://127.0.0.1:443", "GROUP_RANK": "1"},
-    {"CUDA_VISIBLE_DEVICES": ""}, {"OMP_NUM_THREADS": "x"}, {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, {"LC_ALL": "C", "LANG": "C"},
+    {"CUDA_VISIBLE_DEVICES": ""}, {"OMP_NUM_THREADS": "x"}, {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+    {"LC_ALL": "C", "LANG": "C"},
     {"TMPDIR": "/absent"}, {"HOME": "/absent"}, {"COLUMNS": "1"},
 ]  # fmt: skip
 """Variables that other launchers, or other habits, leave in the environment."""
