@@ -17,6 +17,8 @@ from trainings import TINY, half_trained, same_run, trained
 
 HUGE = 6 * 2**30
 """Bytes of a file that nobody may read into memory; it takes no room on the disk."""
+PICTURES = (".svg", ".png")
+"""Files that are written and never read: damaged less often."""
 LARGE = 10_000_000
 """Bytes up to which a file is damaged byte by byte."""
 
@@ -276,7 +278,8 @@ def damage(bench: Bench, home: Path) -> Path:
     """Damage something in `home`; returns its path."""
     random = bench.random
     paths = sorted(path for path in home.rglob("*") if ".tmp" not in path.parts)
-    path = random.choice([each for each in paths if each.is_file() or random.random() < 0.5])
+    weights = [1 if path.suffix in PICTURES or path.is_dir() else 5 for path in paths]
+    (path,) = random.choices(paths, weights)
     how = random.choice(OF_FOLDERS if path.is_dir() else OF_FILES)
     bench.say(f"{path.relative_to(bench.folder)}: {(how.__doc__ or 'A file in its place.').strip()}")
     how(path, random)
