@@ -42,6 +42,7 @@ def _evaluate(*more: str) -> tuple[str, ...]:
     return ("evaluate", "run", *ATTACK, "--num-examples", "60", "--attack.steps", "20", *more)
 
 
+_SAVED = ("model.safetensors", "model.json", "config.json", "config.yaml", "manifest.json", "README.md")
 _EVALUATION = ("run/evaluation.json", "run/evaluation-examples.npz")
 _STUDY = shlex.split(
     "study convergence --scale smoke --jobs 1 --num-examples 10 --out studies --accelerator cpu --model.width 4 "
@@ -70,7 +71,7 @@ MEASURES: dict[str, Measure] = {
     "cost": Measure(
         ("cost", "run", "--threads", "1", "--batch", "2", "--seconds", "0.1", "--out", "cost.json"), ("cost.json",)
     ),
-    "save": Measure((SAVE,), ("saved/model.safetensors", "saved/model.json", "saved/README.md"), python=True),
+    "save": Measure((SAVE,), tuple(f"saved/{name}" for name in _SAVED), python=True),
     "study": Measure(_STUDY, ("studies/convergence-smoke/study.json",)),
 }  # fmt: skip
 
