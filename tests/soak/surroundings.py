@@ -128,11 +128,11 @@ def _undisturbed(bench: Bench, ended: Ended) -> None:
 
 def kernels(bench: Bench) -> None:
     """A damaged cache of compiled kernels: they are compiled anew, or done without."""
-    source = bench.soak.work / "cache"
+    source = bench.soak.work / "cache" / "advmoe"
     trained(bench.soak, "advmoe")
     if not source.exists():
         return
-    copied(source, bench.folder / "cache")
+    copied(source, bench.folder / "cache" / "advmoe")
     files = sorted(path for path in (bench.folder / "cache").rglob("*") if path.is_file())
     if not files:
         return
