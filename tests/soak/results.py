@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TIMES = re.compile(
-    r"seconds|_ms$|^ms_|_per_second$|^(speedup|started|finished|created|created_at|wall_seconds|command|passes|host|pid)$"
+    r"seconds|_ms$|^ms_|_per_second$|^(speedup|started|finished|created|created_at|wall_seconds|command|passes|host|pid|checksum)$"
 )
 """Names of values that differ from one run to the next."""
 
