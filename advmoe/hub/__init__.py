@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe.evaluation.runs import load_run
-from advmoe.hub.checkpoint import Checkpoint
+from advmoe.files import read_object
+from advmoe.hub.checkpoint import LIBRARY, Checkpoint
 from advmoe.models import Classifier
 
 if TYPE_CHECKING:
@@ -39,11 +40,22 @@ def save_pretrained(
     that holds something else.
     """
     checkpoint, folder = Checkpoint.of(model, source, license), Path(folder)
-    saved = all((folder / name).is_file() for name in ("config.json", "model.json"))
-    if folder.exists() and not saved and (not folder.is_dir() or any(folder.iterdir())):
+    if not _can_be_filled(folder):
         raise ValueError(f"folder must be new, empty or one that save_pretrained filled, got {str(folder)!r}")
     checkpoint.write(folder)
     return folder
+
+
+def _can_be_filled(folder: Path) -> bool:
+    """Whether a folder is new, empty, or one that this filled, or began to: `config.json` is what it writes first."""
+    if not folder.is_dir():
+        return not folder.exists()
+    if all(each.name.endswith(".partial") for each in folder.iterdir()):
+        return True
+    try:
+        return read_object(folder / "config.json").get("library_name") == LIBRARY
+    except (OSError, ValueError):
+        return False
 
 
 def from_pretrained(

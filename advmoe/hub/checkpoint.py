@@ -23,6 +23,10 @@ def _recorded(model: Classifier) -> Record:
     return Record.read(origin.run, origin.digest)
 
 
+LIBRARY = "advmoe"
+"""What `config.json` calls this library."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model, what is known about it, and how it is called."""
@@ -55,9 +59,10 @@ class Checkpoint:
         name = self.repo_id or folder.resolve().name
         card = model_card(self.spec(), self.record, name=name, repo_id=self.repo_id, license=self.license)
         folder.mkdir(parents=True, exist_ok=True)
+        # First, as it tells that the folder may be filled again, should this be cut short.
+        write_text(folder / "config.json", json.dumps(self.hub_config(), indent=2) + "\n")
         save_model(self.model, folder)
         write_text(folder / "model.json", json.dumps(self.spec(), indent=2) + "\n")
-        write_text(folder / "config.json", json.dumps(self.hub_config(), indent=2) + "\n")
         write_text(folder / "README.md", card)
         for file in RECORDED:
             if file in self.record.texts:
@@ -67,7 +72,7 @@ class Checkpoint:
 
     def hub_config(self) -> dict[str, Any]:
         """`config.json`: the Hub counts downloads by it and shows it; models are rebuilt from `model.json`."""
-        return {"library_name": "advmoe", "advmoe_version": __version__, "model": self.spec()}
+        return {"library_name": LIBRARY, "advmoe_version": __version__, "model": self.spec()}
 
     def spec(self) -> dict[str, Any]:
         """What describes the model, without the folders of this machine."""

@@ -121,6 +121,25 @@ def test_the_place_of_a_network_of_ones_own_does_not_travel(tmp_path: Path) -> N
     assert model.spec["source"] == "/home/somebody/acme/net.py:make"
 
 
+@pytest.mark.parametrize("writes", range(5))
+def test_a_checkpoint_that_was_cut_short_is_written_again(run: Path, tmp_path: Path, monkeypatch, writes: int) -> None:
+    replace, done = Path.replace, []
+
+    def cut(path: Path, target: Path) -> Path:
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", cut)
+        advmoe.save_pretrained(run, tmp_path / "saved")
+    whole = advmoe.save_pretrained(run, tmp_path / "whole")
+    again = advmoe.save_pretrained(run, tmp_path / "saved")
+    assert {each.name for each in again.iterdir()} == {each.name for each in whole.iterdir()}
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_a_folder_of_other_things_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     for folder in (tmp_path, run, tmp_path / "README.md"):
