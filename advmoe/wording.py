@@ -1,7 +1,8 @@
-"""How errors and lists are told on one line."""
+"""How errors, lists and names are told on one line."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -16,3 +17,20 @@ def few(names: Iterable[str]) -> str:
     """Up to 3 of `names`, and how many more; nothing where there are none."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(name: str) -> str:
+    """A name as it can be shown anywhere: accented letters as one character each (NFC), and escapes (`\\xe9`) for bytes
+    that are not UTF-8, control characters and line ends.
+    """
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(map(_shown, unicodedata.normalize("NFC", name)))
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp"):
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte, as Python keeps it in names of files
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

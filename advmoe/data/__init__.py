@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing import parent_process
 from pathlib import Path
 
 from advmoe.data.augment import Variation
@@ -15,7 +16,8 @@ from advmoe.data.imagenet import load_imagenet
 from advmoe.data.stream import FileSet
 from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
-from advmoe.progress import shown
+from advmoe.progress import shown, tell
+from advmoe.wording import printable
 
 __all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "load_dataset"]
 
@@ -58,7 +60,7 @@ def load_dataset(
         progress: Show progress bars, if stderr is a terminal; inside `progress.shown` they are anyway.
 
     Returns:
-        The data set, on the CPU.
+        The data set, on the CPU. What its reader saw and does not use is told on stderr, and kept as `notes`.
 
     Raises:
         ValueError: One line that names the field (`data.name`, `data.root`, `data.download`, `data.image_size`,
@@ -76,6 +78,8 @@ def load_dataset(
     request = Request(root=folder, download=download, image_size=image_size, workers=workers)
     with shown() if progress else nullcontext():
         source = _READERS[name](request)
+    for note in source.notes if parent_process() is None else ():  # others read again what the first one told of
+        tell(f"note  {note}")
     train, val = split(drawn(source.train, train_examples), val_fraction, seed)
     if source.statistics is None:
         assert isinstance(train, ImageSet)  # readers of images that are not in memory give statistics
@@ -87,8 +91,9 @@ def load_dataset(
         train=train,
         val=val,
         test=source.test,
-        classes=source.classes,
+        classes=tuple(map(printable, source.classes)),
         mean=mean,
         std=std,
         flip=source.flip,
+        notes=source.notes,
     )

@@ -8,15 +8,12 @@ Axes: `N` images, `C` channels (always 3), `H W` size.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +46,7 @@ class _File(NamedTuple):
     """Time of the last change, in nanoseconds."""
 
 
-def load_decoded(
-    root: Path, listings: dict[str, Listing], *, image_size: int | None
-) -> dict[str, ImageSet]:
+def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | None) -> dict[str, ImageSet]:
     """Load listed files into memory; the first use decodes every file, later ones open the cache.
 
     Images become RGB, turned as their EXIF data says; an alpha channel is dropped; 16-bit grey is scaled to 8 bits.
@@ -127,8 +122,9 @@ def _open_cache(folder: Path, stem: str, fingerprint: str) -> dict[str, Bytes] |
                 return None
             arrays[part] = array
         return arrays
-    # Whatever is wrong with files that can be made again, the answer is to make them again.
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    # Whatever is wrong with files that can be made again, the answer is to make them again. A damaged header makes NumPy
+    # raise errors of many kinds, MemoryError among them.
+    except Exception:
         return None
 
 
@@ -153,9 +149,7 @@ def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, By
     return True
 
 
-def _decode_parts(
-    root: Path, parts: dict[str, list[_File]], image_size: int | None
-) -> dict[str, Bytes]:
+def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | None) -> dict[str, Bytes]:
     """Decode every file; large ones with a thread per core."""
     first = parts["train"][0].path
     shape = _decode(root / first, image_size).shape

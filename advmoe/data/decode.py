@@ -30,20 +30,26 @@ _CROP_SHARE = 224 / 256
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
+# Programs, not pixels: Pillow has others run them (EPS by Ghostscript), whatever the file is called.
+_PROGRAMS = ("EPS", "WMF")
 
 
 def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
     """Read one file as RGB, (H, W, C).
 
-    Grey, palette and CMYK images become RGB; an alpha channel is dropped; 16-bit grey is scaled to 8 bits.
+    Grey, palette and CMYK images become RGB; an alpha channel is dropped; 16-bit grey is scaled to 8 bits; of several
+    frames or pages the first is read.
 
     Raises:
-        ValueError: One line with the path, if the file cannot be read whole.
+        ValueError: One line with the path, if the file cannot be read whole, its pixels have no known range, or it has
+            more of them than Pillow allows (`MAX_IMAGE_PIXELS` twice: 179 million).
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
+            if opened.format in _PROGRAMS:
+                raise ValueError(f"{opened.format} holds a program that draws, no pixels")
             ImageOps.exif_transpose(opened, in_place=True)
             image = _to_rgb(opened)
             image.load()
@@ -132,8 +138,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would cut values off at 255 here instead of scaling them. 65535 / 257 = 255.
-        grey = (np.asarray(image).astype(np.int64) + 128) // 257
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixels of more than 16 bits have no known range")
+        grey = (grey + 128) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -13,7 +13,6 @@ from advmoe.files import held
 from advmoe.progress import bar
 from advmoe.wording import one_line
 
-
 TRIES = 4
 """Requests made for a file before giving up; each goes on where the last one stopped."""
 TIMEOUT = 30.0

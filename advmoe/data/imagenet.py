@@ -1,8 +1,9 @@
 """ImageNet (ILSVRC2012), read from its files as they are wanted.
 
 The training set is `train/<wnid>/*`; classes are the wnids, sorted, as in published models. The test set is the
-official validation set: `val/<wnid>/*`, or `val/*` with a file that says which class each image has. The first of these
-that is found in `root`, `root/val`, `root/data`, `root/ILSVRC2012_devkit_t12/data` counts:
+official validation set: `val/<wnid>/*`, or `val/*` with a file that says which class each image has; of a `val` that is
+sorted in part, the file tells the class of what is not. The first of these that is found in `root`, `root/val`,
+`root/data`, `root/ILSVRC2012_devkit_t12/data` counts:
 
 `val_labels.txt`          a line per image: its file name, then its wnid, with a space, tab or comma between
 `LOC_val_solution.csv`    Kaggle's: `ImageId,PredictionString`, the image's name without ending, then its wnid and boxes
@@ -16,12 +17,13 @@ Those numbers are the ILSVRC2012 ids, not the order of the sorted wnids. A file 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-from advmoe.data.listing import Listing, by_class, class_folders, image_files, read_lines
+from advmoe.data.listing import Listing, Part, by_class, class_names, composed, read_lines, scan
 from advmoe.data.stream import file_set
 from advmoe.data.types import Request, Source
-from advmoe.wording import one_line
+from advmoe.wording import few, one_line
 
 IMAGE_SIZE = 224
 """Side in pixels unless another is asked for."""
@@ -41,54 +43,82 @@ def load_imagenet(request: Request) -> Source:
     `image_size` says otherwise. Classes are called by their words where `root` holds `LOC_synset_mapping.txt` or
     `words.txt`, and by their wnids elsewhere. Channel statistics are the published ones.
 
+    A note tells what `folder.load_folder` leaves out, and how many images that the label file names are not there.
+
     Raises:
-        ValueError: A folder is missing or empty, an image of `val` has no class or an unknown one, or the label file
-            is missing or has other than one line for each image.
+        ValueError: A folder is missing or empty, an image of `train` lies beside class folders, an image of `val` has
+            no class, two, or an unknown one, or the label file is missing or has other than one line for each image.
     """
     root = request.root
-    classes = class_folders(root, "train")
-    train, test = by_class(root, "train", classes), _validation(root, classes)
+    classes = class_names(train := scan(root, "train"))
+    val, notes = _validation(scan(root, "val"), classes)
     size = request.image_size or IMAGE_SIZE
-    parts = [file_set(root, listing, image_size=size, workers=request.workers) for listing in (train, test)]
-    names = tuple(_words(root).get(wnid, wnid) for wnid in classes)
-    return Source(train=parts[0], test=parts[1], classes=names, flip=True, statistics=(MEAN, STD))
+    listings = by_class(train, classes), val
+    parts = [file_set(root, listing, image_size=size, workers=request.workers) for listing in listings]
+    words = _words(root)
+    names = tuple(words.get(wnid, wnid) for wnid in classes)
+    notes = (*train.notes, *notes)
+    return Source(train=parts[0], test=parts[1], classes=names, flip=True, statistics=(MEAN, STD), notes=notes)
 
 
-def _validation(root: Path, classes: list[str]) -> Listing:
-    """Return the official validation images with their classes, from either layout."""
-    if not (root / "val").is_dir():
-        raise ValueError(f"data.root must hold a folder val, got {str(root)!r}")
-    if any(re.fullmatch(r"n\d{8}", entry.name) for entry in (root / "val").iterdir()):
-        return by_class(root, "val", classes)
-    files = image_files(root, "val")
-    wnids = _flat_labels(root, files)
+def _validation(val: Part, classes: list[str]) -> tuple[Listing, tuple[str, ...]]:
+    """Return the official validation images with their classes, whichever of them are in class folders; and notes."""
+    if not val.loose:
+        class_names(val)
+        return by_class(val, classes), val.notes
+    # Empty folders are what a script that sorts the images begins with; others may lie in a flat `val`.
+    filled = replace(val, folders={name: files for name, files in val.folders.items() if files})
+    listing = by_class(filled, classes)
+    wnids, notes = _flat_labels(val)
     index = {wnid: label for label, wnid in enumerate(classes)}
     if unknown := next((wnid for wnid in wnids if wnid not in index), None):
-        raise ValueError(f"data.root must hold val images of classes of train, got {unknown!r} in {str(root)!r}")
-    return [(file, index[wnid]) for file, wnid in zip(files, wnids, strict=True)]
+        raise ValueError(f"data.root must hold val images of classes of train, got {unknown!r} in {str(val.root)!r}")
+    listing += [(file, index[wnid]) for file, wnid in zip(val.loose, wnids, strict=True)]
+    # By name, wherever an image lies: a `val` is in one order until it is sorted.
+    return sorted(listing, key=lambda each: PurePosixPath(each[0]).name), (*val.notes, *notes)
 
 
-def _flat_labels(root: Path, files: list[str]) -> list[str]:
-    """Return the wnid of each of the validation `files`."""
+def _flat_labels(val: Part) -> tuple[list[str], list[str]]:
+    """Return the wnid of each image that lies in no class folder, and notes."""
+    root, files = val.root, val.images
     candidates = (f"{place}{name}" for name in LABEL_FILES for place in _PLACES)
     name = next((path for path in candidates if (root / path).is_file()), None)
     if name is None:
         rule = f"class folders in val, or beside a flat val one of {', '.join(LABEL_FILES)}"
-        raise ValueError(f"data.root must hold {rule}, got neither in {str(root)!r}")
-    lines = read_lines(root, name)
+        flat = f"{len(val.loose)} images without a class: {few(map(repr, val.loose))}"
+        raise ValueError(f"data.root must hold {rule}, got neither in {str(root)!r} for {flat}")
     if name.endswith(LABEL_FILES[2]):
-        if len(lines) != len(files):
-            rule = f"a line in {name} for each image of val"
-            raise ValueError(f"data.root must hold {rule}, got {len(lines)} lines for {len(files)} images")
-        wnids = _wnids_by_id(root / name)
-        if unknown := next((line for line in lines if line.strip() not in wnids), None):
-            raise ValueError(f"data.root must hold {name} with ILSVRC2012 ids, got {unknown!r}")
-        return [wnids[line.strip()] for line in lines]
-    pairs = (re.split(r"[\s,]+", line.strip()) for line in lines)
-    by_name = {Path(words[0]).stem: words[1] for words in pairs if len(words) > 1}
-    if missing := next((file for file in files if Path(file).stem not in by_name), None):
+        return _by_number(val, name), []
+    wnid_of: dict[str, str] = {}
+    for line in read_lines(root, name):
+        words = re.findall(r'[^\s,;"]+', line)
+        if len(words) > 1 and words[0] != "ImageId":
+            stem = _stem(words[0].replace("\\", "/"))
+            if wnid_of.setdefault(stem, words[1]) != words[1]:
+                rule = f"hold {name} with one class for each image"
+                raise ValueError(f"data.root must {rule}, got {wnid_of[stem]!r} and {words[1]!r} for {stem!r}")
+    if missing := next((file for file in val.loose if _stem(file) not in wnid_of), None):
         raise ValueError(f"data.root must hold {name} with a line for each image of val, got none for {missing!r}")
-    return [by_name[Path(file).stem] for file in files]
+    absent = len(set(wnid_of) - set(map(_stem, files)))
+    notes = [f"val: {len(files)} images, {absent} that {name} names are not there"] if absent else []
+    return [wnid_of[_stem(file)] for file in val.loose], notes
+
+
+def _stem(path: str) -> str:
+    return composed(PurePosixPath(path).stem)
+
+
+def _by_number(val: Part, name: str) -> list[str]:
+    """Return the wnid of each loose image by the development kit's file `name`: a line for every image, by name."""
+    lines, files = read_lines(val.root, name), sorted(val.images, key=lambda path: PurePosixPath(path).name)
+    if len(lines) != len(files):
+        rule = f"a line in {name} for each image of val"
+        raise ValueError(f"data.root must hold {rule}, got {len(lines)} lines for {len(files)} images")
+    wnids = _wnids_by_id(val.root / name)
+    if unknown := next((line for line in lines if line.strip() not in wnids), None):
+        raise ValueError(f"data.root must hold {name} with ILSVRC2012 ids, got {unknown!r}")
+    wnid_of = {file: wnids[line.strip()] for file, line in zip(files, lines, strict=True)}
+    return [wnid_of[file] for file in val.loose]
 
 
 def _wnids_by_id(labels: Path) -> dict[str, str]:

@@ -1,81 +1,216 @@
-"""Which image files a data set consists of: class folders and what lies in them, found but not read."""
+"""Which image files a data set consists of: class folders and what lies in them, found but not read.
+
+Every image that is seen is used, refused, or counted in a note that names the rule.
+"""
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from advmoe.wording import one_line
-
+from advmoe.wording import few, one_line
 
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".jpe", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""File names that count as images, by their ending in lower case; other files in a folder of images are ignored."""
+"""File names that count as images, by their ending in lower case; a note tells of others in a folder of images."""
+_NO_IMAGES = frozenset(
+    {".csv", ".db", ".htm", ".html", ".ini", ".json", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
+)
+"""Endings of files that lie among images and are none: no note tells of them."""
 
 Listing = list[tuple[str, int]]
 """The images of a part: path relative to `root`, with `/`, and class."""
 
 
-def class_folders(root: Path, part: str) -> list[str]:
-    """Return the sorted names of the class folders of `root/part`."""
+@dataclass(frozen=True)
+class Part:
+    """The images in a folder of `root`, before anything is known of their classes."""
+
+    root: Path
+    name: str
+    """The folder, relative to `root`."""
+    folders: Mapping[str, Sequence[str]]
+    """By class folder (see `composed`), sorted: the images in it and in its sub-folders, sorted."""
+    loose: Sequence[str]
+    """Images beside class folders, sorted."""
+    notes: tuple[str, ...]
+    """What was seen and is left out, a line for each rule."""
+
+    @property
+    def images(self) -> list[str]:
+        """All of them, sorted."""
+        return sorted([*self.loose, *(path for paths in self.folders.values() for path in paths)])
+
+    @property
+    def place(self) -> str:
+        """The folder, as errors show it."""
+        return repr(str(self.root / self.name))
+
+
+def scan(root: Path, name: str) -> Part:
+    """Find the images in the folder `root/name`. Links are followed, but for those to a folder that they lie in.
+
+    Raises:
+        ValueError: A folder is missing or cannot be read, or an image is no file, as where a link leads nowhere.
+    """
     if not root.is_dir():
         raise ValueError(f"data.root must be a folder, got {str(root)!r}")
-    try:
-        with os.scandir(root / part) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_dir(entry))
-    except FileNotFoundError:
-        raise ValueError(f"data.root must hold a folder {part}, got {str(root)!r}") from None
-    except OSError as error:
-        raise ValueError(f"data.root must hold a readable folder {part}, got {one_line(error)}") from error
-    if not names:
-        raise ValueError(f"data.root must hold class folders in {part}, got none in {str(root / part)!r}")
-    return names
+    if not os.path.lexists(root / name):
+        raise ValueError(f"data.root must hold a folder {name}, got {str(root)!r}")
+    unused, above = _Unused(), (_identity(root), _identity(root / name))
+    folders: dict[str, list[str]] = {}
+    loose: list[str] = []
+    for entry in _entries(root, name):
+        path, hidden = f"{name}/{entry.name}", entry.name.startswith(".")
+        if not _is(entry.is_dir):
+            _sort(entry, path, hidden, loose, unused)
+        elif hidden:
+            _walk(root, path, True, above, unused)
+        else:
+            folders.setdefault(composed(entry.name), []).extend(_walk(root, path, False, above, unused))
+    return Part(
+        root, name, {each: sorted(folders[each]) for each in sorted(folders)}, sorted(loose), unused.notes(name)
+    )
 
 
-def by_class(root: Path, part: str, classes: list[str]) -> Listing:
-    """Return the images of `root/part/<class>/*`, sorted by class and name; classes may be missing there."""
-    folders = class_folders(root, part)
-    index = {name: label for label, name in enumerate(classes)}
-    if unknown := sorted(set(folders) - set(classes)):
-        rule = f"have only classes of train in {part}"
-        raise ValueError(f"data.root must {rule}, got {unknown[0]!r} in {str(root / part)!r}")
-    return [(file, index[name]) for name in folders for file in image_files(root, f"{part}/{name}")]
+def class_names(part: Part) -> list[str]:
+    """Return the names of the class folders, sorted; each must hold an image, and no image may lie beside them."""
+    if part.loose:
+        rule = f"hold the images of {part.name} in class folders"
+        raise ValueError(f"data.root must {rule}, got {len(part.loose)} beside them: {few(map(repr, part.loose))}")
+    if not part.folders:
+        raise ValueError(f"data.root must hold class folders in {part.name}, got none in {part.place}")
+    require_filled(part, part.folders)
+    return list(part.folders)
 
 
-def image_files(root: Path, folder: str) -> list[str]:
-    """Return the image files that lie directly in `root/folder`, relative to `root`, sorted by name.
+def require_filled(part: Part, folders: Iterable[str]) -> None:
+    """Raise `ValueError` where one of these class folders is missing or holds no image."""
+    if (empty := next((name for name in folders if not part.folders.get(name)), None)) is not None:
+        rule = f"hold at least one image in {part.name}/{empty}"
+        raise ValueError(f"data.root must {rule}, got none in {str(part.root / part.name / empty)!r}")
 
-    Files with other endings than `EXTENSIONS`, names that begin with a dot, and folders are left out.
-    """
-    try:
-        with os.scandir(root / folder) as entries:
-            files = [f"{folder}/{entry.name}" for entry in entries if _is_image(entry.name) and not _is_dir(entry)]
-    except OSError as error:
-        raise ValueError(f"data.root must hold readable files in {folder}, got {one_line(error)}") from error
-    if not files:
-        raise ValueError(f"data.root must hold at least one image in {folder}, got none in {str(root / folder)!r}")
-    return sorted(files)
+
+def by_class(part: Part, classes: Sequence[str]) -> Listing:
+    """Return the images of the class folders, sorted by class and path; classes may be missing."""
+    if unknown := next(iter(sorted(set(part.folders) - set(classes))), None):
+        rule = f"have only classes of train in {part.name}"
+        raise ValueError(f"data.root must {rule}, got {unknown!r} in {part.place}")
+    return [(path, label) for label, name in enumerate(classes) for path in part.folders.get(name, ())]
+
+
+def composed(name: str) -> str:
+    """A name with every accented letter as one character (NFC): some systems store two, and mean the same name."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as those of images do, in either case."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def left_out(part: str, number: int, what: str, rule: str, shown: Iterable[str] = ()) -> str:
+    """A note: so many images or files of a part are not used, by which rule, and some of them."""
+    told = few(shown)
+    return f"{part}: {number} {what}{'s' * (number != 1)} left out ({rule}){': ' if told else ''}{told}"
 
 
 def read_lines(root: Path, name: str) -> list[str]:
-    """Return the lines of the text file `root/name`, without empty ones."""
+    """Return the lines of the text file `root/name`, without empty ones and without blanks at their ends.
+
+    UTF-8, or UTF-16 where a byte-order mark says so; lines end as on any system.
+    """
     try:
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        content = (root / name).read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"data.root must hold {name}, got {str(root)!r}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.root must hold a readable {name}, got {one_line(error)}") from error
-    return [line for line in lines if line.strip()]
+    # splitlines() would also cut at rare characters that a name may hold.
+    return [composed(line.rstrip()) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+@dataclass
+class _Unused:
+    """What was come by and left out."""
+
+    hidden: list[str] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+
+    def notes(self, part: str) -> tuple[str, ...]:
+        found = []
+        if self.hidden:
+            rule = "a file's or a folder's name begins with a dot"
+            found.append(left_out(part, len(self.hidden), "image", rule, map(repr, sorted(self.hidden))))
+        if self.endings:
+            rule = f"the name's ending is none of {', '.join(sorted(EXTENSIONS))}"
+            kinds = [f"{count} {repr(ending) if ending else 'without'}" for ending, count in self.endings.most_common()]
+            found.append(left_out(part, self.endings.total(), "file", rule, kinds))
+        return tuple(found)
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link that leads nowhere is not."""
+def _walk(root: Path, folder: str, hidden: bool, above: tuple[tuple[int, int], ...], unused: _Unused) -> list[str]:
+    """Return the images in `folder` and below; `above` identifies the folders that it lies in."""
+    found: list[str] = []
+    pending = [(folder, hidden, above)]
+    while pending:
+        here, hidden, above = pending.pop()
+        if (identity := _identity(root / here)) in above:
+            continue
+        for entry in _entries(root, here):
+            path, dotted = f"{here}/{entry.name}", hidden or entry.name.startswith(".")
+            if _is(entry.is_dir):
+                pending.append((path, dotted, (*above, identity)))
+            else:
+                _sort(entry, path, dotted, found, unused)
+    return found
+
+
+def _sort(entry: os.DirEntry[str], path: str, hidden: bool, images: list[str], unused: _Unused) -> None:
+    """Put what is no folder where it belongs."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if hidden:
+        if ending in EXTENSIONS:
+            unused.hidden.append(path)
+    elif ending in _NO_IMAGES:
+        return
+    elif not _is(entry.is_file):  # asks the system about links alone
+        what = "a link that leads nowhere" if entry.is_symlink() else "which is no file"
+        raise ValueError(f"data.root must hold readable files in {path.rpartition('/')[0]}, got {path!r}, {what}")
+    elif ending in EXTENSIONS:
+        images.append(path)
+    else:
+        unused.endings[ending] += 1
+
+
+def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
     try:
-        return entry.is_dir()
+        with os.scandir(root / folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"data.root must hold a readable folder {folder}, got {one_line(error)}") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        stat = folder.stat()
+    except OSError as error:
+        raise ValueError(f"data.root must hold readable folders, got {one_line(error)}") from error
+    return stat.st_dev, stat.st_ino
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry, or what it links to, is of a kind; a link that leads nowhere is of none."""
+    try:
+        return kind()
     except OSError:
         return False

@@ -111,6 +111,8 @@ class Source:
     flip: bool
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Mean and standard deviation of each channel where they are published; None has them computed from `train`."""
+    notes: tuple[str, ...] = ()
+    """What was seen and is not used, a line for each rule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,8 @@ class Dataset:
     """Standard deviation of each channel of `train`, likewise; at least 1/255."""
     flip: bool
     """Whether a horizontal flip leaves the class as it is (not for digits)."""
+    notes: tuple[str, ...] = ()
+    """Which images were seen and are not used, a line for each rule."""
 
     @property
     def num_classes(self) -> int:

@@ -109,11 +109,14 @@ class Subject:
     """Names of the classes."""
     digest: str | None
     """Of the model; None of a callable that is no module."""
+    notes: tuple[str, ...]
+    """Which images of the data set were left out, by which rule."""
 
     @property
     def described(self) -> dict[str, Any]:
         """What every result says of what it is of."""
-        return {DIGEST: self.digest, "data": {"name": self.source, "split": "test"}}
+        left_out = {"notes": list(self.notes)} if self.notes else {}
+        return {DIGEST: self.digest, "data": {"name": self.source, "split": "test", **left_out}}
 
     @property
     def threat(self) -> ThreatModel:
@@ -175,7 +178,9 @@ def subject(
         index = torch.randperm(len(index), generator=generator_for(seed, "examples"))[:num_examples].sort().values
     load = replace(load, digest=digest_of(model))
     images = dataset.test.subset(index)
-    return Subject(load, images, index, config, home, seed, dataset.name, dataset.classes, load.digest)
+    return Subject(
+        load, images, index, config, home, seed, dataset.name, dataset.classes, load.digest, dataset.notes
+    )  # fmt: skip
 
 
 def _settings(run: Path) -> dict[str, dict[str, Any]]:

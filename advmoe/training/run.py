@@ -216,6 +216,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         command=launch.command,
     )  # fmt: skip
     described[CONFIG_DIGEST] = config.digest()
+    if dataset.notes:
+        described["data_notes"] = list(dataset.notes)
     if config.model.source is not None:
         described["source_sha256"] = checksum(file_of(config.model.source))
     if fabric.is_global_zero and launch.fresh:
@@ -265,7 +267,7 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
     machine = ("versions", "platform", "cpu", "device", "devices", "threads", "kernels")
-    names = (*machine, "git_commit", "source_sha256", CONFIG_DIGEST, "started")
+    names = (*machine, "git_commit", "source_sha256", "data_notes", CONFIG_DIGEST, "started")
     earlier = manifest.get("resumed") or []
     return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
 
