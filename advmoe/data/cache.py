@@ -122,7 +122,7 @@ def _open_cache(folder: Path, stem: str, fingerprint: str) -> dict[str, Bytes] |
                 return None
             arrays[part] = array
         return arrays
-    # Whatever is wrong with files that can be made again, the answer is to make them again. A damaged header makes NumPy
+    # Whatever is wrong with files that can be made again, the answer is to make them again: a damaged header has NumPy
     # raise errors of many kinds, MemoryError among them.
     except Exception:
         return None

@@ -80,7 +80,7 @@ def _annotated(root: Path, val: Part, index: dict[str, int]) -> Listing:
             raise ValueError(f"data.root must hold {_ANNOTATIONS} with wnids of wnids.txt, got {line!r}")
         if wnid_of.setdefault(name, wnid) != wnid:
             raise ValueError(f"data.root must hold {_ANNOTATIONS} with one class for each image, got two for {name!r}")
-    files = {}
+    files: dict[str, str] = {}
     for file in val.images:
         name = composed(PurePosixPath(file).name)
         if name not in wnid_of:

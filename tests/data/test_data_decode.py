@@ -2,6 +2,8 @@
 
 import math
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,3 +134,50 @@ def test_truncated_files_are_named_in_one_line(tmp_path: Path, keep: int) -> Non
         decode(path, central_crop(16))
     text = str(error.value)
     assert text.startswith(f"data.root must hold images that can be decoded, got {str(path)!r}: ") and "\n" not in text
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        decode(path)
+    text = str(error.value)
+    assert text.startswith(f"data.root must hold images that can be decoded, got {str(path)!r}: ") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("ending", ["bmp", "gif", "jpg", "png", "ppm", "tif", "webp"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_every_format_is_read_whole_or_not_at_all(tmp_path: Path, ending: str, share: float) -> None:
+    noise(40, 30).save(path := tmp_path / f"cut.{ending}")
+    assert decode(path).shape == (30, 40, 3)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused(path)
+
+
+def test_of_several_frames_the_first_is_read(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0)))
+    for ending in ("gif", "png", "tif"):
+        first.save(path := tmp_path / f"frames.{ending}", save_all=True, append_images=[second])
+        assert decode(path).reshape(-1, 3).tolist() == [[255, 0, 0]] * 64
+
+
+@pytest.mark.parametrize("level", [65536, -1])
+def test_more_than_sixteen_bits_are_refused_not_cut_off(tmp_path: Path, level: int) -> None:
+    Image.fromarray(np.full((4, 4), level, np.int32)).save(path := tmp_path / "deep.tif")
+    assert refused(path).endswith("pixels of more than 16 bits have no known range")
+
+
+def test_a_program_called_an_image_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert refused(path).endswith("EPS holds a program that draws, no pixels")
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(90_001))) + chunk(b"IEND", b""))
+    assert "900000000 pixels" in refused(path)

@@ -172,6 +172,12 @@ def kit_with_damaged_map(root: Path) -> None:
     (root / "data" / "meta.mat").write_bytes(b"MATLAB 5.0")
 
 
+def two_classes_for_one(root: Path) -> None:
+    two_columns(root)
+    with (root / "val_labels.txt").open("a") as file:
+        file.write("ILSVRC2012_val_00000002.JPEG n02000000\n")
+
+
 def two_columns_short(root: Path) -> None:
     two_columns(root)
     (root / "val_labels.txt").write_text("ILSVRC2012_val_00000001.JPEG n01000000\n")
@@ -188,6 +194,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (add_unknown_class, "have only classes of train in val, got 'n04000000' in "),
     (label_unknown_class, "hold val images of classes of train, got 'n04000000' in "),
     (two_columns_short, "val_labels.txt with a line for each image of val, got none for 'val/ILSVRC2012_val_00000002"),
+    (two_classes_for_one, "one class for each image, got 'n01000000' and 'n02000000' for 'ILSVRC2012_val_00000002'"),
     (too_few_lines, "a line in ILSVRC2012_validation_ground_truth.txt for each image of val, got 2 lines for 4 images"),
     (unknown_id, "hold ILSVRC2012_validation_ground_truth.txt with ILSVRC2012 ids, got '7'"),
     (kit_without_map, "hold meta.mat or map_clsloc.txt beside ILSVRC2012_validation_ground_truth.txt"),
@@ -200,6 +207,78 @@ def test_what_is_missing_is_named(root: Path, damage: Callable[[Path], object], 
     damage(root)
     found = message(root)
     assert found.startswith("data.root must ") and expected in found
+
+
+def half_sorted(root: Path) -> None:
+    """As an interrupted script that sorts leaves it: every class has its folder, two images lie in theirs."""
+    for wnid in WNIDS:
+        (root / "val" / wnid).mkdir()
+    for number in (0, 2):
+        (root / "val" / f"{name_of(number)}.JPEG").rename(root / "val" / VAL[number] / f"{name_of(number)}.JPEG")
+
+
+@pytest.mark.parametrize("labels", [two_columns, kaggle, kit_with_meta, kit_with_text])
+def test_what_is_not_sorted_yet_has_the_class_of_the_label_file(root: Path, labels: Callable[[Path], None]) -> None:
+    labels(root)
+    half_sorted(root)
+    data = load(root)
+    assert isinstance(data.test, FileSet)
+    red = data.test.pixels(slice(None))[:, 0, 0, 0].mul(255).round().int().tolist()
+    assert red == data.test.labels.tolist() == [WNIDS.index(wnid) for wnid in VAL]
+    assert data.notes == ()
+
+
+def test_half_sorted_without_labels_is_refused(root: Path) -> None:
+    half_sorted(root)
+    found = message(root)
+    assert "got neither in " in found and found.endswith(
+        f"for 2 images without a class: 'val/{name_of(1)}.JPEG', 'val/{name_of(3)}.JPEG'"
+    )
+
+
+def test_loose_images_of_train_are_refused_and_archives_noted(root: Path) -> None:
+    two_columns(root)
+    for wnid in ("n04000000", "n05000000"):
+        (root / "train" / f"{wnid}.tar").write_bytes(b"")
+    (note,) = load(root).notes
+    assert note.startswith("train: 2 files left out (the name's ending is none of .bmp, ") and note.endswith("2 '.tar'")
+    save(root / "train" / "x.JPEG")
+    assert "the images of train in class folders, got 1 beside them: 'train/x.JPEG'" in message(root)
+
+
+def test_an_image_that_a_link_does_not_lead_to_is_refused_before_training(root: Path) -> None:
+    two_columns(root)
+    (root / "train" / WNIDS[0] / "gone.JPEG").symlink_to(root / "gone.JPEG")
+    assert message(root).endswith(f"got 'train/{WNIDS[0]}/gone.JPEG', a link that leads nowhere")
+
+
+def test_labels_of_images_that_are_not_there_are_noted(root: Path) -> None:
+    two_columns(root)
+    (root / "val" / f"{name_of(1)}.JPEG").unlink()
+    data = load(root)
+    assert data.test.labels.tolist() == [2, 1, 0]
+    assert data.notes == ("val: 3 images, 1 that val_labels.txt names are not there",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("labels", [two_columns, kaggle, kit_with_text])
+def test_label_files_of_windows(root: Path, labels: Callable[[Path], None], encoding: str) -> None:
+    labels(root)
+    (root / "words.txt").write_text("n01000000\tcafé\nn02000000\tdog\nn03000000\tant\n", encoding="utf-8")
+    for path in [*root.glob("*.txt"), *root.glob("val/*.csv")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_bytes("".join(f"{line} \t\r\n" for line in lines).encode(encoding))
+    data = load(root)
+    assert data.test.labels.tolist() == [2, 0, 1, 0]
+    assert data.classes == ("café", "dog", "ant") and data.notes == ()
+
+
+def test_quoted_columns(root: Path) -> None:
+    kaggle(root)
+    path = root / "val" / "LOC_val_solution.csv"
+    quoted = [",".join(f'"{cell}"' for cell in line.split(",")) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(quoted))
+    assert load(root).test.labels.tolist() == [2, 0, 1, 0]
 
 
 @pytest.mark.skipif(not SAMPLES.is_file(), reason="imagenet-samples.tar is not there")

@@ -75,7 +75,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda root: (root / "wnids.txt").unlink(), "data.root must hold wnids.txt, got "),
     (lambda root: (root / "words.txt").unlink(), "data.root must hold words.txt, got "),
     (lambda root: (root / "words.txt").write_text("n01000000\tcat\n"), "words.txt with words for n02000000"),
-    (lambda root: (root / "words.txt").write_bytes(b"\xff\xfe"), "a readable words.txt, got UnicodeDecodeError"),
+    (
+        lambda root: (root / "words.txt").write_bytes(b"n01000000\tch\xe2t\n"),
+        "a readable words.txt, got UnicodeDecodeError",
+    ),
     (lambda root: (root / "val" / "val_annotations.txt").unlink(), "must hold val/val_annotations.txt, got "),
     (
         lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn03000000\n"),
@@ -87,15 +90,31 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda root: (root / "val" / "images" / "val_1.JPEG").unlink(),
-        "the images in val/val_annotations.txt, got no 'val/images/val_1.JPEG'",
+        "the images in val/val_annotations.txt, got no 'val_1.JPEG'",
     ),
     (
-        lambda root: (root / "train" / WNIDS[0] / "images").rename(root / "x"),
-        "readable files in train/n02000000/images",
+        lambda root: (root / "train" / WNIDS[0] / "images").rename(root / "train" / "x"),
+        "at least one image in train/n02000000, got none",
     ),
     (
         lambda root: [file.unlink() for file in (root / "train" / WNIDS[0] / "images").iterdir()],
-        "at least one image in train/n02000000/images, got none",
+        "at least one image in train/n02000000, got none in ",
+    ),
+    (
+        lambda root: (root / "wnids.txt").write_text("n01000000\nn02000000\nn01000000\n"),
+        "wnids.txt with every wnid once, got 'n01000000' twice",
+    ),
+    (
+        lambda root: (root / "val" / "val_annotations.txt").open("a").write("val_1.JPEG\tn01000000\n"),
+        "val/val_annotations.txt with one class for each image, got two for 'val_1.JPEG'",
+    ),
+    (
+        lambda root: save(root / "train" / "x.JPEG"),
+        "images of train in folders that wnids.txt names, got 1 beside them",
+    ),
+    (
+        lambda root: save(root / "val" / "n01000000" / "val_0.JPEG"),
+        "every image of val once, got 'val/images/val_0.JPEG' and 'val/n01000000/val_0.JPEG'",
     ),
     (
         lambda root: (root / "val" / "images" / "val_2.JPEG").write_bytes(b"\x89PNG"),
@@ -113,6 +132,39 @@ def test_what_is_missing_is_named(root: Path, damage: Callable[[Path], object], 
 
 def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
     assert message(tmp_path / "none") == f"data.root must be a folder, got {str(tmp_path / 'none')!r}"
+
+
+def test_images_may_lie_where_scripts_that_sort_leave_them(root: Path) -> None:
+    first = load_dataset("tiny-imagenet", root=root, val_fraction=0)
+    assert first.notes == ()
+    # `val` sorted in part, and one class of `train` without its folder `images`.
+    for name in ("val_0.JPEG", "val_2.JPEG"):
+        (root / "val" / "n01000000" / "images").mkdir(parents=True, exist_ok=True)
+        (root / "val" / "images" / name).rename(root / "val" / "n01000000" / "images" / name)
+    for file in (root / "train" / WNIDS[0] / "images").iterdir():
+        file.rename(root / "train" / WNIDS[0] / file.name)
+    data = load_dataset("tiny-imagenet", root=root, val_fraction=0)
+    assert data.train.images.equal(first.train.images) and data.train.labels.equal(first.train.labels)
+    found = zip(data.test.images[:, 1, 0, 0].tolist(), data.test.labels.tolist(), strict=True)
+    assert sorted(found) == [(0, 0), (1, 1), (2, 0)]
+
+
+def test_folders_that_are_no_class_are_noted(root: Path) -> None:
+    for i in range(3):
+        save(root / "train" / "n09000000" / "images" / f"{i}.JPEG")
+    (note,) = load_dataset("tiny-imagenet", root=root).notes
+    assert note == "train: 3 images left out (wnids.txt does not name their folders): 'n09000000'"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_text_files_of_windows(root: Path, encoding: str) -> None:
+    first = load_dataset("tiny-imagenet", root=root, val_fraction=0)
+    for path in (root / "wnids.txt", root / "words.txt", root / "val" / "val_annotations.txt"):
+        text = path.read_text().replace("\n", "  \r\n") + "\r\n"
+        path.write_bytes(text.encode(encoding))
+    data = load_dataset("tiny-imagenet", root=root, val_fraction=0)
+    assert data.classes == first.classes == ("cat, true cat", "dog")
+    assert data.test.labels.tolist() == [0, 1, 0] and data.notes == ()
 
 
 @pytest.mark.skipif(not ARCHIVE.is_file(), reason="tiny-imagenet-32.tar.xz is not there")
