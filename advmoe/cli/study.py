@@ -93,6 +93,7 @@ def _run(name: str, options: Any) -> int:
         tell(f"{word if word in ('starts', 'done') else f'failed: {word}'}  {described(task)}")
 
     home, content = run_study(name, options, told)
+    print(f"{content['size']}\n")
     for shown in content["tables"]:
         print(f"{text(shown)}\n")
     for claim in content["claims"]:

@@ -47,6 +47,7 @@ def study_section(study: Study, album: Album, number_: int) -> Section:
 def _about(found: Mapping[str, Any]) -> str:
     seeds = found.get("seeds") or []
     words = [f"Scale {found.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
+    words += [str(found["size"])] if found.get("size") else []
     made = found.get("made_on") or {}
     words += [flat(made[name]) for name in ("cpu", "device") if made.get(name)]
     if made.get("threads"):

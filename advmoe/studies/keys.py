@@ -73,10 +73,16 @@ def _listing(root: str) -> dict[str, dict[str, int]]:
     folder = Path(root).expanduser()
     splits = _visible(folder) if folder.is_dir() else []
     return {
-        split.name: {each.name: len(_visible(each.path)) for each in _visible(split.path) if each.is_dir()}
+        split.name: {each.name: _number(each.path) for each in _visible(split.path) if each.is_dir()}
         for split in splits
         if split.is_dir()
     }
+
+
+def _number(folder: str) -> int:
+    """Of what lies in a class folder and in its sub-folders, whose images are of that class too."""
+    entries = _visible(folder)
+    return len(entries) + sum(_number(each.path) for each in entries if each.is_dir(follow_symlinks=False))
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:

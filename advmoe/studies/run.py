@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from advmoe.config import Config, merged, require
+from advmoe.config import Config, require
 from advmoe.files import read_object, require_writable, write_text
 from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
+from advmoe.studies.labels import of_size, shared
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
 from advmoe.studies.pool import Told, run_tasks
 from advmoe.studies.present import draw
@@ -179,7 +180,8 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
     home, options = session.home, session.options
     folder = home / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, notes = [], list(outcome.notes)
+    size = of_size(rows)
+    drawn, notes = [], [*outcome.notes, *_left_out(rows)]
     for figure in outcome.figures:
         if not figure.data:
             notes.append(f"Nothing was measured for the figure {figure.title!r}.")
@@ -187,16 +189,18 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
         for suffix in ("svg", "png"):
             draw(figure, folder / f"{figure.id}.{suffix}")
         drawn.append({
-            **{name: getattr(figure, name) for name in ("id", "title", "caption", "alt", "kind", "data", "options")},
+            **{name: getattr(figure, name) for name in ("id", "title", "alt", "kind", "data", "options")},
+            "caption": _with_size(figure.caption, size),
             "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
         })  # fmt: skip
     seconds = math.fsum(_seconds(task) or 0.0 for task in session.planner.tasks(rows).values())
+    tables = [{**each, "caption": _with_size(each["caption"] or f"{each['title']}.", size)} for each in outcome.tables]
     shown = describe(name="", seed=0, device=torch.device("cpu"), devices=1, command=None)
     content = {
         "study": session.study.name, "title": session.study.title, "shows": session.study.shows,
-        "scale": session.scale.name, "seeds": list(session.planner.seeds), "tables": list(outcome.tables),
+        "scale": session.scale.name, "seeds": list(session.planner.seeds), "size": size, "tables": tables,
         "figures": drawn, "claims": list(outcome.claims), "notes": notes, "runs": _runs(session, rows),
-        "settings": merged(session.scale.base, session.options.overrides),
+        "settings": shared([row.row.run.settings for row in rows]),
         "command": shlex.join(options.command or ()) or None, "seconds": round(seconds, 1),
         "made_on": _made_on(session.planner.tasks(rows).values()),
         "shown_by": {name: shown[name] for name in ("versions", "git_commit")},
@@ -204,6 +208,17 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
     }  # fmt: skip
     write_text(home / "study.json", json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _with_size(caption: str, size: str) -> str:
+    """A caption that tells how large the study is: tables and figures are shown elsewhere, too."""
+    return f"{caption} {size[:1].upper()}{size[1:]}.".strip() if size else caption
+
+
+def _left_out(rows: Iterable[PlannedRow]) -> list[str]:
+    """Which images the runs left out, each line once."""
+    found = [note for row in rows for run in row.runs.values() for note in _noted(run).get("data_notes") or ()]
+    return [f"Images: {note}" for note in dict.fromkeys(found)]
 
 
 def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:

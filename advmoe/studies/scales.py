@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
+from advmoe.studies.labels import of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.spec import Measure, Run, ScaleName, Settings
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Part:
     """A data set or a backbone at one scale."""
 
     label: str
-    """As tables show it."""
+    """What tables call it, before its width or size (see `labels`)."""
     settings: Settings
     paper: str | None = None
     """The paper's name of what this stands for; None where its numbers say nothing about it."""
@@ -114,14 +115,17 @@ class Scale:
         if how.start is not None:
             shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
             start = self.run(how.start, dataset=dataset, backbone=backbone, more=shared, **labels)
-        shown = {"method": method, **labels}
-        words = [_word(part, shown[part]) for part in PARTS if part in shown]
-        settings = merged(self.base, data.settings, net.settings, how.settings, more, self.overrides)
+        usual = merged(self.base, data.settings, net.settings, how.settings, more)
+        settings = merged(usual, self.overrides)
+        elsewhere = other_folder(usual, settings)
+        comparable = elsewhere is None and same_threat(usual, settings)
         every = {
-            **shown, "dataset": data.label, "backbone": net.label, "paper_dataset": data.paper,
+            "method": method, **labels, "dataset": of_data(elsewhere or data.label, settings),
+            "backbone": of_backbone(net.label, settings), "paper_dataset": data.paper if comparable else None,
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
-        return Run(", ".join([*words, net.label, data.label]), settings, every, start)
+        words = [_word(part, every[part]) for part in PARTS if part in every]
+        return Run(", ".join([*words, every["backbone"], every["dataset"]]), settings, every, start)
 
     # What is measured
 
@@ -228,11 +232,11 @@ _CPU = Scale(
         )
     },
     backbones={
-        "ResNet-18": Part("ResNet-18 of width 16", {"model": {"name": "resnet18", "width": 16}}, "ResNet-18"),
+        "ResNet-18": Part("ResNet-18", {"model": {"name": "resnet18", "width": 16}}, "ResNet-18"),
         "WRN-28-10": Part("WRN-10-2", {"model": {"name": "wrn-10-2"}}, "WRN-28-10"),
-        "VGG-16": Part("VGG-16 of width 16", {"model": {"name": "vgg16", "width": 16}}, "VGG-16"),
+        "VGG-16": Part("VGG-16", {"model": {"name": "vgg16", "width": 16}}, "VGG-16"),
         "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 16}}, "DenseNet"),
-        "DeiT-Tiny": Part("DeiT-Tiny of width 64", {"model": {"name": "deit-tiny", "width": 64}}, "DeiT-Tiny"),
+        "DeiT-Tiny": Part("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 64}}, "DeiT-Tiny"),
     },
     examples=500,
     autoattack=("RA AutoAttack %", "autoattack", 100),

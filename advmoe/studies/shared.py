@@ -75,7 +75,7 @@ def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, An
 
 def overview(title: str, results: Results, columns: Sequence[Column], paper_table: str) -> dict[str, Any]:
     """A row for each data set, backbone and method, beside the paper's."""
-    caption = "Mean and standard deviation over seeds; the paper's numbers are of its own, larger size."
+    caption = "Mean and standard deviation over seeds; the paper's numbers are of its own settings."
     return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
 
 

@@ -46,7 +46,10 @@ def test_list_says_of_every_study_what_it_shows_and_how_long_it_takes(advmoe, tm
         (["fig2", "--jobs", "0"], "--jobs must be >= 1, got 0"),
         (["fig2", "--num-examples", "0"], "--num-examples must be >= 1, got 0"),
         (["fig2", "--accelerator", "tpu"], "--accelerator must be one of auto, cpu, cuda, got 'tpu'"),
-        (["fig2", "--only", "VGG"], "--only must be words of a run's name (AT (S-Dense), ResNet-18, digits; "),
+        (
+            ["fig2", "--only", "VGG"],
+            "--only must be words of a run's name (AT (S-Dense), ResNet-18 of width 8, digits at 16 pixels; ",
+        ),
         (["fig2", "--model.kind", "dense"], "model.kind must be left to the study fig2, got 'dense'"),
         (["fig2", "--training.seed", "1"], "training.seed must be left to the study fig2, got 1"),
         (["fig7", "--model.scale", "0.3"], "model.scale must be left to the study fig7, got 0.3"),
@@ -84,7 +87,10 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
     *lines, last = out.splitlines()
     assert last == "14 tasks, 14 to do, by 2 processes"
     found = [
-        re.fullmatch(r"missing +(\w+) +(.*), ResNet-18, digits, seed (\d)  (\w{12})", line).groups() for line in lines
+        re.fullmatch(
+            r"missing +(\w+) +(.*), ResNet-18 of width 8, digits at 16 pixels, seed (\d)  (\w{12})", line
+        ).groups()
+        for line in lines
     ]
     standard, routers, experts = "standard MoE", "router-robustified MoE", "router-robustified MoE, then its experts"
     first = [("train", standard), ("train", routers), ("evaluate", routers), ("dissect", routers)]
@@ -97,6 +103,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
 
 
 CONTENT = {
+    "size": "3 epochs",
     "tables": [{"title": "Ours", "columns": [{"key": "a", "title": "A"}], "rows": [{"a": 1.5}]}],
     "claims": [
         {
@@ -145,7 +152,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
         "failed: ValueError: so  evaluate  AdvMoE, ResNet-18, digits, seed 3  abc",
     ]
     assert out.splitlines() == [
-        "Ours", "A", "1.5", "", "It is so.", "  PGD: holds at this size (p = 0.0312)",
+        "3 epochs", "", "Ours", "A", "1.5", "", "It is so.", "  PGD: holds at this size (p = 0.0312)",
         "  worst case: undecided at this size", "A note.", "failed: bad, seed 1: ValueError: so",
         "missing: left, seed 2: not done", "", "written to home/study.json",
         "next  advmoe report home -o home/report.html",

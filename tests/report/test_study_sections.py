@@ -37,6 +37,11 @@ def test_a_study_that_holds_nothing_yet(shown):
     assert "Scale smoke; seeds unknown." in page.texts("p")
 
 
+def test_the_size_of_a_study_is_told_where_it_is_known(shown):
+    page = shown(size="2 epochs, 30 test images")
+    assert page.texts("p")[1].startswith("Scale smoke; seeds 0, 1; 2 epochs, 30 test images; a processor; ")
+
+
 def test_claims_with_verdicts_tests_and_numbers(shown):
     page = shown()
     assert page.texts("h4")[0] == "AT < AdvMoE."

@@ -70,6 +70,10 @@ def test_images_of_a_folder_count_by_their_classes_and_numbers(tmp_path):
     nothing = {"data": {"name": "folder", "root": str(tmp_path / "nothing")}}
     assert key(**here) == key(**there)
     assert len({key(**each) for each in (here, more, renamed, nothing)}) == 4
+    # What lies in sub-folders of a class is of that class; that there is one changes no key by itself.
+    assert key(**folder(tmp_path / "flat", train={"cat": 3})) != key(
+        **folder(tmp_path / "deep", train={"cat": 2, "cat/more": 1})
+    )
     # What the reader leaves out does not count: the cache that it makes itself above all.
     hidden = folder(tmp_path / "hidden", **small)
     (tmp_path / "hidden" / ".advmoe-cache").mkdir()

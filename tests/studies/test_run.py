@@ -83,7 +83,8 @@ def names(heard):
 
 
 DENSE, ROUTED, START = (
-    f"{name}, ResNet-18, digits" for name in ("AT (S-Dense)", "router-robustified MoE", "standard MoE")
+    f"{name}, ResNet-18 of width 4, digits at 8 pixels"
+    for name in ("AT (S-Dense)", "router-robustified MoE", "standard MoE")
 )
 
 
@@ -103,6 +104,8 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
     assert (content["study"], content["title"], content["scale"]) == ("tiny", "A tiny study", "smoke")
     assert content["seeds"] == [0] and content["command"] == "advmoe study tiny"
     assert content["settings"]["training"]["epochs"] == 2 and content["settings"]["threat"]["eps"] == 0.1
+    assert content["settings"]["model"]["width"] == 4
+    assert "kind" not in content["settings"]["model"]  # what all runs share, and nothing else
     made = content["made_on"]
     assert made["torch"] == [content["shown_by"]["versions"]["torch"]] and made["device"] == ["cpu"]
     assert made["threads"] == [1] and len(made["git_commit"]) <= 1
@@ -117,7 +120,11 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
     assert shown["rows"][0]["ra_pgd"]["mean"] == 100 * found["robust_accuracy"]["pgd-2"]
 
     (figure,) = content["figures"]
-    assert (figure["id"], figure["kind"], figure["caption"]) == ("tiny-ra", "lines", "A caption.")
+    # From the settings, whatever the scale says; the routed run alone has experts.
+    size = "2 epochs, all training images, linf, eps 0.1, K = 1, r = 0.5, N = 2; PGD of 2 steps, 30 test images"
+    assert content["size"] == size
+    assert shown["caption"] == f"Tiny. {size}."
+    assert (figure["id"], figure["kind"], figure["caption"]) == ("tiny-ra", "lines", f"A caption. {size}.")
     assert figure["alt"].startswith("RA (%) against x: ") and set(figure["data"]) == {DENSE, ROUTED}
     for suffix in ("svg", "png"):
         assert figure[suffix] == f"figures/tiny-ra.{suffix}" and (home / figure[suffix]).is_file()

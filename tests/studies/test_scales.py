@@ -1,5 +1,6 @@
 """The three sizes, and the runs and measurements they make."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -50,19 +51,52 @@ def test_the_paper_s_tables_are_all_its_settings_by_all_its_methods():
 
 def test_names_say_what_varies_and_what_it_runs_on():
     scale = scale_named("smoke")
-    assert scale.run("AT (MoE)").name == "AT (MoE), ResNet-18, digits"
+    assert scale.run("AT (MoE)").name == "AT (MoE), ResNet-18 of width 8, digits at 16 pixels"
     run = scale.run("AdvMoE", backbone="WRN-28-10", experts=4, scale=0.8, more={"model": {"scale": 0.8}})
-    assert run.name == "AdvMoE, N = 4, r = 0.8, WRN-10-1, digits"
+    assert run.name == "AdvMoE, N = 4, r = 0.8, WRN-10-1 of width 8, digits at 16 pixels"
     assert run.settings["model"]["scale"] == 0.8 and run.settings["model"]["name"] == "wrn-10-1"
-    assert scale.run("AdvMoE", K=5).name == "AdvMoE, K = 5, ResNet-18, digits"
-    assert scale.run("AdvMoE", variant="EMA").name == "AdvMoE, EMA, ResNet-18, digits"
+    assert scale.run("AdvMoE", K=5).name == "AdvMoE, K = 5, ResNet-18 of width 8, digits at 16 pixels"
+    assert scale.run("AdvMoE", variant="EMA").name == "AdvMoE, EMA, ResNet-18 of width 8, digits at 16 pixels"
     assert run.labels == {
-        "method": "AdvMoE", "experts": 4, "scale": 0.8, "dataset": "digits", "backbone": "WRN-10-1", "routed": True,
-        "paper_dataset": None, "paper_backbone": None,
+        "method": "AdvMoE", "experts": 4, "scale": 0.8, "dataset": "digits at 16 pixels",
+        "backbone": "WRN-10-1 of width 8", "routed": True, "paper_dataset": None, "paper_backbone": None,
     }  # fmt: skip
     cpu = scale_named("cpu").run("AT (Dense)").labels
     assert (cpu["dataset"], cpu["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
     assert (cpu["backbone"], cpu["paper_backbone"], cpu["routed"]) == ("ResNet-18 of width 16", "ResNet-18", False)
+
+
+def labels(overrides, scale="cpu", **where):
+    return replace(scale_named(scale), overrides=overrides).run("AT (Dense)", **where).labels
+
+
+def test_labels_tell_what_the_user_sets():
+    assert labels({"model": {"width": 32}})["backbone"] == "ResNet-18 of width 32"
+    assert labels({"model": {"width": None}})["backbone"] == "ResNet-18"
+    assert labels({"model": {"width": 48}}, "paper", backbone="DeiT-Tiny")["backbone"] == "DeiT-Tiny of width 48"
+    assert labels({}, backbone="DenseNet")["backbone"] == "DenseNet of width 16"
+    assert labels({}, "paper")["backbone"] == "ResNet-18"
+    assert labels({"data": {"image_size": 16}})["dataset"] == "CIFAR-10 (JPEG) at 16 pixels"
+    run = replace(scale_named("cpu"), overrides={"model": {"width": 32}}).run("AdvMoE")
+    assert run.name == "AdvMoE, ResNet-18 of width 32, CIFAR-10 (JPEG)"
+
+
+def test_other_images_or_another_threat_are_not_set_beside_the_paper():
+    found = labels({"data": {"root": "/somewhere/food"}})
+    assert (found["dataset"], found["paper_dataset"]) == ("food", None)
+    found = labels({"data": {"root": "/somewhere/cifar10-jpeg/"}})
+    assert (found["dataset"], found["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
+    for threat in ({"eps": "4/255"}, {"norm": "l2"}):
+        assert labels({"threat": threat})["paper_dataset"] is None
+    assert labels({"threat": {"eps": 8 / 255}})["paper_dataset"] == "CIFAR-10"  # the same, spelt otherwise
+
+
+@pytest.mark.parametrize("scale", NAMES)
+def test_no_label_states_what_settings_do(scale):
+    """But for the names of backbones and data, whatever stands in a label is made from settings."""
+    scale = scale_named(scale)
+    for parts in (scale.datasets, scale.backbones):
+        assert not any(re.search(r"width|pixel|image|epoch", part.label) for part in parts.values())
 
 
 def test_a_run_starts_from_one_of_the_same_model_and_data_trained_its_own_way():
@@ -72,7 +106,7 @@ def test_a_run_starts_from_one_of_the_same_model_and_data_trained_its_own_way():
     middle = last.start
     first = middle.start
     assert [run.labels["method"] for run in (first, middle)] == ["standard MoE", "router-robustified MoE"]
-    assert first.start is None and first.name == "standard MoE, r = 0.8, ResNet-18, digits"
+    assert first.start is None and first.name == "standard MoE, r = 0.8, ResNet-18 of width 8, digits at 16 pixels"
     methods = [run.settings["training"]["method"] for run in (first, middle, last)]
     assert methods == ["standard", "at-routers", "at-experts"]
     assert [run.settings["model"]["scale"] for run in (first, middle, last)] == [0.8, 0.8, 0.8]
@@ -83,8 +117,11 @@ def test_a_dense_start_of_sparse_models_of_any_scale_goes_without_it():
     scale = scale_named("smoke")
     for r in (0.5, 0.8):
         run = scale.run("AT (Sparse)", more={"model": {"scale": r}}, scale=r)
-        assert run.name == f"AT (Sparse), r = {r}, ResNet-18, digits"
-        assert run.start.name == "AT (Dense), ResNet-18, digits" and "scale" not in run.start.labels
+        assert run.name == f"AT (Sparse), r = {r}, ResNet-18 of width 8, digits at 16 pixels"
+        assert (
+            run.start.name == "AT (Dense), ResNet-18 of width 8, digits at 16 pixels"
+            and "scale" not in run.start.labels
+        )
 
 
 def test_what_the_user_sets_holds_for_every_run():
