@@ -1,6 +1,7 @@
 """What all figures share: colours, style, and a file written whole.
 
-A figure is a pure function of its data: the same file, byte for byte, from the same data and version of matplotlib.
+A figure is a pure function of its data: the same file, byte for byte, from the same data and version of matplotlib
+(and, where names need other fonts than its own, from the same fonts).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advmoe.files import write_whole
+from advmoe.report.fonts import found
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,5 +79,6 @@ def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        with found(figure):
+            figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.flow import flow_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
+from advmoe.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -376,10 +377,12 @@ def _number(value: Any) -> float:
 
 
 def _short(text: str, most: int = 22) -> str:
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _wrapped(text: str, width: int) -> str:
+    text = printable(text)
     return "\n".join(textwrap.wrap(text, max(8, width))) or text
 
 
