@@ -143,6 +143,18 @@ def test_another_broken_pipe_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["recipes"])
 
 
+def test_what_a_terminal_cannot_show_is_printed_with_escapes() -> None:
+    code = (
+        "from advmoe import cli; "
+        "cli.COMMANDS['recipes'].run = lambda args, argv: print('caf\\xe9 \\u732b \\udce9') or 0; "
+        "raise SystemExit(cli.main(['recipes']))"
+    )
+    for encoding, shown in (("ascii", rb"caf\xe9 \u732b \udce9"), ("utf-8", "café 猫 ".encode() + rb"\udce9")):
+        environment = os.environ | {"PYTHONPATH": ROOT, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, shown, b"")
+
+
 def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)

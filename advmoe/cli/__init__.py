@@ -8,6 +8,7 @@ A command is a module here, with a `parser` and a `run`, and an entry in `COMMAN
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     a study failed), 2 (a mistake in the input), 130 (interrupted) or 141 (nobody reads the output).
     """
     argv = sys.argv[1:] if argv is None else argv
+    _accept_any_text()
     try:
         args = _parse(argv)
         command = args["command"]
@@ -90,6 +92,13 @@ def _in_full(argv: list[str]) -> list[str]:
     words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
     parts = (word.partition("=") for word in words)
     return [full.get(option, option) + equals + rest for option, equals, rest in parts]
+
+
+def _accept_any_text() -> None:
+    """Have what the terminal's encoding lacks, or what is no text, as names of files may be, printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _flushed() -> bool:

@@ -93,7 +93,7 @@ def _flat_labels(val: Part) -> tuple[list[str], list[str]]:
     for line in read_lines(root, name):
         words = re.findall(r'[^\s,;"]+', line)
         if len(words) > 1 and words[0] != "ImageId":
-            stem = _stem(words[0].replace("\\", "/"))
+            stem = PurePosixPath(words[0].replace("\\", "/")).stem
             if wnid_of.setdefault(stem, words[1]) != words[1]:
                 rule = f"hold {name} with one class for each image"
                 raise ValueError(f"data.root must {rule}, got {wnid_of[stem]!r} and {words[1]!r} for {stem!r}")

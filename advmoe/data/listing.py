@@ -107,8 +107,12 @@ def by_class(part: Part, classes: Sequence[str]) -> Listing:
 
 
 def composed(name: str) -> str:
-    """A name with every accented letter as one character (NFC): some systems store two, and mean the same name."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
+    """A file's name with every accented letter as one character (NFC), from bytes taken for UTF-8 whatever the locale:
+    what one system stores and another reads is one name.
+    """
+    if name.isascii():
+        return name
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def is_image(name: str) -> bool:
@@ -136,7 +140,7 @@ def read_lines(root: Path, name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.root must hold a readable {name}, got {one_line(error)}") from error
     # splitlines() would also cut at rare characters that a name may hold.
-    return [composed(line.rstrip()) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    return [unicodedata.normalize("NFC", line.rstrip()) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
 @dataclass

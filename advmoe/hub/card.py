@@ -135,7 +135,7 @@ def model_card(
         license: of the weights; None is written as `unknown`.
     """
     front = yaml.safe_dump(_front_matter(spec, record, name, license), sort_keys=False, allow_unicode=True, width=120)
-    sections = [f"# {name}", _summary(spec, record), _loading(spec, repo_id), _data(record), _training(record)]
+    sections = [f"# {name}", _summary(spec, record), _loading(spec, repo_id), _data(spec, record), _training(record)]
     sections += [_robustness(record), _cost(record), _configuration(record)]
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -247,16 +247,24 @@ def _loading(spec: Mapping[str, Any], repo_id: str | None) -> str:
     return "\n".join(lines)
 
 
-def _data(record: Record) -> str:
+def _data(spec: Mapping[str, Any], record: Record) -> str:
     if record.config is None:
         return "## Data\n\nUnknown: this model came without a run's settings."
     data = record.config.data
-    size = "their own size" if data.image_size is None else f"{data.image_size} pixels a side"
+    size = "their own size" if spec["input_size"] is None else f"{spec['input_size']} pixels a side"
     where = f", read from `{data.root}`" if data.name == "folder" else ""
     augmented = "augmented" if data.augment else "not augmented"
     share = f"{100 * data.val_fraction:g}% of the training set held out to choose the best checkpoint"
     drawn = f"{data.train_examples} of its training images; " if data.train_examples is not None else ""
-    return f"## Data\n\n`{data.name}`{where}; {drawn}images of {size}, {augmented}; {share}."
+    left_out = (record.manifest or {}).get("data_notes")
+    notes = [f"- {_code(str(note))}" for note in left_out] if isinstance(left_out, list) else []
+    told = "\n".join(["", "", "What was not used:", "", *notes]) if notes else ""
+    return f"## Data\n\n`{data.name}`{where}; {drawn}images of {size}, {augmented}; {share}.{told}"
+
+
+def _code(text: str) -> str:
+    """Text shown as it is, on one line: names of files may hold what Markdown reads otherwise."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def _training(record: Record) -> str:

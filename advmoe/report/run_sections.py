@@ -46,6 +46,9 @@ def introduction(run: Run, ident: str) -> Content:
         link = element("a", "commands that make them", href=f"#{ident}-made")
         notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. See the ", link, "."))
     notes += [element("p", f"{each}.") for each in run.notes]
+    if isinstance(left_out := run.manifest.get("data_notes"), list) and left_out:
+        said = [element("li", str(each)) for each in left_out]
+        notes.append([element("p", "Files that were not used:"), element("ul", said)])
     if run.gallery is None and run.no_gallery:
         notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
     return [

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import unicodedata
 from collections.abc import Callable
@@ -410,6 +412,22 @@ def test_one_name_stored_in_two_ways_is_one_class(root: Path) -> None:
     assert data.test.labels.tolist() == [2, 3]
     save(root / "train" / composed / "1.png", (5, 0, 0))
     assert load_dataset("folder", root=root, val_fraction=0).train.labels.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text whatever the locale")
+def test_classes_are_the_same_in_every_locale(root: Path) -> None:
+    for name in ("chat noir é", "猫"):
+        save(root / "train" / unicodedata.normalize("NFD", name) / "0.png")
+        save(root / "test" / name / "0.png")
+    code = "import sys; from advmoe.data import load_dataset; data = load_dataset('folder', root=sys.argv[1]);"
+    code += "print(ascii(data.classes), data.test.labels.tolist())"
+    # Python reads names as ASCII then, and keeps what is none as bytes.
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, env=environment, text=True)
+    data = load_dataset("folder", root=root)
+    assert data.classes == ("ant", "cat", "chat noir é", "猫") and data.test.labels.tolist() == [1, 2, 3]
+    assert done.stdout.strip() == f"{data.classes!a} [1, 2, 3]", done.stderr
 
 
 def test_class_names_are_text_whatever_folders_are_called(root: Path) -> None:

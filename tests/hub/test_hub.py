@@ -557,3 +557,14 @@ except ValueError as error:
     assert sorted(hub.files) == ["README.md", "config.json", "model.json", "model.safetensors"]
     assert "**Not evaluated.**" in hub.files["README.md"].decode()
     assert refused.startswith("lab/tiny cannot be pushed to the Hub: ") and "404" in refused
+
+
+def test_a_card_tells_the_images_size_and_what_was_left_out() -> None:
+    config = Config.from_dict({"data": {"name": "imagenet"}, "model": {"width": 4}})
+    note = "train: 2 files left out (the name's ending is none of .png): 2 '.heic'"
+    model = small(width=4, input_size=224)
+    card = model_card(model.spec, Record(config, {"data_notes": [note]}), name="m")
+    # ImageNet's customary size, which no field of the run says.
+    assert "images of 224 pixels a side" in card and f"What was not used:\n\n- `{note}`" in card
+    for nothing in ({}, {"data_notes": 3}):
+        assert "What was not used" not in model_card(model.spec, Record(config, nothing), name="m")

@@ -153,6 +153,12 @@ def test_what_is_missing_is_named(load, parsed):
     assert page.attributes("a", "href") == ["#run-3-made"]
 
 
+def test_files_that_were_not_used_are_told(load, parsed):
+    notes = ["train: 2 files left out (<rule>): 2 '.heic'", "val: 1 image left out"]
+    page = parsed(*introduction(load(manifest={"data_notes": notes}), "x"))
+    assert page.texts("li") == notes and "Files that were not used:" in page.texts("p")
+
+
 def test_why_there_is_no_gallery(make_run, parsed):
     from advmoe.report.results import with_gallery
 
