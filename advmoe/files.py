@@ -35,6 +35,14 @@ def require_writable(name: str, folder: Path) -> None:
         raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
+def require_text(name: str, path: Path) -> None:
+    """Raise `ValueError`, which calls it `name`, for a path that is not UTF-8: safetensors reads none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be a path in UTF-8, got {str(path)!r}") from None
+
+
 def hold(path: Path, *, folder: bool = False, wait: bool = False) -> int | None:
     """A descriptor of `path`, a file or a `folder` that is made if need be, which no other process can hold until it
     is closed. The system closes that of a process which is killed. None where another one has it, but with `wait`.

@@ -20,7 +20,7 @@ from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
-from advmoe.files import checksum, hold, require_writable
+from advmoe.files import checksum, hold, require_text, require_writable
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown, tell
@@ -296,6 +296,7 @@ def _start(launch: _Launch) -> Path:
     if present < devices and (launch.accelerator == "cuda" or (launch.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise ValueError(f"devices must be {rule}, got {devices!r}")
+    require_text("run_dir", launch.run_dir)
     require_writable("run_dir", launch.run_dir)
     fabric = Fabric(
         accelerator=launch.accelerator,
