@@ -2,6 +2,9 @@
 
 They need a C++ compiler with OpenMP, on Linux, and a PyTorch that runs on GNU's OpenMP, whose threads they share.
 Without one of these, or with `ADVMOE_NATIVE=0` in the environment, everything is computed by PyTorch alone.
+
+A file that is not what was compiled would end the process that loads it, or worse. So a new file is loaded by another
+process first, and kept with its checksum; it is loaded only where it is whole, a plain file and this user's own.
 """
 
 from __future__ import annotations
@@ -10,23 +13,34 @@ import ctypes
 import hashlib
 import os
 import platform
+import select
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
+
+from advmoe.progress import tell
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 """What is compiled; it includes the headers beside it."""
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 KERNELS = 3
 """What `advmoe_kernels()` of the source must say: the interface that `advmoe.native` calls."""
-_COMPILING_SECONDS = 120
+COMPILING_SECONDS = 120
+"""How long a compiler may take."""
+_LARGEST = 2**26
+"""Bytes that a compiled file may have."""
+_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -39,38 +53,72 @@ class Built:
 
 @cache
 def built() -> Built:
-    """The kernels, compiled at the first call on this machine and kept in the user's cache folder."""
+    """The kernels, compiled at the first call on this machine and kept in the user's cache folder.
+
+    Where they cannot be made though all they need is there, one line on stderr says why.
+    """
     if os.environ.get("ADVMOE_NATIVE", "") == "0":
         return Built(None, "ADVMOE_NATIVE=0")
     try:
-        return Built(_load())
-    except (OSError, ValueError, subprocess.SubprocessError, _Unfit) as error:
-        return Built(None, " ".join(str(error).split())[:200])
+        _require_openmp()
+        compiler = _compiler()
+    except _Absent as error:
+        return Built(None, str(error))
+    except (OSError, ValueError) as error:
+        return _without(error)
+    try:
+        return Built(_load(compiler))
+    except (OSError, ValueError, _Unfit, _Hangs) as error:
+        return _without(error)
+
+
+def _without(error: Exception) -> Built:
+    reason = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())[:200]
+    if parent_process() is None:  # said once, not by each worker
+        tell(f"no kernels, PyTorch computes everything: {reason} (ADVMOE_NATIVE=0 does without them)")
+    return Built(None, reason)
+
+
+class _Absent(Exception):
+    """This machine lacks something that the kernels need."""
 
 
 class _Unfit(Exception):
-    """This machine cannot have the kernels."""
+    """A compiler, or what it wrote, is no good."""
 
 
-def _load() -> Any:
+class _Hangs(Exception):
+    """A compiler, or what it wrote, does not end: another try would take as long."""
+
+
+def _require_openmp() -> None:
     if sys.platform != "linux":
-        raise _Unfit(f"not for {sys.platform}")
+        raise _Absent(f"not for {sys.platform}")
     # A second OpenMP would keep threads of its own, which wait for work on the same cores.
-    if "libgomp" not in Path("/proc/self/maps").read_text():
-        raise _Unfit("PyTorch does not run on GNU's OpenMP")
-    compiler = _compiler()
+    if not _openmp():
+        raise _Absent("PyTorch does not run on GNU's OpenMP")
+
+
+def _openmp() -> list[str]:
+    """The files of GNU's OpenMP that this process has loaded."""
+    mapped = (line.split(maxsplit=5) for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines())
+    files = dict.fromkeys(fields[5] for fields in mapped if len(fields) == 6)
+    return [file for file in files if Path(file).name.startswith("libgomp")]
+
+
+def _load(compiler: list[str]) -> Any:
+    """The functions of the file in the cache, of one compiled for it or, where neither works, of one that passes."""
     name = f"kernels-{_fingerprint(compiler)}.so"
     folder = _own_folder()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="advmoe-") as passing:
-            return _opened(_compiled(compiler, Path(passing) / name))
-    file = folder / name
-    if file.exists():
-        try:
-            return _opened(file)
-        except (OSError, _Unfit):
-            file.unlink(missing_ok=True)
-    return _opened(_compiled(compiler, file))
+    if folder is not None:
+        file = folder / name
+        if _is_whole(file):
+            with suppress(OSError, _Unfit):
+                return _opened(file)
+        with suppress(OSError, _Unfit):  # the folder may be to blame: full, read-only, of another system
+            return _opened(_compiled(compiler, file))
+    with tempfile.TemporaryDirectory(prefix="advmoe-") as passing:
+        return _opened(_compiled(compiler, Path(passing) / name))
 
 
 def _compiler() -> list[str]:
@@ -79,7 +127,7 @@ def _compiler() -> list[str]:
         return named
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if found is None:
-        raise _Unfit("no C++ compiler found")
+        raise _Absent("no C++ compiler found")
     return [found]
 
 
@@ -92,7 +140,16 @@ def _fingerprint(compiler: list[str]) -> str:
         line for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines() if line.startswith(telling)
     }
     sources = (file.read_text("utf-8") for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
-    parts = (*sources, *FLAGS, *compiler, str(path), str(changed), platform.machine(), *sorted(cpu))
+    parts = (
+        *sources,
+        *FLAGS,
+        *compiler,
+        str(path),
+        str(changed),
+        platform.machine(),
+        *platform.libc_ver(),
+        *sorted(cpu),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -105,25 +162,111 @@ def _own_folder() -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
+        runs = not os.statvfs(folder).f_flag & os.ST_NOEXEC
     except OSError:
         return None
     private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private and os.access(folder, os.W_OK) else None
+    return folder if private and runs else None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether `file` is what `_compiled` wrote, by its checksum: this user's own, plain file, not a link to one."""
+    try:
+        # A FIFO is not waited for.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as opened:
+            found = os.fstat(descriptor)
+            own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+            if not own or not _DIGEST < found.st_size <= _LARGEST + _DIGEST:
+                return False
+            content = opened.read()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 
 def _compiled(compiler: list[str], file: Path) -> Path:
-    """Compile to `file`, whole or not at all: several processes may do so at once."""
-    handle, partial = tempfile.mkstemp(dir=file.parent, suffix=".so")
-    os.close(handle)
-    try:
-        call = [*compiler, *FLAGS, str(SOURCE), "-o", partial]
-        done = subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=_COMPILING_SECONDS)
-        if done.returncode:
-            raise _Unfit(f"{compiler[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+    """Compile to `file`, whole or not at all: several processes may do so at once. Its checksum ends it."""
+    with tempfile.TemporaryDirectory(prefix=_PASSING, dir=file.parent) as passing:
+        _sweep(file.parent)
+        partial = Path(passing) / file.name
+        _run(f"compiling by {compiler[0]}", [*compiler, *FLAGS, str(SOURCE), "-o"], partial)
+        if partial.is_symlink() or not partial.is_file() or not 0 < partial.stat().st_size <= _LARGEST:
+            raise _Unfit(f"{compiler[0]} wrote no library")
+        _try(partial)
+        with partial.open("r+b") as opened:
+            opened.write(hashlib.sha256(opened.read()).digest())
+            opened.flush()
+            os.fsync(opened.fileno())
         os.replace(partial, file)
-    finally:
-        Path(partial).unlink(missing_ok=True)
     return file
+
+
+_PASSING = ".compiling-"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what compilers left whose process was killed."""
+    for old in folder.glob(f"{_PASSING}*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 10 * COMPILING_SECONDS:
+                shutil.rmtree(old)
+
+
+_TRY = """
+import ctypes, resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+for each in sys.argv[1:]:
+    library = ctypes.CDLL(each, ctypes.RTLD_GLOBAL)
+library.advmoe_kernels()
+"""
+
+
+def _try(library: Path) -> None:
+    """Have another process load a new library, beside this one's OpenMP: one that is no good may end it."""
+    if sys.executable and not getattr(sys, "frozen", False):  # else what would start is no interpreter
+        _run("loading the compiled library", [sys.executable, "-ISc", _TRY, *_openmp()], library)
+
+
+def _run(what: str, call: list[str], file: Path) -> None:
+    """Run a command, which may hang, crash or flood, on a file in a folder of a passing name.
+
+    Raises `_Unfit`, which says `what` failed and how, unless it ends well, and `_Hangs` unless it ends in time.
+    """
+    said, deadline = b"", time.monotonic() + COMPILING_SECONDS
+    process = subprocess.Popen(
+        [*call, str(file)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        # Its end is waited for, not that of its output, which something left in the background may hold.
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                raise _Hangs(f"{what} took more than {COMPILING_SECONDS} s")
+            said = _heard(process.stderr.fileno(), said)
+        said = _heard(process.stderr.fileno(), said)
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stderr.close()
+    if code := process.returncode:
+        lines = said.decode("utf-8", "replace").strip().splitlines() or ["failed"]
+        how = next((line for line in lines if "error" in line.lower()), lines[0]).replace(f"{file.parent}/", "")
+        raise _Unfit(f"{what} failed: {f'ended by signal {-code}' if code < 0 else how}")
+
+
+def _heard(descriptor: int, said: bytes) -> bytes:
+    """The first that came through a pipe: `said`, and what comes within a moment."""
+    heard = select.poll()
+    heard.register(descriptor, select.POLLIN)
+    if heard.poll(50):
+        if part := os.read(descriptor, 2**16):
+            return (said + part)[: 2**12]
+        time.sleep(0.05)  # it is closed, and what held it may go on
+    return said
 
 
 def _opened(file: Path) -> Any:
