@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from advmoe import native
 from advmoe.models import Classifier
 from advmoe.models.modes import evaluating, frozen
 from advmoe.moe import MoELayer
+from advmoe.precision import full_fp32
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
 
@@ -50,16 +53,37 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return stored, stored - idle
 
 
+@contextmanager
+def timing(*models: nn.Module) -> Iterator[None]:
+    """How passes are timed: eval mode, frozen parameters, no gradients, full fp32, whatever is set outside."""
+    with ExitStack() as stack:
+        stack.enter_context(full_fp32())
+        for kind in {each.device.type for model in models for each in model.parameters()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for model in models:
+            stack.enter_context(frozen(model))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def settled(device: torch.device) -> None:
+    """Wait for what `device` still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7) -> float:
-    """Median forward time per image in eval mode, in milliseconds, as the machine stands."""
+    """Median forward time per image in eval mode and fp32, in milliseconds, as the machine stands."""
     model, x = deployed(model), example_input(model, batch)
     times = []
-    with frozen(model), torch.no_grad():
+    with timing(model):
         for attempt in range(repeats + 2):
+            settled(x.device)
             start = time.perf_counter()
             model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
+            settled(x.device)
             if attempt >= 2:
                 times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times) / batch
@@ -125,15 +149,16 @@ def in_turn(
     """Milliseconds per image of every timed pass of `x` (N, C, H, W), by side; the sides take turns.
 
     After two rounds that do not count, as many as fit in `seconds`: at least 3 and at most 50. The sides must be as
-    they are meant to run (eval mode, no gradients).
+    they are meant to run (see `timing`).
     """
 
     def lap(side: Callable[[Tensor], object]) -> float:
         start = time.perf_counter()
         side(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+        settled(x.device)
         return time.perf_counter() - start
+
+    settled(x.device)
 
     for side in sides.values():
         lap(side)
@@ -146,15 +171,22 @@ def in_turn(
     return times
 
 
+def setting(device: torch.device) -> dict[str, Any]:
+    """What times on `device` depend on beside it: CPU threads and, of a CPU, whose kernels."""
+    return {"threads": torch.get_num_threads(), "kernels": native.used() if device.type == "cpu" else None}
+
+
 def cost(model: Classifier, batch: int = 128) -> dict[str, Any]:
     """All of it as one dictionary, with the setting that the time was measured in."""
     stored, active = parameters(model)
+    device = next(model.parameters()).device
     return {
         "gmacs": round(gmacs(model), 6),
         "parameters": stored,
         "active_parameters": active,
         "ms_per_image": round(milliseconds_per_image(model, batch), 4),
         "batch": batch,
-        "device": next(model.parameters()).device.type,
-        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "precision": "fp32",
+        **setting(device),
     }

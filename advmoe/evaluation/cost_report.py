@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelKind
 from advmoe.evaluation.accuracy import placed, positive
-from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters
+from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
-from advmoe.models.modes import frozen
 from advmoe.moe import pathway
 from advmoe.pruning import deployed
 
@@ -178,7 +176,7 @@ def _report(given: Measured, batches: Sequence[int], device: torch.device, secon
         "weights": given.weights,
         "images": given.which,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        **setting(device),
         "torch": torch.__version__,
         "precision": "fp32, channels-last, eval mode",
         "activations": "peak bytes of live tensors" if device.type == "cpu" else "peak of the CUDA allocator",
@@ -204,11 +202,8 @@ def _counts(model: Classifier) -> dict[str, Any]:
 def _timed(models: Mapping[str, Classifier], x: Tensor, seconds: float) -> dict[str, Any]:
     """One batch: medians and ranges of milliseconds per image, their ratios, and peak bytes of activations."""
     x = x.contiguous(memory_format=torch.channels_last)
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(frozen(model))
-        with torch.no_grad():
-            times = in_turn(models, x, seconds=seconds)
+    with timing(*models.values()):
+        times = in_turn(models, x, seconds=seconds)
     medians = {kind: statistics.median(laps) for kind, laps in times.items()}
     return {
         "batch": len(x),
@@ -245,7 +240,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{spec['name']} ({spec['kind']}): {', '.join(known)}; images of {spec['input_size']} pixels a side",
         f"weights: {report['weights']}; images: {report['images']}",
-        f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}",
+        f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}"
+        + ("" if report["kernels"] is None else f", kernels: {report['kernels']}"),
         "",
         *_columns(
             ["", "GMACs", "parameters", "active"],

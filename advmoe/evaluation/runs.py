@@ -235,7 +235,8 @@ def evaluate_run(
     result = found.result | given.described
     model = found.predict
     if isinstance(model, Classifier) and model.spec["input_size"] is not None:
-        result["cost"] = cost(model)
+        with threads_set(threads):
+            result["cost"] = cost(model)
     save(given.home, result, {"index": given.index.numpy(), **found.examples})
     Journal(plan.journal).remove()
     return result

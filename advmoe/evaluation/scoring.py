@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
+from advmoe.precision import full_fp32
 from advmoe.seeding import seed_for
 from advmoe.threat import ThreatModel
 from advmoe.wording import one_line
@@ -31,28 +31,8 @@ EvaluationData = Images | tuple[Tensor, Tensor]
 @contextmanager
 def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
     """Eval mode, frozen parameters, hard routing, full fp32 while numbers are taken; restores what was set before."""
-    with _without_tf32(), frozen(predict), route(), torch.autocast(device.type, enabled=False):
+    with full_fp32(), frozen(predict), route(), torch.autocast(device.type, enabled=False):
         yield
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Inside, a GPU's convolutions and products are fp32's."""
-    cudnn: Any = torch.backends.cudnn
-    kinds, name = [cudnn, torch.backends.cuda.matmul], "allow_tf32"
-    off: bool | str = False
-    try:
-        before = [getattr(kind, name) for kind in kinds]
-    except RuntimeError:  # PyTorch refuses to read the older flags where somebody has set the newer ones
-        kinds, name, off = [cudnn.conv, torch.backends.cuda.matmul], "fp32_precision", "ieee"
-        before = [getattr(kind, name) for kind in kinds]
-    try:
-        for kind in kinds:
-            setattr(kind, name, off)
-        yield
-    finally:
-        for kind, value in zip(kinds, before, strict=True):
-            setattr(kind, name, value)
 
 
 @contextmanager

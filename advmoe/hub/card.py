@@ -365,6 +365,7 @@ def _cost(record: Record) -> str:
     if not cost:
         return "## Cost\n\nNot measured."
     setting = f"batch {cost.get('batch', '?')}, {cost.get('device', '?')}, {cost.get('threads', '?')} threads"
+    setting += f", {cost['precision']}" if "precision" in cost else ""
     what = {
         "gmacs": ("GMACs of one image's pathway, routers included", ".4g"),
         "parameters": ("parameters stored", ","),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.moe.dispatch import Plan
+from advmoe.precision import full_fp32
 
 RoutingMode = Literal["hard", "soft", "masked", "gathered"]
 
@@ -157,12 +158,13 @@ def pathway(model: nn.Module, x: Tensor) -> Tensor:
     """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain
     model, (N, L, T) for one whose tokens are routed one by one (`route_per="token"`).
 
-    The model is run in eval mode and left in the mode it was in.
+    The model is run in eval mode, and left in the mode it was in. What it computes in fp32 is not rounded to less
+    (TF32), as in evaluations: between experts whose scores are close that would decide.
     """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), route() as routing:
+        with full_fp32(), torch.no_grad(), route() as routing:
             model(x)
     finally:
         for module, training in was_training.items():

@@ -80,6 +80,7 @@ def tiles(run: Run) -> Html | None:
         items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", of))
     if "ms_per_image" in cost:
         where = f"{cost.get('device')}, batch {cost.get('batch')}, {cost.get('threads')} threads"
+        where += f", {cost['precision']}" if "precision" in cost else ""
         items.append(("Time of one image", f"{number(cost['ms_per_image'])} ms", where))
     entries = [
         element("div", element("dt", name), element("dd", value, element("small", note) if note else None))

@@ -14,6 +14,7 @@ import torch
 
 from advmoe import native
 from advmoe.files import read_object, write_text
+from advmoe.precision import fp32_on
 
 
 def _cpu_name() -> str:
@@ -57,6 +58,7 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
         "cpu": _cpu_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "devices": devices,
+        "fp32": fp32_on(device),
         "threads": torch.get_num_threads(),
         "kernels": native.used() if device.type == "cpu" else None,
         "git_commit": _git_commit(),

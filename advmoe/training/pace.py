@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from advmoe.config import Config
+from advmoe.evaluation.cost import setting, settled
 from advmoe.evaluation.harness import threads_set
+from advmoe.precision import fp32_on
 from advmoe.progress import tracked
 from advmoe.training.run import load_data
 from advmoe.training.trainer import Trainer, build_model
@@ -34,7 +35,8 @@ def pace(
         configs: by name, the one under test first, what it is compared with last. accelerator, threads: as of `train`.
 
     Returns `seconds` of an iteration, by name the median, least and most over rounds; `ratio`, the median over rounds
-    of the first's seconds in those of the last; `rounds`, `iterations`, `threads`.
+    of the first's seconds in those of the last; `rounds`, `iterations`; `device`, `threads`, whose CPU `kernels`, and
+    by name `precision` and `batch_size`.
     """
     with threads_set(threads):
         trainers = {name: _trainer(config, rounds, accelerator) for name, config in configs.items()}
@@ -42,13 +44,16 @@ def pace(
         hidden = tqdm(disable=True)
         for number in tracked(range(rounds + 1), "pace", unit="round"):
             for name, trainer in trainers.items():
-                _settled(trainer)
+                settled(trainer.fabric.device)
                 started = time.perf_counter()
                 trainer.train_epoch(number, hidden)
-                _settled(trainer)
+                settled(trainer.fabric.device)
                 if number:
                     seconds[name].append((time.perf_counter() - started) / ITERATIONS)
-        used = torch.get_num_threads()
+        device = next(iter(trainers.values())).fabric.device
+        where = {"device": device.type, "precision": {name: _precision(each) for name, each in trainers.items()},
+                 "batch_size": {name: each.config.training.batch_size for name, each in trainers.items()},
+                 **setting(device)}  # fmt: skip
     ours, *_, against = seconds.values()
     return {
         "seconds": {
@@ -56,7 +61,7 @@ def pace(
             for name, each in seconds.items()
         },
         "ratio": statistics.median(a / b for a, b in zip(ours, against, strict=True)),
-        "rounds": rounds, "iterations": ITERATIONS, "threads": used,
+        "rounds": rounds, "iterations": ITERATIONS, **where,
     }  # fmt: skip
 
 
@@ -73,7 +78,6 @@ def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
     return Trainer(short, build_model(short, dataset), dataset, fabric)
 
 
-def _settled(trainer: Trainer) -> None:
-    """Wait for what a GPU still has to do."""
-    if trainer.fabric.device.type == "cuda":
-        torch.cuda.synchronize(trainer.fabric.device)
+def _precision(trainer: Trainer) -> str:
+    precision = trainer.config.training.precision
+    return fp32_on(trainer.fabric.device) if precision == "32-true" else precision

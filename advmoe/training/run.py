@@ -266,7 +266,7 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
-    machine = ("versions", "platform", "cpu", "device", "devices", "threads", "kernels")
+    machine = ("versions", "platform", "cpu", "device", "devices", "fp32", "threads", "kernels")
     names = (*machine, "git_commit", "source_sha256", "data_notes", CONFIG_DIGEST, "started")
     earlier = manifest.get("resumed") or []
     return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from advmoe import cli, to_moe
+from advmoe import cli, native, to_moe
 from advmoe.config import Config
 from advmoe.evaluation.cost import activation_bytes, gmacs, parameters
 from advmoe.evaluation.cost_report import cost_report, fit_norms, random_images, table
@@ -54,6 +54,8 @@ def test_every_backbone(name):
             x = torch.rand(MANY, 3, 16, 16).contiguous(memory_format=torch.channels_last)
             made = made.to(memory_format=torch.channels_last)
             assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(made, x)
+    assert (report["precision"], report["kernels"]) == ("fp32, channels-last, eval mode", native.used())
+    assert "kernels: " in table(report)
     assert report["images"] == "random images" and "untrained" in report["weights"]
     loads = report["batches"][1]["loads"]
     assert any(max(shares) < 1 for shares in loads), "with one pathway for all nothing would be dispatched"

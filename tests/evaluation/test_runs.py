@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from advmoe import native
 from advmoe.config import Config
 from advmoe.evaluation import runs
 from advmoe.evaluation.harness import threads_set
@@ -76,6 +77,16 @@ def written(home):
     result["cost"].pop("ms_per_image", None)
     with np.load(home / "evaluation-examples.npz", allow_pickle=False) as file:
         return result, {name: file[name].tolist() for name in file.files}
+
+
+def test_time_is_taken_with_the_threads_asked_for_and_what_it_was_taken_with_stands_beside_it(run_dir):
+    given = {"overrides": {"attack": {"steps": 1}}, "num_examples": 8, "workers": 1, "accelerator": "cpu"}
+    for threads, used in ((1, 1), (None, 2)):
+        with threads_set(2):
+            cost = evaluate_run(run_dir, attacks=["pgd"], threads=threads, **given)["cost"]
+            assert torch.get_num_threads() == 2
+        assert (cost["threads"], cost["batch"], cost["device"], cost["precision"]) == (used, 128, "cpu", "fp32")
+        assert cost["kernels"] == native.used()
 
 
 def test_the_number_of_workers_changes_no_number(run_dir, tmp_path):
