@@ -1,4 +1,5 @@
-# make demo | test | slow | studies | soak | check: each starts from nothing and makes its own .venv.
+# make demo | test | test-plain | slow | studies | soak | check | lowest: each starts from nothing and makes its own
+# environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -6,7 +7,20 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test slow studies soak check format clean
+LOWEST := .venv-lowest
+LOWEST_BIN := $(LOWEST)/bin
+UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct -c $(LOWEST)/torch.txt
+
+# Everything that computes with networks, whose kernels are tested in tests/native.
+NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py)
+
+# What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
+CALLING := tests/test_config.py tests/test_recipes.py tests/test_export.py tests/hub tests/report \
+	tests/data/test_data_digits.py tests/data/test_data_folder.py tests/attacks/test_autoattack.py \
+	tests/evaluation/test_intervals.py tests/studies/test_statistics.py tests/test_files.py tests/test_progress.py \
+	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
+
+.PHONY: demo test test-plain slow studies soak check lowest format clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -16,6 +30,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies"
+
+# The same networks without kernels of ours, as GPUs, Macs and Windows compute them.
+test-plain: $(INSTALLED)
+	ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(NUMERIC)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -33,12 +51,17 @@ check: $(INSTALLED)
 	@failed=0; for each in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do \
 		echo "$$each"; $(BIN)/$$each || failed=1; done; exit $$failed
 
+# The lowest versions that pyproject.toml allows of all that it names. But for torch: what constraints.txt names stays,
+# as pip finds that without CUDA; a lower one is a download of gigabytes.
+lowest: $(LOWEST)/.installed
+	$(LOWEST_BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(CALLING)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch comes first and pinned, lest a dependency bring another build of it, gigabytes larger.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -46,4 +69,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(LOWEST_BIN)/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_BIN)/python -m pip install --quiet $(TORCH) uv -c constraints.txt
+	echo '$(TORCH)' >$(LOWEST)/torch.txt
+	$(UV) -e .
+	$(LOWEST_BIN)/python .ci/without-extras.py $(LOWEST_BIN)
+	$(UV) -e '.[dev]'
 	@touch $@

@@ -1,0 +1,63 @@
+"""What an installation without extras does: trains, evaluates, exports, and says which extra each other thing needs.
+
+python .ci/without-extras.py FOLDER_OF_ADVMOE
+"""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import advmoe
+
+HERE = Path(sys.argv[1]).absolute()
+EXTRAS = ("huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyautoattack", "tensorboard")
+TINY = ["--model.width", "4", "--data.train_examples", "64", "--training.epochs", "1", "--training.batch_size", "32"]
+
+
+def call(*words: str, code: int = 0, says: str = "") -> None:
+    """Run the command line; it must end with `code` and, other than 0, in one line that holds `says`."""
+    done = subprocess.run([HERE / "advmoe", *words], capture_output=True, text=True, timeout=600)
+    print(f"advmoe {words[0]}: {done.returncode} {done.stderr.strip()}")
+    lines = done.stderr.splitlines()
+    if done.returncode != code or says not in done.stderr or (code and len(lines) != 1):
+        sys.exit(f"must end with {code} and {says!r}, got {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+def main() -> None:
+    for module in pkgutil.walk_packages(advmoe.__path__, "advmoe."):
+        if module.name.endswith("__main__"):
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+    for name in advmoe.__all__:
+        getattr(advmoe, name)
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(Path(folder, "run"))
+        call("train", "--config", "digits-advmoe", "--run-dir", run, *TINY)
+        call("evaluate", run, "--num-examples", "20", "--attack.steps", "2")
+        call("export", run, "--format", "torch-export", "--out", str(Path(folder, "model.pt2")))
+        other = ["--run-dir", str(Path(folder, "other")), "--tensorboard"]
+        lacking = {
+            "export": ["export", run, "--out", str(Path(folder, "model.onnx"))],
+            "autoattack": ["evaluate", run, "--attacks", "autoattack", "--num-examples", "20"],
+            "figures": ["report", run, "-o", str(Path(folder, "report.html"))],
+            "hub": ["push", run, "somebody/something"],
+            "tensorboard": ["train", "--config", "digits-advmoe", *other, *TINY],
+        }
+        with ThreadPoolExecutor(2) as pool:
+            for done in [
+                pool.submit(call, *words, code=2, says=f"advmoe[{extra}]") for extra, words in lacking.items()
+            ]:
+                done.result()
+    print("without extras: as it must be")
+
+
+if __name__ == "__main__":
+    main()
