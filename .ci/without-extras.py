@@ -28,6 +28,7 @@ def call(*words: str, code: int = 0, says: str = "") -> None:
 
 
 def main() -> None:
+    """Try it all."""
     for module in pkgutil.walk_packages(advmoe.__path__, "advmoe."):
         if module.name.endswith("__main__"):
             continue
