@@ -13,15 +13,16 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
+from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.files import write_text
+from advmoe.wording import MOST_OF_A_VALUE, cut, show
 
 ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RouterKind = Literal["layer", "embedding", "image"]
@@ -45,6 +46,7 @@ ALTERNATIONS = ("both", "shared-attack", "by-iteration", "warm-start", "every-K"
 
 _STRENGTH = "a number or a fraction such as 8/255"
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 class Pixels(float):
@@ -57,13 +59,15 @@ class Pixels(float):
         try:
             if isinstance(value, bool):
                 raise TypeError
-            if isinstance(value, str) and "/" in value:
-                top, bottom = value.split("/")
-                number = float(top) / float(bottom)
+            if isinstance(value, str):
+                top, slash, bottom = value.partition("/")
+                if not all(_DECIMAL.fullmatch(part.strip()) for part in (top, bottom if slash else "1")):
+                    raise ValueError
+                number = float(top) / float(bottom if slash else 1)
             else:
                 number = float(value)
         except (ValueError, TypeError, ArithmeticError):
-            raise ValueError(f"a strength must be {_STRENGTH}, got {value!r}") from None
+            raise ValueError(f"a strength must be {_STRENGTH}, got {show(value)}") from None
         self = super().__new__(cls, number)
         self.text = str(value).strip()
         return self
@@ -78,19 +82,56 @@ class Pixels(float):
 def require(ok: bool, name: str, rule: str, value: object) -> None:
     """Raise the one-line `ValueError` that names field, rule and value unless `ok`."""
     if not ok:
-        shown = str(value) if isinstance(value, Pixels) else repr(value)
+        shown = cut(str(value), MOST_OF_A_VALUE) if isinstance(value, Pixels) else show(value)
         raise ValueError(f"{name} must be {rule}, got {shown}")
 
 
-def _number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    # abs() rather than isfinite(), which cannot take an int beyond the range of floats.
-    ok = (value > low if open_low else value >= low) and value <= high and abs(value) < math.inf
-    lower = f"> {low:g}" if open_low else f">= {low:g}"
-    require(ok, name, lower if math.isinf(high) else f"{lower} and <= {high:.10g}", value)
+@dataclass(frozen=True)
+class Within:
+    """The range of a number: from `low`, which belongs to it unless it is `open`, to `high`, which does."""
+
+    low: float
+    high: float
+    open: bool = False
+
+    def require(self, name: str, value: float) -> None:
+        """Raise the `ValueError` that names field, rule and value where it is not in the range."""
+        ok = (value > self.low if self.open else value >= self.low) and value <= self.high
+        require(ok, name, f"{'>' if self.open else '>='} {self.low:.10g} and <= {self.high:.10g}", value)
+
+
+Share = Annotated[float, Within(0, 1, open=True)]
+Weight = Annotated[float, Within(0, 1e6)]
+"""Of a term of a loss."""
+Epochs = Annotated[int, Within(0, 100_000)]
+Steps = Annotated[int, Within(1, 10_000)]
+"""Of an attack."""
+Step = Annotated[Pixels, Within(0, 1e5, open=True)]
+Experts = Annotated[int, Within(1, 1024)]
+Width = Annotated[int, Within(1, 16_384)]
+Side = Annotated[int, Within(8, 4096)]
+"""Of images, in pixels."""
+Seed = Annotated[int, Within(0, 2**32 - 1)]
+"""NumPy's range."""
+Workers = Annotated[int, Within(0, 256)]
+Threads = Annotated[int, Within(1, 1024)]
+Processes = Annotated[int, Within(1, 256)]
+Count = Annotated[int, Within(1, 1_000_000_000)]
+"""Of images."""
+Classes = Annotated[int, Within(2, 1_000_000)]
+Batch = Annotated[int, Within(1, 1_000_000)]
+"""Of images at once."""
 
 
 def typed(name: str, hint: Any, value: Any) -> Any:
-    """`value` as the type of the field `name`: an int passes for a float, a path for text, a bool for no number."""
+    """`value` as the type, and in the range, of the field `name`: an int passes for a float, a path for text, a bool
+    for no number.
+    """
+    if get_origin(hint) is Annotated:
+        base, within = get_args(hint)
+        value = typed(name, base, value)
+        within.require(name, value)
+        return value
     if get_origin(hint) is Literal:
         options = get_args(hint)
         require(isinstance(value, str) and value in options, name, f"one of {', '.join(options)}", value)
@@ -110,15 +151,23 @@ def typed(name: str, hint: Any, value: Any) -> Any:
     wanted = {bool: bool, int: Integral, float: Real, str: str}[hint]
     ok = isinstance(value, wanted) and isinstance(value, bool) == (hint is bool)
     require(ok, name, _TYPE_RULES[hint], value)
+    if hint is str:
+        require_text(name, value)
     try:
         return hint(value)
     except OverflowError:
         return math.inf  # an int that no float holds: the field's range refuses it
 
 
+def require_text(name: str, value: str) -> None:
+    """Raise `ValueError` for text that no line or file of YAML holds as it is, or that says nothing."""
+    ok = 0 < len(value) <= 4096 and not any(unicodedata.category(each) in ("Cc", "Cs") for each in value)
+    require(ok, name, "1 to 4096 characters of UTF-8 without control characters", value)
+
+
 def _check_types(config: Any, group: str = "") -> None:
     """Check and convert every field of a dataclass in place: Python callers get no other check."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
         setattr(config, name, typed(f"{group}.{name}" if group else name, hint, getattr(config, name)))
 
 
@@ -139,9 +188,9 @@ class ModelConfig:
     """`moe`, the `dense` backbone, `s-dense`: the backbone with every layer's channels multiplied by `scale`, or
     `sparse`: the backbone under masks, learnt by the method of that name, that keep `scale` of every layer's channels.
     """
-    scale: float = 0.5
+    scale: Share = 0.5
     """Model scale r: the fraction of a layer's channels that one pathway uses. In (0, 1]."""
-    num_experts: int = 2
+    num_experts: Experts = 2
     """Experts N per MoE layer."""
     router: RouterKind = "layer"
     """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all."""
@@ -151,7 +200,7 @@ class ModelConfig:
     """Experts as windows of the backbone's channels (`subset`), or with no channel shared (`independent`)."""
     experts_init: ExpertInit = "independent"
     """Whether experts start as copies of one another (`shared`) or not."""
-    width: int | None = None
+    width: Width | None = None
     """Channels of the first stage at scale 1; by default the backbone's own, which is the paper's (ResNet: 64)."""
     source: str | None = None
     """A network of your own, FILE.py:FACTORY, which is executed. The fields above but `num_experts` and `router` then
@@ -166,12 +215,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "model")
-        _number("model.scale", self.scale, 0, 1, open_low=True)
-        _number("model.num_experts", self.num_experts, 1)
         if self.route_per == "token":
             require(self.router == "layer", "model.router", "layer when model.route_per is token", self.router)
-        if self.width is not None:
-            _number("model.width", self.width, 1)
         for name in ("skip", "linear"):
             given = getattr(self, name)
             require(given is None or self.to_moe, f"model.{name}", "left out without model.to_moe", given)
@@ -202,19 +247,19 @@ class DataConfig:
     """Where the images lie, or where downloads go."""
     download: bool = False
     """Fetch what is missing (CIFAR), checked by its checksum."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side in pixels that images are resized to; by default their own, for `imagenet` 224."""
     augment: bool = True
     """Random crop (padding of an eighth of the side; for `imagenet` of 8% to 100% of the area, resized) and, where the
     images have no handedness, horizontal flip.
     """
-    val_fraction: float = 0.02
+    val_fraction: Annotated[float, Within(0, 0.5)] = 0.02
     """Share of the training set held out, by seed, to choose the best checkpoint. In [0, 0.5]."""
-    train_examples: int | None = None
+    train_examples: Annotated[int, Within(2, 1e9)] | None = None
     """Use only so many of the training images, drawn at random but the same for every seed; the validation split is
     taken from them. By default all.
     """
-    workers: int = 2
+    workers: Workers = 2
     """Processes that decode `imagenet` ahead of time, for each training process; 0 decodes in that one. No result
     depends on it.
     """
@@ -222,12 +267,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self, "data")
         require(self.name in DATASETS, "data.name", f"one of {', '.join(DATASETS)}", self.name)
-        if self.image_size is not None:
-            _number("data.image_size", self.image_size, 8)
-        _number("data.val_fraction", self.val_fraction, 0, 0.5)
-        _number("data.workers", self.workers, 0)
-        if self.train_examples is not None:
-            _number("data.train_examples", self.train_examples, 2)
 
 
 @dataclass(kw_only=True)
@@ -241,8 +280,8 @@ class ThreatConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "threat")
-        # An l2 ball can be wider than the pixel range; an linf ball cannot.
-        _number("threat.eps", self.eps, 0, 1 if self.norm == "linf" else math.inf)
+        # An l2 ball can be wider than the pixel range, up to an image's diagonal; an linf ball cannot.
+        Within(0, 1 if self.norm == "linf" else 10_000).require("threat.eps", self.eps)
 
 
 @dataclass(kw_only=True)
@@ -262,21 +301,21 @@ class TrainingConfig:
     `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng et al., CVPR 2020;
     `attack_steps` says nothing then), which takes 2 bytes for each value of the training images.
     """
-    epochs: int = 100
+    epochs: Annotated[int, Within(1, 100_000)] = 100
     """Passes over the training set, as the experts see it (of `advmoe`, see `alternation`)."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Within(2, 1_000_000)] = 128
     """Images per step, over all processes."""
-    lr: float = 0.1
+    lr: Annotated[float, Within(1e-12, 1000)] = 0.1
     """Peak learning rate, annealed to 0 by a cosine; the same for routers and experts."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Within(0, 0.9999)] = 0.9
     """SGD momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Within(0, 10)] = 5e-4
     """SGD weight decay."""
-    beta: float = 6.0
+    beta: Weight = 6.0
     """Weight of the KL term of TRADES (1/lambda)."""
-    attack_steps: int = 2
+    attack_steps: Steps = 2
     """Steps K of the inner maximisation."""
-    step_size: Pixels = field(default_factory=lambda: Pixels("5/255"))
+    step_size: Step = field(default_factory=lambda: Pixels("5/255"))
     """Step of the inner maximisation, in pixel units."""
     attack_routing: AttackRouting = "straight-through"
     """How the inner attack sees the routing: through the hard choice, through experts mixed by softmax, or `mixed`: for
@@ -286,21 +325,22 @@ class TrainingConfig:
     """What the routers' step minimises: TRADES, or TRADES and each class's codeword."""
     codes: Codes = "mod"
     """Codewords for `router_objective=codes`: class modulo N in every layer, or balanced random columns."""
-    alpha: float = 6.0
+    alpha: Weight = 6.0
     """Weight of the codeword term."""
-    balance: float = 0.0
+    balance: Weight = 0.0
     """Weight of a term that makes routers share the images evenly among experts (Switch Transformer, Fedus et al., JMLR
     2022, eq. 4), mean over MoE layers; part of every step that trains routers.
     """
-    margin: float = 0.0
+    margin: Weight = 0.0
     """Weight of a term that has routers choose clearly under attack: by how much the chosen expert's lead on the
     runner-up, in scores on adversarial images, stays below 1; mean over MoE layers and images.
     """
-    ema: float = 0.0
+    ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
-    validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so). In [0, 1); 0 keeps the weights themselves.
+    validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so); 0 keeps the weights themselves, and beyond 0.999999
+    what an iteration adds is lost in rounding.
     """
-    awp: float = 0.0
+    awp: Annotated[float, Within(0, 1)] = 0.0
     """Size, relative to each weight tensor's norm, of the adversarial weight perturbation under which gradients are
     taken (Wu et al., NeurIPS 2020: 0.005 for TRADES), at the price of the loss once more; the part that is not trained
     stays as it is. 0 perturbs nothing.
@@ -309,38 +349,26 @@ class TrainingConfig:
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
-    seed: int = 0
+    seed: Seed = 0
     """Everything random follows from it."""
     init_from: str | None = None
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
     `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on.
     """
-    prune_epochs: int | None = None
+    prune_epochs: Epochs | None = None
     """Of `sparse`: epochs that learn which channels to keep, weights fixed; by default a fifth of `epochs`, which are
     those of pretraining. With 0 the channels of the largest weights are kept.
     """
-    finetune_epochs: int | None = None
+    finetune_epochs: Epochs | None = None
     """Of `sparse`: epochs that train what remains, by default `epochs`; with 0 the mask alone makes robust."""
-    val_attack_steps: int = 10
+    val_attack_steps: Steps = 10
     """PGD steps on the validation split, once per epoch, to choose the best checkpoint."""
 
     def __post_init__(self) -> None:
         _check_types(self, "training")
-        for name, low in (("epochs", 1), ("batch_size", 2), ("attack_steps", 1), ("val_attack_steps", 1)):
-            _number(f"training.{name}", getattr(self, name), low)
-        for name in ("prune_epochs", "finetune_epochs"):
-            _number(f"training.{name}", getattr(self, name) or 0, 0)
         if self.prune_epochs == 0:
             rule = "left out or >= 1 when training.prune_epochs is 0"
             require(self.finetune_epochs != 0, "training.finetune_epochs", rule, self.finetune_epochs)
-        for name in ("weight_decay", "beta", "alpha", "balance", "margin", "awp"):
-            _number(f"training.{name}", getattr(self, name), 0)
-        _number("training.seed", self.seed, 0, 2**32 - 1)  # the range of NumPy's seeds
-        _number("training.lr", self.lr, 0, open_low=True)
-        _number("training.step_size", self.step_size, 0, open_low=True)
-        _number("training.momentum", self.momentum, 0, 1)
-        _number("training.ema", self.ema, 0)
-        require(self.ema < 1, "training.ema", "< 1", self.ema)
         self._check_options()
         if self.method in ("at-routers", "at-experts"):
             rule = f"a run directory to start from when training.method is {self.method}"
@@ -349,7 +377,7 @@ class TrainingConfig:
     def _check_options(self) -> None:
         """Refuse options that would change nothing."""
         known = self.every is not None or self.alternation in ALTERNATIONS[:-2]
-        rule = f"one of {', '.join(ALTERNATIONS)} (K a whole number >= 2)"
+        rule = f"one of {', '.join(ALTERNATIONS)} (K a whole number >= 2 and <= 10000)"
         require(known, "training.alternation", rule, self.alternation)
         if self.alternation not in (type(self).alternation, "both"):  # older runs name `both` whatever their method
             rule = f"advmoe when training.alternation is {self.alternation}"
@@ -365,8 +393,8 @@ class TrainingConfig:
     @property
     def every(self) -> int | None:
         """K where `alternation` is `every-K` or `shared-every-K`."""
-        found = re.fullmatch(r"(?:shared-)?every-([0-9]{1,9})", self.alternation)
-        return int(found[1]) if found is not None and int(found[1]) >= 2 else None
+        found = re.fullmatch(r"(?:shared-)?every-([1-9][0-9]{0,4})", self.alternation)
+        return int(found[1]) if found is not None and 2 <= int(found[1]) <= 10_000 else None
 
     def phase_epochs(self) -> dict[str, int]:
         """Epochs of each phase of `sparse`, by name, after HYDRA's 100, 20 and 100 where they are left out."""
@@ -381,24 +409,19 @@ class TrainingConfig:
 class AttackConfig:
     """The PGD attack that measures robust accuracy."""
 
-    steps: int = 50
+    steps: Annotated[int, Within(1, 100_000)] = 50
     """PGD steps."""
-    step_size: Pixels = field(default_factory=lambda: Pixels("2/255"))
+    step_size: Step = field(default_factory=lambda: Pixels("2/255"))
     """Step, in pixel units."""
-    restarts: int = 1
+    restarts: Steps = 1
     """Random restarts; an example is robust if every one fails."""
-    pathways: int = 32
+    pathways: Annotated[int, Within(0, 1_000_000)] = 32
     """Of `routed`: how many of the pathways that samples reach are attacked, the most frequent first."""
-    queries: int = 25_000
+    queries: Annotated[int, Within(0, 10_000_000)] = 25_000
     """Of `routed`: queries of the black-box Square attack on what is left; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         _check_types(self, "attack")
-        _number("attack.pathways", self.pathways, 0)
-        _number("attack.queries", self.queries, 0)
-        _number("attack.steps", self.steps, 1)
-        _number("attack.restarts", self.restarts, 1)
-        _number("attack.step_size", self.step_size, 0, open_low=True)
 
 
 @dataclass(kw_only=True)
@@ -439,6 +462,59 @@ class Config:
                 rule = "embedding or layer when training.codes is random (one choice per layer)"
                 require(self.model.router != "image", "model.router", rule, self.model.router)
 
+    def require_trainable(self) -> None:
+        """Raise `ValueError` for what can be measured but not trained: attacks within a radius of nothing."""
+        method = self.training.method
+        rule = f">= 1e-06 when training.method is {method} (standard trains without attacks)"
+        require(method == "standard" or self.threat.eps >= 1e-6, "threat.eps", rule, self.threat.eps)
+
+    def idle(self) -> dict[str, str]:
+        """The fields that change nothing about training, by their dotted names, and why."""
+        model, t = self.model, self.training
+        own, found = model.source is not None, dict[str, str]()
+
+        def add(group: str, names: str, reason: str) -> None:
+            found.update({f"{group}.{name}": reason for name in names.split()})
+
+        if own and not model.to_moe:
+            add("model", "num_experts router", "model.to_moe is false")
+        elif not own and model.kind != "moe":
+            reason = f"model.kind is {model.kind}"
+            add("model", "num_experts router route_per experts experts_init", reason)
+            add("model", "scale" if model.kind == "dense" else "", reason)
+            add("training", "attack_routing", reason)
+        if t.method == "standard":
+            add("training", "attack_steps step_size beta attack_routing", "training.method is standard")
+        if t.alternation == "warm-start":
+            add("training", "attack_steps", "training.alternation is warm-start")
+        if t.method != "sparse":
+            add("training", "prune_epochs finetune_epochs", f"training.method is {t.method}")
+        if t.router_objective != "codes":
+            add("training", "codes alpha", f"training.router_objective is {t.router_objective}")
+        if self.data.name != "imagenet":
+            add("data", "workers", f"data.name is {self.data.name}")
+        return found
+
+    def notes(self, given: Iterable[str]) -> list[str]:
+        """What whoever gave the fields `given` (dotted names) may not expect of them, a line each."""
+        idle, model = self.idle(), self.model
+        lines = [f"{name} changes nothing: {idle[name]}" for name in given if name in idle]
+        routed = model.kind == "moe" and model.source is None and model.num_experts > 1
+        if routed and model.experts == "subset" and model.scale == 1:
+            lines.append(f"model.scale 1 makes the {model.num_experts} experts of every layer the same")
+        if self.training.method != "standard" and self.training.alternation != "warm-start":
+            lines += self._steps("training", self.training.attack_steps, self.training.step_size)
+        return lines + self._steps("attack", self.attack.steps, self.attack.step_size)
+
+    def _steps(self, group: str, steps: int, size: Pixels) -> list[str]:
+        """What is odd about an attack's steps."""
+        eps = self.threat.eps
+        if size > eps > 0:
+            return [f"{group}.step_size {size} is longer than the radius threat.eps {eps}"]
+        if steps * size < eps * (1 - 1e-6):
+            return [f"{steps} steps of {group}.step_size {size} are shorter than the radius threat.eps {eps}"]
+        return []
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, strengths in their own spelling: what `config.yaml` holds."""
 
@@ -477,7 +553,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """The text of `config.yaml`."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     def dump(self, path: str | os.PathLike[str]) -> None:
         """Write the configuration as YAML, whole or not at all."""
@@ -532,6 +608,7 @@ def near_matches(name: str, names: Iterable[str]) -> list[str]:
 
 def unknown_field(name: str) -> ValueError:
     """The error for a field, or a group of fields, that does not exist."""
+    name = cut(name, MOST_OF_A_VALUE)
     groups = {group: list(get_type_hints(hint)) for group, hint in get_type_hints(Config).items()}
     if near := near_matches(name, field_names() if "." in name else [*field_names(), *groups]):
         return ValueError(f"{name} is no known field: did you mean {' or '.join(near)}?")
@@ -540,37 +617,8 @@ def unknown_field(name: str) -> ValueError:
     return ValueError(f"{name} is no known field: the groups of fields are {', '.join(groups)}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML where `5e-4` is a number (YAML 1.2), and a key given twice is an error rather than the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """The value of a YAML text; a `ValueError` of one line says where `name` is no YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{name} must be valid YAML, got: {problem or 'unreadable characters'}{where}") from None
-
-
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The groups of fields in a YAML file, not yet checked."""
-    try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} must be valid YAML, got: bytes that are not UTF-8") from None
+    values = parse_yaml(read_text(Path(path), MOST_YAML, "YAML"), str(path))
     require(isinstance(values, dict), str(path), f"groups of fields ({', '.join(get_type_hints(Config))})", values)
     return dict(values)

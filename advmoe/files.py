@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from advmoe.documents import MOST_JSON, parse_object, read_text
 
 
 def sync(path: Path) -> None:
@@ -112,20 +113,16 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError`, which names the file, for one that holds anything else."""
-    return read_json(path.read_bytes(), str(path))
+def read_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes. Raises `ValueError`, which names the file, for one that holds
+    anything else (see `documents.parse_json`).
+    """
+    return parse_object(read_text(path, most, "JSON"), str(path))
 
 
 def read_json(content: bytes, name: str) -> dict[str, Any]:
     """The JSON object in `content`. Raises `ValueError`, which calls it `name`, for anything else."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be JSON, got: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} must hold a JSON object, got a {type(found).__name__}")
-    return found
+    return parse_object(content, name)
 
 
 def write_array(path: Path, array: Any) -> None:

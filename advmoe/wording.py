@@ -1,15 +1,45 @@
-"""How errors, lists and names are told on one line."""
+"""How errors, values, lists and names are told on one line."""
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
 from collections.abc import Iterable
+
+MOST_OF_A_VALUE = 80
+"""Characters that are shown of a value."""
+
+
+def cut(text: str, most: int) -> str:
+    """`text`, or its first `most` characters and an ellipsis."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+class _Short(reprlib.Repr):
+    """Looks at no more of a value than it shows: what is nested or shared can be far larger than its text was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Its own ellipsis stands in the middle, beyond what is shown.
+        self.maxlevel, self.maxstring, self.maxother = 4, 4 * MOST_OF_A_VALUE, 4 * MOST_OF_A_VALUE
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 10
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python itself makes no text of integers of thousands of digits.
+        return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
+
+
+_short = _Short()
+
+
+def show(value: object, most: int = MOST_OF_A_VALUE) -> str:
+    """What a message shows of a `value`: its `repr`, of which `most` characters."""
+    return cut(_short.repr(value), most)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """Type and text of an error, of which `most` characters are shown."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= most else f"{text[:most]}..."
+    text = cut(" ".join(str(error).split()), most)
     return f"{type(error).__name__}{': ' if text else ''}{text}"
 
 

@@ -17,6 +17,7 @@ from advmoe.config import (
     TrainingConfig,
     merged,
 )
+from advmoe.documents import parse_yaml
 from advmoe.recipes import METHODS, recipe
 
 
@@ -28,7 +29,7 @@ def test_a_strength_keeps_its_spelling() -> None:
     assert Pixels(0.1) == 0.1
 
 
-@pytest.mark.parametrize("value", ["x", "1/0", "1/2/3", "/", "", None, True, [1]])
+@pytest.mark.parametrize("value", ["x", "1/0", "1/2/3", "/", "", None, True, [1], "1_0/255", "nan", "inf", "\u0663"])
 def test_what_is_no_strength(value: object) -> None:
     with pytest.raises(ValueError, match="number or a fraction such as 8/255, got"):
         Pixels(value)  # type: ignore[arg-type]
@@ -39,20 +40,20 @@ def test_what_is_no_strength(value: object) -> None:
     [
         (lambda: TrainingConfig(lr="x"), "training.lr must be a number, got 'x'"),
         (lambda: TrainingConfig(lr=True), "training.lr must be a number, got True"),
-        (lambda: TrainingConfig(lr=0), "training.lr must be > 0, got 0.0"),
-        (lambda: TrainingConfig(lr=float("nan")), "training.lr must be > 0, got nan"),
-        (lambda: TrainingConfig(lr=10**400), "training.lr must be > 0, got inf"),
+        (lambda: TrainingConfig(lr=0), "training.lr must be >= 1e-12 and <= 1000, got 0.0"),
+        (lambda: TrainingConfig(lr=float("nan")), "training.lr must be >= 1e-12 and <= 1000, got nan"),
+        (lambda: TrainingConfig(lr=10**400), "training.lr must be >= 1e-12 and <= 1000, got inf"),
         (lambda: TrainingConfig(lr=None), "training.lr must be a number, got None"),
         (lambda: TrainingConfig(epochs=2.0), "training.epochs must be a whole number, got 2.0"),
         (lambda: TrainingConfig(epochs=True), "training.epochs must be a whole number, got True"),
-        (lambda: TrainingConfig(epochs=0), "training.epochs must be >= 1, got 0"),
+        (lambda: TrainingConfig(epochs=0), "training.epochs must be >= 1 and <= 100000, got 0"),
         (lambda: TrainingConfig(seed=2**32), "training.seed must be >= 0 and <= 4294967295, got 4294967296"),
-        (lambda: TrainingConfig(momentum=1.5), "training.momentum must be >= 0 and <= 1, got 1.5"),
+        (lambda: TrainingConfig(momentum=1.5), "training.momentum must be >= 0 and <= 0.9999, got 1.5"),
         (lambda: TrainingConfig(compile=1), "training.compile must be true or false, got 1"),
         (lambda: TrainingConfig(step_size="a/b"), "training.step_size must be a number or a fraction such as 8/255"),
         (lambda: TrainingConfig(precision="fp16"), "training.precision must be one of 32-true, bf16-mixed, got 'fp16'"),
         (lambda: TrainingConfig(method="at-routers"), "training.init_from must be a run directory to start from"),
-        (lambda: TrainingConfig(alternation="every-1"), "(K a whole number >= 2), got 'every-1'"),
+        (lambda: TrainingConfig(alternation="every-1"), "(K a whole number >= 2 and <= 10000), got 'every-1'"),
         (
             lambda: TrainingConfig(alternation="every-K"),
             "one of both, shared-attack, by-iteration, warm-start, every-K, shared-every-K",
@@ -62,9 +63,9 @@ def test_what_is_no_strength(value: object) -> None:
             lambda: TrainingConfig(alternation="every-2", method="at"),
             "training.method must be advmoe when training.alternation is every-2, got 'at'",
         ),
-        (lambda: TrainingConfig(ema=1), "training.ema must be < 1, got 1.0"),
-        (lambda: TrainingConfig(ema=-0.1), "training.ema must be >= 0, got -0.1"),
-        (lambda: TrainingConfig(awp=float("nan")), "training.awp must be >= 0, got nan"),
+        (lambda: TrainingConfig(ema=1), "training.ema must be >= 0 and <= 0.999999, got 1.0"),
+        (lambda: TrainingConfig(ema=-0.1), "training.ema must be >= 0 and <= 0.999999, got -0.1"),
+        (lambda: TrainingConfig(awp=float("nan")), "training.awp must be >= 0 and <= 1, got nan"),
         (
             lambda: TrainingConfig(awp=0.1, method="standard"),
             "training.method must be one that trains against attacks when training.awp is > 0, got 'standard'",
@@ -89,7 +90,7 @@ def test_what_is_no_strength(value: object) -> None:
             lambda: Config(data=DataConfig(name="imagenet"), training=TrainingConfig(alternation="warm-start")),
             "data.name must be of images held in memory (not imagenet) when training.alternation is warm-start",
         ),
-        (lambda: DataConfig(train_examples=1), "data.train_examples must be >= 2, got 1"),
+        (lambda: DataConfig(train_examples=1), "data.train_examples must be >= 2 and <= 1000000000, got 1"),
         (lambda: DataConfig(train_examples=2.5), "data.train_examples must be a whole number, got 2.5"),
         (lambda: ModelConfig(scale=0), "model.scale must be > 0 and <= 1, got 0.0"),
         (lambda: ModelConfig(kind=["moe"]), "model.kind must be one of moe, dense, s-dense, sparse, got ['moe']"),
@@ -98,10 +99,33 @@ def test_what_is_no_strength(value: object) -> None:
         (lambda: DataConfig(image_size="32"), "data.image_size must be a whole number, got '32'"),
         (lambda: ThreatConfig(eps="300/255"), "threat.eps must be >= 0 and <= 1, got 300/255"),
         (lambda: ThreatConfig(eps=None), "threat.eps must be a number or a fraction such as 8/255, got None"),
-        (lambda: AttackConfig(steps=0), "attack.steps must be >= 1, got 0"),
+        (lambda: AttackConfig(steps=0), "attack.steps must be >= 1 and <= 100000, got 0"),
+        (lambda: TrainingConfig(momentum=1), "training.momentum must be >= 0 and <= 0.9999, got 1.0"),
+        (lambda: TrainingConfig(ema=1 - 1e-9), "training.ema must be >= 0 and <= 0.999999, got 0.999999999"),
+        (lambda: TrainingConfig(lr=1e308), "training.lr must be >= 1e-12 and <= 1000, got 1e+308"),
+        (lambda: TrainingConfig(awp=2), "training.awp must be >= 0 and <= 1, got 2.0"),
+        (lambda: TrainingConfig(attack_steps=10**21), "training.attack_steps must be >= 1 and <= 10000, got 10000000"),
+        (lambda: TrainingConfig(epochs=10**5000), "training.epochs must be >= 1 and <= 100000, got an integer of 166"),
+        (lambda: TrainingConfig(alternation="every-999999999"), "(K a whole number >= 2 and <= 10000), got 'every-99"),
+        (lambda: TrainingConfig(alternation="every-010"), "(K a whole number >= 2 and <= 10000), got 'every-010'"),
+        (lambda: ModelConfig(width=10**9), "model.width must be >= 1 and <= 16384, got 1000000000"),
+        (lambda: ModelConfig(num_experts=10**6), "model.num_experts must be >= 1 and <= 1024, got 1000000"),
+        (lambda: DataConfig(image_size=0), "data.image_size must be >= 8 and <= 4096, got 0"),
+        (lambda: DataConfig(workers=100_000), "data.workers must be >= 0 and <= 256, got 100000"),
+        (lambda: DataConfig(root="a\nb"), "data.root must be 1 to 4096 characters of UTF-8 without control characters"),
+        (lambda: DataConfig(root="\udcff"), "data.root must be 1 to 4096 characters of UTF-8 without control"),
+        (
+            lambda: DataConfig(root=""),
+            "data.root must be 1 to 4096 characters of UTF-8 without control characters, got",
+        ),
+        (lambda: ThreatConfig(norm="l2", eps=1e5), "threat.eps must be >= 0 and <= 10000, got 100000.0"),
+        (lambda: AttackConfig(queries=10**12), "attack.queries must be >= 0 and <= 10000000, got 1000000000000"),
+        (lambda: TrainingConfig(lr="x" * 10_000), "training.lr must be a number, got 'xxx"),
+        (lambda: TrainingConfig(lr=[[[0] * 1000] * 1000] * 1000), "training.lr must be a number, got [[[0, 0, 0"),
+        (lambda: TrainingConfig(step_size="1" * 1000), "training.step_size must be > 0 and <= 100000, got 111111"),
         (lambda: Config(model={"kind": "moe"}), "model must be a ModelConfig, got {'kind': 'moe'}"),
         (lambda: Config(model=ModelConfig(kind="dense")), "model.kind must be moe when training.method is advmoe"),
-        (lambda: TrainingConfig(prune_epochs=-1), "training.prune_epochs must be >= 0, got -1"),
+        (lambda: TrainingConfig(prune_epochs=-1), "training.prune_epochs must be >= 0 and <= 100000, got -1"),
         (lambda: TrainingConfig(finetune_epochs=1.5), "training.finetune_epochs must be a whole number, got 1.5"),
         (
             lambda: TrainingConfig(prune_epochs=0, finetune_epochs=0),
@@ -125,7 +149,41 @@ def test_errors_name_field_rule_and_value(make, message: str) -> None:  # type: 
     with pytest.raises(ValueError) as caught:
         make()
     assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_what_can_be_measured_but_not_trained() -> None:
+    Config(training=TrainingConfig(method="standard"), threat=ThreatConfig(eps=0)).require_trainable()
+    for eps in (0, 1e-7):
+        with pytest.raises(ValueError, match=r"^threat\.eps must be >= 1e-06 when training\.method is advmoe .* got"):
+            Config(threat=ThreatConfig(eps=eps)).require_trainable()
+
+
+def test_notes_tell_what_fields_do_not_do() -> None:
+    def notes(given: str, **groups: dict[str, object]) -> list[str]:
+        return Config.from_dict(groups).notes(given.split())
+
+    plain = {"model": {"kind": "dense"}, "training": {"method": "at"}}
+    assert notes("model.num_experts training.lr model.kind", **plain) == [
+        "model.num_experts changes nothing: model.kind is dense"
+    ]
+    assert notes("training.beta", training={"method": "standard"}) == [
+        "training.beta changes nothing: training.method is standard"
+    ]
+    assert notes("model.scale", model={"scale": 1}) == ["model.scale 1 makes the 2 experts of every layer the same"]
+    assert notes("model.scale", model={"scale": 1, "experts": "independent"}) == []
+    # By default two steps of 5/255 (and 50 of 2/255) within 8/255: they can cross it, and none leaves it.
+    assert notes("training.step_size") == []
+    assert notes("", training={"step_size": "9/255"}) == [
+        "training.step_size 9/255 is longer than the radius threat.eps 8/255"
+    ]
+    assert notes("", training={"step_size": "4/255"}) == []  # as long as the radius together
+    assert notes("", training={"step_size": "3/255"}) == [
+        "2 steps of training.step_size 3/255 are shorter than the radius threat.eps 8/255"
+    ]
+    assert notes("", attack={"steps": 3}) == [
+        "3 steps of attack.step_size 2/255 are shorter than the radius threat.eps 8/255"
+    ]
 
 
 def test_values_are_converted_to_the_field_s_type(tmp_path: Path) -> None:
@@ -158,9 +216,9 @@ def test_unknown_fields_name_their_near_matches(values: dict[str, object], messa
 @settings(max_examples=50, deadline=None)
 @given(
     eps=st.one_of(st.floats(0, 1), st.integers(0, 255).map(lambda n: f"{n}/255")),
-    lr=st.floats(1e-12, 1e12),
+    lr=st.floats(1e-12, 1e3),
     seed=st.integers(0, 2**32 - 1),
-    root=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+    root=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
     image_size=st.none() | st.integers(8, 1024),
 )
 def test_yaml_keeps_every_value(eps: float | str, lr: float, seed: int, root: str, image_size: int | None) -> None:
@@ -169,10 +227,11 @@ def test_yaml_keeps_every_value(eps: float | str, lr: float, seed: int, root: st
         threat=ThreatConfig(eps=Pixels(eps)),
         training=TrainingConfig(lr=lr, seed=seed),
     )
-    again = Config.from_dict(yaml.safe_load(config.to_yaml()))
-    assert again == config
-    assert again.to_yaml() == config.to_yaml()
-    assert again.threat.eps.text == config.threat.eps.text
+    for read in (yaml.safe_load, lambda text: parse_yaml(text, "config.yaml")):  # by YAML 1.1 and 1.2
+        again = Config.from_dict(read(config.to_yaml()))
+        assert again == config
+        assert again.to_yaml() == config.to_yaml()
+        assert again.threat.eps.text == config.threat.eps.text
 
 
 def test_files(tmp_path: Path) -> None:
@@ -189,7 +248,7 @@ def test_files(tmp_path: Path) -> None:
     for text, message in [
         ("training: [1", "config.yaml must be valid YAML, got: "),
         ("training: {lr: 1, lr: 2}", "config.yaml must be valid YAML, got: lr is given twice at line 1"),
-        ("training: !!python/object:os.system {}", "could not determine a constructor"),
+        ("training: !!python/object:os.system {}", "config.yaml must be valid YAML, got: a tag ("),
         ("", "config.yaml must be groups of fields (model, data, threat, training, attack), got None"),
         ("training:\n  lr: '1'\n", "config.yaml: training.lr must be a number, got '1'"),
     ]:

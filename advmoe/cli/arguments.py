@@ -16,9 +16,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from advmoe import config as config_module
-from advmoe.config import Config, Pixels, merged, near_matches, parse_yaml, require, typed
+from advmoe.config import Batch, Config, Count, Pixels, Seed, Threads, merged, near_matches, require, typed
+from advmoe.documents import parse_yaml
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import require_plain
+from advmoe.wording import MOST_OF_A_VALUE, cut
+
+_LONGEST = 1000
+"""Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
 
 Accelerator = Literal["auto", "cpu", "cuda"]
 
@@ -76,9 +81,9 @@ def measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Config.from_dict(merged(below, overrides))
     options = {
         "overrides": overrides,
-        "num_examples": count("--num-examples", args.get("num_examples")),
-        "batch_size": count("--batch-size", args.get("batch_size", "250")),
-        "seed": count("--seed", args.get("seed"), low=0),
+        "num_examples": number("--num-examples", Count, args.get("num_examples")),
+        "batch_size": number("--batch-size", Batch, args.get("batch_size", "250")),
+        "seed": number("--seed", Seed, args.get("seed")),
         "attacks": split_words(args["attacks"]) if "attacks" in args else None,
         "allow": split_words(args.get("allow", "")),
         **engine_options(args),
@@ -112,7 +117,7 @@ def engine_options(args: dict[str, Any]) -> dict[str, Any]:
     """Where to compute: the options that commands share."""
     return {
         "accelerator": typed("--accelerator", Accelerator, args.get("accelerator", "auto")),
-        "threads": count("--threads", args.get("threads")),
+        "threads": number("--threads", Threads, args.get("threads")),
     }
 
 
@@ -178,13 +183,11 @@ def existing_run(option: str, text: str) -> Path:
     return Path(text)
 
 
-def count(option: str, text: str | None, *, low: int = 1) -> int | None:
-    """The whole number given to `option`, None where nothing was. Raises `ValueError` below `low`."""
-    if text is None:
-        return None
-    value: int = typed(option, int, parse_yaml(text, option))
-    require(value >= low, option, f">= {low}", value)
-    return value
+def number(option: str, hint: Any, text: str | None) -> Any:
+    """The number given to `option`, of a type such as `config.Count`, None where nothing was. Raises `ValueError` for
+    anything else.
+    """
+    return None if text is None else typed(option, hint, parse_yaml(text, option))
 
 
 def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> ValueError:
@@ -192,7 +195,7 @@ def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> 
     _, _, rest = message.partition("unrecognized arguments: ")
     if command is None or not rest.startswith("--"):
         return ValueError(message)
-    word = rest.split()[0].split("=")[0]
+    word = cut(rest.split()[0].split("=")[0], MOST_OF_A_VALUE)
     options = [text[2:] for action in parsers[command]._actions for text in action.option_strings if text[:2] == "--"]
     near = [f"--{name}" for name in near_matches(word[2:], options)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"see advmoe {command} --help"
@@ -222,5 +225,5 @@ def is_ours(error: BaseException) -> bool:
 def fail(error: BaseException | str, code: int) -> int:
     """Show a mistake as one line on stderr; returns `code`."""
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print("advmoe: error:", " ".join(text.split()), file=sys.stderr)
+    print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr)
     return code

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from advmoe.cli.arguments import Parser, add_fields, count, given_fields, new_parser, split_words
-from advmoe.config import parse_yaml, require, typed
+from advmoe.cli.arguments import Parser, add_fields, given_fields, new_parser, number, split_words
+from advmoe.config import Batch, Classes, Experts, Share, Side, Threads, Width, Within, require, typed
 from advmoe.files import require_writable, write_text
 
 Device = Literal["cpu", "cuda"]
@@ -39,16 +39,17 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    numbers = ("input_size", "num_classes", "num_experts", "width")
-    model: dict[str, Any] = {name: count(f"--{name.replace('_', '-')}", args[name]) for name in numbers if name in args}
+    numbers = {"input_size": Side, "num_classes": Classes, "num_experts": Experts, "width": Width, "scale": Share}
+    model: dict[str, Any] = {
+        name: number(f"--{name.replace('_', '-')}", hint, args[name]) for name, hint in numbers.items() if name in args
+    }
     model |= {"router": args["router"]} if "router" in args else {}
-    model |= {"scale": typed("--scale", float, parse_yaml(args["scale"], "--scale"))} if "scale" in args else {}
     options: dict[str, Any] = {
         "model": model,
-        "batches": [count("--batch", text) for text in split_words(args.get("batch", "1,32,128"))],
+        "batches": [number("--batch", Batch, text) for text in split_words(args.get("batch", "1,32,128"))],
         "device": typed("--device", Device, args.get("device", "cpu")),
-        "threads": count("--threads", args.get("threads")),
-        "seconds": typed("--seconds", float, parse_yaml(args.get("seconds", "10"), "--seconds")),
+        "threads": number("--threads", Threads, args.get("threads")),
+        "seconds": number("--seconds", Annotated[float, Within(0, 86_400)], args.get("seconds", "10")),
         "source": args.get("source"),
         "overrides": given_fields(args),
     }

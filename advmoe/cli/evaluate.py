@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from advmoe.cli.arguments import Parser, count, interruptible, measured, measuring_parser
+from advmoe.cli.arguments import Parser, interruptible, measured, measuring_parser, number
+from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
 
 _GAP = "straight-through PGD less the worst case"
@@ -23,7 +24,7 @@ def parser() -> Parser:
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     target, options = measured(args)
-    options["workers"] = count("--workers", args.get("workers"))
+    options["workers"] = number("--workers", Processes, args.get("workers"))
     options["threads"] = options["threads"] or 1
     options["resume"] = "resume" in args
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from advmoe.cli.arguments import Parser, count, fail, new_parser
+from advmoe.cli.arguments import Parser, fail, new_parser, number
+from advmoe.config import Count, Threads, Within
 
 
 def parser() -> Parser:
@@ -26,9 +27,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     options: dict[str, Any] = {
         "dynamic_batch": "dynamic_batch" in args,
-        "opset": count("--opset", args.get("opset")),
-        "threads": count("--threads", args.get("threads")),
-        "num_examples": count("--num-examples", args.get("num_examples", "100")),
+        "opset": number("--opset", Annotated[int, Within(18, 99)], args.get("opset")),
+        "threads": number("--threads", Threads, args.get("threads")),
+        "num_examples": number("--num-examples", Count, args.get("num_examples", "100")),
         **{name: args[name] for name in ("format", "out", "source") if name in args},
     }
 

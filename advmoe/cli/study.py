@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
-    count,
     engine_options,
     given_fields,
     new_parser,
+    number,
     split_words,
 )
-from advmoe.config import Config
+from advmoe.config import Config, Count, Processes, Within
 
 
 def parser() -> Parser:
@@ -46,12 +46,12 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     engine = engine_options(args)
     options = Options(
         scale=args.get("scale", "smoke"),
-        seeds=count("--seeds", args.get("seeds")),
+        seeds=number("--seeds", Annotated[int, Within(1, 1000)], args.get("seeds")),
         only=split_words(args.get("only", "")),
         overrides=given_fields(args),
-        num_examples=count("--num-examples", args.get("num_examples")),
+        num_examples=number("--num-examples", Count, args.get("num_examples")),
         root=Path(args.get("out", "runs/studies")),
-        jobs=count("--jobs", args.get("jobs", "1")) or 1,
+        jobs=number("--jobs", Processes, args.get("jobs", "1")),
         threads=engine["threads"] or 1,
         accelerator=engine["accelerator"],
         command=["advmoe", *argv],

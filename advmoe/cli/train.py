@@ -11,15 +11,15 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
-    count,
     engine_options,
     existing_run,
     fail,
     given_fields,
     interruptible,
     new_parser,
+    number,
 )
-from advmoe.config import OWN_MODEL, Config, merged, read_yaml, require
+from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, require
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import Epochs
@@ -47,16 +47,21 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     overrides, resumed = given_fields(args), args.get("resume")
     model = overrides.get("model", {})
-    devices = count("--devices", args.get("devices"))
+    devices = number("--devices", Processes, args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
     name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)
     if "print_config" in args:
         print(config.to_yaml(), end="")
         return 0
     if resumed is None:
+        config.require_trainable()
         free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(free, "the run directory", rule, str(run_dir))
+
+        given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
+        for line in config.notes(given):
+            print(f"note  {line}")
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""

@@ -13,7 +13,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from advmoe.config import merged, parse_yaml
+from advmoe.config import merged
+from advmoe.documents import parse_yaml
 
 _BACKBONES = {
     "resnet18": "ResNet-18",

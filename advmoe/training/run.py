@@ -223,6 +223,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
+        for line in _notes(config, len(dataset.train)):
+            print(f"note  {line}")
         _claim(folder, alone)
         _require_empty(folder)
         manifests.write(folder, described | {"accelerator": launch.accelerator})
@@ -262,6 +264,17 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
         raise ValueError(
             f"the training images (data.train_examples, data.val_fraction) must {rule}, got {size} a batch"
         )
+
+
+def _notes(config: Config, images: int) -> list[str]:
+    """What the number of training images makes of the settings."""
+    t, lines = config.training, list[str]()
+    if t.batch_size > images:
+        lines.append(f"training.batch_size {t.batch_size} is more than the training images: batches are of {images}")
+    total = t.epochs * (images // min(t.batch_size, images))
+    if t.method == "advmoe" and t.every is not None and t.every > total:
+        lines.append(f"training.alternation {t.alternation} trains the routers once: the run has {total} iterations")
+    return lines
 
 
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
@@ -354,6 +367,7 @@ def train(
     for a NaN or infinite loss.
     """
     run_dir = Path(run_dir)
+    config.require_trainable()
     _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()

@@ -1,0 +1,245 @@
+"""YAML, JSON and arrays of whoever wrote them, read within bounds of size, depth and number.
+
+Whatever goes beyond them, or is not what it should be, is a `ValueError` of one line that says where.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+from advmoe.wording import cut, show
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_YAML = 100_000
+"""Characters of a YAML text: PyYAML reads some 100,000 a second."""
+MOST_JSON = 32_000_000
+"""Bytes of a JSON file."""
+DEEPEST = 32
+"""Levels of lists and mappings in one another."""
+MOST_ARRAYS = 1_000_000_000
+"""Bytes of all arrays of a file together, unless its reader knows better."""
+
+
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 (its core schema): `010` is 10, `1:30`, `yes` and dates are text, `5e-4` is a number, `<<` is a key.
+
+    A key given twice is an error rather than the last value, as are tags, which configurations have no use for.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"a tag ({show(event.tag)}){_where(event.start_mark)}")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels{_where(event.start_mark)}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys are of YAML 1.1, and grow without bounds."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[Any]()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True) if isinstance(key, yaml.ScalarNode) else None
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key that is a list or a mapping{_where(key.start_mark)}")
+            if name in seen:
+                raise yaml.YAMLError(f"{cut(key.value, 80)} is given twice{_where(key.start_mark)}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _where(mark: Any) -> str:
+    return "" if mark is None else f" at line {mark.line + 1}"
+
+
+_SCALARS: dict[str, tuple[str, str]] = {
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Of each type of YAML 1.2's core schema, how it is written and with what it begins. The first that fits counts."""
+
+_MOST_DIGITS = 400
+"""More than any float has."""
+
+
+def _integer(text: str) -> int | float:
+    if len(text) > _MOST_DIGITS:
+        raise yaml.YAMLError(f"a number of {len(text)} digits")
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _decimal(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "null": lambda _: None, "bool": lambda text: text.lower() == "true", "int": _integer, "float": _decimal,
+}  # fmt: skip
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a reader of YAML 1.1 or of 1.2 would take for something else."""
+
+
+def _teach(name: str, pattern: str, first: str) -> None:
+    """Have both know how a type is written, and the loader what it means."""
+    tag, make = f"tag:yaml.org,2002:{name}", _VALUES[name]
+    for each in (_Loader, _Dumper):
+        each.add_implicit_resolver(tag, re.compile(f"(?:{pattern})$"), [*first, *[""] * (name == "null")])
+    _Loader.add_constructor(tag, lambda _, node: make(node.value))
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _teach(_name, _pattern, _first)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of a YAML text, as YAML 1.2 has it; a `ValueError` of one line says where `name` is no YAML."""
+    if len(text) > MOST_YAML:
+        raise ValueError(f"{name} must be at most {MOST_YAML} characters of YAML, got {len(text)}")
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        if isinstance(error, yaml.reader.ReaderError):
+            problem = "unreadable characters"
+        elif isinstance(error, yaml.MarkedYAMLError):
+            problem = f"{error.problem}{_where(error.problem_mark)}"
+        else:
+            problem = str(error)
+        raise ValueError(f"{name} must be valid YAML, got: {cut(problem, 200)}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """The YAML text of plain nested dictionaries, lists, text and numbers, the same by YAML 1.1 and 1.2."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_text(path: Path, most: int, what: str) -> str:
+    """The text of a file. Raises `ValueError` for more than `most` bytes, or what is no UTF-8."""
+    with path.open("rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise ValueError(f"{path} must be {what} of at most {most} bytes, got more")
+    try:
+        return found.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} must be valid {what}, got: bytes that are not UTF-8") from None
+
+
+# JSON
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text. Raises `ValueError` for what is no JSON (NaN is none), keys given twice, integers of
+    more than 64 bits, and more than `DEEPEST` levels.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"{name} must be JSON of at most {DEEPEST} levels, got more") from None
+    except ValueError as error:
+        raise ValueError(f"{name} must be JSON, got: {cut(str(error), 200)}") from None
+    level, depth = [found], 0
+    while level:
+        if any(type(each) is int and not -(2**63) <= each < 2**64 for each in level):
+            raise ValueError(f"{name} must be JSON of integers within 64 bits, got more")
+        nested = [each for each in level if isinstance(each, dict | list)]
+        depth += bool(nested)
+        if depth > DEEPEST:
+            raise ValueError(f"{name} must be JSON of at most {DEEPEST} levels, got more")
+        level = [below for each in nested for below in (each.values() if isinstance(each, dict) else each)]
+    return found
+
+
+def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """The object of a JSON text. Raises `ValueError` for anything else (see `parse_json`)."""
+    found = parse_json(text, name)
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must hold a JSON object, got a {type(found).__name__}")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{show(twice)} given twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which is no number of JSON's")
+
+
+# Arrays
+
+
+def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOST_ARRAYS) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file by name, all or those `wanted` that there are.
+
+    Sizes are read first. Raises `ValueError` for arrays of more than `most` bytes, of objects, or of other sizes than
+    they say; for a file that is no such file too.
+    """
+    import numpy as np  # here, as the command line's help does without it
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            there = {name.removesuffix(".npy"): name for name in file.namelist() if name.endswith(".npy")}
+            names = [name for name in (there if wanted is None else wanted) if name in there]
+            _require_small(file, [there[name] for name in names], most)
+            found = {}
+            for name in names:
+                with file.open(there[name]) as member:
+                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
+            return found
+    except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, SyntaxError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ValueError(f"{path} must be an undamaged .npz file, got {type(error).__name__}: {error}") from None
+
+
+def _require_small(file: zipfile.ZipFile, members: list[str], most: int) -> None:
+    """Raise `ValueError` unless the arrays are as large as their entries, and all together no larger than `most`."""
+    import numpy as np
+
+    total = 0
+    for member in members:
+        size = file.getinfo(member).file_size
+        total += size
+        if total > most:
+            raise ValueError(f"arrays of more than {most} bytes")
+        with file.open(member) as opened:
+            version = np.lib.format.read_magic(opened)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(opened)
+            told = dtype.itemsize
+            for side in shape:
+                told *= side
+            if dtype.hasobject or told != size - opened.tell():
+                raise ValueError(f"an array {member} that says {told} bytes and has {size - opened.tell()}")
