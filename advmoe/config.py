@@ -96,8 +96,11 @@ class Within:
 
     def require(self, name: str, value: float) -> None:
         """Raise the `ValueError` that names field, rule and value where it is not in the range."""
-        ok = (value > self.low if self.open else value >= self.low) and value <= self.high
-        require(ok, name, f"{'>' if self.open else '>='} {self.low:.10g} and <= {self.high:.10g}", value)
+        above = value > self.low if self.open else value >= self.low
+        rule = f"{'>' if self.open else '>='} {self.low:.10g}"
+        if above or self.high <= 1 or math.isnan(value):  # others are bounds of sense, told to whom they concern
+            rule += f" and <= {self.high:.10g}"
+        require(above and value <= self.high, name, rule, value)
 
 
 Share = Annotated[float, Within(0, 1, open=True)]
@@ -119,6 +122,8 @@ Processes = Annotated[int, Within(1, 256)]
 Count = Annotated[int, Within(1, 1_000_000_000)]
 """Of images."""
 Classes = Annotated[int, Within(2, 1_000_000)]
+Channels = Annotated[int, Within(1, 4096)]
+"""Of images."""
 Batch = Annotated[int, Within(1, 1_000_000)]
 """Of images at once."""
 
@@ -305,7 +310,7 @@ class TrainingConfig:
     """Passes over the training set, as the experts see it (of `advmoe`, see `alternation`)."""
     batch_size: Annotated[int, Within(2, 1_000_000)] = 128
     """Images per step, over all processes."""
-    lr: Annotated[float, Within(1e-12, 1000)] = 0.1
+    lr: Annotated[float, Within(0, 1000, open=True)] = 0.1
     """Peak learning rate, annealed to 0 by a cosine; the same for routers and experts."""
     momentum: Annotated[float, Within(0, 0.9999)] = 0.9
     """SGD momentum."""
@@ -502,6 +507,8 @@ class Config:
         routed = model.kind == "moe" and model.source is None and model.num_experts > 1
         if routed and model.experts == "subset" and model.scale == 1:
             lines.append(f"model.scale 1 makes the {model.num_experts} experts of every layer the same")
+        if self.training.lr < 1e-9:
+            lines.append(f"training.lr {self.training.lr:g} changes no weight that fp32 would show")
         if self.training.method != "standard" and self.training.alternation != "warm-start":
             lines += self._steps("training", self.training.attack_steps, self.training.step_size)
         return lines + self._steps("attack", self.attack.steps, self.attack.step_size)

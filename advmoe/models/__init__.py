@@ -5,33 +5,48 @@ else.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from advmoe.config import ExpertInit, ExpertLayout, ModelConfig, ModelKind, RoutePer, RouterKind, typed
+from advmoe.config import (
+    Channels,
+    Classes,
+    ExpertInit,
+    ExpertLayout,
+    ModelConfig,
+    ModelKind,
+    RoutePer,
+    RouterKind,
+    Side,
+    Within,
+    typed,
+)
 from advmoe.files import read_object, write_text, write_whole
 from advmoe.models.classifier import Classifier, Origin
 from advmoe.models.convert import rebuilt
 from advmoe.models.densenet import DenseNet
-from advmoe.models.layers import LayerFactory
+from advmoe.models.layers import MOST_PARAMETERS, LayerFactory, TooLarge, TooNarrow
+from advmoe.models.modes import Undrawn
 from advmoe.models.normalize import Normalize
 from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
 from advmoe.models.sparse import SparseBackbone
-from advmoe.models.state import digest, savable
+from advmoe.models.state import count, digest, read_shapes, require_fitting, savable
 from advmoe.models.vgg import VGG
 from advmoe.models.vit import VisionTransformer
 from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
 from advmoe.rundir import DIGEST, MODEL, WEIGHTS, require_plain, stored_digest
-from advmoe.wording import one_line
+from advmoe.wording import one_line, show
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,13 @@ def find_backbone(name: str) -> Backbone:
     """The backbone called `name`. Raises `ValueError`, which lists what there is, for an unknown one."""
     if name in BACKBONES:
         return BACKBONES[name]
-    if (match := re.fullmatch(r"wrn-(\d+)-(\d+)", name)) is not None:
+    if (match := re.fullmatch(r"wrn-([1-9][0-9]{0,9})-([1-9][0-9]{0,9})", name)) is not None:
         depth, widening = int(match[1]), int(match[2])
-        if depth < 10 or depth % 6 != 4 or widening < 1:
-            raise ValueError(f"model.name wrn-D-K must have D = 6n + 4 >= 10 and K >= 1, got {name!r}")
+        if not 10 <= depth <= 1000 or depth % 6 != 4 or not 1 <= widening <= 100:
+            rule = "D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100"
+            raise ValueError(f"model.name wrn-D-K must have {rule}, got {show(name)}")
         return Backbone(partial(WideResNet, depth=depth, widening=widening), 16 * widening)
-    raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {name!r}")
+    raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {show(name)}")
 
 
 def create_model(
@@ -87,6 +103,7 @@ def create_model(
     in_channels: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    most_parameters: int = MOST_PARAMETERS,
 ) -> Classifier:
     """A new model with random weights, in train mode.
 
@@ -97,18 +114,16 @@ def create_model(
         scale: r, in (0, 1]. num_experts: N. router, route_per, experts, experts_init: see `config.ModelConfig`.
         width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
         WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
-        the model.
+        the model. most_parameters: a model of more is refused before it is made.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
     found = find_backbone(name)
-    for argument, value, low in (
-        ("num_classes", num_classes, 2),
-        ("input_size", input_size, found.min_size),
-        ("in_channels", in_channels, 1),
-    ):
-        if typed(argument, int, value) < low:
-            raise ValueError(f"{argument} must be >= {low}, got {value!r}")
+    for argument, hint, value in (
+        ("num_classes", Classes, num_classes), ("input_size", Side, input_size), ("in_channels", Channels, in_channels),
+    ):  # fmt: skip
+        typed(argument, hint, value)
+    Within(found.min_size, 4096).require("input_size", input_size)
     config = ModelConfig(
         name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, route_per=route_per,
         experts=experts, experts_init=experts_init, width=width,
@@ -123,13 +138,24 @@ def create_model(
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:
         raise ValueError(f"mean and std must have in_channels={in_channels} entries, got {mean!r} and {std!r}")
-    if not min(std) > 0:
-        raise ValueError(f"std must be > 0 in every channel, got {std!r}")
-    layers = LayerFactory(config)
+    if not all(map(math.isfinite, mean)):
+        raise ValueError(f"mean must be finite in every channel, got {show(mean)}")
+    if not 0 < min(std) <= max(std) < math.inf:
+        raise ValueError(f"std must be > 0 in every channel, got {show(std)}")
+    layers = LayerFactory(config, most_parameters)
     config.width = wide = config.width or found.width
-    backbone = found.build(layers, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
-    if kind == "sparse":
-        backbone = SparseBackbone(backbone, scale)
+    build = partial(found.build, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
+    try:
+        if wide > 256 or num_experts > 16:  # tried without memory first: it may be more than there is
+            with torch.device("meta"), Undrawn():
+                build(LayerFactory(config, most_parameters))
+        backbone = build(layers)
+        if kind == "sparse":
+            backbone = SparseBackbone(backbone, scale)
+    except TooNarrow as error:
+        with torch.device("meta"), Undrawn():
+            dense = build(LayerFactory(replace(config, kind="dense")))
+        raise TooNarrow(scale, error.channels, _layer_of(dense, error.channels)) from None
     image_router = None
     if kind == "moe" and router != "layer":
         pool = getattr(backbone, "router_pool", 1)
@@ -138,6 +164,38 @@ def create_model(
         )
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})
+
+
+_MOST_DESCRIPTION = 4_000_000
+"""Bytes of `model.json`."""
+
+
+class _Misfit(ValueError):
+    """Weights of another model than the description's."""
+
+
+def _require_described(spec: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ValueError` unless the model of `spec` has these `shapes`; it is made without memory for its weights, and
+    no further than there are values.
+    """
+    try:
+        with torch.device("meta"), Undrawn():
+            model = create_model(**(spec | {"most_parameters": count(shapes)}))
+    except TooLarge as error:
+        raise _Misfit(f"{count(shapes):,} of more values") from error
+    try:
+        require_fitting(model.state_dict(), shapes)
+    except ValueError as error:
+        raise _Misfit(str(error)) from None
+
+
+def _layer_of(network: nn.Module, channels: int) -> str | None:
+    """The name of the first layer that makes as many channels."""
+    made = (
+        (name, getattr(each, "out_channels", getattr(each, "out_features", 0)))
+        for name, each in network.named_modules()
+    )
+    return next((name for name, number in made if number == channels), None)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -176,13 +234,23 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
         if not path.is_file():
             raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
     rule = "an undamaged model description" if module is None else f"of a model made of this {type(module).__name__}"
+    misfit = f"{weights} must hold the weights that {description.name} describes, got"
+    spec = read_object(description, _MOST_DESCRIPTION)
+    own = "source" in spec
     try:
-        spec = read_object(description)
+        shapes = read_shapes(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{misfit} {one_line(error)}") from error
+    try:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
-            if own := "source" in spec:
-                model = None if module is None else rebuilt(spec, module)
+            if own:
+                model = None if module is None else rebuilt(spec, module, count(shapes))
             else:
-                model = create_model(**spec)
+                _require_described(spec, shapes)
+                with Undrawn():
+                    model = create_model(**spec)
+    except _Misfit as error:
+        raise ValueError(f"{misfit} {error}") from None
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
         raise ValueError(f"{description} must be {rule}, got {one_line(error)}") from error
     if model is None:

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from advmoe.config import ModelConfig, RouterKind
+from advmoe.config import Channels, Experts, ModelConfig, RouterKind, Within, typed
 from advmoe.models.classifier import Classifier
 from advmoe.models.modes import evaluating
 from advmoe.models.normalize import Normalize
@@ -33,7 +33,7 @@ from advmoe.moe.linear import MoELinear
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
-from advmoe.wording import few, one_line
+from advmoe.wording import few, one_line, show
 
 SAME = 1e-3
 """Largest difference of logits before and after, relative to the largest: grouped samples take other kernels, which
@@ -117,8 +117,8 @@ def to_moe(
     The routers' weights are drawn from PyTorch's generator. Train mode needs batches of at least two images. Raises
     `ValueError` that names the argument, the rule and the value.
     """
-    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
-        raise ValueError(f"num_experts must be a whole number >= 1, got {num_experts!r}")
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or not 1 <= num_experts <= 1024:
+        raise ValueError(f"num_experts must be a whole number >= 1 and <= 1024, got {show(num_experts)}")
     if router not in get_args(RouterKind):
         raise ValueError(f"router must be one of {', '.join(get_args(RouterKind))}, got {router!r}")
     module = module if inplace else copy.deepcopy(module)
@@ -160,11 +160,12 @@ def own_classifier(module: nn.Module, config: ModelConfig, example: Tensor) -> C
     return model
 
 
-def rebuilt(spec: dict[str, Any], module: nn.Module) -> Classifier:
+def rebuilt(spec: dict[str, Any], module: nn.Module, most: int) -> Classifier:
     """The model that `spec` describes, made of the user's `module`, which is taken over; its weights are not yet those.
 
-    Raises `ValueError` where the module lacks a layer that was converted.
+    Raises `ValueError` where the module lacks a layer that was converted, and before it makes more than `most` weights.
     """
+    _require_room(spec, module, most)
     if any(is_lazy(each) for each in module.parameters()):  # they take their shape from the first images
         _logits(module, torch.zeros(2, spec["in_channels"], spec["input_size"], spec["input_size"]))
     if "layers" in spec:
@@ -175,6 +176,19 @@ def rebuilt(spec: dict[str, Any], module: nn.Module) -> Classifier:
         model = _as_it_is(module, spec)
     model.spec = dict(spec)
     return model
+
+
+def _require_room(spec: dict[str, Any], module: nn.Module, most: int) -> None:
+    """Raise `ValueError` where a stranger's `spec` asks for more than can be."""
+    for name, hint in (("in_channels", Channels), ("input_size", Annotated[int, Within(1, 4096)])):
+        if spec[name] is not None:
+            typed(name, hint, spec[name])
+    if "layers" in spec:
+        experts, there = typed("num_experts", Experts, spec["num_experts"]), dict(module.named_modules())
+        layers = [there[name] for name in spec["layers"] if name in there]
+        weights = sum(each.numel() for layer in layers for each in layer.parameters(recurse=False) if not is_lazy(each))
+        if experts * weights > most:
+            raise ValueError(f"num_experts must fit the {most:,} weights that there are, got {experts}")
 
 
 def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:

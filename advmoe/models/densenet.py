@@ -69,12 +69,14 @@ class DenseNet(nn.Module):
         super().__init__()
         self.stem = stem(layers, in_channels, width, input_size, activate=False)
         self.router_pool = stem_stride(input_size)
-        growth = max(1, width // 2)
+        if width < 2:
+            raise ValueError(f"model.width must be >= 2 for a DenseNet (it grows by half of it), got {width}")
+        growth = width // 2
         c, narrow = width, layers.channels(width)
         steps: list[nn.Module] = []
         for block, depth in enumerate(depths):
             if block:
-                c = max(1, c // 2)
+                c //= 2
                 steps.append(Transition(layers, narrow, c))
                 narrow = layers.channels(c)
             for _ in range(depth):

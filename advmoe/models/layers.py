@@ -16,12 +16,33 @@ from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.rectifier import Rectifier
 
+MOST_PARAMETERS = 10_000_000_000
+"""Of a new model: 40 GB in fp32."""
+
+
+class TooLarge(ValueError):
+    """A model of more weights than there may be."""
+
+
+class TooNarrow(ValueError):
+    """A layer that `model.scale` leaves no whole channel of its `channels`."""
+
+    def __init__(self, scale: float, channels: int, layer: str | None = None) -> None:
+        where = "" if layer is None else f" of {layer}"
+        super().__init__(
+            "model.scale must leave every layer a whole channel (take a larger scale, or a larger model.width), "
+            f"got {scale:g} of the {channels}{where}"
+        )
+        self.scale, self.channels = scale, channels
+
 
 def narrowed(dense_channels: int, scale: float) -> int:
     """The channels that `scale` leaves of the dense network's: rounded, halves down, so that two experts of an odd
-    number of channels stay apart at r = 1/2; at least 1.
+    number of channels stay apart at r = 1/2. Raises `TooNarrow` where it is less than one.
     """
-    return max(1, ceil(scale * dense_channels - 0.5))
+    if scale * dense_channels < 1 - 1e-9:
+        raise TooNarrow(scale, dense_channels)
+    return ceil(scale * dense_channels - 0.5)
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:
@@ -47,11 +68,29 @@ class Projection(nn.Conv2d):
 
 
 class LayerFactory:
-    """Makes the layers of one model. `num_moe_layers` counts the MoE layers made, in order of the forward pass."""
+    """Makes the layers of one model. `num_moe_layers` counts the MoE layers made, in order of the forward pass.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    Before it makes more than `most` weights it raises `TooLarge`.
+    """
+
+    def __init__(self, config: ModelConfig, most: int = MOST_PARAMETERS) -> None:
+        self.config, self.left, self.most = config, most, most
         self.num_moe_layers = 0
+
+    def _take(self, weights: int) -> None:
+        self.left -= weights
+        if self.left < 0:
+            raise TooLarge(f"the model must have at most {self.most:,} weights, got more (model.name, model.width)")
+
+    def _bank(self, rows: int, narrow: int) -> int:
+        """Rows of the bank of an MoE layer that has `rows` in the dense network and `narrow` in a pathway."""
+        config = self.config
+        if config.experts == "independent":
+            return config.num_experts * narrow
+        if config.num_experts > rows:
+            rule = f"<= the {rows} channels of every layer, of which experts are windows when model.experts is subset"
+            raise ValueError(f"model.num_experts must be {rule}, got {config.num_experts}")
+        return rows
 
     def channels(self, dense_channels: int) -> int:
         """Channels between layers: r times the backbone's (`narrowed`), except in Dense and under a sparse model's
@@ -67,6 +106,7 @@ class LayerFactory:
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
+        self._take(c_in * c_out * kernel_size**2)
         conv: nn.Conv2d
         if kernel_size == 1 and stride > 1 and padding == 0:
             conv = Projection(c_in, c_out, 1, stride, bias=False)
@@ -85,13 +125,15 @@ class LayerFactory:
         if config.kind != "moe":
             return self.plain_conv(c_in, narrow_out, kernel_size, stride, padding)
         self.num_moe_layers += 1
+        rows = self._bank(c_out, narrow_out)
+        self._take(rows * c_in * kernel_size**2)
         return MoEConv2d(
             c_in,
             narrow_out,
             kernel_size,
             stride,
             padding,
-            bank_rows=c_out if config.experts == "subset" else config.num_experts * narrow_out,
+            bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
             own_router=config.router == "layer",
@@ -104,13 +146,16 @@ class LayerFactory:
         """
         config = self.config
         narrow = self.channels(hidden)
+        self._take(2 * dim * narrow)
         if config.kind != "moe":
             return nn.Sequential(linear(dim, narrow), nn.GELU(), linear(narrow, dim))
         self.num_moe_layers += 1
+        rows = self._bank(hidden, narrow)
+        self._take(2 * dim * (rows - narrow))
         return MoEMLP(
             dim,
             narrow,
-            bank_rows=hidden if config.experts == "subset" else config.num_experts * narrow,
+            bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
             own_router=config.router == "layer",

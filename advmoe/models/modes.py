@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from advmoe.models.folding import folding
 
@@ -45,3 +47,16 @@ def frozen(model: object) -> Iterator[None]:
             module.training = mode
         for parameter, needs in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(needs)
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, modules are made without drawing their weights, which are to come from elsewhere."""
+
+    _DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -36,8 +36,11 @@ class SparseBackbone(nn.Module):
         """Score each channel by the norm of the weights that its mask multiplies, the largest of a group being
         sqrt(6 / C): HYDRA's scaled initialisation (Sehwag et al., NeurIPS 2020) of weights' scores, for channels.
 
-        Learning starts so from the mask of the largest weights, at scores that its steps can reorder.
+        Learning starts so from the mask of the largest weights, at scores that its steps can reorder. On the meta
+        device there are none.
         """
+        if any(score.is_meta for score in self.scores):
+            return
         squares = [torch.zeros(size, dtype=torch.float64, device=s.device) for size, s in self._sized()]
         for name, axis in self._masked():
             weight = self.dense.get_submodule(name).get_parameter("weight")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from advmoe.rundir import MOST_HEADER
+from advmoe.wording import few
 
 
 def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,3 +40,27 @@ def digest(module: nn.Module) -> str:
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, by its header alone. Raises `SafetensorError`."""
+    with path.open("rb") as file:
+        told = int.from_bytes(file.read(8), "little")
+    if told > MOST_HEADER:
+        raise SafetensorError(f"a header of {told} bytes, where {MOST_HEADER} are the most")
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many values tensors of these shapes have."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def require_fitting(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ValueError` unless the tensors of `state`, which may lie nowhere, have these names and `shapes`."""
+    missing, unknown = [n for n in state if n not in shapes], [n for n in shapes if n not in state]
+    other = [f"{n} {shapes[n]} for {tuple(t.shape)}" for n, t in state.items() if shapes.get(n, t.shape) != t.shape]
+    for what, names in (("no", missing), ("unexpected", unknown), ("other shapes:", other)):
+        if names:
+            raise ValueError(f"{what} {few(names)}")

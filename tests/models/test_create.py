@@ -108,6 +108,72 @@ def test_errors_name_argument_rule_and_value(change, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ({"scale": 0.1}, "0.1 of the 8 of stem.0"),
+        ({"scale": 0.1, "kind": "s-dense"}, "0.1 of the 8 of stem.0"),
+        ({"scale": 0.1, "kind": "sparse"}, "0.1 of the 8 of stem.0"),
+        ({"name": "resnet50", "scale": 0.1}, "0.1 of the 8 of stem.0"),
+        ({"name": "wrn-10-2", "scale": 0.1}, "0.1 of the 4 of stem.0"),
+        ({"name": "vgg16", "input_size": 16, "scale": 0.1}, "0.1 of the 8 of features.0"),
+        # Growth is half of the width: of 8 channels a fifth are one and a half, of 4 less than one.
+        ({"name": "densenet40", "scale": 0.2}, "0.2 of the 4 of blocks.0.conv2"),
+        ({"name": "densenet40", "scale": 0.2, "kind": "sparse"}, "0.2 of the 4 of blocks.0.conv2"),
+        # Four hidden units for each channel of the embedding.
+        ({"name": "deit-tiny", "scale": 0.03}, "0.03 of the 32 of blocks.0.mlp.0"),
+    ],
+    ids=str,
+)
+def test_every_layer_keeps_a_whole_channel(change, left):
+    settings = {"name": "resnet18", "num_classes": 3, "width": 8, "input_size": 8, **change}
+    with pytest.raises(ValueError) as error:
+        create_model(**settings)
+    rule = "model.scale must leave every layer a whole channel (take a larger scale, or a larger model.width), got "
+    assert str(error.value) == rule + left
+    create_model(**{**settings, "kind": "dense"})  # of which the scale says nothing
+
+
+def test_one_whole_channel_is_enough():
+    # 7 of its forty-ninths are 1 - 1e-16 in floating point.
+    model = create_model("resnet18", num_classes=3, width=49, scale=1 / 49, num_experts=49)
+    assert model.backbone.stem[0].out_channels == 1
+    assert create_model("wrn-10-1", num_classes=3, width=4, scale=0.25).backbone.stem[0].out_channels == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_experts": 9},
+            "model.num_experts must be <= the 8 channels of every layer, of which experts are windows",
+        ),
+        ({"name": "densenet40", "width": 1}, "model.width must be >= 2 for a DenseNet (it grows by half of it), got 1"),
+        ({"name": "wrn-1000-100"}, "the model must have at most 10,000,000,000 weights, got more"),
+        (
+            {"name": "wrn-1006-1"},
+            "model.name wrn-D-K must have D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100, got",
+        ),
+        ({"name": "wrn-\u0661\u0660-1"}, "model.name must be one of resnet18, "),
+        ({"width": 16_384}, "the model must have at most 10,000,000,000 weights, got more"),
+        ({"mean": [float("nan")] * 3}, "mean must be finite in every channel, got [nan, nan, nan]"),
+        ({"std": [float("inf")] * 3}, "std must be > 0 in every channel, got [inf, inf, inf]"),
+        ({"num_classes": 10**12}, "num_classes must be >= 2 and <= 1000000, got 1000000000000"),
+        ({"input_size": 2**40}, "input_size must be >= 8 and <= 4096, got 1099511627776"),
+    ],
+    ids=str,
+)
+def test_what_no_machine_makes_is_refused_before_it_is_tried(change, message):
+    width = {} if str(change.get("name", "")).startswith("wrn") else {"width": 8}
+    with pytest.raises(ValueError) as error:
+        create_model(**{"name": "resnet18", "num_classes": 10, **width, **change})
+    assert str(error.value).startswith(message)
+
+
+def test_experts_apart_may_be_more_than_a_layer_has_channels():
+    assert create_model("resnet18", num_classes=3, width=8, num_experts=9, experts="independent").routed
+
+
 def test_frozen_restores_what_it_found():
     model = small()
     model.backbone.stem.eval()

@@ -81,6 +81,72 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 16_384}, "model.safetensors must hold the weights that model.json describes, got "),  # > 100 GB
+        ({"width": 20_000}, "model.width must be >= 1 and <= 16384, got 20000"),
+        ({"name": "wrn-1000-1", "width": 8}, "model.safetensors must hold the weights that model.json describes, got "),
+        ({"name": "wrn-600004-1"}, "model.name wrn-D-K must have D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100"),
+        ({"name": "wrn-28-" + "9" * 5000}, "model.name must be one of resnet18, "),
+        ({"num_experts": 1024, "experts": "independent"}, "model.safetensors must hold the weights that"),
+        ({"num_experts": 10**6}, "model.num_experts must be >= 1 and <= 1024, got 1000000"),
+        ({"num_classes": 10**6}, "got other shapes: backbone.classifier.weight (3, 16) for (1000000, 16)"),
+        ({"num_classes": 10**9}, "num_classes must be >= 2 and <= 1000000, got 1000000000"),
+        ({"input_size": 10**6}, "input_size must be >= 8 and <= 4096, got 1000000"),
+        ({"in_channels": 10**9}, "in_channels must be >= 1 and <= 4096, got 1000000000"),
+        ({"router": "embedding", "width": 16_384}, "model.safetensors must hold the weights that"),
+        ({"mean": [float("1e400")] * 3}, "model.json must be JSON, got: Infinity, which is no number"),
+        ({"name": [[[[[[]]]]]] * 100_000}, "model.json must be an undamaged model description, got "),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_sizes_are_looked_at_before_anything_is_made(saved, change, message):
+    path = saved / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        load_model(saved)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_headers_of_weights_that_lie(saved):
+    path = saved / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = "backbone.stem.0.weight"
+
+    def written(entry):
+        text = json.dumps(header | {name: entry}).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+    sound = header[name]
+    for damage in (
+        (2**40).to_bytes(8, "little") + content[8:],
+        (99_000_000).to_bytes(8, "little") + b" " * 99_000_000,
+        written(sound | {"shape": [10**9, 10**9]}),
+        written(sound | {"data_offsets": [0, 10**15]}),
+        written(sound | {"dtype": "F99"}),
+        written(sound | {"shape": [-1]}),
+        written(sound | {"shape": []}),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors must hold the weights that model\.json describes, got "
+        ):
+            load_model(saved)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "s-dense", "sparse"])
+def test_loading_draws_nothing(tmp_path, kind):
+    save_model(create_model("resnet18", kind=kind, num_classes=3, width=8).eval(), tmp_path)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_model(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(saved, damage):
     name, spoil = DAMAGE[damage]
