@@ -6,6 +6,7 @@ Whatever goes beyond them, or is not what it should be, is a `ValueError` of one
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -18,7 +19,7 @@ import yaml
 from advmoe.wording import cut, show
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import NDArray
 
 MOST_YAML = 100_000
 """Characters of a YAML text: PyYAML reads some 100,000 a second."""
@@ -140,14 +141,19 @@ def dump_yaml(value: Any) -> str:
     return text
 
 
-def read_text(path: Path, most: int, what: str) -> str:
-    """The text of a file. Raises `ValueError` for more than `most` bytes, or what is no UTF-8."""
+def read_bytes(path: Path, most: int, what: str) -> bytes:
+    """The content of a file. Raises `ValueError` for more than `most` bytes."""
     with path.open("rb") as file:
         found = file.read(most + 1)
     if len(found) > most:
         raise ValueError(f"{path} must be {what} of at most {most} bytes, got more")
+    return found
+
+
+def read_text(path: Path, most: int, what: str) -> str:
+    """The text of a file. Raises `ValueError` for more than `most` bytes, or what is no UTF-8."""
     try:
-        return found.decode("utf-8")
+        return read_bytes(path, most, what).decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} must be valid {what}, got: bytes that are not UTF-8") from None
 
@@ -200,7 +206,7 @@ def _no_number(name: str) -> NoReturn:
 # Arrays
 
 
-def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOST_ARRAYS) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOST_ARRAYS) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` file by name, all or those `wanted` that there are.
 
     Sizes are read first. Raises `ValueError` for arrays of more than `most` bytes, of objects, or of other sizes than
@@ -226,20 +232,33 @@ def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOS
 
 def _require_small(file: zipfile.ZipFile, members: list[str], most: int) -> None:
     """Raise `ValueError` unless the arrays are as large as their entries, and all together no larger than `most`."""
+    if sum(file.getinfo(member).file_size for member in members) > most:
+        raise ValueError(f"arrays of more than {most} bytes")
+    for member in members:
+        with file.open(member) as opened:
+            _require_told(opened, file.getinfo(member).file_size, f"an array {member}")
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """The array of an `.npy` file. Raises `ValueError` for one of objects, or of another size than it says."""
     import numpy as np
 
-    total = 0
-    for member in members:
-        size = file.getinfo(member).file_size
-        total += size
-        if total > most:
-            raise ValueError(f"arrays of more than {most} bytes")
-        with file.open(member) as opened:
-            version = np.lib.format.read_magic(opened)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(opened)
-            told = dtype.itemsize
-            for side in shape:
-                told *= side
-            if dtype.hasobject or told != size - opened.tell():
-                raise ValueError(f"an array {member} that says {told} bytes and has {size - opened.tell()}")
+    with path.open("rb") as file:
+        _require_told(file, path.stat().st_size, "an array")
+        file.seek(0)
+        found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return found
+
+
+def _require_told(file: Any, size: int, what: str) -> None:
+    """Raise `ValueError` unless the header of an array's file of `size` bytes tells of as many, and of no objects."""
+    import numpy as np
+
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise ValueError(f"{what} of version {version}")
+    shape, _, dtype = read[version](file)
+    told, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if dtype.hasobject or told != there:
+        raise ValueError(f"{what} that says {told} bytes and has {there}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from advmoe.documents import read_bytes
 from advmoe.files import read_json, read_object, write_text
 from advmoe.wording import few
 
@@ -26,6 +27,8 @@ DIGEST = "model_sha256"
 """The model's digest, in the header of its weights and in every result (`models.state.digest`)."""
 CONFIG_DIGEST = "config_sha256"
 """The digest of the configuration that a run began with (`Config.digest`), in its manifest."""
+_MOST_METRICS = 256_000_000
+"""Bytes of `metrics.jsonl`."""
 SEAL = "checksum"
 """The checksum of the rest of a JSON object, in that object."""
 
@@ -150,7 +153,7 @@ class Epochs:
         if not path.is_file():
             return Epochs()
         found, bad = list[dict[str, Any]](), list[str]()
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path, _MOST_METRICS, "lines of JSON").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(unsealed(read_json(line, f"line {number}"), f"line {number}"))

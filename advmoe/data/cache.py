@@ -23,7 +23,8 @@ import torch
 from advmoe.data.decode import Bytes, decode, middle_square
 from advmoe.data.listing import Listing
 from advmoe.data.types import ImageSet
-from advmoe.files import write_array, write_text
+from advmoe.documents import read_array
+from advmoe.files import read_object, write_array, write_text
 from advmoe.progress import bar
 from advmoe.wording import one_line
 
@@ -110,12 +111,12 @@ def _cache_folders(root: Path) -> tuple[Path, Path]:
 def _open_cache(folder: Path, stem: str, fingerprint: str) -> dict[str, Bytes] | None:
     """Return the arrays kept in `folder`, or None if there are none, or not of these files, or they are damaged."""
     try:
-        record = json.loads((folder / f"{stem}.json").read_text())
+        record = read_object(folder / f"{stem}.json")
         if record["fingerprint"] != fingerprint:
             return None
         arrays: dict[str, Bytes] = {}
         for part in ("train", "test"):
-            array = np.load(folder / f"{stem}-{fingerprint[:16]}-{part}.npy", allow_pickle=False)
+            array = read_array(folder / f"{stem}-{fingerprint[:16]}-{part}.npy")
             if array.dtype != np.uint8 or list(array.shape) != record[part]["shape"]:
                 return None
             if zlib.crc32(array.data) != record[part]["crc32"]:

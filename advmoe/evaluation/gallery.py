@@ -27,6 +27,8 @@ from advmoe.seeding import generator_for
 NAME = "gallery.npz"
 """The file's name in a run directory."""
 
+_MOST = 256
+"""Images of a gallery."""
 _CANDIDATES = 128
 """Images that are looked at, at least, to find those of the gallery."""
 
@@ -59,7 +61,7 @@ def gallery_run(
     device = Plan(accelerator=accelerator).devices()[0]
     predict = given.load(device)
     with threads_set(threads):
-        index = _drawn(predict, given.data, positive("number", number), given.seed, device)
+        index = _drawn(predict, given.data, _few(number), given.seed, device)
         images = given.data.subset(index)
         job, (name,) = make_job(
             predict, images, device, given.threat, given.config.attack, ["pgd"], len(index), given.seed
@@ -85,6 +87,12 @@ def gallery_run(
     given.home.mkdir(parents=True, exist_ok=True)
     write_arrays(given.home / NAME, arrays)
     return given.home / NAME
+
+
+def _few(number: int) -> int:
+    if positive("number", number) > _MOST:
+        raise ValueError(f"number must be <= {_MOST} (a page shows them all), got {number}")
+    return number
 
 
 def _drawn(predict: Predict, data: Images, number: int, seed: int, device: torch.device) -> Tensor:

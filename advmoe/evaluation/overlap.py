@@ -11,7 +11,6 @@ Where tokens are routed one by one, pathways are (N, L, T) and a unit is (layer,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from advmoe.files import read_object
 from advmoe.moe.layer import MoELayer
+from advmoe.wording import one_line, show
+
+_MOST_CHANNELS = 1_000_000
+"""Of a layer."""
 
 Units = Sequence[Tensor]
 """Per MoE layer, in the pathway's order, which rows each expert uses, (E, M) booleans."""
@@ -52,24 +56,24 @@ def read_masks(path: Path) -> list[Tensor]:
     Raises `ValueError`, which names the file, for one that holds no masks.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a sparse run's masks in JSON, got {type(error).__name__}") from None
-    layers = content.get("layers") if isinstance(content, dict) else None
+        layers = read_object(path).get("layers")
+    except OSError as error:
+        raise ValueError(f"{path} must be a sparse run's masks in JSON, got {one_line(error)}") from None
     if not isinstance(layers, list) or not layers:
-        raise ValueError(f"{path} must hold the masks of 1 layer or more under layers, got {str(layers)[:80]}")
+        raise ValueError(f"{path} must hold the masks of 1 layer or more under layers, got {show(layers)}")
     return [_read_mask(path, index, layer) for index, layer in enumerate(layers)]
 
 
 def _read_mask(path: Path, index: int, layer: object) -> Tensor:
     match layer:
         case {"layer": int(number), "of": int(count), "rows": [*rows]} if number == index and rows:
-            if all(type(row) is int and 0 <= row < count for row in rows) and len(set(rows)) == len(rows):
+            known = all(type(row) is int and 0 <= row < count <= _MOST_CHANNELS for row in rows)
+            if known and len(set(rows)) == len(rows):
                 mask = torch.zeros(1, count, dtype=torch.bool)
                 mask[0, rows] = True
                 return mask
     rule = f'{{"layer": {index}, "of": C, "rows": [...]}} with rows among 0 ... C - 1, one at least and none twice'
-    raise ValueError(f"{path}: layer {index} must be {rule}, got {str(layer)[:80]}")
+    raise ValueError(f"{path}: layer {index} must be {rule}, got {show(layer)}")
 
 
 def require_same_banks(name: str, units: Units, others: Units) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from advmoe.config import Config, TrainingConfig
+from advmoe.documents import MOST_JSON, parse_object, read_text
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import require_plain, stale, unsealed
 
@@ -59,10 +60,7 @@ class Record:
         texts = {}
         for name in RECORDED:
             if (path := run / name).is_file():
-                try:
-                    texts[name] = path.read_text(encoding="utf-8")
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path} must be text, got bytes that are not UTF-8") from None
+                texts[name] = read_text(path, MOST_JSON, "text")
         config = Config.load(run / "config.yaml") if "config.yaml" in texts else None
         if config is not None and _without_places(config):
             texts["config.yaml"] = config.to_yaml()
@@ -104,13 +102,7 @@ def portable(word: str) -> str:
 def _json(path: Path, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a JSON object, got a {type(value).__name__}")
-    return value
+    return parse_object(text, str(path))
 
 
 def _check_evaluation(found: Mapping[str, Any], path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from advmoe.documents import MOST_YAML, parse_yaml, read_arrays, read_text
 from advmoe.report.words import radius
 from advmoe.rundir import (
+    CONFIG,
     DIGEST,
     MANIFEST,
     METRICS,
@@ -43,6 +43,14 @@ _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
     "adversarial_confidence", "clean_pathway", "adversarial_pathway", "num_experts", "classes", "attack", "norm", "eps",
 )  # fmt: skip
+
+_KINDS = dict(zip(_ARRAYS, "iiffiiffiiiUUUf", strict=True)) | {DIGEST: "U"}
+_AXES = dict(zip(_ARRAYS, (*[(1,)] * 2, *[(4,)] * 2, *[(1,)] * 4, *[(2, 3)] * 2, (0,), (1,), *[(0,)] * 3), strict=True))
+"""What kind of array each is (whole numbers, fractions, text), and how many axes it has."""
+
+_MOST_GALLERY = 256_000_000
+"""Bytes of all arrays: some 400 images of 224 pixels a side."""
+_MOST_IMAGES, _MOST_LAYERS = 1000, 4096
 
 _BATCH = 250
 """Images that `advmoe evaluate` attacks at once, unless told otherwise."""
@@ -238,13 +246,10 @@ def _load(path: Path, label: str) -> Run | Study:
 
 
 def _load_run(path: Path, label: str) -> Run:
-    text = _text(path / "config.yaml")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path / 'config.yaml'} must be YAML, got {' '.join(str(error).split())}") from None
+    text = read_text(path / CONFIG, MOST_YAML, "YAML")
+    config = parse_yaml(text, str(path / CONFIG))
     if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.yaml'} must hold fields by name, got {type(config).__name__}")
+        raise ValueError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
     digest, epochs = stored_digest(path / WEIGHTS), Epochs.read(path / METRICS, strict=True)
     found = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
     found["dissection"] = {
@@ -290,11 +295,12 @@ def load_gallery(path: Path) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _ARRAYS}
-            arrays[DIGEST] = file[DIGEST] if DIGEST in file else np.array("")  # of a gallery made long ago
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        found = read_arrays(path, (*_ARRAYS, DIGEST), _MOST_GALLERY)
+        arrays = {name: found[name] for name in _ARRAYS}
+        arrays[DIGEST] = found.get(DIGEST, np.array(""))  # of a gallery made long ago
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
+    _require_kinds(arrays, path)
     lengths = {arrays[name].shape[:1] for name in _ARRAYS[:10]}
     paired = all(arrays[f"clean{kind}"].shape == arrays[f"adversarial{kind}"].shape for kind in ("", "_pathway"))
     if len(lengths) != 1 or arrays["clean"].ndim != 4 or not paired:
@@ -302,11 +308,18 @@ def load_gallery(path: Path) -> Arrays | None:
     return arrays
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, got {error}") from None
+def _require_kinds(arrays: Arrays, path: Path) -> None:
+    """Raise `ValueError` unless each array is of its kind, and they are no more than a page shows."""
+    for name, array in arrays.items():
+        if array.dtype.kind != _KINDS[name] or array.ndim not in _AXES.get(name, (0,)):
+            got = f"{name} of {array.ndim} axes of {array.dtype}"
+            raise ValueError(f"{path} must hold the arrays of a gallery, got {got}")
+    if 0 in arrays["clean"].shape[1:]:
+        raise ValueError(f"{path} must hold images, got arrays of shape {arrays['clean'].shape}")
+    images, layers = len(arrays["labels"]), arrays["clean_pathway"].shape[1]
+    if images > _MOST_IMAGES or layers > _MOST_LAYERS:
+        rule = f"hold at most {_MOST_IMAGES} images and {_MOST_LAYERS} layers"
+        raise ValueError(f"{path} must {rule}, got {images} and {layers}")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe.documents import read_arrays
 from advmoe.rundir import METRICS, Epochs, read_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
 from advmoe.studies.statistics import mean_std
@@ -46,8 +47,7 @@ class Trained:
         planned = self.measures.get(measure)
         if planned is None or planned.state() != "finished" or not (path := planned.path / file).is_file():
             return {}
-        with np.load(path) as content:
-            return dict(content)
+        return read_arrays(path)
 
 
 @dataclass(frozen=True)

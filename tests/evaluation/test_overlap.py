@@ -162,9 +162,10 @@ LAYER = {"layer": 0, "of": 4, "rows": [0, 2]}
     ("content", "message"),
     [
         (None, "must be a sparse run's masks in JSON, got FileNotFoundError"),
-        ("{", "must be a sparse run's masks in JSON, got JSONDecodeError"),
-        (b"\xff", "must be a sparse run's masks in JSON, got UnicodeDecodeError"),
-        ([], "must hold the masks of 1 layer or more under layers, got None"),
+        ("{", "must be JSON, got: Expecting"),
+        (b"\xff", "must be valid JSON, got: bytes that are not UTF-8"),
+        ([], "must hold a JSON object, got a list"),
+        ({}, "must hold the masks of 1 layer or more under layers, got None"),
         ({"layers": []}, r"must hold the masks of 1 layer or more under layers, got \[\]"),
         ({"layers": [LAYER, LAYER]}, "layer 1 must be .*got {'layer': 0"),
         ({"layers": [{**LAYER, "rows": []}]}, "layer 0 must be .*one at least"),
@@ -174,8 +175,9 @@ LAYER = {"layer": 0, "of": 4, "rows": [0, 2]}
         ({"layers": [{**LAYER, "rows": [0.5]}]}, "layer 0 must be "),
         ({"layers": [{**LAYER, "rows": [[0]]}]}, "layer 0 must be "),
         ({"layers": [{**LAYER, "of": "4"}]}, "layer 0 must be "),
+        ({"layers": [{**LAYER, "of": 10**15}]}, "layer 0 must be "),
         ({"layers": [{"layer": 0, "rows": [0]}]}, "layer 0 must be "),
-        ({"layers": ["x" * 500]}, "layer 0 must be .*got x{80}$"),
+        ({"layers": ["x" * 500]}, "layer 0 must be .*got 'x{79}\\.\\.\\.$"),
     ],
 )
 def test_what_are_no_masks(tmp_path, content, message):

@@ -137,9 +137,9 @@ def test_a_gallery_that_was_made_in_the_meantime(make_run):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.yaml", "a: [1", "config.yaml must be YAML, got while parsing"),
+        ("config.yaml", "a: [1", "config.yaml must be valid YAML, got: "),
         ("config.yaml", "- 1", "config.yaml must hold fields by name, got list"),
-        ("config.yaml", b"\xff\xfe", "config.yaml must be text in UTF-8, got"),
+        ("config.yaml", b"\xff\xfe", "config.yaml must be valid YAML, got: bytes that are not UTF-8"),
         ("evaluation.json", "{", "evaluation.json must be JSON, got"),
         ("sweep.json", "[]", "sweep.json must hold a JSON object, got a list"),
         ("metrics.jsonl", "{\n{}\n", "metrics.jsonl must hold JSON in every line, got .* in line 1"),
@@ -159,15 +159,19 @@ def test_what_cannot_be_read(make_run, name, text, message):
     [
         ({"labels": None}, "must be a gallery, got KeyError.*labels"),
         ({"labels": [1]}, "as many of each thing as images"),
-        ({"clean": np.zeros((2, 8, 8))}, "as many of each thing as images"),
-        ({"adversarial_pathway": np.zeros((2, 5))}, "as many of each thing as images"),
+        ({"clean": np.zeros((2, 8, 8))}, "must hold the arrays of a gallery, got clean of 3 axes"),
+        ({"adversarial_pathway": np.zeros((2, 5), int)}, "as many of each thing as images"),
+        ({"eps": np.array("x")}, "must hold the arrays of a gallery, got eps of 0 axes of <U1"),
+        ({"clean": np.zeros((2, 1, 0, 8))}, "must hold images, got arrays of shape"),
+        ({"index": np.zeros(40_000_000, np.int64)}, "must be a gallery, got ValueError.*arrays of more than 256000000"),
+        ({"clean_pathway": np.zeros((2, 5000), int)}, "at most 1000 images and 4096 layers, got 2 and 5000"),
         ({"attack": np.array({}, dtype=object)}, "must be a gallery, got ValueError"),
     ],
 )
 def test_a_gallery_that_is_none(make_run, changed, message):
     path = make_run("damaged", only=set())
     arrays = dict(loaded(make_run("whole")).gallery) | changed
-    np.savez(path / "gallery.npz", **{name: each for name, each in arrays.items() if each is not None})
+    np.savez_compressed(path / "gallery.npz", **{name: each for name, each in arrays.items() if each is not None})
     with pytest.raises(ValueError, match=message):
         load_results([path])
 
