@@ -64,7 +64,7 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
         "autoattack:apgd-ce+square, routed (default: PGD, through soft routing too for a routed model)",
     )  # fmt: skip
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
-    add("--batch-size", metavar="B", help="images attacked at once (default: 250)")
+    add("--batch-size", metavar="B", help="images attacked at once, which share random draws (default: 250)")
     add("--seed", metavar="SEED", help="of the images drawn and the attacks' random draws (default: the run's)")
     add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
     add_engine(parser, threads)

@@ -202,7 +202,8 @@ def assess(
     Args:
         load: makes the classifier, `x -> logits` on [0, 1] pixels, for a device; each process calls it once.
         attacks: names as in `suite`. attack: what `pgd` and `routed` take their steps from.
-        batch_size: images per attack call. seed: every random draw follows from it and an image's position.
+        batch_size: images per attack call. seed: every random draw follows from it, the position of a batch and that
+            of an image in it. With another `batch_size` an attack is as strong, but a few single images end otherwise.
         allow: checks that may fail (see `checks`).
         plan: processes, devices, and where finished batches are kept.
 

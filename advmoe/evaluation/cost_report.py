@@ -25,6 +25,7 @@ from advmoe.evaluation.sources import load_module
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.moe import pathway
 from advmoe.pruning import deployed
+from advmoe.rundir import DIGEST
 
 BATCHES = (1, 32, 128)
 """Batch sizes measured unless others are asked for."""
@@ -174,6 +175,7 @@ def _report(given: Measured, batches: Sequence[int], device: torch.device, secon
         "target": given.name,
         "model": spec,
         "weights": given.weights,
+        DIGEST: None if own.origin is None else own.origin.digest,
         "images": given.which,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         **setting(device),

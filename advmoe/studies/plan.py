@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ class PlannedMeasure:
 
     def state(self) -> str:
         """`finished` or `missing`; one of other weights than the run has now is missing."""
-        try:
-            done = read_object(self.path / "done.json")
-        except (OSError, ValueError):
+        if not (self.path / "done.json").is_file():
             return "missing"
+        done = dict[str, Any]()
+        with suppress(ValueError):  # a measurement that is there, though what it says of itself is damaged
+            done = read_object(self.path / "done.json")
         return "missing" if stale(done, stored_digest(self.run.path / WEIGHTS)) else "finished"
 
 
