@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -9,6 +10,7 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    continuable,
     count,
     engine_options,
     given_fields,
@@ -56,7 +58,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         accelerator=engine["accelerator"],
         command=["advmoe", *argv],
     )
-    return _plan(args["name"], options) if "dry_run" in args else _run(args["name"], options)
+    if "dry_run" in args:
+        return _plan(args["name"], options)
+    with continuable(options.root, shlex.join(options.command or ()), "runs"):
+        return _run(args["name"], options)
 
 
 def _list() -> int:

@@ -11,12 +11,12 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    continuable,
     count,
     engine_options,
     existing_run,
     fail,
     given_fields,
-    interruptible,
     new_parser,
 )
 from advmoe.config import OWN_MODEL, Config, merged, read_yaml, require
@@ -60,7 +60,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
-    with interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
+    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.evaluation.harness import threads_set
 from advmoe.progress import tracked
+from advmoe.training.launch import Engine
 from advmoe.training.run import load_data
 from advmoe.training.trainer import Trainer, build_model
 
@@ -69,7 +69,7 @@ def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
         training=replace(config.training, epochs=rounds + 1, init_from=None),
     )  # fmt: skip
     dataset = load_data(short)
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.training.precision)
+    fabric = Engine(accelerator, 1, config.training.precision).fabric()
     return Trainer(short, build_model(short, dataset), dataset, fabric)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
@@ -29,6 +27,7 @@ from advmoe.rundir import CONFIG_DIGEST, METRICS, Epochs, config_note, require_p
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
+from advmoe.training.launch import Engine, launch
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
@@ -285,46 +284,26 @@ def load_data(config: Config) -> Dataset:
     )
 
 
-def _start(launch: _Launch) -> Path:
-    devices, batch_size = launch.devices, launch.config.training.batch_size
+def _start(wanted: _Launch) -> Path:
+    devices, batch_size = wanted.devices, wanted.config.training.batch_size
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     present = torch.cuda.device_count()
-    if present < devices and (launch.accelerator == "cuda" or (launch.accelerator == "auto" and present)):
+    if present < devices and (wanted.accelerator == "cuda" or (wanted.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise ValueError(f"devices must be {rule}, got {devices!r}")
-    require_writable("run_dir", launch.run_dir)
-    fabric = Fabric(
-        accelerator=launch.accelerator,
-        devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
-        precision=launch.config.training.precision,
-    )
+    require_writable("run_dir", wanted.run_dir)
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
-            build_model(launch.config, load_data(launch.config), resumed=launch.resumed())
-    threads = launch.threads or max(1, torch.get_num_threads() // devices)
-    try:
-        fabric.launch(partial(_process, launch=launch, threads=threads))
-    except ProcessRaisedException as error:
-        if (said := _said(str(error))) is not None:
-            raise said from error
-        raise
-    return launch.run_dir
-
-
-def _said(report: str) -> Exception | None:
-    """What a process raised, by the `report` of it, where a line of ours says all; None for anything else."""
-    kind, _, message = report.strip().splitlines()[-1].partition(": ")
-    kind = kind.rpartition(".")[2]
-    if kind == TrainingDiverged.__name__:
-        return TrainingDiverged(message)
-    files = re.findall(r'^ *File "(.+)", line \d+', report, re.MULTILINE)
-    ours = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parents[1])  # a library's is a bug
-    mistakes = (ValueError.__name__, checkpoints.DamagedCheckpoint.__name__)
-    return ValueError(message) if ours and kind in mistakes else None
+            build_model(wanted.config, load_data(wanted.config), resumed=wanted.resumed())
+    threads = wanted.threads or max(1, torch.get_num_threads() // devices)
+    launch(
+        partial(_process, launch=wanted, threads=threads),
+        Engine(wanted.accelerator, devices, wanted.config.training.precision),
+    )
+    return wanted.run_dir
 
 
 def train(
