@@ -23,6 +23,7 @@ from advmoe.config import OWN_MODEL, Config, merged, read_yaml, require
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import Epochs
+from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
 def parser() -> Parser:
@@ -54,9 +55,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
     if resumed is None:
-        free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
-        require(free, "the run directory", rule, str(run_dir))
+        require(startable(run_dir), "the run directory", rule, str(run_dir))
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
@@ -85,6 +85,10 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
     resumed, own = args["resume"], {"model": {"source": overrides.get("model", {}).get("source")}}
     alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
+    if begun(Path(resumed)) and not (Path(resumed) / "config.yaml").is_file():
+        raise ValueError(
+            f"--resume must be a run directory (one that holds a config.yaml), got {resumed!r}: {START_ANEW}"
+        )
     run_dir = existing_run("--resume", resumed)
     return run_dir.name, run_dir, Config.load(run_dir / "config.yaml")
 

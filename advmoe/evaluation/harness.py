@@ -8,7 +8,6 @@ batches round differently, and an attack's signs amplify it.)
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -28,7 +27,7 @@ from advmoe.attacks.routed import RoutedPlan
 from advmoe.errors import of_machine
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
-from advmoe.files import hold
+from advmoe.locks import CLAIM, Hold, hold
 from advmoe.progress import bar, tell
 from advmoe.rundir import read_result, require_plain, write_result
 from advmoe.signals import leave_to_parent
@@ -90,7 +89,7 @@ class Journal:
 
     path: Path | None = None
     kept: dict[Task, Result] = field(default_factory=dict)
-    _held: int | None = field(init=False, default=None)
+    _held: Hold | None = field(init=False, default=None)
 
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Begin, or with `resume` continue what an interrupted evaluation left here.
@@ -116,7 +115,8 @@ class Journal:
                     raise ValueError(f"--resume must {rule}: {known.get(name)}, got {value}")
             return stored
         for file in self.path.iterdir():
-            file.unlink()
+            if file.name != CLAIM:
+                file.unlink()
         write_result(head, {"fingerprint": fingerprint})
         return None
 
@@ -148,7 +148,7 @@ class Journal:
     def close(self) -> None:
         """Let others continue or replace what is here."""
         if self._held is not None:
-            os.close(self._held)
+            self._held.close()
             self._held = None
 
     def remove(self) -> None:

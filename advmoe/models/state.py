@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -34,3 +36,8 @@ def digest(module: nn.Module) -> str:
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors`, as `savable` gives them, as safetensors. Raises `OSError` where the disk is full, say."""
+    path.write_bytes(save(dict(tensors), metadata))  # a library that writes itself tells of it by errors of its own
