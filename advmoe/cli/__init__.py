@@ -17,7 +17,7 @@ from typing import Any
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
-from advmoe.cli.arguments import Unfinished, explained, fail, new_parser
+from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser
 from advmoe.errors import is_ours, of_machine, reason
 from advmoe.progress import shown
 from advmoe.signals import described, raised
@@ -39,10 +39,6 @@ COMMANDS: dict[str, Any] = {
 
 CLOSED = 141
 """The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
-
-
-FAILED = 3
-"""The exit code where the machine failed: a full disk, a file or permission that went, no memory, no descriptors."""
 
 
 def main(argv: list[str] | None = None) -> int:

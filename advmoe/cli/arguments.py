@@ -28,6 +28,10 @@ Accelerator = Literal["auto", "cpu", "cuda"]
 EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size", "workers")}
 
 
+FAILED = 3
+"""The exit code where the machine failed: a full disk, a file or permission that went, no memory, no descriptors."""
+
+
 class Parser(ArgumentParser):
     """Parsing errors are raised: `main` shows them as it shows every other mistake."""
 

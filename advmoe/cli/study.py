@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from advmoe.cli.arguments import (
+    FAILED,
     Parser,
     add_engine,
     add_fields,
     continuable,
     count,
     engine_options,
+    fail,
     given_fields,
     new_parser,
     split_words,
@@ -89,6 +91,7 @@ def _plan(name: str, options: Any) -> int:
 def _run(name: str, options: Any) -> int:
     from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
+    from advmoe.studies.pool import MachineFailed
     from advmoe.studies.present import text
     from advmoe.studies.run import run_study
 
@@ -111,6 +114,9 @@ def _run(name: str, options: Any) -> int:
     for each in bad:
         print(f"{each['status']}: {each['name']}, seed {each['seed']}: {each['error'] or 'not done'}")
     print(f"\nwritten to {home / 'study.json'}\nnext  advmoe report {home} -o {home / 'report.html'}")
+    if failed := next((each["error"] for each in bad if isinstance(each["error"], MachineFailed)), None):
+        again = shlex.join(options.command or ())
+        return fail(f"{failed}; what is finished is kept; to continue: {again}", FAILED)
     return 1 if bad else 0
 
 

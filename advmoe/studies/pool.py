@@ -16,12 +16,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from advmoe.errors import of_machine
 from advmoe.progress import bar
 from advmoe.signals import leave_to_parent
 from advmoe.studies.plan import PlannedMeasure, Task
 
 Told = Callable[[str, Task], None]
 """Called with `starts`, `done` or an error's text, and the task, as it happens."""
+
+
+class MachineFailed(str):
+    """What went wrong with a task, where the machine is to blame: done again once that is mended, it may go well."""
 
 
 def run_tasks(
@@ -40,7 +45,7 @@ def run_tasks(
         tasks: by id, each after those that it needs. errors: of tasks that failed before, by id: not tried again.
         threads: of each process. logs: folder of the workers' output.
 
-    Returns `errors` with those of the tasks that failed now, or were skipped.
+    Returns `errors` with those of the tasks that failed now, or were skipped; see `MachineFailed`.
     """
     errors = dict(errors)
     todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
@@ -136,7 +141,7 @@ class _Pool:
             error = worker.pipe.recv()
         except (EOFError, ConnectionResetError):  # reset: it died before it had read its task
             worker.process.join()
-            error = f"its process died (exit code {worker.process.exitcode})"
+            error = MachineFailed(f"its process died (exit code {worker.process.exitcode})")
             self.workers.remove(worker)
         worker.task = None
         if error is not None:
@@ -186,5 +191,6 @@ def _work(pipe: Connection, log: Path, card: str | None, threads: int, accelerat
 
             traceback.print_exc()
             sys.stderr.flush()
-            error = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+            text = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+            error = MachineFailed(text) if of_machine(problem) else text
         pipe.send(error)
