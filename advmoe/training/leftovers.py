@@ -53,7 +53,8 @@ def _is_left(path: Path) -> bool:
         return not _is_finished(path)
     if name == "metrics.jsonl":  # the line of an epoch comes before its checkpoint
         return path.read_bytes().count(b"\n") <= 1
-    return name in (CLAIM, "config.yaml") or _is_partial(name)
+    # The model is the one that the run started from, where it diverged before there was another.
+    return name in (CLAIM, "config.yaml", "model.json", "model.safetensors") or _is_partial(name)
 
 
 def _is_partial(name: str) -> bool:

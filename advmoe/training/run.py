@@ -249,7 +249,15 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and (note := config_note(folder, described[CONFIG_DIGEST])) is not None:
         print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
-    fit(trainer, folder, manifest, board, None if launch.fresh else described)
+    try:
+        fit(trainer, folder, manifest, board, None if launch.fresh else described)
+    except TrainingDiverged as error:  # on every process
+        if checkpoints.candidates(folder / "best"):
+            raise
+        if fabric.is_global_zero:
+            save_model(build_model(config, dataset), folder)
+        fabric.barrier()
+        raise TrainingDiverged(f"{error}; what it started from is kept") from None
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:
