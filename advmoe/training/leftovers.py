@@ -11,6 +11,7 @@ from pathlib import Path
 from advmoe.files import read_object
 from advmoe.locks import CLAIM
 
+MANIFEST = "manifest.json"
 _EVENTS = "events.out.tfevents."
 START_ANEW = "it was killed before its first checkpoint, so start it anew there by the command that began it"
 """What to do with a directory that is `begun`."""
@@ -25,7 +26,8 @@ def startable(folder: Path) -> bool:
 
 def clear(folder: Path) -> None:
     """Delete the leftovers in `folder`, which must be `startable`, but for the claim of whoever holds it."""
-    for each in folder.iterdir():
+    # The manifest last: it is by this that the others are known as ours.
+    for each in sorted(folder.iterdir(), key=lambda each: each.name == MANIFEST):
         if each.name == CLAIM:
             continue
         if each.is_dir():
@@ -41,28 +43,27 @@ def begun(folder: Path) -> bool:
 
 def _is_left(path: Path) -> bool:
     """Whether a training leaves this before its first checkpoint. Links are nobody's leftovers."""
-    if path.is_symlink():
+    name, folder = path.name, path.parent
+    if path.is_symlink() or not (path.is_dir() or path.is_file()):
         return False
-    name = path.name
+    if (name.startswith(".") and name.endswith(".partial")) or (name == CLAIM and path.is_file()):
+        return True
+    if not _is_unfinished(folder / MANIFEST):  # which is what a run has first
+        return False
     if path.is_dir():
-        events = name == "tensorboard" and all(e.name.startswith(_EVENTS) and e.is_file() for e in path.iterdir())
-        return events or _is_partial(name)
-    if not path.is_file():
-        return False
-    if name == "manifest.json":
-        return not _is_finished(path)
+        return name == "tensorboard" and all(each.name.startswith(_EVENTS) for each in path.iterdir())
     if name == "metrics.jsonl":  # the line of an epoch comes before its checkpoint
         return path.read_bytes().count(b"\n") <= 1
-    # The model is the one that the run started from, where it diverged before there was another.
-    return name in (CLAIM, "config.yaml", "model.json", "model.safetensors") or _is_partial(name)
+    # A model is that which the run started from, where it diverged before there was another.
+    return name in (MANIFEST, "config.yaml", "model.json", "model.safetensors")
 
 
-def _is_partial(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".partial")
-
-
-def _is_finished(manifest: Path) -> bool:
+def _is_unfinished(manifest: Path) -> bool:
+    """Whether this is the manifest of a run that has not come to its end."""
+    if manifest.is_symlink() or not manifest.is_file():
+        return False
     try:
-        return read_object(manifest).get("finished") is not None
-    except ValueError:  # it is written whole: this is not ours
-        return True
+        found = read_object(manifest)
+    except ValueError:
+        return False
+    return {"name", "command", "devices", "threads"} <= found.keys() and found.get("finished") is None
