@@ -140,7 +140,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (FULL, "No space left on device"),
         (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "run/metrics.jsonl"), "run/metrics.jsonl: No such"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x.jsonl"), "run/x.jsonl: No such file"),
         (PermissionError(errno.EACCES, "Permission denied", "run/x"), "run/x: Permission denied"),
         (MemoryError(), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory. Tried"),
@@ -184,7 +184,10 @@ def test_output_to_a_full_disk_is_the_machine_s_failure(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None), ({"KMP_BLOCKTIME": "0"}, None)],
+    [
+        ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None),
+        ({"KMP_BLOCKTIME": "0"}, None),
+    ],
 )  # fmt: skip
 def test_openmp_s_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -28,7 +28,7 @@ from advmoe.errors import of_machine
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
-from advmoe.progress import bar, tell
+from advmoe.progress import bar, tell, unshared
 from advmoe.rundir import read_result, require_plain, write_result
 from advmoe.signals import leave_to_parent
 
@@ -360,6 +360,7 @@ def _work(
 ) -> None:  # pragma: no cover - runs in a process of its own
     """Do the tasks that come through `pipe`, by number and with the plan, until nothing more can come."""
     leave_to_parent()
+    unshared()
     if threads is not None:
         torch.set_num_threads(threads)
     with suppress(BrokenPipeError):  # the parent is gone

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.errors import of_machine
-from advmoe.progress import bar
+from advmoe.progress import bar, unshared
 from advmoe.signals import leave_to_parent
 from advmoe.studies.plan import PlannedMeasure, Task
 
@@ -168,6 +168,7 @@ def _work(pipe: Connection, log: Path, card: str | None, threads: int, accelerat
     one GPU that this process is to see.
     """
     leave_to_parent()
+    unshared()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -22,6 +22,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 from advmoe.errors import portable
+from advmoe.progress import unshared
 from advmoe.signals import leave_to_parent
 from advmoe.training.trainer import TrainingDiverged
 
@@ -167,6 +168,7 @@ def _child(
     work: Callable[[Fabric], None], engine: Engine, rank: int, port: int, pipe: Connection
 ) -> None:  # pragma: no cover - runs in a process of its own
     leave_to_parent()
+    unshared()
     error = None
     try:
         with undisturbed():

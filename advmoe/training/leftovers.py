@@ -10,8 +10,8 @@ from pathlib import Path
 
 from advmoe.files import read_object
 from advmoe.locks import CLAIM
+from advmoe.rundir import CONFIG, MANIFEST, METRICS, MODEL, WEIGHTS
 
-MANIFEST = "manifest.json"
 _EVENTS = "events.out.tfevents."
 START_ANEW = "it was killed before its first checkpoint, so start it anew there by the command that began it"
 """What to do with a directory that is `begun`."""
@@ -52,10 +52,10 @@ def _is_left(path: Path) -> bool:
         return False
     if path.is_dir():
         return name == "tensorboard" and all(each.name.startswith(_EVENTS) for each in path.iterdir())
-    if name == "metrics.jsonl":  # the line of an epoch comes before its checkpoint
+    if name == METRICS:  # the line of an epoch comes before its checkpoint
         return path.read_bytes().count(b"\n") <= 1
     # A model is that which the run started from, where it diverged before there was another.
-    return name in (MANIFEST, "config.yaml", "model.json", "model.safetensors")
+    return name in (MANIFEST, CONFIG, MODEL, WEIGHTS)
 
 
 def _is_unfinished(manifest: Path) -> bool:
