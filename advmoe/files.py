@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -42,53 +40,6 @@ def require_text(name: str, path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} must be a path in UTF-8, got {str(path)!r}") from None
-
-
-def hold(path: Path, *, folder: bool = False, wait: bool = False) -> int | None:
-    """A descriptor of `path`, a file or a `folder` that is made if need be, which no other process can hold until it
-    is closed. The system closes that of a process which is killed. None where another one has it, but with `wait`.
-    """
-    while True:
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # removed before it was held
-            descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if not _locked(descriptor, wait=wait):
-                    os.close(descriptor)
-                    return None
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-
-
-def _locked(descriptor: int, *, wait: bool) -> bool:
-    """Lock a file, if it is free; where a system has no such locks everything counts as free."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except ImportError:
-        return True
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-    return True
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Inside, no other process holds the file `path`, which is made if need be; waits until none does."""
-    descriptor = hold(path, wait=True)
-    assert descriptor is not None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

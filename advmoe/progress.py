@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -30,6 +31,11 @@ def shown(wanted: bool = True, *, delay: float = 0.0) -> Iterator[None]:
         yield
     finally:
         _delay.reset(token)
+
+
+def unshared() -> None:
+    """Have the bars of this process, a child that is killed in the end, need no lock that outlives it."""
+    tqdm.set_lock(threading.RLock())
 
 
 def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) -> tqdm[Any]:

@@ -1,7 +1,8 @@
 """The command line: parse, call, print.
 
 A mistake of the user's (an unknown field, a value out of range, a missing data set) is one line on stderr and exit
-code 2, with nothing created. Commands import what they run, so that `advmoe --help` needs no torch.
+code 2, with nothing created; a failure of the machine's is one line too, and says how to go on. Commands import what
+they run, so that `advmoe --help` needs no torch.
 
 A command is a module here, with a `parser` and a `run`, and an entry in `COMMANDS`.
 """
@@ -12,12 +13,15 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import Any
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
-from advmoe.cli.arguments import explained, fail, is_ours, new_parser
+from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser
+from advmoe.errors import is_ours, of_machine, reason
 from advmoe.progress import shown
+from advmoe.signals import described, raised
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -40,28 +44,58 @@ CLOSED = 141
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (training diverged, an exported file computes something else, or a part of
-    a study failed), 2 (a mistake in the input), 130 (interrupted) or 141 (nobody reads the output).
+    a study failed), 2 (a mistake in the input), 3 (the machine failed: see `FAILED`), 129, 130 or 143 (ended by SIGHUP,
+    Ctrl-C or SIGTERM) or 141 (nobody reads the output). A bug's traceback is shown, with Python's own exit code 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     _accept_any_text()
+    _wait_passively()
     try:
-        args = _parse(argv)
-        command = args["command"]
-        with shown():
-            code: int = COMMANDS[command].run(args[command], argv)
-        return code if _flushed() else code or CLOSED
-    except BrokenPipeError as error:
+        with raised():
+            args = _parse(argv)
+            command = args["command"]
+            with shown():
+                code: int = COMMANDS[command].run(args[command], argv)
+            return code if _flushed() else code or CLOSED
+    except (KeyboardInterrupt, Exception) as error:
+        ended = _told(error, argv)
+        if ended is None:
+            raise
+        return ended
+
+
+def _told(error: BaseException, argv: list[str]) -> int | None:
+    """Show what ended a command as one line; the exit code, None for a bug."""
+    cause, left = (error.__cause__, f"; {error}") if isinstance(error, Unfinished) else (error, "")
+    assert cause is not None
+    if isinstance(cause, BrokenPipeError):
         # Whoever reads (head, say) has seen enough. Commands print when their work is done; other pipes are other bugs.
-        if not is_ours(error):
-            raise
+        return CLOSED if is_ours(cause) and not _flushed() else None
+    if isinstance(cause, KeyboardInterrupt):
+        said, code = described(cause)
+        return fail(said + left, code)
+    if (isinstance(cause, ValueError) and is_ours(cause)) or _named(cause, argv):
+        return fail(cause, 2)
+    if not of_machine(cause):
+        return None
+    with suppress(OSError):  # what this could not print either
         _flushed()
-        return CLOSED
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        if not is_ours(error):
-            raise
-        return fail(error, 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
+    return fail(reason(cause) + (left or "; what was there before is kept: try again once that is mended"), FAILED)
+
+
+def _named(error: BaseException, argv: list[str]) -> bool:
+    """Whether a file that the user named is missing, or no file, or not to be read."""
+    kinds = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    words = {part for word in argv for part in (word, word.partition("=")[2])}
+    return isinstance(error, kinds) and error.filename is not None and os.fsdecode(error.filename) in words
+
+
+def _wait_passively() -> None:
+    """Have OpenMP's threads sleep while they wait for work, before PyTorch loads: those that spin take the cores from
+    whatever else runs there. Nothing is changed of what the user has set.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _parse(argv: list[str]) -> dict[str, Any]:
@@ -102,12 +136,16 @@ def _accept_any_text() -> None:
 
 
 def _flushed() -> bool:
-    """Whether somebody takes what was printed; if not, Python must not try again at its end."""
+    """Whether somebody takes what was printed; if not, or where it cannot be written, Python must not try again at its
+    end.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise
     return True
 
 

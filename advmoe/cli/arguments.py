@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser
 from advmoe import config as config_module
 from advmoe.config import Batch, Config, Count, Pixels, Seed, Threads, merged, near_matches, require, typed
 from advmoe.documents import parse_yaml
+from advmoe.errors import of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import require_plain
 from advmoe.wording import MOST_OF_A_VALUE, cut
@@ -29,6 +31,10 @@ Accelerator = Literal["auto", "cpu", "cuda"]
 
 # What `evaluate` may change of a run: how it is attacked and where its images lie, never the model.
 EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size", "workers")}
+
+
+FAILED = 3
+"""The exit code where the machine failed: a full disk, a file or permission that went, no memory, no descriptors."""
 
 
 class Parser(ArgumentParser):
@@ -202,28 +208,25 @@ def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> 
     return ValueError(f"{word} is no option of {command}: {hint}")
 
 
+class Unfinished(Exception):
+    """Work that something ended (its cause) and that can be gone on with: what is kept, and by what command."""
+
+
 @contextmanager
-def interruptible(home: Path, again: str, mark: str) -> Iterator[None]:
-    """Where an interruption leaves something to continue (`mark` exists in `home`), say how."""
+def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
+    """Where what ends the work leaves something to continue (`mark` exists in `home`), `Unfinished` says how."""
     try:
         yield
-    except KeyboardInterrupt:
-        if not (home / mark).exists():
-            raise
-        code = fail(f"interrupted; to continue: {again}", 130)
-        raise SystemExit(code) from None
-
-
-def is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself: a library's `ValueError` is a bug and keeps its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == "advmoe"
+    except (KeyboardInterrupt, Exception) as error:
+        if os.path.lexists(home / mark) and (isinstance(error, KeyboardInterrupt) or of_machine(error)):
+            kept = "" if isinstance(error, KeyboardInterrupt) else f"what {home} holds is kept; "
+            raise Unfinished(f"{kept}to continue: {again}") from error
+        raise
 
 
 def fail(error: BaseException | str, code: int) -> int:
-    """Show a mistake as one line on stderr; returns `code`."""
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr)
+    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`."""
+    text = reason(error) if isinstance(error, BaseException) else error
+    with suppress(OSError):
+        print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr, flush=True)
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from advmoe.cli.arguments import Parser, interruptible, measured, measuring_parser, number
+from advmoe.cli.arguments import Parser, continuable, measured, measuring_parser, number
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
 
@@ -32,7 +32,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     home = home_of(target, options.get("out"))
     again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
-    with interruptible(home, again, ".evaluation"):
+    with continuable(home, again, ".evaluation"):
         result = evaluate_run(target, **options)
     print(_table(result))
     print(f"\nwritten to {home / 'evaluation.json'} and evaluation-examples.npz")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from advmoe.cli.arguments import (
+    FAILED,
     Parser,
     add_engine,
     add_fields,
+    continuable,
     engine_options,
+    fail,
     given_fields,
     new_parser,
     number,
@@ -56,7 +60,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         accelerator=engine["accelerator"],
         command=["advmoe", *argv],
     )
-    return _plan(args["name"], options) if "dry_run" in args else _run(args["name"], options)
+    if "dry_run" in args:
+        return _plan(args["name"], options)
+    with continuable(options.root, shlex.join(options.command or ()), "runs"):
+        return _run(args["name"], options)
 
 
 def _list() -> int:
@@ -84,6 +91,7 @@ def _plan(name: str, options: Any) -> int:
 def _run(name: str, options: Any) -> int:
     from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
+    from advmoe.studies.pool import MachineFailed
     from advmoe.studies.present import text
     from advmoe.studies.run import run_study
 
@@ -107,6 +115,9 @@ def _run(name: str, options: Any) -> int:
     for each in bad:
         print(f"{each['status']}: {each['name']}, seed {each['seed']}: {each['error'] or 'not done'}")
     print(f"\nwritten to {home / 'study.json'}\nnext  advmoe report {home} -o {home / 'report.html'}")
+    if failed := next((each["error"] for each in bad if isinstance(each["error"], MachineFailed)), None):
+        again = shlex.join(options.command or ())
+        return fail(f"{failed}; what is finished is kept; to continue: {again}", FAILED)
     return 1 if bad else 0
 
 

@@ -11,11 +11,11 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    continuable,
     engine_options,
     existing_run,
     fail,
     given_fields,
-    interruptible,
     new_parser,
     number,
 )
@@ -23,6 +23,7 @@ from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, requi
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import Epochs
+from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
 def parser() -> Parser:
@@ -55,9 +56,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         return 0
     if resumed is None:
         config.require_trainable()
-        free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
-        require(free, "the run directory", rule, str(run_dir))
+        require(startable(run_dir), "the run directory", rule, str(run_dir))
 
         given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
         for line in config.notes(given):
@@ -65,7 +65,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
-    with interruptible(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
+    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 
@@ -90,6 +90,10 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
     resumed, own = args["resume"], {"model": {"source": overrides.get("model", {}).get("source")}}
     alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
+    if begun(Path(resumed)) and not (Path(resumed) / "config.yaml").is_file():
+        raise ValueError(
+            f"--resume must be a run directory (one that holds a config.yaml), got {resumed!r}: {START_ANEW}"
+        )
     run_dir = existing_run("--resume", resumed)
     return run_dir.name, run_dir, Config.load(run_dir / "config.yaml")
 

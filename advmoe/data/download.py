@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from advmoe.files import held
+from advmoe.locks import held
 from advmoe.progress import bar
 from advmoe.wording import one_line
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from advmoe.data.augment import Variation
 from advmoe.data.decode import central_crop, decode, random_crop
 from advmoe.seeding import seed_for
+from advmoe.signals import leave_to_parent
 from advmoe.wording import one_line
 
 
@@ -214,18 +212,9 @@ def _without_main() -> Iterator[None]:
 
 
 def _start(_: int) -> None:  # pragma: no cover - runs in a process of its own
-    """Leave interruptions to the process that waits, end with it, and say nothing of metadata that do not matter."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.filterwarnings("ignore", message="Corrupt EXIF data")
-
-
-def _end_with_parent() -> None:  # pragma: no cover - runs in a process of its own
-    """End this process when the one that it decodes for is gone, even killed.
+    """Leave interruptions to the process that waits, end with it, and say nothing of metadata that do not matter.
 
     PyTorch's own watch looks at the process it was forked from, which lives as long as this one does.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    leave_to_parent(terminable=True)
+    warnings.filterwarnings("ignore", message="Corrupt EXIF data")

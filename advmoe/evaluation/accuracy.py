@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,16 +48,19 @@ def outcomes(
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    accept: Callable[[Clean], object] = lambda clean: None,
 ) -> dict[str, Tensor]:
     """Per example, whether it is classified correctly: clean, and under each attack, (N,) booleans by name.
 
     `attacks` are names as in `suite`; by default PGD, and for a routed model PGD through soft routing. No checks are
-    made: this is what `evaluate` and training count with. Raises `ValueError` for empty data.
+    made: this is what `evaluate` and training count with. `accept` sees what the model does without an attack, before
+    any is made. Raises `ValueError` for empty data.
     """
     device = torch.device(device)
     job, wanted = make_job(predict, data, device, threat, attack, attacks, batch_size, seed)
     names = applicable(wanted, job)
     clean = classified(predict, job, device)
+    accept(clean)
     held, _ = measured(predict, job, names, clean, device)
     return {"clean": clean.correct, **held}
 
@@ -127,18 +130,21 @@ class Clean:
     """(N,) classes."""
     pathways: Tensor
     """(N, L) expert indices, (N, L, T) where tokens are routed one by one; (N, 0) for a plain model."""
+    finite: Tensor
+    """Whether no logit is NaN or infinite, (N,) booleans."""
 
 
 def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
     """What the classifier does with a job's images as they are."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as batches:
         for x, y in tracked(batches, "clean", total=len(slices), delay=BRIEF):
             with route() as routing:
                 logits = predict(x)
             chosen = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
-            found.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), chosen.cpu()))
+            finite = logits.isfinite().all(1)
+            found.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), chosen.cpu(), finite.cpu()))
     return Clean(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 

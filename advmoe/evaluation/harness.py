@@ -8,7 +8,6 @@ batches round differently, and an attack's signs amplify it.)
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -25,11 +24,13 @@ from torch import Tensor, multiprocessing
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
+from advmoe.errors import of_machine
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
-from advmoe.files import hold
-from advmoe.progress import bar, tell
+from advmoe.locks import CLAIM, Hold, hold
+from advmoe.progress import bar, tell, unshared
 from advmoe.rundir import read_result, require_plain, write_result
+from advmoe.signals import leave_to_parent
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -88,7 +89,7 @@ class Journal:
 
     path: Path | None = None
     kept: dict[Task, Result] = field(default_factory=dict)
-    _held: int | None = field(init=False, default=None)
+    _held: Hold | None = field(init=False, default=None)
 
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Begin, or with `resume` continue what an interrupted evaluation left here.
@@ -114,7 +115,8 @@ class Journal:
                     raise ValueError(f"--resume must {rule}: {known.get(name)}, got {value}")
             return stored
         for file in self.path.iterdir():
-            file.unlink()
+            if file.name != CLAIM:
+                file.unlink()
         write_result(head, {"fingerprint": fingerprint})
         return None
 
@@ -146,7 +148,7 @@ class Journal:
     def close(self) -> None:
         """Let others continue or replace what is here."""
         if self._held is not None:
-            os.close(self._held)
+            self._held.close()
             self._held = None
 
     def remove(self) -> None:
@@ -226,7 +228,7 @@ class Helpers:
         """End the processes, whatever they do."""
         for pipe, process in self.processes.items():
             if process.pid is not None:
-                process.terminate()
+                process.kill()
                 process.join()
             pipe.close()
 
@@ -357,9 +359,11 @@ def _work(
     load: Load, device: torch.device, threads: int | None, job: Job, tasks: list[Task], pipe: Connection
 ) -> None:  # pragma: no cover - runs in a process of its own
     """Do the tasks that come through `pipe`, by number and with the plan, until nothing more can come."""
+    leave_to_parent()
+    unshared()
     if threads is not None:
         torch.set_num_threads(threads)
-    with suppress(KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; the parent is gone
+    with suppress(BrokenPipeError):  # the parent is gone
         try:
             predict = load(device)
             with measuring(predict, device):
@@ -369,7 +373,8 @@ def _work(
                     x, y = take(job.data, job.examples(tasks[number]), device)
                     result, _ = replace(job, plan=plan).run(tasks[number], predict, x, y)
         except Exception as error:
-            pipe.send((None, error if isinstance(error, ValueError) else RuntimeError(f"in a worker: {error!r}")))
+            told = isinstance(error, ValueError) or of_machine(error)
+            pipe.send((None, error if told else RuntimeError(f"in a worker: {error!r}")))
 
 
 def _asked(

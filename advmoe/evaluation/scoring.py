@@ -17,6 +17,7 @@ from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images
+from advmoe.errors import of_machine
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
@@ -40,9 +41,9 @@ def answering(x: Tensor) -> Iterator[None]:
     """Inside, what a classifier raises on images `x` becomes a one-line `ValueError`; lack of memory stays itself."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if of_machine(error):
+            raise
         got = one_line(error)
         raise ValueError(f"model must take images {tuple(x.shape)} without an error, got {got}") from error
 

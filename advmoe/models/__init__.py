@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from advmoe.config import (
@@ -40,7 +40,7 @@ from advmoe.models.modes import Undrawn
 from advmoe.models.normalize import Normalize
 from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
 from advmoe.models.sparse import SparseBackbone
-from advmoe.models.state import count, digest, read_shapes, require_fitting, savable
+from advmoe.models.state import count, digest, read_shapes, require_fitting, savable, write_tensors
 from advmoe.models.vgg import VGG
 from advmoe.models.vit import VisionTransformer
 from advmoe.models.wide_resnet import WideResNet
@@ -210,7 +210,7 @@ def save_model(model: Classifier, folder: Path) -> None:
     of the user's own), each whole or not at all. The weights' header holds the digest of both.
     """
     weights, known = savable(model.state_dict()), {DIGEST: digest(model)}
-    write_whole(folder / WEIGHTS, lambda path: save_file(weights, path, metadata=known))
+    write_whole(folder / WEIGHTS, lambda path: write_tensors(path, weights, known))
     write_text(folder / MODEL, json.dumps(model.spec, indent=2) + "\n")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from advmoe.rundir import MOST_HEADER
@@ -64,3 +65,8 @@ def require_fitting(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     for what, names in (("no", missing), ("unexpected", unknown), ("other shapes:", other)):
         if names:
             raise ValueError(f"{what} {few(names)}")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors`, as `savable` gives them, as safetensors. Raises `OSError` where the disk is full, say."""
+    path.write_bytes(save(dict(tensors), metadata))  # a library that writes itself tells of it by errors of its own

@@ -1,7 +1,7 @@
 """Tasks done by several processes, each after those that it needs; a failed one is reported and what needs it skipped.
 
-A worker imports PyTorch once and takes task after task. It ends itself within a second when the process that started
-it is gone, however that ended. Each has one thread unless asked otherwise, as the number of threads changes rounding:
+A worker imports PyTorch once and takes task after task. It ends itself when the process that started it is gone,
+however that ended. Each has one thread unless asked otherwise, as the number of threads changes rounding:
 so results do not depend on how many processes share the work.
 """
 
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from advmoe.progress import bar
+from advmoe.errors import of_machine
+from advmoe.progress import bar, unshared
+from advmoe.signals import leave_to_parent
 from advmoe.studies.plan import PlannedMeasure, Task
 
 Told = Callable[[str, Task], None]
 """Called with `starts`, `done` or an error's text, and the task, as it happens."""
+
+
+class MachineFailed(str):
+    """What went wrong with a task, where the machine is to blame: done again once that is mended, it may go well."""
 
 
 def run_tasks(
@@ -42,7 +45,7 @@ def run_tasks(
         tasks: by id, each after those that it needs. errors: of tasks that failed before, by id: not tried again.
         threads: of each process. logs: folder of the workers' output.
 
-    Returns `errors` with those of the tasks that failed now, or were skipped.
+    Returns `errors` with those of the tasks that failed now, or were skipped; see `MachineFailed`.
     """
     errors = dict(errors)
     todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
@@ -89,7 +92,7 @@ class _Pool:
             for worker in self.workers:
                 worker.pipe.close()  # an idle process then ends by itself, and tidies up
                 if worker.task is not None:
-                    worker.process.terminate()
+                    worker.process.kill()
             for worker in self.workers:
                 worker.process.join()
 
@@ -123,7 +126,7 @@ class _Pool:
         ours, theirs = self.context.Pipe()
         number = min(set(range(self.jobs)) - {each.number for each in self.workers})
         card = self.cards[number % len(self.cards)] if self.cards else None
-        arguments = (theirs, os.getpid(), self.logs / f"worker-{number}.log", card, *self.settings)
+        arguments = (theirs, self.logs / f"worker-{number}.log", card, *self.settings)
         process = self.context.Process(target=_work, args=arguments, daemon=False)
         process.start()
         theirs.close()
@@ -138,7 +141,7 @@ class _Pool:
             error = worker.pipe.recv()
         except (EOFError, ConnectionResetError):  # reset: it died before it had read its task
             worker.process.join()
-            error = f"its process died (exit code {worker.process.exitcode})"
+            error = MachineFailed(f"its process died (exit code {worker.process.exitcode})")
             self.workers.remove(worker)
         worker.task = None
         if error is not None:
@@ -160,12 +163,12 @@ def _cards(accelerator: str) -> list[str]:
     return (names or [str(number) for number in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
 
 
-def _work(pipe: Connection, parent: int, log: Path, card: str | None, threads: int, accelerator: str) -> None:
+def _work(pipe: Connection, log: Path, card: str | None, threads: int, accelerator: str) -> None:
     """Do the tasks that come through `pipe` and answer each with None or what went wrong, in one line. `card`: the
     one GPU that this process is to see.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    leave_to_parent()
+    unshared()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -189,11 +192,6 @@ def _work(pipe: Connection, parent: int, log: Path, card: str | None, threads: i
 
             traceback.print_exc()
             sys.stderr.flush()
-            error = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+            text = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+            error = MachineFailed(text) if of_machine(problem) else text
         pipe.send(error)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

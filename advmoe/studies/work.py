@@ -6,13 +6,13 @@ A task whose result is there already is not done again; of two processes that wa
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from advmoe.config import Config
-from advmoe.files import held, write_arrays, write_text
+from advmoe.files import write_arrays, write_text
+from advmoe.locks import held
 from advmoe.rundir import DIGEST, WEIGHTS, stored_digest, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
@@ -38,8 +38,6 @@ def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
         config.dump(run.path / "config.yaml")  # the same run, though its images may lie elsewhere by now
         runs.resume(run.path, accelerator=accelerator, threads=threads)
         return
-    if run.path.exists():  # killed before there was anything to continue
-        shutil.rmtree(run.path)
     runs.train(config, run_dir=run.path, name=run.name, accelerator=accelerator, threads=threads)
 
 

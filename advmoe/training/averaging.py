@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _floats(model: nn.Module) -> dict[str, Tensor]:
+def floats(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and floating-point buffers by name, tied ones once, without their gradients."""
     named = chain(model.named_parameters(), model.named_buffers())
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
@@ -28,12 +28,12 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.state = {name: tensor.clone() for name, tensor in _floats(model).items()}
+        self.state = {name: tensor.clone() for name, tensor in floats(model).items()}
 
     def update(self, model: nn.Module, number: int) -> None:
         """Take in the weights that `model` has after iteration `number` (from 0) of its run."""
         decay = min(self.decay, (1 + number) / (10 + number))
-        torch._foreach_lerp_(list(self.state.values()), list(_floats(model).values()), 1 - decay)
+        torch._foreach_lerp_(list(self.state.values()), list(floats(model).values()), 1 - decay)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a `state` that was saved."""
@@ -54,7 +54,7 @@ class WeightAverage:
             self._exchange(model)
 
     def _exchange(self, model: nn.Module) -> None:
-        for name, current in _floats(model).items():
+        for name, current in floats(model).items():
             kept = current.clone()
             current.copy_(self.state[name])
             self.state[name].copy_(kept)

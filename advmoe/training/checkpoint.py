@@ -7,6 +7,7 @@ damage visible.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import warnings
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from advmoe.files import checksum, read_object, sync, write_text
-from advmoe.models.state import savable
+from advmoe.models.state import savable, write_tensors
 
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
 
@@ -48,11 +49,13 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
     fresh, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f"{folder.name}-previous")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(savable(checkpoint.weights), fresh / "model.safetensors")
-    torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, fresh / "state.pt")
+    write_tensors(fresh / "model.safetensors", savable(checkpoint.weights))
+    state = io.BytesIO()  # PyTorch, writing to the disk itself, hides what the system says
+    torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, state)
+    (fresh / "state.pt").write_bytes(state.getbuffer())
     names = list(_FILES)
     if checkpoint.more:
-        save_file(savable(checkpoint.more), fresh / _MORE)
+        write_tensors(fresh / _MORE, savable(checkpoint.more))
         names.append(_MORE)
     write_text(fresh / "checksums.json", json.dumps({name: checksum(fresh / name) for name in names}))
     for name in names:

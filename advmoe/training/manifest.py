@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -40,6 +41,12 @@ def _git_commit() -> str | None:
         return None
 
 
+def _omp_wait_policy() -> str | None:
+    """What the environment tells OpenMP's threads to do while they wait for work; None where it leaves it to them."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or None
+
+
 def describe(*, name: str, seed: int, device: torch.device, devices: int, command: list[str] | None) -> dict[str, Any]:
     """The manifest of a run that starts now."""
     packages = ("advmoe", "torch", "numpy", "lightning-fabric", "safetensors", "jsonargparse", "pillow", "scikit-learn")
@@ -60,6 +67,7 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
         "devices": devices,
         "fp32": fp32_on(device),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": _omp_wait_policy(),
         "kernels": native.used() if device.type == "cpu" else None,
         "git_commit": _git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from advmoe.config import Config
@@ -16,6 +15,7 @@ from advmoe.evaluation.cost import setting, settled
 from advmoe.evaluation.harness import threads_set
 from advmoe.precision import fp32_on
 from advmoe.progress import tracked
+from advmoe.training.launch import Engine
 from advmoe.training.run import load_data
 from advmoe.training.trainer import Trainer, build_model
 
@@ -74,7 +74,7 @@ def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
         training=replace(config.training, epochs=rounds + 1, init_from=None),
     )  # fmt: skip
     dataset = load_data(short)
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.training.precision)
+    fabric = Engine(accelerator, 1, config.training.precision).fabric()
     return Trainer(short, build_model(short, dataset), dataset, fabric)
 
 

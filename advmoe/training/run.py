@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -14,13 +13,13 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe.config import Config
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
-from advmoe.files import checksum, hold, require_text, require_writable
+from advmoe.files import checksum, require_text, require_writable
+from advmoe.locks import hold
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown, tell
@@ -29,6 +28,8 @@ from advmoe.rundir import CONFIG_DIGEST, METRICS, WEIGHTS, Epochs, config_note, 
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
+from advmoe.training.launch import Engine, launch
+from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
@@ -53,6 +54,10 @@ def fit(
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     if resumption is not None and progress["epoch"] < epochs:
+        other = _differing(manifest, resumption)
+        if fabric.is_global_zero and progress["epoch"] and other is not None:
+            rule = "the weights need not be those, bit by bit, of a run that was never interrupted"
+            print(f"note  the run goes on with other {other}: {rule}", flush=True)
         manifest = _noted(manifest, resumption)
         if fabric.is_global_zero:
             manifests.write(run_dir, manifest)
@@ -60,10 +65,11 @@ def fit(
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
             drawn.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
-            _train_epoch(trainer, phase, epoch, drawn)
+            with _named(phase):
+                trainer.train_epoch(epoch - phase.first, drawn)
             seconds = time.perf_counter() - started
-            with shown(fabric.is_global_zero, delay=BRIEF):
-                measured = trainer.validate()
+            with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
+                measured = _measured(trainer, epoch)
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
             known = progress["best"]
@@ -132,12 +138,21 @@ def _begin(
     return phase, trainer, progress
 
 
-def _train_epoch(trainer: Trainer, phase: Phase, epoch: int, bar: Any) -> None:
-    """Run `epoch` of the run; what diverges says in which phase."""
+@contextmanager
+def _named(phase: Phase) -> Iterator[None]:
+    """What diverges inside says in which phase."""
     try:
-        trainer.train_epoch(epoch - phase.first, bar)
+        yield
     except TrainingDiverged as error:
         raise (error if phase.name is None else TrainingDiverged(f"{phase.name}: {error}")) from None
+
+
+def _measured(trainer: Trainer, epoch: int) -> dict[str, float] | None:
+    """What `validate` finds after `epoch` (from 0); what diverged by then says so."""
+    try:
+        return trainer.validate()
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"after epoch {epoch + 1}: {error}") from None
 
 
 def _score(method: str, measured: dict[str, float] | None) -> float | None:
@@ -229,6 +244,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
             print(f"note  {line}")
         _claim(folder, alone)
         _require_empty(folder)
+        clear(folder)
         manifests.write(folder, described | {"accelerator": launch.accelerator})
         config.dump(folder / "config.yaml")
     fabric.barrier()
@@ -239,23 +255,32 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and (note := config_note(folder, described[CONFIG_DIGEST])) is not None:
         print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
-    fit(trainer, folder, manifest, board, None if launch.fresh else described)
+    try:
+        fit(trainer, folder, manifest, board, None if launch.fresh else described)
+    except TrainingDiverged as error:  # on every process
+        if checkpoints.candidates(folder / "best"):
+            raise
+        if fabric.is_global_zero:
+            save_model(build_model(config, dataset), folder)
+        fabric.barrier()
+        raise TrainingDiverged(f"{error}; what it started from is kept") from None
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:
     """Make `folder` this process's, as long as `alone` is open. Raises `ValueError` where another one has it."""
-    descriptor = hold(folder, folder=True)
-    if descriptor is None:
+    held = hold(folder.resolve(), folder=True)  # which the user may name by a link
+    if held is None:
         raise ValueError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
-    alone.callback(os.close, descriptor)
+    alone.callback(held.close)
     for left in folder.glob(".*.partial"):  # by a process that was killed
         if left.is_file():
             left.unlink()
 
 
 def _require_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"run_dir must be new or empty (continue a run with --resume), got {str(folder)!r}")
+    if not startable(folder):
+        rule = "new, empty, or begun by a training that was killed before its first checkpoint"
+        raise ValueError(f"run_dir must be {rule} (continue a run with --resume), got {str(folder)!r}")
 
 
 def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
@@ -281,10 +306,32 @@ def _notes(config: Config, images: int) -> list[str]:
 
 def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
     """The manifest that tells what the run went on with, which may be other than what it began with."""
-    machine = ("versions", "platform", "cpu", "device", "devices", "fp32", "threads", "kernels")
+    machine = ("versions", "platform", "cpu", "device", "devices", "fp32", "threads", "kernels", "omp_wait_policy")
     names = (*machine, "git_commit", "source_sha256", "data_notes", CONFIG_DIGEST, "started")
     earlier = manifest.get("resumed") or []
     return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
+
+
+_TELLING = {
+    "kernels": "kernels", "torch": "PyTorch", "advmoe": "advmoe", "git_commit": "code", "cpu": "CPU",
+    "device": "device", "devices": "devices", "threads": "threads",
+}  # fmt: skip
+"""What the bits of a run's weights depend on besides its configuration, and what it is called."""
+
+
+def _differing(manifest: dict[str, Any], resumption: dict[str, Any]) -> str | None:
+    """What differs between how a run goes on and how it went so far, in words; None where nothing does."""
+
+    def of(part: dict[str, Any], name: str) -> Any:
+        return part.get("versions", {}).get(name) if name in ("torch", "advmoe") else part.get(name)
+
+    found = []
+    for name, called in _TELLING.items():
+        now = of(resumption, name)
+        before = [of(part, name) for part in (manifest, *(manifest.get("resumed") or []))]
+        if other := [each for each in before if each != now]:
+            found.append(f"{called} ({other[-1]}, now {now})")
+    return ", ".join(found) or None
 
 
 def load_data(config: Config) -> Dataset:
@@ -302,47 +349,27 @@ def load_data(config: Config) -> Dataset:
     )
 
 
-def _start(launch: _Launch) -> Path:
-    devices, batch_size = launch.devices, launch.config.training.batch_size
+def _start(wanted: _Launch) -> Path:
+    devices, batch_size = wanted.devices, wanted.config.training.batch_size
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     present = torch.cuda.device_count()
-    if present < devices and (launch.accelerator == "cuda" or (launch.accelerator == "auto" and present)):
+    if present < devices and (wanted.accelerator == "cuda" or (wanted.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise ValueError(f"devices must be {rule}, got {devices!r}")
-    require_text("run_dir", launch.run_dir)
-    require_writable("run_dir", launch.run_dir)
-    fabric = Fabric(
-        accelerator=launch.accelerator,
-        devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
-        precision=launch.config.training.precision,
-    )
+    require_text("run_dir", wanted.run_dir)
+    require_writable("run_dir", wanted.run_dir)
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
-            build_model(launch.config, load_data(launch.config), resumed=launch.resumed())
-    threads = launch.threads or max(1, torch.get_num_threads() // devices)
-    try:
-        fabric.launch(partial(_process, launch=launch, threads=threads))
-    except ProcessRaisedException as error:
-        if (said := _said(str(error))) is not None:
-            raise said from error
-        raise
-    return launch.run_dir
-
-
-def _said(report: str) -> Exception | None:
-    """What a process raised, by the `report` of it, where a line of ours says all; None for anything else."""
-    kind, _, message = report.strip().splitlines()[-1].partition(": ")
-    kind = kind.rpartition(".")[2]
-    if kind == TrainingDiverged.__name__:
-        return TrainingDiverged(message)
-    files = re.findall(r'^ *File "(.+)", line \d+', report, re.MULTILINE)
-    ours = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parents[1])  # a library's is a bug
-    mistakes = (ValueError.__name__, checkpoints.DamagedCheckpoint.__name__)
-    return ValueError(message) if ours and kind in mistakes else None
+            build_model(wanted.config, load_data(wanted.config), resumed=wanted.resumed())
+    threads = wanted.threads or max(1, torch.get_num_threads() // devices)
+    launch(
+        partial(_process, launch=wanted, threads=threads),
+        Engine(wanted.accelerator, devices, wanted.config.training.precision),
+    )
+    return wanted.run_dir
 
 
 def train(
@@ -399,6 +426,8 @@ def resume(
     require_plain(run_dir)
     for name in ("config.yaml", "manifest.json"):
         if not (run_dir / name).is_file():
+            if begun(run_dir):
+                raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}: {START_ANEW}")
             raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
     config, manifest = Config.load(run_dir / "config.yaml"), manifests.read(run_dir)
     if (config.model.source is None) != (source is None):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import ROUTED_METHODS, AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
-from advmoe.evaluation.accuracy import outcomes, summary
+from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
 from advmoe.models import Classifier, create_model
@@ -32,7 +32,7 @@ from advmoe.progress import shown
 from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
-from advmoe.training.averaging import WeightAverage
+from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import Checkpoint
 from advmoe.training.methods import Level, epoch_plan, learning, levels_of, parts_of
@@ -51,9 +51,12 @@ from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.schedule import cosine
 from advmoe.wording import one_line
 
+_GLANCED = 64
+"""Training images that are looked at where there are none to validate with."""
+
 
 class TrainingDiverged(RuntimeError):
-    """A loss became NaN or infinite."""
+    """A loss, a weight or a logit became NaN or infinite."""
 
 
 def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> Classifier:
@@ -163,6 +166,8 @@ class Trainer:
         if t.compile:
             compile_model(self.model)
         self.use, self.means = LayerUse(), EpochMeans()
+        # A network of the user's own may hold infinities on purpose, in a mask say.
+        self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
     def attack(self, x: Tensor, generator: torch.Generator, held: Tensor | None = None) -> Tensor:
         """The inner maximisation on the current model, in eval mode; (N, C, H, W). From `held`, where earlier
@@ -317,28 +322,53 @@ class Trainer:
         return AttackConfig(steps=steps, step_size=Pixels(2.5 * self.threat.eps / steps or 1e-3))
 
     def validate(self) -> dict[str, float] | None:
-        """Clean and robust accuracy on the validation split, in fp32; None where there is no such split.
+        """Clean and robust accuracy on the validation split, in fp32; None where there is no such split. Raises
+        `TrainingDiverged` where there is nothing to measure: weights or logits that are NaN or infinite.
 
         Robust means under straight-through and, for a routed model, under soft-routing gradients: the worst of both.
         """
-        val, t, fabric = self.dataset.val, self.config.training, self.fabric
+        val, t, fabric, device = self.dataset.val, self.config.training, self.fabric, self.fabric.device
         average_buffers(fabric, self.model.buffers())
         if self.average is not None:
             average_buffers(fabric, self.average.buffers(self.model))
+        share = val.subset(torch.arange(fabric.global_rank, len(val), fabric.world_size))
+        sums = torch.zeros(3, device=device)
+        with self.averaged():
+            if len(share):
+                found = outcomes(
+                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=device,
+                    accept=self._require_sound,
+                )  # fmt: skip
+                numbers = summary(found)
+                shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
+                sums = len(share) * torch.tensor(shares, device=device)
+            else:
+                self._require_sound(self._glance() if len(val) == 0 else None)
         if len(val) == 0:
             return None
-        share = val.subset(torch.arange(fabric.global_rank, len(val), fabric.world_size))
-        sums = torch.zeros(3, device=fabric.device)
-        if len(share):
-            with self.averaged():
-                found = outcomes(
-                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=fabric.device
-                )
-            numbers = summary(found)
-            shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
-            sums = len(share) * torch.tensor(shares, device=fabric.device)
         clean, robust, count = total(fabric, sums).tolist()
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
+
+    def _glance(self) -> Clean:
+        """What the model does with a few training images, where there are none to validate with."""
+        count, place = min(_GLANCED, len(self.train_set)), self.train_set.labels.device
+        few = self.train_set.subset(torch.arange(count, device=place))
+        seed, device = self.config.training.seed, self.fabric.device
+        job, _ = make_job(self.model, few, device, self.threat, self.val_attack, None, _GLANCED, seed)
+        return classified(self.model, job, device)
+
+    def _require_sound(self, clean: Clean | None) -> None:
+        """Raise `TrainingDiverged`, on every process, where weights, their average or the logits that `clean` tells of
+        are NaN or infinite on one: such a model is neither measured nor kept.
+        """
+        held = [floats(self.model)] if self.average is None else [floats(self.model), self.average.state]
+        sound = torch.stack([tensors[name].isfinite().all() for tensors in held for name in self._finite]).all()
+        sure = clean is None or bool(clean.finite.all())
+        broken = total(self.fabric, torch.stack([~sound, torch.tensor(not sure, device=sound.device)]).float()).tolist()
+        if any(broken):
+            what = " and ".join(name for name, bad in zip(("weights", "logits"), broken, strict=True) if bad)
+            loads = self.use.loads()
+            raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads}")
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that are measured and kept: their average, if one is taken, or its own."""

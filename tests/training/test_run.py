@@ -1,5 +1,6 @@
 """Whole runs, as real processes: what they leave behind, how they continue, how processes agree."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
-from advmoe.files import hold
+from advmoe.locks import CLAIM, hold
 from advmoe.rundir import Epochs
+from advmoe.training import checkpoint as checkpoints
 from advmoe.training import run as run_module
 from advmoe.training.processes import average_buffers, total
 from advmoe.training.run import TrainingDiverged, resume, train
+from advmoe.training.trainer import Trainer
 
 TINY = {
     "model": {"width": 4, "experts_init": "shared"},
@@ -148,13 +151,48 @@ def test_two_runs_do_not_fill_one_directory(finished, tmp_path):
     with pytest.raises(ValueError, match=r"run_dir must be free of other processes, got '.*/run': one is training"):
         resume(run)
     assert (run / "manifest.json").read_bytes() == before
-    os.close(other)
+    other.close()
     (tmp_path / "new").mkdir()
     other = hold(tmp_path / "new", folder=True)
     with pytest.raises(ValueError, match=r"run_dir must be free of other processes, got '.*/new'"):
         train(tiny(), run_dir=tmp_path / "new", **THREADS)
-    os.close(other)
+    other.close()
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_claim_stands_while_a_run_is_filled_and_in_nobodys_way(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    seen, real = [], run_module.fit
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(run_module, "fit", lambda *args: seen.append((args[1] / CLAIM).exists()) or real(*args))
+    run = train(tiny(training={"epochs": 1}), run_dir=tmp_path / "run", **THREADS)
+    assert seen == [True] and not (run / CLAIM).exists() and (run / "model.safetensors").exists()
+
+
+NOTED = ("kernels", "cpu", "device", "devices", "threads", "git_commit")
+
+
+@pytest.mark.parametrize("field", [*NOTED, "torch", None])
+def test_what_a_run_goes_on_with_is_told_where_it_is_other(finished, tmp_path, capsys, field):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "last")  # as if stopped within the last of the epochs
+    manifest = json.loads((run / "manifest.json").read_text())
+    if field in NOTED:
+        manifest[field] = {"devices": 1, "threads": 1}.get(field, "other")
+        if field in ("devices", "threads"):
+            manifest["resumed"] = [manifest | {field: 7}]  # not what it began with, but what it went on with
+    elif field == "torch":
+        manifest["versions"]["torch"] = "other"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    resume(run)
+    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note  the run goes on with")]
+    called = {"git_commit": "code", "torch": "PyTorch", "cpu": "CPU"}.get(field, field)
+    assert len(noted) == (field is not None) and all(f"other {called} (" in line for line in noted)
+    resume(run)  # nothing is left to do, and nothing to say
+    assert "note" not in capsys.readouterr().out
 
 
 def test_batches_too_small_for_the_processes_are_refused(tmp_path):
@@ -221,21 +259,6 @@ def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
     assert Epochs.read(path) == Epochs([{"epoch": 1}, {"epoch": 2}])
 
 
-def test_what_a_process_says_is_passed_on_where_it_is_ours():
-    trace = 'Traceback (most recent call last):\n  File "{}", line 3, in f\n    g()\n{}: a: b\n'
-    ours, other = run_module.__file__, torch.__file__
-    cases = [
-        (ours, "ValueError", ValueError("a: b")),
-        (ours, "advmoe.training.checkpoint.DamagedCheckpoint", ValueError("a: b")),
-        (ours, "advmoe.training.trainer.TrainingDiverged", TrainingDiverged("a: b")),
-        (other, "ValueError", None),
-        (ours, "KeyError", None),
-    ]
-    for file, kind, expected in cases:
-        said = run_module._said(trace.format(file, kind))
-        assert (type(said), str(said)) == (type(expected), str(expected))
-
-
 REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "ema": 0.9, "awp": 0.005}
 
 
@@ -297,6 +320,61 @@ def test_diverging_loss_stops_with_step_term_and_loads_and_keeps_the_last_checkp
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"] is None
     resume(tmp_path / "run")
     assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+BROKEN = {
+    "standard": {}, "at": {}, "advmoe": {}, "at-routers": {}, "at-experts": {},
+    "sparse": {"model": {"kind": "sparse"}, "training": {"prune_epochs": 2}},
+    "average": {"training": {"method": "standard", "ema": 0.9}},
+    "no validation": {"training": {"method": "standard"}, "data": {"val_fraction": 0.0}},
+}  # fmt: skip
+
+
+def test_a_run_of_which_no_epoch_went_well_holds_the_model_it_started_from(tmp_path, monkeypatch):
+    seen = []
+
+    def broken(self, epoch, bar):
+        seen.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        for parameter in self.model.parameters():
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "train_epoch", broken)
+    with pytest.raises(TrainingDiverged, match=r"after epoch 1: .*; what it started from is kept"):
+        train(tiny(), run_dir=tmp_path / "run", **THREADS)
+    kept = {name: tensor.contiguous() for name, tensor in seen[0].items()}
+    assert_same_weights(advmoe.load_run(tmp_path / "run").state_dict(), kept)
+    monkeypatch.undo()
+    train(tiny(training={"epochs": 1}), run_dir=tmp_path / "run", **THREADS)  # of which nothing stands in the way
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["weights", "logits"])
+@pytest.mark.parametrize("method", BROKEN)
+def test_nothing_is_kept_of_a_model_that_an_update_broke(finished, tmp_path, monkeypatch, method, value):
+    """A loss is looked at before its update: what the last one of an epoch breaks shows after it alone."""
+    groups = BROKEN[method]
+    training = {"epochs": 2, **groups.get("training", {"method": method}), "val_attack_steps": 1}
+    training["method"] = training.get("method", method)
+    if method in ("at-routers", "at-experts"):
+        training["init_from"] = str(finished)
+    config = tiny(**{**groups, "training": training, "data": {"train_examples": 64, **groups.get("data", {})}})
+    epochs = []
+
+    def broken(self, epoch, bar):  # learns nothing, which takes no time
+        epochs.append(epoch)
+        if len(epochs) == 2:
+            named = self.average.state if self.average is not None else dict(self.model.named_parameters())
+            for tensor in named.values():
+                tensor.data.fill_(value)
+
+    monkeypatch.setattr(Trainer, "train_epoch", broken)
+    what = "weights" if value != value else "logits"
+    with pytest.raises(TrainingDiverged, match=rf"after epoch 2: .*{what}.* must stay finite"):
+        train(config, run_dir=tmp_path / "run", **THREADS)
+    for name in ("last", "best"):
+        found = checkpoints.load(tmp_path / "run" / name)
+        assert found.progress["epoch"] == 1 and all(tensor.isfinite().all() for tensor in found.weights.values())
+    assert advmoe.load_run(tmp_path / "run")(torch.rand(2, 1, 8, 8)).isfinite().all()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""How processes end: signals that end a command as Ctrl-C does, and children that never outlive their parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from types import FrameType
+
+NAMES = ("SIGTERM", "SIGHUP")
+"""Signals that ask a process to end, besides Ctrl-C's SIGINT; not every system has the second."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asked this process to end. Whoever tidies up after Ctrl-C does so after this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def described(error: KeyboardInterrupt) -> tuple[str, int]:
+    """How an interruption is told, and the exit code that a shell shows of it."""
+    if isinstance(error, Ended):
+        return f"ended by {signal.Signals(error.number).name}", 128 + error.number
+    return "interrupted", 130
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    present = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
+    before = {number: signal.getsignal(number) for number in present}
+    ours = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+
+    def end(number: int, _: FrameType | None) -> None:
+        for each in ours:  # a second one must not cut short what the first began
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(number)
+
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in ours.items():
+            signal.signal(each, handler)
+
+
+def leave_to_parent(*, terminable: bool = False) -> None:
+    """Have this process, a child by `multiprocessing`, heed its parent alone: signals that reach the whole group are
+    for the parent, which kills it, or terminates it where it is `terminable`; and where the parent is gone, however
+    that ended, it ends itself.
+    """
+    for name in ("SIGINT", "SIGHUP", *(() if terminable else ("SIGTERM",))):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,66 @@
+"""Whose fault an error is, and how it is told."""
+
+import errno
+
+import pytest
+import torch
+
+from advmoe.config import require
+from advmoe.errors import is_ours, of_machine, portable, reason
+from advmoe.training.trainer import TrainingDiverged
+
+
+def caught(do):
+    with pytest.raises(Exception) as found:
+        do()
+    return found.value
+
+
+def mistake():
+    require(False, "a", "b", "c")
+
+
+def bug():
+    int("a library's")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "a/b")
+
+
+def test_the_machine_is_to_blame_for_files_memory_and_descriptors_alone():
+    def too_much():
+        torch.empty(2**60)
+
+    for error in (FULL, OSError(errno.EMFILE, "Too many open files"), MemoryError(), torch.OutOfMemoryError("CUDA")):
+        assert of_machine(error)
+    assert of_machine(caught(too_much))
+    for error in (RuntimeError("a bug"), ValueError("a"), KeyError("a"), caught(mistake), TrainingDiverged("a")):
+        assert not of_machine(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FULL, "a/b: No space left on device"), (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (MemoryError(), "out of memory"), (RuntimeError("two\nlines"), "two lines"), (OSError("a"), "a"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_one_line(error, text):
+    assert reason(error) == text
+
+
+def test_what_a_line_tells_is_passed_on_and_a_bug_with_its_traceback():
+    for error in (FULL, caught(mistake), TrainingDiverged("a"), MemoryError("b")):
+        assert portable(error, TrainingDiverged) is error
+    told = portable(caught(bug), TrainingDiverged)
+    assert type(told) is RuntimeError and "in bug" in str(told) and "ValueError: invalid literal" in str(told)
+    assert not is_ours(caught(bug)) and is_ours(caught(mistake))
+
+
+def test_an_error_that_cannot_be_made_anew_is_told_all_the_same():
+    class Odd(OSError):
+        def __init__(self, one, two):
+            super().__init__(f"{one} {two}")
+
+    told = portable(Odd("a", "b"))
+    assert type(told) is OSError and str(told) == "a b"

@@ -1,0 +1,204 @@
+"""Commands that a signal, or the machine, ends: real processes, their exit codes, what they say and who is left."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from advmoe import cli
+from advmoe.config import Config
+
+ROOT = str(Path(__file__).parents[1])
+PATIENCE = 300
+TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+
+SLEEPER = """
+import signal, sys, time
+from pathlib import Path
+from advmoe import cli
+from advmoe.cli import recipes
+from advmoe.cli.arguments import continuable
+
+for name in sys.argv[1].split():
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+def run(args, argv):
+    with continuable(Path(sys.argv[2]), "advmoe again", "mark"):
+        print("ready", flush=True)
+        time.sleep(3 if sys.argv[1] == "SIGHUP" else 1000)
+    return 0
+
+recipes.run = run
+sys.exit(cli.main(["recipes"]))
+"""
+
+
+def until(true):
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.05)
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(process):
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == process:
+            found.append(int(file.parent.name))
+    return found
+
+
+def popen(*command, **more):
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], env=environment, stdout=pipe, stderr=pipe, text=True, **more)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "sent", "code", "said"),
+    [
+        ("SIGINT", TERM, 143, "ended by SIGTERM; to continue: advmoe again"),
+        ("SIGINT", HUP, 129, "ended by SIGHUP; to continue: advmoe again"),
+        ("SIGTERM", INT, 130, "interrupted; to continue: advmoe again"),
+        ("SIGHUP", HUP, 0, None),  # as with nohup
+    ],
+)
+def test_what_asks_a_command_to_end_ends_it_with_one_line(tmp_path, ignored, sent, code, said):
+    (tmp_path / "mark").touch()
+    default = lambda: signal.signal(INT, signal.default_int_handler)  # noqa: E731  a test runner may ignore it
+    process = popen("-c", SLEEPER, ignored, str(tmp_path), preexec_fn=default)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, error) == (code, "" if said is None else f"advmoe: error: {said}\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found there")
+def test_a_training_that_is_ended_in_the_background_leaves_no_process(tmp_path):
+    """With SIGINT ignored, as a shell has it of what a script starts with `&`."""
+    run = tmp_path / "run"
+    values = {
+        "model": {"width": 4}, "data": {"name": "digits", "image_size": 8, "train_examples": 64},
+        "training": {"epochs": 1000, "batch_size": 32, "attack_steps": 1, "val_attack_steps": 1},
+    }  # fmt: skip
+    Config.from_dict(values).dump(tmp_path / "tiny.yaml")
+    process = popen(
+        "-m", "advmoe", "train", "--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(run), "--devices", "2",
+        "--threads", "1", "--accelerator", "cpu", preexec_fn=lambda: signal.signal(INT, signal.SIG_IGN),
+    )  # fmt: skip
+    until(lambda: (run / "last").exists() or process.poll() is not None)
+    at_work = children(process.pid)
+    assert len(at_work) >= 2
+    process.send_signal(TERM)
+    out, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (143, "")
+    assert error == f"advmoe: error: ended by SIGTERM; to continue: advmoe train --resume {run}\n"
+    assert not any(map(alive, at_work))
+
+
+# Below, the work itself is replaced: what is tested is what the command line makes of its end.
+
+
+def outcome(monkeypatch, capsys, error, argv=("recipes",), mark=None):
+    def run(*_):
+        if mark is None:
+            raise error
+        with cli.arguments.continuable(mark.parent, "advmoe again", mark.name):
+            raise error
+
+    monkeypatch.setattr(cli.recipes, "run", run)
+    monkeypatch.setattr(cli, "_parse", lambda argv: {"command": "recipes", "recipes": {}})
+    code = cli.main(list(argv))
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("advmoe: error: ") and err.count("\n") == 1
+    return code, err.removeprefix("advmoe: error: ").strip()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, "No space left on device"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x.jsonl"), "run/x.jsonl: No such file"),
+        (PermissionError(errno.EACCES, "Permission denied", "run/x"), "run/x: Permission denied"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory. Tried"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_failed_at_is_one_line_with_how_to_go_on(tmp_path, monkeypatch, capsys, error, said):
+    code, text = outcome(monkeypatch, capsys, error, ["train", "--run-dir", "run"])
+    assert code == 3 and text.startswith(said)
+    (tmp_path / "mark").touch()
+    code, text = outcome(monkeypatch, capsys, error, mark=tmp_path / "mark")
+    assert code == 3 and text.startswith(said)
+    assert text.endswith(f"; what {tmp_path} holds is kept; to continue: advmoe again")
+    code, text = outcome(monkeypatch, capsys, error, mark=tmp_path / "absent")
+    assert code == 3 and "to continue" not in text
+
+
+@pytest.mark.parametrize("argv", [["x", "--a", "some/file"], ["x", "--a=some/file"]])
+@pytest.mark.parametrize("kind", [FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError])
+def test_a_file_that_the_user_named_is_a_mistake_in_the_input(monkeypatch, capsys, kind, argv):
+    code, text = outcome(monkeypatch, capsys, kind(1, "not to be read", "some/file"), argv)
+    assert (code, text) == (2, "some/file: not to be read")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), KeyError("a"), ValueError("a library's"), BrokenPipeError()])
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, capsys, error):
+    (tmp_path / "mark").touch()
+    with pytest.raises(type(error)):
+        outcome(monkeypatch, capsys, error, mark=None if isinstance(error, BrokenPipeError) else tmp_path / "mark")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_output_to_a_full_disk_is_the_machine_s_failure(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "advmoe", "recipes"], env={**os.environ, "PYTHONPATH": ROOT}, stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+    assert done.returncode == 3 and done.stderr.startswith("advmoe: error: No space left on device; ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None),
+        ({"KMP_BLOCKTIME": "0"}, None),
+    ],
+)  # fmt: skip
+def test_openmp_s_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, expected):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    code = (
+        "import json, os, sys\nfrom advmoe import cli\nfrom advmoe.cli import recipes\n"
+        "recipes.run = lambda *_: print(json.dumps([os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules])) or 0\n"
+        "cli.main(['recipes'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "PYTHONPATH": ROOT, **given}, capture_output=True, text=True,
+        timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [expected, False]
