@@ -1,5 +1,6 @@
 """What an interrupted evaluation left, where it is damaged; and processes that do not last as long as their work."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -165,3 +166,20 @@ def test_what_others_found_is_kept_when_this_process_is_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         assessed(tmp_path / "marks", "interrupt")
     assert list((tmp_path / "marks" / "journal").glob("pgd-2.*.json"))
+
+
+def test_a_journal_is_one_process_s_where_there_are_no_locks_too(left, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    one = Journal(left)
+    assert one.open({"seed": 1}, resume=False) is None  # which keeps nothing of what was there, but for the claim
+    with pytest.raises(ValueError, match="out must be free of other evaluations"):
+        Journal(left).open({"seed": 1}, resume=True)
+    one.put(TASK, RESULT)
+    one.close()
+    again = Journal(left)
+    assert again.open({"seed": 1}, resume=True) and again.get(TASK) == RESULT
+    again.remove()
+    assert list(left.parent.iterdir()) == []
