@@ -27,6 +27,8 @@ def load_folder(request: Request) -> Source:
     """
     root = request.root
     classes = class_names(train := scan(root, "train"))
+    if len(classes) < 2:  # one folder too many above the classes, whose images would all be of one
+        raise ValueError(f"data.root must hold >= 2 class folders in train, got {classes[0]!r} alone")
     name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if name is None:
         raise ValueError(f"data.root must hold a folder test or val beside train, got {str(root)!r}")

@@ -367,6 +367,15 @@ def test_images_in_sub_folders_are_of_their_class(root: Path) -> None:
     assert data.notes == ()
 
 
+def test_classes_one_folder_too_deep_are_refused(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part).rename(root / "images")
+        (root / part).mkdir()
+        (root / "images").rename(root / part / "images")
+    rule = "data.root must hold >= 2 class folders in train"
+    assert message(lambda: load_dataset("folder", root=root)) == f"{rule}, got 'images' alone"
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_images_beside_class_folders_are_refused(root: Path, part: str) -> None:
     for i in range(5):
