@@ -117,7 +117,7 @@ Side = Annotated[int, Within(8, 4096)]
 Seed = Annotated[int, Within(0, 2**32 - 1)]
 """NumPy's range."""
 Workers = Annotated[int, Within(0, 256)]
-Threads = Annotated[int, Within(1, 1024)]
+Threads = Annotated[int, Within(1, 256)]
 Processes = Annotated[int, Within(1, 256)]
 Count = Annotated[int, Within(1, 1_000_000_000)]
 """Of images."""
@@ -164,10 +164,21 @@ def typed(name: str, hint: Any, value: Any) -> Any:
         return math.inf  # an int that no float holds: the field's range refuses it
 
 
-def require_text(name: str, value: str) -> None:
-    """Raise `ValueError` for text that no line or file of YAML holds as it is, or that says nothing."""
-    ok = 0 < len(value) <= 4096 and not any(unicodedata.category(each) in ("Cc", "Cs") for each in value)
-    require(ok, name, "1 to 4096 characters of UTF-8 without control characters", value)
+def require_text(name: str, value: str, *, empty: bool = False) -> None:
+    """Raise `ValueError` for text that no line or file of YAML holds as it is, or, unless it may be `empty`, that says
+    nothing.
+    """
+    sound = len(value) <= 4096 and not any(unicodedata.category(each) in ("Cc", "Cs") for each in value)
+    rule = f"{0 if empty else 1} to 4096 characters of UTF-8 without control characters"
+    require(sound and (empty or value != ""), name, rule, value)
+
+
+def require_path(name: str, value: str, longest: int = 255) -> None:
+    """Raise `ValueError` for a path that no file system has: its parts have at most `longest` bytes."""
+    require_text(name, value)
+    path = os.fsencode(value)
+    ok = len(path) <= 3840 and all(len(part) <= longest for part in path.split(b"/"))
+    require(ok, name, f"a path of at most 3840 bytes, each of its parts of at most {longest}", value)
 
 
 def _check_types(config: Any, group: str = "") -> None:
@@ -229,6 +240,7 @@ class ModelConfig:
             rule = "false without a source (--model FILE.py:FACTORY)"
             require(not self.to_moe, "model.to_moe", rule, self.to_moe)
             return
+        require_path("model.source", self.source)
         require(bool(re.fullmatch(r".+\.py:\w+", self.source)), "model.source", "FILE.py:FACTORY", self.source)
         for name, value in OWN_MODEL.items():
             setattr(self, name, value)
@@ -271,6 +283,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "data")
+        require_path("data.root", self.root)
         require(self.name in DATASETS, "data.name", f"one of {', '.join(DATASETS)}", self.name)
 
 
@@ -374,6 +387,8 @@ class TrainingConfig:
         if self.prune_epochs == 0:
             rule = "left out or >= 1 when training.prune_epochs is 0"
             require(self.finetune_epochs != 0, "training.finetune_epochs", rule, self.finetune_epochs)
+        if self.init_from is not None:
+            require_path("training.init_from", self.init_from)
         self._check_options()
         if self.method in ("at-routers", "at-experts"):
             rule = f"a run directory to start from when training.method is {self.method}"

@@ -52,6 +52,33 @@ MISTAKES = [
     ([], ["train", "evaluate", "recipes"]),
 ]
 MORE_MISTAKES = [
+    ([*TRAIN, "--training.epochs", "[" * 3000], ["training.epochs must be valid YAML, got: more than 32 levels"]),
+    ([*TRAIN, "--training.epochs", "9" * 4000], ["training.epochs must be valid YAML, got: a number of 4000 digits"]),
+    ([*TRAIN, "--training.epochs", "1:30"], ["training.epochs must be a whole number, got '1:30'"]),
+    ([*TRAIN, "--training.epochs", "1e21"], ["training.epochs must be a whole number, got 1e+21"]),
+    ([*TRAIN, "--training.compile", "yes"], ["training.compile must be true or false, got 'yes'"]),
+    ([*TRAIN, "--training.lr", "x" * 4000], ["training.lr must be a number, got 'xxx"]),
+    ([*TRAIN, "--" + "x" * 4000, "1"], ["xxx... is no option of train"]),
+    (
+        [*TRAIN, "--run-dir", "n" * 300],
+        ["--run-dir must be a path of at most 3840 bytes, each of its parts of at most"],
+    ),
+    (
+        [*TRAIN, "--run-dir", "a\nb"],
+        ["--run-dir must be 1 to 4096 characters of UTF-8 without control characters, got"],
+    ),
+    ([*TRAIN, "--run-dir", "\udcff"], ["--run-dir must be 1 to 4096 characters of UTF-8 without control characters"]),
+    ([*TRAIN, "--run-dir", "new", "--threat.eps", "0"], ["threat.eps must be >= 1e-06 when training.method is advmoe"]),
+    ([*TRAIN, "--threads", "100000"], ["--threads must be >= 1 and <= 256, got 100000"]),
+    (["evaluate", "n" * 300], ["RUN|FILE.py:FACTORY must be a path of at most 3840 bytes"]),
+    (["evaluate", "\0"], ["RUN|FILE.py:FACTORY must be 1 to 4096 characters of UTF-8 without control characters"]),
+    (
+        ["report", "full", "-o", "n" * 250],
+        ["--out must be a path of at most 3840 bytes, each of its parts of at most 200"],
+    ),
+    (["cost", "resnet18", "--scale", ".nan"], ["--scale must be > 0 and <= 1, got nan"]),
+    (["cost", "resnet18", "--seconds", ".inf"], ["--seconds must be >= 0 and <= 86400, got inf"]),
+    (["evaluate", "full", "--seed", "4294967296"], ["--seed must be >= 0 and <= 4294967295, got 4294967296"]),
     ([*TRAIN, "--lr=3"], ["--lr is no option of train: did you mean --training.lr?"]),
     ([*TRAIN, "--run_dir", "x"], ["did you mean --run-dir?"]),
     ([*TRAIN, "--zzz", "x"], ["--zzz is no option of train: see advmoe train --help"]),

@@ -18,7 +18,7 @@ from typing import Any
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
-from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser
+from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser, require_sound
 from advmoe.errors import is_ours, of_machine, reason
 from advmoe.progress import shown
 from advmoe.signals import described, raised
@@ -114,6 +114,7 @@ def _parse(argv: list[str]) -> dict[str, Any]:
             got = repr(argv[0]) if argv else "nothing"  # the parser names but a few of those there are
             raise ValueError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
         raise explained(str(error), command, parsers) from None
+    require_sound(parsers[args["command"]], args[args["command"]])
     return args
 
 

@@ -17,7 +17,20 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from advmoe import config as config_module
-from advmoe.config import Batch, Config, Count, Pixels, Seed, Threads, merged, near_matches, require, typed
+from advmoe.config import (
+    Batch,
+    Config,
+    Count,
+    Pixels,
+    Seed,
+    Threads,
+    merged,
+    near_matches,
+    require,
+    require_path,
+    require_text,
+    typed,
+)
 from advmoe.documents import parse_yaml
 from advmoe.errors import of_machine, reason
 from advmoe.evaluation.targets import is_source
@@ -180,6 +193,19 @@ def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
             value = parse_yaml(text, f"{group}.{name}") if as_yaml else text
             found.setdefault(group, {})[name] = value
     return found
+
+
+def require_sound(parser: Parser, args: dict[str, Any]) -> None:
+    """Raise `ValueError`, which names the option, for text that is none, or a path that no file system has."""
+    for action in parser._actions:
+        given, shape = args.get(action.dest), str(action.metavar)
+        name = next((each for each in action.option_strings if each.startswith("--")), shape)
+        for text in given if isinstance(given, list) else [given]:
+            if isinstance(text, str) and any(word in shape for word in ("RUN", "DIR", "FILE", "YAML")):
+                # What is written stands under a longer name until it is whole.
+                require_path(name, text, 200 if (name, shape) == ("--out", "FILE") else 255)
+            elif isinstance(text, str):
+                require_text(name, text, empty=True)
 
 
 def existing_run(option: str, text: str) -> Path:

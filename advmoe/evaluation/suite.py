@@ -26,9 +26,10 @@ from advmoe.config import AttackConfig, Pixels
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
 from advmoe.threat import ThreatModel
+from advmoe.wording import show
 
 KNOWN = ("pgd-STEPS[-margin|-dlr|-kl][-soft]", "autoattack[-plus|-rand]", "autoattack:NAME+NAME", "routed")
-_PGD = re.compile(r"pgd(?:-(?P<steps>[1-9]\d*))?(?:-(?P<loss>margin|dlr|kl))?(?P<soft>-soft)?")
+_PGD = re.compile(r"pgd(?:-(?P<steps>[1-9][0-9]{0,4}))?(?:-(?P<loss>margin|dlr|kl))?(?P<soft>-soft)?")
 _AUTOATTACK = re.compile(r"autoattack(?:-(?P<version>plus|rand)|:(?P<custom>[a-z+-]+))?")
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
@@ -98,9 +99,9 @@ def check_name(name: str) -> None:
     custom = match["custom"] if match else None
     unknown = [] if custom is None else [each for each in custom.split("+") if each not in _CUSTOM]
     if unknown:
-        raise ValueError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {unknown[0]!r}")
+        raise ValueError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {show(unknown[0])}")
     if not (match or _PGD.fullmatch(name) or name == "routed"):
-        raise ValueError(f"attacks must be among {', '.join(KNOWN)}, got {name!r}")
+        raise ValueError(f"attacks must be among {', '.join(KNOWN)}, got {show(name)}")
 
 
 def require_classes(names: Iterable[str], num_classes: int) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from advmoe.files import checksum, read_object, sync, write_text
 from advmoe.models.state import savable, write_tensors
+from advmoe.wording import one_line
 
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
 
@@ -100,9 +103,21 @@ def _verified(folder: Path) -> dict[str, str]:
 def load(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
     more = _MORE in _verified(folder)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    optimizers, progress = _state(folder / "state.pt")
     remembered = load_file(folder / _MORE) if more else {}
-    return Checkpoint(load_file(folder / "model.safetensors"), state["optimizers"], state["progress"], remembered)
+    return Checkpoint(load_file(folder / "model.safetensors"), optimizers, progress, remembered)
+
+
+def _state(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The optimisers' states and the counters in `state.pt`, which takes no more memory than it has bytes."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("compressed entries, which can be of any size")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state["optimizers"], state["progress"]
+    except (ValueError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpoint(f"{path} must hold a state of training, got {one_line(error)}") from error
 
 
 def candidates(folder: Path) -> list[Path]:

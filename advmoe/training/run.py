@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from advmoe.config import Config
+from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
@@ -396,6 +396,7 @@ def train(
     for a NaN or infinite loss.
     """
     run_dir = Path(run_dir)
+    require_path("run_dir", str(run_dir))
     config.require_trainable()
     _require_empty(run_dir)
     if tensorboard:
