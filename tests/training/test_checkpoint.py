@@ -1,12 +1,14 @@
 """Checkpoints: written whole, verified when read, damage named."""
 
 import json
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from advmoe.files import checksum
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training.checkpoint import Checkpoint, DamagedCheckpoint
 
@@ -127,3 +129,31 @@ def test_checksums_that_are_no_object_are_damage(tmp_path):
     with pytest.warns(UserWarning, match=r"last/checksums\.json must hold a JSON object, got a list; going on"):
         found = checkpoints.load_latest(tmp_path / "last")
     assert found is not None and found.progress == {"epoch": 1}
+
+
+def _deflated(path):
+    """The archive `path` compressed, as which some kilobytes can be gigabytes."""
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _deflated,
+        lambda path: path.write_bytes(b"PK"),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({}, path),
+    ],
+    ids=["compressed", "no archive", "a list", "empty"],
+)
+def test_a_state_that_only_its_checksum_vouches_for_is_named(tmp_path, spoil):
+    checkpoints.save(tmp_path / "last", _checkpoint(3))
+    state, sums = tmp_path / "last" / "state.pt", tmp_path / "last" / "checksums.json"
+    spoil(state)
+    sums.write_text(json.dumps(json.loads(sums.read_text()) | {"state.pt": checksum(state)}))
+    with pytest.raises(DamagedCheckpoint, match=r"state\.pt must hold a state of training, got "):
+        checkpoints.load(tmp_path / "last")
