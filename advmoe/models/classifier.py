@@ -5,6 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.moe.rectifier import heard
+from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import ImageRouter
-from advmoe.moe.routing import forward_scope
+from advmoe.moe.routing import forward_scope, keep
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Classifier(nn.Module):
         with forward_scope(shares=shares) as routing:
             x = self.normalize(x)
             if self.router is not None:
-                routing.shared = self.router(x)
+                with nullcontext() if routing.repeats is None else unrecorded(self.router):
+                    routing.shared = self.router(x)
             logits: Tensor = self.backbone(x)
+            keep(logits)
             return logits

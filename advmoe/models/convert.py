@@ -72,11 +72,12 @@ class ConvertedClassifier(Classifier):
         with forward_scope() as routing:
             logits = super().forward(x)
             names = self.conversion.converted
-            if len(routing.choices) != len(names) or any(len(choice) != len(x) for choice in routing.choices.values()):
-                chosen = {layer: len(choice) for layer, choice in routing.choices.items()}
-                wrong = [f"{name} with {chosen.get(i, 0)}" for i, name in enumerate(names) if chosen.get(i) != len(x)]
+            number = x.shape[0]  # not `len`, which a graph for any batch size cannot keep open
+            chosen = {layer: choice.shape[0] for layer, choice in routing.choices.items()}
+            if len(chosen) != len(names) or any(each != number for each in chosen.values()):
+                wrong = [f"{name} with {chosen.get(i, 0)}" for i, name in enumerate(names) if chosen.get(i) != number]
                 rule = "every MoE layer must make one choice per image (leave others plain: `to_moe(..., skip=...)`)"
-                raise ValueError(f"{rule}, got of {len(x)} images {few(wrong)}")
+                raise ValueError(f"{rule}, got of {number} images {few(wrong)}")
             return logits
 
 

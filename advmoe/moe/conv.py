@@ -141,6 +141,7 @@ class MoEConv2d(MoELayer):
         """The router's choice, the convolution and its finish in one kernel, or None where there is more to it."""
         routing, router, rectifier = active_routing(), self.router, finish.rectifier
         usual = routing.mode == "hard" and routing.forced is None and self.layer not in routing.scores
+        usual = usual and routing.repeats is None
         if not usual or self.copies or type(router) is not LayerRouter or finish.norm is not None:
             return None
         pooled, shortcut = pooled_before(x), finish.shortcut

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from advmoe import native
 from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, mix, split, straight_through
 from advmoe.moe.rectifier import Rectifier
+from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import LayerRouter
-from advmoe.moe.routing import Routing, active_routing
+from advmoe.moe.routing import Routing, active_routing, keep
 
 
 def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int]]:
@@ -142,21 +143,40 @@ class MoELayer(nn.Module, ABC):
     def _pass(self, x: Tensor, weights: Weights, finish: Finish | None = None) -> Tensor:
         """The layer with `weights`, its output finished if there is something to `finish` it."""
         routing = active_routing()
-        router = self.router
-        if routing.one_pass and self.layer in routing.scores:
-            scores = routing.scores[self.layer]  # run again within a pass, a layer keeps its choice
-        else:
-            scores = router(x) if router is not None else routing.shared[self.layer]
+        scores = self._scores(x, routing)
         if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
             rule = f"MoE layer {self.layer} must get one row for each of the {len(scores)} images"
             raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:
-            return self._routed(x, scores, choice, routing, weights, finish)
-        # Tokens routed one by one: each is a sample of its own.
-        each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, weights)
-        y: Tensor = each.unflatten(0, choice.shape)
+            y = self._routed(x, scores, choice, routing, weights, finish)
+        else:  # tokens routed one by one: each is a sample of its own
+            each = self._routed(x.flatten(0, 1), scores.flatten(0, 1), choice.flatten(), routing, weights)
+            y = each.unflatten(0, choice.shape)
+        keep(y)
         return y
+
+    def _scores(self, x: Tensor, routing: Routing) -> Tensor:
+        """The router's scores of `x`, (N, E) or (N, T, E); of a layer that has run in this pass, those that it had."""
+        if routing.one_pass and self.layer in routing.scores:
+            scores = routing.scores[self.layer]
+            if torch.is_grad_enabled():
+                routing.again[self.layer] = scores.detach().requires_grad_(scores.requires_grad)
+            return scores
+        if self.router is None:
+            return routing.shared[self.layer]
+        if routing.repeats is None:
+            made: Tensor = self.router(x)
+            return made
+        with unrecorded(self.router):
+            known = routing.repeats.again.get(self.layer)
+            if known is not None:  # the run that is repeated may be a later one
+                with torch.no_grad():
+                    first = self.router(x)
+                if first.shape != known.shape or not torch.allclose(first, known, 1e-3, 1e-5):
+                    return known
+            repeated: Tensor = self.router(x)
+            return repeated
 
     def _grouped(
         self, x: Tensor, gate: Tensor | None, plan: Plan, banks: tuple[Tensor, ...], finish: Finish | None

@@ -11,20 +11,26 @@ in a context, not in arguments or on modules:
     with route("soft", temperature=0.5) as routing:
         logits = model(x)
     routing.pathway()  # (N, L)
+
+A backward pass that runs layers again (activation checkpointing) may do so in a thread of autograd's own, after the
+context has closed or while another is open. There the context is not asked: a layer takes the routing of the forward
+pass that it repeats, which is found by the node of the graph that the backward pass is at (see `repeats`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from advmoe.moe.dispatch import Plan
+from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
 
 RoutingMode = Literal["hard", "soft", "masked", "gathered"]
@@ -54,11 +60,18 @@ class Routing:
     """Whether a model's forward pass is under way, in which a layer that runs again keeps its choice."""
     shares: bool = False
     """Whether that pass may split the gradient of an activation among several tensors (see `rectifier`)."""
+    again: dict[int, Tensor] = field(default_factory=dict)
+    """Scores (N, E), without their graph, of each layer that ran more than once in the pass, by layer index."""
+    repeats: Routing | None = None
+    """The finished pass of which this one repeats a part in a backward pass, recording nothing twice."""
     _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Record `scores` of `layer`, (N, E) or (N, T, E), and return the choice, (N,) or (N, T)."""
-        if self.forced is None:
+        kept = None if self.repeats is None else self.repeats.choices.get(layer)
+        if kept is not None and kept.shape == scores.shape[:-1]:
+            choice = kept
+        elif self.forced is None:
             choice = scores.argmax(-1)
         else:
             shape = tuple(self.forced.shape)
@@ -73,8 +86,16 @@ class Routing:
                 raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
             if choice.dim() < scores.dim() - 1:
                 choice = choice[:, None].expand(scores.shape[:-1])
-        self.scores[layer], self.choices[layer] = scores, choice
+        self.choices[layer] = choice
+        if self.repeats is None or not self.repeats.one_pass or layer in self.repeats.again:
+            self.scores[layer] = scores
         return choice
+
+    def part(self) -> Routing:
+        """The routing of what a backward pass runs again of this finished pass."""
+        leaves = {id(scores): _leaf(scores) for scores in self.shared}
+        shared = [leaves[id(scores)] for scores in self.shared]
+        return replace(self, scores={}, choices={}, shared=shared, repeats=self, _plans=[])
 
     def plan(self, scores: Tensor, choice: Tensor) -> Plan:
         """The dispatch plan of `choice`; made once where layers share their scores (one router for all layers)."""
@@ -92,40 +113,125 @@ class Routing:
         return torch.stack([self.choices[layer] for layer in sorted(self.choices)], 1)
 
 
-_active: ContextVar[Routing | None] = ContextVar("advmoe_routing", default=None)
+def _leaf(scores: Tensor) -> Tensor:
+    """`scores` for use in another graph, whose gradient goes on to those that made them."""
+    leaf = scores.detach()
+    if scores.requires_grad:
+        # More than one part of a pass may be run again, each with a gradient of its own.
+        leaf.requires_grad_().register_hook(lambda grad: torch.autograd.backward(scores, grad, retain_graph=True))
+    return leaf
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A routing that is in force where the backward pass, if there is one, is `at` the same node as when it began."""
+
+    routing: Routing
+    at: Moment | None
+    stretch: Stretch[Routing] | None
+
+
+_active: ContextVar[_Open | None] = ContextVar("advmoe_routing", default=None)
+_repeated: dict[tuple[int, Moment], Routing] = {}
+"""What is run again at this time, by thread and moment."""
 
 
 def active_routing() -> Routing:
-    """The routing of the forward pass under way; plain hard routing where no `route` is open."""
-    return _active.get() or Routing()
+    """The routing of the forward pass under way, or that a backward pass runs again; plain hard routing where there is
+    none.
+    """
+    held, at = _active.get(), moment()
+    if held is not None and held.at == at:
+        return held.routing
+    return (None if at is None else _again(at)) or Routing()
+
+
+def _again(at: Moment) -> Routing | None:
+    """The routing of what is run again at a moment of a backward pass, if it has one."""
+    thread = threading.get_ident()
+    known = _repeated.get((thread, at))
+    if known is not None:
+        return known
+    # What runs again may itself hold checkpoints, whose own backward passes run within this one.
+    around = [each for (other, (backward, _)), each in list(_repeated.items()) if other == thread and backward < at[0]]
+    found = [stretch.what for stretch in stretches_of(at[1], here=bool(around))]
+    if around and not found:
+        found = [around[-1].repeats or around[-1]]
+    if not found:
+        return None
+    known = _repeated[thread, at] = _one_of(found).part()
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget(at[0]))
+    return known
+
+
+def _one_of(found: list[Routing]) -> Routing:
+    """The routing of passes that several threads made at once, which cannot be told apart in another thread."""
+    if len(found) == 1:
+        return found[0]
+    first = found[0]
+    if any((each.mode, each.temperature) != (first.mode, first.temperature) for each in found) or any(
+        each.forced is not first.forced or each.shared for each in found
+    ):
+        raise RuntimeError("passes of several threads must have one routing where a backward pass runs layers again")
+    return Routing(first.mode, first.temperature, first.forced, one_pass=first.one_pass, shares=first.shares)
+
+
+def _forget(backward: int) -> None:
+    for key in [key for key in list(_repeated) if key[1][0] == backward]:
+        _repeated.pop(key, None)
+
+
+def _forget_here() -> None:
+    """What backward passes that ended in an error have left behind in this thread, which is in none now."""
+    for key in list(_repeated):
+        if key[0] == threading.get_ident():
+            _repeated.pop(key, None)
+
+
+def keep(y: Tensor) -> None:
+    """Let the routing under way be found again for as long as the graph of `y`, made by it, is there."""
+    held = _active.get()
+    if held is not None and held.stretch is not None and held.at == moment():
+        held.stretch.keep(y)
 
 
 @contextmanager
 def opened(routing: Routing) -> Iterator[Routing]:
     """Make `routing` the active one."""
-    token = _active.set(routing)
-    try:
-        yield routing
-    finally:
-        _active.reset(token)
+    settings, at = Routing(routing.mode, routing.temperature, routing.forced), moment()
+    if at is None:
+        _forget_here()
+    with stretching(settings, None, lasting=True) as stretch:
+        token = _active.set(_Open(routing, at, stretch))
+        try:
+            yield routing
+        finally:
+            _active.reset(token)
 
 
 @contextmanager
 def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
     """The active routing, emptied for a new forward pass; a fresh one where none is open. `shares`: see `Routing`."""
-    routing = _active.get()
-    if routing is None:
-        with opened(Routing(one_pass=True, shares=shares)) as routing:
-            yield routing
-        return
-    for record in (routing.scores, routing.choices, routing.shared, routing._plans):
-        record.clear()
+    held, at = _active.get(), moment()
+    if held is None or held.at != at:
+        repeated = None if at is None else _again(at)
+        settings = Routing() if repeated is None else Routing(repeated.mode, repeated.temperature, repeated.forced)
+        if at is None:
+            _forget_here()
+        held = _Open(replace(settings, repeats=None if repeated is None else settings), at, None)
+    routing = held.routing
+    # New ones: a finished pass is remembered by its own.
+    routing.scores, routing.choices, routing.again, routing.shared, routing._plans = {}, {}, {}, [], []
     before = routing.one_pass, routing.shares
     routing.one_pass, routing.shares = True, shares
-    try:
-        yield routing
-    finally:
-        routing.one_pass, routing.shares = before
+    with stretching(routing, held.stretch, lasting=False) as stretch:
+        token = _active.set(replace(held, stretch=stretch))
+        try:
+            yield routing
+        finally:
+            _active.reset(token)
+            stretch.what = replace(routing, scores={}, repeats=None, _plans=[])  # without what holds the graph
+            routing.one_pass, routing.shares = before
 
 
 @contextmanager
