@@ -15,8 +15,13 @@ from torch import Tensor
 _TINY = 1e-12
 
 
+def _wide(delta: Tensor) -> Tensor:
+    """`delta` in fp32 or better: in half precision squares underflow, and so does what norms are kept from 0 by."""
+    return delta.to(torch.promote_types(delta.dtype, torch.float32))
+
+
 def _norms(delta: Tensor) -> Tensor:
-    """The l2 norm of each sample's perturbation, (N, 1, 1, 1)."""
+    """The l2 norm of each sample's perturbation, (N, 1, 1, 1), which is `_wide`."""
     norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
     return norms.clamp_min(_TINY).view(-1, *[1] * (delta.dim() - 1))
 
@@ -45,26 +50,29 @@ class ThreatModel:
         """
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
-        delta = x_adv - x
-        return (x + delta * (self.eps / _norms(delta)).clamp_max(1)).clamp(0, 1)
+        clean, dtype = _wide(x), torch.promote_types(x_adv.dtype, x.dtype)
+        delta = _wide(x_adv) - clean
+        return (clean + delta * (self.eps / _norms(delta)).clamp_max(1)).clamp(0, 1).to(dtype)
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A uniform draw from the ball around each image of `x`, projected; shape (N, C, H, W)."""
         if self.norm == "linf":
             return self.project(x + self.eps * (2 * rand_like(x, generator) - 1), x)
-        direction = randn_like(x, generator)
-        dimensions = x[0].numel()
-        radius = rand_like(x[:, :1, :1, :1], generator) ** (1 / dimensions)
-        return self.project(x + self.eps * radius * direction / _norms(direction), x)
+        clean = _wide(x)
+        direction = randn_like(clean, generator)
+        dimensions = x.shape[1:].numel()
+        radius = rand_like(clean[:, :1, :1, :1], generator) ** (1 / dimensions)
+        return self.project(clean + self.eps * radius * direction / _norms(direction), clean).to(x.dtype)
 
     def steepest_step(self, gradient: Tensor) -> Tensor:
         """The unit-norm direction of steepest ascent for `gradient`, (N, C, H, W); zero where the gradient is."""
         if self.norm == "linf":
             return gradient.sign()
         # Scaled first: the squares of a confident model's gradients underflow, and the attack would stand still.
-        largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        gradient = gradient / largest.view(-1, *[1] * (gradient.dim() - 1))
-        return gradient / _norms(gradient)
+        wide = _wide(gradient)
+        largest = wide.abs().flatten(1).amax(1).clamp_min(torch.finfo(wide.dtype).tiny)
+        wide = wide / largest.view(-1, *[1] * (wide.dim() - 1))
+        return (wide / _norms(wide)).to(gradient.dtype)
 
 
 def rand_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

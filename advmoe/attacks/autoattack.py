@@ -65,16 +65,16 @@ def autoattack(
     """
     library = official_library()
     _check_choice(version, attacks)
-    x, y = _checked(x, y)
+    dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x)
+        return Found(x.to(dtype))
     with _contained(library, predict) as said:
-        heard = _Heard(predict)
+        heard = _Heard(predict, dtype)
         official = _official(library, heard, x.device, threat, seed, version, attacks)
-        notes = _fit(official, _count_classes(predict, x) if num_classes is None else num_classes)
+        notes = _fit(official, _count_classes(heard, x) if num_classes is None else num_classes)
         with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as heard.told:
             x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
-    return Found(x_adv, (*notes, *_flags(said)))
+    return Found(x_adv.to(dtype), (*notes, *_flags(said)))
 
 
 def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Found:
@@ -86,18 +86,18 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     library = official_library()
     if queries < 1:
         raise ValueError(f"queries must be >= 1, got {queries!r}")
-    x, y = _checked(x, y)
+    dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x)
+        return Found(x.to(dtype))
     with _contained(library, predict) as said, torch.no_grad():
-        heard = _Heard(predict)
+        heard = _Heard(predict, dtype)
         attack = library.square.SquareAttack(
             heard, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
             verbose=False, device=x.device, resc_schedule=False,
         )  # fmt: skip
         with counting("square", queries, unit="query", delay=BRIEF) as heard.told:
             x_adv = attack.perturb(x, y)
-    return Found(x_adv, _flags(said))
+    return Found(x_adv.to(dtype), _flags(said))
 
 
 def autoattack_attack(
@@ -155,13 +155,16 @@ def _check_choice(version: str, attacks: Sequence[str] | None) -> None:
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` and `y` as the official code takes them; it calls `view`, which a channels-last tensor refuses."""
+    """`x` and `y` as the official code takes them: it calls `view`, which a channels-last tensor refuses, and takes
+    norms, whose squares underflow in half precision.
+    """
     if x.dim() != 4 or len(x) != len(y):
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"x and y must be images (N, C, H, W) and a class for each, got shapes {shapes}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    return x.detach().contiguous(), y.to(x.device, torch.long)
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return wide.contiguous(), y.to(x.device, torch.long)
 
 
 def _official(
@@ -208,16 +211,17 @@ def _fit(official: Any, classes: int) -> list[str]:
 
 @dataclass
 class _Heard:
-    """A classifier that tells of every pass."""
+    """A classifier that tells of every pass, and takes images in the precision that it is attacked in."""
 
     predict: Predict
+    dtype: torch.dtype
     told: Callable[[], object] = lambda: None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K)."""
-        logits = self.predict(x)
+        logits = self.predict(x.to(self.dtype))
         self.told()
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _calls(official: Any) -> int:

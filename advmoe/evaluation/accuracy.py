@@ -25,7 +25,17 @@ from advmoe.data import FileSet
 from advmoe.evaluation.checks import Check, check, check_data, check_labels, require_passed
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
-from advmoe.evaluation.scoring import EvaluationData, OpenRouting, correct, is_routed, measuring, size, stream, take
+from advmoe.evaluation.scoring import (
+    EvaluationData,
+    OpenRouting,
+    correct,
+    device_of,
+    is_routed,
+    measuring,
+    size,
+    stream,
+    take,
+)
 from advmoe.evaluation.suite import Setting, default_attacks, named, require_classes
 from advmoe.models.state import digest
 from advmoe.moe.routing import route
@@ -47,16 +57,17 @@ def outcomes(
     attacks: Sequence[str] | None = None,
     batch_size: int = 250,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     accept: Callable[[Clean], object] = lambda clean: None,
 ) -> dict[str, Tensor]:
     """Per example, whether it is classified correctly: clean, and under each attack, (N,) booleans by name.
 
     `attacks` are names as in `suite`; by default PGD, and for a routed model PGD through soft routing. No checks are
     made: this is what `evaluate` and training count with. `accept` sees what the model does without an attack, before
-    any is made. Raises `ValueError` for empty data.
+    any is made. `device` is the module's own unless given, the CPU for any other callable. Raises `ValueError` for
+    empty data.
     """
-    device = torch.device(device)
+    device = device_of(predict) if device is None else torch.device(device)
     job, wanted = make_job(predict, data, device, threat, attack, attacks, batch_size, seed)
     names = applicable(wanted, job)
     clean = classified(predict, job, device)
@@ -389,7 +400,7 @@ def evaluate(
     batch_size: int = 250,
     seed: int = 0,
     allow: Collection[str] = (),
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Clean and robust accuracy of any callable `x -> logits` on [0, 1] pixels.
@@ -401,11 +412,12 @@ def evaluate(
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
         seed: of every random draw. progress: show a bar on a terminal.
         allow: checks made before the attack that may fail, by name.
+        device: where images are put; by default where the module is, the CPU for any other callable.
 
     Returns `evaluation.json`'s content (fractions). Raises `ValueError` for data or a model that fail the checks, and
     for an unknown attack.
     """
-    plan = Plan(accelerator=str(device))
+    plan = Plan(accelerator=str(device_of(model) if device is None else device))
     size = Pixels(step_size)
     attack = AttackConfig(steps=steps, step_size=size, restarts=restarts, queries=queries)
     with shown(progress):

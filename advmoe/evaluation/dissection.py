@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
-from advmoe.evaluation.scoring import correct, measuring
+from advmoe.evaluation.scoring import correct, device_of, measuring
 from advmoe.moe.routing import route
 
 CATEGORIES = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail")
@@ -235,8 +235,7 @@ def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: 
         raise ValueError(f"x, x_adv and y must be (N, C, H, W) twice and (N,) with N >= 1, got {shapes}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device = x.device if parameter is None else parameter.device
+    device = device_of(model) if isinstance(model, nn.Module) else x.device
     with measuring(model, device), torch.no_grad():
         batches = zip(x.split(batch_size), x_adv.split(batch_size), y.split(batch_size), strict=True)
         return Dissection.merge([_dissect_batch(model, *(part.to(device) for part in batch)) for batch in batches])

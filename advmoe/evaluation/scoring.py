@@ -9,9 +9,10 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
@@ -55,6 +56,12 @@ def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tens
     else:
         x, y = data.pixels(index), data.labels[index]
     return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
+
+
+def device_of(predict: Predict) -> torch.device:
+    """Where a module's parameters and buffers are, by the first of them; the CPU for any other callable."""
+    tensors = chain(predict.parameters(), predict.buffers()) if isinstance(predict, nn.Module) else iter(())
+    return next((each.device for each in tensors), torch.device("cpu"))
 
 
 def stream(data: EvaluationData, slices: Sequence[slice], device: torch.device) -> Generator[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -30,10 +31,14 @@ from advmoe.attacks.pgd import Predict
 from advmoe.wording import few, one_line
 
 _numbers = itertools.count(1)
+_OWN_SEED = 0x6164766D6F65
 
 
 def load_classifier(spec: str, weights: str | None = None) -> Predict:
-    """The classifier that `FILE.py:NAME` makes, in eval mode if it is a module. Executes the file.
+    """The classifier that `FILE.py:NAME` makes, in eval mode if it is a module.
+
+    The file is executed the first time that this process sees it, and again only if it, or a file beside it that it
+    imports, has changed. NAME is called each time: every classifier is an instance of its own.
 
     Args:
         spec: a Python file, and a function or class in it that takes no arguments and returns a `torch.nn.Module` or
@@ -50,8 +55,9 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
     path = Path(weights).expanduser() if weights is not None else None
     if path is not None:
         _require_weights_file(path)
-    with torch.random.fork_rng(devices=[]), _importable(file.parent):
-        model = _made(_factory(_executed(file), name, spec), file, spec)
+    folder = _folder(file.parent)
+    with torch.random.fork_rng(devices=[]), _importable(file.parent, folder):
+        model = _made(_factory(_executed(file, folder), name, spec), file, spec)
     if isinstance(model, nn.Module):
         if path is not None:
             _load_weights(model, path)
@@ -84,26 +90,78 @@ def _parsed(spec: str) -> tuple[Path, str]:
     return file.resolve(), name
 
 
+@dataclass
+class _Source:
+    """A file that has been executed."""
+
+    content: bytes
+    module: ModuleType
+    seeded: Tensor | None
+    """PyTorch's random state afterwards, where the file set a seed: each instance is made from there."""
+
+
+@dataclass
+class _Folder:
+    """What files of a folder have been executed, and what they imported from beside them."""
+
+    package: ModuleType
+    """Of those files, for relative imports."""
+    sources: dict[Path, _Source] = field(default_factory=dict)
+    neighbours: dict[str, ModuleType] = field(default_factory=dict)
+    """Modules by their names in `sys.modules`, where they are while a file runs."""
+    contents: dict[Path, bytes] = field(default_factory=dict)
+    """Of the files of these and of the package's."""
+
+    def changed(self) -> bool:
+        """Whether a file that others imported is not what it was."""
+        return any(not file.is_file() or file.read_bytes() != content for file, content in self.contents.items())
+
+    def note(self) -> None:
+        """Remember the contents of files that have been imported since."""
+        inside = [each for name, each in list(sys.modules.items()) if name.startswith(f"{self.package.__name__}.")]
+        sources = {source.module.__name__ for source in self.sources.values()}
+        for module in [*self.neighbours.values(), *inside]:
+            place = getattr(module, "__file__", None)
+            if place is not None and module.__name__ not in sources and Path(place) not in self.contents:
+                self.contents[Path(place)] = Path(place).read_bytes()
+
+
+_folders: dict[Path, _Folder] = {}
+
+
+def _folder(path: Path) -> _Folder:
+    """What is known of the folder; nothing any more where something that was imported from it has changed."""
+    known = _folders.get(path)
+    if known is None or known.changed():
+        package = ModuleType(f"_advmoe_source_{next(_numbers)}")
+        package.__path__ = [str(path)]
+        known = _folders[path] = _Folder(package)
+    return known
+
+
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let imports find what lies in `folder`; afterwards forget that, for another file's neighbours of the same name.
+def _importable(path: Path, folder: _Folder) -> Iterator[None]:
+    """Let imports find what lies beside a file; afterwards take that away, as another folder may have the same names.
 
     Where the folder is importable anyway, its modules are ordinary ones, and stay.
     """
     importlib.invalidate_caches()  # its listing of a folder may be older than a file just written
-    if any(Path(entry or ".").resolve() == folder for entry in sys.path):
+    if any(Path(entry or ".").resolve() == path for entry in sys.path):
         yield
+        folder.note()
         return
-    path, known = sys.path.copy(), set(sys.modules)
-    sys.path.insert(0, str(folder))
+    before, known = sys.path.copy(), set(sys.modules)
+    sys.path.insert(0, str(path))
+    sys.modules |= {name: module for name, module in folder.neighbours.items() if name not in known}
     try:
         yield
     finally:
-        ours = {name for name in set(sys.modules) - known if _lies_in(sys.modules[name], folder)}
+        ours = {name for name in set(sys.modules) - known if _lies_in(sys.modules[name], path)}
         # By their top-level name: new submodules of a package that was there before belong to it.
         for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
-            del sys.modules[name]
-        sys.path[:] = path
+            folder.neighbours[name] = sys.modules.pop(name)
+        folder.note()
+        sys.path[:] = before
 
 
 def _lies_in(module: ModuleType, folder: Path) -> bool:
@@ -115,21 +173,36 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
     return any(Path(place).parent == folder for place in places)
 
 
-def _executed(file: Path) -> ModuleType:
-    """The module of `file`, in a package of its own: a unique name in `sys.modules`, and relative imports."""
-    package = ModuleType(f"_advmoe_source_{next(_numbers)}")
-    package.__path__ = [str(file.parent)]
-    name = f"{package.__name__}.{file.stem.replace('.', '_')}"
+def _executed(file: Path, folder: _Folder) -> ModuleType:
+    """The module of `file`, executed once in a process unless its content changes, in the package of its folder.
+
+    Leaves PyTorch's random state as it was, or as the file seeds it.
+    """
+    content = file.read_bytes()
+    known = folder.sources.get(file)
+    if known is not None and known.content == content:
+        if known.seeded is not None:
+            torch.set_rng_state(known.seeded)
+        return known.module
+    number = "" if known is None else f"_{next(_numbers)}"
+    name = f"{folder.package.__name__}.{file.stem.replace('.', '_')}{number}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None  # of a `.py` file
+    assert spec is not None  # of a `.py` file
     module = importlib.util.module_from_spec(spec)
-    sys.modules |= {package.__name__: package, name: module}
+    # With random numbers of its own: what an instance starts from must not depend on which one is the first.
+    before, there = torch.get_rng_state(), set(sys.modules)
+    torch.default_generator.manual_seed(_OWN_SEED)
+    sys.modules |= {folder.package.__name__: folder.package, name: module}
     try:
-        spec.loader.exec_module(module)
+        # Not the loader, which may take the byte code of an older file of the same second and size.
+        exec(compile(content, str(file), "exec"), vars(module))
     except (Exception, SystemExit) as error:
-        for known in [known for known in sys.modules if known.partition(".")[0] == package.__name__]:
-            del sys.modules[known]
+        for each in [each for each in set(sys.modules) - there if each.startswith(folder.package.__name__)]:
+            del sys.modules[each]
         raise ValueError(f"{file} must run without an error, got {_told(error, file)}") from error
+    seeded = torch.get_rng_state() if torch.default_generator.initial_seed() != _OWN_SEED else None
+    torch.set_rng_state(before if seeded is None else seeded)
+    folder.sources[file] = _Source(content, module, seeded)
     return module
 
 

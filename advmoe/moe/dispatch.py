@@ -26,33 +26,48 @@ class Plan:
 
     experts: tuple[int, ...]
     members: tuple[Tensor, ...]
+    beside: tuple[int, ...] = ()
+    """Other numbers of the device that came along."""
 
     @staticmethod
-    def of(choice: Tensor, num_experts: int) -> Plan:
-        """Group the samples of `choice`, (N,) expert indices, by expert; order within a group is kept."""
-        if len(choice) == 1:
+    def of(choice: Tensor, num_experts: int, beside: Tensor | None = None) -> Plan:
+        """Group the samples of `choice`, (N,) expert indices, by expert; order within a group is kept.
+
+        An accelerator is waited for once; whole numbers `beside` (M,) come in the same transfer.
+        """
+        if len(choice) == 1 and beside is None:
             return Plan((int(choice.item()),), ())
-        if choice.device.type == "cpu":
-            chosen = choice.numpy()
+        if beside is None:
+            beside = choice[:0]
+        if on_host(choice):
+            chosen, others = choice.numpy(), tuple(beside.tolist())
             places = {e: found for e in range(num_experts) if len(found := np.flatnonzero(chosen == e))}
             if len(places) < 2:
-                return Plan((next(iter(places), 0),), ())
-            return Plan(tuple(places), tuple(map(torch.from_numpy, places.values())))
+                return Plan((next(iter(places), 0),), (), others)
+            return Plan(tuple(places), tuple(map(torch.from_numpy, places.values())), others)
         # One wait for the device; `bincount` would add two.
-        counts: list[int] = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0).tolist()
+        counted = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0)
+        numbers: list[int] = torch.cat([counted, beside.to(choice.device)]).tolist()
+        counts, others = numbers[:num_experts], tuple(numbers[num_experts:])
         used = tuple(e for e, n in enumerate(counts) if n) or (0,)
         if len(used) == 1:
-            return Plan(used, ())
+            return Plan(used, (), others)
         order = choice.argsort(stable=True)
-        return Plan(used, order.split([counts[e] for e in used]))
+        return Plan(used, order.split([counts[e] for e in used]), others)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the values of `x` are there to be looked at; else a look waits for a device."""
+    return x.device.type == "cpu"
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
     """View `x` (N, ...) as one contiguous row per sample, and whether it is channels-last."""
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    length = x.shape[1:].numel()  # not -1, which a batch without samples leaves open
     if channels_last:
-        return x.permute(0, 2, 3, 1).view(len(x), -1), True
-    return x.contiguous().view(len(x), -1), False
+        return x.permute(0, 2, 3, 1).view(len(x), length), True
+    return x.contiguous().view(len(x), length), False
 
 
 def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
@@ -62,8 +77,8 @@ def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
 def _unrows(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     if channels_last:
         _, c, h, w = shape
-        return rows.view(-1, h, w, c).permute(0, 3, 1, 2)
-    return rows.view(-1, *shape[1:])
+        return rows.view(len(rows), h, w, c).permute(0, 3, 1, 2)
+    return rows.view(len(rows), *shape[1:])
 
 
 def _wide(*rows: Tensor) -> tuple[Tensor, ...]:

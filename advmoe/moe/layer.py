@@ -223,6 +223,7 @@ class MoELayer(nn.Module, ABC):
             y = convolution(x, ahead, choice, fixed)
         elif len(x) > 1 and (each := self.compute_each(_gated(x, ahead), choice, *banks)) is not None:
             y = each
+            routing.settle()
         else:
             y = self._grouped(x, ahead, routing.plan(scores, choice), banks, direct)
             if direct is not None:
@@ -248,6 +249,7 @@ class MoELayer(nn.Module, ABC):
             weights, x = replace(weights, banks=tuple(bank.to(dtype) for bank in weights.banks)), x.to(dtype)
         if routing.mode == "hard":
             return self._chosen(x, scores, choice, routing, weights, finish)
+        routing.settle()
         banks = weights.banks
         if routing.mode == "soft":
             y = mix(self.compute_all(x, *banks), (scores / routing.temperature).softmax(1))

@@ -20,7 +20,7 @@ pass that it repeats, which is found by the node of the graph that the backward 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from advmoe.moe.dispatch import Plan
+from advmoe.moe.dispatch import Plan, on_host
 from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
 
@@ -65,6 +65,10 @@ class Routing:
     repeats: Routing | None = None
     """The finished pass of which this one repeats a part in a backward pass, recording nothing twice."""
     _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
+    _ends: list[tuple[int, int]] | None = None
+    """The least and the largest expert that `forced` holds for each layer, on an accelerator, once they are known."""
+    _unseen: dict[int, int] = field(default_factory=dict)
+    """The number of experts of each layer that has run before they are."""
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Record `scores` of `layer`, (N, E) or (N, T, E), and return the choice, (N,) or (N, T)."""
@@ -74,22 +78,64 @@ class Routing:
         elif self.forced is None:
             choice = scores.argmax(-1)
         else:
-            shape = tuple(self.forced.shape)
-            if len(shape) < 2 or shape[0] != len(scores) or shape[2:] not in ((), scores.shape[1:-1]):
-                rule = f"(N, L) with N = {len(scores)}"
-                if scores.dim() == 3:
-                    rule = f"(N, L) or (N, L, T) with N = {len(scores)}, T = {scores.shape[1]}"
-                raise ValueError(f"forced must be {rule}, got shape {shape}")
-            choice, experts = self.forced[:, layer].to(scores.device, torch.long), scores.shape[-1]
-            # On a GPU looking would take a wait; there an index that is too large is an error of its own.
-            if choice.device.type == "cpu" and not bool(((choice >= 0) & (choice < experts)).all()):
-                raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
-            if choice.dim() < scores.dim() - 1:
-                choice = choice[:, None].expand(scores.shape[:-1])
+            choice = self._forced(layer, scores)
         self.choices[layer] = choice
         if self.repeats is None or not self.repeats.one_pass or layer in self.repeats.again:
             self.scores[layer] = scores
         return choice
+
+    def _forced(self, layer: int, scores: Tensor) -> Tensor:
+        """The choice that `forced` holds for `layer`, (N,) or (N, T)."""
+        assert self.forced is not None
+        shape, experts = tuple(self.forced.shape), scores.shape[-1]
+        if len(shape) < 2 or shape[0] != len(scores) or shape[2:] not in ((), scores.shape[1:-1]):
+            rule = f"(N, L) with N = {len(scores)}"
+            if scores.dim() == 3:
+                rule = f"(N, L) or (N, L, T) with N = {len(scores)}, T = {scores.shape[1]}"
+            raise ValueError(f"forced must be {rule}, got shape {shape}")
+        if layer >= shape[1]:
+            raise ValueError(f"forced must be (N, L) with L > {layer}, as MoE layer {layer} runs, got shape {shape}")
+        if self.forced.is_floating_point() or self.forced.is_complex():
+            raise ValueError(f"forced must hold whole numbers, got {self.forced.dtype}")
+        choice = self.forced[:, layer]
+        if on_host(choice):
+            if not bool(((choice >= 0) & (choice < experts)).all()):
+                raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
+        elif self._ends is not None:
+            self._require(layer, experts)
+        else:  # looked at when the device is waited for anyway; until then nothing may be read beyond a bank's end
+            self._unseen[layer] = experts
+            choice = choice.clamp(0, experts - 1)
+        choice = choice.to(scores.device, torch.long)
+        return choice[:, None].expand(scores.shape[:-1]) if choice.dim() < scores.dim() - 1 else choice
+
+    def _beside(self) -> Tensor | None:
+        """The least and the largest expert that `forced` holds for each layer, (2 L,), where nobody has looked yet."""
+        if not self._unseen or self.forced is None or self.forced.numel() == 0:
+            return None
+        each = self.forced.long().movedim(1, 0).flatten(1)
+        return torch.cat([each.amin(1), each.amax(1)])
+
+    def _look(self, ends: Sequence[int]) -> None:
+        """Refuse what is `forced` beyond the experts that there are, `ends` being what `_beside` gave."""
+        if ends:
+            layers = len(ends) // 2
+            self._ends = list(zip(ends[:layers], ends[layers:], strict=True))
+            for layer, experts in self._unseen.items():
+                self._require(layer, experts)
+            self._unseen.clear()
+
+    def _require(self, layer: int, experts: int) -> None:
+        assert self._ends is not None
+        least, largest = self._ends[layer]
+        if least < 0 or largest >= experts:
+            raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {least} to {largest}")
+
+    def settle(self) -> None:
+        """Look at what is `forced`, where a layer has been computed without a wait for the device."""
+        beside = self._beside()
+        if beside is not None:
+            self._look(beside.tolist())
 
     def part(self) -> Routing:
         """The routing of what a backward pass runs again of this finished pass."""
@@ -103,7 +149,8 @@ class Routing:
             for known, _, plan in self._plans:
                 if known is scores:
                     return plan
-        plan = Plan.of(choice, scores.shape[1])
+        plan = Plan.of(choice, scores.shape[1], self._beside())
+        self._look(plan.beside)
         if self.shared:
             self._plans = [(scores, choice, plan)]
         return plan

@@ -126,6 +126,74 @@ def test_modules_of_a_folder_on_the_path_stay(write, tmp_path, monkeypatch):
     assert sys.modules.pop("ordinary_neighbour").SIZE == 6
 
 
+ONCE = """
+import torch
+from torch import nn
+runs = torch.__dict__.setdefault("_runs_of_a_test", [])
+runs.append(__file__)
+if len(runs) > 1 and runs[-1] in runs[:-1]:
+    raise KeyError("Net is already registered")
+"""
+
+
+@pytest.fixture
+def runs():
+    """The files that have been executed, of those that hold `ONCE`."""
+    torch.__dict__.pop("_runs_of_a_test", None)
+    yield torch.__dict__.setdefault("_runs_of_a_test", [])
+    del torch.__dict__["_runs_of_a_test"]
+
+
+@pytest.mark.parametrize("statement", ["", "import layers", "from .layers import SIZE", "from parts import sizes"])
+def test_a_file_is_executed_once_and_its_factory_each_time(write, runs, statement):
+    """A class may be registered once in a process, by the file or by one beside it."""
+    for name in ("layers.py", "parts/sizes.py"):
+        write(f"SIZE = 6\n{ONCE}", name)
+    write("", "parts/__init__.py")
+    late = NET.replace("def build():", f"def build():\n    {statement or 'pass'}")
+    spec, other = f"{write(f'{statement}{ONCE}{late}')}:build", f"{write(statement + NET, 'other.py')}:build"
+    first, again, beside = (load_classifier(each) for each in (spec, spec, other))
+    assert type(first) is type(again) and type(first) is not type(beside)
+    assert first is not again and first.head.weight is not again.head.weight
+    assert len(runs) == (2 if statement else 1)
+    assert not {"layers", "parts", "parts.sizes"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("seeds", ["", "torch.manual_seed(7)", "torch.rand(3)"])
+def test_instances_start_alike_though_the_file_runs_once(write, seeds):
+    """As they do in another process, which executes the file itself."""
+    spec, found = f"{write(NET + seeds)}:Net", []
+    for entry in (1, 1, 2):
+        torch.manual_seed(entry)
+        found.append(load_classifier(spec).head.weight)
+        assert torch.initial_seed() == entry
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2]) == ("seed" in seeds)
+
+
+def test_a_file_that_has_changed_is_executed_anew(write):
+    write("SIZE = 6", "layers.py")
+    text = f"from layers import SIZE{NET}".replace("classes=3", "classes=SIZE")
+
+    def outputs():
+        return [load_classifier(f"{path}:Net")(torch.rand(1, 4)).shape[1] for path in paths]
+
+    paths = [write(text), write(text, "other.py")]
+    assert outputs() == [6, 6]
+    write(text.replace("=SIZE", "=   9"))  # as long, and perhaps of the same second
+    assert outputs() == [9, 6]
+    write(text)
+    write("SIZE = 11", "layers.py")
+    assert outputs() == [11, 11]
+
+
+def test_a_file_mended_after_an_error(write):
+    spec = f"{write('import torch' + NET + 'raise KeyError(1)')}:Net"
+    assert "KeyError" in message(spec)
+    write(NET)
+    assert load_classifier(spec)(torch.rand(1, 4)).shape[1] == 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
