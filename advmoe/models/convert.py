@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -22,14 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 from advmoe.config import Channels, Experts, ModelConfig, RouterKind, Within, typed
 from advmoe.models.classifier import Classifier
 from advmoe.models.modes import evaluating
 from advmoe.models.normalize import Normalize
 from advmoe.moe.conv import MoEConv2d
+from advmoe.moe.described import asks_no_values
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.linear import MoELinear
+from advmoe.moe.rectifier import heard
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
@@ -99,9 +103,10 @@ def to_moe(
     Every `Conv2d` becomes an MoE layer with `num_experts` copies of it as experts and, by default, a router of its own.
     The result takes [0, 1] pixels (N, C, H, W) to logits (N, K) as `module` does, and works with all else here. Its
     `conversion` lists what was converted and what was not, with the reason: depthwise convolutions; layers that are
-    shared, parametrised or hooked; subclasses with buffers or modules inside (others keep their `forward`); and, where
-    an `example` is given, layers that do not run, or not on one row per image. A layer that runs several times in a
-    pass makes its choice the first time and keeps it.
+    shared, parametrised or hooked; subclasses with buffers, or with parameters of modules inside (others keep their
+    `forward`); and, where an `example` is given, layers that do not run, or not on one row per image, or whose weights
+    the network reads itself. MoE layers answer for the other attributes of what they replace. A layer that runs several
+    times in a pass makes its choice the first time and keeps it.
 
     Args:
         module: the network, or a plain `Classifier` of ours. It is copied, and left as it is, unless `inplace`.
@@ -277,12 +282,13 @@ def _obstacle(
     others += [other for parameter in layer.parameters() for other in owners[id(parameter)] if other != name]
     if others:
         return f"shared with {others[0]}"
-    if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+    if heard(layer):
         return "it has hooks"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    if next(chain(layer.children(), layer.buffers()), None) is not None:
-        return f"a {type(layer).__name__} with buffers or modules inside"
+    inside = chain.from_iterable(child.parameters() for child in layer.children())
+    if next(chain(inside, layer.buffers()), None) is not None:
+        return f"a {type(layer).__name__} with buffers, or parameters of modules inside"
     rows = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
     if layer._parameters.get("weight") is None or {each.shape[:1] for each in layer.parameters()} != {(rows,)}:
         return f"a {type(layer).__name__} whose parameters are not one row per output"
@@ -306,7 +312,9 @@ def _require_matches(argument: str, patterns: Sequence[str], names: Sequence[str
 
 
 def _watch(layers: list[_Layer], model: nn.Module, example: Tensor) -> None:
-    """Run `model` on `example`, and note of each layer when it runs, on what, and whether its output is changed."""
+    """Run `model` on `example`, and note of each layer when it runs, on what, whether its output is changed, and
+    whether its parameters are read by others.
+    """
     outputs: dict[str, tuple[Tensor, int]] = {}
 
     def hook(each: _Layer, args: tuple[Any, ...], output: Tensor) -> None:
@@ -320,12 +328,17 @@ def _watch(layers: list[_Layer], model: nn.Module, example: Tensor) -> None:
         outputs[each.name] = output, output._version
 
     watched = [each for each in layers if each.reason is None]
+    reads = _Reads(watched)
     handles = [
         each.module.register_forward_hook(lambda _, args, output, each=each: hook(each, args, output))
         for each in watched
     ]
+    for each in watched:
+        handles.append(each.module.register_forward_pre_hook(lambda module, _: reads.running.add(id(module))))
+        handles.append(each.module.register_forward_hook(lambda module, *_: reads.running.discard(id(module))))
     try:
-        _logits(model, example)
+        with reads:
+            _logits(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -335,6 +348,37 @@ def _watch(layers: list[_Layer], model: nn.Module, example: Tensor) -> None:
         else:
             output, version = outputs[each.name]
             each.in_place = output._version != version
+
+
+class _Reads(TorchFunctionMode):
+    """Notes of each layer whose parameters are computed with while it does not run itself."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        super().__init__()
+        self.owners = {
+            id(parameter): (name, each) for each in layers for name, parameter in each.module.named_parameters()
+        }
+        self.running = set[int]()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Have PyTorch do it, and note what it is done to."""
+        kwargs = kwargs or {}
+        if not asks_no_values(func, args):
+            for value in _flat((*args, *kwargs.values())):
+                name, layer = self.owners.get(id(value), ("", None))
+                if layer is not None and id(layer.module) not in self.running:
+                    layer.reason = f"the network reads its {name}"
+        return func(*args, **kwargs)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 # The model
@@ -359,6 +403,8 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
             raise ValueError(f"module must have the layers that were converted, got {name} without {layer}")
         made = _moe_layer(plain, num_experts, index, own_router=router == "layer")
         made.copies = layer in conversion.in_place
+        made.title = f"MoE layer {index} ({layer})" if layer else made.title
+        _answer_for(made, plain)
         if not layer:
             module = made
         else:
@@ -399,6 +445,15 @@ def _moe_layer(layer: nn.Conv2d | nn.Linear, num_experts: int, index: int, *, ow
     if made.router is not None:
         made.router.to(torch.promote_types(dtype, torch.float32))
     return made
+
+
+def _answer_for(made: MoELayer, layer: nn.Module) -> None:
+    """Have `made` hold the plain attributes of the `layer` that it replaces, for whoever asks it for them."""
+    for name in dir(layer):
+        if not name.startswith("_") and not hasattr(made, name):
+            value = inspect.getattr_static(layer, name, layer)  # no property is run; parts are not found so
+            if not (callable(value) or hasattr(value, "__get__") or isinstance(value, Tensor)):
+                setattr(made, name, value)
 
 
 def _two(numbers: tuple[int, ...]) -> tuple[int, int]:
@@ -452,6 +507,9 @@ def _logits(model: nn.Module, example: Tensor) -> Tensor:
     try:
         with torch.random.fork_rng(devices=[]), evaluating(model), torch.no_grad():
             logits = model(example.to(device, dtype))
+    except AttributeError as error:
+        asked = f" (asked of {error.obj.title})" if isinstance(error.obj, MoELayer) else ""
+        raise ValueError(f"module must take images {shape} without an error, got {one_line(error)}{asked}") from error
     except Exception as error:
         raise ValueError(f"module must take images {shape} without an error, got {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(example):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
+from advmoe.moe.described import Described
 from advmoe.moe.layer import Finish, MoELayer, Weights
 from advmoe.moe.rectifier import listened, pooled_before
 from advmoe.moe.routers import LayerRouter
@@ -98,7 +99,10 @@ class MoEConv2d(MoELayer):
         )  # fmt: skip
         kernel = _pair(kernel_size)
         self.c_in, self.c_out, self.groups = c_in, c_out, groups
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.in_channels, self.out_channels, self.kernel_size = c_in, c_out, kernel  # as a `Conv2d` calls them
+        self.stride, self.dilation = _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.transposed, self.output_padding = False, (0, 0)
         sides = _padded_sides(kernel, _pair(stride), padding, _pair(dilation))
         # Zeros are the convolution's own affair; what else stands around the image is put there first.
         self.padding_mode, self.sides = padding_mode, None if padding_mode == "zeros" else sides
@@ -116,6 +120,11 @@ class MoEConv2d(MoELayer):
     def banks(self) -> tuple[Tensor, ...]:
         """The filters (M, C_in / G, k, k) and, where there is a bias, its numbers (M,)."""
         return (self.bank,) if self.bias is None else (self.bank, self.bias)
+
+    @property
+    def weight(self) -> Described:
+        """What may be known of one expert's filters (C_out, C_in / G, k, k)."""
+        return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def folded(
         self,

@@ -86,6 +86,8 @@ class MoELayer(nn.Module, ABC):
         self.router = router
         self.linear = False
         """Whether the layer is a linear map of its input, with no bias."""
+        self.title = f"MoE layer {layer}"
+        """What errors call it."""
         self.copies = False
         """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
 
@@ -145,7 +147,7 @@ class MoELayer(nn.Module, ABC):
         routing = active_routing()
         scores = self._scores(x, routing)
         if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
-            rule = f"MoE layer {self.layer} must get one row for each of the {len(scores)} images"
+            rule = f"{self.title} must get one row for each of the {len(scores)} images"
             raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:

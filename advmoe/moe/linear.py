@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
 
@@ -37,6 +38,7 @@ class MoELinear(MoELayer):
         router = LayerRouter(c_in, num_experts) if own_router else None
         super().__init__(bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router)
         self.c_in, self.c_out = c_in, c_out
+        self.in_features, self.out_features = c_in, c_out  # as a `Linear` calls them
         self.bank = nn.Parameter(torch.empty(bank_rows, c_in))
         self.bias = nn.Parameter(torch.empty(bank_rows)) if bias else None
         bound = 1 / math.sqrt(c_in)  # as `torch.nn.Linear` starts
@@ -48,6 +50,11 @@ class MoELinear(MoELayer):
     def banks(self) -> tuple[Tensor, ...]:
         """The rows (M, C_in) and, where there is a bias, its numbers (M,)."""
         return (self.bank,) if self.bias is None else (self.bank, self.bias)
+
+    @property
+    def weight(self) -> Described:
+        """What may be known of one expert's rows (C_out, C_in)."""
+        return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in), tokens (N, T, C_in), or tokens in several axes (N, H, W, C_in) -> the same with C_out."""

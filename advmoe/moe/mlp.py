@@ -43,6 +43,8 @@ class MoEMLP(MoELayer):
         router = LayerRouter(dim, num_experts, per_token=per_token) if own_router else None
         super().__init__(bank_rows=bank_rows, expert_rows=hidden, num_experts=num_experts, layer=layer, router=router)
         self.dim, self.hidden = dim, hidden
+        self.in_features = self.out_features = dim  # as `Linear` layers call them
+        self.hidden_features = hidden
         self.fc1_weight = nn.Parameter(torch.empty(bank_rows, dim))
         self.fc1_bias = nn.Parameter(torch.zeros(bank_rows))
         self.fc2_weight = nn.Parameter(torch.empty(bank_rows, dim))

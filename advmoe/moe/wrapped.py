@@ -10,6 +10,7 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
 
@@ -21,7 +22,8 @@ class MoEWrapped(MoELayer):
     weights, or pads by the image's size): that code runs with the chosen expert's parameters.
 
     Args:
-        inner: the layer, taken over. Its parameters must all have R rows, and it no buffers and no modules inside.
+        inner: the layer, taken over. Its parameters must all have R rows, and it no buffers; modules inside it (one
+            that pads, say) must have neither.
         c_in: channels or features that it takes. The rest is as of `MoEConv2d`.
     """
 
@@ -31,8 +33,10 @@ class MoEWrapped(MoELayer):
         rows = {shape[:1] for shape in shapes.values()}
         if len(rows) != 1 or () in rows:
             raise ValueError(f"inner must have parameters, all with as many rows, got {shapes}")
-        if next(chain(inner.children(), inner.buffers()), None) is not None:
-            raise ValueError(f"inner must have no buffers and no modules inside, got a {type(inner).__name__}")
+        inside = chain.from_iterable(child.parameters() for child in inner.children())
+        if next(chain(inside, inner.buffers()), None) is not None:
+            rule = "inner must have no buffers, and no parameters but its own"
+            raise ValueError(f"{rule}, got a {type(inner).__name__}")
         (((count),),) = rows
         router = LayerRouter(c_in, num_experts) if own_router else None
         super().__init__(
@@ -52,9 +56,23 @@ class MoEWrapped(MoELayer):
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """What the layer makes of `x` (N, ...) with one expert's parameters (R, ...)."""
         (inner,) = self.inner
-        inner.training = self.training
+        if inner.training is not self.training:
+            inner.train(self.training)
         y: Tensor = functional_call(inner, dict(zip(self.names, weights, strict=True)), (x,))
         return y
+
+    @property
+    def weight(self) -> Described:
+        """What may be known of one expert's weight (R, ...)."""
+        bank = self._parameters["bank_weight"]
+        assert bank is not None
+        return Described(bank, self.expert_rows, f"the weight of {self.title}")
+
+    @property
+    def bias(self) -> Described | None:
+        """What may be known of one expert's bias (R,), if there is one."""
+        bank = self._parameters.get("bank_bias")
+        return None if bank is None else Described(bank, self.expert_rows, f"the bias of {self.title}")
 
     def extra_repr(self) -> str:
         """The layer and its use, for `print(model)`."""
