@@ -69,6 +69,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+# Its networks are tested. Without its torchvision, which brings a build of torch and is not needed for them.
+	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints.txt

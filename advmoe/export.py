@@ -381,7 +381,7 @@ def _quiet() -> Iterator[None]:
 
 
 def compared(model: nn.Module, run: Run, images: Tensor, batch: int = 1) -> dict[str, Any]:
-    """How `run` differs from `model` on `images`, `batch` at once (and, of several, the first alone as well).
+    """How `run` differs from `model` on `images`, `batch` at once (and, of several, the first 1 and 3 as well).
 
     A router whose best scores lie within `TIE` may choose otherwise in another library. Such ties are listed, and the
     image's logits compared with PyTorch's on the pathway that `run` took.
@@ -389,7 +389,8 @@ def compared(model: nn.Module, run: Run, images: Tensor, batch: int = 1) -> dict
     Raises `ExportFailed` where a pathway differs otherwise, or a logit by more than `TOLERANCE`.
     """
     largest, pathways, ties = 0.0, set(), []
-    parts = [*zip(images.split(batch), range(0, len(images), batch), strict=True), (images[:1], 0)]
+    parts = [*zip(images.split(batch), range(0, len(images), batch), strict=True)]
+    parts += [(images[:number], 0) for number in (1, 3) if number < batch]
     for x, first in tracked(parts, "compare"):
         with route() as routing:
             expected = model(x)

@@ -166,6 +166,55 @@ def test_a_dynamic_batch_of_any_size(tmp_path):
     assert session_of(tmp_path / "net.onnx").get_inputs()[0].shape == ["batch", 3, SIDE, SIDE]
 
 
+class Small(nn.Module):
+    """A network whose layers read one another's attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x.to(self.stem.weight.dtype)).relu()
+        return self.head(self.body(x).relu().mean((2, 3)) / self.body.out_channels**0.5)
+
+
+@pytest.mark.parametrize(
+    ("router", "opset", "dynamic"),
+    [
+        ("layer", None, True), ("layer", 18, True), ("layer", "newest", True), ("image", None, True),
+        ("embedding", 18, True), ("layer", "newest", False),
+    ],
+)  # fmt: skip
+def test_a_converted_network_in_every_form(tmp_path, router, opset, dynamic):
+    torch.manual_seed(0)
+    images = random_images((3, SIDE, SIDE))
+    model = to_moe(Small().eval(), router=router, example=images)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                layer.bank.add_(0.1 * torch.randn_like(layer.bank))
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.momentum = 1.0
+        model.train()(images)
+    model.eval()
+    batches = (1, 2, 5) if dynamic else (1,)
+    if opset is None:
+        path = tmp_path / "net.pt2"
+        export_model(model, path, format="torch-export", dynamic_batch=dynamic, images=images[:4], threads=1)
+        net = torch.export.load(path).module()
+        for batch in batches:
+            for x in images[: 20 - 20 % batch].split(batch):
+                logits, taken = net(x)
+                torch.testing.assert_close(logits, model(x), rtol=1e-4, atol=1e-4)
+                assert torch.equal(taken, pathway(model, x))
+    else:
+        number = onnx.defs.onnx_opset_version() if opset == "newest" else opset
+        path = tmp_path / "net.onnx"
+        report = export_model(model, path, dynamic_batch=dynamic, opset=number, images=images[:4], threads=1)
+        assert report["opset"] == number
+        agree(model, path, batches=batches)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_tokens_routed_one_by_one_have_all_experts_computed(tmp_path, dynamic):
     model = warmed("deit-tiny", route_per="token")

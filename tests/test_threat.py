@@ -126,3 +126,21 @@ def test_errors_name_field_rule_and_value(arguments, message):
 
 def test_an_l2_ball_may_be_wider_than_the_pixel_range():
     assert ThreatModel("l2", 3.0).eps == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0, 1e-7, 1e-3, 1, 1e4])
+def test_half_precision_has_the_norms_of_fp32(dtype, scale):
+    threat, generator = ThreatModel("l2", 0.5), torch.Generator().manual_seed(0)
+    gradient = (scale * torch.randn(3, 3, 8, 8, generator=generator)).to(dtype)
+    gradient[1] = 0
+    x = torch.rand(3, 3, 8, 8, generator=generator).to(dtype)
+    step = threat.steepest_step(gradient)
+    assert step.dtype == dtype and torch.equal(step, threat.steepest_step(gradient.float()).to(dtype))
+    assert not step[1].any() and (scale == 0 or (lengths(step.float(), "l2")[[0, 2]] - 1).abs().max() < 0.01)
+    for x_adv in (x, x + step, x + 100 * step):
+        projected = threat.project(x_adv, x)
+        assert projected.dtype == dtype and torch.equal(projected, threat.project(x_adv.float(), x.float()).to(dtype))
+    start = threat.random_start(x, generator)
+    assert start.dtype == dtype and start.isfinite().all()
+    assert (lengths(start.float() - x.float(), "l2") < 0.51 + 0.1 * (dtype == torch.bfloat16)).all()

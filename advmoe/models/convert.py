@@ -33,7 +33,7 @@ from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.described import asks_no_values
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.linear import MoELinear
-from advmoe.moe.rectifier import heard
+from advmoe.moe.rectifier import listened
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
@@ -282,7 +282,7 @@ def _obstacle(
     others += [other for parameter in layer.parameters() for other in owners[id(parameter)] if other != name]
     if others:
         return f"shared with {others[0]}"
-    if heard(layer):
+    if any(map(listened, layer.modules())):
         return "it has hooks"
     if "forward" in vars(layer):
         return "its forward was replaced"
@@ -369,7 +369,7 @@ class _Reads(TorchFunctionMode):
             for value in _flat((*args, *kwargs.values())):
                 name, layer = self.owners.get(id(value), ("", None))
                 if layer is not None and id(layer.module) not in self.running:
-                    layer.reason = f"the network reads its {name}"
+                    layer.reason = layer.reason or f"the network reads its {name}"
         return func(*args, **kwargs)
 
 

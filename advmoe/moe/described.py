@@ -19,7 +19,7 @@ KNOWN = (
 
 _LIKE: frozenset[Callable[..., Any]] = frozenset(
     [
-        Tensor.to, Tensor.type_as, torch.empty_like, torch.full_like, torch.is_complex, torch.is_floating_point,
+        Tensor.__len__, Tensor.to, Tensor.type_as, torch.empty_like, torch.full_like, torch.is_complex, torch.is_floating_point,
         torch.numel, torch.ones_like, torch.rand_like, torch.randn_like, torch.result_type, torch.zeros_like,
     ]
 )  # fmt: skip
@@ -74,7 +74,8 @@ class Described:
         """Others made like it; nothing else."""
         given = [*args, *(kwargs or {}).values()]
         if not asks_no_values(func, args) or (isinstance(given[0], cls) and func in (Tensor.to, Tensor.type_as)):
-            ours = next((each for each in given if isinstance(each, cls)), None)
+            flat = [part for each in given for part in (each if isinstance(each, list | tuple) else [each])]
+            ours = next((each for each in flat if isinstance(each, cls)), None)
             rule = "a parameter of an MoE layer must not be read" if ours is None else ours._rule()
             raise ValueError(f"{rule}, got {getattr(func, '__name__', func)}")
         return func(*map(_plain, args), **{name: _plain(each) for name, each in (kwargs or {}).items()})

@@ -417,3 +417,23 @@ def test_a_bar_counts_the_queries_of_square(official, monkeypatch):
     monkeypatch.setattr(sys.modules[autoattack.__module__], "counting", counting)
     square(model, x, labelled(model, x, wrong=0), threat=ThreatModel("linf", 0.001), seed=0, queries=200)
     assert 200 <= len(passes) <= 205
+
+
+@pytest.mark.parametrize("threat", [LINF, L2])
+def test_half_precision_is_attacked_in_fp32(official, threat):
+    model, x = linear(4).eval(), images(4).half()
+    y = labelled(model, x.float(), wrong=0)
+    seen = []
+
+    def predict(z):
+        seen.append(z.dtype)
+        return model(z.float()).half()
+
+    for found in (
+        autoattack(predict, x, y, threat=threat, seed=0, version="custom", attacks=["apgd-ce"]),
+        square(predict, x, y, threat=threat, seed=0, queries=20),
+    ):
+        assert found.x_adv.dtype == torch.float16 and found.x_adv.isfinite().all()
+    assert set(seen) == {torch.float16}
+    broken = autoattack(predict, x, y, threat=threat, seed=0, version="custom", attacks=["apgd-ce"]).x_adv
+    assert robust_accuracy(model, broken.float(), y) < 1

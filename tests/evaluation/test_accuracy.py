@@ -1,6 +1,7 @@
 """Accuracies of a classifier whose every answer is known by hand, and what an evaluation leaves alone."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
+from advmoe.evaluation import accuracy
 from advmoe.evaluation.accuracy import assess, evaluate, masking_gap, outcomes, summary
-from advmoe.evaluation.scoring import run_attack
+from advmoe.evaluation.scoring import device_of, run_attack
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
 
@@ -317,3 +319,25 @@ def test_what_is_measured_is_fp32_whichever_flags_are_set():
     finally:
         conv.fp32_precision, matmul.fp32_precision = before
     assert seen and all(each[1] == "ieee" and each[0] in ("ieee", "none") for each in seen)
+
+
+def test_by_default_images_are_put_where_the_module_is(monkeypatch):
+    class Elsewhere(nn.Module):
+        def __init__(self, buffer):
+            super().__init__()
+            tensor = torch.ones(1, device="meta")
+            if buffer:
+                self.register_buffer("b", tensor)
+            else:
+                self.p = nn.Parameter(tensor)
+
+    assert device_of(Elsewhere(False)) == device_of(Elsewhere(True)) == torch.device("meta")
+    assert device_of(nn.Identity()) == device_of(lambda x: x) == torch.device("cpu")
+    chosen = []
+    monkeypatch.setattr(
+        accuracy, "assess", lambda *_, plan, **__: chosen.append(plan.devices()) or SimpleNamespace(result={})
+    )
+    for model in (Elsewhere(False), nn.Identity(), lambda x: x):
+        evaluate(model, planted())
+    evaluate(Elsewhere(False), planted(), device="cpu")
+    assert chosen == [[torch.device(name)] for name in ("meta", "cpu", "cpu", "cpu")]

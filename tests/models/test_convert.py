@@ -256,7 +256,7 @@ OBSTACLES = {
     "spectral norm": (lambda net: nn.utils.spectral_norm(net.b), {"b": "it has hooks"}),
     "forward replaced": (replaced, {"b": "its forward was replaced"}),
     "state of its own": (
-        lambda net: setattr(net, "b", Counting(4, 4, 3, padding=1)), {"b": "a Counting with buffers or modules inside"}
+        lambda net: setattr(net, "b", Counting(4, 4, 3, padding=1)), {"b": "a Counting with buffers, or parameters of modules inside"},
     ),
 }  # fmt: skip
 
@@ -268,6 +268,105 @@ def test_what_cannot_be_copied_stays_plain_and_says_why(change, skipped):
     assert model.conversion.skipped == skipped
     assert set(model.conversion.converted) == {"a", "b", "c"} - set(skipped) - ({"c"} if net.c is net.b else set())
     torch.testing.assert_close(model(images()), net(images()))
+
+
+class StaticSamePadding(nn.Conv2d):
+    """A convolution that pads by a module, as of EfficientNets that follow TensorFlow's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.static_padding = nn.ZeroPad2d((0, 1, 0, 1))
+        self.flavour = "same"
+
+    def forward(self, x):
+        return F.conv2d(self.static_padding(x), self.weight, self.bias, self.stride)
+
+
+def test_a_convolution_that_pads_by_a_module_is_converted():
+    net = net_with(lambda net: setattr(net, "b", StaticSamePadding(4, 4, 3, stride=2))).eval()
+    model = to_moe(net, example=images(3))
+    assert model.conversion.skipped == {} and type(model.backbone.b) is MoEWrapped
+    torch.testing.assert_close(model(images()), net(images()))
+    assert (model.backbone.b.flavour, model.backbone.b.stride) == ("same", (2, 2))
+
+
+ATTRIBUTES = {
+    "type": lambda layer, x: x.to(layer.weight.dtype),
+    "place": lambda layer, x: x + torch.ones(1, device=layer.weight.device),
+    "both": lambda layer, x: x.to(layer.weight) + torch.zeros_like(layer.weight).sum().to(x),
+    "width": lambda layer, x: x * layer.out_channels / layer.in_channels,
+    "kernel": lambda layer, x: F.pad(x, [layer.kernel_size[0] // 2 - layer.padding[0]] * 4),
+    "shape": lambda layer, x: x * layer.weight.shape[1] + layer.weight.size(0) + layer.weight.ndim + len(layer.weight),
+    "settings": lambda layer, x: x * sum(layer.stride) + layer.groups + layer.dilation[0] + sum(layer.output_padding),
+    "bias": lambda layer, x: x if layer.bias is not None and not layer.transposed else x * 2,
+    "mode": lambda layer, x: x * len(layer.padding_mode) + layer.weight.requires_grad,
+    "own": lambda layer, x: x * layer.factor,
+}
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, StaticSamePadding])
+@pytest.mark.parametrize("read", ATTRIBUTES.values(), ids=ATTRIBUTES)
+def test_a_network_may_read_the_attributes_of_a_layer(read, kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), kind(4, 4, 3), nn.Linear(4, 5)
+            self.b.factor = 3
+
+        def forward(self, x):
+            return self.fc(self.b(read(self.b, self.a(x))).mean((2, 3)))
+
+    net = made(Net).eval()
+    for example in (None, images(3)):
+        model = to_moe(net, example=example).eval()
+        assert model.conversion.skipped == {}
+        torch.testing.assert_close(model(images()), net(images()))
+
+
+COMPUTES = {
+    "function": lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1),
+    "product": lambda layer, x: x * layer.weight.sum(),
+    "operator": lambda layer, x: x + (2 * layer.weight)[0, 0, 0, 0],
+    "data": lambda layer, x: x + layer.weight.data.mean(),
+    "list": lambda layer, x: x + torch.stack([layer.weight, layer.weight]).mean(),
+}
+
+
+@pytest.mark.parametrize("computed", COMPUTES.values(), ids=COMPUTES)
+def test_a_layer_whose_weight_the_network_computes_with_stays_plain(computed):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc((self.b(x) + computed(self.b, x)).mean((2, 3)))
+
+    net = made(Net).eval()
+    model = to_moe(net, example=images(3))
+    assert model.conversion.skipped == {"b": "the network reads its weight"}
+    torch.testing.assert_close(model(images()), net(images()))
+    with pytest.raises((ValueError, AttributeError), match=r"the weight of MoE layer 1 \(b\) must not be read"):
+        to_moe(net)(images())
+
+
+def test_a_method_that_no_moe_layer_has_is_an_error_that_names_the_layer():
+    class Doubling(nn.Conv2d):
+        def doubled(self, x):
+            return 2 * self(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = Doubling(3, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.a.doubled(x).mean((2, 3)))
+
+    with pytest.raises(ValueError, match=r"'doubled' \(asked of MoE layer 0 \(a\)\)"):
+        to_moe(made(Net).eval(), example=images(3))
 
 
 def test_layers_are_skipped_by_name_pattern_or_the_module_around_them():
@@ -523,7 +622,7 @@ def test_small_roundings_are_no_mistake_and_real_differences_are():
     [
         (nn.ReLU(), r"inner must have parameters, all with as many rows, got {}"),
         (nn.MultiheadAttention(4, 2).out_proj, None),
-        (nn.BatchNorm2d(4), "inner must have no buffers and no modules inside, got a BatchNorm2d"),
+        (nn.BatchNorm2d(4), "inner must have no buffers, and no parameters but its own, got a BatchNorm2d"),
         (
             nn.LSTM(2, 3, proj_size=1),
             r"inner must have parameters, all with as many rows, got {'weight_ih_l0': \(12, 2",

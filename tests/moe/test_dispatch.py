@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from advmoe.moe import MoEConv2d, route
 from advmoe.moe.dispatch import Plan, merge, split, straight_through
 
 FORMATS = {"flat": None, "nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -112,3 +113,16 @@ def test_the_gate_of_a_half_precision_output_has_its_own_dtype_and_is_rounded_on
     straight_through(y, gate).sum().backward()
     assert gate.grad.dtype == torch.float32
     torch.testing.assert_close(gate.grad, y.float().sum((1, 2, 3)), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", ["hard", "soft", "masked"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_batch_without_images_has_a_gradient(kernel, mode, layout):
+    layer = MoEConv2d(3, 8, kernel, bank_rows=16, num_experts=2, layer=0, bias=True).eval()
+    x = torch.rand(0, 3, 6, 6).to(memory_format=layout).requires_grad_()
+    with route(mode):
+        y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 8, 7 - kernel, 7 - kernel) and x.grad.shape == x.shape and not layer.bank.grad.any()
+    assert merge(split(x, (plan := Plan((0, 1), (torch.empty(0).long(),) * 2))), plan).shape == x.shape

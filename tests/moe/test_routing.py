@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from advmoe.models import create_model
-from advmoe.moe import pathway, route, soft_routing
+from advmoe.moe import dispatch, pathway, route, routing, soft_routing
 from advmoe.moe.routers import global_pool
 from advmoe.moe.routing import active_routing
 
@@ -205,3 +205,45 @@ def test_pooling_in_bf16_adds_in_fp32_and_its_gradient_is_the_mean_s(memory_form
     weights = torch.arange(35.0).view(5, 7)
     (pooled * weights).sum().backward()
     assert torch.equal(x.grad, (weights / 24).bfloat16()[:, :, None, None].expand_as(x))
+
+
+@pytest.mark.parametrize("mode", ["hard", "masked", "soft"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("router", ["layer", "image"])
+def test_experts_that_there_are_not_are_refused(make_routed, make_images, monkeypatch, router, elsewhere, mode):
+    """On an accelerator, too, whose tensors nobody looks at but where it is waited for anyway."""
+    model, x = make_routed(router=router), make_images(4)
+    if elsewhere:
+        for module in (dispatch, routing):
+            monkeypatch.setattr(module, "on_host", lambda tensor: False)
+    paths = pathway(model, x)
+    with torch.no_grad(), route(mode, forced=1 - paths) as given:
+        model(x)
+    assert torch.equal(given.pathway(), 1 - paths)
+    for layer in (0, LAYERS - 1):
+        for wrong in (2, -1):
+            forced = paths.clone()
+            forced[1, layer] = wrong
+            with (
+                pytest.raises(ValueError, match="forced must hold experts from 0 to 1, got"),
+                route(mode, forced=forced),
+            ):
+                model(x)
+    with pytest.raises(ValueError, match=r"L > 3, as MoE layer 3 runs, got shape \(4, 3\)"), route(forced=paths[:, :3]):
+        model(x)
+    with (
+        pytest.raises(ValueError, match="forced must hold whole numbers, got torch.float32"),
+        route(forced=paths.float()),
+    ):
+        model(x)
+
+
+def test_an_accelerator_is_waited_for_once_a_layer(monkeypatch):
+    """What comes beside the counts comes in their transfer."""
+    choice, waits = torch.tensor([1, 0, 1]), []
+    monkeypatch.setattr(dispatch, "on_host", lambda tensor: False)
+    look = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(1) or look(tensor))
+    plan = dispatch.Plan.of(choice, 2, torch.tensor([0, 5]))
+    assert plan.beside == (0, 5) and plan.experts == (0, 1) and len(waits) == 1
+    assert [look(each) for each in plan.members] == [[1], [0, 2]]
