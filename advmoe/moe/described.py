@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 KNOWN = (
-    "device", "dtype", "dtype", "element_size", "dim", "is_complex", "is_cuda", "is_floating_point", "itemsize",
+    "device", "dtype", "element_size", "dim", "is_complex", "is_cuda", "is_floating_point", "itemsize",
     "layout", "ndim", "nelement", "numel", "requires_grad", "shape", "size",
 )  # fmt: skip
 """What can be asked of a tensor without its values."""
 
 _LIKE: frozenset[Callable[..., Any]] = frozenset(
     [
-        Tensor.__len__, Tensor.to, Tensor.type_as, torch.empty_like, torch.full_like, torch.is_complex, torch.is_floating_point,
-        torch.numel, torch.ones_like, torch.rand_like, torch.randn_like, torch.result_type, torch.zeros_like,
+        Tensor.__len__, Tensor.to, Tensor.type_as, torch.empty_like, torch.full_like, torch.is_complex,
+        torch.is_floating_point, torch.numel, torch.ones_like, torch.rand_like, torch.randn_like, torch.result_type, torch.zeros_like,
     ]
 )  # fmt: skip
 """Functions that take type, place or shape from a tensor, but not its values."""

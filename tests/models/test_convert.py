@@ -256,7 +256,8 @@ OBSTACLES = {
     "spectral norm": (lambda net: nn.utils.spectral_norm(net.b), {"b": "it has hooks"}),
     "forward replaced": (replaced, {"b": "its forward was replaced"}),
     "state of its own": (
-        lambda net: setattr(net, "b", Counting(4, 4, 3, padding=1)), {"b": "a Counting with buffers, or parameters of modules inside"},
+        lambda net: setattr(net, "b", Counting(4, 4, 3, padding=1)),
+        {"b": "a Counting with buffers, or parameters of modules inside"},
     ),
 }  # fmt: skip
 

@@ -232,7 +232,7 @@ def test_experts_that_there_are_not_are_refused(make_routed, make_images, monkey
     with pytest.raises(ValueError, match=r"L > 3, as MoE layer 3 runs, got shape \(4, 3\)"), route(forced=paths[:, :3]):
         model(x)
     with (
-        pytest.raises(ValueError, match="forced must hold whole numbers, got torch.float32"),
+        pytest.raises(ValueError, match="forced must hold whole numbers"),
         route(forced=paths.float()),
     ):
         model(x)
