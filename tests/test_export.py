@@ -182,7 +182,7 @@ class Small(nn.Module):
     ("router", "opset", "dynamic"),
     [
         ("layer", None, True), ("layer", 18, True), ("layer", "newest", True), ("image", None, True),
-        ("embedding", 18, True), ("layer", "newest", False),
+        ("image", 18, True), ("layer", "newest", False),
     ],
 )  # fmt: skip
 def test_a_converted_network_in_every_form(tmp_path, router, opset, dynamic):

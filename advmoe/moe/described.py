@@ -20,7 +20,8 @@ KNOWN = (
 _LIKE: frozenset[Callable[..., Any]] = frozenset(
     [
         Tensor.__len__, Tensor.to, Tensor.type_as, torch.empty_like, torch.full_like, torch.is_complex,
-        torch.is_floating_point, torch.numel, torch.ones_like, torch.rand_like, torch.randn_like, torch.result_type, torch.zeros_like,
+        torch.is_floating_point, torch.numel, torch.ones_like, torch.rand_like, torch.randn_like, torch.result_type,
+        torch.zeros_like,
     ]
 )  # fmt: skip
 """Functions that take type, place or shape from a tensor, but not its values."""

@@ -90,7 +90,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("how", WAYS[1:])
 @pytest.mark.parametrize("router", ["layer", "image", "embedding"])
-@pytest.mark.parametrize(("mode", "forced"), MODES)
+@pytest.mark.parametrize(("mode", "forced"), MODES[:4])
 def test_gradients_are_those_without_checkpoints(mode, forced, router, how, x):
     found = []
     for way in (None, how):
@@ -142,13 +142,9 @@ def test_whatever_is_open_and_in_whatever_thread_it_runs(thread, around, how, x)
     assert_same(found(how), found(None))
 
 
-@pytest.mark.parametrize("how", WAYS[1:])
-@pytest.mark.parametrize(("mode", "forced"), MODES)
-@pytest.mark.parametrize("inner", WAYS)
+@pytest.mark.parametrize(("how", "inner"), [(False, None), (True, None), (False, False), (True, True)])
+@pytest.mark.parametrize(("mode", "forced"), MODES[:3])
 def test_a_checkpointed_model_and_checkpoints_within_checkpoints(mode, forced, inner, how, x):
-    if inner is not None and inner is not how:
-        pytest.skip("PyTorch does not mix the two kinds")
-
     def found(outside, inside):
         model, images = Around(converted(Net()), outside), x.clone().requires_grad_()
         model.inner.backbone.how = inside
