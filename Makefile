@@ -15,7 +15,7 @@ UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolu
 NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py)
 
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
-CALLING := tests/test_config.py tests/test_recipes.py tests/test_export.py tests/hub tests/report \
+CALLING := tests/test_cli.py tests/test_config.py tests/test_recipes.py tests/test_export.py tests/hub tests/report \
 	tests/data/test_data_digits.py tests/data/test_data_folder.py tests/attacks/test_autoattack.py \
 	tests/evaluation/test_intervals.py tests/studies/test_statistics.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
@@ -75,7 +75,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(LOWEST)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(LOWEST_BIN)/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST_BIN)/python -m pip install --quiet $(TORCH) uv -c constraints.txt
 	echo '$(TORCH)' >$(LOWEST)/torch.txt
 	$(UV) -e .
