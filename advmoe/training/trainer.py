@@ -331,7 +331,7 @@ class Trainer:
         average_buffers(fabric, self.model.buffers())
         if self.average is not None:
             average_buffers(fabric, self.average.buffers(self.model))
-        share = val.subset(torch.arange(fabric.global_rank, len(val), fabric.world_size))
+        share = val.subset(torch.arange(len(val))[fabric.global_rank :: fabric.world_size])
         sums = torch.zeros(3, device=device)
         with self.averaged():
             if len(share):
