@@ -34,14 +34,6 @@ def require_writable(name: str, folder: Path) -> None:
         raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
-def require_text(name: str, path: Path) -> None:
-    """Raise `ValueError`, which calls it `name`, for a path that is not UTF-8: safetensors reads none."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} must be a path in UTF-8, got {str(path)!r}") from None
-
-
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a file beside `path`, which then takes its place; a failure leaves `path` as it was."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")

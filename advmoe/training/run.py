@@ -18,7 +18,7 @@ from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
-from advmoe.files import checksum, require_text, require_writable
+from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
@@ -358,7 +358,6 @@ def _start(wanted: _Launch) -> Path:
     if present < devices and (wanted.accelerator == "cuda" or (wanted.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise ValueError(f"devices must be {rule}, got {devices!r}")
-    require_text("run_dir", wanted.run_dir)
     require_writable("run_dir", wanted.run_dir)
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
