@@ -18,7 +18,7 @@ from typing import Any
 
 from advmoe.documents import read_bytes
 from advmoe.files import read_json, read_object, write_text
-from advmoe.wording import few
+from advmoe.wording import cut, few
 
 CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.jsonl"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
@@ -91,8 +91,14 @@ def config_note(folder: Path, digest: str) -> str | None:
     return f"{folder / CONFIG} is not what the run began with" if known not in (None, digest) else None
 
 
-# Results
+def diverged_note(folder: Path) -> str | None:
+    """What to say of a run whose training diverged: its model is the best until then, or the one it started from."""
+    if not (path := folder / MANIFEST).is_file() or (why := read_object(path).get("diverged")) is None:
+        return None
+    return f"the training of {folder} diverged ({cut(str(why), 200)}): its model is of before that"
 
+
+# Results
 
 _TIMES = ("seconds", "images_per_second", "ms_per_image")
 

@@ -46,7 +46,7 @@ from advmoe.models import Classifier, load_model
 from advmoe.models.state import digest
 from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
-from advmoe.rundir import CONFIG, DIGEST, config_note, require_plain, sealed, write_result
+from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain, sealed, write_result
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
@@ -184,10 +184,11 @@ def subject(
 
 
 def _settings(run: Path) -> dict[str, dict[str, Any]]:
-    """The fields of a run's configuration; says where it is not what the run began with."""
+    """The fields of a run's configuration; says where it is not what the run began with, or where training diverged."""
     config = Config.load(run / CONFIG)
-    if (note := config_note(run, config.digest())) is not None:
-        tell(f"note  {note}")
+    for note in (config_note(run, config.digest()), diverged_note(run)):
+        if note is not None:
+            tell(f"note  {note}")
     return config.to_dict()
 
 

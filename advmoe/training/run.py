@@ -258,12 +258,13 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     try:
         fit(trainer, folder, manifest, board, None if launch.fresh else described)
     except TrainingDiverged as error:  # on every process
-        if checkpoints.candidates(folder / "best"):
-            raise
+        started_from = not checkpoints.candidates(folder / "best")
         if fabric.is_global_zero:
-            save_model(build_model(config, dataset), folder)
+            manifests.write(folder, manifests.read(folder) | {"diverged": str(error)})
+            if started_from:
+                save_model(build_model(config, dataset), folder)
         fabric.barrier()
-        raise TrainingDiverged(f"{error}; what it started from is kept") from None
+        raise (TrainingDiverged(f"{error}; what it started from is kept") if started_from else error) from None
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:

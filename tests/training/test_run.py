@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import advmoe
 from advmoe.config import Config
 from advmoe.locks import CLAIM, hold
-from advmoe.rundir import Epochs
+from advmoe.rundir import Epochs, diverged_note
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import run as run_module
 from advmoe.training.processes import average_buffers, total
@@ -344,7 +344,9 @@ def test_a_run_of_which_no_epoch_went_well_holds_the_model_it_started_from(tmp_p
     kept = {name: tensor.contiguous() for name, tensor in seen[0].items()}
     assert_same_weights(advmoe.load_run(tmp_path / "run").state_dict(), kept)
     monkeypatch.undo()
+    assert "diverged (after epoch 1" in str(diverged_note(tmp_path / "run"))
     train(tiny(training={"epochs": 1}), run_dir=tmp_path / "run", **THREADS)  # of which nothing stands in the way
+    assert diverged_note(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["weights", "logits"])
