@@ -161,12 +161,13 @@ def read_text(path: Path, most: int, what: str) -> str:
 # JSON
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text. Raises `ValueError` for what is no JSON (NaN is none), keys given twice, integers of
-    more than 64 bits, and more than `DEEPEST` levels.
+def parse_json(text: str | bytes, name: str, *, finite: bool = False) -> Any:
+    """The value of a JSON text. Raises `ValueError` for what is no JSON, keys given twice, integers of more than 64
+    bits, more than `DEEPEST` levels, and, with `finite`, for NaN and infinity, which results may hold.
     """
+    constant = _no_number if finite else None
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"{name} must be JSON of at most {DEEPEST} levels, got more") from None
     except ValueError as error:
@@ -183,9 +184,9 @@ def parse_json(text: str | bytes, name: str) -> Any:
     return found
 
 
-def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, name: str, *, finite: bool = False) -> dict[str, Any]:
     """The object of a JSON text. Raises `ValueError` for anything else (see `parse_json`)."""
-    found = parse_json(text, name)
+    found = parse_json(text, name, finite=finite)
     if not isinstance(found, dict):
         raise ValueError(f"{name} must hold a JSON object, got a {type(found).__name__}")
     return found

@@ -56,11 +56,11 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+def read_object(path: Path, most: int = MOST_JSON, *, finite: bool = False) -> dict[str, Any]:
     """The object in a JSON file of at most `most` bytes. Raises `ValueError`, which names the file, for one that holds
     anything else (see `documents.parse_json`).
     """
-    return parse_object(read_text(path, most, "JSON"), str(path))
+    return parse_object(read_text(path, most, "JSON"), str(path), finite=finite)
 
 
 def read_json(content: bytes, name: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_text_stays_text_whichever_yaml_reads_it(text: str) -> None:
 )
 def test_what_json_is_refused_in_one_line(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=r"^file must be JSON") as caught:
-        parse_json(text, "file")
+        parse_json(text, "file", finite=True)
     assert problem in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -128,6 +128,10 @@ PLAIN = st.none() | st.booleans() | st.text() | NUMBERS
 @given(st.recursive(PLAIN, lambda below: st.lists(below) | st.dictionaries(st.text(), below), max_leaves=20))
 def test_other_json_is_what_it_was(value: object) -> None:
     assert parse_json(json.dumps(value), "file") == value
+
+
+def test_results_may_hold_infinity() -> None:
+    assert parse_object('{"value": Infinity}', "file") == {"value": math.inf}
 
 
 def test_an_object_is_asked_for() -> None:

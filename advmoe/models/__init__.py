@@ -235,7 +235,7 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
             raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
     rule = "an undamaged model description" if module is None else f"of a model made of this {type(module).__name__}"
     misfit = f"{weights} must hold the weights that {description.name} describes, got"
-    spec = read_object(description, _MOST_DESCRIPTION)
+    spec = read_object(description, _MOST_DESCRIPTION, finite=True)
     own = "source" in spec
     try:
         shapes = read_shapes(weights)
