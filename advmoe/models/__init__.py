@@ -78,7 +78,7 @@ def find_backbone(name: str) -> Backbone:
     """The backbone called `name`. Raises `ValueError`, which lists what there is, for an unknown one."""
     if name in BACKBONES:
         return BACKBONES[name]
-    if (match := re.fullmatch(r"wrn-([1-9][0-9]{0,9})-([1-9][0-9]{0,9})", name)) is not None:
+    if (match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name)) is not None:
         depth, widening = int(match[1]), int(match[2])
         if not 10 <= depth <= 1000 or depth % 6 != 4 or not 1 <= widening <= 100:
             rule = "D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100"

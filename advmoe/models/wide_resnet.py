@@ -55,7 +55,9 @@ class WideResNet(nn.Module):
         input_size: int,
     ) -> None:
         super().__init__()
-        c_in = max(1, width // widening)
+        if width < widening:
+            raise ValueError(f"model.width must be >= {widening} for a Wide ResNet of that widening, got {width}")
+        c_in = width // widening
         self.stem = stem(layers, in_channels, c_in, input_size, activate=False)
         self.router_pool = stem_stride(input_size)
         blocks: list[nn.Module] = []

@@ -149,6 +149,7 @@ def test_one_whole_channel_is_enough():
             "model.num_experts must be <= the 8 channels of every layer, of which experts are windows",
         ),
         ({"name": "densenet40", "width": 1}, "model.width must be >= 2 for a DenseNet (it grows by half of it), got 1"),
+        ({"name": "wrn-28-10", "width": 9}, "model.width must be >= 10 for a Wide ResNet of that widening, got 9"),
         ({"name": "wrn-1000-100"}, "the model must have at most 10,000,000,000 weights, got more"),
         (
             {"name": "wrn-1006-1"},
