@@ -410,7 +410,9 @@ def test_an_example_shows_the_order_and_what_does_not_run():
 
 
 def test_without_an_example_a_pass_says_what_is_wrong():
-    with pytest.raises(ValueError, match=r"MoE layer 0 must get one row for each of the 12 images, got shape \(24, 3"):
+    with pytest.raises(
+        ValueError, match=r"MoE layer 0 \(folded\) must get one row for each of the 12 images, got shape \(24, 3"
+    ):
         to_moe(made(Watched), router="image").eval()(images())
     rule = "every MoE layer must make one choice per image .* got of 12 images"
     with pytest.raises(ValueError, match=f"{rule} folded with 24, idle with 0"):
@@ -576,8 +578,8 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: to_moe(made(Plain), 0), "num_experts must be a whole number >= 1, got 0"),
-        (lambda: to_moe(made(Plain), True), "num_experts must be a whole number >= 1, got True"),
+        (lambda: to_moe(made(Plain), 0), "num_experts must be a whole number >= 1 and <= 1024, got 0"),
+        (lambda: to_moe(made(Plain), True), "num_experts must be a whole number >= 1 and <= 1024, got True"),
         (lambda: to_moe(made(Plain), router="none"), "router must be one of layer, embedding, image, got 'none'"),
         (lambda: to_moe(made(Plain), skip=["conv2"]), "skip must name layers to convert of the network (did you mean "
          "conv1?), got 'conv2'"),
