@@ -55,6 +55,10 @@ class Stretch(Generic[T]):
     unseen: bool = False
     """Whether something ran in it without gradients, as checkpoints of the older kind do: no node of that keeps it."""
 
+    def has_nodes(self) -> bool:
+        """Whether any node has been made since it began."""
+        return torch._C._autograd._get_sequence_nr() > self.first
+
     def keep(self, y: Tensor) -> None:
         """Remember this stretch for as long as the graph of `y`, made in it, is there."""
         if y.grad_fn is not None:

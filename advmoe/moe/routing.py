@@ -272,12 +272,13 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
     before = routing.one_pass, routing.shares
     routing.one_pass, routing.shares = True, shares
     with stretching(routing, held.stretch, lasting=False) as stretch:
-        token = _active.set(replace(held, stretch=stretch))
+        token = _active.set(_Open(routing, at, stretch))
         try:
             yield routing
         finally:
             _active.reset(token)
-            stretch.what = replace(routing, scores={}, repeats=None, _plans=[])  # without what holds the graph
+            if stretch.has_nodes():  # what is remembered of it holds no graph
+                stretch.what = replace(routing, scores={}, repeats=None, _plans=[])
             routing.one_pass, routing.shares = before
 
 
