@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from advmoe.documents import read_bytes
 from advmoe.files import read_json, read_object, write_text
@@ -24,7 +24,7 @@ CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.jsonl"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 
 DIGEST = "model_sha256"
-"""The model's digest, in the header of its weights and in every result (`models.state.digest`)."""
+"""The model's digest (`model_digest`), in the header of its weights and in every result."""
 CONFIG_DIGEST = "config_sha256"
 """The digest of the configuration that a run began with (`Config.digest`), in its manifest."""
 _MOST_METRICS = 256_000_000
@@ -64,14 +64,58 @@ def _not_plain(path: Path) -> ValueError:
 # The model
 
 
-def stored_digest(weights: Path) -> str | None:
-    """The digest in the header of a weights file, which training wrote there; None where there is none."""
+Entry = tuple[str, str, Sequence[int], Any]
+"""One tensor of a state: name, type as PyTorch writes it, shape, bytes."""
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+"""PyTorch's names of the types of safetensors."""
+
+
+def model_digest(spec: Mapping[str, Any], state: Iterable[Entry]) -> str:
+    """The SHA-256 of a model: of its `spec` (`model.json`), but for the place of a network of the user's own, and of
+    its `state`, in the order of names.
+    """
+    described = {name: value for name, value in spec.items() if name != "source"}
+    found = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, kind, shape, content in state:
+        found.update(f"{name} {kind} {tuple(shape)}".encode())
+        found.update(content)
+    return found.hexdigest()
+
+
+def digest_at(folder: Path) -> str | None:
+    """The digest of the model in a run directory: that in the header of the weights, which training wrote there, or
+    one made from the files. None where there is no model that can be read.
+    """
+    weights = folder / WEIGHTS
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MOST_HEADER, weights.stat().st_size):
                 return None
-            known = json.loads(file.read(length)).get("__metadata__", {}).get(DIGEST)
+            header = read_json(file.read(length), str(weights))
+            if isinstance(known := header.pop("__metadata__", {}).get(DIGEST), str):
+                return known
+            return model_digest(read_object(folder / MODEL), _entries(header, file, 8 + length))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _entries(header: Mapping[str, Any], file: BinaryIO, start: int) -> Iterator[Entry]:
+    """The tensors of a safetensors file whose data begin at `start`."""
+    for name, each in sorted(header.items()):
+        first, end = each["data_offsets"]
+        file.seek(start + first)
+        yield name, f"torch.{_TYPES[each['dtype']]}", each["shape"], file.read(end - first)
+
+
+def stored_digest(weights: Path) -> str | None:
+    """The digest in the header of a weights file; None where there is none."""
+    try:
+        with weights.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            known = json.loads(file.read(min(length, MOST_HEADER))).get("__metadata__", {}).get(DIGEST)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return known if isinstance(known, str) else None

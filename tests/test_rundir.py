@@ -18,7 +18,7 @@ from advmoe.hub.card import Record
 from advmoe.models import save_model
 from advmoe.models.state import digest
 from advmoe.report.results import load_results
-from advmoe.rundir import Epochs, config_note, require_plain, sealed, stale, stored_digest, unsealed
+from advmoe.rundir import Epochs, config_note, digest_at, require_plain, sealed, stale, stored_digest, unsealed
 from advmoe.training.run import resume
 
 FAST = {"num_examples": 12, "accelerator": "cpu", "threads": 1}
@@ -219,6 +219,7 @@ def test_weights_without_a_digest_are_read_as_before(run):
     state = load_file(run / "model.safetensors")
     save_file(state, run / "model.safetensors")
     assert stored_digest(run / "model.safetensors") is None
+    assert digest_at(run) == digest(load_run(run))  # made from the files, and from the model
     assert load_run(run).origin.digest == digest(load_run(run))
 
 

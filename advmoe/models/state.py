@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from advmoe.rundir import MOST_HEADER
+from advmoe.rundir import MOST_HEADER, model_digest
 from advmoe.wording import few
 
 
@@ -30,17 +27,14 @@ def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def digest(module: nn.Module) -> str:
-    """The SHA-256 of a model: of the names, types, shapes and values of its state, and of `spec`, what describes a
-    `Classifier`, but for the place of a network of the user's own. Device and memory format change nothing.
-    """
-    spec: Mapping[str, Any] = getattr(module, "spec", None) or {}
-    described = {name: value for name, value in spec.items() if name != "source"}
-    found = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor) and not value.is_meta:
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """The digest of a module (`rundir.model_digest`), which device and memory format do not change."""
+    state = sorted(module.state_dict().items())
+    entries = (
+        (name, str(value.dtype), value.shape, value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for name, value in state
+        if isinstance(value, Tensor) and not value.is_meta
+    )
+    return model_digest(getattr(module, "spec", None) or {}, entries)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

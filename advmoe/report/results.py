@@ -22,12 +22,11 @@ from advmoe.rundir import (
     DIGEST,
     MANIFEST,
     METRICS,
-    WEIGHTS,
     Epochs,
+    digest_at,
     read_result,
     require_plain,
     stale,
-    stored_digest,
     unsealed,
 )
 
@@ -250,7 +249,7 @@ def _load_run(path: Path, label: str) -> Run:
     config = parse_yaml(text, str(path / CONFIG))
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
-    digest, epochs = stored_digest(path / WEIGHTS), Epochs.read(path / METRICS, strict=True)
+    digest, epochs = digest_at(path), Epochs.read(path / METRICS, strict=True)
     found = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
     found["dissection"] = {
         attack: unsealed(each, f"{path / 'dissection.json'}: {attack}") if isinstance(each, dict) else each
@@ -286,7 +285,7 @@ def with_gallery(run: Run, reason: str | None = None) -> Run:
 
 def _current_gallery(path: Path) -> Arrays | None:
     """The gallery in a run directory; None where there is none, or one of other weights than are there now."""
-    found, digest = load_gallery(path / GALLERY), stored_digest(path / WEIGHTS)
+    found, digest = load_gallery(path / GALLERY), digest_at(path)
     return None if found is None or (digest is not None and str(found[DIGEST]) != digest) else found
 
 

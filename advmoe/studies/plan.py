@@ -10,7 +10,7 @@ from typing import Any
 
 from advmoe.config import Config, merged
 from advmoe.files import read_object
-from advmoe.rundir import CONFIG, MANIFEST, WEIGHTS, require_plain, stale, stored_digest
+from advmoe.rundir import CONFIG, MANIFEST, WEIGHTS, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.spec import Measure, Row, Run
 
@@ -104,7 +104,7 @@ class PlannedMeasure:
         done = dict[str, Any]()
         with suppress(ValueError):  # a measurement that is there, though what it says of itself is damaged
             done = read_object(self.path / "done.json")
-        return "missing" if stale(done, stored_digest(self.run.path / WEIGHTS)) else "finished"
+        return "missing" if stale(done, digest_at(self.run.path)) else "finished"
 
 
 ALONE = ("cost", "pace")

@@ -13,7 +13,7 @@ from typing import Any
 from advmoe.config import Config
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import held
-from advmoe.rundir import DIGEST, WEIGHTS, stored_digest, write_result
+from advmoe.rundir import DIGEST, digest_at, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 
@@ -47,7 +47,7 @@ def _measure(task: PlannedMeasure, *, threads: int, accelerator: str) -> None:
     _MEASURES[task.kind](task, threads, accelerator)
     settings = {"kind": task.kind, "options": task.options, "against": task.against and task.against.key}
     seconds = round(time.perf_counter() - started, 3)
-    weights = {DIGEST: stored_digest(task.run.path / WEIGHTS)}
+    weights = {DIGEST: digest_at(task.run.path)}
     done = {**settings, **weights, **_here(accelerator), "threads": threads, "seconds": seconds}
     write_text(task.path / "done.json", json.dumps(done, indent=2) + "\n")
 

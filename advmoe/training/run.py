@@ -24,7 +24,7 @@ from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown, tell
 from advmoe.pruning import write_masks
-from advmoe.rundir import CONFIG_DIGEST, METRICS, WEIGHTS, Epochs, config_note, require_plain, stored_digest
+from advmoe.rundir import CONFIG_DIGEST, METRICS, Epochs, config_note, digest_at, require_plain
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
@@ -234,7 +234,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
     if config.training.init_from is not None and launch.fresh:
-        described["init_from_sha256"] = stored_digest(Path(config.training.init_from) / WEIGHTS)
+        described["init_from_sha256"] = digest_at(Path(config.training.init_from))
     if config.model.source is not None:
         described["source_sha256"] = checksum(file_of(config.model.source))
     if fabric.is_global_zero and launch.fresh:
