@@ -12,9 +12,9 @@ from advmoe.pruning import adopt, compact, dense_form, deployed, expand
 
 CNNS = ["resnet18", "resnet34", "resnet50", "wrn-10-1", "wrn-10-2", "vgg16", "densenet40"]
 CASES = [
-    (name, *each) for name in CNNS for each in ((4, 0.5, 16), (7, 0.5, 16), (3, 0.4, 16), (1, 0.2, 16), (5, 1.0, 16))
+    (name, *each) for name in CNNS for each in ((4, 0.5, 16), (7, 0.5, 16), (6, 0.4, 16), (10, 0.2, 16), (5, 1.0, 16))
 ]
-CASES += [(name, 4, 0.3, 128) for name in ("resnet18", "wrn-10-2", "densenet40")]  # with the stem of large images
+CASES += [(name, 8, 0.3, 128) for name in ("resnet18", "wrn-10-2", "densenet40")]  # with the stem of large images
 SMALL = {"num_classes": 3, "input_size": 16}
 
 
