@@ -173,10 +173,12 @@ def unsealed(content: Mapping[str, Any], name: str, *, required: bool = False) -
     return {key: value for key, value in content.items() if key != SEAL}
 
 
-def write_result(path: Path, result: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write a result with its checksum, whole or not at all, into a folder that is made if need be."""
+def write_result(path: Path, result: Mapping[str, Any], *, indent: int | None = 2) -> dict[str, Any]:
+    """Write a result with its checksum, whole or not at all, into a folder that is made if need be; returns both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(sealed(result), indent=indent) + "\n")
+    written = sealed(result)
+    write_text(path, json.dumps(written, indent=indent) + "\n")
+    return written
 
 
 def read_result(path: Path, *, required: bool = False) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def test_a_training_that_is_ended_in_the_background_leaves_no_process(tmp_path):
     run = tmp_path / "run"
     values = {
         "model": {"width": 4}, "data": {"name": "digits", "image_size": 8, "train_examples": 64},
-        "training": {"epochs": 1000, "batch_size": 32, "attack_steps": 1, "val_attack_steps": 1},
+        "training": {
+            "epochs": 1000, "batch_size": 32, "attack_steps": 1, "step_size": "8/255", "val_attack_steps": 1,
+        },
     }  # fmt: skip
     Config.from_dict(values).dump(tmp_path / "tiny.yaml")
     process = popen(

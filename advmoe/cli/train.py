@@ -59,10 +59,6 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(startable(run_dir), "the run directory", rule, str(run_dir))
 
-        given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
-        for line in config.notes(given):
-            print(f"note  {line}")
-
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
     with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
@@ -72,7 +68,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         try:
             if resumed is None:
                 command = ["advmoe", *argv]
-                runs.train(config, run_dir=run_dir, name=name, command=command, devices=devices or 1, **engine)
+                given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
+                told: dict[str, Any] = {"name": name, "command": command, "notes": config.notes(given)}
+                runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
             else:
                 if "accelerator" not in args:
                     del engine["accelerator"]  # the run's own

@@ -347,8 +347,9 @@ def _evaluation(
         },
         "attacks": reports,
         "checks": checks,
-        DIGEST: digest(predict) if isinstance(predict, nn.Module) else None,
     }  # fmt: skip
+    if isinstance(predict, nn.Module) and predict.state_dict():
+        result[DIGEST] = digest(predict)
     examples = {
         "label": labels.cpu().numpy(),
         "clean_correct": clean.correct.numpy(),

@@ -261,8 +261,7 @@ def pathways_run(
     given.home.mkdir(parents=True, exist_ok=True)
     kept = (found.clean_pathway == found.adv_pathway).flatten(1).all(1)
     write_arrays(given.home / EXAMPLES, {"index": given.index.numpy(), "unchanged": kept.cpu().numpy()})
-    write_result(given.home / NAME, result, indent=None)
-    return given.home, result
+    return given.home, write_result(given.home / NAME, result, indent=None)
 
 
 def _opened(path: Path, source: str | None, predict: Predict, device: torch.device) -> nn.Module | Path:

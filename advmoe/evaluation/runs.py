@@ -238,9 +238,9 @@ def evaluate_run(
     if isinstance(model, Classifier) and model.spec["input_size"] is not None:
         with threads_set(threads):
             result["cost"] = cost(model)
-    save(given.home, result, {"index": given.index.numpy(), **found.examples})
+    written = save(given.home, result, {"index": given.index.numpy(), **found.examples})
     Journal(plan.journal).remove()
-    return result
+    return written
 
 
 def _processes(batches: int, accelerator: str) -> int:
@@ -250,11 +250,13 @@ def _processes(batches: int, accelerator: str) -> int:
     return max(1, min(most, batches))
 
 
-def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write `evaluation.json` and `evaluation-examples.npz` into `home`, each whole or not at all."""
+def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+    """Write `evaluation.json` and `evaluation-examples.npz` into `home`, each whole or not at all; what the former
+    holds.
+    """
     home.mkdir(parents=True, exist_ok=True)
     write_arrays(home / "evaluation-examples.npz", examples)
-    write_result(home / "evaluation.json", result)
+    return write_result(home / "evaluation.json", result)
 
 
 def _opened(
@@ -369,8 +371,7 @@ def sweep_run(
         "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts, "seed": given.seed,
     }  # fmt: skip
     result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, **given.described}
-    write_result(given.home / "sweep.json", result)
-    return given.home, result
+    return given.home, write_result(given.home / "sweep.json", result)
 
 
 def dissect_run(

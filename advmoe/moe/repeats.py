@@ -59,8 +59,10 @@ class Stretch(Generic[T]):
         """Whether any node has been made since it began."""
         return torch._C._autograd._get_sequence_nr() > self.first
 
-    def keep(self, y: Tensor) -> None:
+    def keep(self, y: Any) -> None:
         """Remember this stretch for as long as the graph of `y`, made in it, is there."""
+        if not isinstance(y, Tensor):  # a network of the user's that makes something else, which is told elsewhere
+            return
         if y.grad_fn is not None:
             cast(dict[str, Any], y.grad_fn.metadata)[_KEY] = self
         elif not torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -187,7 +187,8 @@ def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress:
     if model.spec["kind"] == "sparse":
         write_masks(model, run_dir)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    manifests.write(run_dir, {**manifest, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
+    sound = {name: value for name, value in manifest.items() if name != "diverged"}  # as it may have, earlier
+    manifests.write(run_dir, {**sound, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class _Launch:
     command: list[str] | None
     fresh: bool
     tensorboard: bool
+    notes: Sequence[str] = ()
+    """What is said once the run can begin."""
 
     def resumed(self) -> bool:
         """Whether the weights come from a checkpoint of the run itself."""
@@ -240,7 +243,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
-        for line in _notes(config, len(dataset.train)):
+        for line in (*launch.notes, *_notes(config, len(dataset.train))):
             print(f"note  {line}")
         _claim(folder, alone)
         _require_empty(folder)
@@ -382,6 +385,7 @@ def train(
     threads: int | None = None,
     command: list[str] | None = None,
     tensorboard: bool = False,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Train `config` from its start and fill `run_dir`, which must be new or empty.
 
@@ -391,6 +395,7 @@ def train(
         threads: CPU threads per process; by default what PyTorch has, shared among them.
         tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
             `metrics.jsonl`, and a few validation images, clean and adversarial.
+        notes: lines to be printed once data and model are known to be good.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
     for a NaN or infinite loss.
@@ -401,9 +406,8 @@ def train(
     _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()
-    return _start(
-        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard)
-    )
+    given: dict[str, Any] = {"fresh": True, "tensorboard": tensorboard, "notes": notes}
+    return _start(_Launch(config, run_dir, name, devices, accelerator, threads, command, **given))
 
 
 def resume(
