@@ -280,7 +280,7 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
         (["run", "--against", "plain"], "against must be a sparse run .one that holds a masks.json. or a routed one"),
         (["run", "--against", "wide"], "against must have 8 rows in MoE layer 0, as the run has, got 16"),
         (["wide", "--against", "sparse"], "against must have 16 rows in MoE layer 0, as the run has, got 8"),
-        (["run", "--against", "damaged"], "damaged/masks.json must be a sparse run's masks in JSON"),
+        (["run", "--against", "damaged"], "damaged/masks.json must be JSON"),
         (["run", "--attacks", "pgd-2,pgd-3"], "attacks to trace must be a single one, got pgd-2, pgd-3"),
         (["run", "--attacks", "routed"], "attacks to trace must be PGD's, got 'routed'"),
         (["run", "--num-examples", "0"], "--num-examples must be >= 1, got 0"),
