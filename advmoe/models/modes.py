@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -50,7 +51,9 @@ def frozen(model: object) -> Iterator[None]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside, modules are made without drawing their weights, which are to come from elsewhere."""
+    """Inside, modules are made without drawing their weights, which are to come from elsewhere: they are 0, as some
+    initialisations draw again what is out of range.
+    """
 
     _DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
 
@@ -58,5 +61,7 @@ class Undrawn(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in self._DRAWS:
-            return args[0] if args else (kwargs or {})["tensor"]
+            tensor: Tensor = args[0] if args else (kwargs or {})["tensor"]
+            with torch.no_grad():
+                return tensor.zero_()
         return func(*args, **(kwargs or {}))

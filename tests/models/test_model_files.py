@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from advmoe import load_run
 from advmoe.models import create_model, load_model, save_model
+from advmoe.models.modes import Undrawn
 
 
 @pytest.fixture
@@ -155,3 +157,12 @@ def test_damage_is_named(saved, damage):
         load_model(saved)
     message = str(error.value)
     assert name in message and str(saved) in message and "\n" not in message
+
+
+def test_initialisations_that_draw_again_end_where_nothing_is_drawn():
+    """Of memory that nobody has filled, truncated normals would wait for ever for values within their bounds."""
+    tensor = torch.full((2, 3), 9.0)
+    with Undrawn():
+        nn.init.trunc_normal_(tensor, std=0.02)
+        linear = nn.Linear(2, 3)
+    assert (tensor.abs() <= 2).all() and not linear.weight.any()

@@ -36,9 +36,9 @@ def written(task):
 def test_a_run_is_trained_once_and_anew_where_nothing_can_be_continued(planner, tiny_run):
     run = planner.run(tiny_run("a name"), 0)
     run.path.mkdir(parents=True)
-    (run.path / "leftover").touch()  # killed before there was a manifest
+    (run.path / ".config.yaml.0123.partial").touch()  # killed before there was a checkpoint
     work.do(run, **HOW)
-    assert run.state() == "finished" and not (run.path / "leftover").exists()
+    assert run.state() == "finished" and not (run.path / ".config.yaml.0123.partial").exists()
     assert Config.load(run.path / "config.yaml") == Config.from_dict(run.config)
     manifest = (run.path / "manifest.json").read_text()
     assert json.loads(manifest)["name"] == "a name" and json.loads(manifest)["threads"] == 1
