@@ -55,7 +55,10 @@ class Undrawn(TorchFunctionMode):
     initialisations draw again what is out of range.
     """
 
-    _DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+    _DRAWS = (
+        Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_,
+        nn.init.kaiming_uniform_,
+    )  # fmt: skip
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
