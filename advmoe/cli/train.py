@@ -69,7 +69,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
             if resumed is None:
                 command = ["advmoe", *argv]
                 given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
-                told: dict[str, Any] = {"name": name, "command": command, "notes": config.notes(given)}
+                told: dict[str, Any] = {"name": name, "command": command}
+                if notes := config.notes(given):
+                    told["notes"] = notes
                 runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
             else:
                 if "accelerator" not in args:
