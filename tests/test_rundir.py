@@ -168,6 +168,9 @@ def test_files_that_come_and_go_are_no_links(tmp_path):
     finally:
         stop.set()
         writer.join()
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="link must be a plain file or folder"):
+        require_plain(tmp_path)
 
 
 # Which weights
