@@ -36,7 +36,7 @@ test-plain: $(INSTALLED)
 	ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(NUMERIC)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # Every study at smoke size, on shared runs, and one report of them all.
 studies: $(INSTALLED)

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from advmoe.models import BACKBONES, save_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = ("--threads", "1", "--width", "8", "--batch", "8", "--image-size", "16", "--repeats", "2", "--settle", "5")
 
@@ -114,7 +116,6 @@ def test_backbones_prints_one_line_each_and_their_table(tmp_path: Path) -> None:
     assert "| vgg16, 16x16 | 0.314 / 0.0789 / 0.0791 | 3 / 1.6 / 2 | 1.25 | 3.00 | 1 / - / 0.5 |" in rows
 
 
-@pytest.mark.slow
 def test_backbones_times_compiled_models_too(tmp_path: Path) -> None:
     done = run("backbones.py", *TINY, "--only", "vgg16", "--compile", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

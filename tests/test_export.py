@@ -232,6 +232,7 @@ def test_tokens_routed_one_by_one_have_all_experts_computed(tmp_path, dynamic):
         assert torch.equal(taken, expected)
 
 
+@pytest.mark.slow
 def test_pt2_files_run_in_a_process_without_this_library(tmp_path):
     model = warmed(router="image")
     paths = {1: tmp_path / "one.pt2", 5: tmp_path / "any.pt2"}
@@ -364,6 +365,7 @@ def run_dir(tmp_path):
     return home
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process(run_dir, monkeypatch):
     monkeypatch.setitem(BACKBONES, "resnet18", WHOLE["resnet18"])
     save_model(warmed(in_channels=1, num_classes=10), run_dir)

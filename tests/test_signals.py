@@ -91,6 +91,7 @@ def test_what_asks_a_command_to_end_ends_it_with_one_line(tmp_path, ignored, sen
     assert (process.returncode, error) == (code, "" if said is None else f"advmoe: error: {said}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found there")
 def test_a_training_that_is_ended_in_the_background_leaves_no_process(tmp_path):
     """With SIGINT ignored, as a shell has it of what a script starts with `&`."""

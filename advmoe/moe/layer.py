@@ -134,6 +134,8 @@ class MoELayer(nn.Module, ABC):
             )
         with torch.no_grad():
             for bank in self.banks():
+                if bank.is_meta:  # nothing to copy, and PyTorch imports sympy to index without memory
+                    continue
                 first = bank[self.rows[0]].clone()
                 for rows in self.rows[1:]:
                     bank[rows] = first

@@ -120,6 +120,7 @@ def test_each_later_attack_agrees_on_a_routed_model(official, make_routed, make_
     assert torch.equal(found.x_adv, expected) and robust_accuracy(model, expected, y) < 1
 
 
+@pytest.mark.slow
 def test_every_attack_of_the_standard_ensemble_runs_on_ten_classes(official):
     model, x, threat = linear(10).requires_grad_(False), images(2, seed=2), ThreatModel("linf", 0.02)
     y = labelled(model, x)

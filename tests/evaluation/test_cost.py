@@ -5,6 +5,8 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.evaluation.cost import (
     activation_bytes,
@@ -16,6 +18,7 @@ from advmoe.evaluation.cost import (
     parameters,
 )
 from advmoe.models import create_model
+from advmoe.models.modes import frozen
 from advmoe.moe import route
 
 ROUTERS = ["layer", "embedding", "image"]
@@ -65,6 +68,15 @@ def test_a_routed_model_costs_s_dense_and_its_routers(router):
     expected = backbone_macs(64, 0.5) + router_macs(router, 64, 0.5)
     assert gmacs(made) == pytest.approx(expected / 1e9, rel=1e-9)
     assert 1 < gmacs(made) / gmacs(model(kind="s-dense")) < 1.08
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "wrn-16-4", "vgg16", "densenet40", "deit-tiny"])
+def test_pytorch_counts_the_same(backbone):
+    made = create_model(backbone, num_classes=10, width=32, input_size=16)
+    x = example_input(made, 1)
+    with frozen(made), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made(x)
+    assert gmacs(made) == counter.get_total_flops() / 2e9 > 0
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from advmoe import native
+from advmoe import cli, native
 from advmoe.config import Config
 from advmoe.evaluation import runs
 from advmoe.evaluation.harness import threads_set
@@ -55,6 +55,21 @@ def run_dir(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """Runs a command line in this process: its exit code, and what it printed on stdout and stderr."""
+
+    def call(*words, cwd=None):
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        code = cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
 def start(*words, **kwargs):
     """A process of the command line, which Ctrl-C reaches even where the shell around the tests ignores it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -89,10 +104,11 @@ def test_time_is_taken_with_the_threads_asked_for_and_what_it_was_taken_with_sta
         assert cost["kernels"] == native.used()
 
 
-def test_the_number_of_workers_changes_no_number(run_dir, tmp_path):
+@pytest.mark.slow
+def test_the_number_of_workers_changes_no_number(run_dir, tmp_path, command):
     one, three = tmp_path / "one", tmp_path / "three"
     for home, workers in ((one, 1), (three, 3)):
-        code, out, err = finish(start("evaluate", run_dir, *SMALL, *ATTACKS, "--workers", workers, "--out", home))
+        code, out, err = command("evaluate", run_dir, *SMALL, *ATTACKS, "--workers", workers, "--out", home)
         assert (code, err) == (0, "")
         assert "worst case" in out and f"written to {home}/evaluation.json" in out
     result, examples = written(one)
@@ -112,8 +128,9 @@ def test_the_number_of_workers_changes_no_number(run_dir, tmp_path):
         assert broken == np.sum(examples["clean_correct"]) - held[name].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGINT, 2)])
-def test_an_interrupted_evaluation_ends_with_the_same_numbers(run_dir, tmp_path, how, workers):
+def test_an_interrupted_evaluation_ends_with_the_same_numbers(run_dir, tmp_path, how, workers, command):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [*SMALL, *ATTACKS, "--workers", workers]
     with threads_set(1):  # as the processes have
@@ -133,15 +150,15 @@ def test_an_interrupted_evaluation_ends_with_the_same_numbers(run_dir, tmp_path,
         assert code == 130 and "interrupted; to continue: advmoe evaluate" in err and "--resume" in err
 
     # Other settings do not mix with what is there, and leave it alone.
-    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume", "--seed", 5))
+    code, _, err = command("evaluate", run_dir, *options, "--out", cut, "--resume", "--seed", 5)
     assert code == 2 and "--resume must repeat the settings" in err and err.count("\n") == 1
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
     # Nor does another number of threads, which rounds small batches' convolutions differently.
-    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume", "--threads", 2))
+    code, _, err = command("evaluate", run_dir, *options, "--out", cut, "--resume", "--threads", 2)
     assert code == 2 and "--resume must repeat the settings" in err
 
-    code, _, err = finish(start("evaluate", run_dir, *options, "--out", cut, "--resume"))
+    code, _, err = command("evaluate", run_dir, *options, "--out", cut, "--resume")
     assert (code, err) == (0, "")
     assert written(cut) == written(whole)
 
@@ -174,11 +191,11 @@ def make():
 """
 
 
-def test_a_classifier_of_the_user_s_own(tmp_path):
+def test_a_classifier_of_the_user_s_own(tmp_path, command):
     (tmp_path / "model.py").write_text(OWN)
     data = ["--data.name", "digits", "--data.image_size", "8", "--threat.eps", "0.05"]
-    command = ["evaluate", "model.py:make", *data, "--attacks", "pgd-3,routed", "--num-examples", "20"]
-    code, out, err = finish(start(*command, "--accelerator", "cpu", cwd=tmp_path))
+    words = ["evaluate", "model.py:make", *data, "--attacks", "pgd-3,routed", "--num-examples", "20"]
+    code, out, err = command(*words, "--accelerator", "cpu", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert "routed: the model has no MoE layers, so routed adds nothing" in out
     home = tmp_path / "evaluations" / "model-make"
@@ -186,18 +203,18 @@ def test_a_classifier_of_the_user_s_own(tmp_path):
     assert list(result["robust_accuracy"]) == ["pgd-3"] and result["worst_case"] == result["robust_accuracy"]["pgd-3"]
     assert result["attacks"]["routed"] == {"skipped": "the model has no MoE layers, so routed adds nothing"}
     assert "cost" not in result and (home / "evaluation-examples.npz").exists()
-    code, _, err = finish(start(*command[:2], *data, "--attacks", "routed", cwd=tmp_path))
+    code, _, err = command(*words[:2], *data, "--attacks", "routed", cwd=tmp_path)
     assert code == 2 and "attacks must hold more than routed" in err
-    code, _, err = finish(start("evaluate", "model.py", *data, cwd=tmp_path))
+    code, _, err = command("evaluate", "model.py", *data, cwd=tmp_path)
     assert code == 2 and "model.py" in err and err.count("\n") == 1
     # A sweep leaves `routed` out too.
     sweep = ["sweep-eps", "model.py:make", *data, "--eps", "0,0.1", "--attacks", "pgd-3,routed", "--num-examples", "20"]
-    code, _, err = finish(start(*sweep, "--accelerator", "cpu", cwd=tmp_path))
+    code, _, err = command(*sweep, "--accelerator", "cpu", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert list(json.loads((home / "sweep.json").read_text())["curves"]) == ["pgd-3", "worst case"]
 
 
-def test_a_routed_classifier_of_the_user_s_own_with_its_weights(run_dir, tmp_path):
+def test_a_routed_classifier_of_the_user_s_own_with_its_weights(run_dir, tmp_path, command):
     spec = json.loads((run_dir / "model.json").read_text())
     code = f"from advmoe import create_model\ndef net():\n    return create_model(**{spec})\n"
     (tmp_path / "own.py").write_text(code)
@@ -205,15 +222,15 @@ def test_a_routed_classifier_of_the_user_s_own_with_its_weights(run_dir, tmp_pat
     shared = [*SMALL, *data, "--accelerator", "cpu", "--seed", 0]
     weights = ["--weights", run_dir / "model.safetensors"]
     for target, more in ((run_dir, []), ("own.py:net", weights)):
-        code, _, err = finish(start("dissect", target, *shared, *more, "--out", Path(target).name[:3], cwd=tmp_path))
+        code, _, err = command("dissect", target, *shared, *more, "--out", Path(target).name[:3], cwd=tmp_path)
         assert (code, err) == (0, "")
     ours, theirs = (json.loads((tmp_path / name / "dissection.json").read_text()) for name in ("run", "own"))
     assert ours == theirs
 
 
-def test_a_sweep_falls_and_is_drawn(run_dir):
+def test_a_sweep_falls_and_is_drawn(run_dir, command):
     eps = "0,0.1,0.3"
-    code, out, err = finish(start("sweep-eps", run_dir, "--eps", eps, *SMALL, "--accelerator", "cpu"))
+    code, out, err = command("sweep-eps", run_dir, "--eps", eps, *SMALL, "--accelerator", "cpu")
     assert (code, err) == (0, "")
     found = json.loads((run_dir / "sweep.json").read_text())["curves"]
     assert list(found) == ["pgd-4", "pgd-4-soft", "worst case"]
@@ -284,16 +301,16 @@ def test_a_dissection_records_how_it_was_attacked(run_dir):
         assert each["masking_gap"] == pytest.approx(strongest - worst)
 
 
-def test_a_dissection_says_what_to_beware_of(run_dir):
+def test_a_dissection_says_what_to_beware_of(run_dir, command):
     words = ["--attacks", "pgd-1,pgd-4", "--num-examples", "12", "--no-figure", "--accelerator", "cpu"]
-    code, out, err = finish(start("dissect", run_dir, *words))
+    code, out, err = command("dissect", run_dir, *words)
     assert (code, err) == (0, "")
     assert "flag  pgd-1: 1 steps of 0.03 cannot cross the ball" in out and "flag  pgd-4" not in out
 
 
-def test_resuming_nothing_says_so(run_dir):
+def test_resuming_nothing_says_so(run_dir, command):
     words = ["--attacks", "pgd-1", "--num-examples", "12", "--resume", "--accelerator", "cpu"]
-    code, _, err = finish(start("evaluate", run_dir, *words))
+    code, _, err = command("evaluate", run_dir, *words)
     assert code == 0 and (run_dir / "evaluation.json").exists()
     assert err == f"nothing to continue in {run_dir / '.evaluation'}: this evaluation starts anew\n"
 
@@ -305,8 +322,8 @@ def test_processes_are_as_many_as_the_cores_that_are_asked_for(monkeypatch):
     assert runs._processes(3, "cuda") == 3
 
 
-def test_a_dissection_adds_up_and_is_drawn(run_dir):
-    code, out, err = finish(start("dissect", run_dir, *SMALL, "--accelerator", "cpu"))
+def test_a_dissection_adds_up_and_is_drawn(run_dir, command):
+    code, out, err = command("dissect", run_dir, *SMALL, "--accelerator", "cpu")
     assert (code, err) == (0, "")
     found = json.loads((run_dir / "dissection.json").read_text())["pgd-4"]
     assert sum(found["categories"].values()) == pytest.approx(1)
@@ -339,21 +356,21 @@ def test_a_dissection_adds_up_and_is_drawn(run_dir):
         (["dissect", "RUN", "--attacks", "routed"], r"attacks to dissect must be PGD's, got 'routed'"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, words, message):
+def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, words, message, command):
     before = sorted(run_dir.rglob("*"))
-    code, out, err = finish(start(*[str(run_dir) if word == "RUN" else word for word in words], cwd=tmp_path))
+    code, out, err = command(*[str(run_dir) if word == "RUN" else word for word in words], cwd=tmp_path)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and re.search(message, err)
     assert sorted(run_dir.rglob("*")) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_damaged_weights_are_named(run_dir):
+def test_damaged_weights_are_named(run_dir, command):
     (run_dir / "model.safetensors").write_bytes(b"not weights")
-    code, _, err = finish(start("evaluate", run_dir))
+    code, _, err = command("evaluate", run_dir)
     assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
 
 
-def test_a_plain_run_cannot_be_dissected(tmp_path, run_dir):
+def test_a_plain_run_cannot_be_dissected(tmp_path, run_dir, command):
     model = load_run(run_dir)
     assert model.routed
     torch.manual_seed(0)
@@ -362,5 +379,5 @@ def test_a_plain_run_cannot_be_dissected(tmp_path, run_dir):
     plain = Config.from_dict(config)
     plain.training.epochs = 1
     home = train(plain, run_dir=tmp_path / "plain", accelerator="cpu", threads=1)
-    code, _, err = finish(start("dissect", home, "--num-examples", "20"))
+    code, _, err = command("dissect", home, "--num-examples", "20")
     assert code == 2 and "must have MoE layers" in err

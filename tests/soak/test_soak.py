@@ -26,6 +26,7 @@ def test_what_is_sound_passes_and_is_counted(tmp_path):
     assert commands > 8 and kills >= 1 and resumptions >= 1 and refusals >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "kind", "found"),
     [

@@ -82,6 +82,7 @@ def test_a_failed_task_is_reported_what_needs_it_skipped_and_the_rest_done(tmp_p
     assert heard == [] and not (tmp_path / "more").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_task_alone_and_ctrl_c_ends_them_all(tmp_path, planner, tiny_run):
     names = ("killed at its start", "killed in training", "trained", "interrupted")
     runs = [tiny_run(name, training={"lr": 0.01 * number}) for number, name in enumerate(names, start=1)]
@@ -141,6 +142,7 @@ run_tasks({run.id: run}, {}, told=lambda word, task: None, **how)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path, planner, tiny_run):
     long = planner.run(tiny_run("long", training={"epochs": 100_000}), 0)
     Config.from_dict(long.config).dump(tmp_path / "config.yaml")

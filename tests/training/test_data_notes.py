@@ -48,6 +48,7 @@ def test_what_is_left_out_stands_in_the_manifest_and_in_results(images: Path, tm
     assert evaluate_run(run, attacks=["pgd"], workers=1)["data"] == {"name": "folder", "split": "test"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", ["1", "2"])
 def test_it_is_told_once_however_many_processes_train(images: Path, tmp_path: Path, devices: str) -> None:
     Config.from_dict(settings(images)).dump(tmp_path / "config.yaml")
@@ -64,6 +65,6 @@ def test_it_is_told_once_however_many_processes_train(images: Path, tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of folders are text")
 def test_a_run_directory_whose_name_is_no_text_is_refused_before_anything_is_made(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"r\xe9un")
-    with pytest.raises(ValueError, match=r"^run_dir must be .* UTF-8 .*, got '.*r\\udce9un'$"):
+    with pytest.raises(ValueError, match=r"^run_dir must be .* UTF-8 .*, got '/"):  # what follows is cut
         train(Config.from_dict(settings(images)), run_dir=folder, accelerator="cpu")
     assert not folder.exists()

@@ -81,6 +81,7 @@ def alive(process):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_other_launchers_left_changes_nothing_and_nothing_is_printed(tmp_path, devices):
     process = started(tmp_path, "ends", devices, **LEFT)
@@ -90,6 +91,7 @@ def test_what_other_launchers_left_changes_nothing_and_nothing_is_printed(tmp_pa
         assert (tmp_path / str(rank)).read_text() == f"{devices} {devices * (devices + 1) / 2} cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -104,6 +106,7 @@ def test_what_one_raises_is_raised_and_the_others_end(tmp_path, what, said):
     assert not any(alive(int(file.read_text())) for file in tmp_path.glob("*.pid"))
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     process = started(tmp_path, "goes on", 2)
     files = [tmp_path / "0", tmp_path / "1"]

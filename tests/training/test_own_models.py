@@ -96,6 +96,7 @@ def command(place, *words):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_converted_network_is_trained_measured_and_continued(place, capsys):
     words = ["train", "--model", "own.py:net", "--to-moe", *TINY, "--model.skip", "stem", "--model.linear", "*mlp"]
     code, out, err = command(place, *words)

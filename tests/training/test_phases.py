@@ -227,6 +227,7 @@ def test_killed_before_and_after_every_checkpoint_it_ends_bit_identical(finished
     assert_same_runs(run, whole)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_pruning_is_resumed_bit_identical(finished, tmp_path):
     run = tmp_path / "run"
     tiny().dump(tmp_path / "tiny.yaml")
@@ -244,6 +245,7 @@ def test_a_process_killed_while_pruning_is_resumed_bit_identical(finished, tmp_p
     assert_same_runs(run, finished[0])
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_masks_and_weights_on_both(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -236,6 +236,7 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finishe
     assert_same_weights(weights(run), weights(finished))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -262,6 +263,7 @@ def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
 REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance": 0.01, "ema": 0.9, "awp": 0.005}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [REMEMBERING, {"method": "at"}], ids=["warm-start", "at"])
 def test_two_processes_end_with_the_same_weights_and_memories_on_both(tmp_path, training):
     script = tmp_path / "script.py"
