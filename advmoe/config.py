@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
+from advmoe.errors import InputError
 from advmoe.files import write_text
 from advmoe.wording import MOST_OF_A_VALUE, cut, show
 
@@ -67,7 +68,7 @@ class Pixels(float):
             else:
                 number = float(value)
         except (ValueError, TypeError, ArithmeticError):
-            raise ValueError(f"a strength must be {_STRENGTH}, got {show(value)}") from None
+            raise InputError(f"a strength must be {_STRENGTH}, got {show(value)}") from None
         self = super().__new__(cls, number)
         self.text = str(value).strip()
         return self
@@ -83,7 +84,7 @@ def require(ok: bool, name: str, rule: str, value: object) -> None:
     """Raise the one-line `ValueError` that names field, rule and value unless `ok`."""
     if not ok:
         shown = cut(str(value), MOST_OF_A_VALUE) if isinstance(value, Pixels) else show(value)
-        raise ValueError(f"{name} must be {rule}, got {shown}")
+        raise InputError(f"{name} must be {rule}, got {shown}")
 
 
 @dataclass(frozen=True)
@@ -588,7 +589,7 @@ class Config:
         try:
             return Config.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
 
 PLACES = (
@@ -628,15 +629,15 @@ def near_matches(name: str, names: Iterable[str]) -> list[str]:
     return [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
 
 
-def unknown_field(name: str) -> ValueError:
+def unknown_field(name: str) -> InputError:
     """The error for a field, or a group of fields, that does not exist."""
     name = cut(name, MOST_OF_A_VALUE)
     groups = {group: list(get_type_hints(hint)) for group, hint in get_type_hints(Config).items()}
     if near := near_matches(name, field_names() if "." in name else [*field_names(), *groups]):
-        return ValueError(f"{name} is no known field: did you mean {' or '.join(near)}?")
+        return InputError(f"{name} is no known field: did you mean {' or '.join(near)}?")
     if (group := name.split(".", 1)[0]) in groups:
-        return ValueError(f"{name} is no known field: {group} has {', '.join(groups[group])}")
-    return ValueError(f"{name} is no known field: the groups of fields are {', '.join(groups)}")
+        return InputError(f"{name} is no known field: {group} has {', '.join(groups[group])}")
+    return InputError(f"{name} is no known field: the groups of fields are {', '.join(groups)}")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from advmoe.errors import InputError
 from advmoe.wording import cut, show
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ for _name, (_pattern, _first) in _SCALARS.items():
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a YAML text, as YAML 1.2 has it; a `ValueError` of one line says where `name` is no YAML."""
     if len(text) > MOST_YAML:
-        raise ValueError(f"{name} must be at most {MOST_YAML} characters of YAML, got {len(text)}")
+        raise InputError(f"{name} must be at most {MOST_YAML} characters of YAML, got {len(text)}")
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
@@ -132,7 +133,7 @@ def parse_yaml(text: str, name: str) -> Any:
             problem = f"{error.problem}{_where(error.problem_mark)}"
         else:
             problem = str(error)
-        raise ValueError(f"{name} must be valid YAML, got: {cut(problem, 200)}") from None
+        raise InputError(f"{name} must be valid YAML, got: {cut(problem, 200)}") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -146,7 +147,7 @@ def read_bytes(path: Path, most: int, what: str) -> bytes:
     with path.open("rb") as file:
         found = file.read(most + 1)
     if len(found) > most:
-        raise ValueError(f"{path} must be {what} of at most {most} bytes, got more")
+        raise InputError(f"{path} must be {what} of at most {most} bytes, got more")
     return found
 
 
@@ -155,7 +156,7 @@ def read_text(path: Path, most: int, what: str) -> str:
     try:
         return read_bytes(path, most, what).decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} must be valid {what}, got: bytes that are not UTF-8") from None
+        raise InputError(f"{path} must be valid {what}, got: bytes that are not UTF-8") from None
 
 
 # JSON
@@ -169,17 +170,17 @@ def parse_json(text: str | bytes, name: str, *, finite: bool = False) -> Any:
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=constant)
     except RecursionError:
-        raise ValueError(f"{name} must be JSON of at most {DEEPEST} levels, got more") from None
+        raise InputError(f"{name} must be JSON of at most {DEEPEST} levels, got more") from None
     except ValueError as error:
-        raise ValueError(f"{name} must be JSON, got: {cut(str(error), 200)}") from None
+        raise InputError(f"{name} must be JSON, got: {cut(str(error), 200)}") from None
     level, depth = [found], 0
     while level:
         if any(type(each) is int and not -(2**63) <= each < 2**64 for each in level):
-            raise ValueError(f"{name} must be JSON of integers within 64 bits, got more")
+            raise InputError(f"{name} must be JSON of integers within 64 bits, got more")
         nested = [each for each in level if isinstance(each, dict | list)]
         depth += bool(nested)
         if depth > DEEPEST:
-            raise ValueError(f"{name} must be JSON of at most {DEEPEST} levels, got more")
+            raise InputError(f"{name} must be JSON of at most {DEEPEST} levels, got more")
         level = [below for each in nested for below in (each.values() if isinstance(each, dict) else each)]
     return found
 
@@ -188,7 +189,7 @@ def parse_object(text: str | bytes, name: str, *, finite: bool = False) -> dict[
     """The object of a JSON text. Raises `ValueError` for anything else (see `parse_json`)."""
     found = parse_json(text, name, finite=finite)
     if not isinstance(found, dict):
-        raise ValueError(f"{name} must hold a JSON object, got a {type(found).__name__}")
+        raise InputError(f"{name} must hold a JSON object, got a {type(found).__name__}")
     return found
 
 
@@ -196,12 +197,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{show(twice)} given twice")
+        raise InputError(f"{show(twice)} given twice")
     return found
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name}, which is no number of JSON's")
+    raise InputError(f"{name}, which is no number of JSON's")
 
 
 # Arrays
@@ -228,13 +229,13 @@ def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOS
     except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, SyntaxError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise ValueError(f"{path} must be an undamaged .npz file, got {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} must be an undamaged .npz file, got {type(error).__name__}: {error}") from None
 
 
 def _require_small(file: zipfile.ZipFile, members: list[str], most: int) -> None:
     """Raise `ValueError` unless the arrays are as large as their entries, and all together no larger than `most`."""
     if sum(file.getinfo(member).file_size for member in members) > most:
-        raise ValueError(f"arrays of more than {most} bytes")
+        raise InputError(f"arrays of more than {most} bytes")
     for member in members:
         with file.open(member) as opened:
             _require_told(opened, file.getinfo(member).file_size, f"an array {member}")
@@ -258,8 +259,8 @@ def _require_told(file: Any, size: int, what: str) -> None:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in read:
-        raise ValueError(f"{what} of version {version}")
+        raise InputError(f"{what} of version {version}")
     shape, _, dtype = read[version](file)
     told, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if dtype.hasobject or told != there:
-        raise ValueError(f"{what} that says {told} bytes and has {there}")
+        raise InputError(f"{what} that says {told} bytes and has {there}")

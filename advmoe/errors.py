@@ -1,4 +1,4 @@
-"""Whose fault an error is: the user's (a `ValueError` of ours), the machine's, or a bug, which keeps its traceback."""
+"""Whose fault an error is: the user's (`InputError`), the machine's, or a bug, which keeps its traceback."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 import traceback
 
 
-def is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself: a library's `ValueError` is a bug and keeps its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == "advmoe"
+class InputError(ValueError):
+    """Input that cannot be used. The message is one line that names the field, the rule and the value received."""
+
+
+class OtherSettings(InputError):
+    """These settings do not continue that unfinished work, which was begun with others."""
 
 
 def of_machine(error: BaseException) -> bool:
@@ -41,10 +41,10 @@ def portable(error: Exception, *whole: type[Exception]) -> Exception:
     """`error` as another process can raise it: itself where a line says all, as it does of those of the types `whole`;
     anything else is a bug, and becomes a `RuntimeError` that holds its traceback.
     """
-    if isinstance(error, whole) or of_machine(error) or (isinstance(error, ValueError) and is_ours(error)):
+    if isinstance(error, (InputError, *whole)) or of_machine(error):
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # one that cannot be made anew from its arguments
-            return ValueError(str(error)) if isinstance(error, ValueError) else OSError(str(error))
+            return InputError(str(error)) if isinstance(error, InputError) else OSError(str(error))
         return error
     return RuntimeError("in a process of its own:\n" + "".join(traceback.format_exception(error)))

@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 
 from advmoe import __version__
 from advmoe.config import typed
+from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import gmacs
 from advmoe.evaluation.harness import threads_set
@@ -173,7 +174,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"format onnx needs the extra export: pip install 'advmoe[export]', got: {error}") from error
+        raise InputError(f"format onnx needs the extra export: pip install 'advmoe[export]', got: {error}") from error
 
 
 # Checks of what is asked for
@@ -186,9 +187,9 @@ def _form(model: nn.Module, format: Format, dynamic_batch: bool, opset: int | No
         if opset is not None:
             _require_opset(opset)
     elif opset is not None:
-        raise ValueError(f"opset must be left out for format {format}, got {opset!r}")
+        raise InputError(f"opset must be left out for format {format}, got {opset!r}")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise ValueError(f"model must be on the CPU, got {next(model.parameters()).device}")
+        raise InputError(f"model must be on the CPU, got {next(model.parameters()).device}")
     mode: RoutingMode = "hard"
     if any(isinstance(module, MoELayer) for module in model.modules()):
         per_token = any(isinstance(module, LayerRouter) and module.per_token for module in model.modules())
@@ -201,21 +202,21 @@ def _require_opset(opset: int) -> None:
 
     newest = onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
-        raise ValueError(f"opset must be >= {_OLDEST_OPSET} and <= {newest}, the newest of onnx here, got {opset!r}")
+        raise InputError(f"opset must be >= {_OLDEST_OPSET} and <= {newest}, the newest of onnx here, got {opset!r}")
 
 
 def _require_place(path: Path, form: _Form) -> None:
     suffix = SUFFIXES[form.format]
     if path.suffix != suffix:
-        raise ValueError(f"the file to write must end in {suffix} for format {form.format}, got {str(path)!r}")
+        raise InputError(f"the file to write must end in {suffix} for format {form.format}, got {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"the file to write must lie in a directory that exists, and be none, got {str(path)!r}")
+        raise InputError(f"the file to write must lie in a directory that exists, and be none, got {str(path)!r}")
     require_writable("the file to write", path.parent)
 
 
 def _input_shape(model: nn.Module) -> tuple[int, int, int]:
     if not isinstance(model, Classifier):
-        raise ValueError(f"images must be given for a model without an input size, got a {type(model).__name__}")
+        raise InputError(f"images must be given for a model without an input size, got a {type(model).__name__}")
     return input_shape(model)
 
 
@@ -233,7 +234,7 @@ def _export(
 ) -> dict[str, Any]:
     _require_place(path, form)
     if images.dim() != 4 or len(images) == 0 or images.dtype != torch.float32:
-        raise ValueError(f"images must be float32 (N, C, H, W) with N >= 1, got {images.dtype} {tuple(images.shape)}")
+        raise InputError(f"images must be float32 (N, C, H, W) with N >= 1, got {images.dtype} {tuple(images.shape)}")
     if threads is not None:
         positive("threads", threads)
     report: dict[str, Any] = {"file": path.name}

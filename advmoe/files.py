@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from advmoe.documents import MOST_JSON, parse_object, read_text
+from advmoe.errors import InputError
 
 
 def sync(path: Path) -> None:
@@ -31,7 +32,7 @@ def require_writable(name: str, folder: Path) -> None:
             pass
     except OSError as error:
         reason = f"{there}: {error.strerror}"
-        raise ValueError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
+        raise InputError(f"{name} must be where files can be written, got {str(folder)!r} ({reason})") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

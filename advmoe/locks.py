@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from advmoe.errors import InputError
 from advmoe.progress import tell
 
 CLAIM = ".claim"
@@ -56,7 +57,7 @@ def hold(path: Path, *, folder: bool = False, wait: bool = False) -> Hold | None
         if isinstance(held, Hold):
             return held
         if held is not None and not wait:
-            raise ValueError(f"{path} must be free of other processes, got {held}")
+            raise InputError(f"{path} must be free of other processes, got {held}")
         if not wait:
             return None
         if held is not None and not waited:
@@ -102,9 +103,9 @@ def _tried(path: Path, folder: bool, wait: bool) -> Hold | str | None:
 
 def _opened(path: Path, folder: bool) -> int:
     if path.is_symlink():
-        raise ValueError(f"{path} must be no link, got one to {os.readlink(path)}")
+        raise InputError(f"{path} must be no link, got one to {os.readlink(path)}")
     if os.path.lexists(path) and not (path.is_dir() if folder else path.is_file()):
-        raise ValueError(f"{path} must be a {'folder' if folder else 'file'}, got something else")
+        raise InputError(f"{path} must be a {'folder' if folder else 'file'}, got something else")
     (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
     usual = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT
     careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

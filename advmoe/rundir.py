@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from advmoe.documents import read_bytes
+from advmoe.errors import InputError
 from advmoe.files import read_json, read_object, write_text
 from advmoe.wording import cut, few
 
@@ -54,11 +55,11 @@ def require_plain(folder: Path, *, itself: bool = False) -> None:
                     raise _not_plain(Path(entry.path))
 
 
-def _not_plain(path: Path) -> ValueError:
+def _not_plain(path: Path) -> InputError:
     mode = path.lstat().st_mode
     kinds = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
     kind = kinds.get(stat.S_IFMT(mode), "a device")
-    return ValueError(f"{path} must be a plain file or folder, as all of a run or study must (no links), got {kind}")
+    return InputError(f"{path} must be a plain file or folder, as all of a run or study must (no links), got {kind}")
 
 
 # The model
@@ -169,7 +170,7 @@ def unsealed(content: Mapping[str, Any], name: str, *, required: bool = False) -
     """
     known = content.get(SEAL)
     if (required or known is not None) and known != (found := seal(content)):
-        raise ValueError(f"{name} must be as it was written (checksum {str(known)[:64]}), got {found}: it is damaged")
+        raise InputError(f"{name} must be as it was written (checksum {str(known)[:64]}), got {found}: it is damaged")
     return {key: value for key, value in content.items() if key != SEAL}
 
 
@@ -211,7 +212,7 @@ class Epochs:
                 found.append(unsealed(read_json(line, f"line {number}"), f"line {number}"))
             except ValueError as error:
                 if strict and number < len(lines):
-                    raise ValueError(f"{path} must hold JSON in every line, got {error} in line {number}") from None
+                    raise InputError(f"{path} must hold JSON in every line, got {error} in line {number}") from None
                 bad.append(str(number))
         problems = [f"{path} is damaged in line {few(bad)}, left out"] if bad else []
         known = {line["epoch"] for line in found if type(line.get("epoch")) is int}

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from advmoe.errors import InputError
+
 _TINY = 1e-12
 
 
@@ -38,9 +40,9 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
-            raise ValueError(f"threat.norm must be linf or l2, got {self.norm!r}")
+            raise InputError(f"threat.norm must be linf or l2, got {self.norm!r}")
         if not (self.eps >= 0 and math.isfinite(self.eps)) or (self.norm == "linf" and self.eps > 1):
-            raise ValueError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
+            raise InputError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv`, (N, C, H, W), brought into the ball and the pixel range, for the clean images `x` of the same shape.

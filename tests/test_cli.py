@@ -140,21 +140,25 @@ def test_a_missing_dataset_is_one_line_and_creates_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("before", "code"),
+    ("before", "unbuffered", "code"),
     [
-        ("", 141),  # printed when all is done, and flushed
-        ("recipes.describe_setting = lambda name: 100_000 * name", 141),  # more than fits in a buffer
-        ("run = recipes.run; recipes.run = lambda *a: run(*a) + 1", 1),  # what the command has to say comes first
+        ("", "", 141),  # printed when all is done, and flushed
+        ("", "1", 141),
+        ("recipes.describe_setting = lambda name: 100_000 * name", "", 141),  # more than fits in a buffer
+        ("run = recipes.run; recipes.run = lambda *a: run(*a) + 1", "", 1),  # what the command has to say comes first
     ],
 )
-def test_a_reader_that_has_seen_enough_leaves_no_traceback(tmp_path: Path, before: str, code: int) -> None:
+def test_a_reader_that_has_seen_enough_leaves_no_traceback(
+    tmp_path: Path, before: str, unbuffered: str, code: int
+) -> None:
     script = (
         f"import sys\nfrom advmoe import cli\nfrom advmoe.cli import recipes\n{before}\nsys.exit(cli.main(['recipes']))"
     )
     ours, theirs = os.pipe()
     os.close(ours)  # as `head` does once it has its lines
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": ""}, stdout=theirs,
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": unbuffered},
+        stdout=theirs,
         stderr=subprocess.PIPE, timeout=120, check=False,
     )  # fmt: skip
     os.close(theirs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from advmoe.config import require
-from advmoe.errors import is_ours, of_machine, portable, reason
+from advmoe.errors import InputError, of_machine, portable, reason
 from advmoe.training.trainer import TrainingDiverged
 
 
@@ -54,7 +54,15 @@ def test_what_a_line_tells_is_passed_on_and_a_bug_with_its_traceback():
         assert portable(error, TrainingDiverged) is error
     told = portable(caught(bug), TrainingDiverged)
     assert type(told) is RuntimeError and "in bug" in str(told) and "ValueError: invalid literal" in str(told)
-    assert not is_ours(caught(bug)) and is_ours(caught(mistake))
+
+
+def test_a_mistake_is_still_a_mistake_where_it_cannot_be_made_anew():
+    class Odd(InputError):
+        def __init__(self, one, two):
+            super().__init__(f"{one} {two}")
+
+    told = portable(Odd("a", "b"))
+    assert type(told) is InputError and str(told) == "a b"
 
 
 def test_an_error_that_cannot_be_made_anew_is_told_all_the_same():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import Predict
+from advmoe.errors import InputError
 from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
@@ -85,7 +86,7 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     """
     library = official_library()
     if queries < 1:
-        raise ValueError(f"queries must be >= 1, got {queries!r}")
+        raise InputError(f"queries must be >= 1, got {queries!r}")
     dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
         return Found(x.to(dtype))
@@ -138,7 +139,7 @@ def official_library() -> Any:
     try:
         import pyautoattack
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"autoattack needs the extra autoattack: pip install 'advmoe[autoattack]', got: {error}"
         ) from error
     return pyautoattack
@@ -146,12 +147,12 @@ def official_library() -> Any:
 
 def _check_choice(version: str, attacks: Sequence[str] | None) -> None:
     if version not in get_args(Version):
-        raise ValueError(f"version must be one of {', '.join(get_args(Version))}, got {version!r}")
+        raise InputError(f"version must be one of {', '.join(get_args(Version))}, got {version!r}")
     if version != "custom":
         if attacks is not None:
-            raise ValueError(f"attacks must be left out unless version is custom, got {attacks!r} with {version!r}")
+            raise InputError(f"attacks must be left out unless version is custom, got {attacks!r} with {version!r}")
     elif not attacks or isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
-        raise ValueError(f"attacks must be names out of {', '.join(ATTACKS)} for version custom, got {attacks!r}")
+        raise InputError(f"attacks must be names out of {', '.join(ATTACKS)} for version custom, got {attacks!r}")
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,9 +161,9 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.dim() != 4 or len(x) != len(y):
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"x and y must be images (N, C, H, W) and a class for each, got shapes {shapes}")
+        raise InputError(f"x and y must be images (N, C, H, W) and a class for each, got shapes {shapes}")
     if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
+        raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return wide.contiguous(), y.to(x.device, torch.long)
 
@@ -190,11 +191,11 @@ def _count_classes(predict: Predict, x: Tensor) -> int:
 def _fit(official: Any, classes: int) -> list[str]:
     """Make the ensemble one that can run with so few `classes`; returns what that changed, a line each."""
     if classes < 2:
-        raise ValueError(f"num_classes must be >= 2, got {classes!r}")
+        raise InputError(f"num_classes must be >= 2, got {classes!r}")
     wanted, notes = list(official.attacks_to_run), []
     possible = [name for name in wanted if classes >= _FEWEST_CLASSES.get(name, 2)]
     if not possible:
-        raise ValueError(f"attacks must hold one that {classes} classes are enough for, got {', '.join(wanted)}")
+        raise InputError(f"attacks must hold one that {classes} classes are enough for, got {', '.join(wanted)}")
     if left_out := [name for name in wanted if name not in possible]:
         needs = ", ".join(f"{name} (needs {_FEWEST_CLASSES[name]})" for name in left_out)
         notes.append(f"not {official.version} AutoAttack: {classes} classes are too few for {needs}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe.errors import InputError
 from advmoe.progress import BRIEF, tracked
 from advmoe.threat import ThreatModel, randn_like
 
@@ -84,7 +85,7 @@ def dlr_loss(labels: Tensor) -> AttackLoss:
 
     def loss(logits: Tensor) -> Tensor:
         if logits.shape[1] < 3:
-            raise ValueError(f"loss dlr must have at least 3 classes, got {logits.shape[1]}")
+            raise InputError(f"loss dlr must have at least 3 classes, got {logits.shape[1]}")
         top = logits.float().topk(3, 1).values
         return (margins(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)).sum()
 
@@ -136,13 +137,13 @@ def pgd(
     """
     for name, number in (("steps", steps), ("restarts", restarts)):
         if number < 1:
-            raise ValueError(f"{name} must be >= 1, got {number!r}")
+            raise InputError(f"{name} must be >= 1, got {number!r}")
     if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
+        raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
+        raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
     if loss not in get_args(LossName):
-        raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {loss!r}")
+        raise InputError(f"loss must be one of {', '.join(get_args(LossName))}, got {loss!r}")
     forward = surrogate or predict
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)

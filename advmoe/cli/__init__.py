@@ -13,13 +13,13 @@ import io
 import os
 import re
 import sys
-from contextlib import suppress
-from typing import Any
+from contextlib import redirect_stdout, suppress
+from typing import Any, TextIO, cast
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
 from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser, require_sound
-from advmoe.errors import is_ours, of_machine, reason
+from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import shown
 from advmoe.signals import described, raised
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         with raised():
             args = _parse(argv)
             command = args["command"]
-            with shown():
+            with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
                 code: int = COMMANDS[command].run(args[command], argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:
@@ -68,13 +68,16 @@ def _told(error: BaseException, argv: list[str]) -> int | None:
     """Show what ended a command as one line; the exit code, None for a bug."""
     cause, left = (error.__cause__, f"; {error}") if isinstance(error, Unfinished) else (error, "")
     assert cause is not None
-    if isinstance(cause, BrokenPipeError):
-        # Whoever reads (head, say) has seen enough. Commands print when their work is done; other pipes are other bugs.
-        return CLOSED if is_ours(cause) and not _flushed() else None
+    if isinstance(cause, _OutputClosed):
+        # Whoever reads (head, say) has seen enough. Commands print when their work is done.
+        _flushed()
+        return CLOSED
+    if isinstance(cause, BrokenPipeError):  # other pipes are other bugs
+        return None
     if isinstance(cause, KeyboardInterrupt):
         said, code = described(cause)
         return fail(said + left, code)
-    if (isinstance(cause, ValueError) and is_ours(cause)) or _named(cause, argv):
+    if isinstance(cause, InputError) or _named(cause, argv):
         return fail(cause, 2)
     if not of_machine(cause):
         return None
@@ -112,7 +115,7 @@ def _parse(argv: list[str]) -> dict[str, Any]:
         command = next((word for word in argv if word in parsers), None)
         if command is None and not any(word.startswith("-") for word in argv[:1]):
             got = repr(argv[0]) if argv else "nothing"  # the parser names but a few of those there are
-            raise ValueError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
+            raise InputError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
         raise explained(str(error), command, parsers) from None
     require_sound(parsers[args["command"]], args[args["command"]])
     return args
@@ -134,6 +137,27 @@ def _accept_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _OutputClosed(BrokenPipeError):
+    """Nobody reads what is printed."""
+
+
+class _Output:
+    """A stream like `stream`, which tells its own broken pipe from others."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`; raises `_OutputClosed` where nobody reads."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError as error:
+            raise _OutputClosed(*error.args) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _flushed() -> bool:

@@ -32,7 +32,7 @@ from advmoe.config import (
     typed,
 )
 from advmoe.documents import parse_yaml
-from advmoe.errors import of_machine, reason
+from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import require_plain
 from advmoe.wording import MOST_OF_A_VALUE, cut
@@ -55,7 +55,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as a `ValueError`."""
-        raise ValueError(message)
+        raise InputError(message)
 
 
 USUAL_THREADS = "PyTorch's choice"
@@ -222,16 +222,16 @@ def number(option: str, hint: Any, text: str | None) -> Any:
     return None if text is None else typed(option, hint, parse_yaml(text, option))
 
 
-def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> ValueError:
+def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> InputError:
     """The parser's complaint, with near matches where an option does not exist."""
     _, _, rest = message.partition("unrecognized arguments: ")
     if command is None or not rest.startswith("--"):
-        return ValueError(message)
+        return InputError(message)
     word = cut(rest.split()[0].split("=")[0], MOST_OF_A_VALUE)
     options = [text[2:] for action in parsers[command]._actions for text in action.option_strings if text[:2] == "--"]
     near = [f"--{name}" for name in near_matches(word[2:], options)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"see advmoe {command} --help"
-    return ValueError(f"{word} is no option of {command}: {hint}")
+    return InputError(f"{word} is no option of {command}: {hint}")
 
 
 class Unfinished(Exception):

@@ -20,6 +20,7 @@ from advmoe.cli.arguments import (
     number,
 )
 from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, require
+from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import Epochs
@@ -91,7 +92,7 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
     alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
     if begun(Path(resumed)) and not (Path(resumed) / "config.yaml").is_file():
-        raise ValueError(
+        raise InputError(
             f"--resume must be a run directory (one that holds a config.yaml), got {resumed!r}: {START_ANEW}"
         )
     run_dir = existing_run("--resume", resumed)
@@ -131,4 +132,4 @@ def _source(text: str | None, own: str | None = None) -> tuple[str, dict[str, An
         return prefix.removesuffix("-"), {}
     near = difflib.get_close_matches(text or "", names, n=1)
     got = "nothing" if text is None else f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
-    raise ValueError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")
+    raise InputError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")

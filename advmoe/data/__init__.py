@@ -16,6 +16,7 @@ from advmoe.data.imagenet import load_imagenet
 from advmoe.data.stream import FileSet
 from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
+from advmoe.errors import InputError
 from advmoe.progress import shown, tell
 from advmoe.wording import printable
 
@@ -67,13 +68,13 @@ def load_dataset(
             `data.val_fraction`, `data.train_examples`, `data.workers`), the rule and the value.
     """
     if name not in _READERS:
-        raise ValueError(f"data.name must be one of {', '.join(_READERS)}, got {name!r}")
+        raise InputError(f"data.name must be one of {', '.join(_READERS)}, got {name!r}")
     if image_size is not None and (not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1):
-        raise ValueError(f"data.image_size must be an integer >= 1, got {image_size!r}")
+        raise InputError(f"data.image_size must be an integer >= 1, got {image_size!r}")
     if not 0 <= val_fraction <= 0.5:
-        raise ValueError(f"data.val_fraction must be >= 0 and <= 0.5, got {val_fraction!r}")
+        raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {val_fraction!r}")
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-        raise ValueError(f"data.workers must be an integer >= 0, got {workers!r}")
+        raise InputError(f"data.workers must be an integer >= 0, got {workers!r}")
     folder = Path(root).expanduser()
     request = Request(root=folder, download=download, image_size=image_size, workers=workers)
     with shown() if progress else nullcontext():

@@ -24,6 +24,7 @@ from advmoe.data.decode import Bytes, decode, middle_square
 from advmoe.data.listing import Listing
 from advmoe.data.types import ImageSet
 from advmoe.documents import read_array
+from advmoe.errors import InputError
 from advmoe.files import read_object, write_array, write_text
 from advmoe.progress import bar
 from advmoe.wording import one_line
@@ -87,7 +88,7 @@ def _found(root: Path, path: str) -> _File:
         stat = os.stat(root / path)
     except OSError as error:
         folder = path.rpartition("/")[0]
-        raise ValueError(f"data.root must hold readable files in {folder}, got {one_line(error)}") from error
+        raise InputError(f"data.root must hold readable files in {folder}, got {one_line(error)}") from error
     return _File(path, stat.st_size, stat.st_mtime_ns)
 
 
@@ -156,7 +157,7 @@ def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | N
     shape = _decode(root / first, image_size).shape
     if shape[1] != shape[2]:
         rule = "given when images are not square"
-        raise ValueError(f"data.image_size must be {rule}, got None with {_size(shape)} in {str(root / first)!r}")
+        raise InputError(f"data.image_size must be {rule}, got None with {_size(shape)} in {str(root / first)!r}")
     arrays = {part: np.empty((len(files), *shape), dtype=np.uint8) for part, files in parts.items()}
 
     def decode(part: str, start: int) -> int:
@@ -165,7 +166,7 @@ def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | N
             image = _decode(root / file.path, image_size)
             if image.shape != shape:
                 got = f"{_size(shape)} in {str(root / first)!r} and {_size(image.shape)} in {str(root / file.path)!r}"
-                raise ValueError(f"data.image_size must be given when sizes differ, got None with {got}")
+                raise InputError(f"data.image_size must be given when sizes differ, got None with {got}")
             arrays[part][i] = image
         return len(files)
 

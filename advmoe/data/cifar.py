@@ -16,6 +16,7 @@ import torch
 
 from advmoe.data.download import fetch, file_md5
 from advmoe.data.types import ImageSet, Request, Source, resize
+from advmoe.errors import InputError
 from advmoe.wording import one_line
 
 _PIXELS = 3 * 32 * 32
@@ -92,13 +93,13 @@ def load_archive(archive: Archive, request: Request) -> Source:
     if path.is_file():
         # A third of a second for the official ones: cheaper to repeat than to remember.
         if (got := file_md5(path)) != archive.md5:
-            raise ValueError(
+            raise InputError(
                 f"data.root must hold {archive.file} with md5 {archive.md5}, got md5 {got} in {str(path)!r}"
             )
     elif request.download:
         fetch(archive.url, path, archive.md5)
     else:
-        raise ValueError(f"data.root must hold {archive.file} (or set data.download=true), got {str(root)!r}")
+        raise InputError(f"data.root must hold {archive.file} (or set data.download=true), got {str(root)!r}")
 
     record = archive.label_bytes + _PIXELS
     sizes = {member: count * record for member, count in (archive.train | archive.test).items()}
@@ -106,7 +107,7 @@ def load_archive(archive: Archive, request: Request) -> Source:
     classes = tuple(contents[archive.names].decode().split())
     if len(classes) != archive.num_classes:
         got = f"{len(classes)} in {str(path)!r}"
-        raise ValueError(f"data.root must hold {archive.file} with {archive.num_classes} class names, got {got}")
+        raise InputError(f"data.root must hold {archive.file} with {archive.num_classes} class names, got {got}")
 
     def part(members: dict[str, int]) -> ImageSet:
         labels = np.empty(sum(members.values()), dtype=np.int64)
@@ -119,7 +120,7 @@ def load_archive(archive: Archive, request: Request) -> Source:
             start += count
         if len(labels) and (highest := int(labels.max())) >= archive.num_classes:
             rule = f"{archive.file} with labels below {archive.num_classes}"
-            raise ValueError(f"data.root must hold {rule}, got {highest} in {str(path)!r}")
+            raise InputError(f"data.root must hold {rule}, got {highest} in {str(path)!r}")
         return ImageSet(resize(torch.from_numpy(images), request.image_size), torch.from_numpy(labels))
 
     return Source(train=part(archive.train), test=part(archive.test), classes=classes, flip=True)
@@ -137,13 +138,13 @@ def _read_members(path: Path, wanted: dict[str, int | None]) -> dict[str, bytes]
                 size = wanted[name]
                 if size is not None and member.size != size:
                     rule = f"{path.name} with {size} bytes in {name}"
-                    raise ValueError(f"data.root must hold {rule}, got {member.size} in {str(path)!r}")
+                    raise InputError(f"data.root must hold {rule}, got {member.size} in {str(path)!r}")
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file
                 contents[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data.root must hold a readable {path.name}, got {one_line(error)}") from error
+        raise InputError(f"data.root must hold a readable {path.name}, got {one_line(error)}") from error
     if missing := sorted(set(wanted) - set(contents)):
         rule = f"{path.name} with a member {missing[0]}"
-        raise ValueError(f"data.root must hold {rule}, got none in {str(path)!r}")
+        raise InputError(f"data.root must hold {rule}, got none in {str(path)!r}")
     return contents

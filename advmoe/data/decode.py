@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from advmoe.errors import InputError
 from advmoe.wording import one_line
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
     try:
         with Image.open(path) as opened:
             if opened.format in _PROGRAMS:
-                raise ValueError(f"{opened.format} holds a program that draws, no pixels")
+                raise InputError(f"{opened.format} holds a program that draws, no pixels")
             ImageOps.exif_transpose(opened, in_place=True)
             image = _to_rgb(opened)
             image.load()
         return np.asarray(image if prepare is None else prepare(image))
     # Pillow's decoders raise errors of many kinds; which one says nothing more than the path and its text.
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"data.root must hold images that can be decoded, got {str(path)!r}: {one_line(error)}"
         ) from error
 
@@ -135,12 +136,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise InputError("floating-point pixels have no known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would cut values off at 255 here instead of scaling them. 65535 / 257 = 255.
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("pixels of more than 16 bits have no known range")
+            raise InputError("pixels of more than 16 bits have no known range")
         grey = (grey + 128) // 257
         image = Image.fromarray(grey.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:

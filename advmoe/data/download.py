@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from advmoe.errors import InputError
 from advmoe.locks import held
 from advmoe.progress import bar
 from advmoe.wording import one_line
@@ -45,7 +46,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
+        raise InputError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
     with held(lock := path.with_name(f".{path.name}.lock")):
         try:
             if not (path.is_file() and file_md5(path) == md5):
@@ -64,13 +65,13 @@ def _fetch(url: str, path: Path, md5: str) -> None:
         except (OSError, http.client.HTTPException) as error:
             reason = one_line(error)
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
-                raise ValueError(f"data.download must find {url}, got {reason}") from error
+                raise InputError(f"data.download must find {url}, got {reason}") from error
     else:
         kept = part.stat().st_size if part.exists() else 0
-        raise ValueError(f"data.download must reach the end of {url}, got {kept} bytes (kept), then {reason}")
+        raise InputError(f"data.download must reach the end of {url}, got {kept} bytes (kept), then {reason}")
     if (got := file_md5(part)) != md5:
         part.unlink()
-        raise ValueError(f"data.download must fetch {path.name} with md5 {md5}, got md5 {got} from {url} (removed)")
+        raise InputError(f"data.download must fetch {path.name} with md5 {md5}, got md5 {got} from {url} (removed)")
     os.replace(part, path)
 
 

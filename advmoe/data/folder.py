@@ -8,6 +8,7 @@ from pathlib import Path
 from advmoe.data.cache import load_decoded
 from advmoe.data.listing import by_class, class_names, is_image, left_out, scan
 from advmoe.data.types import Request, Source
+from advmoe.errors import InputError
 
 
 def load_folder(request: Request) -> Source:
@@ -28,10 +29,10 @@ def load_folder(request: Request) -> Source:
     root = request.root
     classes = class_names(train := scan(root, "train"))
     if len(classes) < 2:  # one folder too many above the classes, whose images would all be of one
-        raise ValueError(f"data.root must hold >= 2 class folders in train, got {classes[0]!r} alone")
+        raise InputError(f"data.root must hold >= 2 class folders in train, got {classes[0]!r} alone")
     name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if name is None:
-        raise ValueError(f"data.root must hold a folder test or val beside train, got {str(root)!r}")
+        raise InputError(f"data.root must hold a folder test or val beside train, got {str(root)!r}")
     class_names(test := scan(root, name))
     listings = {"train": by_class(train, classes), "test": by_class(test, classes)}
     parts = load_decoded(root, listings, image_size=request.image_size)

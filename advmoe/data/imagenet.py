@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from advmoe.data.listing import Listing, Part, by_class, class_names, composed, read_lines, scan
 from advmoe.data.stream import file_set
 from advmoe.data.types import Request, Source
+from advmoe.errors import InputError
 from advmoe.wording import few, one_line
 
 IMAGE_SIZE = 224
@@ -72,7 +73,7 @@ def _validation(val: Part, classes: list[str]) -> tuple[Listing, tuple[str, ...]
     wnids, notes = _flat_labels(val)
     index = {wnid: label for label, wnid in enumerate(classes)}
     if unknown := next((wnid for wnid in wnids if wnid not in index), None):
-        raise ValueError(f"data.root must hold val images of classes of train, got {unknown!r} in {str(val.root)!r}")
+        raise InputError(f"data.root must hold val images of classes of train, got {unknown!r} in {str(val.root)!r}")
     listing += [(file, index[wnid]) for file, wnid in zip(val.loose, wnids, strict=True)]
     # By name, wherever an image lies: a `val` is in one order until it is sorted.
     return sorted(listing, key=lambda each: PurePosixPath(each[0]).name), (*val.notes, *notes)
@@ -86,7 +87,7 @@ def _flat_labels(val: Part) -> tuple[list[str], list[str]]:
     if name is None:
         rule = f"class folders in val, or beside a flat val one of {', '.join(LABEL_FILES)}"
         flat = f"{len(val.loose)} images without a class: {few(map(repr, val.loose))}"
-        raise ValueError(f"data.root must hold {rule}, got neither in {str(root)!r} for {flat}")
+        raise InputError(f"data.root must hold {rule}, got neither in {str(root)!r} for {flat}")
     if name.endswith(LABEL_FILES[2]):
         return _by_number(val, name), []
     wnid_of: dict[str, str] = {}
@@ -96,9 +97,9 @@ def _flat_labels(val: Part) -> tuple[list[str], list[str]]:
             stem = PurePosixPath(words[0].replace("\\", "/")).stem
             if wnid_of.setdefault(stem, words[1]) != words[1]:
                 rule = f"hold {name} with one class for each image"
-                raise ValueError(f"data.root must {rule}, got {wnid_of[stem]!r} and {words[1]!r} for {stem!r}")
+                raise InputError(f"data.root must {rule}, got {wnid_of[stem]!r} and {words[1]!r} for {stem!r}")
     if missing := next((file for file in val.loose if _stem(file) not in wnid_of), None):
-        raise ValueError(f"data.root must hold {name} with a line for each image of val, got none for {missing!r}")
+        raise InputError(f"data.root must hold {name} with a line for each image of val, got none for {missing!r}")
     absent = len(set(wnid_of) - set(map(_stem, files)))
     notes = [f"val: {len(files)} images, {absent} that {name} names are not there"] if absent else []
     return [wnid_of[_stem(file)] for file in val.loose], notes
@@ -113,10 +114,10 @@ def _by_number(val: Part, name: str) -> list[str]:
     lines, files = read_lines(val.root, name), sorted(val.images, key=lambda path: PurePosixPath(path).name)
     if len(lines) != len(files):
         rule = f"a line in {name} for each image of val"
-        raise ValueError(f"data.root must hold {rule}, got {len(lines)} lines for {len(files)} images")
+        raise InputError(f"data.root must hold {rule}, got {len(lines)} lines for {len(files)} images")
     wnids = _wnids_by_id(val.root / name)
     if unknown := next((line for line in lines if line.strip() not in wnids), None):
-        raise ValueError(f"data.root must hold {name} with ILSVRC2012 ids, got {unknown!r}")
+        raise InputError(f"data.root must hold {name} with ILSVRC2012 ids, got {unknown!r}")
     wnid_of = {file: wnids[line.strip()] for file, line in zip(files, lines, strict=True)}
     return [wnid_of[file] for file in val.loose]
 
@@ -128,7 +129,7 @@ def _wnids_by_id(labels: Path) -> dict[str, str]:
         return {words[1]: words[0] for line in read_lines(text.parent, text.name) if len(words := line.split()) > 1}
     if not matlab.is_file():
         rule = f"meta.mat or map_clsloc.txt beside {labels.name} (its numbers are no order of wnids)"
-        raise ValueError(f"data.root must hold {rule}, got neither in {str(labels.parent)!r}")
+        raise InputError(f"data.root must hold {rule}, got neither in {str(labels.parent)!r}")
     from scipy.io import loadmat  # a dependency of scikit-learn
 
     try:
@@ -136,7 +137,7 @@ def _wnids_by_id(labels: Path) -> dict[str, str]:
         return {str(int(each)): str(wnid) for each, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
     # Damaged files raise errors of many kinds.
     except Exception as error:
-        raise ValueError(f"data.root must hold a readable meta.mat, got {str(matlab)!r}: {one_line(error)}") from error
+        raise InputError(f"data.root must hold a readable meta.mat, got {str(matlab)!r}: {one_line(error)}") from error
 
 
 def _words(root: Path) -> dict[str, str]:

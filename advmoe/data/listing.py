@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from advmoe.errors import InputError
 from advmoe.wording import few, one_line
 
 EXTENSIONS = frozenset(
@@ -61,9 +62,9 @@ def scan(root: Path, name: str) -> Part:
         ValueError: A folder is missing or cannot be read, or an image is no file, as where a link leads nowhere.
     """
     if not root.is_dir():
-        raise ValueError(f"data.root must be a folder, got {str(root)!r}")
+        raise InputError(f"data.root must be a folder, got {str(root)!r}")
     if not os.path.lexists(root / name):
-        raise ValueError(f"data.root must hold a folder {name}, got {str(root)!r}")
+        raise InputError(f"data.root must hold a folder {name}, got {str(root)!r}")
     unused, above = _Unused(), (_identity(root), _identity(root / name))
     folders: dict[str, list[str]] = {}
     loose: list[str] = []
@@ -84,9 +85,9 @@ def class_names(part: Part) -> list[str]:
     """Return the names of the class folders, sorted; each must hold an image, and no image may lie beside them."""
     if part.loose:
         rule = f"hold the images of {part.name} in class folders"
-        raise ValueError(f"data.root must {rule}, got {len(part.loose)} beside them: {few(map(repr, part.loose))}")
+        raise InputError(f"data.root must {rule}, got {len(part.loose)} beside them: {few(map(repr, part.loose))}")
     if not part.folders:
-        raise ValueError(f"data.root must hold class folders in {part.name}, got none in {part.place}")
+        raise InputError(f"data.root must hold class folders in {part.name}, got none in {part.place}")
     require_filled(part, part.folders)
     return list(part.folders)
 
@@ -95,14 +96,14 @@ def require_filled(part: Part, folders: Iterable[str]) -> None:
     """Raise `ValueError` where one of these class folders is missing or holds no image."""
     if (empty := next((name for name in folders if not part.folders.get(name)), None)) is not None:
         rule = f"hold at least one image in {part.name}/{empty}"
-        raise ValueError(f"data.root must {rule}, got none in {str(part.root / part.name / empty)!r}")
+        raise InputError(f"data.root must {rule}, got none in {str(part.root / part.name / empty)!r}")
 
 
 def by_class(part: Part, classes: Sequence[str]) -> Listing:
     """Return the images of the class folders, sorted by class and path; classes may be missing."""
     if unknown := next(iter(sorted(set(part.folders) - set(classes))), None):
         rule = f"have only classes of train in {part.name}"
-        raise ValueError(f"data.root must {rule}, got {unknown!r} in {part.place}")
+        raise InputError(f"data.root must {rule}, got {unknown!r} in {part.place}")
     return [(path, label) for label, name in enumerate(classes) for path in part.folders.get(name, ())]
 
 
@@ -141,9 +142,9 @@ def read_lines(root: Path, name: str) -> list[str]:
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if wide else "utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"data.root must hold {name}, got {str(root)!r}") from None
+        raise InputError(f"data.root must hold {name}, got {str(root)!r}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.root must hold a readable {name}, got {one_line(error)}") from error
+        raise InputError(f"data.root must hold a readable {name}, got {one_line(error)}") from error
     # splitlines() would also cut at rare characters that a name may hold.
     return [unicodedata.normalize("NFC", line.rstrip()) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
@@ -194,7 +195,7 @@ def _sort(entry: os.DirEntry[str], path: str, hidden: bool, images: list[str], u
         return
     elif not _is(entry.is_file):  # asks the system about links alone
         what = "a link that leads nowhere" if entry.is_symlink() else "which is no file"
-        raise ValueError(f"data.root must hold readable files in {path.rpartition('/')[0]}, got {path!r}, {what}")
+        raise InputError(f"data.root must hold readable files in {path.rpartition('/')[0]}, got {path!r}, {what}")
     elif ending in EXTENSIONS:
         images.append(path)
     else:
@@ -206,14 +207,14 @@ def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(root / folder) as entries:
             return list(entries)
     except OSError as error:
-        raise ValueError(f"data.root must hold a readable folder {folder}, got {one_line(error)}") from error
+        raise InputError(f"data.root must hold a readable folder {folder}, got {one_line(error)}") from error
 
 
 def _identity(folder: Path) -> tuple[int, int]:
     try:
         stat = folder.stat()
     except OSError as error:
-        raise ValueError(f"data.root must hold readable folders, got {one_line(error)}") from error
+        raise InputError(f"data.root must hold readable folders, got {one_line(error)}") from error
     return stat.st_dev, stat.st_ino
 
 

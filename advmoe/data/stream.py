@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from advmoe.data.augment import Variation
 from advmoe.data.decode import central_crop, decode, random_crop
+from advmoe.errors import InputError
 from advmoe.seeding import seed_for
 from advmoe.signals import leave_to_parent
 from advmoe.wording import one_line
@@ -112,7 +113,7 @@ class FileSet:
                     answer = next(answers)
                 except (RuntimeError, EOFError, OSError) as error:  # each by another way for a process to end
                     rule = "a number of processes that can run (0 decodes in this one; they need shared memory)"
-                    raise ValueError(f"data.workers must be {rule}, got {self.workers}: {one_line(error)}") from error
+                    raise InputError(f"data.workers must be {rule}, got {self.workers}: {one_line(error)}") from error
                 yield _unpacked(answer).to(device, non_blocking=True), self.labels[index.to(device)]
         finally:
             del answers  # which ends the processes, even where a traceback keeps this frame
@@ -125,7 +126,7 @@ class FileSet:
             try:
                 stat = file.stat()
             except OSError as error:
-                raise ValueError(f"data.root must hold readable files, got {one_line(error)}") from error
+                raise InputError(f"data.root must hold readable files, got {one_line(error)}") from error
             digest.update(path + f"\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -174,7 +175,7 @@ class _Decoder(Dataset[_Answer]):
                     prepare = random_crop(self.image_size, job.seeds[i], flip=job.flip)
                 batch[i] = decode(self.root / os.fsdecode(path), prepare)
         except ValueError as error:
-            return ValueError(str(error))
+            return InputError(str(error))
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from advmoe.data.cache import load_decoded
 from advmoe.data.listing import Listing, Part, composed, left_out, read_lines, require_filled, scan
 from advmoe.data.types import Request, Source
+from advmoe.errors import InputError
 from advmoe.wording import few
 
 FOLDER = "tiny-imagenet-200"
@@ -35,16 +36,16 @@ def load_tiny_imagenet(request: Request) -> Source:
     if not (root / "wnids.txt").is_file() and (root / FOLDER).is_dir():
         root = root / FOLDER
     if not root.is_dir():
-        raise ValueError(f"data.root must be a folder, got {str(root)!r}")
+        raise InputError(f"data.root must be a folder, got {str(root)!r}")
     wnids = sorted(line.strip() for line in read_lines(root, "wnids.txt"))
     index = {wnid: label for label, wnid in enumerate(wnids)}
     if twice := next((wnid for wnid, after in pairwise(wnids) if wnid == after), None):
-        raise ValueError(f"data.root must hold wnids.txt with every wnid once, got {twice!r} twice")
+        raise InputError(f"data.root must hold wnids.txt with every wnid once, got {twice!r} twice")
     words = {
         wnid.strip(): said.strip() for line in read_lines(root, "words.txt") for wnid, _, said in [line.partition("\t")]
     }
     if unnamed := next((wnid for wnid in wnids if not words.get(wnid)), None):
-        raise ValueError(f"data.root must hold words.txt with words for {unnamed}, got none in {str(root)!r}")
+        raise InputError(f"data.root must hold words.txt with words for {unnamed}, got none in {str(root)!r}")
     train, val = scan(root, "train"), scan(root, "val")
     listings = {"train": _of_wnids(train, wnids), "test": _annotated(root, val, index)}
     parts = load_decoded(root, listings, image_size=request.image_size)
@@ -58,7 +59,7 @@ def _of_wnids(train: Part, wnids: list[str]) -> Listing:
     require_filled(train, wnids)
     if train.loose:
         rule = "hold the images of train in folders that wnids.txt names"
-        raise ValueError(f"data.root must {rule}, got {len(train.loose)} beside them: {few(map(repr, train.loose))}")
+        raise InputError(f"data.root must {rule}, got {len(train.loose)} beside them: {few(map(repr, train.loose))}")
     return [(file, label) for label, wnid in enumerate(wnids) for file in train.folders[wnid]]
 
 
@@ -77,17 +78,17 @@ def _annotated(root: Path, val: Part, index: dict[str, int]) -> Listing:
     for line in read_lines(root, _ANNOTATIONS):
         name, wnid = (each.strip() for each in f"{line}\t".split("\t")[:2])
         if wnid not in index:
-            raise ValueError(f"data.root must hold {_ANNOTATIONS} with wnids of wnids.txt, got {line!r}")
+            raise InputError(f"data.root must hold {_ANNOTATIONS} with wnids of wnids.txt, got {line!r}")
         if wnid_of.setdefault(name, wnid) != wnid:
-            raise ValueError(f"data.root must hold {_ANNOTATIONS} with one class for each image, got two for {name!r}")
+            raise InputError(f"data.root must hold {_ANNOTATIONS} with one class for each image, got two for {name!r}")
     files: dict[str, str] = {}
     for file in val.images:
         name = composed(PurePosixPath(file).name)
         if name not in wnid_of:
-            raise ValueError(f"data.root must hold {_ANNOTATIONS} with a line for each image, got none for {file!r}")
+            raise InputError(f"data.root must hold {_ANNOTATIONS} with a line for each image, got none for {file!r}")
         if name in files:
-            raise ValueError(f"data.root must hold every image of val once, got {files[name]!r} and {file!r}")
+            raise InputError(f"data.root must hold every image of val once, got {files[name]!r} and {file!r}")
         files[name] = file
     if missing := next(iter(sorted(set(wnid_of) - set(files))), None):
-        raise ValueError(f"data.root must hold the images in {_ANNOTATIONS}, got no {missing!r}")
+        raise InputError(f"data.root must hold the images in {_ANNOTATIONS}, got no {missing!r}")
     return [(file, index[wnid_of[name]]) for name, file in files.items()]

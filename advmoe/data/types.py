@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
+from advmoe.errors import InputError
 from advmoe.seeding import generator_for
 
 # Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
@@ -38,10 +39,10 @@ class ImageSet:
         """Check dtypes and shapes."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             got = f"{self.images.dtype} of shape {tuple(self.images.shape)}"
-            raise ValueError(f"images must be uint8 of shape (N, C, H, W), got {got}")
+            raise InputError(f"images must be uint8 of shape (N, C, H, W), got {got}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             got = f"{self.labels.dtype} of shape {tuple(self.labels.shape)}"
-            raise ValueError(f"labels must be int64 of shape ({len(self.images)},), got {got}")
+            raise InputError(f"labels must be int64 of shape ({len(self.images)},), got {got}")
 
     def __len__(self) -> int:
         """Return the number of images N."""
@@ -164,7 +165,7 @@ def drawn(data: Images, examples: int | None) -> Images:
         return data
     if not isinstance(examples, int) or isinstance(examples, bool) or not 2 <= examples <= len(data):
         rule = f"an integer >= 2 and <= the {len(data)} training images"
-        raise ValueError(f"data.train_examples must be {rule}, got {examples!r}")
+        raise InputError(f"data.train_examples must be {rule}, got {examples!r}")
     index = torch.randperm(len(data), generator=generator_for(0, "train examples"))[:examples].sort().values
     return data.subset(index.to(data.labels.device))
 
@@ -188,7 +189,7 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
         ValueError: `fraction` is out of range, or positive where no class has two images.
     """
     if not 0 <= fraction <= 0.5:
-        raise ValueError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
+        raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
     n = len(data)
     labels = data.labels.cpu()
     counts = torch.bincount(labels)
@@ -202,7 +203,7 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
         open_classes = order[(take < spare)[order]]
         take[open_classes[: total - int(take.sum())]] += 1
         if not take.any():
-            raise ValueError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
+            raise InputError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     first = counts.cumsum(0) - counts

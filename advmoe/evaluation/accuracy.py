@@ -22,6 +22,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import FileSet
+from advmoe.errors import InputError
 from advmoe.evaluation.checks import Check, check, check_data, check_labels, require_passed
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
 from advmoe.evaluation.intervals import wilson
@@ -105,7 +106,7 @@ def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
     """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
     names = tuple(name for name in wanted if name != "routed" or job.setting.routed)
     if not names:
-        raise ValueError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
+        raise InputError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
     return names
 
 
@@ -198,7 +199,7 @@ class Plan:
             return [torch.device(self.accelerator)]
         present = torch.cuda.device_count() if self.accelerator != "cpu" else 0
         if self.accelerator == "cuda" and not present:
-            raise ValueError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
+            raise InputError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
         return [torch.device("cuda", i) for i in range(present)] or [torch.device("cpu")]
 
 
@@ -431,5 +432,5 @@ def evaluate(
 def positive(name: str, value: int) -> int:
     """`value`, which must be at least 1: else a `ValueError` that calls it `name`."""
     if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value!r}")
+        raise InputError(f"{name} must be >= 1, got {value!r}")
     return value

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.attacks.pgd import Predict
+from advmoe.errors import InputError
 from advmoe.evaluation.scoring import answering
 from advmoe.moe.routing import Routing, route
 from advmoe.wording import one_line
@@ -122,16 +123,16 @@ def check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
     """
     if len(images) == 0 or len(images) != len(labels):
         counts = f"{len(images)} images, {len(labels)} labels"
-        raise ValueError(f"data must hold at least 1 example, and a class for each, got {counts}")
+        raise InputError(f"data must hold at least 1 example, and a class for each, got {counts}")
     for fault in (_pixel_fault(images), _label_fault(labels, len(images), num_classes)):
         if fault is not None:
-            raise ValueError(fault)
+            raise InputError(fault)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check the classes of images that are known to be sound, (N,) integers; as `check_data` does."""
     if (fault := _label_fault(labels, len(labels), num_classes)) is not None:
-        raise ValueError(fault)
+        raise InputError(fault)
 
 
 def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None:
@@ -146,7 +147,7 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
     allowed = {allow} if isinstance(allow, str) else set(allow)
     for name in sorted(allowed.difference(ALLOWABLE)):
         reason = " (bad data give no result)" if name in CHECKS else ""
-        raise ValueError(f"allow must name checks of {', '.join(ALLOWABLE)}{reason}, got {name!r}")
+        raise InputError(f"allow must name checks of {', '.join(ALLOWABLE)}{reason}, got {name!r}")
     failed = [each for each in checks if not each.passed and (each.fatal or each.name not in allowed)]
     if not failed:
         return
@@ -154,7 +155,7 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
     hint = "this must be mended first"
     if not any(each.fatal for each in failed):
         hint = f"to go on all the same: {' '.join(f'--allow {each.name}' for each in failed)}"
-    raise ValueError(f"model and data must pass the checks made before an attack, got {found}; {hint}")
+    raise InputError(f"model and data must pass the checks made before an attack, got {found}; {hint}")
 
 
 def _check_pixels(x: Tensor) -> Check:

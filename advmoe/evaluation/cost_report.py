@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.config import ModelKind
+from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
 from advmoe.evaluation.harness import threads_set
@@ -79,17 +80,17 @@ def cost_report(
     for batch in batches:
         positive("batch", batch)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where no CUDA device is present, got 'cuda'")
+        raise InputError("device must be cpu where no CUDA device is present, got 'cuda'")
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds must be >= 0 and finite, got {seconds!r}")
+        raise InputError(f"seconds must be >= 0 and finite, got {seconds!r}")
     number = max(batches)
     with threads_set(threads):
         if (Path(target) / "model.json").is_file():
             if model:
-                raise ValueError(f"{', '.join(model)} must be left out for a run, which has its model, got {target!s}")
+                raise InputError(f"{', '.join(model)} must be left out for a run, which has its model, got {target!s}")
             given = _run(target, number, source, overrides or {})
         elif overrides or source is not None:
-            raise ValueError(f"data and --model must be left out for a backbone (random images), got {target!s}")
+            raise InputError(f"data and --model must be left out for a backbone (random images), got {target!s}")
         else:
             given = _backbone(str(target), number, model or {})
         return _report(given, batches, torch.device(device), seconds)
@@ -118,7 +119,7 @@ def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
             raise
         names = f"{', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10)"
         rule = f"a run directory (one that holds a model.json) or a backbone, one of {names}"
-        raise ValueError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
+        raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
     settings = {"num_classes": 10, "input_size": 32, **model}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
+from advmoe.errors import InputError
 from advmoe.evaluation.scoring import correct, device_of, measuring
 from advmoe.moe.routing import route
 
@@ -58,21 +59,21 @@ class Dissection:
         if clean.dim() not in (2, 3) or clean.shape != adv.shape or 0 in clean.shape:
             shapes = f"{tuple(clean.shape)} and {tuple(adv.shape)}"
             rule = "(N, L) with N, L >= 1, or (N, L, T)"
-            raise ValueError(f"clean_pathway and adv_pathway must both be {rule}, got {shapes}")
+            raise InputError(f"clean_pathway and adv_pathway must both be {rule}, got {shapes}")
         for name in ("clean_correct", "adv_correct", "labels"):
             value = getattr(self, name)
             if value is not None and value.shape != clean.shape[:1]:
-                raise ValueError(f"{name} must be (N,) with N = {len(clean)}, got shape {tuple(value.shape)}")
+                raise InputError(f"{name} must be (N,) with N = {len(clean)}, got shape {tuple(value.shape)}")
         lowest, highest = (int(torch.stack([clean, adv]).aminmax()[end]) for end in (0, 1))
         if lowest < 0 or highest >= self.num_experts:
-            raise ValueError(f"experts must lie in 0 ... {self.num_experts - 1}, got {lowest} ... {highest}")
+            raise InputError(f"experts must lie in 0 ... {self.num_experts - 1}, got {lowest} ... {highest}")
 
     @classmethod
     def merge(cls, parts: Sequence[Dissection]) -> Dissection:
         """The dissection of all examples of `parts`, in order. Raises `ValueError` for none, or for unlike models."""
         shapes = {(part.clean_pathway.shape[1:], part.num_experts, part.labels is None) for part in parts}
         if len(shapes) != 1:
-            raise ValueError(
+            raise InputError(
                 f"parts must be at least 1, with the same layers, experts and labels, got {len(shapes)} kinds"
             )
         labels = [part.labels for part in parts if part.labels is not None]
@@ -232,9 +233,9 @@ def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: 
     """
     if x.shape != x_adv.shape or y.shape != x.shape[:1] or len(x) == 0:
         shapes = f"{tuple(x.shape)}, {tuple(x_adv.shape)}, {tuple(y.shape)}"
-        raise ValueError(f"x, x_adv and y must be (N, C, H, W) twice and (N,) with N >= 1, got {shapes}")
+        raise InputError(f"x, x_adv and y must be (N, C, H, W) twice and (N,) with N >= 1, got {shapes}")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
+        raise InputError(f"batch_size must be >= 1, got {batch_size!r}")
     device = device_of(model) if isinstance(model, nn.Module) else x.device
     with measuring(model, device), torch.no_grad():
         batches = zip(x.split(batch_size), x_adv.split(batch_size), y.split(batch_size), strict=True)
@@ -252,6 +253,6 @@ def _run(model: Predict, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     with route() as routing:
         logits = model(x.contiguous(memory_format=torch.channels_last))
     if not routing.choices:
-        raise ValueError(f"model must have MoE layers to be dissected, got {type(model).__name__} with none")
+        raise InputError(f"model must have MoE layers to be dissected, got {type(model).__name__} with none")
     num_experts = max(scores.shape[-1] for scores in routing.scores.values())
     return routing.pathway().cpu(), correct(logits, y).cpu(), num_experts

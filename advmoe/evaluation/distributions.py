@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe.errors import InputError
 from advmoe.evaluation.overlap import Units, size
 
 Numbers = NDArray[np.float64]
@@ -34,7 +35,7 @@ def summary(values: Numbers, weights: Numbers | None = None) -> dict[str, Any]:
     it. Raises `ValueError` for no values.
     """
     if not len(values):
-        raise ValueError("values must hold 1 or more, got none")
+        raise InputError("values must hold 1 or more, got none")
     order = np.argsort(values, kind="stable")
     values = values[order]
     weights = np.full(len(values), 1 / len(values)) if weights is None else weights[order]

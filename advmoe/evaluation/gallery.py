@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
 from advmoe.data import Images
+from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Plan, make_job, positive
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.runs import attacked, subject
@@ -91,7 +92,7 @@ def gallery_run(
 
 def _few(number: int) -> int:
     if positive("number", number) > _MOST:
-        raise ValueError(f"number must be <= {_MOST} (a page shows them all), got {number}")
+        raise InputError(f"number must be <= {_MOST} (a page shows them all), got {number}")
     return number
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, multiprocessing
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
-from advmoe.errors import of_machine
+from advmoe.errors import InputError, OtherSettings, of_machine
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
@@ -94,25 +94,27 @@ class Journal:
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Begin, or with `resume` continue what an interrupted evaluation left here.
 
-        Returns the plan that was stored with it, if any. Raises `ValueError` where it had other settings, or where
-        another process is at it.
+        Returns the plan that was stored with it, if any. Raises `OtherSettings` where it had other settings, and
+        `InputError` where another process is at it.
         """
         if self.path is None:
             return None
         require_plain(self.path, itself=True)
         if not self._hold():
-            raise ValueError(
+            raise InputError(
                 f"out must be free of other evaluations, got {str(self.path.parent)!r}: one is at work there"
             )
         head = self.path / "evaluation.json"
         if resume and head.exists():
             stored = read_result(head)
             if not isinstance(known := stored.get("fingerprint"), dict):
-                raise ValueError(f"{head} must hold the settings that --resume continues (fingerprint), got {known!r}")
+                raise OtherSettings(
+                    f"{head} must hold the settings that --resume continues (fingerprint), got {known!r}"
+                )
             for name, value in json.loads(json.dumps(fingerprint)).items():
                 if known.get(name) != value:
                     rule = f"repeat the settings of the evaluation that it continues ({name})"
-                    raise ValueError(f"--resume must {rule}: {known.get(name)}, got {value}")
+                    raise OtherSettings(f"--resume must {rule}: {known.get(name)}, got {value}")
             return stored
         for file in self.path.iterdir():
             if file.name != CLAIM:
@@ -373,7 +375,7 @@ def _work(
                     x, y = take(job.data, job.examples(tasks[number]), device)
                     result, _ = replace(job, plan=plan).run(tasks[number], predict, x, y)
         except Exception as error:
-            told = isinstance(error, ValueError) or of_machine(error)
+            told = isinstance(error, InputError) or of_machine(error)
             pipe.send((None, error if told else RuntimeError(f"in a worker: {error!r}")))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe.errors import InputError
 from advmoe.evaluation.runs import subject
 from advmoe.evaluation.scoring import take
 from advmoe.models import Classifier
@@ -34,7 +35,7 @@ def input_shape(model: Classifier) -> tuple[int, int, int]:
     """Channels C, and size H and W, of the images that `model` takes. Raises `ValueError` where it takes any size."""
     channels, size = model.spec["in_channels"], model.spec["input_size"]
     if channels is None or size is None:
-        raise ValueError(f"images must be given for a model without an input size, got {model.spec['name']!r}")
+        raise InputError(f"images must be given for a model without an input size, got {model.spec['name']!r}")
     return channels, size, size
 
 
@@ -54,11 +55,11 @@ def run_images(
     overrides["data"] = {"download": False, **overrides.get("data", {})}
     try:
         if not (Path(run) / "config.yaml").is_file():
-            raise ValueError("the run has no config.yaml")
+            raise InputError("the run has no config.yaml")
         given = subject(run, source=source, overrides=overrides, num_examples=number, seed=0, kept=False)
         images, _ = take(given.data, slice(0, number), torch.device("cpu"))
         if (size := model.spec["input_size"]) not in (None, images.shape[-1]):
-            raise ValueError(f"the model takes images of {size} x {size}, got {tuple(images.shape[2:])}")
+            raise InputError(f"the model takes images of {size} x {size}, got {tuple(images.shape[2:])}")
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         return random_images(input_shape(model), number), f"random images, not the run's ({reason})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from advmoe.errors import InputError
+
 _Z95 = 1.959963984540054
 
 
@@ -14,9 +16,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     Raises `ValueError` for no examples, or a count outside 0 ... n.
     """
     if n < 1:
-        raise ValueError(f"n must be >= 1, got {n!r}")
+        raise InputError(f"n must be >= 1, got {n!r}")
     if not 0 <= successes <= n:
-        raise ValueError(f"successes must lie in 0 ... {n}, got {successes!r}")
+        raise InputError(f"successes must lie in 0 ... {n}, got {successes!r}")
     share, square = successes / n, _Z95**2
     centre = share + square / (2 * n)
     half = _Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from advmoe.errors import InputError
 from advmoe.files import read_object
 from advmoe.moe.layer import MoELayer
 from advmoe.wording import one_line, show
@@ -40,7 +41,7 @@ def units_of(model: nn.Module) -> list[Tensor]:
     """Which rows each expert of each MoE layer uses, L of (E, M) booleans. Raises `ValueError` without MoE layers."""
     layers = {module.layer: module for module in model.modules() if isinstance(module, MoELayer)}
     if not layers:
-        raise ValueError(f"model must have MoE layers, got {type(model).__name__} with none")
+        raise InputError(f"model must have MoE layers, got {type(model).__name__} with none")
     found = []
     for _, layer in sorted(layers.items()):
         units = torch.zeros(layer.num_experts, layer.bank_rows, dtype=torch.bool)
@@ -58,9 +59,9 @@ def read_masks(path: Path) -> list[Tensor]:
     try:
         layers = read_object(path).get("layers")
     except OSError as error:
-        raise ValueError(f"{path} must be a sparse run's masks in JSON, got {one_line(error)}") from None
+        raise InputError(f"{path} must be a sparse run's masks in JSON, got {one_line(error)}") from None
     if not isinstance(layers, list) or not layers:
-        raise ValueError(f"{path} must hold the masks of 1 layer or more under layers, got {show(layers)}")
+        raise InputError(f"{path} must hold the masks of 1 layer or more under layers, got {show(layers)}")
     return [_read_mask(path, index, layer) for index, layer in enumerate(layers)]
 
 
@@ -73,17 +74,17 @@ def _read_mask(path: Path, index: int, layer: object) -> Tensor:
                 mask[0, rows] = True
                 return mask
     rule = f'{{"layer": {index}, "of": C, "rows": [...]}} with rows among 0 ... C - 1, one at least and none twice'
-    raise ValueError(f"{path}: layer {index} must be {rule}, got {show(layer)}")
+    raise InputError(f"{path}: layer {index} must be {rule}, got {show(layer)}")
 
 
 def require_same_banks(name: str, units: Units, others: Units) -> None:
     """Raise `ValueError`, which calls the others `name`, where their layers or rows are not those of `units`."""
     if len(units) != len(others):
-        raise ValueError(f"{name} must have the run's {len(units)} MoE layers, got {len(others)}")
+        raise InputError(f"{name} must have the run's {len(units)} MoE layers, got {len(others)}")
     for layer, (unit, other) in enumerate(zip(units, others, strict=True)):
         if unit.shape[1] != other.shape[1]:
             rule = f"{name} must have {unit.shape[1]} rows in MoE layer {layer}, as the run has"
-            raise ValueError(f"{rule}, got {other.shape[1]}: backbone, width or expert layout differ")
+            raise InputError(f"{rule}, got {other.shape[1]}: backbone, width or expert layout differ")
 
 
 def iou(pathway: Tensor, other: Tensor, units: Units, others: Units) -> Tensor:
@@ -168,7 +169,7 @@ def _columns(pathway: Tensor, units: Units) -> tuple[Tensor, list[Tensor]]:
     """(N, L, T) as (N, L * T), with the units of each column; (N, L) as it is. Raises `ValueError` for other shapes."""
     if pathway.dim() not in (2, 3) or pathway.shape[1] != len(units) or 0 in pathway.shape:
         rule = f"(N, L) or (N, L, T), N >= 1, with the L = {len(units)} layers of its units"
-        raise ValueError(f"pathway must be {rule}, got shape {tuple(pathway.shape)}")
+        raise InputError(f"pathway must be {rule}, got shape {tuple(pathway.shape)}")
     tokens = pathway.shape[2] if pathway.dim() == 3 else 1
     return pathway.flatten(1).long().cpu(), [unit for unit in units for _ in range(tokens)]
 
@@ -178,7 +179,7 @@ def size(units: Units) -> int:
     sizes = [unit.sum(1).unique().tolist() for unit in units]
     for layer, found in enumerate(sizes):
         if len(found) != 1:
-            raise ValueError(f"experts of a layer must use equally many rows, got {found} in layer {layer}")
+            raise InputError(f"experts of a layer must use equally many rows, got {found} in layer {layer}")
     return sum(found for (found,) in sizes)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
+from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import checked, placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
@@ -110,7 +111,7 @@ def _comparable(model: nn.Module, against: nn.Module | str | Path, x: Tensor) ->
     for routed in (model, against):
         if isinstance(routed, nn.Module) and pathway(routed, x.to(next(routed.parameters()).device)).dim() == 3:
             rule = "against must be left out where tokens are routed one by one"
-            raise ValueError(f"{rule}, got {type(against).__name__ if routed is against else 'such a model'}")
+            raise InputError(f"{rule}, got {type(against).__name__ if routed is against else 'such a model'}")
     return units
 
 
@@ -126,7 +127,7 @@ def statistics(
     num_classes = highest + 1 if num_classes is None else num_classes
     if highest >= num_classes or int(found.labels.min()) < 0:
         got = f"{int(found.labels.min())} ... {highest}"
-        raise ValueError(f"y must lie in 0 ... {num_classes - 1}, got {got}")
+        raise InputError(f"y must lie in 0 ... {num_classes - 1}, got {got}")
     kinds = {"clean": found.clean_pathway, "adversarial": found.adv_pathway}
     kept = int((~found.flipped.any(1)).sum()) / len(found.labels)
     return {
@@ -237,9 +238,9 @@ def pathways_run(
     )
     device, predict, job, names = opened_routed(given, target, accelerator, attacks, batch_size, purpose="trace")
     if len(names) != 1:
-        raise ValueError(f"attacks to trace must be a single one, got {', '.join(names)}")
+        raise InputError(f"attacks to trace must be a single one, got {', '.join(names)}")
     if not isinstance(predict, nn.Module):
-        raise ValueError(f"a model to trace must be a torch.nn.Module, got {type(predict).__name__}")
+        raise InputError(f"a model to trace must be a torch.nn.Module, got {type(predict).__name__}")
     units, opened = units_of(predict), None if against is None else _opened(Path(against), source, predict, device)
     compared = None if opened is None else _comparable(predict, opened, take(given.data, slice(0, 1), device)[0])
     mine, theirs = [], []
@@ -271,11 +272,11 @@ def _opened(path: Path, source: str | None, predict: Predict, device: torch.devi
         return path / MASKS
     model = load_run(path, source)
     if not model.routed:
-        raise ValueError(f"against must be a sparse run (one that holds a {MASKS}) or a routed one, got {str(path)!r}")
+        raise InputError(f"against must be a sparse run (one that holds a {MASKS}) or a routed one, got {str(path)!r}")
     if isinstance(predict, Classifier):
         shown, own = ([each.spec[name] for name in ("in_channels", "input_size")] for each in (predict, model))
         if shown != own:
-            raise ValueError(f"against must take the run's images, of (channels, size) {shown}, got {own}")
+            raise InputError(f"against must take the run's images, of (channels, size) {shown}, got {own}")
     placed(model, device)
     return model
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import Predict
 from advmoe.config import Config
 from advmoe.data import Images, load_dataset
+from advmoe.errors import InputError
 from advmoe.evaluation import sweep as sweeps
 from advmoe.evaluation.accuracy import (
     Plan,
@@ -76,7 +77,7 @@ class _Loader:
         predict = load_classifier(self.target, self.weights) if is_source(self.target) else self._run()
         if self.digest is not None and (found := digest_of(predict)) != self.digest:
             rule = f"make the same weights every time it is loaded (SHA-256 {self.digest[:16]})"
-            raise ValueError(f"{self.target} must {rule}, got {str(found)[:16]}: it changed meanwhile")
+            raise InputError(f"{self.target} must {rule}, got {str(found)[:16]}: it changed meanwhile")
         return placed(predict, device)
 
     def _run(self) -> Classifier:
@@ -153,9 +154,9 @@ def subject(
         require_plain(Path(target))
     load = _Loader(str(target), weights, source)
     if not own and weights is not None:
-        raise ValueError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
+        raise InputError(f"weights must go with FILE.py:FACTORY (a run has its own), got {weights!r}")
     if own and source is not None:
-        raise ValueError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {source!r}")
+        raise InputError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {source!r}")
     home = home_of(str(target), out)
     if kept:
         require_writable("out", home)
@@ -171,7 +172,7 @@ def subject(
     found = dataset.num_classes, dataset.in_channels
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else found
     if any(known not in (None, there) for known, there in zip(expected, found, strict=True)):
-        raise ValueError(f"data must have the model's (classes, channels) {expected}, got {found}")
+        raise InputError(f"data must have the model's (classes, channels) {expected}, got {found}")
     seed = config.training.seed if seed is None else seed
     index = torch.arange(len(dataset.test))
     if num_examples is not None and num_examples < len(index):
@@ -279,10 +280,10 @@ def opened_routed(
     opened = _opened(given, accelerator, ["pgd"] if attacks is None else attacks, batch_size)
     _, _, job, names = opened
     if not job.setting.routed:
-        raise ValueError(f"a model to {purpose} must have MoE layers, got {str(target)!r} without")
+        raise InputError(f"a model to {purpose} must have MoE layers, got {str(target)!r} without")
     for name in names:
         if not name.startswith("pgd-"):
-            raise ValueError(f"attacks to {purpose} must be PGD's, got {name!r}")
+            raise InputError(f"attacks to {purpose} must be PGD's, got {name!r}")
     return opened
 
 

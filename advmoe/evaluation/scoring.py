@@ -18,7 +18,7 @@ from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images
-from advmoe.errors import of_machine
+from advmoe.errors import InputError, of_machine
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
@@ -46,7 +46,7 @@ def answering(x: Tensor) -> Iterator[None]:
         if of_machine(error):
             raise
         got = one_line(error)
-        raise ValueError(f"model must take images {tuple(x.shape)} without an error, got {got}") from error
+        raise InputError(f"model must take images {tuple(x.shape)} without an error, got {got}") from error
 
 
 def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def size(data: EvaluationData) -> int:
     """The number of examples. Raises `ValueError` for none, or where images and labels differ in number."""
     images, labels = (len(data[0]), len(data[1])) if isinstance(data, tuple) else (len(data), len(data))
     if images == 0 or images != labels:
-        raise ValueError(
+        raise InputError(
             f"data must hold at least 1 example, and a class for each, got {images} images, {labels} labels"
         )
     return images

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from advmoe.attacks.pgd import Predict
+from advmoe.errors import InputError
 from advmoe.wording import few, one_line
 
 _numbers = itertools.count(1)
@@ -63,7 +64,7 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
             _load_weights(model, path)
         model.eval()
     elif path is not None:
-        raise ValueError(f"weights must be left out where {spec} returns no torch.nn.Module, got {str(path)!r}")
+        raise InputError(f"weights must be left out where {spec} returns no torch.nn.Module, got {str(path)!r}")
     return model
 
 
@@ -71,7 +72,7 @@ def load_module(spec: str) -> nn.Module:
     """The module that `FILE.py:NAME` makes, as of `load_classifier`. Raises `ValueError` for another callable too."""
     model = load_classifier(spec)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module, got an object of type {type(model).__name__}")
+        raise InputError(f"{spec} must return a torch.nn.Module, got an object of type {type(model).__name__}")
     return model
 
 
@@ -83,10 +84,10 @@ def file_of(spec: str) -> Path:
 def _parsed(spec: str) -> tuple[Path, str]:
     text, _, name = spec.rpartition(":")
     if not text.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"a classifier must be given as FILE.py:NAME, got {spec!r}")
+        raise InputError(f"a classifier must be given as FILE.py:NAME, got {spec!r}")
     file = Path(text).expanduser()
     if not file.is_file():
-        raise ValueError(f"a classifier's file must exist, got {text!r}")
+        raise InputError(f"a classifier's file must exist, got {text!r}")
     return file.resolve(), name
 
 
@@ -199,7 +200,7 @@ def _executed(file: Path, folder: _Folder) -> ModuleType:
     except (Exception, SystemExit) as error:
         for each in [each for each in set(sys.modules) - there if each.startswith(folder.package.__name__)]:
             del sys.modules[each]
-        raise ValueError(f"{file} must run without an error, got {_told(error, file)}") from error
+        raise InputError(f"{file} must run without an error, got {_told(error, file)}") from error
     seeded = torch.get_rng_state() if torch.default_generator.initial_seed() != _OWN_SEED else None
     torch.set_rng_state(before if seeded is None else seeded)
     folder.sources[file] = _Source(content, module, seeded)
@@ -213,11 +214,11 @@ def _factory(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
         near = difflib.get_close_matches(name, public, n=3)
         own = [known for known in public if getattr(vars(module)[known], "__module__", None) == module.__name__]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it defines {few(own) or 'nothing'}"
-        raise ValueError(f"{spec} must name something in the file ({hint}), got {name!r}")
+        raise InputError(f"{spec} must name something in the file ({hint}), got {name!r}")
     found = getattr(module, name)
     if not callable(found) or isinstance(found, nn.Module):
         kind = type(found).__name__
-        raise ValueError(f"{spec} must be a function or class that makes the classifier, got an object of type {kind}")
+        raise InputError(f"{spec} must be a function or class that makes the classifier, got an object of type {kind}")
     factory: Callable[[], Any] = found
     try:
         signature = inspect.signature(factory)
@@ -226,7 +227,7 @@ def _factory(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
     try:
         signature.bind()
     except TypeError as error:
-        raise ValueError(f"{spec} must take no arguments, got {name}{signature}") from error
+        raise InputError(f"{spec} must take no arguments, got {name}{signature}") from error
     return factory
 
 
@@ -234,19 +235,19 @@ def _made(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} must make the classifier without an error, got {_told(error, file)}") from error
+        raise InputError(f"{spec} must make the classifier without an error, got {_told(error, file)}") from error
     if isinstance(model, type) or not callable(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
-        raise ValueError(f"{spec} must return a torch.nn.Module or another callable from pixels to logits, got {got}")
+        raise InputError(f"{spec} must return a torch.nn.Module or another callable from pixels to logits, got {got}")
     classifier: Predict = model
     return classifier
 
 
 def _require_weights_file(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise ValueError(f"weights must be a .safetensors file (a pickle can run code, so none is read), got '{path}'")
+        raise InputError(f"weights must be a .safetensors file (a pickle can run code, so none is read), got '{path}'")
     if not path.is_file():
-        raise ValueError(f"weights must be a file that exists, got '{path}'")
+        raise InputError(f"weights must be a file that exists, got '{path}'")
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -254,7 +255,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be an undamaged safetensors file, got {one_line(error)}") from error
+        raise InputError(f"{path} must be an undamaged safetensors file, got {one_line(error)}") from error
     state = model.state_dict()
     differing = [
         f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
@@ -264,11 +265,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     missing, unexpected = [name for name in state if name not in found], [name for name in found if name not in state]
     for kind, names in (("no", missing), ("unexpected", unexpected), ("other shapes:", differing)):
         if names:
-            raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {kind} {few(names)}")
+            raise InputError(f"{path} must hold the weights of {type(model).__name__}, got {kind} {few(names)}")
     try:
         model.load_state_dict(found)
     except RuntimeError as error:
-        raise ValueError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
+        raise InputError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
 
 
 def _told(error: BaseException, file: Path) -> str:

@@ -23,6 +23,7 @@ from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LossName, Predict, pgd
 from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
 from advmoe.config import AttackConfig, Pixels
+from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
 from advmoe.threat import ThreatModel
@@ -77,7 +78,7 @@ def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
     Raises `ValueError` for none, an unknown one, one that the model has no use for, or a missing extra.
     """
     if not names:
-        raise ValueError("attacks must name at least one attack, got none")
+        raise InputError("attacks must name at least one attack, got none")
     found = []
     for name in names:
         check_name(name)
@@ -88,7 +89,7 @@ def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
             loss = f"-{parts['loss']}" if parts["loss"] else ""
             name = f"pgd-{parts['steps'] or setting.attack.steps}{loss}{parts['soft'] or ''}"
             if parts["soft"] and not setting.routed:
-                raise ValueError(f"attacks must not name soft routing for a model without MoE layers, got {name!r}")
+                raise InputError(f"attacks must not name soft routing for a model without MoE layers, got {name!r}")
         found.append(name)
     return tuple(dict.fromkeys(found))
 
@@ -99,16 +100,16 @@ def check_name(name: str) -> None:
     custom = match["custom"] if match else None
     unknown = [] if custom is None else [each for each in custom.split("+") if each not in _CUSTOM]
     if unknown:
-        raise ValueError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {show(unknown[0])}")
+        raise InputError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {show(unknown[0])}")
     if not (match or _PGD.fullmatch(name) or name == "routed"):
-        raise ValueError(f"attacks must be among {', '.join(KNOWN)}, got {show(name)}")
+        raise InputError(f"attacks must be among {', '.join(KNOWN)}, got {show(name)}")
 
 
 def require_classes(names: Iterable[str], num_classes: int) -> None:
     """Raise `ValueError` for an attack whose loss (DLR) needs more classes than there are."""
     for name in names:
         if "-dlr" in name and num_classes < 3:
-            raise ValueError(
+            raise InputError(
                 f"attacks must not use the loss dlr for less than 3 classes, got {name!r} for {num_classes}"
             )
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.progress import tracked
 
@@ -73,22 +74,22 @@ def sweep(
 
 def _checked(epsilons: Iterable[float], norm: str, probe: float | None) -> tuple[list[float], float]:
     if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be linf or l2, got {norm!r}")
+        raise InputError(f"norm must be linf or l2, got {norm!r}")
     radii = sorted({float(eps) for eps in epsilons})
     if not radii or not all(math.isfinite(eps) and eps >= 0 for eps in radii) or (norm == "linf" and radii[-1] > 1):
-        raise ValueError(f"epsilons must be at least one radius >= 0 and, in linf, <= 1, got {radii}")
+        raise InputError(f"epsilons must be at least one radius >= 0 and, in linf, <= 1, got {radii}")
     if probe is None and norm == "l2":
-        raise ValueError("probe must be given in l2 (the square root of the number of pixel values), got None")
+        raise InputError("probe must be given in l2 (the square root of the number of pixel values), got None")
     probe = 1.0 if probe is None else float(probe)
     if not (math.isfinite(probe) and probe > 0 and probe >= radii[-1]) or (norm == "linf" and probe > 1):
-        raise ValueError(f"probe must be > 0, at least every radius and, in linf, <= 1, got {probe!r}")
+        raise InputError(f"probe must be > 0, at least every radius and, in linf, <= 1, got {probe!r}")
     return radii, probe
 
 
 def _checked_outcome(robust: Tensor, eps: float, expected: int | None) -> Tensor:
     if robust.dtype != torch.bool or robust.dim() != 1 or len(robust) != (expected or max(1, len(robust))):
         shape = f"N = {expected}" if expected else "N >= 1"
-        raise ValueError(
+        raise InputError(
             f"robust_at must return (N,) booleans with {shape}, got {robust.dtype} {tuple(robust.shape)} at eps {eps:g}"
         )
     return robust.cpu()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advmoe.errors import InputError
 from advmoe.evaluation.runs import load_run
 from advmoe.files import read_object
 from advmoe.hub.checkpoint import LIBRARY, Checkpoint
@@ -41,7 +42,7 @@ def save_pretrained(
     """
     checkpoint, folder = Checkpoint.of(model, source, license), Path(folder)
     if not _can_be_filled(folder):
-        raise ValueError(f"folder must be new, empty or one that save_pretrained filled, got {str(folder)!r}")
+        raise InputError(f"folder must be new, empty or one that save_pretrained filled, got {str(folder)!r}")
     checkpoint.write(folder)
     return folder
 
@@ -81,7 +82,7 @@ def from_pretrained(
     """
     if isinstance(name, Path) or Path(name).is_dir():
         if revision is not None:
-            raise ValueError(f"revision must be left out for a folder, got {revision!r}")
+            raise InputError(f"revision must be left out for a folder, got {revision!r}")
         return load_run(name, source)
     _require_repo_id("name", name)
     mixin = _mixin()
@@ -126,7 +127,7 @@ def _mixin() -> type[HubCheckpoint]:
     try:
         from advmoe.hub.mixin import HubCheckpoint
     except ImportError as error:
-        raise ValueError(f"the Hub needs the extra hub: pip install 'advmoe[hub]', got: {error}") from error
+        raise InputError(f"the Hub needs the extra hub: pip install 'advmoe[hub]', got: {error}") from error
     return HubCheckpoint
 
 
@@ -136,7 +137,7 @@ def _require_repo_id(name: str, text: str) -> None:
         rule = "a folder that exists, or a repository as owner/name"
         if name == "repo_id":
             rule = "owner/name of a repository (into a folder: advmoe.save_pretrained(RUN, FOLDER))"
-        raise ValueError(f"{name} must be {rule}, got {text!r}")
+        raise InputError(f"{name} must be {rule}, got {text!r}")
 
 
 @contextmanager
@@ -151,4 +152,4 @@ def _client_errors(what: str) -> Iterator[None]:
     except (OSError, RuntimeError, http, errors.EntryNotFoundError, errors.HFValidationError) as error:
         # The client's messages go on for lines, the first of which says what happened.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{what}: {type(error).__name__}: {' '.join(lines)[:300]}") from error
+        raise InputError(f"{what}: {type(error).__name__}: {' '.join(lines)[:300]}") from error

@@ -15,6 +15,7 @@ import yaml
 
 from advmoe.config import Config, TrainingConfig
 from advmoe.documents import MOST_JSON, parse_object, read_text
+from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import require_plain, stale, unsealed
 
@@ -114,7 +115,7 @@ def _check_evaluation(found: Mapping[str, Any], path: Path) -> None:
     sound = sound and isinstance(threat, dict) and {"norm", "eps"} <= set(threat)
     if not (sound and isinstance(number, int) and number >= 1):
         fields = "clean_accuracy, robust_accuracy, worst_case (fractions), num_examples and threat"
-        raise ValueError(f"{path} must hold {fields}, got one without")
+        raise InputError(f"{path} must hold {fields}, got one without")
 
 
 def model_card(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe import __version__
+from advmoe.errors import InputError
 from advmoe.evaluation.runs import load_run
 from advmoe.files import write_text
 from advmoe.hub.card import RECORDED, Record, model_card, portable
@@ -52,7 +53,7 @@ class Checkpoint:
         if isinstance(model, Classifier):
             return Checkpoint(model, _recorded(model), license, repo_id)
         got = repr(str(model)) if isinstance(model, str | Path) else f"an object of type {type(model).__name__}"
-        raise ValueError(f"model must be a run directory or a model of advmoe's, got {got}")
+        raise InputError(f"model must be a run directory or a model of advmoe's, got {got}")
 
     def write(self, folder: Path) -> None:
         """Fill `folder`; files of an earlier checkpoint there are replaced, or removed where this one has none."""

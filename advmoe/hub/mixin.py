@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
+from advmoe.errors import InputError
 from advmoe.evaluation.sources import load_module
 from advmoe.hub.card import Record
 from advmoe.hub.checkpoint import Checkpoint
@@ -41,4 +42,4 @@ class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
             module = None if source is None else load_module(source)
             return cls(Checkpoint(load_files(folder / MODEL, folder / WEIGHTS, module), Record()))
         except ValueError as error:
-            raise ValueError(f"{model_id}: {error}") from error
+            raise InputError(f"{model_id}: {error}") from error

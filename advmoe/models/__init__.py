@@ -31,6 +31,7 @@ from advmoe.config import (
     Within,
     typed,
 )
+from advmoe.errors import InputError
 from advmoe.files import read_object, write_text, write_whole
 from advmoe.models.classifier import Classifier, Origin
 from advmoe.models.convert import rebuilt
@@ -82,9 +83,9 @@ def find_backbone(name: str) -> Backbone:
         depth, widening = int(match[1]), int(match[2])
         if not 10 <= depth <= 1000 or depth % 6 != 4 or not 1 <= widening <= 100:
             rule = "D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100"
-            raise ValueError(f"model.name wrn-D-K must have {rule}, got {show(name)}")
+            raise InputError(f"model.name wrn-D-K must have {rule}, got {show(name)}")
         return Backbone(partial(WideResNet, depth=depth, widening=widening), 16 * widening)
-    raise ValueError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {show(name)}")
+    raise InputError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {show(name)}")
 
 
 def create_model(
@@ -131,17 +132,17 @@ def create_model(
     if route_per == "token" and not found.tokens:
         able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
         rule = f"image for backbones without tokens (with: {able})"
-        raise ValueError(f"model.route_per must be {rule}, got {route_per!r}")
+        raise InputError(f"model.route_per must be {rule}, got {route_per!r}")
     if kind == "sparse" and found.tokens:
-        raise ValueError(f"model.name must be a CNN when model.kind is sparse, got {name!r}")
+        raise InputError(f"model.name must be a CNN when model.kind is sparse, got {name!r}")
     mean = [0.5] * in_channels if mean is None else list(mean)
     std = [0.25] * in_channels if std is None else list(std)
     if len(mean) != in_channels or len(std) != in_channels:
-        raise ValueError(f"mean and std must have in_channels={in_channels} entries, got {mean!r} and {std!r}")
+        raise InputError(f"mean and std must have in_channels={in_channels} entries, got {mean!r} and {std!r}")
     if not all(map(math.isfinite, mean)):
-        raise ValueError(f"mean must be finite in every channel, got {show(mean)}")
+        raise InputError(f"mean must be finite in every channel, got {show(mean)}")
     if not 0 < min(std) <= max(std) < math.inf:
-        raise ValueError(f"std must be > 0 in every channel, got {show(std)}")
+        raise InputError(f"std must be > 0 in every channel, got {show(std)}")
     layers = LayerFactory(config, most_parameters)
     config.width = wide = config.width or found.width
     build = partial(found.build, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
@@ -170,7 +171,7 @@ _MOST_DESCRIPTION = 4_000_000
 """Bytes of `model.json`."""
 
 
-class _Misfit(ValueError):
+class _Misfit(InputError):
     """Weights of another model than the description's."""
 
 
@@ -232,7 +233,7 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
     folder = description.parent
     for path in (description, weights):
         if not path.is_file():
-            raise ValueError(f"a run directory must hold {path.name}, got {str(folder)!r}")
+            raise InputError(f"a run directory must hold {path.name}, got {str(folder)!r}")
     rule = "an undamaged model description" if module is None else f"of a model made of this {type(module).__name__}"
     misfit = f"{weights} must hold the weights that {description.name} describes, got"
     spec = read_object(description, _MOST_DESCRIPTION, finite=True)
@@ -240,7 +241,7 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
     try:
         shapes = read_shapes(weights)
     except SafetensorError as error:
-        raise ValueError(f"{misfit} {one_line(error)}") from error
+        raise InputError(f"{misfit} {one_line(error)}") from error
     try:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
             if own:
@@ -250,23 +251,23 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
                 with Undrawn():
                     model = create_model(**spec)
     except _Misfit as error:
-        raise ValueError(f"{misfit} {error}") from None
+        raise InputError(f"{misfit} {error}") from None
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
-        raise ValueError(f"{description} must be {rule}, got {one_line(error)}") from error
+        raise InputError(f"{description} must be {rule}, got {one_line(error)}") from error
     if model is None:
         made = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
-        raise ValueError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
+        raise InputError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
     if not own and module is not None:
-        raise ValueError(f"{folder} must be opened without --model or source=...: its model is not of your own code")
+        raise InputError(f"{folder} must be opened without --model or source=...: its model is not of your own code")
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         reason = one_line(error)
-        raise ValueError(f"{weights} must hold the weights that {description.name} describes, got {reason}") from error
+        raise InputError(f"{weights} must hold the weights that {description.name} describes, got {reason}") from error
     found, known = digest(model), stored_digest(weights)
     if known not in (None, found):
         rule = f"be as they were written together (SHA-256 {str(known)[:64]})"
-        raise ValueError(f"{weights} and {description.name} must {rule}, got {found}: one of them is damaged")
+        raise InputError(f"{weights} and {description.name} must {rule}, got {found}: one of them is damaged")
     model.origin = Origin(found)
     return model.eval()
 

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from advmoe.config import Channels, Experts, ModelConfig, RouterKind, Within, typed
+from advmoe.errors import InputError
 from advmoe.models.classifier import Classifier
 from advmoe.models.modes import evaluating
 from advmoe.models.normalize import Normalize
@@ -81,7 +82,7 @@ class ConvertedClassifier(Classifier):
             if len(chosen) != len(names) or any(each != number for each in chosen.values()):
                 wrong = [f"{name} with {chosen.get(i, 0)}" for i, name in enumerate(names) if chosen.get(i) != number]
                 rule = "every MoE layer must make one choice per image (leave others plain: `to_moe(..., skip=...)`)"
-                raise ValueError(f"{rule}, got of {number} images {few(wrong)}")
+                raise InputError(f"{rule}, got of {number} images {few(wrong)}")
             return logits
 
 
@@ -124,9 +125,9 @@ def to_moe(
     `ValueError` that names the argument, the rule and the value.
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or not 1 <= num_experts <= 1024:
-        raise ValueError(f"num_experts must be a whole number >= 1 and <= 1024, got {show(num_experts)}")
+        raise InputError(f"num_experts must be a whole number >= 1 and <= 1024, got {show(num_experts)}")
     if router not in get_args(RouterKind):
-        raise ValueError(f"router must be one of {', '.join(get_args(RouterKind))}, got {router!r}")
+        raise InputError(f"router must be one of {', '.join(get_args(RouterKind))}, got {router!r}")
     module = module if inplace else copy.deepcopy(module)
     if isinstance(module, Classifier) and mean is None and std is None:
         mean, std, module = module.spec["mean"], module.spec["std"], module.backbone
@@ -194,7 +195,7 @@ def _require_room(spec: dict[str, Any], module: nn.Module, most: int) -> None:
         layers = [there[name] for name in spec["layers"] if name in there]
         weights = sum(each.numel() for layer in layers for each in layer.parameters(recurse=False) if not is_lazy(each))
         if experts * weights > most:
-            raise ValueError(f"num_experts must fit the {most:,} weights that there are, got {experts}")
+            raise InputError(f"num_experts must fit the {most:,} weights that there are, got {experts}")
 
 
 def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:
@@ -207,14 +208,14 @@ def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:
 def _require_plain(module: nn.Module) -> None:
     found = next((each for each in module.modules() if isinstance(each, MoELayer)), None)
     if found is not None:
-        raise ValueError(f"module must have no MoE layers yet, got one with a {type(found).__name__}")
+        raise InputError(f"module must have no MoE layers yet, got one with a {type(found).__name__}")
 
 
 def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
     if mean is None and std is None:
         return nn.Identity()
     if mean is None or std is None or len(mean) != len(std) or not min(std) > 0:
-        raise ValueError(f"mean and std must both have one entry per channel, std > 0, got {mean!r} and {std!r}")
+        raise InputError(f"mean and std must both have one entry per channel, std > 0, got {mean!r} and {std!r}")
     return Normalize(mean, std)
 
 
@@ -308,7 +309,7 @@ def _require_matches(argument: str, patterns: Sequence[str], names: Sequence[str
             near = difflib.get_close_matches(pattern, names, n=1)
             there = f"did you mean {near[0]}?" if near else f"there are {few(names) or 'none'}"
             kind = "Linear layers" if argument == "linear" else "layers to convert"
-            raise ValueError(f"{argument} must name {kind} of the network ({there}), got {pattern!r}")
+            raise InputError(f"{argument} must name {kind} of the network ({there}), got {pattern!r}")
 
 
 def _watch(layers: list[_Layer], model: nn.Module, example: Tensor) -> None:
@@ -390,7 +391,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
     name = type(module).__name__
     if not conversion.converted:
         listed = few([f"{layer} ({reason})" for layer, reason in conversion.skipped.items()])
-        raise ValueError(f"module must have a Conv2d to convert, got {name} with {listed or 'none'}")
+        raise InputError(f"module must have a Conv2d to convert, got {name} with {listed or 'none'}")
     image_router = None
     if router != "layer":
         image_router = _image_router(module, settings, len(conversion.converted))
@@ -400,7 +401,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
         except AttributeError:
             plain = None
         if not isinstance(plain, nn.Conv2d | nn.Linear):
-            raise ValueError(f"module must have the layers that were converted, got {name} without {layer}")
+            raise InputError(f"module must have the layers that were converted, got {name} without {layer}")
         made = _moe_layer(plain, num_experts, index, own_router=router == "layer")
         made.copies = layer in conversion.in_place
         made.title = f"MoE layer {index} ({layer})" if layer else made.title
@@ -464,7 +465,7 @@ def _image_router(module: nn.Module, settings: dict[str, Any], num_layers: int) 
     """The router that sees the image: as wide as the network begins, and at the resolution that it begins with."""
     first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
     if first is None:
-        raise ValueError(f"router must be layer for a network without Conv2d, got {settings['router']!r}")
+        raise InputError(f"router must be layer for a network without Conv2d, got {settings['router']!r}")
     router = ImageRouter(
         settings["in_channels"] or first.in_channels, first.out_channels, num_layers, settings["num_experts"],
         shared=settings["router"] == "image", pool=_two(first.stride)[0],
@@ -501,7 +502,7 @@ def _logits(model: nn.Module, example: Tensor) -> Tensor:
     """The logits (N, K) of `example`, in eval mode and without gradients. Raises `ValueError` where there are none."""
     if not isinstance(example, Tensor) or example.dim() != 4 or len(example) < 2 or not example.is_floating_point():
         rule = "example must be floating-point images (N, C, H, W) with N >= 2"
-        raise ValueError(f"{rule}, got {_shown(example)}")
+        raise InputError(f"{rule}, got {_shown(example)}")
     device, dtype = _place(model)
     shape = tuple(example.shape)
     try:
@@ -509,11 +510,11 @@ def _logits(model: nn.Module, example: Tensor) -> Tensor:
             logits = model(example.to(device, dtype))
     except AttributeError as error:
         asked = f" (asked of {error.obj.title})" if isinstance(error.obj, MoELayer) else ""
-        raise ValueError(f"module must take images {shape} without an error, got {one_line(error)}{asked}") from error
+        raise InputError(f"module must take images {shape} without an error, got {one_line(error)}{asked}") from error
     except Exception as error:
-        raise ValueError(f"module must take images {shape} without an error, got {one_line(error)}") from error
+        raise InputError(f"module must take images {shape} without an error, got {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(example):
-        raise ValueError(f"module must make logits (N, K) of images {shape}, got {_shown(logits)}")
+        raise InputError(f"module must make logits (N, K) of images {shape}, got {_shown(logits)}")
     return logits
 
 
@@ -529,4 +530,4 @@ def _require_same(model: Classifier, example: Tensor, before: Tensor) -> None:
     if not torch.allclose(after, before, rtol=0, atol=bound, equal_nan=True):
         apart = (after - before).abs().max().item()
         rule = "module must compute the same when its layers are replaced (deterministic, layers called as they are)"
-        raise ValueError(f"{rule}, got logits {apart:.3g} apart")
+        raise InputError(f"{rule}, got logits {apart:.3g} apart")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.models.folding import conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
@@ -70,7 +71,7 @@ class DenseNet(nn.Module):
         self.stem = stem(layers, in_channels, width, input_size, activate=False)
         self.router_pool = stem_stride(input_size)
         if width < 2:
-            raise ValueError(f"model.width must be >= 2 for a DenseNet (it grows by half of it), got {width}")
+            raise InputError(f"model.width must be >= 2 for a DenseNet (it grows by half of it), got {width}")
         growth = width // 2
         c, narrow = width, layers.channels(width)
         steps: list[nn.Module] = []

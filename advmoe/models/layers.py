@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from advmoe import native
 from advmoe.config import ModelConfig
+from advmoe.errors import InputError
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.rectifier import Rectifier
@@ -20,11 +21,11 @@ MOST_PARAMETERS = 10_000_000_000
 """Of a new model: 40 GB in fp32."""
 
 
-class TooLarge(ValueError):
+class TooLarge(InputError):
     """A model of more weights than there may be."""
 
 
-class TooNarrow(ValueError):
+class TooNarrow(InputError):
     """A layer that `model.scale` leaves no whole channel of its `channels`."""
 
     def __init__(self, scale: float, channels: int, layer: str | None = None) -> None:
@@ -89,7 +90,7 @@ class LayerFactory:
             return config.num_experts * narrow
         if config.num_experts > rows:
             rule = f"<= the {rows} channels of every layer, of which experts are windows when model.experts is subset"
-            raise ValueError(f"model.num_experts must be {rule}, got {config.num_experts}")
+            raise InputError(f"model.num_experts must be {rule}, got {config.num_experts}")
         return rows
 
     def channels(self, dense_channels: int) -> int:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.rundir import MOST_HEADER, model_digest
 from advmoe.wording import few
 
@@ -58,7 +59,7 @@ def require_fitting(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     other = [f"{n} {shapes[n]} for {tuple(t.shape)}" for n, t in state.items() if shapes.get(n, t.shape) != t.shape]
     for what, names in (("no", missing), ("unexpected", unknown), ("other shapes:", other)):
         if names:
-            raise ValueError(f"{what} {few(names)}")
+            raise InputError(f"{what} {few(names)}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe.errors import InputError
 from advmoe.models.layers import LayerFactory, linear
 
 
@@ -28,7 +29,7 @@ def patch_size(input_size: int) -> int:
     """The side in pixels of a patch for images of side `input_size`. Raises `ValueError` where none but 1 will do."""
     patch = max(p for p in range(1, 17) if p == 1 or (input_size % p == 0 and input_size // p >= 8))
     if patch == 1 and input_size >= 16:
-        raise ValueError(f"input_size must be < 16 or divisible into 8 or more patches of 2 to 16, got {input_size}")
+        raise InputError(f"input_size must be < 16 or divisible into 8 or more patches of 2 to 16, got {input_size}")
     return patch
 
 
@@ -36,7 +37,7 @@ def num_heads(width: int) -> int:
     """Attention heads of an embedding of `width`. Raises `ValueError` where they cannot share it evenly."""
     heads = max(1, width // 64)
     if width % heads:
-        raise ValueError(f"model.width must be divisible by its {heads} attention heads (one per 64), got {width}")
+        raise InputError(f"model.width must be divisible by its {heads} attention heads (one per 64), got {width}")
     return heads
 
 
@@ -94,7 +95,7 @@ class VisionTransformer(nn.Module):
         """Logits (N, K) of normalised images (N, C, H, W). Raises `ValueError` for a side it was not made for."""
         side = self.input_size
         if x.shape[2:] != (side, side):
-            raise ValueError(
+            raise InputError(
                 f"images must be {side} pixels on a side, as positions are learned, got {tuple(x.shape[1:])}"
             )
         tokens = self.patches(x).flatten(2).transpose(1, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.models.folding import conv_norm
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
@@ -56,7 +57,7 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if width < widening:
-            raise ValueError(f"model.width must be >= {widening} for a Wide ResNet of that widening, got {width}")
+            raise InputError(f"model.width must be >= {widening} for a Wide ResNet of that widening, got {width}")
         c_in = width // widening
         self.stem = stem(layers, in_channels, c_in, input_size, activate=False)
         self.router_pool = stem_stride(input_size)

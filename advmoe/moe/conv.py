@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
+from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import Finish, MoELayer, Weights
 from advmoe.moe.rectifier import listened, pooled_before
@@ -90,9 +91,9 @@ class MoEConv2d(MoELayer):
         shared_init: bool = False,
     ) -> None:
         if groups < 1 or c_in % groups or c_out % groups:
-            raise ValueError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
+            raise InputError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+            raise InputError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         router = LayerRouter(c_in, num_experts) if own_router else None
         super().__init__(
             bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router
@@ -273,11 +274,11 @@ def _padded_sides(
     """What stands left, right, above and below of the image: `F.pad`'s order. Raises `ValueError`."""
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"padding must be a size, same or valid, got {padding!r}")
+            raise InputError(f"padding must be a size, same or valid, got {padding!r}")
         if padding == "valid":
             return [0, 0, 0, 0]
         if stride != (1, 1):
-            raise ValueError(f"stride must be 1 where padding is same, got {stride!r}")
+            raise InputError(f"stride must be 1 where padding is same, got {stride!r}")
         (above, below), (left, right) = (
             (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)
         )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe.errors import InputError
+
 KNOWN = (
     "device", "dtype", "element_size", "dim", "is_complex", "is_cuda", "is_floating_point", "itemsize",
     "layout", "ndim", "nelement", "numel", "requires_grad", "shape", "size",
@@ -78,7 +80,7 @@ class Described:
             flat = [part for each in given for part in (each if isinstance(each, list | tuple) else [each])]
             ours = next((each for each in flat if isinstance(each, cls)), None)
             rule = "a parameter of an MoE layer must not be read" if ours is None else ours._rule()
-            raise ValueError(f"{rule}, got {getattr(func, '__name__', func)}")
+            raise InputError(f"{rule}, got {getattr(func, '__name__', func)}")
         return func(*map(_plain, args), **{name: _plain(each) for name, each in (kwargs or {}).items()})
 
 
@@ -90,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 def _refused(name: str) -> Callable[..., Any]:
     def refuse(self: Described, *_: Any) -> Any:
-        raise ValueError(f"{self._rule()}, got {name}")
+        raise InputError(f"{self._rule()}, got {name}")
 
     return refuse
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import native
+from advmoe.errors import InputError
 from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, mix, split, straight_through
 from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.repeats import unrecorded
@@ -128,7 +129,7 @@ class MoELayer(nn.Module, ABC):
         taken = [row for rows in self.rows for row in rows]
         same = all(rows == self.rows[0] for rows in self.rows)
         if not same and len(set(taken)) < len(taken):
-            raise ValueError(
+            raise InputError(
                 f"model.experts_init must be independent where experts overlap (scale * num_experts > 1), got 'shared' "
                 f"with {self.num_experts} experts of {self.expert_rows} of {self.bank_rows} channels"
             )
@@ -150,7 +151,7 @@ class MoELayer(nn.Module, ABC):
         scores = self._scores(x, routing)
         if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
             rule = f"{self.title} must get one row for each of the {len(scores)} images"
-            raise ValueError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
+            raise InputError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
         choice = routing.choose(self.layer, scores)
         if scores.dim() == 2:
             y = self._routed(x, scores, choice, routing, weights, finish)
@@ -267,7 +268,7 @@ class MoELayer(nn.Module, ABC):
         """The output, by the formula of the mode."""
         if routing.mode == "gathered":
             if len(choice) != 1:
-                raise ValueError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
+                raise InputError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
             rows = self.row_index.index_select(0, choice)[0]
             return self.compute(x, *(bank.index_select(0, rows) for bank in banks))
         if routing.mode == "masked" and not (torch.is_grad_enabled() and scores.requires_grad):

@@ -29,6 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.moe.dispatch import Plan, on_host
 from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
@@ -92,15 +93,15 @@ class Routing:
             rule = f"(N, L) with N = {len(scores)}"
             if scores.dim() == 3:
                 rule = f"(N, L) or (N, L, T) with N = {len(scores)}, T = {scores.shape[1]}"
-            raise ValueError(f"forced must be {rule}, got shape {shape}")
+            raise InputError(f"forced must be {rule}, got shape {shape}")
         if layer >= shape[1]:
-            raise ValueError(f"forced must be (N, L) with L > {layer}, as MoE layer {layer} runs, got shape {shape}")
+            raise InputError(f"forced must be (N, L) with L > {layer}, as MoE layer {layer} runs, got shape {shape}")
         if self.forced.is_floating_point() or self.forced.is_complex():
-            raise ValueError(f"forced must hold whole numbers, got {self.forced.dtype}")
+            raise InputError(f"forced must hold whole numbers, got {self.forced.dtype}")
         choice = self.forced[:, layer]
         if on_host(choice):
             if not bool(((choice >= 0) & (choice < experts)).all()):
-                raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
+                raise InputError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
         elif self._ends is not None:
             self._require(layer, experts)
         else:  # looked at when the device is waited for anyway; until then nothing may be read beyond a bank's end
@@ -129,7 +130,7 @@ class Routing:
         assert self._ends is not None
         least, largest = self._ends[layer]
         if least < 0 or largest >= experts:
-            raise ValueError(f"forced must hold experts from 0 to {experts - 1}, got {least} to {largest}")
+            raise InputError(f"forced must hold experts from 0 to {experts - 1}, got {least} to {largest}")
 
     def settle(self) -> None:
         """Look at what is `forced`, where a layer has been computed without a wait for the device."""
@@ -289,9 +290,9 @@ def route(mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tenso
     Raises `ValueError` for an unknown mode or a temperature that is not positive.
     """
     if mode not in get_args(RoutingMode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
+        raise InputError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+        raise InputError(f"temperature must be > 0, got {temperature!r}")
     with opened(Routing(mode, temperature, forced)) as routing:
         yield routing
 

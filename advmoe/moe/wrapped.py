@@ -10,6 +10,7 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
@@ -32,11 +33,11 @@ class MoEWrapped(MoELayer):
         shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
         rows = {shape[:1] for shape in shapes.values()}
         if len(rows) != 1 or () in rows:
-            raise ValueError(f"inner must have parameters, all with as many rows, got {shapes}")
+            raise InputError(f"inner must have parameters, all with as many rows, got {shapes}")
         inside = chain.from_iterable(child.parameters() for child in inner.children())
         if next(chain(inside, inner.buffers()), None) is not None:
             rule = "inner must have no buffers, and no parameters but its own"
-            raise ValueError(f"{rule}, got a {type(inner).__name__}")
+            raise InputError(f"{rule}, got a {type(inner).__name__}")
         (((count),),) = rows
         router = LayerRouter(c_in, num_experts) if own_router else None
         super().__init__(

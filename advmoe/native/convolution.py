@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe.errors import InputError
 from advmoe.native.activations import Gradients
 from advmoe.native.build import built
 from advmoe.native.routers import Scorer
@@ -81,7 +82,7 @@ class Packed:
 
     def __post_init__(self) -> None:
         if self.dtype == torch.bfloat16 and not (available() and _tiles()):
-            raise ValueError("filters must be fp32 on this CPU, which has no tiles, got bf16")
+            raise InputError("filters must be fp32 on this CPU, which has no tiles, got bf16")
         self._ahead = self._made(backward=False)
         lanes = LANES if self.dtype == torch.float32 else _DEPTH
         self._shift = None if self.bias is None else _filled(self.bias.float(), lanes)
@@ -104,7 +105,7 @@ class Packed:
         (sh, sw), (ph, pw) = self.stride, self.padding
         if len(x_shape) != 4 or x_shape[1] != c_in or x_shape[2] + 2 * ph < kh or x_shape[3] + 2 * pw < kw:
             rule = f"(N, {c_in}, H, W), with its padding no smaller than the kernel of {kh} by {kw}"
-            raise ValueError(f"x must be {rule}, got shape {tuple(x_shape)}")
+            raise InputError(f"x must be {rule}, got shape {tuple(x_shape)}")
         n, _, h, w = x_shape
         oh, ow = (h + 2 * ph - kh) // sh + 1, (w + 2 * pw - kw) // sw + 1
         return _Shape(n, h, w, c_in, oh, ow, c_out, kh, kw, sh, sw, ph, pw, experts), oh, ow
@@ -135,7 +136,7 @@ class Packed:
             ctypes.addressof(finish), y.data_ptr(), threads_for(len(x)),
         )  # fmt: skip
         if wrong:  # never by a router
-            raise ValueError(f"forced must hold experts from 0 to {len(self.filters) - 1}, got {choice.tolist()}")
+            raise InputError(f"forced must hold experts from 0 to {len(self.filters) - 1}, got {choice.tolist()}")
         return y
 
     def backward(self, grad: Tensor, x: Tensor, choice: Tensor, *, products: bool) -> tuple[Tensor, Tensor | None]:
@@ -194,7 +195,7 @@ def whole_layer(
     n, c_out = x.shape[0], filters.filters.shape[1]
     y = images(n, c_out, oh, ow, dtype=filters.dtype)
     if shortcut is not None and shortcut.shape != y.shape:
-        raise ValueError(f"shortcut must be {tuple(y.shape)}, got shape {tuple(shortcut.shape)}")
+        raise InputError(f"shortcut must be {tuple(y.shape)}, got shape {tuple(shortcut.shape)}")
     after = room(n, c_out) if pool else None
     scores, choice = room(n, scorer.last.out_features), room(n, dtype=torch.long)
     router, finish = scorer._made(), _Finish(1, address(shortcut), address(after))

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.models import Classifier, create_model
 from advmoe.models.sparse import SparseBackbone
 
@@ -18,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def sparse_backbone(model: Classifier) -> SparseBackbone:
     """The masked backbone of a sparse model. Raises `ValueError` for another kind."""
     if not isinstance(model.backbone, SparseBackbone):
-        raise ValueError(f"model.kind must be sparse, got {model.spec['kind']!r}")
+        raise InputError(f"model.kind must be sparse, got {model.spec['kind']!r}")
     return model.backbone
 
 
@@ -78,7 +79,7 @@ def adopt(model: Classifier, start: Classifier) -> None:
         return
     if start.spec["kind"] != "dense":
         rule = "training.init_from must hold a dense or sparse model when training.method is sparse"
-        raise ValueError(f"{rule}, got one of kind {start.spec['kind']!r}")
+        raise InputError(f"{rule}, got one of kind {start.spec['kind']!r}")
     backbone = sparse_backbone(model)
     model.normalize.load_state_dict(start.normalize.state_dict())
     backbone.dense.load_state_dict(start.backbone.state_dict())

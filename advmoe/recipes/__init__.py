@@ -15,6 +15,7 @@ from typing import Any
 
 from advmoe.config import merged
 from advmoe.documents import parse_yaml
+from advmoe.errors import InputError
 
 _BACKBONES = {
     "resnet18": "ResNet-18",
@@ -57,7 +58,7 @@ def recipe(name: str) -> dict[str, Any]:
     for an unknown name.
     """
     if name not in _PARTS:
-        raise ValueError(f"a recipe must be a setting and a method (see `advmoe recipes`), got {name!r}")
+        raise InputError(f"a recipe must be a setting and a method (see `advmoe recipes`), got {name!r}")
     setting, method = _PARTS[name]
     data, backbone = SETTINGS[setting]
     layers = [_read("settings", data), _read("methods", method)]

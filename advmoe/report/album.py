@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from advmoe.errors import InputError
 from advmoe.report.html import Content, Html, element
 from advmoe.report.svg import inlined
 
@@ -36,7 +37,7 @@ class Album:
         """Take a figure that is drawn already. Raises `ValueError` where it is no SVG file."""
         name = self._taken(name)
         if not svg.is_file():
-            raise ValueError(f"figure {title!r} must be an SVG file, got {str(svg)!r}, which is none")
+            raise InputError(f"figure {title!r} must be an SVG file, got {str(svg)!r}, which is none")
         shutil.copyfile(svg, self.folder / f"{name}.svg")
         if png is not None and png.is_file():
             shutil.copyfile(png, self.folder / f"{name}.png")

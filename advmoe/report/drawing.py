@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advmoe.errors import InputError
 from advmoe.files import write_whole
 from advmoe.report.fonts import found
 
@@ -51,7 +52,7 @@ def require_fields(result: Mapping[str, Any], fields: tuple[str, ...], what: str
     """Raise `ValueError` where `result`, shown as `what`, lacks one of `fields`."""
     missing = [name for name in fields if not isinstance(result, Mapping) or name not in result]
     if missing:
-        raise ValueError(f"result must be a {what} with {', '.join(fields)}, got one without {', '.join(missing)}")
+        raise InputError(f"result must be a {what} with {', '.join(fields)}, got one without {', '.join(missing)}")
 
 
 def require_matplotlib() -> None:
@@ -59,7 +60,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("figures need matplotlib (pip install 'advmoe[figures]'), got none installed") from None
+        raise InputError("figures need matplotlib (pip install 'advmoe[figures]'), got none installed") from None
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure (inches), written to `path` once it is drawn; no settings are left behind."""
     path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):
-        raise ValueError(f"path must end in .svg or .png, got {str(path)!r}")
+        raise InputError(f"path must end in .svg or .png, got {str(path)!r}")
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure

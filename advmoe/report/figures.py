@@ -14,6 +14,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from advmoe.errors import InputError
 from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.flow import flow_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
@@ -241,7 +242,7 @@ def histogram_figure(
     for name, each in series.items():
         if len(each["edges"]) != len(each["shares"]) + 1:
             got = f"{len(each['edges'])} and {len(each['shares'])}"
-            raise ValueError(f"series must have one more edge than shares, got {got} in {name!r}")
+            raise InputError(f"series must have one more edge than shares, got {got} in {name!r}")
     with drawn(path, WIDTH, 3.3) as figure:
         axes = figure.add_subplot()
         styles = zip(cycle(LINES), cycle(["-", "--", ":", "-."]), strict=False)
@@ -262,7 +263,7 @@ def coarser(
     something, joined equally many at a time. Unchanged where `bins` is None or their edges differ.
     """
     if bins is not None and bins < 1:
-        raise ValueError(f"bins must be >= 1, got {bins}")
+        raise InputError(f"bins must be >= 1, got {bins}")
     grids = {tuple(each["edges"]) for each in series.values()}
     held = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
     if bins is None or len(grids) > 1 or not held:
@@ -348,7 +349,7 @@ def _require_named(values: Sequence[Sequence[Any]], rows: int, columns: int) -> 
     widths = sorted({len(row) for row in values})
     if (len(values), widths) != (rows, [columns]) or not rows * columns:
         rule = f"values must be {rows} x {columns}, as the names are, and not empty"
-        raise ValueError(f"{rule}, got {len(values)} x {widths}")
+        raise InputError(f"{rule}, got {len(values)} x {widths}")
 
 
 def _number_cells(axes: Axes, numbers: Sequence[Sequence[float]], scale: Normalize, form: str) -> None:
@@ -405,4 +406,4 @@ def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
 
 def _require_some(data: Mapping[str, Any], what: str) -> None:
     if not data or not any(len(each) for each in data.values()):
-        raise ValueError(f"{what} must hold something to draw, got {dict(data)!r}")
+        raise InputError(f"{what} must hold something to draw, got {dict(data)!r}")

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advmoe.errors import InputError
 from advmoe.report.drawing import EXPERTS, GREY, INK, LIGHT, PAPER, drawn
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def flow_figure(
     Raises `ValueError` without matplotlib, for another suffix, and for flows that do not fit the load.
     """
     if not panels:
-        raise ValueError("panels must hold something to draw, got none")
+        raise InputError("panels must hold something to draw, got none")
     for name, each in panels.items():
         _require_fitting(name, each["load"], each["flows"])
     longest = max(len(each["load"]) for each in panels.values())
@@ -85,7 +86,7 @@ def _require_fitting(name: str, load: Sequence[Sequence[float]], flows: Sequence
     shapes = {(len(each), *sorted({len(row) for row in each})) for each in flows}
     if not experts or len(flows) != len(load) - 1 or not shapes <= {(experts, experts)}:
         rule = f"flows of {name!r} must be {max(0, len(load) - 1)} x {experts} x {experts}, as its load is"
-        raise ValueError(f"{rule}, got {len(flows)} x {sorted(shapes)}")
+        raise InputError(f"{rule}, got {len(flows)} x {sorted(shapes)}")
 
 
 def _panel(axes: Axes, load: Sequence[Sequence[float]], flows: Sequence[Flows], thin: float, node: float) -> None:

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from advmoe.errors import InputError
 from advmoe.report.album import Album
 from advmoe.report.drawing import require_matplotlib
 from advmoe.report.html import Html, element
@@ -40,27 +41,27 @@ def write_report(
     path = Path(path)
     folder = figures_of(path)
     if not results:
-        raise ValueError("results must be at least one run or study, got none")
+        raise InputError("results must be at least one run or study, got none")
     with tempfile.TemporaryDirectory() as place:
         album = Album(Path(place))
         page = _page(results, album, title or _title(results), made_by, folder.name)
         try:
             _publish(page, path, Path(place), folder)
         except OSError as error:
-            raise ValueError(f"path must be where files can be written, got {str(path)!r}: {error}") from error
+            raise InputError(f"path must be where files can be written, got {str(path)!r}: {error}") from error
     return folder if album.names else None
 
 
 def figures_of(path: Path) -> Path:
     """The folder of the figures of a page. Raises `ValueError` where page or figures cannot be written so."""
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise ValueError(f"path must be a file ending in .html, got {str(path)!r}")
+        raise InputError(f"path must be a file ending in .html, got {str(path)!r}")
     require_matplotlib()
     folder = path.with_name(f"{path.stem}-figures")
     others = [each.name for each in folder.iterdir() if each.suffix not in (".svg", ".png")] if folder.is_dir() else []
     if others or (folder.exists() and not folder.is_dir()):
         rule = "a folder that holds nothing but figures (the page's take their place)"
-        raise ValueError(f"{folder} must be {rule}, got {others[0] if others else 'a file'!r}")
+        raise InputError(f"{folder} must be {rule}, got {others[0] if others else 'a file'!r}")
     return folder
 
 
@@ -124,7 +125,7 @@ def _section(path: str, make: Callable[..., Section], *args: Any, **options: Any
         return make(*args, **options)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         rule = "hold results as this version of advmoe writes them"
-        raise ValueError(f"{path} must {rule}, got {type(error).__name__}: {error}") from error
+        raise InputError(f"{path} must {rule}, got {type(error).__name__}: {error}") from error
 
 
 def _head(title: str, script: Html) -> Html:

@@ -12,6 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advmoe.errors import InputError
 from advmoe.report.drawing import (
     BLUE,
     GREEN,
@@ -54,7 +55,7 @@ def sweep_figure(result: Mapping[str, Any], path: str | Path) -> None:
         require_fields(each, ("norm", "points", "probe", "masking"), f"sweep {name!r}" if name else "sweep")
     norms = sorted({each["norm"] for each in results.values()})
     if len(norms) != 1:
-        raise ValueError(f"result must hold one sweep or more, all in one norm, got {norms}")
+        raise InputError(f"result must hold one sweep or more, all in one norm, got {norms}")
     with drawn(path, WIDTH, 3.5) as figure:
         axes = figure.add_subplot()
         for (name, each), colour, mark in zip(results.items(), cycle(LINES), cycle(MARKS), strict=False):

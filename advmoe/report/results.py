@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from advmoe.documents import MOST_YAML, parse_yaml, read_arrays, read_text
+from advmoe.errors import InputError
 from advmoe.report.words import radius
 from advmoe.rundir import (
     CONFIG,
@@ -241,14 +242,14 @@ def _load(path: Path, label: str) -> Run | Study:
     if (path / "config.yaml").is_file():
         return _load_run(path, label)
     rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"
-    raise ValueError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")
+    raise InputError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")
 
 
 def _load_run(path: Path, label: str) -> Run:
     text = read_text(path / CONFIG, MOST_YAML, "YAML")
     config = parse_yaml(text, str(path / CONFIG))
     if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
+        raise InputError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
     digest, epochs = digest_at(path), Epochs.read(path / METRICS, strict=True)
     found = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
     found["dissection"] = {
@@ -298,12 +299,12 @@ def load_gallery(path: Path) -> Arrays | None:
         arrays = {name: found[name] for name in _ARRAYS}
         arrays[DIGEST] = found.get(DIGEST, np.array(""))  # of a gallery made long ago
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
     _require_kinds(arrays, path)
     lengths = {arrays[name].shape[:1] for name in _ARRAYS[:10]}
     paired = all(arrays[f"clean{kind}"].shape == arrays[f"adversarial{kind}"].shape for kind in ("", "_pathway"))
     if len(lengths) != 1 or arrays["clean"].ndim != 4 or not paired:
-        raise ValueError(f"{path} must hold as many of each thing as images, got arrays of unlike shapes")
+        raise InputError(f"{path} must hold as many of each thing as images, got arrays of unlike shapes")
     return arrays
 
 
@@ -312,13 +313,13 @@ def _require_kinds(arrays: Arrays, path: Path) -> None:
     for name, array in arrays.items():
         if array.dtype.kind != _KINDS[name] or array.ndim not in _AXES.get(name, (0,)):
             got = f"{name} of {array.ndim} axes of {array.dtype}"
-            raise ValueError(f"{path} must hold the arrays of a gallery, got {got}")
+            raise InputError(f"{path} must hold the arrays of a gallery, got {got}")
     if 0 in arrays["clean"].shape[1:]:
-        raise ValueError(f"{path} must hold images, got arrays of shape {arrays['clean'].shape}")
+        raise InputError(f"{path} must hold images, got arrays of shape {arrays['clean'].shape}")
     images, layers = len(arrays["labels"]), arrays["clean_pathway"].shape[1]
     if images > _MOST_IMAGES or layers > _MOST_LAYERS:
         rule = f"hold at most {_MOST_IMAGES} images and {_MOST_LAYERS} layers"
-        raise ValueError(f"{path} must {rule}, got {images} and {layers}")
+        raise InputError(f"{path} must {rule}, got {images} and {layers}")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from advmoe.errors import InputError
 from advmoe.report.html import Html, element
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -64,9 +65,9 @@ def inlined(text: str, *, prefix: str, title: str, description: str) -> Drawing:
     try:
         tree = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
-        raise ValueError(f"figure {title!r} must be SVG, got a file that is no XML ({error})") from None
+        raise InputError(f"figure {title!r} must be SVG, got a file that is no XML ({error})") from None
     if tree.tag != f"{_SVG}svg":
-        raise ValueError(f"figure {title!r} must be SVG, got <{tree.tag}>")
+        raise InputError(f"figure {title!r} must be SVG, got <{tree.tag}>")
     _clean(tree, prefix)
     width, height = _size(tree)
     tree.attrib = {
@@ -82,7 +83,7 @@ def inlined(text: str, *, prefix: str, title: str, description: str) -> Drawing:
 def _size(tree: ElementTree.Element) -> tuple[float, float]:
     box = [float(number) for number in re.findall(r"-?[\d.]+", tree.get("viewBox", ""))]
     if len(box) != 4 or min(box[2:]) <= 0 or box[:2] != [0, 0]:
-        raise ValueError(f"figure must have a viewBox from 0 0, got {tree.get('viewBox')!r}")
+        raise InputError(f"figure must have a viewBox from 0 0, got {tree.get('viewBox')!r}")
     return box[2], box[3]
 
 

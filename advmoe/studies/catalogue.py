@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from advmoe.errors import InputError
 from advmoe.studies.ablations import ATTACK_STEPS, CONVERGENCE
 from advmoe.studies.beyond import EFFICIENCY
 from advmoe.studies.figures import FIG2, FIG6, FIG7, FIG8
@@ -24,5 +25,5 @@ STUDIES: Mapping[str, Study] = {
 def study_named(name: str) -> Study:
     """The study of that name. Raises `ValueError`, which lists those there are."""
     if name not in STUDIES:
-        raise ValueError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}")
+        raise InputError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}")
     return STUDIES[name]

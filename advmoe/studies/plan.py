@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, merged
+from advmoe.errors import InputError
 from advmoe.files import read_object
 from advmoe.rundir import CONFIG, MANIFEST, WEIGHTS, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
@@ -56,7 +57,7 @@ class PlannedRun:
         config = Config.load(file)
         config.data.root = self.config["data"]["root"]  # images that were moved are still the same
         if (found := run_key(config, None if self.start is None else self.start.key)) != self.key:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} must hold the run {self.key}, got {found} (with other defaults?): move it away"
             )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, require
+from advmoe.errors import InputError
 from advmoe.files import read_object, require_writable, write_text
 from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
@@ -105,7 +106,7 @@ class Session:
             wanted = only(found, self.options.only)
             if number == 0 and not wanted:
                 names = "; ".join(row.run.name for row in found)
-                raise ValueError(f"--only must be words of a run's name ({names}), got {', '.join(self.options.only)}")
+                raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(self.options.only)}")
             rows = [*rows, *self.planner.rows(wanted)]
             for task in self.planner.tasks(rows).values():
                 if isinstance(task, PlannedRun):
@@ -123,7 +124,7 @@ def _require_free(study: Study, overrides: Settings) -> None:
     for group, fields in overrides.items():
         for name in fields:
             if (full := f"{group}.{name}") in (*FIXED, *study.varies):
-                raise ValueError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
+                raise InputError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
 
 
 def plan_study(name: str, options: Options) -> dict[str, Task]:

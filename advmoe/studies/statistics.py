@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from advmoe.errors import InputError
+
 MOST_SEEDS = 20
 """More than these `sign_flip` does not take."""
 
@@ -18,7 +20,7 @@ MOST_SEEDS = 20
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1), which is None for one value. Raises `ValueError` for none."""
     if not values:
-        raise ValueError("values must hold at least one number, got none")
+        raise InputError("values must hold at least one number, got none")
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
@@ -32,7 +34,7 @@ def sign_flip(differences: Sequence[float]) -> float:
     for more than `MOST_SEEDS`.
     """
     if not 1 <= len(differences) <= MOST_SEEDS:
-        raise ValueError(f"differences must be 1 to {MOST_SEEDS} numbers, got {len(differences)}")
+        raise InputError(f"differences must be 1 to {MOST_SEEDS} numbers, got {len(differences)}")
     sums = np.zeros(1)
     for each in differences:
         sums = np.concatenate([sums + each, sums - each])

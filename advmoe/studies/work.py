@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from advmoe.config import Config
+from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import held
 from advmoe.rundir import DIGEST, digest_at, write_result
@@ -82,9 +83,7 @@ def _evaluate(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     arguments = _arguments(task, threads, accelerator) | {"workers": 1}
     try:
         evaluate_run(task.run.path, **arguments, resume=True)
-    except ValueError as error:
-        if "--resume" not in str(error):
-            raise
+    except OtherSettings:
         evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.pgd import pgd
+from advmoe.errors import InputError
 from advmoe.models.modes import frozen
 from advmoe.seeding import generator_for
 from advmoe.training.trainer import Trainer
@@ -30,7 +31,7 @@ def require_tensorboard() -> None:
         import tensorboard  # noqa: F401
     except ImportError as error:
         needed = "the extra tensorboard: pip install 'advmoe[tensorboard]'"
-        raise ValueError(f"--tensorboard needs {needed}, got: {error}") from error
+        raise InputError(f"--tensorboard needs {needed}, got: {error}") from error
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from advmoe.errors import InputError
 from advmoe.files import checksum, read_object, sync, write_text
 from advmoe.models.state import savable, write_tensors
 from advmoe.wording import one_line
@@ -28,7 +29,7 @@ from advmoe.wording import one_line
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(InputError):
     """A checkpoint whose files are missing or not as they were written."""
 
 
@@ -113,7 +114,7 @@ def _state(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("compressed entries, which can be of any size")
+                raise InputError("compressed entries, which can be of any size")
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state["optimizers"], state["progress"]
     except (ValueError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from advmoe import native
+from advmoe.errors import InputError
 from advmoe.files import read_object, write_text
 from advmoe.precision import fp32_on
 
@@ -85,5 +86,5 @@ def read(run_dir: Path) -> dict[str, Any]:
     """The manifest of `run_dir`. Raises `ValueError` naming the file if it is damaged."""
     manifest = read_object(path := run_dir / "manifest.json")
     if missing := [name for name in ("name", "command", "devices", "threads") if name not in manifest]:
-        raise ValueError(f"{path} must hold what a run is resumed by, got no {', '.join(missing)}")
+        raise InputError(f"{path} must hold what a run is resumed by, got no {', '.join(missing)}")
     return manifest

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe.config import Codes
+from advmoe.errors import InputError
 from advmoe.moe.routing import Routing, route
 from advmoe.seeding import generator_for
 
@@ -86,7 +87,7 @@ def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int,
     error-correcting code of the class.
     """
     if num_experts > num_classes:
-        raise ValueError(f"model.num_experts must be <= the {num_classes} classes with codewords, got {num_experts!r}")
+        raise InputError(f"model.num_experts must be <= the {num_classes} classes with codewords, got {num_experts!r}")
     balanced = torch.arange(num_classes) % num_experts
     if codes == "mod":
         return balanced[:, None].expand(-1, num_layers).clone()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from advmoe.data import Images, ImageSet
 from advmoe.data.augment import View
+from advmoe.errors import InputError
 from advmoe.training.processes import total
 
 
@@ -27,7 +28,7 @@ class Perturbations:
     def __init__(self, images: Images, fabric: Fabric) -> None:
         if not isinstance(images, ImageSet):
             rule = "of images held in memory when training.alternation is warm-start"
-            raise ValueError(f"data.name must be {rule}, got a {type(images).__name__}")
+            raise InputError(f"data.name must be {rule}, got a {type(images).__name__}")
         self.fabric, self.mine = fabric, slice(fabric.global_rank, None, fabric.world_size)
         self.held = torch.zeros(images.images.shape, dtype=torch.float16, device=images.images.device)
 

@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 
 from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
+from advmoe.errors import InputError
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.sources import file_of
 from advmoe.files import checksum, require_writable
@@ -126,7 +127,7 @@ def _begin(
             trainer.restore(found)
         except (RuntimeError, ValueError) as error:
             rule = "hold weights of the model that its config.yaml, and --model, describe"
-            raise ValueError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
+            raise InputError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
     if run.fabric.is_global_zero:
         logged = Epochs.read(run_dir / METRICS).upto(progress["epoch"])
         for problem in logged.problems:
@@ -274,7 +275,7 @@ def _claim(folder: Path, alone: ExitStack) -> None:
     """Make `folder` this process's, as long as `alone` is open. Raises `ValueError` where another one has it."""
     held = hold(folder.resolve(), folder=True)  # which the user may name by a link
     if held is None:
-        raise ValueError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
+        raise InputError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
     alone.callback(held.close)
     for left in folder.glob(".*.partial"):  # by a process that was killed
         if left.is_file():
@@ -284,7 +285,7 @@ def _claim(folder: Path, alone: ExitStack) -> None:
 def _require_empty(folder: Path) -> None:
     if not startable(folder):
         rule = "new, empty, or begun by a training that was killed before its first checkpoint"
-        raise ValueError(f"run_dir must be {rule} (continue a run with --resume), got {str(folder)!r}")
+        raise InputError(f"run_dir must be {rule} (continue a run with --resume), got {str(folder)!r}")
 
 
 def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
@@ -292,7 +293,7 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
     size = min(config.training.batch_size, len(dataset.train))
     if size % devices or size // devices < 2:
         rule = f"make batches that {devices} processes share equally, of >= 2 images each"
-        raise ValueError(
+        raise InputError(
             f"the training images (data.train_examples, data.val_fraction) must {rule}, got {size} a batch"
         )
 
@@ -357,11 +358,11 @@ def _start(wanted: _Launch) -> Path:
     devices, batch_size = wanted.devices, wanted.config.training.batch_size
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
-        raise ValueError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
+        raise InputError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     present = torch.cuda.device_count()
     if present < devices and (wanted.accelerator == "cuda" or (wanted.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
-        raise ValueError(f"devices must be {rule}, got {devices!r}")
+        raise InputError(f"devices must be {rule}, got {devices!r}")
     require_writable("run_dir", wanted.run_dir)
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
@@ -432,14 +433,14 @@ def resume(
     for name in ("config.yaml", "manifest.json"):
         if not (run_dir / name).is_file():
             if begun(run_dir):
-                raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}: {START_ANEW}")
-            raise ValueError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
+                raise InputError(f"a run to resume must hold {name}, got {str(run_dir)!r}: {START_ANEW}")
+            raise InputError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
     config, manifest = Config.load(run_dir / "config.yaml"), manifests.read(run_dir)
     if (config.model.source is None) != (source is None):
         rule = "left out for a run of a model of advmoe's own"
         if source is None:
             rule = f"given again for a run of {config.model.source} (code is never run unasked)"
-        raise ValueError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
+        raise InputError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import ROUTED_METHODS, AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
+from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
 from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.sources import load_module
@@ -85,7 +86,7 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
                 model.load_state_dict(start.state_dict())
         except RuntimeError as error:
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
-            raise ValueError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
+            raise InputError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
     return model
 
 
@@ -97,9 +98,9 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
     try:
         model = own_classifier(module, config.model, example)
     except ValueError as error:
-        raise ValueError(f"model.source {source}: {error}") from error
+        raise InputError(f"model.source {source}: {error}") from error
     if (classes := model.spec["num_classes"]) != dataset.num_classes:
-        raise ValueError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
+        raise InputError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
     _require_train_mode(model, example, source)
     t = config.training
     reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
@@ -107,7 +108,7 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
         reasons.append(f"training.method is {method}")
     if reasons and not model.routed:
         rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
-        raise ValueError(f"model.source must be {rule}, got {source!r} without")
+        raise InputError(f"model.source must be {rule}, got {source!r} without")
     return model
 
 
@@ -118,9 +119,9 @@ def _require_train_mode(model: Classifier, example: Tensor, source: str | None) 
         with torch.no_grad(), learning(model, "all", record=False):
             made = model(example)
     except Exception as error:
-        raise ValueError(f"{rule}, got {one_line(error)}") from error
+        raise InputError(f"{rule}, got {one_line(error)}") from error
     if not isinstance(made, Tensor) or made.shape != (len(example), model.spec["num_classes"]):
-        raise ValueError(f"{rule}, got {tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__}")
+        raise InputError(f"{rule}, got {tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__}")
 
 
 @dataclass
