@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
-from advmoe.wording import MOST_OF_A_VALUE, cut, show
+from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RouterKind = Literal["layer", "embedding", "image"]

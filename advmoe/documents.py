@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from advmoe.errors import InputError
-from advmoe.wording import cut, show
+from advmoe.text import cut, show
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -43,7 +43,7 @@ from advmoe.moe.routing import RoutingMode
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, WEIGHTS
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 Format = Literal["onnx", "torch-export"]
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from advmoe.documents import read_bytes
 from advmoe.errors import InputError
 from advmoe.files import read_json, read_object, write_text
-from advmoe.wording import cut, few
+from advmoe.text import cut, few
 
 CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.jsonl"
 MODEL, WEIGHTS = "model.json", "model.safetensors"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advmoe.documents import DEEPEST, dump_yaml, parse_json, parse_object, parse_yaml, read_arrays
-from advmoe.wording import show
+from advmoe.text import show
 
 
 @pytest.mark.parametrize(

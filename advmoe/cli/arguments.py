@@ -35,7 +35,7 @@ from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import require_plain
-from advmoe.wording import MOST_OF_A_VALUE, cut
+from advmoe.text import MOST_OF_A_VALUE, cut
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""

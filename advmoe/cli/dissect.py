@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.cli.arguments import Parser, drawing, measured, measuring_parser
+from advmoe.text import percent
 
 
 def parser() -> Parser:
@@ -31,6 +32,6 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         if draw is not None:
             draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
     if (gap := next(iter(written.values()))["masking_gap"]) is not None:
-        print(f"masking gap  {100 * gap:.1f} points  straight-through PGD less the worst case of these attacks\n")
+        print(f"masking gap  {percent(gap)} points  straight-through PGD less the worst case of these attacks\n")
     print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 from advmoe.cli.arguments import Parser, continuable, measured, measuring_parser, number
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
+from advmoe.text import aligned, percent, radius
 
 _GAP = "straight-through PGD less the worst case"
 
@@ -43,25 +44,26 @@ def _table(result: dict[str, Any]) -> str:
     """What `evaluation.json` holds, as aligned lines: accuracies in percent with 95% intervals, then costs."""
     threat, gap = result["threat"], result.get("masking_gap")
     attacks = result.get("attacks", {})
-    rows = [("clean", f"{100 * result['clean_accuracy']:.1f} %", "")]
+    rows = [("clean", f"{percent(result['clean_accuracy'])} %", "")]
     for name, value in result["robust_accuracy"].items():
         report = attacks.get(name, {})
         low, high = report.get("interval", (None, None))
-        note = "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}, {report['seconds']:.0f} s"
-        rows.append((name, f"{100 * value:.1f} %", note))
+        note = "" if low is None else f"{percent(low)} to {percent(high)}, {report['seconds']:.0f} s"
+        rows.append((name, f"{percent(value)} %", note))
         if len(parts := report.get("parts", {})) > 1:
             rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
         if (known := report.get("settings", {}).get("pathways")) is not None and isinstance(known, dict):
             rows.append(("  pathways reached", f"{known['reached']}", f"of them attacked: {known['attacked']}"))
-    rows.append(("worst case", f"{100 * result['worst_case']:.1f} %", ""))
+    rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))
     if "masking_gap" in result:
-        rows.append(("masking gap", "-" if gap is None else f"{100 * gap:.1f} points", _GAP))
+        rows.append(("masking gap", "-" if gap is None else f"{percent(gap)} points", _GAP))
     rows += [(name.replace("_", " "), _plain(value), "") for name, value in result.get("cost", {}).items()]
-    left, right = (max(len(row[column]) for row in rows) for column in (0, 1))
-    lines = [f"{name:<{left}}  {value:>{right}}  {note}".rstrip() for name, value, note in rows]
+    lines = aligned(rows, "<><")
     lines += [f"\n{name}: {report['skipped']}" for name, report in attacks.items() if "skipped" in report]
     lines += [f"flag  {name}: {flag}" for name, report in attacks.items() for flag in report.get("flags", ())]
-    return "\n".join([f"{result['num_examples']} images, {threat['norm']} eps {threat['eps']:.4g}", "", *lines])
+    return "\n".join(
+        [f"{result['num_examples']} images, {threat['norm']} eps {radius(threat['eps'], threat['norm'])}", "", *lines]
+    )
 
 
 def _plain(value: Any) -> str:

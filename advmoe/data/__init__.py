@@ -18,7 +18,7 @@ from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
 from advmoe.errors import InputError
 from advmoe.progress import shown, tell
-from advmoe.wording import printable
+from advmoe.text import printable
 
 __all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "load_dataset"]
 

@@ -27,7 +27,7 @@ from advmoe.documents import read_array
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_array, write_text
 from advmoe.progress import bar
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 CACHE_FOLDER = ".advmoe-cache"
 """Name of the cache folder inside `root`."""

@@ -17,7 +17,7 @@ import torch
 from advmoe.data.download import fetch, file_md5
 from advmoe.data.types import ImageSet, Request, Source, resize
 from advmoe.errors import InputError
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 _PIXELS = 3 * 32 * 32
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advmoe.errors import InputError
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,7 @@ from pathlib import Path
 from advmoe.errors import InputError
 from advmoe.locks import held
 from advmoe.progress import bar
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 TRIES = 4
 """Requests made for a file before giving up; each goes on where the last one stopped."""

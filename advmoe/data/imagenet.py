@@ -24,7 +24,7 @@ from advmoe.data.listing import Listing, Part, by_class, class_names, composed, 
 from advmoe.data.stream import file_set
 from advmoe.data.types import Request, Source
 from advmoe.errors import InputError
-from advmoe.wording import few, one_line
+from advmoe.text import few, one_line
 
 IMAGE_SIZE = 224
 """Side in pixels unless another is asked for."""

@@ -31,7 +31,7 @@ from advmoe.data.decode import central_crop, decode, random_crop
 from advmoe.errors import InputError
 from advmoe.seeding import seed_for
 from advmoe.signals import leave_to_parent
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from advmoe.data.cache import load_decoded
 from advmoe.data.listing import Listing, Part, composed, left_out, read_lines, require_filled, scan
 from advmoe.data.types import Request, Source
 from advmoe.errors import InputError
-from advmoe.wording import few
+from advmoe.text import few
 
 FOLDER = "tiny-imagenet-200"
 """Name of the folder inside the official archive."""

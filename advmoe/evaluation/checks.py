@@ -22,7 +22,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import answering
 from advmoe.moe.routing import Routing, route
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 CHECKS = ("pixels", "labels", "logits", "deterministic", "batch-independent", "gradients")
 """The checks by name, in the order in which they are made."""

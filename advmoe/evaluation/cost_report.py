@@ -27,6 +27,7 @@ from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.moe import pathway
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST
+from advmoe.text import aligned, percent
 
 BATCHES = (1, 32, 128)
 """Batch sizes measured unless others are asked for."""
@@ -246,18 +247,21 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}"
         + ("" if report["kernels"] is None else f", kernels: {report['kernels']}"),
         "",
-        *_columns(
-            ["", "GMACs", "parameters", "active"],
+        *aligned(
             [
-                [kind, f"{each['gmacs']:.4g}", f"{each['parameters']:,}", f"{each['active_parameters']:,}"]
-                for kind, each in report["models"].items()
+                ["", "GMACs", "parameters", "active"],
+                *(
+                    [kind, f"{each['gmacs']:.4g}", f"{each['parameters']:,}", f"{each['active_parameters']:,}"]
+                    for kind, each in report["models"].items()
+                ),
             ],
+            ">",
         ),
         "",
     ]
     head = ["batch", "", "ms/image", "x S-Dense", "x Dense", "activations", "busiest expert"]
     rows = [_row(entry, kind) for entry in batches for kind in entry["ms_per_image"]]
-    lines += _columns(head, rows)
+    lines += aligned([head, *rows], ">")
     if any("busiest" in entry for entry in batches):
         lines.append("\nbusiest expert: its share of the batch, mean over layers; with 100 % nothing is dispatched")
     return "\n".join(lines)
@@ -271,12 +275,5 @@ def _row(entry: Mapping[str, Any], kind: str) -> list[str]:
         f"{entry['ms_per_image'][kind]:.4g}",
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         f"{entry['activation_bytes'][kind] / 2**20:.2f} MiB",
-        f"{100 * entry['busiest']:.0f} %" if kind == "moe" and "busiest" in entry else "",
-    ]
-
-
-def _columns(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        f"{percent(entry['busiest'], 0)} %" if kind == "moe" and "busiest" in entry else "",
     ]

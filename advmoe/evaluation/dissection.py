@@ -29,6 +29,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import correct, device_of, measuring
 from advmoe.moe.routing import route
+from advmoe.text import aligned, percent
 
 CATEGORIES = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail")
 """Names of the categories 1 to 4."""
@@ -162,7 +163,7 @@ class Dissection:
         """The dissection as aligned lines for a terminal, in percent."""
         found = self.to_dict()
         pathways, counts = found["distinct_pathways"], found["flipped_layers"]
-        spread = ", ".join(f"{flips}: {100 * share:.1f}" for flips, share in enumerate(counts) if share > 0)
+        spread = ", ".join(f"{flips}: {percent(share)}" for flips, share in enumerate(counts) if share > 0)
         return "\n".join(
             [
                 f"{found['num_examples']} images, {found['num_clean_correct']} of them right clean; "
@@ -189,10 +190,6 @@ def expert_load(pathways: Tensor, num_experts: int) -> list[list[float]]:
     return [[count / layer.numel() for count in each] for layer, each in zip(layers, counts, strict=True)]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _category_lines(found: dict[str, Any]) -> list[str]:
     columns = found["categories"], found["categories_of_clean_correct"]
     sums: dict[str, tuple[str, ...]] = {
@@ -200,22 +197,21 @@ def _category_lines(found: dict[str, Any]) -> list[str]:
     }
     sums["1 + 2 model robust"] = ("both_survive", "only_routing_fails")
     sums["1 + 3 routers robust"] = ("both_survive", "only_prediction_fails")
-    lines = [f"{'share':<23}  {'of all':>8}  {'of right clean':>14}"]
+    rows: list[tuple[str, ...]] = [("share", "of all", "of right clean")]
     for title, names in sums.items():
-        all_, right = ("-" if shares is None else _percent(sum(shares[n] for n in names)) for shares in columns)
-        lines.append(f"{title:<23}  {all_:>8}  {right:>14}")
-    return lines
+        cells = ("-" if part is None else f"{percent(sum(part[name] for name in names))} %" for part in columns)
+        rows.append((title, *cells))
+    return aligned(rows, "<>")
 
 
 def _layer_lines(found: dict[str, Any]) -> list[str]:
     loads = [
-        [" ".join(f"{100 * e:5.1f}" for e in layer) for layer in found["load"][k]] for k in ("clean", "adversarial")
+        [" ".join(f"{percent(e):>5}" for e in layer) for layer in found["load"][k]] for k in ("clean", "adversarial")
     ]
-    width = max(len("clean load (%)"), len(loads[0][0]))
-    lines = [f"layer   flipped  {'clean load (%)':<{width}}  adversarial load (%)"]
+    rows = [("layer", "flipped", "clean load (%)", "adversarial load (%)")]
     for layer, (rate, clean, adversarial) in enumerate(zip(found["flip_rate"], *loads, strict=True)):
-        lines.append(f"{layer:>5}  {_percent(rate):>8}  {clean:<{width}}  {adversarial}")
-    return lines
+        rows.append((str(layer), f"{percent(rate)} %", clean, adversarial))
+    return aligned(rows, ">><")
 
 
 def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: int = 250) -> Dissection:

@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot
 from advmoe.errors import InputError
 from advmoe.files import read_object
 from advmoe.moe.layer import MoELayer
-from advmoe.wording import one_line, show
+from advmoe.text import one_line, show
 
 _MOST_CHANNELS = 1_000_000
 """Of a layer."""

@@ -41,6 +41,7 @@ from advmoe.files import write_arrays
 from advmoe.models import Classifier
 from advmoe.moe.routing import pathway
 from advmoe.rundir import DIGEST, require_plain, write_result
+from advmoe.text import aligned, percent
 
 NAME = "pathways.json"
 """The file's name in a run directory."""
@@ -294,9 +295,9 @@ def table(result: dict[str, Any]) -> str:
         f"{result['num_examples']} images, attacked by {attack['name']}; {result['num_layers']} MoE layers of "
         f"{result['num_experts']} experts{per}",
         "",
-        *_aligned(rows),
+        *aligned(rows, "<>"),
         "",
-        f"pathways unchanged by the attack: {100 * attack['unchanged']:.1f} % of the images",
+        f"pathways unchanged by the attack: {percent(attack['unchanged'])} % of the images",
         f"IoU of the two pathways of an image: mean {attack['iou']['mean']:.3f}, {quantiles}",
         *_frequent_lines(result),
         *_against_lines(result["against"]),
@@ -316,15 +317,6 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text: the first to the left, the others to the right."""
-    first, *rest = (max(len(row[column]) for row in rows) for column in range(len(rows[0])))
-    return [
-        "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], rest, strict=True))])
-        for row in rows
-    ]
-
-
 def _frequent_lines(result: dict[str, Any]) -> list[str]:
     listed = result["clean"]["frequent"][:5]
     if not listed:
@@ -332,8 +324,8 @@ def _frequent_lines(result: dict[str, Any]) -> list[str]:
     lines = ["", "most frequent clean pathways (an expert per layer), and the classes of their images (%)"]
     for each in listed:
         path = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
-        names = (f"{result['classes'][one['class']]}: {100 * one['share']:.0f}" for one in each["classes"][:4])
-        lines.append(f"{100 * each['share']:5.1f} %  {path}  {', '.join(names)}")
+        names = (f"{result['classes'][one['class']]}: {percent(one['share'], 0)}" for one in each["classes"][:4])
+        lines.append(f"{percent(each['share']):>5} %  {path}  {', '.join(names)}")
     return lines
 
 
@@ -350,4 +342,4 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
     for kind, value in against.get("other_images", {}).items():
         rows.append([f"{kind}, of different images", _shown(value), *[""] * (len(heads) - 1)])
     what = "the mask of" if against["kind"] == "mask" else "the pathways of"
-    return ["", f"IoU with {what} {against['run']}", *(line.rstrip() for line in _aligned(rows))]
+    return ["", f"IoU with {what} {against['run']}", *aligned(rows, "<>")]

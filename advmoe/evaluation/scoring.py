@@ -23,8 +23,8 @@ from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
 from advmoe.seeding import seed_for
+from advmoe.text import one_line
 from advmoe.threat import ThreatModel
-from advmoe.wording import one_line
 
 EvaluationData = Images | tuple[Tensor, Tensor]
 """Images with labels: an `ImageSet` or `FileSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
-from advmoe.wording import few, one_line
+from advmoe.text import few, one_line
 
 _numbers = itertools.count(1)
 _OWN_SEED = 0x6164766D6F65

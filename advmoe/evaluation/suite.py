@@ -26,8 +26,8 @@ from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
+from advmoe.text import show
 from advmoe.threat import ThreatModel
-from advmoe.wording import show
 
 KNOWN = ("pgd-STEPS[-margin|-dlr|-kl][-soft]", "autoattack[-plus|-rand]", "autoattack:NAME+NAME", "routed")
 _PGD = re.compile(r"pgd(?:-(?P<steps>[1-9][0-9]{0,4}))?(?:-(?P<loss>margin|dlr|kl))?(?P<soft>-soft)?")

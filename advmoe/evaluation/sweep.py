@@ -27,6 +27,7 @@ from torch import Tensor
 from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.progress import tracked
+from advmoe.text import aligned, percent, radius
 
 PROBE_LIMIT = 0.01
 """Robust accuracy that the probe may leave (or one example, where that is more)."""
@@ -117,9 +118,9 @@ def _probe_reasons(point: dict[str, Any], count: int, norm: str) -> list[str]:
     if survivors <= max(1, PROBE_LIMIT * count):
         return []
     return [
-        f"gradient masking suspected: {_percent(point['robust_accuracy'])} of the examples resist at eps "
-        f"{_radius(point['eps'], norm)}, where every image can be made into any other and at most "
-        f"{_percent(PROBE_LIMIT)} may "
+        f"gradient masking suspected: {percent(point['robust_accuracy'])} % of the examples resist at eps "
+        f"{radius(point['eps'], norm)}, where every image can be made into any other and at most "
+        f"{percent(PROBE_LIMIT)} % may "
         "(a model that gives every image the same class resists too)"
     ]
 
@@ -141,7 +142,7 @@ def _rise_reasons(outcomes: dict[float, Tensor], norm: str) -> list[str]:
     chance, small, large, regained, lost = min(found)
     return [
         f"gradient masking suspected: robust accuracy rises from {_accuracy(outcomes[small])} at eps "
-        f"{_radius(small, norm)} to {_accuracy(outcomes[large])} at eps {_radius(large, norm)} "
+        f"{radius(small, norm)} to {_accuracy(outcomes[large])} at eps {radius(large, norm)} "
         f"({regained} examples regained, {lost} lost; sign test p = {chance:.1g})"
     ]
 
@@ -165,22 +166,12 @@ def table(result: dict[str, Any]) -> str:
     if result["probe"]["eps"] > points[-1]["eps"]:
         points = [*points, result["probe"]]
     for point in points:
-        low, high = (f"{100 * end:.1f}" for end in point["interval"])
-        cells = _percent(point["robust_accuracy"]), f"{low} - {high}", str(point["regained"])
-        rows.append((_radius(point["eps"], norm), *cells))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        low, high = map(percent, point["interval"])
+        cells = f"{percent(point['robust_accuracy'])} %", f"{low} - {high}", str(point["regained"])
+        rows.append((radius(point["eps"], norm), *cells))
     verdict = result["masking"]["reasons"] or ["no sign of gradient masking in this sweep"]
-    return "\n".join([f"{result['num_examples']} images, {norm}", "", *lines, "", *verdict])
-
-
-def _radius(eps: float, norm: str) -> str:
-    return f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return "\n".join([f"{result['num_examples']} images, {norm}", "", *aligned(rows, ">"), "", *verdict])
 
 
 def _accuracy(robust: Tensor) -> str:
-    return _percent(int(robust.sum()) / len(robust))
+    return f"{percent(int(robust.sum()) / len(robust))} %"

@@ -18,6 +18,7 @@ from advmoe.documents import MOST_JSON, parse_object, read_text
 from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import require_plain, stale, unsealed
+from advmoe.text import percent, radius
 
 PAPER = "https://arxiv.org/abs/2308.10110"
 
@@ -174,14 +175,7 @@ def _result(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _threat(threat: Mapping[str, Any]) -> str:
     """A threat model as in `linf 8/255`."""
-    eps = float(threat["eps"])
-    steps = round(255 * eps)
-    whole = steps > 0 and abs(255 * eps - steps) < 1e-6
-    return f"{threat['norm']} {f'{steps}/255' if whole else f'{eps:.6g}'}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return f"{threat['norm']} {radius(float(threat['eps']), threat['norm'])}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -310,7 +304,7 @@ def _robustness(record: Record) -> str:
     named = {"none (clean, SA)": found["clean_accuracy"]}
     named |= {f"{name} (RA)": value for name, value in found["robust_accuracy"].items()}
     named["worst case over all of them"] = found["worst_case"]
-    rows = [[name, _percent(value), _interval(value, number)] for name, value in named.items()]
+    rows = [[name, percent(value), _interval(value, number)] for name, value in named.items()]
     lines = [
         "## Accuracy and robustness",
         "",
@@ -336,7 +330,7 @@ def _robustness(record: Record) -> str:
 def _interval(share: float, number: int) -> str:
     """The 95% interval of an accuracy of `number` images, which its count of right ones gives."""
     low, high = wilson(round(share * number), number)
-    return f"{_percent(low)} to {_percent(high)}"
+    return f"{percent(low)} to {percent(high)}"
 
 
 def _flags(found: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ from advmoe.models.vit import VisionTransformer
 from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
 from advmoe.rundir import DIGEST, MODEL, WEIGHTS, require_plain, stored_digest
-from advmoe.wording import one_line, show
+from advmoe.text import one_line, show
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from advmoe.moe.rectifier import listened
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
-from advmoe.wording import few, one_line, show
+from advmoe.text import few, one_line, show
 
 SAME = 1e-3
 """Largest difference of logits before and after, relative to the largest: grouped samples take other kernels, which

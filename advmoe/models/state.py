@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from advmoe.errors import InputError
 from advmoe.rundir import MOST_HEADER, model_digest
-from advmoe.wording import few
+from advmoe.text import few
 
 
 def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

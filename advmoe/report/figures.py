@@ -18,7 +18,7 @@ from advmoe.errors import InputError
 from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
 from advmoe.report.flow import flow_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
-from advmoe.wording import printable
+from advmoe.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,6 +30,7 @@ from advmoe.report.drawing import (
     require_fields,
 )  # fmt: skip
 from advmoe.report.words import CATEGORIES
+from advmoe.text import percent, radius
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,9 +102,8 @@ def _number_points(axes: Axes, result: Mapping[str, Any]) -> None:
 
 def _sweep_notes(name: str, result: Mapping[str, Any]) -> list[str]:
     probe = result["probe"]
-    radius = f"{255 * probe['eps']:.4g}/255" if result["norm"] == "linf" else f"{probe['eps']:.4g}"
     reasons = result["masking"]["reasons"] or [
-        f"{100 * probe['robust_accuracy']:.1f} % robust at the probe, eps {radius}"
+        f"{percent(probe['robust_accuracy'])} % robust at the probe, eps {radius(probe['eps'], result['norm'])}"
     ]
     return [f"{name}: {reason}" if name else reason for reason in reasons]
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from advmoe.documents import MOST_YAML, parse_yaml, read_arrays, read_text
 from advmoe.errors import InputError
-from advmoe.report.words import radius
 from advmoe.rundir import (
     CONFIG,
     DIGEST,
@@ -30,6 +29,7 @@ from advmoe.rundir import (
     stale,
     unsealed,
 )
+from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from advmoe import text
 from advmoe.report.html import Content, Html, element
 
 DASH = "\N{EN DASH}"
@@ -105,7 +106,7 @@ def pairs(caption: str, items: Sequence[tuple[Content, Content]]) -> Html:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A fraction as percent, without the sign."""
-    return DASH if share is None else f"{100 * share:.{digits}f}"
+    return text.percent(share, digits, missing=DASH)
 
 
 def share_cell(share: float | None) -> Cell:
@@ -130,9 +131,4 @@ def decimals(value: float) -> int:
 
 def seconds(value: Any) -> str:
     """A duration in words."""
-    if not isinstance(value, int | float):
-        return DASH
-    if value < 90:
-        return f"{value:.3g} s"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    return text.duration(value) if isinstance(value, int | float) else DASH

@@ -1,4 +1,4 @@
-"""Radii as they are shown, and what a figure shows, in words, for those who cannot see it."""
+"""What was attacked with, and what a figure shows, in words, for those who cannot see it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from advmoe.report.tables import DASH, number, percent
+from advmoe.text import radius
 
 CATEGORIES = {
     "both_survive": "1 both survive",
@@ -15,13 +16,6 @@ CATEGORIES = {
     "both_fail": "4 both fail",
 }
 """Titles of a dissection's categories."""
-
-
-def radius(eps: float, norm: str) -> str:
-    """An attack's radius, as `--eps` takes it: of 255 in l-inf, as in 8/255."""
-    if norm != "linf":
-        return f"{eps:.6g}"
-    return f"{255 * eps:.6g}/255" if eps else "0"
 
 
 def of_threat(threat: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
 from advmoe.studies.results import Results
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.spec import Study
+from advmoe.text import duration
 
 SECONDS: Mapping[str, float] = {"smoke": 1.7e-4, "cpu": 6e-4}
 """Of a pass of one image of the first backbone's S-Dense form, one thread of an EPYC core beside another, measured."""
@@ -24,11 +25,7 @@ _ROUTED_ATTACKS = 14
 
 def about(study: Study) -> str:
     """`M min / H h`: the time at the scales `smoke` and `cpu`, two processes."""
-    return " / ".join(_words(seconds(study, scale_named(name))) for name in ("smoke", "cpu"))
-
-
-def _words(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+    return " / ".join(duration(seconds(study, scale_named(name))) for name in ("smoke", "cpu"))
 
 
 def seconds(study: Study, scale: Scale, processes: int = 2) -> float:

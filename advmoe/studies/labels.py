@@ -9,7 +9,7 @@ from typing import Any
 from advmoe.config import Pixels
 from advmoe.studies.plan import PlannedRow
 from advmoe.studies.spec import Settings
-from advmoe.wording import printable
+from advmoe.text import printable
 
 
 def of_backbone(name: str, settings: Settings) -> str:

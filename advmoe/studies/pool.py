@@ -20,6 +20,7 @@ from advmoe.errors import of_machine
 from advmoe.progress import bar, unshared
 from advmoe.signals import leave_to_parent
 from advmoe.studies.plan import PlannedMeasure, Task
+from advmoe.text import one_line
 
 Told = Callable[[str, Task], None]
 """Called with `starts`, `done` or an error's text, and the task, as it happens."""
@@ -192,6 +193,6 @@ def _work(pipe: Connection, log: Path, card: str | None, threads: int, accelerat
 
             traceback.print_exc()
             sys.stderr.flush()
-            text = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
+            text = one_line(problem, 500)
             error = MachineFailed(text) if of_machine(problem) else text
         pipe.send(error)

@@ -22,6 +22,7 @@ from advmoe.studies.results import (
     seconds_per_epoch,
 )
 from advmoe.studies.spec import Figure
+from advmoe.text import aligned
 
 Better = Literal["higher", "lower"]
 
@@ -173,9 +174,7 @@ def text(shown: Mapping[str, Any]) -> str:
     """A table of `study.json` as aligned lines for a terminal, with the paper's numbers in brackets."""
     heads = [column["title"] for column in shown["columns"]]
     body = [[_shown(row.get(column["key"])) for column in shown["columns"]] for row in shown["rows"]]
-    widths = [max(len(line[k]) for line in (heads, *body)) for k in range(len(heads))]
-    lines_ = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in (heads, *body)]
-    return "\n".join([shown["title"], *(line.rstrip() for line in lines_)])
+    return "\n".join([shown["title"], *aligned([heads, *body])])
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from advmoe.errors import InputError
 from advmoe.files import checksum, read_object, sync, write_text
 from advmoe.models.state import savable, write_tensors
-from advmoe.wording import one_line
+from advmoe.text import one_line
 
 _FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
 

@@ -26,6 +26,7 @@ from advmoe.models.convert import ConvertedClassifier
 from advmoe.progress import BRIEF, bar, shown, tell
 from advmoe.pruning import write_masks
 from advmoe.rundir import CONFIG_DIGEST, METRICS, Epochs, config_note, digest_at, require_plain
+from advmoe.text import one_line
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples, require_tensorboard
@@ -34,7 +35,6 @@ from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
-from advmoe.wording import one_line
 
 
 def fit(

@@ -32,6 +32,7 @@ from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import shown
 from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for, seed_for
+from advmoe.text import one_line
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
@@ -50,7 +51,6 @@ from advmoe.training.objectives import (
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.schedule import cosine
-from advmoe.wording import one_line
 
 _GLANCED = 64
 """Training images that are looked at where there are none to validate with."""

@@ -117,7 +117,7 @@ CONTENT = {
     "notes": ["A note."],
     "runs": [
         {"name": "good", "seed": 0, "status": "finished", "error": None},
-        {"name": "bad", "seed": 1, "status": "failed", "error": "ValueError: so"},
+        {"name": "bad", "seed": 1, "status": "failed", "error": "so far"},
         {"name": "left", "seed": 2, "status": "missing", "error": None},
     ],
 }
@@ -131,7 +131,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
 
         run = PlannedRun("abc", "AdvMoE, ResNet-18, digits", 3, {}, Path("abc"), None)
         told("starts", run)
-        told("ValueError: so", PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
+        told("so far", PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
         seen.append((name, options))
         return Path("home"), CONTENT
 
@@ -149,11 +149,11 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     assert code == 1  # as something failed
     assert err.splitlines() == [
         "starts  train     AdvMoE, ResNet-18, digits, seed 3  abc",
-        "failed: ValueError: so  evaluate  AdvMoE, ResNet-18, digits, seed 3  abc",
+        "failed: so far  evaluate  AdvMoE, ResNet-18, digits, seed 3  abc",
     ]
     assert out.splitlines() == [
         "3 epochs", "", "Ours", "A", "1.5", "", "It is so.", "  PGD: holds at this size (p = 0.0312)",
-        "  worst case: undecided at this size", "A note.", "failed: bad, seed 1: ValueError: so",
+        "  worst case: undecided at this size", "A note.", "failed: bad, seed 1: so far",
         "missing: left, seed 2: not done", "", "written to home/study.json",
         "next  advmoe report home -o home/report.html",
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def test_planted_numbers():
 
 
 def test_the_table_says_the_same():
-    table = planted().table()
+    lines = [line.split() for line in planted().table().splitlines()]
     for line in (
         "8 images, 5 of them right clean; 3 MoE layers of 2 experts",
         "1 both survive             25.0 %          40.0 %",
@@ -75,7 +75,7 @@ def test_the_table_says_the_same():
         "    0    25.0 %   75.0  25.0      50.0  50.0",
         "distinct pathways         clean 4, adversarial 4",
     ):
-        assert line in table.splitlines()
+        assert line.split() in lines
 
 
 def test_batches_merge():
@@ -91,7 +91,7 @@ def test_nothing_right_clean():
     found = Dissection(*[torch.zeros(2, 1).long()] * 2, *[torch.zeros(2).bool()] * 2, 2)
     assert found.to_dict()["categories_of_clean_correct"] is None
     assert found.to_dict()["per_class"] == []
-    assert "4 both fail                 0.0 %               -" in found.table()
+    assert ["4", "both", "fail", "0.0", "%", "-"] in [line.split() for line in found.table().splitlines()]
 
 
 @st.composite

@@ -52,7 +52,7 @@ def test_accuracy_that_never_reaches_zero():
     result = sweep(planted({0: 160, 2: 120, 4: 60, 8: 30, 255: 30}, 200), RADII, norm="linf")
     assert result["masking"]["suspected"]
     (reason,) = result["masking"]["reasons"]
-    assert reason.startswith("gradient masking suspected: 15.0 % of the examples resist at eps 255/255")
+    assert reason.startswith("gradient masking suspected: 15.0 % of the examples resist at eps 1,")
 
 
 @pytest.mark.parametrize("size, left, suspected", [(20, 1, False), (20, 2, True), (300, 3, False), (300, 4, True)])
@@ -162,15 +162,12 @@ def test_every_radius_needs_the_same_examples():
 
 def test_the_table():
     result = sweep(planted({0: 16, 8: 2, 255: 0}), [0, 8 / 255], norm="linf")
-    assert table(result).splitlines() == [
-        "20 images, linf",
-        "",
-        "    eps  robust accuracy  95% interval  regained",
-        "  0/255           80.0 %   58.4 - 91.9         0",
-        "  8/255           10.0 %    2.8 - 30.1         0",
-        "255/255            0.0 %    0.0 - 16.1         0",
-        "",
-        "no sign of gradient masking in this sweep",
+    head, _, _, *lines, _, verdict = table(result).splitlines()
+    assert head == "20 images, linf" and verdict == "no sign of gradient masking in this sweep"
+    assert [line.split() for line in lines] == [
+        ["0", "80.0", "%", "58.4", "-", "91.9", "0"],
+        ["8/255", "10.0", "%", "2.8", "-", "30.1", "0"],
+        ["1", "0.0", "%", "0.0", "-", "16.1", "0"],
     ]
     masked = sweep(planted({0: 16, 255: 5}), [0], norm="linf")
     assert table(masked).splitlines()[-1] == masked["masking"]["reasons"][0]

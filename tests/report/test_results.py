@@ -77,7 +77,7 @@ def test_the_command_of_pathways(make_run):
         "against": {"run": "runs/a mask"},
     }  # fmt: skip
     run = loaded(make_run("a", pathways=found))
-    options = "--against 'runs/a mask' --attacks pgd-10 --num-examples 20 --threat.eps 25.5/255 --seed 3"
+    options = "--against 'runs/a mask' --attacks pgd-10 --num-examples 20 --threat.eps 0.1 --seed 3"
     assert commands(run)["pathways"] == f"advmoe pathways {run.path} {options}"
     assert set(states(run).values()) == {"there"}
 
@@ -163,9 +163,9 @@ def test_what_cannot_be_read(make_run, name, text, message):
         ({"adversarial_pathway": np.zeros((2, 5), int)}, "as many of each thing as images"),
         ({"eps": np.array("x")}, "must hold the arrays of a gallery, got eps of 0 axes of <U1"),
         ({"clean": np.zeros((2, 1, 0, 8))}, "must hold images, got arrays of shape"),
-        ({"index": np.zeros(40_000_000, np.int64)}, "must be a gallery, got ValueError.*arrays of more than 256000000"),
+        ({"index": np.zeros(40_000_000, np.int64)}, "must be a gallery, got .*arrays of more than 256000000"),
         ({"clean_pathway": np.zeros((2, 5000), int)}, "at most 1000 images and 4096 layers, got 2 and 5000"),
-        ({"attack": np.array({}, dtype=object)}, "must be a gallery, got ValueError"),
+        ({"attack": np.array({}, dtype=object)}, "must be a gallery, got "),
     ],
 )
 def test_a_gallery_that_is_none(make_run, changed, message):

@@ -1,14 +1,4 @@
-import pytest
-
 from advmoe.report import words
-
-
-@pytest.mark.parametrize(
-    ("eps", "norm", "text"),
-    [(8 / 255, "linf", "8/255"), (0.1, "linf", "25.5/255"), (0.0, "linf", "0"), (0.5, "l2", "0.5"), (0.0, "l2", "0")],
-)
-def test_radii(eps, norm, text):
-    assert words.radius(eps, norm) == text
 
 
 def test_a_threat():

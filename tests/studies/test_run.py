@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_on
 
     (failed,) = [each for each in found["runs"] if each["status"] != "finished"]
     assert (failed["name"], failed["status"]) == (DENSE, "failed")
-    assert failed["error"].startswith("ValueError: a model to dissect must have MoE layers")
+    assert failed["error"].startswith("a model to dissect must have MoE layers")
     # It costs no other number.
     assert found["tables"][0]["rows"][0] == content["tables"][0]["rows"][0]
 

@@ -1,10 +1,12 @@
-"""How errors, values, lists and names are told on one line."""
+"""How values, numbers, names and tables are written, for people to read."""
 
 from __future__ import annotations
 
 import reprlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from advmoe.errors import InputError
 
 MOST_OF_A_VALUE = 80
 """Characters that are shown of a value."""
@@ -38,8 +40,10 @@ def show(value: object, most: int = MOST_OF_A_VALUE) -> str:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Type and text of an error, of which `most` characters are shown."""
+    """Type and text of an error, of which `most` characters are shown; of an `InputError` the text says all."""
     text = cut(" ".join(str(error).split()), most)
+    if isinstance(error, InputError):
+        return text
     return f"{type(error).__name__}{': ' if text else ''}{text}"
 
 
@@ -64,3 +68,35 @@ def _shown(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte, as Python keeps it in names of files
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def percent(share: float | None, digits: int = 1, *, missing: str = "-") -> str:
+    """A fraction in percent, without the sign: 0.583 is 58.3."""
+    return missing if share is None else f"{100 * share:.{digits}f}"
+
+
+def radius(eps: float, norm: str) -> str:
+    """An attack's radius, as `--eps` takes it: in l-inf in grey levels of 255 where that is shorter, 8/255 but 0.1."""
+    decimal = f"{eps:.6g}"
+    return decimal if norm != "linf" else min(decimal, f"{255 * eps:.6g}/255", key=len)
+
+
+def duration(seconds: float) -> str:
+    """A time as one reads it: 12.3 s, 4 min, 1 h 30 min."""
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str = "<") -> list[str]:
+    """Rows of cells as lines, in columns two spaces apart.
+
+    `sides` says where a column's text stands: `<` left, `>` right; the last one holds for the columns that follow.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = sides.ljust(len(widths), sides[-1])
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,37 @@
+"""How numbers and tables are written."""
+
+import pytest
+
+from advmoe.text import aligned, duration, percent, radius
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "text"),
+    [
+        (8 / 255, "linf", "8/255"), (0.5 / 255, "linf", "0.5/255"), (16 / 255, "linf", "16/255"), (0.1, "linf", "0.1"),
+        (0.0, "linf", "0"), (1.0, "linf", "1"), (0.5, "l2", "0.5"), (128 / 255, "l2", "0.501961"),
+    ],
+)  # fmt: skip
+def test_a_radius_is_written_as_one_types_it(eps, norm, text):
+    assert radius(eps, norm) == text
+
+
+def test_percent():
+    assert [percent(0.5834), percent(0.5834, 0), percent(1), percent(None)] == ["58.3", "58", "100.0", "-"]
+
+
+def test_durations():
+    assert [duration(each) for each in (0.1234, 89.4, 90, 89 * 60, 90 * 60)] == [
+        "0.123 s",
+        "89.4 s",
+        "2 min",
+        "89 min",
+        "1 h 30 min",
+    ]
+
+
+def test_columns_stand_two_spaces_apart_on_the_side_asked_for():
+    rows = [("a", "bb", "note"), ("ccc", "d", "")]
+    assert aligned(rows) == ["a    bb  note", "ccc  d"]
+    assert aligned(rows, "<><") == ["a    bb  note", "ccc   d"]
+    assert aligned(rows, ">") == ["  a  bb  note", "ccc   d"]
