@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from advmoe.evaluation.accuracy import evaluate
     from advmoe.evaluation.dissection import dissect
     from advmoe.evaluation.pathways import pathway_statistics
-    from advmoe.evaluation.runs import load_run
     from advmoe.export import export_model, export_run
     from advmoe.hub import from_pretrained, push_to_hub, save_pretrained
     from advmoe.models import create_model
     from advmoe.models.convert import to_moe
+    from advmoe.models.runs import load_run
     from advmoe.moe import pathway, route, soft_routing
     from advmoe.pruning import compact
     from advmoe.threat import ThreatModel
@@ -37,7 +37,7 @@ _HOMES = {
     "export_run": "advmoe.export",
     "from_pretrained": "advmoe.hub",
     "load_dataset": "advmoe.data",
-    "load_run": "advmoe.evaluation.runs",
+    "load_run": "advmoe.models.runs",
     "pathway": "advmoe.moe",
     "pathway_statistics": "advmoe.evaluation.pathways",
     "pgd": "advmoe.attacks",

@@ -34,10 +34,10 @@ from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import gmacs
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
-from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.scoring import measuring
 from advmoe.files import checksum, require_writable, write_text, write_whole
 from advmoe.models import Classifier
+from advmoe.models.runs import load_run
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
 from advmoe.progress import tracked

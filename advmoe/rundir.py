@@ -21,8 +21,15 @@ from advmoe.errors import InputError
 from advmoe.files import read_json, read_object, write_text
 from advmoe.text import cut, few
 
-CONFIG, MANIFEST, METRICS = "config.yaml", "manifest.json", "metrics.jsonl"
+# What training writes, and the folders of its last and best checkpoints,
+CONFIG, MANIFEST, METRICS, MASKS = "config.yaml", "manifest.json", "metrics.jsonl", "masks.json"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
+LAST, BEST, BOARD = "last", "best", "tensorboard"
+# what is measured of a run, and the folder of an evaluation under way,
+EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".evaluation"
+SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
+# and what studies write: of a measurement, and of all.
+DONE, STUDY = "done.json", "study.json"
 
 DIGEST = "model_sha256"
 """The model's digest (`model_digest`), in the header of its weights and in every result."""

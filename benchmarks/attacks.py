@@ -47,9 +47,9 @@ from advmoe.attacks.pgd import pgd
 from advmoe.config import AttackConfig, ModelKind
 from advmoe.data import load_dataset
 from advmoe.evaluation.accuracy import Plan, assess
-from advmoe.evaluation.runs import load_run
 from advmoe.evaluation.scoring import measuring
 from advmoe.models import Classifier
+from advmoe.models.runs import load_run
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
 from advmoe.training.trainer import build_model

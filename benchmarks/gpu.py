@@ -41,10 +41,11 @@ from torch import Tensor
 from advmoe.config import Config, merged, parse_yaml
 from advmoe.data import Dataset, load_dataset
 from advmoe.evaluation.accuracy import evaluate
-from advmoe.evaluation.runs import evaluate_run, load_run
+from advmoe.evaluation.runs import evaluate_run
 from advmoe.files import write_text, write_whole
 from advmoe.models import Classifier, create_model
 from advmoe.models.modes import frozen
+from advmoe.models.runs import load_run
 from advmoe.recipes import recipe
 from advmoe.threat import ThreatModel
 from advmoe.training import manifest as manifests

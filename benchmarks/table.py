@@ -60,7 +60,7 @@ def times(runs: dict[str, Path], threads: int, batch: int = 128, repeats: int = 
     import torch
 
     from advmoe.evaluation.cost import example_input
-    from advmoe.evaluation.runs import load_run
+    from advmoe.models.runs import load_run
 
     torch.set_num_threads(threads)
     models = {name: load_run(path).to(memory_format=torch.channels_last) for name, path in runs.items()}

@@ -34,7 +34,7 @@ from advmoe.config import (
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
-from advmoe.rundir import require_plain
+from advmoe.rundir import CONFIG, require_plain
 from advmoe.text import MOST_OF_A_VALUE, cut
 
 _LONGEST = 1000
@@ -96,7 +96,7 @@ def measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     target, overrides = args["target"], given_fields(args)
     below = {}
     if not is_source(target):
-        below = Config.load(existing_run("RUN", target) / "config.yaml").to_dict()
+        below = Config.load(existing_run("RUN", target) / CONFIG).to_dict()
     Config.from_dict(merged(below, overrides))
     options = {
         "overrides": overrides,
@@ -210,7 +210,7 @@ def require_sound(parser: Parser, args: dict[str, Any]) -> None:
 
 def existing_run(option: str, text: str) -> Path:
     """The run directory that `option` names. Raises `ValueError` where it is none, or holds links."""
-    require((Path(text) / "config.yaml").is_file(), option, "a run directory (one that holds a config.yaml)", text)
+    require((Path(text) / CONFIG).is_file(), option, "a run directory (one that holds a config.yaml)", text)
     require_plain(Path(text))
     return Path(text)
 

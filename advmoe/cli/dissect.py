@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.cli.arguments import Parser, drawing, measured, measuring_parser
+from advmoe.rundir import DISSECTION
 from advmoe.text import percent
 
 
@@ -24,7 +25,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     from advmoe.files import read_object
 
     home, found = dissect_run(target, **options)
-    written = read_object(home / "dissection.json")
+    written = read_object(home / DISSECTION)
     for name, dissection in found.items():
         print(f"{name}\n{dissection.table()}\n")
         for flag in written[name]["flags"]:

@@ -8,6 +8,7 @@ from typing import Any
 from advmoe.cli.arguments import Parser, continuable, measured, measuring_parser, number
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
+from advmoe.rundir import JOURNAL
 from advmoe.text import aligned, percent, radius
 
 _GAP = "straight-through PGD less the worst case"
@@ -33,7 +34,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     home = home_of(target, options.get("out"))
     again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
-    with continuable(home, again, ".evaluation"):
+    with continuable(home, again, JOURNAL):
         result = evaluate_run(target, **options)
     print(_table(result))
     print(f"\nwritten to {home / 'evaluation.json'} and evaluation-examples.npz")

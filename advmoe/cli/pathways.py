@@ -26,11 +26,14 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         options["against"] = existing_run("--against", args["against"])
     draw = drawing(args)
 
-    from advmoe.evaluation.pathways import NAME, pathways_run, table
+    from advmoe.evaluation.pathways import pathways_run, table
     from advmoe.report.pathways import draw_pictures
+    from advmoe.rundir import PATHWAYS
 
     home, result = pathways_run(target, **options)
     print(f"{table(result)}\n")
     figures = draw_pictures(result, home) if draw is not None else []
-    print(f"written to {home / NAME}" + (f" and {len(figures)} figures beside it, pathways-*.svg" if figures else ""))
+    print(
+        f"written to {home / PATHWAYS}" + (f" and {len(figures)} figures beside it, pathways-*.svg" if figures else "")
+    )
     return 0

@@ -23,7 +23,7 @@ from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, requi
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
-from advmoe.rundir import Epochs
+from advmoe.rundir import CONFIG, METRICS, Epochs
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
@@ -62,7 +62,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
-    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", "config.yaml"):
+    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", CONFIG):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 
@@ -80,7 +80,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
-    for line in _unused(run_dir / "metrics.jsonl"):
+    for line in _unused(run_dir / METRICS):
         print(line)
     print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
     return 0
@@ -91,12 +91,12 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
     resumed, own = args["resume"], {"model": {"source": overrides.get("model", {}).get("source")}}
     alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
-    if begun(Path(resumed)) and not (Path(resumed) / "config.yaml").is_file():
+    if begun(Path(resumed)) and not (Path(resumed) / CONFIG).is_file():
         raise InputError(
             f"--resume must be a run directory (one that holds a config.yaml), got {resumed!r}: {START_ANEW}"
         )
     run_dir = existing_run("--resume", resumed)
-    return run_dir.name, run_dir, Config.load(run_dir / "config.yaml")
+    return run_dir.name, run_dir, Config.load(run_dir / CONFIG)
 
 
 def _new(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:

@@ -21,12 +21,12 @@ from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
-from advmoe.evaluation.runs import load_run
-from advmoe.evaluation.sources import load_module
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
+from advmoe.models.runs import load_run
+from advmoe.models.sources import load_module
 from advmoe.moe import pathway
 from advmoe.pruning import deployed
-from advmoe.rundir import DIGEST
+from advmoe.rundir import DIGEST, MODEL
 from advmoe.text import aligned, percent
 
 BATCHES = (1, 32, 128)
@@ -86,7 +86,7 @@ def cost_report(
         raise InputError(f"seconds must be >= 0 and finite, got {seconds!r}")
     number = max(batches)
     with threads_set(threads):
-        if (Path(target) / "model.json").is_file():
+        if (Path(target) / MODEL).is_file():
             if model:
                 raise InputError(f"{', '.join(model)} must be left out for a run, which has its model, got {target!s}")
             given = _run(target, number, source, overrides or {})

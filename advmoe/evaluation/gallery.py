@@ -22,11 +22,8 @@ from advmoe.evaluation.runs import attacked, subject
 from advmoe.evaluation.scoring import measuring, take
 from advmoe.files import write_arrays
 from advmoe.moe.routing import route
-from advmoe.rundir import DIGEST
+from advmoe.rundir import DIGEST, GALLERY
 from advmoe.seeding import generator_for
-
-NAME = "gallery.npz"
-"""The file's name in a run directory."""
 
 _MOST = 256
 """Images of a gallery."""
@@ -86,8 +83,8 @@ def gallery_run(
         arrays[f"{kind}_confidence"] = each.confidence.numpy()
         arrays[f"{kind}_pathway"] = each.pathway.numpy()
     given.home.mkdir(parents=True, exist_ok=True)
-    write_arrays(given.home / NAME, arrays)
-    return given.home / NAME
+    write_arrays(given.home / GALLERY, arrays)
+    return given.home / GALLERY
 
 
 def _few(number: int) -> int:

@@ -29,7 +29,7 @@ from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measurin
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
 from advmoe.progress import bar, tell, unshared
-from advmoe.rundir import read_result, require_plain, write_result
+from advmoe.rundir import EVALUATION, read_result, require_plain, write_result
 from advmoe.signals import leave_to_parent
 
 Load = Callable[[torch.device], Predict]
@@ -104,7 +104,7 @@ class Journal:
             raise InputError(
                 f"out must be free of other evaluations, got {str(self.path.parent)!r}: one is at work there"
             )
-        head = self.path / "evaluation.json"
+        head = self.path / EVALUATION
         if resume and head.exists():
             stored = read_result(head)
             if not isinstance(known := stored.get("fingerprint"), dict):
@@ -125,7 +125,7 @@ class Journal:
     def note(self, **values: Any) -> None:
         """Store `values` beside the fingerprint."""
         if self.path is not None:
-            head = self.path / "evaluation.json"
+            head = self.path / EVALUATION
             write_result(head, read_result(head) | values)
 
     def get(self, task: Task) -> Result | None:

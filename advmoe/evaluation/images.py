@@ -16,6 +16,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.runs import subject
 from advmoe.evaluation.scoring import take
 from advmoe.models import Classifier
+from advmoe.rundir import CONFIG
 from advmoe.seeding import generator_for
 
 
@@ -54,7 +55,7 @@ def run_images(
     overrides = dict(overrides or {})
     overrides["data"] = {"download": False, **overrides.get("data", {})}
     try:
-        if not (Path(run) / "config.yaml").is_file():
+        if not (Path(run) / CONFIG).is_file():
             raise InputError("the run has no config.yaml")
         given = subject(run, source=source, overrides=overrides, num_examples=number, seed=0, kept=False)
         images, _ = take(given.data, slice(0, number), torch.device("cpu"))

@@ -30,9 +30,6 @@ _MOST_CHANNELS = 1_000_000
 Units = Sequence[Tensor]
 """Per MoE layer, in the pathway's order, which rows each expert uses, (E, M) booleans."""
 
-MASKS = "masks.json"
-"""The file's name in a sparse run's directory."""
-
 _PAIRS = 4_000_000
 """Pairs of pathways compared at once: bounds the memory."""
 

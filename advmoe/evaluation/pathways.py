@@ -26,7 +26,6 @@ from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
 from advmoe.evaluation.harness import threads_set
 from advmoe.evaluation.overlap import (
-    MASKS,
     Units,
     class_overlap,
     iou,
@@ -35,16 +34,14 @@ from advmoe.evaluation.overlap import (
     require_same_banks,
     units_of,
 )
-from advmoe.evaluation.runs import attacked, digest_of, load_run, opened_routed, subject
+from advmoe.evaluation.runs import attacked, digest_of, opened_routed, subject
 from advmoe.evaluation.scoring import take
 from advmoe.files import write_arrays
 from advmoe.models import Classifier
+from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
-from advmoe.rundir import DIGEST, require_plain, write_result
+from advmoe.rundir import DIGEST, MASKS, PATHWAYS, require_plain, write_result
 from advmoe.text import aligned, percent
-
-NAME = "pathways.json"
-"""The file's name in a run directory."""
 
 EXAMPLES = "pathways-examples.npz"
 """Beside it: `index`, each image's position in the test set, and whether its pathway was left `unchanged`, (N,)."""
@@ -263,7 +260,7 @@ def pathways_run(
     given.home.mkdir(parents=True, exist_ok=True)
     kept = (found.clean_pathway == found.adv_pathway).flatten(1).all(1)
     write_arrays(given.home / EXAMPLES, {"index": given.index.numpy(), "unchanged": kept.cpu().numpy()})
-    return given.home, write_result(given.home / NAME, result, indent=None)
+    return given.home, write_result(given.home / PATHWAYS, result, indent=None)
 
 
 def _opened(path: Path, source: str | None, predict: Predict, device: torch.device) -> nn.Module | Path:

@@ -39,27 +39,31 @@ from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Job, Journal, Load, threads_set
 from advmoe.evaluation.scoring import measuring, stream
-from advmoe.evaluation.sources import load_classifier, load_module
 from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source
 from advmoe.files import require_writable, write_arrays, write_text
-from advmoe.models import Classifier, load_model
+from advmoe.models import Classifier
+from advmoe.models.runs import load_run
+from advmoe.models.sources import load_classifier
 from advmoe.models.state import digest
 from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
-from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain, sealed, write_result
+from advmoe.rundir import (
+    CONFIG,
+    DIGEST,
+    DISSECTION,
+    EVALUATION,
+    EXAMPLES,
+    JOURNAL,
+    SWEEP,
+    config_note,
+    diverged_note,
+    require_plain,
+    sealed,
+    write_result,
+)
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
-
-
-def load_run(path: str | Path, source: str | None = None) -> Classifier:
-    """The model of a run directory, in eval mode on the CPU. Raises `ValueError` naming what is missing or damaged.
-
-    Args:
-        source: `FILE.py:FACTORY` of the network, where the run trained one of the user's own. It is executed; what the
-            run itself names never is.
-    """
-    return load_model(Path(path), None if source is None else load_module(source))
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ def evaluate_run(
     plan = Plan(
         workers=positive("workers", workers),
         threads=threads and positive("threads", threads), accelerator=accelerator,
-        journal=given.home / ".evaluation", resume=resume,
+        journal=given.home / JOURNAL, resume=resume,
     )  # fmt: skip
     found = assess(
         given.load, given.data, threat=given.threat, attack=given.config.attack, attacks=attacks, batch_size=batch_size,
@@ -256,8 +260,8 @@ def save(home: Path, result: dict[str, Any], examples: dict[str, np.ndarray[Any,
     holds.
     """
     home.mkdir(parents=True, exist_ok=True)
-    write_arrays(home / "evaluation-examples.npz", examples)
-    return write_result(home / "evaluation.json", result)
+    write_arrays(home / EXAMPLES, examples)
+    return write_result(home / EVALUATION, result)
 
 
 def _opened(
@@ -372,7 +376,7 @@ def sweep_run(
         "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts, "seed": given.seed,
     }  # fmt: skip
     result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, **given.described}
-    return given.home, write_result(given.home / "sweep.json", result)
+    return given.home, write_result(given.home / SWEEP, result)
 
 
 def dissect_run(
@@ -418,5 +422,5 @@ def dissect_run(
             "attack": {**attack.settings, "seed": given.seed}, "flags": flags, **given.described,
         })  # fmt: skip
     given.home.mkdir(parents=True, exist_ok=True)
-    write_text(given.home / "dissection.json", json.dumps(result, indent=2) + "\n")
+    write_text(given.home / DISSECTION, json.dumps(result, indent=2) + "\n")
     return given.home, found

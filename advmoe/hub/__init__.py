@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe.errors import InputError
-from advmoe.evaluation.runs import load_run
 from advmoe.files import read_object
 from advmoe.hub.checkpoint import LIBRARY, Checkpoint
 from advmoe.models import Classifier
+from advmoe.models.runs import load_run
 
 if TYPE_CHECKING:
     from advmoe.hub.mixin import HubCheckpoint

@@ -17,7 +17,7 @@ from advmoe.config import Config, TrainingConfig
 from advmoe.documents import MOST_JSON, parse_object, read_text
 from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
-from advmoe.rundir import require_plain, stale, unsealed
+from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, stale, unsealed
 from advmoe.text import percent, radius
 
 PAPER = "https://arxiv.org/abs/2308.10110"
@@ -37,7 +37,7 @@ _METHODS = {
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
 
-RECORDED = ("config.yaml", "manifest.json", "evaluation.json", "masks.json")
+RECORDED = (CONFIG, MANIFEST, EVALUATION, MASKS)
 """The files of a run directory that a card tells, and that travel with the weights."""
 
 
@@ -63,21 +63,21 @@ class Record:
         for name in RECORDED:
             if (path := run / name).is_file():
                 texts[name] = read_text(path, MOST_JSON, "text")
-        config = Config.load(run / "config.yaml") if "config.yaml" in texts else None
+        config = Config.load(run / CONFIG) if CONFIG in texts else None
         if config is not None and _without_places(config):
-            texts["config.yaml"] = config.to_yaml()
-        manifest = _json(run / "manifest.json", texts.get("manifest.json"))
+            texts[CONFIG] = config.to_yaml()
+        manifest = _json(run / MANIFEST, texts.get(MANIFEST))
         command = manifest.get("command") if manifest is not None else None
         if isinstance(command, list) and (words := [portable(str(word)) for word in command]) != command:
             manifest = {**(manifest or {}), "command": words}
-            texts["manifest.json"] = json.dumps(manifest, indent=2) + "\n"
-        evaluation, note = _json(run / "evaluation.json", texts.get("evaluation.json")), None
+            texts[MANIFEST] = json.dumps(manifest, indent=2) + "\n"
+        evaluation, note = _json(run / EVALUATION, texts.get(EVALUATION)), None
         if evaluation is not None:
-            evaluation = unsealed(evaluation, str(run / "evaluation.json"))
-            _check_evaluation(evaluation, run / "evaluation.json")
+            evaluation = unsealed(evaluation, str(run / EVALUATION))
+            _check_evaluation(evaluation, run / EVALUATION)
         if evaluation is not None and stale(evaluation, digest):
             evaluation, note = None, "The evaluation beside the run is of other weights than these."
-            del texts["evaluation.json"]
+            del texts[EVALUATION]
         return Record(config, manifest, evaluation, note, texts)
 
 
@@ -364,6 +364,6 @@ def _cost(record: Record) -> str:
 
 
 def _configuration(record: Record) -> str:
-    text = record.texts.get("config.yaml")
+    text = record.texts.get(CONFIG)
     shown = "Unknown." if text is None else f"```yaml\n{text.rstrip()}\n```"
     return f"## Configuration\n\n{shown}"

@@ -9,11 +9,12 @@ from typing import Any
 
 from advmoe import __version__
 from advmoe.errors import InputError
-from advmoe.evaluation.runs import load_run
 from advmoe.files import write_text
 from advmoe.hub.card import RECORDED, Record, model_card, portable
 from advmoe.models import Classifier, save_model
+from advmoe.models.runs import load_run
 from advmoe.models.state import digest
+from advmoe.rundir import MODEL
 
 
 def _recorded(model: Classifier) -> Record:
@@ -63,7 +64,7 @@ class Checkpoint:
         # First, as it tells that the folder may be filled again, should this be cut short.
         write_text(folder / "config.json", json.dumps(self.hub_config(), indent=2) + "\n")
         save_model(self.model, folder)
-        write_text(folder / "model.json", json.dumps(self.spec(), indent=2) + "\n")
+        write_text(folder / MODEL, json.dumps(self.spec(), indent=2) + "\n")
         write_text(folder / "README.md", card)
         for file in RECORDED:
             if file in self.record.texts:

@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from advmoe.errors import InputError
-from advmoe.evaluation.sources import load_module
 from advmoe.hub.card import Record
 from advmoe.hub.checkpoint import Checkpoint
 from advmoe.models import load_files
+from advmoe.models.sources import load_module
 from advmoe.rundir import MODEL, WEIGHTS
 
 LOADED = (MODEL, WEIGHTS)

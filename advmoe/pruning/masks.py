@@ -12,6 +12,7 @@ from advmoe.files import write_text
 from advmoe.models import Classifier, create_model
 from advmoe.moe import MoELayer
 from advmoe.pruning.compaction import sparse_backbone
+from advmoe.rundir import MASKS
 
 
 def masks(model: Classifier) -> list[dict[str, Any]]:
@@ -35,4 +36,4 @@ def masks(model: Classifier) -> list[dict[str, Any]]:
 
 def write_masks(model: Classifier, folder: Path) -> None:
     """Write `masks.json`, whole or not at all: what `evaluation.overlap.read_masks` reads."""
-    write_text(folder / "masks.json", json.dumps({"layers": masks(model)}) + "\n")
+    write_text(folder / MASKS, json.dumps({"layers": masks(model)}) + "\n")

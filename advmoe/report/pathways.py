@@ -18,6 +18,7 @@ from advmoe.report.flow import FEW, THIN
 from advmoe.report.html import Content, element
 from advmoe.report.results import Run
 from advmoe.report.tables import Cell, number, percent, table
+from advmoe.rundir import PATHWAYS
 
 Found = Mapping[str, Any]
 
@@ -81,7 +82,7 @@ def pathways(run: Run, album: Album) -> Content:
 
 def pictures(found: Found) -> Iterator[Picture]:
     """What `pathways.json` shows. Raises `ValueError` for something else."""
-    require_fields(found, ("num_experts", "clean", "adversarial", "attack", "against"), "pathways.json")
+    require_fields(found, ("num_experts", "clean", "adversarial", "attack", "against"), PATHWAYS)
     names = _class_names(found)
     if found["clean"]["flows"]:
         yield _flow(found)

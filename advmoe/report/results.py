@@ -20,8 +20,10 @@ from advmoe.errors import InputError
 from advmoe.rundir import (
     CONFIG,
     DIGEST,
+    GALLERY,
     MANIFEST,
     METRICS,
+    STUDY,
     Epochs,
     digest_at,
     read_result,
@@ -35,9 +37,6 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 KINDS = {"moe": "MoE", "dense": "Dense", "s-dense": "S-Dense", "sparse": "Sparse"}
 METHODS = {"advmoe": "AdvMoE", "at": "AT", "standard": "standard", "sparse": "AT (Sparse)"}
-
-GALLERY = "gallery.npz"
-"""The file in a run directory that `advmoe report` makes."""
 
 _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
@@ -145,7 +144,7 @@ class Run:
 
     def _trained(self, own: str) -> Made:
         """Its training, to be continued where it has not finished."""
-        run, config = (shlex.quote(str(path)) for path in (self.path, self.path / "config.yaml"))
+        run, config = (shlex.quote(str(path)) for path in (self.path, self.path / CONFIG))
         if self.manifest and not self.manifest.get("finished"):
             return Made("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
         command = self.manifest.get("command")
@@ -237,9 +236,9 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
 
 
 def _load(path: Path, label: str) -> Run | Study:
-    if (path / "study.json").is_file():
-        return Study(path, _json(path / "study.json"))
-    if (path / "config.yaml").is_file():
+    if (path / STUDY).is_file():
+        return Study(path, _json(path / STUDY))
+    if (path / CONFIG).is_file():
         return _load_run(path, label)
     rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"
     raise InputError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")

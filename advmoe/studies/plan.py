@@ -11,7 +11,7 @@ from typing import Any
 from advmoe.config import Config, merged
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.rundir import CONFIG, MANIFEST, WEIGHTS, digest_at, require_plain, stale
+from advmoe.rundir import CONFIG, DONE, MANIFEST, WEIGHTS, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.spec import Measure, Row, Run
 
@@ -100,11 +100,11 @@ class PlannedMeasure:
 
     def state(self) -> str:
         """`finished` or `missing`; one of other weights than the run has now is missing."""
-        if not (self.path / "done.json").is_file():
+        if not (self.path / DONE).is_file():
             return "missing"
         done = dict[str, Any]()
         with suppress(ValueError):  # a measurement that is there, though what it says of itself is damaged
-            done = read_object(self.path / "done.json")
+            done = read_object(self.path / DONE)
         return "missing" if stale(done, digest_at(self.run.path)) else "finished"
 
 

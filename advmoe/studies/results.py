@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.documents import read_arrays
-from advmoe.rundir import METRICS, Epochs, read_result
+from advmoe.rundir import EXAMPLES, METRICS, Epochs, read_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
 from advmoe.studies.statistics import mean_std
 
@@ -153,7 +153,7 @@ def outcomes(row: Found | None, attack: str | None, measure: str = "accuracy") -
     """Per seed, whether each image was classified right under `attack`, or in the worst case over all (None)."""
     found: Outcomes = {}
     for seed, run in (row.by_seed if row is not None else {}).items():
-        arrays = run.arrays(measure, "evaluation-examples.npz")
+        arrays = run.arrays(measure, EXAMPLES)
         names = [name for name in arrays if name.startswith("robust/")]
         if attack is not None:
             names = [name for name in names if re.fullmatch(attack, name.removeprefix("robust/"))][:1]

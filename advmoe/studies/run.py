@@ -18,7 +18,7 @@ from typing import Any
 from advmoe.config import Config, require
 from advmoe.errors import InputError
 from advmoe.files import read_object, require_writable, write_text
-from advmoe.rundir import require_plain
+from advmoe.rundir import DONE, MANIFEST, STUDY, require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.labels import of_size, shared
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
@@ -207,7 +207,7 @@ def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> di
         "shown_by": {name: shown[name] for name in ("versions", "git_commit")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    write_text(home / "study.json", json.dumps(content, indent=1) + "\n")
+    write_text(home / STUDY, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -259,6 +259,6 @@ def _seconds(task: Task) -> float | None:
 def _noted(task: Task) -> dict[str, Any]:
     """What a run or a measurement says of how it was made; nothing where it is not there."""
     try:
-        return read_object(task.path / ("manifest.json" if isinstance(task, PlannedRun) else "done.json"))
+        return read_object(task.path / (MANIFEST if isinstance(task, PlannedRun) else DONE))
     except (OSError, ValueError):
         return {}

@@ -14,7 +14,7 @@ from advmoe.config import Config
 from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import held
-from advmoe.rundir import DIGEST, digest_at, write_result
+from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
 
 
@@ -35,8 +35,8 @@ def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
     from advmoe.training import run as runs
 
     config = Config.from_dict(run.config)
-    if (run.path / "manifest.json").is_file():
-        config.dump(run.path / "config.yaml")  # the same run, though its images may lie elsewhere by now
+    if (run.path / MANIFEST).is_file():
+        config.dump(run.path / CONFIG)  # the same run, though its images may lie elsewhere by now
         runs.resume(run.path, accelerator=accelerator, threads=threads)
         return
     runs.train(config, run_dir=run.path, name=run.name, accelerator=accelerator, threads=threads)
@@ -50,7 +50,7 @@ def _measure(task: PlannedMeasure, *, threads: int, accelerator: str) -> None:
     seconds = round(time.perf_counter() - started, 3)
     weights = {DIGEST: digest_at(task.run.path)}
     done = {**settings, **weights, **_here(accelerator), "threads": threads, "seconds": seconds}
-    write_text(task.path / "done.json", json.dumps(done, indent=2) + "\n")
+    write_text(task.path / DONE, json.dumps(done, indent=2) + "\n")
 
 
 def _here(accelerator: str) -> dict[str, Any]:

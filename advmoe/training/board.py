@@ -17,6 +17,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import pgd
 from advmoe.errors import InputError
 from advmoe.models.modes import frozen
+from advmoe.rundir import BOARD
 from advmoe.seeding import generator_for
 from advmoe.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ class Board:
     """The folder `RUN/tensorboard`, made if it is not there."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.folder, self.partial = run_dir / "tensorboard", run_dir / ".tensorboard.partial"
+        self.folder, self.partial = run_dir / BOARD, run_dir / ".tensorboard.partial"
         self.folder.mkdir(exist_ok=True)
 
     def write(self, line: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from advmoe.errors import InputError
 from advmoe.files import checksum, read_object, sync, write_text
 from advmoe.models.state import savable, write_tensors
+from advmoe.rundir import WEIGHTS
 from advmoe.text import one_line
 
-_FILES, _MORE = ("model.safetensors", "state.pt"), "more.safetensors"
+_FILES, _MORE = (WEIGHTS, "state.pt"), "more.safetensors"
 
 
 class DamagedCheckpoint(InputError):
@@ -53,7 +54,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) ->
     fresh, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f"{folder.name}-previous")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    write_tensors(fresh / "model.safetensors", savable(checkpoint.weights))
+    write_tensors(fresh / WEIGHTS, savable(checkpoint.weights))
     state = io.BytesIO()  # PyTorch, writing to the disk itself, hides what the system says
     torch.save({"optimizers": checkpoint.optimizers, "progress": checkpoint.progress}, state)
     (fresh / "state.pt").write_bytes(state.getbuffer())
@@ -106,7 +107,7 @@ def load(folder: Path) -> Checkpoint:
     more = _MORE in _verified(folder)
     optimizers, progress = _state(folder / "state.pt")
     remembered = load_file(folder / _MORE) if more else {}
-    return Checkpoint(load_file(folder / "model.safetensors"), optimizers, progress, remembered)
+    return Checkpoint(load_file(folder / WEIGHTS), optimizers, progress, remembered)
 
 
 def _state(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -17,6 +17,7 @@ from advmoe import native
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_text
 from advmoe.precision import fp32_on
+from advmoe.rundir import MANIFEST
 
 
 def _cpu_name() -> str:
@@ -79,12 +80,12 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
 
 def write(run_dir: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json` whole or not at all."""
-    write_text(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_text(run_dir / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def read(run_dir: Path) -> dict[str, Any]:
     """The manifest of `run_dir`. Raises `ValueError` naming the file if it is damaged."""
-    manifest = read_object(path := run_dir / "manifest.json")
+    manifest = read_object(path := run_dir / MANIFEST)
     if missing := [name for name in ("name", "command", "devices", "threads") if name not in manifest]:
         raise InputError(f"{path} must hold what a run is resumed by, got no {', '.join(missing)}")
     return manifest

@@ -18,14 +18,26 @@ from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.errors import InputError
 from advmoe.evaluation.harness import threads_set
-from advmoe.evaluation.sources import file_of
 from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
+from advmoe.models.sources import file_of
 from advmoe.progress import BRIEF, bar, shown, tell
 from advmoe.pruning import write_masks
-from advmoe.rundir import CONFIG_DIGEST, METRICS, Epochs, config_note, digest_at, require_plain
+from advmoe.rundir import (
+    BEST,
+    BOARD,
+    CONFIG,
+    CONFIG_DIGEST,
+    LAST,
+    MANIFEST,
+    METRICS,
+    Epochs,
+    config_note,
+    digest_at,
+    require_plain,
+)
 from advmoe.text import one_line
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
@@ -86,13 +98,13 @@ def fit(
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
                 fabric.barrier()
-                best = checkpoints.load_latest(run_dir / "best") or checkpoints.load(run_dir / "best")
+                best = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
                 leave(phase, trainer, run, best.weights)
                 phase = phase_at(plan, epoch + 1)
                 trainer = enter(phase, run)
                 progress["best"] = None
             if fabric.is_global_zero:
-                checkpoints.save(run_dir / "last", trainer.state(progress))
+                checkpoints.save(run_dir / LAST, trainer.state(progress))
             fabric.barrier()
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
@@ -109,7 +121,7 @@ def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | N
 def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
     """Write the weights that were measured, as the best checkpoint and as the run's model."""
     with trainer.averaged():
-        checkpoints.save(run_dir / "best", replace(trainer.state(progress), more={}), keep_previous=False)
+        checkpoints.save(run_dir / BEST, replace(trainer.state(progress), more={}), keep_previous=False)
         save_model(trainer.as_saved(), run_dir)
 
 
@@ -117,7 +129,7 @@ def _begin(
     run: Trainer, plan: tuple[Phase, ...], run_dir: Path, board: Board | None
 ) -> tuple[Phase, Trainer, dict[str, Any]]:
     """The phase under way, its trainer, and how far it is: as the last checkpoint has it, or at the start."""
-    found = checkpoints.load_latest(run_dir / "last")
+    found = checkpoints.load_latest(run_dir / LAST)
     start: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
     progress = start if found is None else found.progress
     phase = phase_at(plan, progress["epoch"])
@@ -181,7 +193,7 @@ def _epoch_line(
 
 
 def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
-    best = checkpoints.load_latest(run_dir / "best")
+    best = checkpoints.load_latest(run_dir / BEST)
     if best is not None:
         trainer.load(best.weights)
     save_model(model := trainer.as_saved(), run_dir)
@@ -210,7 +222,7 @@ class _Launch:
 
     def resumed(self) -> bool:
         """Whether the weights come from a checkpoint of the run itself."""
-        return not self.fresh and bool(checkpoints.candidates(self.run_dir / "last"))
+        return not self.fresh and bool(checkpoints.candidates(self.run_dir / LAST))
 
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
@@ -250,7 +262,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         _require_empty(folder)
         clear(folder)
         manifests.write(folder, described | {"accelerator": launch.accelerator})
-        config.dump(folder / "config.yaml")
+        config.dump(folder / CONFIG)
     fabric.barrier()
     manifest = manifests.read(folder)
     began_with = manifest.get("source_sha256")
@@ -262,7 +274,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     try:
         fit(trainer, folder, manifest, board, None if launch.fresh else described)
     except TrainingDiverged as error:  # on every process
-        started_from = not checkpoints.candidates(folder / "best")
+        started_from = not checkpoints.candidates(folder / BEST)
         if fabric.is_global_zero:
             manifests.write(folder, manifests.read(folder) | {"diverged": str(error)})
             if started_from:
@@ -430,12 +442,12 @@ def resume(
     """
     run_dir = Path(run_dir)
     require_plain(run_dir)
-    for name in ("config.yaml", "manifest.json"):
+    for name in (CONFIG, MANIFEST):
         if not (run_dir / name).is_file():
             if begun(run_dir):
                 raise InputError(f"a run to resume must hold {name}, got {str(run_dir)!r}: {START_ANEW}")
             raise InputError(f"a run to resume must hold {name}, got {str(run_dir)!r}")
-    config, manifest = Config.load(run_dir / "config.yaml"), manifests.read(run_dir)
+    config, manifest = Config.load(run_dir / CONFIG), manifests.read(run_dir)
     if (config.model.source is None) != (source is None):
         rule = "left out for a run of a model of advmoe's own"
         if source is None:
@@ -444,7 +456,7 @@ def resume(
     config.model.source = source
     devices, threads = devices or manifest["devices"], threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"
-    if tensorboard := tensorboard or (run_dir / "tensorboard").is_dir():
+    if tensorboard := tensorboard or (run_dir / BOARD).is_dir():
         require_tensorboard()
     name, command = manifest["name"], manifest["command"]
     return _start(

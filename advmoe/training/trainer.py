@@ -21,12 +21,12 @@ from advmoe.config import ROUTED_METHODS, AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
-from advmoe.evaluation.runs import load_run
-from advmoe.evaluation.sources import load_module
 from advmoe.models import Classifier, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
+from advmoe.models.runs import load_run
+from advmoe.models.sources import load_module
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import shown

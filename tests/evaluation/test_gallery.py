@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from advmoe.evaluation import gallery
-from advmoe.evaluation.gallery import NAME, gallery_run
-from advmoe.evaluation.runs import load_run, subject
+from advmoe.evaluation.gallery import gallery_run
+from advmoe.evaluation.runs import subject
+from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.report.results import load_gallery
+from advmoe.rundir import GALLERY
 
 EPS = 0.1
 
@@ -22,7 +24,7 @@ def run_dir(make_digits_run, tmp_path_factory):
 
 def test_what_it_says_is_what_the_model_says(run_dir):
     path = gallery_run(run_dir, number=6, accelerator="cpu", threads=1)
-    assert path == run_dir / NAME
+    assert path == run_dir / GALLERY
     found = load_gallery(path)
     data = subject(run_dir).data
     clean, adversarial = (torch.from_numpy(found[kind]).float() for kind in ("clean", "adversarial"))

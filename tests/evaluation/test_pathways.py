@@ -16,9 +16,10 @@ from advmoe import cli, pathway_statistics
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.overlap import iou, units_of
 from advmoe.evaluation.pathways import pathways_run, statistics, table
-from advmoe.evaluation.runs import attacked, load_run, opened_routed, subject
+from advmoe.evaluation.runs import attacked, opened_routed, subject
 from advmoe.evaluation.scoring import take
 from advmoe.models import create_model, save_model
+from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 
 ROOT = Path(__file__).parents[2]

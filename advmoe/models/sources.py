@@ -27,9 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.text import few, one_line
+
+Predict = Callable[[Tensor], Tensor]
+"""Pixels (N, C, H, W) -> logits (N, K)."""
 
 _numbers = itertools.count(1)
 _OWN_SEED = 0x6164766D6F65

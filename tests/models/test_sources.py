@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from advmoe.evaluation.sources import load_classifier
 from advmoe.evaluation.targets import is_source
+from advmoe.models.sources import load_classifier
 
 NET = """
 import torch
