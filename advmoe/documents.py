@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from advmoe.errors import InputError
-from advmoe.text import cut, show
+from advmoe.text import cut, one_line, show
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -229,7 +229,7 @@ def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOS
     except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, SyntaxError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise InputError(f"{path} must be an undamaged .npz file, got {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} must be an undamaged .npz file, got {one_line(error)}") from None
 
 
 def _require_small(file: zipfile.ZipFile, members: list[str], most: int) -> None:

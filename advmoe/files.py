@@ -64,11 +64,6 @@ def read_object(path: Path, most: int = MOST_JSON, *, finite: bool = False) -> d
     return parse_object(read_text(path, most, "JSON"), str(path), finite=finite)
 
 
-def read_json(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in `content`. Raises `ValueError`, which calls it `name`, for anything else."""
-    return parse_object(content, name)
-
-
 def write_array(path: Path, array: Any) -> None:
     """Write one NumPy array as an .npy file, whole or not at all."""
     import numpy as np

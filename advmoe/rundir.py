@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from advmoe.documents import read_bytes
+from advmoe.documents import parse_object, read_bytes
 from advmoe.errors import InputError
-from advmoe.files import read_json, read_object, write_text
+from advmoe.files import read_object, write_text
 from advmoe.text import cut, few
 
 # What training writes, and the folders of its last and best checkpoints,
@@ -102,7 +102,7 @@ def digest_at(folder: Path) -> str | None:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MOST_HEADER, weights.stat().st_size):
                 return None
-            header = read_json(file.read(length), str(weights))
+            header = parse_object(file.read(length), str(weights))
             if isinstance(known := header.pop("__metadata__", {}).get(DIGEST), str):
                 return known
             return model_digest(read_object(folder / MODEL), _entries(header, file, 8 + length))
@@ -216,7 +216,7 @@ class Epochs:
         lines = read_bytes(path, _MOST_METRICS, "lines of JSON").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(unsealed(read_json(line, f"line {number}"), f"line {number}"))
+                found.append(unsealed(parse_object(line, f"line {number}"), f"line {number}"))
             except ValueError as error:
                 if strict and number < len(lines):
                     raise InputError(f"{path} must hold JSON in every line, got {error} in line {number}") from None

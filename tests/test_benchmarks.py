@@ -176,8 +176,6 @@ def test_attacks_needs_a_run_for_autoattack(tmp_path: Path) -> None:
 
 
 def test_gpu_smoke_measures_trains_evaluates_and_packs(tmp_path: Path, gpu: ModuleType) -> None:
-    # The machine it is made for has no jsonargparse, which only the command line needs.
-    (tmp_path / "jsonargparse.py").write_text("raise ImportError\n")
     done = run("gpu.py", "--smoke", "--out", "flat", "--seed", "3", "--accelerator", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     flat = tmp_path / "flat"

@@ -99,7 +99,7 @@ MORE_MISTAKES = [
     (["train", "--resume", "full", "--training.lr", "1"], ["--resume must be without", "'full'"]),
     (["evaluate", "full", "--num-examples", "some"], ["--num-examples must be a whole number, got 'some'"]),
     (["evaluate", "full", "--training.lr", "1"], ["--training.lr is no option of evaluate"]),
-    (["evaluate"], ["required: evaluate.target"]),
+    (["evaluate"], ["required: RUN|FILE.py:FACTORY"]),
     (["trian"], ["'trian'", "train"]),
 ]
 
@@ -386,7 +386,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "resume": True,
     }
     assert capsys.readouterr().out.splitlines() == [
-        "360 images, linf eps 0.03137",
+        "360 images, linf eps 8/255",
         "",
         "clean            95.4 %",
         "pgd-50           70.0 %  65.0 to 74.5, 3 s",

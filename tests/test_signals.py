@@ -128,7 +128,7 @@ def outcome(monkeypatch, capsys, error, argv=("recipes",), mark=None):
             raise error
 
     monkeypatch.setattr(cli.recipes, "run", run)
-    monkeypatch.setattr(cli, "_parse", lambda argv: {"command": "recipes", "recipes": {}})
+    monkeypatch.setattr(cli, "_parse", lambda argv: ("recipes", {}))
     code = cli.main(list(argv))
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("advmoe: error: ") and err.count("\n") == 1

@@ -18,10 +18,11 @@ from typing import Any, TextIO, cast
 
 from advmoe import __version__
 from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
-from advmoe.cli.arguments import FAILED, Unfinished, explained, fail, new_parser, require_sound
+from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import shown
 from advmoe.signals import described, raised
+from advmoe.text import show
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -52,10 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     _wait_passively()
     try:
         with raised():
-            args = _parse(argv)
-            command = args["command"]
+            command, options = _parse(argv)
             with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
-                code: int = COMMANDS[command].run(args[command], argv)
+                code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:
         ended = _told(error, argv)
@@ -101,35 +101,37 @@ def _wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def _parse(argv: list[str]) -> dict[str, Any]:
+def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
+
+    Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
+    """
+    command = argv[0] if argv else ""
+    if command not in COMMANDS:
+        if command.startswith("-"):
+            _parse_top(argv)
+        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
+    parser = COMMANDS[command].parser()
+    parser.prog = f"advmoe {command}"
+    found, unknown = parser.parse_known_args(_joined(argv[1:]))
+    if unknown:
+        raise unknown_option(unknown, command, parser)
+    options = grouped(vars(found))
+    require_sound(parser, options)
+    return command, options
+
+
+def _parse_top(argv: list[str]) -> None:
+    """Parse what comes before any command: help and version."""
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
-    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
-    parsers = {name: command.parser() for name, command in COMMANDS.items()}
-    for name, sub in parsers.items():
-        commands.add_subcommand(name, sub, help=sub.description)
-    try:
-        args: dict[str, Any] = parser.parse_args(_in_full(argv)).as_dict()
-    except ValueError as error:
-        command = next((word for word in argv if word in parsers), None)
-        if command is None and not any(word.startswith("-") for word in argv[:1]):
-            got = repr(argv[0]) if argv else "nothing"  # the parser names but a few of those there are
-            raise InputError(f"COMMAND must be one of {', '.join(parsers)}, got {got}") from None
-        raise explained(str(error), command, parsers) from None
-    require_sound(parsers[args["command"]], args[args["command"]])
-    return args
-
-
-def _in_full(argv: list[str]) -> list[str]:
-    """`argv` with the short options of `train` written out: the parser takes `--model` for the group of fields."""
-    argv = _joined(argv)
-    if argv[:1] != ["train"]:
-        return argv
-    full = {"--model": "--model.source", "--to-moe": "--model.to_moe"}
-    words = ["--to-moe=true" if word == "--to-moe" else word for word in argv]
-    parts = (word.partition("=") for word in words)
-    return [full.get(option, option) + equals + rest for option, equals, rest in parts]
+    commands = parser.add_subparsers(title="commands (advmoe COMMAND --help says more)", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.parser().description)
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"{show(unknown[0])} must follow a COMMAND, of which there are {', '.join(COMMANDS)}")
 
 
 def _accept_any_text() -> None:

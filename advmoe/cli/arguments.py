@@ -6,15 +6,13 @@ import ast
 import inspect
 import os
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
-
-from jsonargparse import ArgumentParser
 
 from advmoe import config as config_module
 from advmoe.config import (
@@ -35,7 +33,7 @@ from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import CONFIG, require_plain
-from advmoe.text import MOST_OF_A_VALUE, cut
+from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
@@ -53,8 +51,8 @@ FAILED = 3
 class Parser(ArgumentParser):
     """Parsing errors are raised: `main` shows them as it shows every other mistake."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message as a `ValueError`."""
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as an `InputError`."""
         raise InputError(message)
 
 
@@ -63,8 +61,8 @@ USUAL_THREADS = "PyTorch's choice"
 
 def new_parser(description: str) -> Parser:
     """A parser that reports only what was given."""
-    # No defaults: the parser reports what was given, and the help texts say the rest. --print_config is ours.
-    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, print_config=None)
+    # No defaults: the parser reports what was given, and the help texts say the rest.
+    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False)
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
@@ -198,7 +196,8 @@ def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def require_sound(parser: Parser, args: dict[str, Any]) -> None:
     """Raise `ValueError`, which names the option, for text that is none, or a path that no file system has."""
     for action in parser._actions:
-        given, shape = args.get(action.dest), str(action.metavar)
+        group, _, field = action.dest.rpartition(".")
+        given, shape = (args.get(group, {}) if group else args).get(field), str(action.metavar)
         name = next((each for each in action.option_strings if each.startswith("--")), shape)
         for text in given if isinstance(given, list) else [given]:
             if isinstance(text, str) and any(word in shape for word in ("RUN", "DIR", "FILE", "YAML")):
@@ -222,13 +221,24 @@ def number(option: str, hint: Any, text: str | None) -> Any:
     return None if text is None else typed(option, hint, parse_yaml(text, option))
 
 
-def explained(message: str, command: str | None, parsers: dict[str, Parser]) -> InputError:
-    """The parser's complaint, with near matches where an option does not exist."""
-    _, _, rest = message.partition("unrecognized arguments: ")
-    if command is None or not rest.startswith("--"):
-        return InputError(message)
-    word = cut(rest.split()[0].split("=")[0], MOST_OF_A_VALUE)
-    options = [text[2:] for action in parsers[command]._actions for text in action.option_strings if text[:2] == "--"]
+def grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with those of a group (`data.root`) in a dictionary under its name."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        group, dot, field = name.partition(".")
+        if dot:
+            found.setdefault(group, {})[field] = value
+        else:
+            found[name] = value
+    return found
+
+
+def unknown_option(words: list[str], command: str, parser: Parser) -> InputError:
+    """What to say of the `words` of a command line that its parser does not know, with near matches of an option."""
+    word = cut(words[0].split("=")[0], MOST_OF_A_VALUE)
+    if not word.startswith("--"):
+        return InputError(f"{command} must get no more than `advmoe {command} --help` names, got {show(word)} too")
+    options = [text[2:] for action in parser._actions for text in action.option_strings if text[:2] == "--"]
     near = [f"--{name}" for name in near_matches(word[2:], options)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"see advmoe {command} --help"
     return InputError(f"{word} is no option of {command}: {hint}")

@@ -29,10 +29,7 @@ from advmoe.training.leftovers import START_ANEW, begun, startable
 
 def parser() -> Parser:
     """The command's options."""
-    parser = new_parser(
-        "Train a model, or continue a run. --model FILE.py:FACTORY and --to-moe, which converts it, are short for "
-        "--model.source and --model.to_moe true."
-    )
+    parser = new_parser("Train a model, or continue a run.")
     add = parser.add_argument
     add("--config", metavar="RECIPE|YAML", help="a recipe by name (see `advmoe recipes`) or a YAML file")
     add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
@@ -42,6 +39,8 @@ def parser() -> Parser:
     add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
+    add("--model", dest="model.source", metavar="FILE.py:FACTORY", help="short for --model.source")
+    add("--to-moe", dest="model.to_moe", nargs="?", const="true", metavar="true", help="short for --model.to_moe true")
     return parser
 
 

@@ -51,7 +51,7 @@ def _omp_wait_policy() -> str | None:
 
 def describe(*, name: str, seed: int, device: torch.device, devices: int, command: list[str] | None) -> dict[str, Any]:
     """The manifest of a run that starts now."""
-    packages = ("advmoe", "torch", "numpy", "lightning-fabric", "safetensors", "jsonargparse", "pillow", "scikit-learn")
+    packages = ("advmoe", "torch", "numpy", "lightning-fabric", "safetensors", "pillow", "scikit-learn")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -89,7 +89,7 @@ def test_why_there_is_no_gallery_is_a_note_and_no_error(report, bare):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: report.results"),
+        ([], "required: RUN_OR_STUDY"),
         (
             ["absent"],
             "RUN_OR_STUDY must be a run directory (one that holds a config.yaml) or a study (a study.json), got",

@@ -57,7 +57,7 @@ def test_list_says_of_every_study_what_it_shows_and_how_long_it_takes(advmoe, tm
         (["fig2", "--training.lr", "-1"], "training.lr must be > 0, got -1"),
         (["fig2", "--training.lr", "fast"], "training.lr must be a number, got 'fast'"),
         (["fig2", "--training.epoch", "1"], "--training.epoch is no option of study: did you mean --training.epochs?"),
-        ([], "study.name"),
+        ([], "NAME"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
 )
