@@ -324,7 +324,7 @@ class TrainingConfig:
     """Passes over the training set, as the experts see it (of `advmoe`, see `alternation`)."""
     batch_size: Annotated[int, Within(2, 1_000_000)] = 128
     """Images per step, over all processes."""
-    lr: Annotated[float, Within(0, 1000, open=True)] = 0.1
+    lr: Annotated[float, Within(0, 1e30, open=True)] = 0.1
     """Peak learning rate, annealed to 0 by a cosine; the same for routers and experts."""
     momentum: Annotated[float, Within(0, 0.9999)] = 0.9
     """SGD momentum."""
