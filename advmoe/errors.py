@@ -37,9 +37,20 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
+class BugElsewhere(RuntimeError):
+    """A bug in another process, with its traceback there. `summary`: its type and text."""
+
+    def __init__(self, summary: str, trace: str) -> None:
+        super().__init__(summary, trace)
+        self.summary, self.trace = summary, trace
+
+    def __str__(self) -> str:
+        return f"in a process of its own:\n{self.trace}"
+
+
 def portable(error: Exception, *whole: type[Exception]) -> Exception:
     """`error` as another process can raise it: itself where a line says all, as it does of those of the types `whole`;
-    anything else is a bug, and becomes a `RuntimeError` that holds its traceback.
+    anything else is a bug, and becomes a `BugElsewhere`.
     """
     if isinstance(error, (InputError, *whole)) or of_machine(error):
         try:
@@ -47,4 +58,5 @@ def portable(error: Exception, *whole: type[Exception]) -> Exception:
         except Exception:  # one that cannot be made anew from its arguments
             return InputError(str(error)) if isinstance(error, InputError) else OSError(str(error))
         return error
-    return RuntimeError("in a process of its own:\n" + "".join(traceback.format_exception(error)))
+    summary = f"{type(error).__name__}: {error}"
+    return BugElsewhere(summary, "".join(traceback.format_exception(error)))

@@ -32,7 +32,7 @@ from advmoe.config import typed
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import gmacs
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.evaluation.scoring import measuring
 from advmoe.files import checksum, require_writable, write_text, write_whole

@@ -24,7 +24,7 @@ from advmoe.config import AttackConfig, Pixels
 from advmoe.data import FileSet
 from advmoe.errors import InputError
 from advmoe.evaluation.checks import Check, check, check_data, check_labels, require_passed
-from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks, threads_set
+from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import (
     EvaluationData,
@@ -233,11 +233,12 @@ def assess(
     job, wanted = make_job(predict, data, devices[0], threat, attack, attacks, batch_size, seed)
     names, journal = applicable(wanted, job), Journal(plan.journal)
     left = [task for task in job.tasks(names) if not (plan.resume and journal.holds(task))]
-    places = [devices[i % len(devices)] for i in range(1, min(plan.workers, len(left)))]
+    others = (devices[i % len(devices)] for i in range(1, min(plan.workers, len(left))))
+    places = [Place(plan.threads, str(device)) for device in others]
     with threads_set(plan.threads), closing(journal), ExitStack() as stack:
         helpers = None
         if places:  # they start while the model is checked
-            helpers = stack.enter_context(closing(Helpers(load, places, plan.threads, job, names)))
+            helpers = stack.enter_context(closing(Helpers(load, places, job, names)))
         checks = checked(predict, job, devices[0], allow, names)
         if plan.resume and plan.journal is not None and not plan.journal.exists():
             tell(f"nothing to continue in {plan.journal}: this evaluation starts anew")

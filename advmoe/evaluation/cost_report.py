@@ -19,7 +19,7 @@ from advmoe.config import ModelKind
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.models.runs import load_run

@@ -15,22 +15,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
-from advmoe.errors import InputError, OtherSettings, of_machine
+from advmoe.errors import InputError, OtherSettings
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
-from advmoe.progress import bar, tell, unshared
+from advmoe.pool import Died, Place, Pool
+from advmoe.progress import bar, tell
 from advmoe.rundir import EVALUATION, read_result, require_plain, write_result
-from advmoe.signals import leave_to_parent
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -200,39 +199,25 @@ def run_tasks(
 
 
 class Helpers:
-    """Processes that each `load` the classifier, on a device of `places`, and share the tasks `names` of `job`, or
-    those of them that are left to do, with this one.
-
-    To start takes them seconds, which this process need not wait for. None is left after `close`. Each has a pipe of
-    its own, and no lock that another one could take with it when it is killed.
+    """Processes that each `load` the classifier, at one of `places`, and share the tasks `names` of `job`, or those of
+    them that are left to do, with this one. To start takes them seconds, which this process need not wait for.
     """
 
-    def __init__(
-        self, load: Load, places: list[torch.device], threads: int | None, job: Job, names: Sequence[str]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.tasks = list(job.tasks(names))
-        self.processes: dict[Connection, Any] = {}
+    def __init__(self, load: Load, places: Sequence[Place], job: Job, names: Sequence[str]) -> None:
+        tasks = list(job.tasks(names))
+        self.number_of = {task: number for number, task in enumerate(tasks)}
+        self.task_of = tasks
+        self.pool = Pool(_attacking, (load, job, tasks), places)
         try:
-            for place in places:
-                ours, theirs = context.Pipe()
-                # The images here and not in an order: only a process that starts takes memory over without a socket.
-                arguments = (load, place, threads, job, self.tasks, theirs)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                self.processes[ours] = process
-                process.start()
-                theirs.close()
+            while self.pool.start():
+                pass
         except BaseException:
-            self.close()
+            self.pool.close()
             raise
 
     def close(self) -> None:
         """End the processes, whatever they do."""
-        for pipe, process in self.processes.items():
-            if process.pid is not None:
-                process.kill()
-                process.join()
-            pipe.close()
+        self.pool.close()
 
     def share(
         self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, begin: Callable[[Task], None],
@@ -309,95 +294,46 @@ class _Desk(threading.Thread):
     def __init__(self, helpers: Helpers, plan: RoutedPlan | None, shared: _Shared) -> None:
         super().__init__(daemon=True)
         self.helpers, self.plan, self.shared = helpers, plan, shared
-        self.number_of = {task: number for number, task in enumerate(helpers.tasks)}
-        self.at: dict[Connection, Task] = {}
-        self.idle: set[Connection] = set()
         self.stopped = False
 
     def run(self) -> None:
         """Serve."""
-        alive = list(self.helpers.processes)
+        pool, shared = self.helpers.pool, self.shared
         try:
-            while alive and not self.stopped:
-                for pipe in wait(alive, timeout=0.1):
-                    assert isinstance(pipe, Connection)
-                    if not self._heard(pipe):
-                        alive.remove(pipe)
-                while self.idle and (task := self.shared.taken()) is not None:
-                    self._give(self.idle.pop(), task)
+            while len(pool) and not self.stopped:
+                while pool.idle and (task := shared.taken()) is not None:
+                    pool.give((self.plan, self.helpers.number_of[task]))
+                for answer in pool.answers(seconds=0.1):
+                    task = None if answer.order is None else self.helpers.task_of[answer.order[1]]
+                    if isinstance(answer.error, Died):
+                        self._lost(task, answer.error)
+                    elif answer.error is not None:
+                        raise answer.error
+                    elif task is not None:
+                        shared.done(task, answer.result)
         except Exception as problem:  # an error in another process; a full disk
-            self.shared.failed(problem)
+            shared.failed(problem)
 
-    def _give(self, pipe: Connection, task: Task) -> None:
-        self.at[pipe] = task
-        with suppress(BrokenPipeError):  # its end is heard of next
-            pipe.send((self.plan, self.number_of[task]))
-
-    def _heard(self, pipe: Connection) -> bool:
-        """Take what a process says: that it is ready, with what it found or an error; whether it still lives."""
-        try:
-            result, error = pipe.recv()
-        except (EOFError, OSError):  # the latter in the middle of a message
-            self._ended(pipe)
-            return False
-        if error is not None:
-            raise error
-        if (task := self.at.pop(pipe, None)) is not None:
-            self.shared.done(task, result)
-        self.idle.add(pipe)
-        return True
-
-    def _ended(self, pipe: Connection) -> None:
-        process = self.helpers.processes[pipe]
-        process.join()
-        self.idle.discard(pipe)
-        if (task := self.at.pop(pipe, None)) is not None:
-            if process.exitcode:
-                tell(f"a worker process died (exit code {process.exitcode}): what it had not finished is done again")
-            self.shared.lost(task)
-
-
-def _work(
-    load: Load, device: torch.device, threads: int | None, job: Job, tasks: list[Task], pipe: Connection
-) -> None:  # pragma: no cover - runs in a process of its own
-    """Do the tasks that come through `pipe`, by number and with the plan, until nothing more can come."""
-    leave_to_parent()
-    unshared()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with suppress(BrokenPipeError):  # the parent is gone
-        try:
-            predict = load(device)
-            with measuring(predict, device):
-                result = None
-                while (order := _asked(pipe, result)) is not None:
-                    plan, number = order
-                    x, y = take(job.data, job.examples(tasks[number]), device)
-                    result, _ = replace(job, plan=plan).run(tasks[number], predict, x, y)
-        except Exception as error:
-            told = isinstance(error, InputError) or of_machine(error)
-            pipe.send((None, error if told else RuntimeError(f"in a worker: {error!r}")))
-
-
-def _asked(
-    pipe: Connection, result: Result | None
-) -> tuple[RoutedPlan | None, int] | None:  # pragma: no cover - runs in a process of its own
-    """The next order, after `result`; None where the parent is gone."""
-    try:
-        pipe.send((result, None))
-        order: tuple[RoutedPlan | None, int] = pipe.recv()
-    except (EOFError, OSError):
-        return None
-    return order
+    def _lost(self, task: Task | None, died: Died) -> None:
+        if task is None:
+            return
+        if died.exit_code:
+            tell(f"a worker process died (exit code {died.exit_code}): what it had not finished is done again")
+        self.shared.lost(task)
 
 
 @contextmanager
-def threads_set(threads: int | None) -> Iterator[None]:
-    """PyTorch's CPU threads inside, where a number is given; restored after."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _attacking(
+    place: Place, load: Load, job: Job, tasks: list[Task]
+) -> Iterator[Callable[[tuple[RoutedPlan | None, int]], Result]]:  # pragma: no cover - runs in a process of its own
+    """What does a task, by its number, with a plan."""
+    device = torch.device(place.device)
+    predict = load(device)
+    with measuring(predict, device):
+
+        def attack(order: tuple[RoutedPlan | None, int]) -> Result:
+            plan, number = order
+            x, y = take(job.data, job.examples(tasks[number]), device)
+            return replace(job, plan=plan).run(tasks[number], predict, x, y)[0]
+
+        yield attack

@@ -24,7 +24,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import checked, placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.evaluation.overlap import (
     Units,
     class_overlap,

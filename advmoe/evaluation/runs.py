@@ -37,7 +37,8 @@ from advmoe.evaluation.accuracy import (
 )  # fmt: skip
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
-from advmoe.evaluation.harness import Job, Journal, Load, threads_set
+from advmoe.evaluation.harness import Job, Journal, Load
+from advmoe.pool import threads_set
 from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source

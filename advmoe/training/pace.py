@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from advmoe.config import Config
 from advmoe.evaluation.cost import setting, settled
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.precision import fp32_on
 from advmoe.progress import tracked
 from advmoe.training.launch import Engine

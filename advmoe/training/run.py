@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.errors import InputError
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model

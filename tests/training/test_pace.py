@@ -4,7 +4,7 @@ import torch
 
 from advmoe import native
 from advmoe.config import Config
-from advmoe.evaluation.harness import threads_set
+from advmoe.pool import threads_set
 from advmoe.training import pace as module
 from advmoe.training.pace import pace
 

@@ -1,0 +1,190 @@
+"""Calls done by processes of their own, each at its place: so many CPU threads, or one GPU.
+
+A worker prepares once, which may take seconds, then does call after call. It has a pipe of its own, and no lock that
+another one could take with it when it is killed. It ends itself when the process that started it is gone, however that
+ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from advmoe.errors import portable
+from advmoe.progress import unshared
+from advmoe.signals import leave_to_parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker computes."""
+
+    threads: int | None = None
+    """CPU threads; None: PyTorch's choice."""
+    device: str = "cpu"
+    """As PyTorch names it."""
+    only_card: str | None = None
+    """The one GPU that it sees, as CUDA_VISIBLE_DEVICES names it. Not a matter of `device`: whoever asks for one device
+    gets the first that is seen.
+    """
+    log: Path | None = None
+    """A file for what it prints, in a folder that exists; None: where this process prints."""
+
+
+Prepare = Callable[..., AbstractContextManager[Callable[[Any], Any]]]
+"""`prepare(place, *arguments)` gives, in the worker, what does one call: `order -> result`, both to be pickled."""
+
+
+class Died(Exception):
+    """A worker's process ended, with this exit code, before it had answered."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        super().__init__(f"its process died (exit code {exit_code})")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an order: a result, or an error; of a worker that ended without one the order is None."""
+
+    order: Any
+    result: Any = None
+    error: Exception | None = None
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    place: Place
+    ready: bool = False
+    order: Any = None
+
+
+class Pool:
+    """Up to one worker at each of `places`; none is left after `close`."""
+
+    def __init__(self, prepare: Prepare, arguments: Sequence[Any], places: Sequence[Place]) -> None:
+        self._prepare, self._arguments, self._places = prepare, tuple(arguments), list(places)
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def start(self) -> bool:
+        """Start a worker where there is none, without waiting for it; whether there was such a place."""
+        free = list(self._places)
+        for worker in self._workers:
+            free.remove(worker.place)
+        if not free:
+            return False
+        ours, theirs = self._context.Pipe()
+        # Not daemonic: what it does may start processes in its turn. Arguments come now and not with an order, as only
+        # a process that starts takes memory over without a socket.
+        process = self._context.Process(target=_serve, args=(theirs, free[0], self._prepare, self._arguments))
+        self._workers.append(_Worker(process, ours, free[0]))
+        try:
+            process.start()
+        finally:
+            theirs.close()
+        return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether a worker is ready for an order."""
+        return any(worker.ready and worker.order is None for worker in self._workers)
+
+    def give(self, order: Any) -> None:
+        """Give an order (not None) to a worker that is `idle`."""
+        worker = next(each for each in self._workers if each.ready and each.order is None)
+        worker.order = order
+        with suppress(BrokenPipeError):  # that it died is heard of next
+            worker.pipe.send(order)
+
+    def answers(self, seconds: float) -> Iterator[Answer]:
+        """What comes within so many `seconds`. A worker that ended is none of the pool's any more."""
+        by_pipe = {worker.pipe: worker for worker in self._workers}
+        for pipe in wait(list(by_pipe), timeout=seconds):
+            assert isinstance(pipe, Connection)
+            worker = by_pipe[pipe]
+            order = worker.order
+            try:
+                result, error = pipe.recv()
+            except (EOFError, OSError):  # the latter in the middle of a message
+                worker.process.join()
+                self._workers.remove(worker)
+                yield Answer(order, error=Died(worker.process.exitcode))
+                continue
+            first, worker.ready, worker.order = not worker.ready, True, None
+            if error is not None or not first:
+                yield Answer(order, result, error)
+
+    def close(self) -> None:
+        """End the workers, whatever they do; one that has nothing to do ends by itself, and tidies up."""
+        for worker in self._workers:
+            worker.pipe.close()
+            if worker.process.pid is not None and (worker.order is not None or not worker.ready):
+                worker.process.kill()
+        for worker in self._workers:
+            if worker.process.pid is not None:
+                worker.process.join()
+        self._workers.clear()
+
+
+def _serve(
+    pipe: Connection, place: Place, prepare: Prepare, arguments: tuple[Any, ...]
+) -> None:  # pragma: no cover - runs in a process of its own
+    """Say that all is prepared, then answer order after order, until nothing more can come."""
+    leave_to_parent()
+    unshared()
+    if place.log is not None:
+        file = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+    if place.only_card is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.only_card
+    with suppress(BrokenPipeError, EOFError):  # the parent is gone, or wants nothing more
+        try:
+            with threads_set(place.threads), prepare(place, *arguments) as work:
+                pipe.send((None, None))
+                while True:
+                    order = pipe.recv()
+                    try:
+                        answer = work(order), None
+                    except Exception as error:
+                        answer = None, _told(error, place)
+                    pipe.send(answer)
+        except (BrokenPipeError, EOFError):
+            raise
+        except Exception as error:
+            pipe.send((None, _told(error, place)))
+
+
+def _told(error: Exception, place: Place) -> Exception:  # pragma: no cover - runs in a process of its own
+    if place.log is not None:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    return portable(error)
+
+
+@contextmanager
+def threads_set(threads: int | None) -> Iterator[None]:
+    """PyTorch's CPU threads inside, where a number is given; restored after."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
