@@ -337,8 +337,10 @@ def _write_onnx(program: ExportedProgram, form: _Form, report: dict[str, Any], p
 
 
 def _write_program(program: ExportedProgram, form: _Form, report: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file, _quiet():
-        torch.export.save(program, cast(Any, file), extra_files={"advmoe.json": json.dumps(report)})
+    content = io.BytesIO()  # PyTorch, writing to a full disk itself, ends the process
+    with _quiet():
+        torch.export.save(program, content, extra_files={"advmoe.json": json.dumps(report)})
+    path.write_bytes(content.getbuffer())
 
 
 def _opened(path: Path, form: _Form) -> Run:

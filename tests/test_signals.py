@@ -205,3 +205,23 @@ def test_openmp_s_threads_sleep_while_they_wait_unless_the_user_says_otherwise(g
         timeout=PATIENCE, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == [expected, False]
+
+
+SMALL_FILES = """
+import resource, sys
+from advmoe.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+raise SystemExit(main(["export", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="files cannot be limited")
+@pytest.mark.parametrize(("format", "name"), [("torch-export", "model.pt2"), ("onnx", "model.onnx")])
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(make_digits_run, tmp_path, format, name):
+    run = make_digits_run(tmp_path / "run")
+    words = [str(run), "--format", format, "--num-examples", "2", "--threads", "1", "--out", str(tmp_path / name)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SMALL_FILES, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
