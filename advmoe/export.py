@@ -32,7 +32,6 @@ from advmoe.config import typed
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import gmacs
-from advmoe.pool import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.evaluation.scoring import measuring
 from advmoe.files import checksum, require_writable, write_text, write_whole
@@ -40,6 +39,7 @@ from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 from advmoe.moe import LayerRouter, MoELayer, Routing, route
 from advmoe.moe.routing import RoutingMode
+from advmoe.pool import threads_set
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, WEIGHTS

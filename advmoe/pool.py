@@ -44,11 +44,11 @@ Prepare = Callable[..., AbstractContextManager[Callable[[Any], Any]]]
 
 
 class Died(Exception):
-    """A worker's process ended, with this exit code, before it had answered."""
+    """A worker's process ended, with this exit code, before it had answered, or `at_start`, before it was prepared."""
 
-    def __init__(self, exit_code: int | None) -> None:
+    def __init__(self, exit_code: int | None, at_start: bool = False) -> None:
         super().__init__(f"its process died (exit code {exit_code})")
-        self.exit_code = exit_code
+        self.exit_code, self.at_start = exit_code, at_start
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,24 @@ class Pool:
             theirs.close()
         return True
 
+    def _idle(self) -> Iterator[_Worker]:
+        # One may have been killed since its last answer, for want of memory, say.
+        return (each for each in self._workers if each.ready and each.order is None and each.process.is_alive())
+
     @property
     def idle(self) -> bool:
         """Whether a worker is ready for an order."""
-        return any(worker.ready and worker.order is None for worker in self._workers)
+        return any(True for _ in self._idle())
 
-    def give(self, order: Any) -> None:
-        """Give an order (not None) to a worker that is `idle`."""
-        worker = next(each for each in self._workers if each.ready and each.order is None)
+    def give(self, order: Any) -> bool:
+        """Give an order (not None) to a worker that is idle, if there is one."""
+        worker = next(self._idle(), None)
+        if worker is None:
+            return False
         worker.order = order
         with suppress(BrokenPipeError):  # that it died is heard of next
             worker.pipe.send(order)
+        return True
 
     def answers(self, seconds: float) -> Iterator[Answer]:
         """What comes within so many `seconds`. A worker that ended is none of the pool's any more."""
@@ -122,7 +129,7 @@ class Pool:
             except (EOFError, OSError):  # the latter in the middle of a message
                 worker.process.join()
                 self._workers.remove(worker)
-                yield Answer(order, error=Died(worker.process.exitcode))
+                yield Answer(order, error=Died(worker.process.exitcode, not worker.ready))
                 continue
             first, worker.ready, worker.order = not worker.ready, True, None
             if error is not None or not first:
@@ -152,21 +159,27 @@ def _serve(
             os.dup2(file, stream)
     if place.only_card is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.only_card
-    with suppress(BrokenPipeError, EOFError):  # the parent is gone, or wants nothing more
+    with suppress(BrokenPipeError):  # the parent is gone
         try:
             with threads_set(place.threads), prepare(place, *arguments) as work:
                 pipe.send((None, None))
-                while True:
-                    order = pipe.recv()
+                while (order := _ordered(pipe)) is not None:
+                    result, problem = None, None
                     try:
-                        answer = work(order), None
+                        result = work(order)
                     except Exception as error:
-                        answer = None, _told(error, place)
-                    pipe.send(answer)
-        except (BrokenPipeError, EOFError):
-            raise
+                        problem = _told(error, place)
+                    pipe.send((result, problem))
         except Exception as error:
             pipe.send((None, _told(error, place)))
+
+
+def _ordered(pipe: Connection) -> Any:  # pragma: no cover - runs in a process of its own
+    """The next order; None where nothing more can come."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
 
 
 def _told(error: Exception, place: Place) -> Exception:  # pragma: no cover - runs in a process of its own

@@ -1,12 +1,13 @@
 """Whose fault an error is, and how it is told."""
 
 import errno
+import pickle
 
 import pytest
 import torch
 
 from advmoe.config import require
-from advmoe.errors import InputError, of_machine, portable, reason
+from advmoe.errors import BugElsewhere, InputError, of_machine, portable, reason
 from advmoe.training.trainer import TrainingDiverged
 
 
@@ -53,7 +54,12 @@ def test_what_a_line_tells_is_passed_on_and_a_bug_with_its_traceback():
     for error in (FULL, caught(mistake), TrainingDiverged("a"), MemoryError("b")):
         assert portable(error, TrainingDiverged) is error
     told = portable(caught(bug), TrainingDiverged)
-    assert type(told) is RuntimeError and "in bug" in str(told) and "ValueError: invalid literal" in str(told)
+    assert (
+        isinstance(told, BugElsewhere)
+        and "in bug" in str(told)
+        and told.summary.startswith("ValueError: invalid literal")
+    )
+    assert str(pickle.loads(pickle.dumps(told))) == str(told)
 
 
 def test_a_mistake_is_still_a_mistake_where_it_cannot_be_made_anew():

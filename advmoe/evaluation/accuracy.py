@@ -40,6 +40,7 @@ from advmoe.evaluation.scoring import (
 from advmoe.evaluation.suite import Setting, default_attacks, named, require_classes
 from advmoe.models.state import digest
 from advmoe.moe.routing import route
+from advmoe.pool import Place, threads_set
 from advmoe.progress import BRIEF, shown, tell, tracked
 from advmoe.rundir import DIGEST
 from advmoe.seeding import seed_for

@@ -19,12 +19,12 @@ from advmoe.config import ModelKind
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
-from advmoe.pool import threads_set
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
 from advmoe.moe import pathway
+from advmoe.pool import threads_set
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, MODEL
 from advmoe.text import aligned, percent

@@ -17,11 +17,11 @@ from advmoe.attacks.pgd import Predict
 from advmoe.data import Images
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Plan, make_job, positive
-from advmoe.pool import threads_set
 from advmoe.evaluation.runs import attacked, subject
 from advmoe.evaluation.scoring import measuring, take
 from advmoe.files import write_arrays
 from advmoe.moe.routing import route
+from advmoe.pool import threads_set
 from advmoe.rundir import DIGEST, GALLERY
 from advmoe.seeding import generator_for
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,8 @@ class _Desk(threading.Thread):
         try:
             while len(pool) and not self.stopped:
                 while pool.idle and (task := shared.taken()) is not None:
-                    pool.give((self.plan, self.helpers.number_of[task]))
+                    if not pool.give((self.plan, self.helpers.number_of[task])):
+                        shared.lost(task)
                 for answer in pool.answers(seconds=0.1):
                     task = None if answer.order is None else self.helpers.task_of[answer.order[1]]
                     if isinstance(answer.error, Died):

@@ -24,7 +24,6 @@ from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import checked, placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
-from advmoe.pool import threads_set
 from advmoe.evaluation.overlap import (
     Units,
     class_overlap,
@@ -40,6 +39,7 @@ from advmoe.files import write_arrays
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
+from advmoe.pool import threads_set
 from advmoe.rundir import DIGEST, MASKS, PATHWAYS, require_plain, write_result
 from advmoe.text import aligned, percent
 

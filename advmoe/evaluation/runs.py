@@ -38,7 +38,6 @@ from advmoe.evaluation.accuracy import (
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Job, Journal, Load
-from advmoe.pool import threads_set
 from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.suite import build, stretched
 from advmoe.evaluation.targets import home_of, is_source
@@ -47,6 +46,7 @@ from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_classifier
 from advmoe.models.state import digest
+from advmoe.pool import threads_set
 from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
 from advmoe.rundir import (

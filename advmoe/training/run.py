@@ -17,12 +17,12 @@ from lightning_fabric import Fabric
 from advmoe.config import Config, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.errors import InputError
-from advmoe.pool import threads_set
 from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.models.sources import file_of
+from advmoe.pool import threads_set
 from advmoe.progress import BRIEF, bar, shown, tell
 from advmoe.pruning import write_masks
 from advmoe.rundir import (

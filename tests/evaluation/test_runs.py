@@ -17,9 +17,9 @@ import torch
 from advmoe import cli, native
 from advmoe.config import Config
 from advmoe.evaluation import runs
-from advmoe.pool import threads_set
 from advmoe.evaluation.runs import dissect_run, evaluate_run, sweep_run
 from advmoe.models.runs import load_run
+from advmoe.pool import threads_set
 from advmoe.training.run import train
 
 ROOT = Path(__file__).parents[2]
