@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from advmoe.evaluation.intervals import wilson
 
@@ -33,3 +34,9 @@ def test_it_holds_the_share_mirrors_and_narrows(case):
 def test_impossible_counts(successes, n, message):
     with pytest.raises(ValueError, match=message):
         wilson(successes, n)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (1, 7), (7, 7), (123, 1000), (9_999, 10_000), (1, 10**6)])
+def test_scipy_has_the_same(successes, n):
+    known = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert wilson(successes, n) == (pytest.approx(known.low, abs=1e-12), pytest.approx(known.high, abs=1e-12))
