@@ -114,7 +114,14 @@ def test_onnx_runtime_computes_the_chosen_experts_and_nothing_else(tmp_path, kwa
 
 
 # ResNet-18 is above, and 34 has its blocks.
-@pytest.mark.parametrize("name", [*(name for name in BACKBONES if name not in ("resnet18", "resnet34")), "wrn-10-1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg16",
+        "deit-tiny",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "densenet40", "wrn-10-1")),
+    ],
+)
 def test_every_backbone_gathers_its_banks(tmp_path, name):
     model = warmed(name)
     export_model(model, tmp_path / "net.onnx", threads=1)

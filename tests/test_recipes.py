@@ -84,7 +84,14 @@ def noise(name: str, size: int) -> Dataset:
     return Dataset(name, part, part, part, ("a", "b", "c", "d"), (0.5,) * 3, (0.25,) * 3, True)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# They have every backbone and every method.
+USUAL = [
+    name for name in recipe_names() if name.startswith(("cifar10-", "digits", "imagenet-resnet18-", "imagenet-deit"))
+]
+OTHERS = [name for name in recipe_names() if name not in USUAL]
+
+
+@pytest.mark.parametrize("name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_two_steps(name: str) -> None:
     width = 20 if "wrn" in name else 4  # the stem of WRN-28-10 has a tenth of it
     small = {"model": {"width": width}, "training": {"epochs": 1, "batch_size": 4}}

@@ -111,6 +111,7 @@ def test_standard_proposals_are_the_official_ones(official, stages, make_model, 
     assert found.flags == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fab-t", "square"])
 def test_each_later_attack_agrees_on_a_routed_model(official, make_routed, make_images, name):
     model, x = make_routed().requires_grad_(False), make_images(2, seed=4)

@@ -119,6 +119,7 @@ def killed_at(killer, run, number):
     return False
 
 
+@pytest.mark.slow
 def test_wherever_a_training_is_killed_it_can_be_gone_on_with_or_started_anew(tmp_path, monkeypatch, killer):
     monkeypatch.setattr(Trainer, "train_epoch", lambda self, epoch, bar: None)
     resumed = anew = 0

@@ -174,7 +174,10 @@ def test_a_claim_stands_while_a_run_is_filled_and_in_nobodys_way(tmp_path, monke
 NOTED = ("kernels", "cpu", "device", "devices", "threads", "git_commit")
 
 
-@pytest.mark.parametrize("field", [*NOTED, "torch", None])
+@pytest.mark.parametrize(
+    "field",
+    [*(pytest.param(field, marks=[] if field == "kernels" else pytest.mark.slow) for field in NOTED), "torch", None],
+)
 def test_what_a_run_goes_on_with_is_told_where_it_is_other(finished, tmp_path, capsys, field):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
