@@ -34,6 +34,10 @@ WHOLE = dict(BACKBONES)
 pytestmark = pytest.mark.usefixtures("shallow_backbones")
 
 
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def warmed(name="resnet18", *, seeds=20, **kwargs) -> Classifier:
     """A small model in eval mode, whose routers (if any) send `random_images` several ways."""
     settings = {"num_classes": 5, "width": 8, "input_size": SIDE, "in_channels": 3, **kwargs}
@@ -115,12 +119,7 @@ def test_onnx_runtime_computes_the_chosen_experts_and_nothing_else(tmp_path, kwa
 
 # ResNet-18 is above, and 34 has its blocks.
 @pytest.mark.parametrize(
-    "name",
-    [
-        "vgg16",
-        "deit-tiny",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "densenet40", "wrn-10-1")),
-    ],
+    "name", ["vgg16", "deit-tiny", *(slow(name) for name in ("resnet50", "densenet40", "wrn-10-1"))]
 )
 def test_every_backbone_gathers_its_banks(tmp_path, name):
     model = warmed(name)

@@ -9,11 +9,12 @@ from advmoe.models import BACKBONES, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.moe import pathway
 
-SLOW = [*(name for name in BACKBONES if name not in ("resnet18", "resnet34")), "wrn-10-1"]
+NAMES = [*(name for name in BACKBONES if name != "resnet34"), "wrn-10-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shallow_backbones")
-@pytest.mark.parametrize("name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_model_gives_the_same_logits(name, make_images):
     images = make_images(24)
     for seed in range(20):
