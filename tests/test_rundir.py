@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from advmoe import load_run, save_pretrained
 from advmoe.cli import main
-from advmoe.evaluation.runs import dissect_run, evaluate_run, subject
+from advmoe.evaluation.runs import dissect_run, evaluate_run
+from advmoe.evaluation.subject import subject
 from advmoe.hub.card import Record
 from advmoe.models import save_model
 from advmoe.models.state import digest

@@ -72,7 +72,7 @@ def cost_report(
             loads, on which an MoE's time depends.
         batches: batch sizes. device: `cpu` or `cuda`. threads: CPU threads, None for PyTorch's number.
         seconds: of timing for each batch size (see `cost.in_turn`).
-        source, overrides: of a run, as of `runs.subject`. A network of the user's own has no S-Dense form, and as its
+        source, overrides: of a run, as of `Options`. A network of the user's own has no S-Dense form, and as its
             Dense form itself before it was converted.
         model: of a name, arguments of `create_model`: `input_size` (32), `num_classes` (10), `width`, `router`, ...
 

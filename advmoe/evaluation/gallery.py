@@ -16,9 +16,9 @@ from torch import Tensor
 from advmoe.attacks.pgd import Predict
 from advmoe.data import Images
 from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import Plan, make_job, positive
-from advmoe.evaluation.runs import attacked, subject
+from advmoe.evaluation.accuracy import make_job, positive
 from advmoe.evaluation.scoring import measuring, take
+from advmoe.evaluation.subject import UnderAttack, subject
 from advmoe.files import write_arrays
 from advmoe.moe.routing import route
 from advmoe.pool import threads_set
@@ -46,7 +46,7 @@ def gallery_run(
     The images are drawn by the seed from those that the model classifies right without an attack, one of each class in
     turn; from those it does not where there are too few. So they show what the attack does, and nothing of accuracy.
 
-    Args: as of `runs.subject`; number: of images. threads: CPU threads, None for PyTorch's number.
+    Args: as of `Options`; number: of images. threads: CPU threads, None for PyTorch's number.
 
     The file's arrays: `index` (N,) positions in the test set, `labels`, `clean`, `adversarial` (N, C, H, W) float16,
     `clean_prediction` and `adversarial_prediction` (N,), their softmax probabilities `clean_confidence` and
@@ -55,8 +55,8 @@ def gallery_run(
     `model_sha256`, the model's digest. Returns where it is. Raises `ValueError` for whatever cannot be
     used.
     """
-    given = subject(target, source=source, overrides=overrides, seed=seed)
-    device = Plan(accelerator=accelerator).devices()[0]
+    given = subject(target, source=source, overrides=overrides, accelerator=accelerator, seed=seed)
+    device = given.device
     predict = given.load(device)
     with threads_set(threads):
         index = _drawn(predict, given.data, _few(number), given.seed, device)
@@ -64,7 +64,7 @@ def gallery_run(
         job, (name,) = make_job(
             predict, images, device, given.threat, given.config.attack, ["pgd"], len(index), given.seed
         )
-        ((x, x_adv, y),) = attacked(name, predict, job, device)
+        ((x, x_adv, y),) = UnderAttack(device, predict, job, (name,)).images(name)
         seen = {"clean": _seen(predict, x, device), "adversarial": _seen(predict, x_adv, device)}
     arrays: dict[str, Any] = {
         "index": given.index[index].numpy(),

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.errors import InputError
-from advmoe.evaluation.runs import subject
 from advmoe.evaluation.scoring import take
+from advmoe.evaluation.subject import subject
 from advmoe.models import Classifier
 from advmoe.rundir import CONFIG
 from advmoe.seeding import generator_for
@@ -50,7 +50,7 @@ def run_images(
 ) -> tuple[Tensor, str]:
     """At most `number` test images (N, C, H, W) of the run, or that many random ones; and what they are, in words.
 
-    Args: as of `runs.subject`; nothing is downloaded. Raises `ValueError` where neither can be had.
+    Args: as of `Options`; nothing is downloaded. Raises `ValueError` where neither can be had.
     """
     overrides = dict(overrides or {})
     overrides["data"] = {"download": False, **overrides.get("data", {})}
@@ -64,4 +64,4 @@ def run_images(
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         return random_images(input_shape(model), number), f"random images, not the run's ({reason})"
-    return images, f"test images of {given.source}"
+    return images, f"test images of {given.data_name}"

@@ -11,7 +11,6 @@ tokens, and no pathway is listed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import checked, placed
+from advmoe.evaluation.accuracy import placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
 from advmoe.evaluation.overlap import (
@@ -33,8 +32,8 @@ from advmoe.evaluation.overlap import (
     require_same_banks,
     units_of,
 )
-from advmoe.evaluation.runs import attacked, digest_of, opened_routed, subject
 from advmoe.evaluation.scoring import take
+from advmoe.evaluation.subject import Options, digest_of, options_of, subject
 from advmoe.files import write_arrays
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
@@ -207,47 +206,38 @@ def _compared(kinds: dict[str, Tensor], units: Units, others: Units, theirs: Dis
 
 
 def pathways_run(
-    target: str | Path,
-    *,
-    against: str | Path | None = None,
-    weights: str | None = None,
-    source: str | None = None,
-    out: str | Path | None = None,
-    attacks: Sequence[str] | None = None,
-    overrides: dict[str, dict[str, Any]] | None = None,
-    num_examples: int | None = None,
-    batch_size: int = 250,
-    accelerator: str = "auto",
-    threads: int | None = None,
-    seed: int | None = None,
-    allow: Collection[str] = (),
+    target: str | Path, options: Options | None = None, *, against: str | Path | None = None, **keywords: Any
 ) -> tuple[Path, dict[str, Any]]:
     """Which pathways a routed run takes, on its test images and under PGD.
 
-    Args: as of `runs.subject`. against: a sparse run, whose mask its pathways are compared with, or a routed run of the
-        same banks, which is shown the same images, clean and attacked. attacks: one of PGD's names as in `suite`.
+    Args:
+        against: a sparse run, whose mask its pathways are compared with, or a routed run of the same banks, which is
+            shown the same images, clean and attacked.
+        options, keywords: see `Options`; of attacks one of PGD's, as in `suite`.
 
     Every image is attacked, those that are wrong without an attack too. Writes `pathways.json`, and returns where that
     is and its content: that of `pathway_statistics`, with `classes` (K names), `attack.name`, `threat`, `seed`, `data`,
-    and `against.run`. Raises `ValueError` for a model without MoE layers and whatever else cannot be used.
+    and `against.run`. Raises `InputError` for a model without MoE layers and whatever else cannot be used.
     """
-    given = subject(
-        target, weights=weights, source=source, out=out, overrides=overrides, num_examples=num_examples, seed=seed
-    )
-    device, predict, job, names = opened_routed(given, target, accelerator, attacks, batch_size, purpose="trace")
+    given = subject(target, options := options_of(options, keywords))
+    attack = given.routed_under_pgd("trace")
+    device, predict, names = attack.device, attack.predict, attack.names
     if len(names) != 1:
         raise InputError(f"attacks to trace must be a single one, got {', '.join(names)}")
     if not isinstance(predict, nn.Module):
         raise InputError(f"a model to trace must be a torch.nn.Module, got {type(predict).__name__}")
-    units, opened = units_of(predict), None if against is None else _opened(Path(against), source, predict, device)
+    units, opened = (
+        units_of(predict),
+        None if against is None else _opened(Path(against), options.source, predict, device),
+    )
     compared = None if opened is None else _comparable(predict, opened, take(given.data, slice(0, 1), device)[0])
     mine, theirs = [], []
-    with threads_set(threads):
-        checked(predict, job, device, allow, names)
-        for batch in attacked(names[0], predict, job, device):
-            mine.append(dissect(predict, *batch, batch_size=batch_size))
+    with threads_set(options.threads):
+        attack.check(options.allow)
+        for batch in attack.images(names[0]):
+            mine.append(dissect(predict, *batch, batch_size=options.batch_size))
             if isinstance(opened, nn.Module):
-                theirs.append(dissect(opened, *batch, batch_size=batch_size))
+                theirs.append(dissect(opened, *batch, batch_size=options.batch_size))
         other = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
         found = Dissection.merge(mine)
         result = statistics(found, units, num_classes=len(given.classes), other=other)

@@ -12,7 +12,7 @@ from advmoe import cli, native, to_moe
 from advmoe.config import Config
 from advmoe.evaluation.cost import activation_bytes, gmacs, parameters
 from advmoe.evaluation.cost_report import cost_report, fit_norms, random_images, table
-from advmoe.evaluation.runs import subject
+from advmoe.evaluation.subject import subject
 from advmoe.models import BACKBONES, create_model, save_model
 from advmoe.moe import pathway, routers_of
 

@@ -8,7 +8,7 @@ import torch
 
 from advmoe.evaluation import gallery
 from advmoe.evaluation.gallery import gallery_run
-from advmoe.evaluation.runs import subject
+from advmoe.evaluation.subject import subject
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.report.results import load_gallery

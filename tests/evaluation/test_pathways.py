@@ -16,8 +16,8 @@ from advmoe import cli, pathway_statistics
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.overlap import iou, units_of
 from advmoe.evaluation.pathways import pathways_run, statistics, table
-from advmoe.evaluation.runs import attacked, opened_routed, subject
 from advmoe.evaluation.scoring import take
+from advmoe.evaluation.subject import subject
 from advmoe.models import create_model, save_model
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
@@ -255,12 +255,11 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
         assert examples["unchanged"].mean() == pytest.approx(found["attack"]["unchanged"])
         assert examples["index"].tolist() == subject(runs / "run", num_examples=30).index.tolist()
     # The numbers are those of the attack's images, however they are cut into batches of the same attack.
-    given = subject(runs / "run", num_examples=30)
-    device, predict, job, (name,) = opened_routed(given, "run", "cpu", None, 250, purpose="trace")
-    (batch,) = attacked(name, predict, job, device)
+    opened = subject(runs / "run", num_examples=30, accelerator="cpu").routed_under_pgd("trace")
+    (batch,) = opened.images(*opened.names)
     assert (batch[1] - batch[0]).abs().max() == pytest.approx(0.1, abs=1e-6)
-    ours, theirs = dissect(predict, *batch), dissect(load_run(runs / "other"), *batch)
-    units = units_of(predict)
+    ours, theirs = dissect(opened.predict, *batch), dissect(load_run(runs / "other"), *batch)
+    units = units_of(opened.predict)
     for kind, one, two in (
         ("clean", ours.clean_pathway, theirs.clean_pathway), ("adversarial", ours.adv_pathway, theirs.adv_pathway)
     ):  # fmt: skip

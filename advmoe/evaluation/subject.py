@@ -1,0 +1,256 @@
+"""What is measured, opened once: a run or a user's own classifier, the images that measure it, and how to attack it.
+
+Axes: `N` examples, `B` batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks.pgd import Predict
+from advmoe.config import Config
+from advmoe.data import Images, load_dataset
+from advmoe.errors import InputError
+from advmoe.evaluation.accuracy import Plan, checked, make_job, placed, positive
+from advmoe.evaluation.harness import Job, Load
+from advmoe.evaluation.scoring import measuring, stream
+from advmoe.evaluation.suite import build
+from advmoe.evaluation.targets import home_of, is_source
+from advmoe.files import require_writable
+from advmoe.models import Classifier
+from advmoe.models.runs import load_run
+from advmoe.models.sources import load_classifier
+from advmoe.models.state import digest
+from advmoe.progress import tell, tracked
+from advmoe.pruning import deployed
+from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain
+from advmoe.seeding import generator_for, seed_for
+from advmoe.threat import ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run, or a user's own classifier, is measured: what all measurements take."""
+
+    weights: str | None = None
+    """A `.safetensors` file, for a user's own classifier."""
+    source: str | None = None
+    """`FILE.py:FACTORY` of the network, where a run trained one of the user's own: see `load_run`."""
+    out: str | Path | None = None
+    """Where results go; by default the run, or `evaluations/<file>-<factory>`."""
+    attacks: Sequence[str] | None = None
+    """Names as in `suite`; None: the measurement's usual ones."""
+    overrides: Mapping[str, Mapping[str, Any]] | None = None
+    """Fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier)."""
+    num_examples: int | None = None
+    """A random subset of the test images, by `seed`; None: all."""
+    batch_size: int = 250
+    """Images attacked at once."""
+    accelerator: str = "auto"
+    """`auto`, `cpu`, `cuda`, or one device such as `cuda:1`."""
+    threads: int | None = None
+    """CPU threads of each process; None: PyTorch's number."""
+    seed: int | None = None
+    """Of the images drawn and the attacks' random draws; None: the run's."""
+    allow: Collection[str] = ()
+    """Checks that may fail: see `checks`."""
+
+
+def options_of(options: Options | None, keywords: Mapping[str, Any], **usual: Any) -> Options:
+    """`options`, or the `usual` ones, with `keywords` in place of theirs."""
+    return Options(**{**usual, **keywords}) if options is None else replace(options, **keywords)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Makes the classifier of a run or a source; each process calls it once."""
+
+    target: str
+    weights: str | None
+    source: str | None
+    digest: str | None = None
+    """The digest that it must have: a run may be trained on, and a factory draw other weights, meanwhile."""
+
+    def __call__(self, device: torch.device) -> Predict:
+        """The classifier on `device`; of a sparse model the compacted form, which costs less. Raises `ValueError`."""
+        predict = load_classifier(self.target, self.weights) if is_source(self.target) else self._run()
+        if self.digest is not None and (found := digest_of(predict)) != self.digest:
+            rule = f"make the same weights every time it is loaded (SHA-256 {self.digest[:16]})"
+            raise InputError(f"{self.target} must {rule}, got {str(found)[:16]}: it changed meanwhile")
+        return placed(predict, device)
+
+    def _run(self) -> Classifier:
+        return deployed(load_run(self.target, self.source))
+
+
+def digest_of(predict: Predict) -> str | None:
+    """The digest of what results are of: a loaded model's as its weights file has it, another module's own; None of
+    any other callable.
+    """
+    if isinstance(predict, Classifier) and predict.origin is not None:
+        return predict.origin.digest
+    return digest(predict) if isinstance(predict, nn.Module) else None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A classifier to be measured, with the images that measure it."""
+
+    target: str
+    options: Options
+    load: Load
+    data: Images
+    index: Tensor
+    """The position of each image in the test set, (N,)."""
+    config: Config
+    home: Path
+    """Where results are written."""
+    seed: int
+    data_name: str
+    classes: tuple[str, ...]
+    """Names of the classes."""
+    digest: str | None
+    """Of the model; None of a callable that is no module."""
+    notes: tuple[str, ...]
+    """Which images of the data set were left out, by which rule."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What every result says of what it is of."""
+        left_out = {"notes": list(self.notes)} if self.notes else {}
+        return {DIGEST: self.digest, "data": {"name": self.data_name, "split": "test", **left_out}}
+
+    @property
+    def threat(self) -> ThreatModel:
+        """Of the configuration."""
+        return ThreatModel(self.config.threat.norm, float(self.config.threat.eps))
+
+    @property
+    def device(self) -> torch.device:
+        """The first device to compute on."""
+        return Plan(accelerator=self.options.accelerator).devices()[0]
+
+    def under_attack(self, usual: Sequence[str] | None = None) -> UnderAttack:
+        """The classifier on its device, to be attacked as the options name it, else in the `usual` ways."""
+        attacks = usual if self.options.attacks is None else self.options.attacks
+        predict = self.load(device := self.device)
+        job, names = make_job(
+            predict, self.data, device, self.threat, self.config.attack, attacks, self.options.batch_size, self.seed
+        )
+        return UnderAttack(device, predict, job, names)
+
+    def routed_under_pgd(self, purpose: str) -> UnderAttack:
+        """As `under_attack`, of a routed model and PGD, by default as configured. Raises `InputError` for anything
+        else.
+        """
+        opened = self.under_attack(["pgd"])
+        if not opened.job.setting.routed:
+            raise InputError(f"a model to {purpose} must have MoE layers, got {self.target!r} without")
+        for name in opened.names:
+            if not name.startswith("pgd-"):
+                raise InputError(f"attacks to {purpose} must be PGD's, got {name!r}")
+        return opened
+
+
+@dataclass(frozen=True)
+class UnderAttack:
+    """A classifier on its device, and the job of attacking it."""
+
+    device: torch.device
+    predict: Predict
+    job: Job
+    names: tuple[str, ...]
+    """The attacks' full names."""
+
+    def check(self, allow: Collection[str], names: Sequence[str] | None = None) -> None:
+        """Raise `InputError` where a check fails that is not in `allow`, or `names` (all) cannot be made."""
+        checked(self.predict, self.job, self.device, allow, self.names if names is None else names)
+
+    def images(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every image under PGD called `name`, those that are wrong without an attack too: in batches, pixels
+        (B, C, H, W), their adversarial ones, and classes (B,).
+        """
+        predict, job, device = self.predict, self.job, self.device
+        (part,) = build(name, predict, job.setting, None).parts
+        tasks = list(job.tasks([name]))
+        with closing(stream(job.data, [job.examples(task) for task in tasks], device)) as images:
+            for task, (x, y) in zip(tracked(tasks, name), images, strict=True):
+                with measuring(predict, device):
+                    x_adv = part.run(x, y, seed_for(job.seed, task.first, name, part.name)).x_adv
+                yield x, job.setting.threat.project(x_adv, x), y
+
+
+def subject(target: str | Path, options: Options | None = None, *, kept: bool = True, **keywords: Any) -> Subject:
+    """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
+
+    Args:
+        keywords: `Options` by name, in place of `options` or of theirs.
+        kept: whether results go to the options' `out` at all, so that it must be writable.
+
+    Raises `InputError` for a run, model, data or setting that cannot be used.
+    """
+    options, target = options_of(options, keywords), str(target)
+    if options.num_examples is not None:
+        positive("num_examples", options.num_examples)
+    load, home = _loader(target, options), home_of(target, options.out)
+    if kept:
+        require_writable("out", home)
+    config = _config(target, options)
+    model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
+    data = load_dataset(
+        config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
+        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed,
+    )  # fmt: skip
+    there = data.num_classes, data.in_channels
+    expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else there
+    if any(wanted not in (None, got) for wanted, got in zip(expected, there, strict=True)):
+        raise InputError(f"data must have the model's (classes, channels) {expected}, got {there}")
+    seed = config.training.seed if options.seed is None else options.seed
+    index = _drawn(len(data.test), options.num_examples, seed)
+    load = replace(load, digest=digest_of(model))
+    return Subject(
+        target=target, options=options, load=load, data=data.test.subset(index), index=index, config=config, home=home,
+        seed=seed, data_name=data.name, classes=data.classes, digest=load.digest, notes=data.notes,
+    )  # fmt: skip
+
+
+def _loader(target: str, options: Options) -> _Loader:
+    own = is_source(target)
+    if not own:
+        require_plain(Path(target))
+    if not own and options.weights is not None:
+        raise InputError(f"weights must go with FILE.py:FACTORY (a run has its own), got {options.weights!r}")
+    if own and options.source is not None:
+        raise InputError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {options.source!r}")
+    return _Loader(target, options.weights, options.source)
+
+
+def _config(target: str, options: Options) -> Config:
+    """The configuration of a run, or the usual one, with the options' fields."""
+    settings = Config().to_dict() if is_source(target) else _settings(Path(target))
+    for group, fields in (options.overrides or {}).items():
+        settings[group].update(fields)
+    return Config.from_dict(settings)
+
+
+def _drawn(images: int, number: int | None, seed: int) -> Tensor:
+    """The positions of `number` of so many `images`, in their order."""
+    if number is None or number >= images:
+        return torch.arange(images)
+    return torch.randperm(images, generator=generator_for(seed, "examples"))[:number].sort().values
+
+
+def _settings(run: Path) -> dict[str, dict[str, Any]]:
+    """The fields of a run's configuration; says where it is not what the run began with, or where training diverged."""
+    config = Config.load(run / CONFIG)
+    for note in (config_note(run, config.digest()), diverged_note(run)):
+        if note is not None:
+            tell(f"note  {note}")
+    return config.to_dict()
