@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,9 +93,10 @@ def model_digest(spec: Mapping[str, Any], state: Iterable[Entry]) -> str:
     return found.hexdigest()
 
 
-def digest_at(folder: Path) -> str | None:
-    """The digest of the model in a run directory: that in the header of the weights, which training wrote there, or
-    one made from the files. None where there is no model that can be read.
+def digest_at(folder: Path, *, stored: bool = True) -> str | None:
+    """The digest of the model in a run directory: that in the header of the weights, which training wrote there, or,
+    where there is none or it is not wanted as `stored`, one made from the files. None where there is no model that can
+    be read.
     """
     weights = folder / WEIGHTS
     try:
@@ -103,7 +105,7 @@ def digest_at(folder: Path) -> str | None:
             if length > min(MOST_HEADER, weights.stat().st_size):
                 return None
             header = parse_object(file.read(length), str(weights))
-            if isinstance(known := header.pop("__metadata__", {}).get(DIGEST), str):
+            if isinstance(known := header.pop("__metadata__", {}).get(DIGEST), str) and stored:
                 return known
             return model_digest(read_object(folder / MODEL), _entries(header, file, 8 + length))
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -127,6 +129,24 @@ def stored_digest(weights: Path) -> str | None:
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return known if isinstance(known, str) else None
+
+
+def damaged(folder: Path) -> bool:
+    """Whether the weights of a run directory are not what training wrote: cannot be read, or are not of the digest in
+    their header.
+    """
+    try:
+        there = (folder / WEIGHTS).stat()
+    except OSError:
+        return True
+    return _damaged(folder, there.st_mtime_ns, there.st_size)
+
+
+@cache
+def _damaged(folder: Path, changed: int, size: int) -> bool:
+    """As `damaged`, of a file of that time and size: read once."""
+    known, made = stored_digest(folder / WEIGHTS), digest_at(folder, stored=False)
+    return made is None or known not in (None, made)
 
 
 def stale(result: Mapping[str, Any], digest: str | None) -> bool:

@@ -19,7 +19,7 @@ from advmoe.hub.card import Record
 from advmoe.models import save_model
 from advmoe.models.state import digest
 from advmoe.report.results import load_results
-from advmoe.rundir import Epochs, config_note, digest_at, require_plain, sealed, stale, stored_digest, unsealed
+from advmoe.rundir import Epochs, config_note, damaged, digest_at, require_plain, sealed, stale, stored_digest, unsealed
 from advmoe.training.run import resume
 
 FAST = {"num_examples": 12, "accelerator": "cpu", "threads": 1}
@@ -225,6 +225,19 @@ def test_weights_without_a_digest_are_read_as_before(run):
     assert stored_digest(run / "model.safetensors") is None
     assert digest_at(run) == digest(load_run(run))  # made from the files, and from the model
     assert load_run(run).origin.digest == digest(load_run(run))
+
+
+def test_weights_are_damaged_where_they_are_not_of_their_digest(run):
+    weights = run / "model.safetensors"
+    assert not damaged(run)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert damaged(run)
+    weights.write_bytes(content[:-1])
+    assert damaged(run)
+    weights.unlink()
+    assert damaged(run)
 
 
 def other_weights(run):

@@ -11,7 +11,7 @@ from typing import Any
 from advmoe.config import Config, merged
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.rundir import CONFIG, DONE, MANIFEST, WEIGHTS, digest_at, require_plain, stale
+from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.spec import Measure, Row, Run
 
@@ -44,7 +44,7 @@ class PlannedRun:
             finished = read_object(self.path / MANIFEST).get("finished") is not None
         except (OSError, ValueError):
             finished = False
-        if finished and (self.path / WEIGHTS).is_file():
+        if finished and not damaged(self.path):  # weights that are made again from its best checkpoint
             return "finished"
         return "interrupted" if self.path.exists() else "missing"
 

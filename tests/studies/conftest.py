@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from advmoe.config import merged
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
@@ -43,14 +45,25 @@ def planner(tmp_path: Path) -> Planner:
 
 
 @pytest.fixture(scope="session")
-def record() -> Callable[..., None]:
+def write_weights() -> Callable[[Path], None]:
+    """Writes a model's two files, which can be read."""
+
+    def write(folder: Path) -> None:
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        (folder / "model.json").write_text("{}")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def record(write_weights: Callable[[Path], None]) -> Callable[..., None]:
     """Writes what a finished run, or a measurement of it, leaves behind: content as JSON, arrays by file."""
 
     def write(task: PlannedRun | PlannedMeasure, content: Any, **arrays: Mapping[str, Any]) -> None:
         task.path.mkdir(parents=True, exist_ok=True)
         if isinstance(task, PlannedRun):
             (task.path / "manifest.json").write_text(json.dumps({"finished": "now", "wall_seconds": 10.0}))
-            (task.path / "model.safetensors").touch()
+            write_weights(task.path)
             (task.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in content))
             return
         task.result.write_text(json.dumps(content))

@@ -112,7 +112,7 @@ def test_a_measurement_says_how_the_run_is_attacked_unless_it_is_of_time(planner
         assert planned.result == planner.root / planned.run.key / "measures" / planned.key / f"{name}.json"
 
 
-def test_states(planner, tiny_run):
+def test_states(planner, tiny_run, write_weights):
     run = planner.run(tiny_run("run"), 0)
     measure = planner.measure(COST, run)
     assert (run.state(), measure.state()) == ("missing", "missing")
@@ -120,7 +120,7 @@ def test_states(planner, tiny_run):
     assert run.state() == "interrupted"
     for manifest in ("{", "{}", json.dumps({"finished": None})):
         (run.path / "manifest.json").write_text(manifest)
-        (run.path / "model.safetensors").touch()
+        write_weights(run.path)
         assert run.state() == "interrupted"
     (run.path / "manifest.json").write_text(json.dumps({"finished": "2026-01-01"}))
     assert run.state() == "finished"
@@ -185,14 +185,14 @@ def test_settings_that_cannot_be_name_the_field(planner, tiny_run):
         planner.rows([Row(tiny_run("run", training={"lr": -1.0}))])
 
 
-def test_results_read_what_is_finished_alone(planner, tiny_run):
+def test_results_read_what_is_finished_alone(planner, tiny_run, write_weights):
     rows = planner.rows([Row(replace(tiny_run("run"), labels={"method": "AT"}), {"cost": COST})])
     (found,) = Results.read(rows)
     assert (found.name, found.labels, found.by_seed) == ("run", {"method": "AT"}, {})
     run = rows[0].runs[0]
     run.path.mkdir(parents=True)
     (run.path / "manifest.json").write_text(json.dumps({"finished": "now"}))
-    (run.path / "model.safetensors").touch()
+    write_weights(run.path)
     (found,) = Results.read(rows)
     assert list(found.by_seed) == [0] and found.by_seed[0].run is run
     assert found.by_seed[0].found("cost") is None and found.by_seed[0].found("accuracy") is None

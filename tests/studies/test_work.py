@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from advmoe.config import Config
+from advmoe.errors import OtherSettings
 from advmoe.studies import work
 from advmoe.studies.plan import Planner
 from advmoe.studies.spec import Measure, Row
@@ -44,6 +45,17 @@ def test_a_run_is_trained_once_and_anew_where_nothing_can_be_continued(planner, 
     assert json.loads(manifest)["name"] == "a name" and json.loads(manifest)["threads"] == 1
     work.do(run, **HOW)
     assert (run.path / "manifest.json").read_text() == manifest
+
+
+def test_damaged_weights_of_a_finished_run_are_made_again(planner, tiny_run):
+    run = planner.run(tiny_run("run"), 0)
+    work.do(run, **HOW)
+    weights = run.path / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert run.state() == "interrupted"
+    work.do(run, **HOW)
+    assert run.state() == "finished" and weights.read_bytes() == sound
 
 
 def test_measurements_are_of_the_same_images_whatever_the_seed(tmp_path, tiny_run):
@@ -91,7 +103,7 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
     def evaluate_run(target, *, resume=False, **_):
         calls.append(resume)
         if resume:
-            raise ValueError("the evaluation must be continued (--resume) with the same torch, got another")
+            raise OtherSettings("the evaluation must be continued with the same torch, got another")
 
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
     work.do(task, **HOW)
@@ -106,11 +118,11 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
     assert other.state() == "missing"
 
 
-def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run, monkeypatch):
+def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run, write_weights, monkeypatch):
     run = planner.run(tiny_run("run"), 0)
     run.path.mkdir(parents=True)
     (run.path / "manifest.json").write_text(json.dumps({"finished": "now"}))
-    (run.path / "model.safetensors").touch()
+    write_weights(run.path)
     first, second = (planner.measure(Measure("evaluate", {"attacks": [name]}), run) for name in ("pgd-1", "pgd-2"))
     at_once = threading.Barrier(2, timeout=20)  # broken unless both are inside
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", lambda *_, **__: at_once.wait())
@@ -122,7 +134,7 @@ def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run,
     assert first.state() == second.state() == "finished"
 
 
-def test_of_two_that_want_the_same_the_second_waits(planner, tiny_run):
+def test_of_two_that_want_the_same_the_second_waits(planner, tiny_run, write_weights):
     run = planner.run(tiny_run("run"), 0)
     run.path.parent.mkdir(parents=True)
     with run.path.with_name(f".{run.key}.lock").open("a") as lock:
@@ -133,6 +145,6 @@ def test_of_two_that_want_the_same_the_second_waits(planner, tiny_run):
         assert second.is_alive() and run.state() == "missing"
         run.path.mkdir()  # the first finishes it meanwhile
         (run.path / "manifest.json").write_text(json.dumps({"finished": "now"}))
-        (run.path / "model.safetensors").touch()
+        write_weights(run.path)
     second.join()
-    assert sorted(path.name for path in run.path.iterdir()) == ["manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["manifest.json", "model.json", "model.safetensors"]
