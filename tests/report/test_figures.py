@@ -69,7 +69,7 @@ def test_a_sweep(tmp_path):
     text = words(tmp_path / "a.svg")
     assert {"82.3", "61.0", "40.2", "robust accuracy (%)"} <= set(text)
     assert "attack radius eps, l\N{INFINITY} (pixels of 255)" in text
-    assert "0.0 % robust at the probe, eps 255/255" in text
+    assert "0.0 % robust at the probe, eps 1" in text
     assert not any("masking" in each for each in text)
 
 
