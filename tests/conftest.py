@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,9 @@ from advmoe.moe import pathway
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores, and for theirs
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    # Of one cache, a process may read what another is writing ("file too short").
+    own = f"torchinductor-{getattr(os, "getuid", int)()}-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), own))
 
 
 @pytest.fixture(scope="session")

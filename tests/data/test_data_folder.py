@@ -159,8 +159,7 @@ def test_modes_become_rgb(
 def test_floating_point_is_refused(root: Path) -> None:
     path = save(root / "train" / "ant" / "3.tiff", Image.new("F", (8, 8), 0.5))
     assert message(lambda: load_dataset("folder", root=root)) == (
-        f"data.root must hold images that can be decoded, got {str(path)!r}: "
-        "floating-point pixels have no known range"
+        f"data.root must hold images that can be decoded, got {str(path)!r}: floating-point pixels have no known range"
     )
 
 

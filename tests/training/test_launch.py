@@ -95,7 +95,7 @@ def test_what_other_launchers_left_changes_nothing_and_nothing_is_printed(tmp_pa
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("mistake", "ValueError a must be b, got 'c'\n"),
+        ("mistake", "InputError a must be b, got 'c'\n"),
         ("dies", "ChildProcessError a process of the run was ended by SIGKILL\n"),
     ],
 )
