@@ -22,8 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     # Of one cache, a process may read what another is writing ("file too short").
-    own = f"torchinductor-{getattr(os, "getuid", int)()}-{os.environ['PYTEST_XDIST_WORKER']}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), own))
+    user, worker = getattr(os, "getuid", int)(), os.environ["PYTEST_XDIST_WORKER"]
+    own = os.path.join(tempfile.gettempdir(), f"torchinductor-{user}-{worker}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
 
 @pytest.fixture(scope="session")
