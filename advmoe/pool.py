@@ -53,7 +53,9 @@ class Died(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of an order: a result, or an error; of a worker that ended without one the order is None."""
+    """What came of an order: a result, or an error. The order is None where a worker ended without one, or could not be
+    prepared.
+    """
 
     order: Any
     result: Any = None
@@ -131,8 +133,13 @@ class Pool:
                 self._workers.remove(worker)
                 yield Answer(order, error=Died(worker.process.exitcode, not worker.ready))
                 continue
+            if not worker.ready and error is not None:  # nothing was prepared: it ends, and gets no order
+                worker.process.join()
+                self._workers.remove(worker)
+                yield Answer(None, error=error)
+                continue
             first, worker.ready, worker.order = not worker.ready, True, None
-            if error is not None or not first:
+            if not first:
                 yield Answer(order, result, error)
 
     def close(self) -> None:

@@ -126,12 +126,9 @@ def _failure(answer: Answer) -> str | None:
         return None
     if isinstance(error, BugElsewhere):
         return cut(" ".join(error.summary.split()), 500)
-    text = one_line(error, 500)
-    return MachineFailed(str(error) if isinstance(error, Died) else text) if _of_machine(error) else text
-
-
-def _of_machine(error: Exception) -> bool:
-    return isinstance(error, Died) or of_machine(error)
+    if isinstance(error, Died):
+        return MachineFailed(error)
+    return MachineFailed(one_line(error, 500)) if of_machine(error) else one_line(error, 500)
 
 
 def _cards(accelerator: str) -> list[str]:
