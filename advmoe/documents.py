@@ -226,7 +226,7 @@ def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOS
                 with file.open(there[name]) as member:
                     found[name] = np.lib.format.read_array(member, allow_pickle=False)
             return found
-    except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, SyntaxError) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, SyntaxError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise InputError(f"{path} must be an undamaged .npz file, got {one_line(error)}") from None

@@ -35,31 +35,30 @@ def example_input(model: Classifier, batch: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class _Operators:
+class _Dispatched:
     """What `_Seen` inherits: for a mode's own `__torch_dispatch__` PyTorch imports its compiler, two seconds of it."""
+
+    def __init__(self, see: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._see = see
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, then see it."""
         out = func(*args, **(kwargs or {}))
-        self.see(func, out, args, kwargs or {})
+        self._see(func, out, args, kwargs or {})
         return out
 
-    def see(self, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """`func(*args, **kwargs)` gave `out`."""
-        raise NotImplementedError
+
+class _Seen(_Dispatched, TorchDispatchMode):
+    """Inside, `see(operator, result, args, kwargs)` is called after every operator."""
 
 
-class _Seen(_Operators, TorchDispatchMode):
-    """Inside, every operator is seen."""
-
-
-class _Counted(_Seen):
+class _Counter:
     """Counts `flops` by PyTorch's formulas: two for each multiply-accumulate."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._formulas = FlopCounterMode(display=False).flop_registry
 
@@ -74,9 +73,9 @@ def gmacs(model: Classifier) -> float:
     model = deployed(model)
     # Of fused attention kernels the counter knows some, and on the CPU none: matrix products it knows.
     attention = sdpa_kernel(SDPBackend.MATH)
-    with frozen(model), torch.no_grad(), attention, _Counted() as counted:
+    with frozen(model), torch.no_grad(), attention, _Seen((counter := _Counter()).see):
         model(example_input(model, 1))
-    return int(counted.flops) / 2e9
+    return int(counter.flops) / 2e9
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -123,11 +122,10 @@ def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7
     return 1000 * statistics.median(times) / batch
 
 
-class _Live(_Seen):
+class _Live:
     """Follows the memory that operators' results take while they are alive; `peak` bytes were most at once."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
         self._alive: dict[StorageWeakRef, int] = {}
@@ -168,7 +166,7 @@ def activation_bytes(model: nn.Module, x: Tensor) -> int:
             torch.cuda.synchronize(x.device)
             return int(torch.cuda.max_memory_allocated(x.device) - before)
         live = _Live([x, *model.parameters(), *model.buffers()])
-        with live:
+        with _Seen(live.see):
             model(x)
     return live.peak
 
