@@ -23,27 +23,21 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
+from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level
 from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
-RouterKind = Literal["layer", "embedding", "image"]
 RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
 ExpertInit = Literal["independent", "shared"]
 Norm = Literal["linf", "l2"]
-Method = Literal["standard", "at", "at-routers", "at-experts", "sparse", "advmoe"]
 AttackRouting = Literal["straight-through", "soft", "mixed"]
 RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
 
-DATASETS = ("digits", "cifar10", "cifar100", "folder", "tiny-imagenet", "imagenet")
-
-ROUTED_METHODS: tuple[Method, ...] = ("at-routers", "at-experts", "advmoe")
-"""Those that train routers and experts apart, and so need MoE layers."""
-
-ALTERNATIONS = ("both", "shared-attack", "by-iteration", "warm-start", "every-K", "shared-every-K")
-"""How AdvMoE takes turns between routers and experts; K is a whole number from 2, as in `every-4`."""
+RouterKind = Annotated[str, ROUTERS]
+MethodName = Annotated[str, METHODS]
 
 _STRENGTH = "a number or a fraction such as 8/255"
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -233,7 +227,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_types(self, "model")
         if self.route_per == "token":
-            require(self.router == "layer", "model.router", "layer when model.route_per is token", self.router)
+            able = " or ".join(name for name, each in ROUTERS.items() if each.in_layers)
+            require(
+                ROUTERS[self.router].in_layers, "model.router", f"{able} when model.route_per is token", self.router
+            )
         for name in ("skip", "linear"):
             given = getattr(self, name)
             require(given is None or self.to_moe, f"model.{name}", "left out without model.to_moe", given)
@@ -257,7 +254,7 @@ class ModelConfig:
 class DataConfig:
     """Which images, and how they are prepared."""
 
-    name: str = "cifar10"
+    name: Annotated[str, DATASETS] = "cifar10"
     """`digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `imagenet` (both in their official layout), or `folder` for
     `root/train/<class>/*` and `root/test|val/<class>/*`.
     """
@@ -285,7 +282,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self, "data")
         require_path("data.root", self.root)
-        require(self.name in DATASETS, "data.name", f"one of {', '.join(DATASETS)}", self.name)
 
 
 @dataclass(kw_only=True)
@@ -307,9 +303,9 @@ class ThreatConfig:
 class TrainingConfig:
     """How the network is trained."""
 
-    method: Method = "advmoe"
+    method: MethodName = "advmoe"
     """What is trained, and against what: see the README's table of methods."""
-    alternation: str = "every-4"
+    alternation: Annotated[str, ALTERNATIONS] = "every-4"
     """Of `advmoe`: which of the routers' and the experts' levels an iteration runs, on which batch, against which
     attack. `every-K` (as in the default): the experts' level always, the routers' in every K-th iteration, each on a
     batch and against an attack of its own; an epoch gives every image once to the experts, one in K to the routers.
@@ -391,31 +387,34 @@ class TrainingConfig:
         if self.init_from is not None:
             require_path("training.init_from", self.init_from)
         self._check_options()
-        if self.method in ("at-routers", "at-experts"):
+        if METHODS[self.method].start:
             rule = f"a run directory to start from when training.method is {self.method}"
             require(self.init_from is not None, "training.init_from", rule, self.init_from)
 
     def _check_options(self) -> None:
         """Refuse options that would change nothing."""
-        known = self.every is not None or self.alternation in ALTERNATIONS[:-2]
-        rule = f"one of {', '.join(ALTERNATIONS)} (K a whole number >= 2 and <= 10000)"
-        require(known, "training.alternation", rule, self.alternation)
+        method = METHODS[self.method]
         if self.alternation not in (type(self).alternation, "both"):  # older runs name `both` whatever their method
             rule = f"advmoe when training.alternation is {self.alternation}"
             require(self.method == "advmoe", "training.method", rule, self.method)
-        for name, rule, unfit in (
-            ("balance", "one that trains routers", ("at-experts",)),
-            ("margin", "one that trains routers against attacks", ("at-experts", "standard")),
-            ("awp", "one that trains against attacks", ("standard",)),
+        for name, rule, fit in (
+            ("balance", "one that trains routers", method.trains_routers),
+            ("margin", "one that trains routers against attacks", method.trains_routers and method.adversarial),
+            ("awp", "one that trains against attacks", method.adversarial),
         ):
             if getattr(self, name) > 0:
-                require(self.method not in unfit, "training.method", f"{rule} when training.{name} is > 0", self.method)
+                require(fit, "training.method", f"{rule} when training.{name} is > 0", self.method)
+
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of the method, in the order in which an iteration runs those due."""
+        if self.method == "advmoe":
+            return ALTERNATIONS.find(self.alternation).levels
+        return METHODS[self.method].levels
 
     @property
-    def every(self) -> int | None:
-        """K where `alternation` is `every-K` or `shared-every-K`."""
-        found = re.fullmatch(r"(?:shared-)?every-([1-9][0-9]{0,4})", self.alternation)
-        return int(found[1]) if found is not None and 2 <= int(found[1]) <= 10_000 else None
+    def warm(self) -> bool:
+        """Whether attacks go on from an image's last perturbation."""
+        return any(level.warm for level in self.levels())
 
     def phase_epochs(self) -> dict[str, int]:
         """Epochs of each phase of `sparse`, by name, after HYDRA's 100, 20 and 100 where they are left out."""
@@ -459,35 +458,39 @@ class Config:
         _check_types(self)
         # A network of the user's own may have MoE layers without being converted: that shows when it is made.
         routed = self.model.kind == "moe" or self.model.source is not None
-        if self.training.method in ROUTED_METHODS:
+        method, data = METHODS[self.training.method], DATASETS[self.data.name]
+        if method.apart:
             require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
         for name in ("balance", "margin"):
             if getattr(self.training, name) > 0:
                 require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
-        if self.training.alternation == "warm-start":
-            rule = "of images held in memory (not imagenet) when training.alternation is warm-start"
-            require(self.data.name != "imagenet", "data.name", rule, self.data.name)
-        if self.training.method == "sparse":
-            rule = "when training.method is sparse"
+        if self.training.warm:
+            streamed = ", ".join(name for name, each in DATASETS.items() if each.streamed)
+            rule = f"of images held in memory (not {streamed}) when training.alternation is {self.training.alternation}"
+            require(not data.streamed, "data.name", rule, self.data.name)
+        if method.kind is not None:
+            rule = f"when training.method is {self.training.method}"
             require(self.model.source is None, "model.source", f"left out {rule}", self.model.source)
-            require(self.model.kind == "sparse", "model.kind", f"sparse {rule}", self.model.kind)
+            require(self.model.kind == method.kind, "model.kind", f"{method.kind} {rule}", self.model.kind)
         if self.model.kind == "sparse":
             rule = "sparse when model.kind is sparse"
             require(self.training.method == "sparse", "training.method", rule, self.training.method)
         if self.training.router_objective == "codes":
-            rule = "advmoe or at-routers when training.router_objective is codes"
-            require(self.training.method in ("advmoe", "at-routers"), "training.method", rule, self.training.method)
+            able = " or ".join(name for name, each in METHODS.items() if each.routers_apart)
+            rule = f"{able} when training.router_objective is codes"
+            require(method.routers_apart, "training.method", rule, self.training.method)
             if self.training.codes == "random":
-                rule = "embedding or layer when training.codes is random (one choice per layer)"
-                require(self.model.router != "image", "model.router", rule, self.model.router)
+                able = " or ".join(name for name, each in ROUTERS.items() if each.apart)
+                rule = f"{able} when training.codes is random (one choice per layer)"
+                require(ROUTERS[self.model.router].apart, "model.router", rule, self.model.router)
 
     def require_trainable(self) -> None:
         """Raise `ValueError` for what can be measured but not trained: attacks within a radius of nothing."""
         method = self.training.method
         rule = f">= 1e-06 when training.method is {method} (standard trains without attacks)"
-        require(method == "standard" or self.threat.eps >= 1e-6, "threat.eps", rule, self.threat.eps)
+        require(not METHODS[method].adversarial or self.threat.eps >= 1e-6, "threat.eps", rule, self.threat.eps)
 
     def idle(self) -> dict[str, str]:
         """The fields that change nothing about training, by their dotted names, and why."""
@@ -504,15 +507,15 @@ class Config:
             add("model", "num_experts router route_per experts experts_init", reason)
             add("model", "scale" if model.kind == "dense" else "", reason)
             add("training", "attack_routing", reason)
-        if t.method == "standard":
-            add("training", "attack_steps step_size beta attack_routing", "training.method is standard")
-        if t.alternation == "warm-start":
-            add("training", "attack_steps", "training.alternation is warm-start")
+        if not METHODS[t.method].adversarial:
+            add("training", "attack_steps step_size beta attack_routing", f"training.method is {t.method}")
+        if t.warm:
+            add("training", "attack_steps", f"training.alternation is {t.alternation}")
         if t.method != "sparse":
             add("training", "prune_epochs finetune_epochs", f"training.method is {t.method}")
         if t.router_objective != "codes":
             add("training", "codes alpha", f"training.router_objective is {t.router_objective}")
-        if self.data.name != "imagenet":
+        if not DATASETS[self.data.name].streamed:
             add("data", "workers", f"data.name is {self.data.name}")
         return found
 
@@ -525,7 +528,7 @@ class Config:
             lines.append(f"model.scale 1 makes the {model.num_experts} experts of every layer the same")
         if self.training.lr < 1e-9:
             lines.append(f"training.lr {self.training.lr:g} changes no weight that fp32 would show")
-        if self.training.method != "standard" and self.training.alternation != "warm-start":
+        if METHODS[self.training.method].adversarial and not self.training.warm:
             lines += self._steps("training", self.training.attack_steps, self.training.step_size)
         return lines + self._steps("attack", self.attack.steps, self.attack.step_size)
 

@@ -48,7 +48,7 @@ def shallow_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in BACKBONES.items():
         assert isinstance(found.build, partial)
         keywords = {key: few[key](value) if key in few else value for key, value in found.build.keywords.items()}
-        monkeypatch.setitem(BACKBONES, name, replace(found, build=partial(found.build.func, **keywords)))
+        monkeypatch.setitem(BACKBONES, name, replace(found, build=partial(found.build, **keywords)))
 
 
 @pytest.fixture(scope="session")

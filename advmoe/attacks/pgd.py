@@ -7,7 +7,8 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from torch.nn import functional as F
 
 from advmoe.errors import InputError
 from advmoe.progress import BRIEF, tracked
+from advmoe.tables import Table
 from advmoe.threat import ThreatModel, randn_like
 
 Predict = Callable[[Tensor], Tensor]
 """(N, C, H, W) pixels -> (N, K) logits."""
 AttackLoss = Callable[[Tensor], Tensor]
 """(N, K) logits of the current iterate -> scalar to ascend, a sum over samples."""
-LossName = Literal["ce", "margin", "dlr", "kl"]
 Output = TypeVar("Output")
 
 
@@ -101,12 +102,33 @@ def kl_loss(clean_logits: Tensor) -> AttackLoss:
     return lambda logits: F.kl_div(F.log_softmax(logits.float(), 1), target, reduction="sum", log_target=True)
 
 
-def loss_named(name: LossName, forward: Predict, x: Tensor, labels: Tensor) -> AttackLoss:
-    """The loss to ascend by its name, for clean images `x` (N, C, H, W) and true classes `labels` (N,)."""
-    if name == "kl":
-        with torch.no_grad():
-            return kl_loss(forward(x))
-    return {"ce": cross_entropy_loss, "margin": margin_loss, "dlr": dlr_loss}[name](labels)
+def _from_clean(forward: Predict, x: Tensor) -> AttackLoss:
+    with torch.no_grad():
+        return kl_loss(forward(x))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an attack may ascend."""
+
+    at: Callable[[Predict, Tensor, Tensor], AttackLoss]
+    """`(forward, x, labels)`, clean images (N, C, H, W) and true classes (N,), -> the loss of logits to ascend."""
+    from_labels: bool = True
+    """Whether it leads away from the true class; `routed` searches among these."""
+    scale_free: bool = False
+    """Whether a scale of the logits leaves it as it is."""
+    least_classes: int = 2
+
+
+LOSSES: Table[Loss] = Table(
+    "loss",
+    {
+        "ce": Loss(lambda forward, x, labels: cross_entropy_loss(labels)),
+        "margin": Loss(lambda forward, x, labels: margin_loss(labels)),
+        "dlr": Loss(lambda forward, x, labels: dlr_loss(labels), scale_free=True, least_classes=3),
+        "kl": Loss(lambda forward, x, labels: _from_clean(forward, x), from_labels=False),
+    },
+)
 
 
 def pgd(
@@ -118,7 +140,7 @@ def pgd(
     steps: int = 50,
     step_size: float = 2 / 255,
     restarts: int = 1,
-    loss: LossName = "ce",
+    loss: str = "ce",
     surrogate: Predict | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -129,7 +151,7 @@ def pgd(
         x: clean images, (N, C, H, W) in [0, 1]. y: true classes, (N,).
         surrogate: takes `predict`'s place where gradients are needed (a routed model under soft routing, say).
         restarts: only examples that every earlier start failed on are attacked again.
-        loss: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction.
+        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction.
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
@@ -142,15 +164,14 @@ def pgd(
         raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    if loss not in get_args(LossName):
-        raise InputError(f"loss must be one of {', '.join(get_args(LossName))}, got {loss!r}")
+    to_ascend = LOSSES.find(loss)
     forward = surrogate or predict
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
         clean, labels = x[unbroken], y[unbroken]
         start = threat.random_start(clean, generator)
-        objective = loss_named(loss, forward, clean, labels)
+        objective = to_ascend.at(forward, clean, labels)
         x_adv = ascend(forward, clean, start, objective, threat=threat, steps=steps, step_size=step_size)
         result[unbroken] = x_adv
         if restarts > 1:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from advmoe.attacks.autoattack import square
 from advmoe.attacks.base import Attack, Found, Part
-from advmoe.attacks.pgd import LossName, Predict, ascend, loss_named, margins
+from advmoe.attacks.pgd import LOSSES, Predict, ascend, margins
 from advmoe.progress import BRIEF, tracked
 from advmoe.threat import ThreatModel
 
@@ -56,7 +56,7 @@ class Combination:
 
     temperature: float | None = None
     """Of soft routing; None for the model's own hard choice with its straight-through gradient."""
-    loss: LossName = "margin"
+    loss: str = "margin"
     """Of the classifier."""
     weight: float = 0.0
     """Of the routers' loss: the margin by which they choose the anchor's experts, mean over the layers. In units of the
@@ -152,7 +152,7 @@ def router_margins(scores: tuple[Tensor, ...], pathway: Tensor) -> Tensor:
     return torch.stack(list(each), 1)
 
 
-def _exchange(clean: Pass, loss: LossName) -> Tensor:
+def _exchange(clean: Pass, loss: str) -> Tensor:
     """What a unit of router margin is worth in units of the classifier's `loss`, (N,): by the spread of each.
 
     Without it logits multiplied by 10,000 would drown the routers' loss at any weight.
@@ -162,7 +162,7 @@ def _exchange(clean: Pass, loss: LossName) -> Tensor:
         return scores.float().amax(-1) - scores.float().amin(-1)
 
     routers = torch.stack([spread(each) for each in clean.scores], 1).flatten(1).mean(1).clamp_min(1e-12)
-    return (1 if loss == "dlr" else spread(clean.logits)) / routers
+    return (1 if LOSSES[loss].scale_free else spread(clean.logits)) / routers
 
 
 class _Keeper:
@@ -219,7 +219,7 @@ def combined(
     gradient pass is the deployed model's own, every fourth and the last where it is soft.
     """
     temperature, weight = combination.temperature, combination.weight
-    classifier_loss = loss_named(combination.loss, predict, x, y)
+    classifier_loss = LOSSES[combination.loss].at(predict, x, y)
     with torch.no_grad():
         clean = model(x)
     worth = weight * _exchange(clean, combination.loss)
@@ -297,7 +297,7 @@ def along_pathway(
 
 def axes(budget: Budget, num_classes: int) -> tuple[Callable[[Combination], list[Combination]], ...]:
     """The search's axes: each gives the alternatives to the combination that leads so far."""
-    losses: list[LossName] = ["ce", "margin", *(["dlr"] if num_classes >= 3 else [])]  # type: ignore[list-item]
+    losses = [name for name, each in LOSSES.items() if each.from_labels and each.least_classes <= num_classes]
     anchors: tuple[Anchor, ...] = ("current", "clean")
     return (
         lambda c: [replace(c, temperature=t) for t in (None, *budget.temperatures)],

@@ -33,6 +33,7 @@ from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import CONFIG, require_plain
+from advmoe.tables import Table
 from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 _LONGEST = 1000
@@ -143,7 +144,7 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
     for group, names in wanted.items():
         cls = get_type_hints(Config)[group]
         section = parser.add_argument_group(group, description=inspect.getdoc(cls))
-        hints, docs = get_type_hints(cls), _field_docs()[cls.__name__]
+        hints, docs = get_type_hints(cls, include_extras=True), _field_docs()[cls.__name__]
         for item in fields(cls):
             if names is None or item.name in names:
                 default = item.default if item.default_factory is MISSING else item.default_factory()
@@ -173,11 +174,19 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
+def _table(hint: Any) -> Table[Any] | None:
+    """The table that a field's values are names of, if they are."""
+    return next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Table)), None)
+
+
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"{{{','.join(get_args(hint))}}}"
-    base = next(iter(get_args(hint)), hint)
-    return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[base]
+    if (table := _table(hint)) is not None:
+        return f"{{{','.join([*table, *(each.spelling.split()[0] for each in table.families)])}}}"
+    while get_args(hint):  # `Annotated`, `T | None`
+        hint = get_args(hint)[0]
+    return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 
 
 def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:

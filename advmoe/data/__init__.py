@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing import parent_process
 from pathlib import Path
 
 from advmoe.data.augment import Variation
-from advmoe.data.cifar import load_cifar10, load_cifar100
-from advmoe.data.digits import load_digits
-from advmoe.data.folder import load_folder
-from advmoe.data.imagenet import load_imagenet
 from advmoe.data.stream import FileSet
-from advmoe.data.tiny_imagenet import load_tiny_imagenet
 from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
 from advmoe.errors import InputError
 from advmoe.progress import shown, tell
+from advmoe.tables import DATASETS
 from advmoe.text import printable
 
 __all__ = ["Dataset", "FileSet", "ImageSet", "Images", "Variation", "load_dataset"]
-
-_READERS: dict[str, Callable[[Request], Source]] = {
-    "digits": load_digits,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "folder": load_folder,
-    "tiny-imagenet": load_tiny_imagenet,
-    "imagenet": load_imagenet,
-}
 
 
 def load_dataset(
@@ -67,8 +53,7 @@ def load_dataset(
         ValueError: One line that names the field (`data.name`, `data.root`, `data.download`, `data.image_size`,
             `data.val_fraction`, `data.train_examples`, `data.workers`), the rule and the value.
     """
-    if name not in _READERS:
-        raise InputError(f"data.name must be one of {', '.join(_READERS)}, got {name!r}")
+    read = DATASETS.find(name).reader
     if image_size is not None and (not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1):
         raise InputError(f"data.image_size must be an integer >= 1, got {image_size!r}")
     if not 0 <= val_fraction <= 0.5:
@@ -78,7 +63,7 @@ def load_dataset(
     folder = Path(root).expanduser()
     request = Request(root=folder, download=download, image_size=image_size, workers=workers)
     with shown() if progress else nullcontext():
-        source = _READERS[name](request)
+        source: Source = read(request)
     for note in source.notes if parent_process() is None else ():  # others read again what the first one told of
         tell(f"note  {note}")
     train, val = split(drawn(source.train, train_examples), val_fraction, seed)

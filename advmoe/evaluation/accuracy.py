@@ -37,7 +37,7 @@ from advmoe.evaluation.scoring import (
     stream,
     take,
 )
-from advmoe.evaluation.suite import Setting, default_attacks, named, require_classes
+from advmoe.evaluation.suite import ATTACKS, Setting, default_attacks, named, require_classes
 from advmoe.models.state import digest
 from advmoe.moe.routing import route
 from advmoe.pool import Place, threads_set
@@ -105,7 +105,7 @@ def make_job(
 
 def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
     """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
-    names = tuple(name for name in wanted if name != "routed" or job.setting.routed)
+    names = tuple(name for name in wanted if job.setting.routed or not ATTACKS.find(name).for_routed)
     if not names:
         raise InputError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
     return names

@@ -20,13 +20,14 @@ from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
 from advmoe.evaluation.images import input_shape, random_images, run_images
-from advmoe.models import BACKBONES, Classifier, create_model, find_backbone
+from advmoe.models import Classifier, create_model, find_backbone
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
 from advmoe.moe import pathway
 from advmoe.pool import threads_set
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, MODEL
+from advmoe.tables import BACKBONES
 from advmoe.text import aligned, percent
 
 BATCHES = (1, 32, 128)
@@ -118,7 +119,7 @@ def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
     except ValueError:
         if name.startswith("wrn-"):  # a Wide ResNet that cannot be, which that error explains
             raise
-        names = f"{', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10)"
+        names = f"{BACKBONES.known()}"
         rule = f"a run directory (one that holds a model.json) or a backbone, one of {names}"
         raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
     settings = {"num_classes": 10, "input_size": 32, **model}

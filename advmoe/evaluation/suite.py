@@ -13,26 +13,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from advmoe.attacks.autoattack import autoattack_attack, official_library
 from advmoe.attacks.base import Attack, Found, Part
-from advmoe.attacks.pgd import LossName, Predict, pgd
+from advmoe.attacks.pgd import LOSSES, Predict, pgd
 from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
+from advmoe.tables import Family, Table
 from advmoe.text import show
 from advmoe.threat import ThreatModel
-
-KNOWN = ("pgd-STEPS[-margin|-dlr|-kl][-soft]", "autoattack[-plus|-rand]", "autoattack:NAME+NAME", "routed")
-_PGD = re.compile(r"pgd(?:-(?P<steps>[1-9][0-9]{0,4}))?(?:-(?P<loss>margin|dlr|kl))?(?P<soft>-soft)?")
-_AUTOATTACK = re.compile(r"autoattack(?:-(?P<version>plus|rand)|:(?P<custom>[a-z+-]+))?")
-_CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +50,152 @@ class Setting:
         )  # fmt: skip
 
 
-def stretched(name: str, setting: Setting, eps: float) -> Setting:
-    """`setting` at the radius `eps`, which the steps of the attack with this full name can cross.
+class Form(Protocol):
+    """An attack as it is asked for by name."""
 
-    The step is the configured one or, where that is more, 2.5 eps / N: of PGD the N of its name, else `attack.steps`.
-    """
-    match = _PGD.fullmatch(name)
-    steps = int(match["steps"]) if match else setting.attack.steps
-    size = Pixels(max(float(setting.attack.step_size), 2.5 * eps / steps))
-    threat = ThreatModel(setting.threat.norm, eps)
-    return replace(setting, threat=threat, attack=replace(setting.attack, step_size=size))
+    @property
+    def for_routed(self) -> bool:
+        """Whether it can add something for models with MoE layers alone."""
+
+    @property
+    def least_classes(self) -> int:
+        """Classes that its loss needs."""
+
+    def named(self, setting: Setting) -> str:
+        """Its full name. Raises `InputError` for a model that has no use for it, or where an extra is missing."""
+
+    def steps(self, setting: Setting) -> int:
+        """Steps that have to cross the ball."""
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        """The attack on `predict`; `plan` is what `routed` needs."""
+
+
+@dataclass(frozen=True)
+class _Pgd:
+    number: int | None
+    """Of steps; None: `attack.steps`."""
+    loss: str
+    soft: bool
+
+    for_routed = False
+
+    @property
+    def least_classes(self) -> int:
+        return LOSSES[self.loss].least_classes
+
+    def steps(self, setting: Setting) -> int:
+        return self.number or setting.attack.steps
+
+    def named(self, setting: Setting) -> str:
+        loss, soft = "" if self.loss == "ce" else f"-{self.loss}", "-soft" if self.soft else ""
+        name = f"pgd-{self.steps(setting)}{loss}{soft}"
+        if self.soft and not setting.routed:
+            raise InputError(f"attacks must not name soft routing for a model without MoE layers, got {name!r}")
+        return name
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        threat, size, restarts = setting.threat, float(setting.attack.step_size), setting.attack.restarts
+        surrogate, steps = soft_routing(predict) if self.soft else None, self.steps(setting)
+
+        def run(x: Tensor, y: Tensor, seed: int) -> Found:
+            generator = torch.Generator().manual_seed(seed)
+            return Found(
+                pgd(predict, x, y, threat=threat, steps=steps, step_size=size, restarts=restarts, loss=self.loss,
+                    surrogate=surrogate, generator=generator)
+            )  # fmt: skip
+
+        reach = steps * size
+        short = f"{steps} steps of {size:.4g} cannot cross the ball from its centre to its edge, {threat.eps:.4g}"
+        settings = {"steps": steps, "step_size": size, "restarts": restarts, "loss": self.loss}
+        return Attack(self.named(setting), (Part("pgd", run),), settings, (short,) if reach < threat.eps else ())
+
+
+@dataclass(frozen=True)
+class _AutoAttack:
+    name: str
+    version: Literal["standard", "plus", "rand", "custom"]
+    parts: tuple[str, ...] | None = None
+
+    for_routed = False
+
+    @property
+    def least_classes(self) -> int:
+        return 3 if any("-dlr" in part for part in self.parts or ()) else 2
+
+    def steps(self, setting: Setting) -> int:
+        return setting.attack.steps
+
+    def named(self, setting: Setting) -> str:
+        official_library()
+        return self.name
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        return autoattack_attack(predict, threat=setting.threat, version=self.version, attacks=self.parts)
+
+
+@dataclass(frozen=True)
+class _Routed:
+    for_routed = True
+    least_classes = 2
+
+    def steps(self, setting: Setting) -> int:
+        return setting.attack.steps
+
+    def named(self, setting: Setting) -> str:
+        if setting.routed and setting.attack.queries:
+            official_library()
+        return "routed"
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        assert plan is not None
+        return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
+
+
+def _pgd(name: str) -> Form | None:
+    losses = "|".join(loss for loss in LOSSES if loss != "ce")
+    match = re.fullmatch(rf"pgd(?:-([1-9][0-9]{{0,4}}))?(?:-({losses}))?(-soft)?", name)
+    return match and _Pgd(int(match[1]) if match[1] else None, match[2] or "ce", match[3] is not None)
+
+
+def _custom(name: str) -> Form | None:
+    if (match := re.fullmatch(r"autoattack:([a-z+-]+)", name)) is None:
+        return None
+    parts = tuple(match[1].split("+"))
+    if unknown := [each for each in parts if each not in _CUSTOM]:
+        raise InputError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {show(unknown[0])}")
+    return _AutoAttack(name, "custom", parts)
+
+
+_CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+
+ATTACKS: Table[Form] = Table(
+    "attacks",
+    {
+        "routed": _Routed(),
+        "autoattack": _AutoAttack("autoattack", "standard"),
+        "autoattack-plus": _AutoAttack("autoattack-plus", "plus"),
+        "autoattack-rand": _AutoAttack("autoattack-rand", "rand"),
+    },
+    Family("pgd-STEPS[-margin|-dlr|-kl][-soft]", _pgd),
+    Family("autoattack:NAME+NAME", _custom),
+)
 
 
 def default_attacks(setting: Setting) -> tuple[str, ...]:
     """PGD, and PGD through soft routing for a routed model."""
     name = f"pgd-{setting.attack.steps}"
     return (name, f"{name}-soft") if setting.routed else (name,)
+
+
+def stretched(name: str, setting: Setting, eps: float) -> Setting:
+    """`setting` at the radius `eps`, which the steps of the attack with this full name can cross.
+
+    The step is the configured one or, where that is more, 2.5 eps / N: of PGD the N of its name, else `attack.steps`.
+    """
+    size = Pixels(max(float(setting.attack.step_size), 2.5 * eps / ATTACKS.find(name).steps(setting)))
+    threat = ThreatModel(setting.threat.norm, eps)
+    return replace(setting, threat=threat, attack=replace(setting.attack, step_size=size))
 
 
 def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
@@ -79,66 +205,17 @@ def named(names: Sequence[str], setting: Setting) -> tuple[str, ...]:
     """
     if not names:
         raise InputError("attacks must name at least one attack, got none")
-    found = []
-    for name in names:
-        check_name(name)
-        if name.startswith("autoattack") or (name == "routed" and setting.routed and setting.attack.queries):
-            official_library()
-        if match := _PGD.fullmatch(name):
-            parts = match.groupdict()
-            loss = f"-{parts['loss']}" if parts["loss"] else ""
-            name = f"pgd-{parts['steps'] or setting.attack.steps}{loss}{parts['soft'] or ''}"
-            if parts["soft"] and not setting.routed:
-                raise InputError(f"attacks must not name soft routing for a model without MoE layers, got {name!r}")
-        found.append(name)
-    return tuple(dict.fromkeys(found))
-
-
-def check_name(name: str) -> None:
-    """Raise `ValueError` unless `name` is an attack's, whatever the model."""
-    match = _AUTOATTACK.fullmatch(name)
-    custom = match["custom"] if match else None
-    unknown = [] if custom is None else [each for each in custom.split("+") if each not in _CUSTOM]
-    if unknown:
-        raise InputError(f"attacks must name parts of AutoAttack ({', '.join(_CUSTOM)}), got {show(unknown[0])}")
-    if not (match or _PGD.fullmatch(name) or name == "routed"):
-        raise InputError(f"attacks must be among {', '.join(KNOWN)}, got {show(name)}")
+    return tuple(dict.fromkeys(ATTACKS.find(name).named(setting) for name in names))
 
 
 def require_classes(names: Iterable[str], num_classes: int) -> None:
     """Raise `ValueError` for an attack whose loss (DLR) needs more classes than there are."""
     for name in names:
-        if "-dlr" in name and num_classes < 3:
-            raise InputError(
-                f"attacks must not use the loss dlr for less than 3 classes, got {name!r} for {num_classes}"
-            )
+        if num_classes < (least := ATTACKS.find(name).least_classes):
+            rule = f"for less than {least} classes"
+            raise InputError(f"attacks must not use the loss dlr {rule}, got {name!r} for {num_classes}")
 
 
 def build(name: str, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
     """The attack of this full name on `predict`; `plan` is what `routed` needs."""
-    if match := _PGD.fullmatch(name):
-        loss = cast(LossName, match["loss"] or "ce")
-        return _pgd_attack(name, predict, setting, int(match["steps"]), loss, soft=bool(match["soft"]))
-    if match := _AUTOATTACK.fullmatch(name):
-        version: Any = "custom" if match["custom"] else match["version"] or "standard"
-        attacks = tuple(match["custom"].split("+")) if match["custom"] else None
-        return autoattack_attack(predict, threat=setting.threat, version=version, attacks=attacks)
-    assert plan is not None
-    return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
-
-
-def _pgd_attack(name: str, predict: Predict, setting: Setting, steps: int, loss: LossName, *, soft: bool) -> Attack:
-    threat, size, restarts = setting.threat, float(setting.attack.step_size), setting.attack.restarts
-    surrogate = soft_routing(predict) if soft else None
-
-    def run(x: Tensor, y: Tensor, seed: int) -> Found:
-        generator = torch.Generator().manual_seed(seed)
-        return Found(
-            pgd(predict, x, y, threat=threat, steps=steps, step_size=size, restarts=restarts, loss=loss,
-                surrogate=surrogate, generator=generator)
-        )  # fmt: skip
-
-    reach = steps * size
-    short = f"{steps} steps of {size:.4g} cannot cross the ball from its centre to its edge, {threat.eps:.4g}"
-    settings = {"steps": steps, "step_size": size, "restarts": restarts, "loss": loss}
-    return Attack(name, (Part("pgd", run),), settings, (short,) if reach < threat.eps else ())
+    return ATTACKS.find(name).build(predict, setting, plan)

@@ -18,21 +18,10 @@ from advmoe.documents import MOST_JSON, parse_object, read_text
 from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, stale, unsealed
+from advmoe.tables import DATASETS, METHODS
 from advmoe.text import percent, radius
 
 PAPER = "https://arxiv.org/abs/2308.10110"
-
-HUB_DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet-1k"}
-"""Names of data sets on the Hub, of those that have an official one, by ours."""
-
-_METHODS = {
-    "standard": "cross-entropy on clean images",
-    "at": "adversarial training (TRADES) of all parameters",
-    "at-routers": "adversarial training (TRADES) of the routers, the experts fixed",
-    "at-experts": "adversarial training (TRADES) of the experts, the routers fixed",
-    "sparse": "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
-    "advmoe": f"[AdvMoE]({PAPER}): routers and experts in turn, each against attacks",
-}
 
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
@@ -146,8 +135,8 @@ def _front_matter(spec: Mapping[str, Any], record: Record, name: str, license: s
         "pipeline_tag": "image-classification",
         "tags": tags,
     }
-    if record.config is not None and record.config.data.name in HUB_DATASETS:
-        front["datasets"] = [HUB_DATASETS[record.config.data.name]]
+    if record.config is not None and (known := DATASETS[record.config.data.name].hub) is not None:
+        front["datasets"] = [known]
     if record.evaluation is not None:
         front |= {"metrics": ["accuracy"], "model-index": [{"name": name, "results": [_result(record.evaluation)]}]}
     return front
@@ -162,7 +151,8 @@ def _result(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     named |= {f"robust accuracy, {attack}, {threat}": v for attack, v in evaluation["robust_accuracy"].items()}
     named[f"robust accuracy, worst case, {threat}"] = evaluation["worst_case"]
     metrics = [{"type": "accuracy", "name": key, "value": round(float(value), 6)} for key, value in named.items()]
-    dataset = {"name": source, "type": HUB_DATASETS.get(source, source), "split": str(data.get("split", "test"))}
+    known = DATASETS[source].hub or source if source in DATASETS else source
+    dataset = {"name": source, "type": known, "split": str(data.get("split", "test"))}
     return {
         "task": {"type": "image-classification", "name": "Image Classification"},
         "dataset": dataset,
@@ -261,9 +251,9 @@ def _training(record: Record) -> str:
         lines.append("Unknown: this model came without a run's settings.")
     else:
         t, threat = config.training, config.threat
-        lines.append(f"- Method `{t.method}`: {_METHODS.get(t.method, 'see the configuration below')}.")
-        if t.method != "standard":
-            steps = "1 step" if t.alternation == "warm-start" else f"{t.attack_steps} steps"
+        lines.append(f"- Method `{t.method}`: {METHODS[t.method].sentence}.")
+        if METHODS[t.method].adversarial:
+            steps = "1 step" if t.warm else f"{t.attack_steps} steps"
             inner = f"inner attack of {steps} of {t.step_size}, beta {t.beta:g}"
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
         usual = TrainingConfig(alternation="both" if t.method == "advmoe" else t.alternation)  # the paper's

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,57 +34,20 @@ from advmoe.errors import InputError
 from advmoe.files import read_object, write_text, write_whole
 from advmoe.models.classifier import Classifier, Origin
 from advmoe.models.convert import rebuilt
-from advmoe.models.densenet import DenseNet
 from advmoe.models.layers import MOST_PARAMETERS, LayerFactory, TooLarge, TooNarrow
 from advmoe.models.modes import Undrawn
 from advmoe.models.normalize import Normalize
-from advmoe.models.resnet import BasicBlock, Bottleneck, ResNet
 from advmoe.models.sparse import SparseBackbone
 from advmoe.models.state import count, digest, read_shapes, require_fitting, savable, write_tensors
-from advmoe.models.vgg import VGG
-from advmoe.models.vit import VisionTransformer
-from advmoe.models.wide_resnet import WideResNet
 from advmoe.moe.routers import ImageRouter, routers_of
 from advmoe.rundir import DIGEST, MODEL, WEIGHTS, require_plain, stored_digest
+from advmoe.tables import BACKBONES, ROUTERS, Backbone
 from advmoe.text import one_line, show
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """How a backbone is built."""
-
-    build: Callable[..., nn.Module]
-    """`(layers, *, width, in_channels, num_classes, input_size) -> module` of normalised images."""
-    width: int
-    """Channels of the first stage (a transformer's embedding) at scale 1, unless others are asked for."""
-    tokens: bool = False
-    """Whether its MoE layers see tokens, which can be routed one by one."""
-    min_size: int = 8
-    """Side of the smallest images that it takes, in pixels."""
-
-
-BACKBONES: dict[str, Backbone] = {
-    "resnet18": Backbone(partial(ResNet, block=BasicBlock, depths=(2, 2, 2, 2)), 64),
-    "resnet34": Backbone(partial(ResNet, block=BasicBlock, depths=(3, 4, 6, 3)), 64),
-    "resnet50": Backbone(partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3)), 64),
-    "vgg16": Backbone(partial(VGG, depths=(2, 2, 3, 3, 3)), 64, min_size=16),
-    "densenet40": Backbone(partial(DenseNet, depths=(6, 6, 6)), 24),
-    "deit-tiny": Backbone(partial(VisionTransformer, depth=12), 192, tokens=True),
-}
-"""Backbones by name, but for Wide ResNets (`wrn-28-10`), whose name says depth and widening: see `find_backbone`."""
 
 
 def find_backbone(name: str) -> Backbone:
     """The backbone called `name`. Raises `ValueError`, which lists what there is, for an unknown one."""
-    if name in BACKBONES:
-        return BACKBONES[name]
-    if (match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name)) is not None:
-        depth, widening = int(match[1]), int(match[2])
-        if not 10 <= depth <= 1000 or depth % 6 != 4 or not 1 <= widening <= 100:
-            rule = "D = 6n + 4 >= 10 and <= 1000, and K >= 1 and <= 100"
-            raise InputError(f"model.name wrn-D-K must have {rule}, got {show(name)}")
-        return Backbone(partial(WideResNet, depth=depth, widening=widening), 16 * widening)
-    raise InputError(f"model.name must be one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10), got {show(name)}")
+    return BACKBONES.find(name)
 
 
 def create_model(
@@ -158,10 +120,10 @@ def create_model(
             dense = build(LayerFactory(replace(config, kind="dense")))
         raise TooNarrow(scale, error.channels, _layer_of(dense, error.channels)) from None
     image_router = None
-    if kind == "moe" and router != "layer":
+    if kind == "moe" and not ROUTERS[router].in_layers:
         pool = getattr(backbone, "router_pool", 1)
         image_router = ImageRouter(
-            in_channels, wide, layers.num_moe_layers, num_experts, shared=router == "image", pool=pool
+            in_channels, wide, layers.num_moe_layers, num_experts, shared=not ROUTERS[router].apart, pool=pool
         )
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})

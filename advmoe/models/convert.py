@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from advmoe.moe.rectifier import listened
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
+from advmoe.tables import ROUTERS
 from advmoe.text import few, one_line, show
 
 SAME = 1e-3
@@ -126,8 +127,7 @@ def to_moe(
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or not 1 <= num_experts <= 1024:
         raise InputError(f"num_experts must be a whole number >= 1 and <= 1024, got {show(num_experts)}")
-    if router not in get_args(RouterKind):
-        raise InputError(f"router must be one of {', '.join(get_args(RouterKind))}, got {router!r}")
+    ROUTERS.require("router", router)
     module = module if inplace else copy.deepcopy(module)
     if isinstance(module, Classifier) and mean is None and std is None:
         mean, std, module = module.spec["mean"], module.spec["std"], module.backbone
@@ -393,7 +393,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
         listed = few([f"{layer} ({reason})" for layer, reason in conversion.skipped.items()])
         raise InputError(f"module must have a Conv2d to convert, got {name} with {listed or 'none'}")
     image_router = None
-    if router != "layer":
+    if not ROUTERS[router].in_layers:
         image_router = _image_router(module, settings, len(conversion.converted))
     for index, layer in enumerate(conversion.converted):
         try:
@@ -402,7 +402,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
             plain = None
         if not isinstance(plain, nn.Conv2d | nn.Linear):
             raise InputError(f"module must have the layers that were converted, got {name} without {layer}")
-        made = _moe_layer(plain, num_experts, index, own_router=router == "layer")
+        made = _moe_layer(plain, num_experts, index, own_router=ROUTERS[router].in_layers)
         made.copies = layer in conversion.in_place
         made.title = f"MoE layer {index} ({layer})" if layer else made.title
         _answer_for(made, plain)
@@ -468,7 +468,7 @@ def _image_router(module: nn.Module, settings: dict[str, Any], num_layers: int) 
         raise InputError(f"router must be layer for a network without Conv2d, got {settings['router']!r}")
     router = ImageRouter(
         settings["in_channels"] or first.in_channels, first.out_channels, num_layers, settings["num_experts"],
-        shared=settings["router"] == "image", pool=_two(first.stride)[0],
+        shared=not ROUTERS[settings["router"]].apart, pool=_two(first.stride)[0],
     )  # fmt: skip
     device, dtype = _place(module)
     return router.to(device, torch.promote_types(dtype, torch.float32)).train(module.training)

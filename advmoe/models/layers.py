@@ -16,6 +16,7 @@ from advmoe.errors import InputError
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.rectifier import Rectifier
+from advmoe.tables import ROUTERS
 
 MOST_PARAMETERS = 10_000_000_000
 """Of a new model: 40 GB in fp32."""
@@ -103,7 +104,7 @@ class LayerFactory:
 
     def rectifier(self) -> Rectifier:
         """A ReLU, of which MoE layers with routers of their own take what these pool."""
-        return Rectifier(pools=self.config.kind == "moe" and self.config.router == "layer")
+        return Rectifier(pools=self.config.kind == "moe" and ROUTERS[self.config.router].in_layers)
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
@@ -137,7 +138,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=config.router == "layer",
+            own_router=ROUTERS[config.router].in_layers,
             shared_init=config.experts_init == "shared",
         )
 
@@ -159,7 +160,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=config.router == "layer",
+            own_router=ROUTERS[config.router].in_layers,
             per_token=config.route_per == "token",
             shared_init=config.experts_init == "shared",
         )

@@ -5,6 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -77,12 +78,12 @@ class ResNet(nn.Module):
         self,
         layers: LayerFactory,
         *,
-        block: type[BasicBlock | Bottleneck],
         depths: tuple[int, ...],
         width: int,
         in_channels: int,
         num_classes: int,
         input_size: int,
+        block: type[BasicBlock | Bottleneck] = BasicBlock,
     ) -> None:
         super().__init__()
         self.stem = stem(layers, in_channels, width, input_size)
@@ -101,3 +102,6 @@ class ResNet(nn.Module):
         """Logits (N, K) of normalised images (N, C, H, W)."""
         logits: Tensor = self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
         return logits
+
+
+BottleneckResNet = partial(ResNet, block=Bottleneck)

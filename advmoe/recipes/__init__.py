@@ -16,14 +16,8 @@ from typing import Any
 from advmoe.config import merged
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError
+from advmoe.tables import BACKBONES
 
-_BACKBONES = {
-    "resnet18": "ResNet-18",
-    "wrn-28-10": "WRN-28-10",
-    "vgg16": "VGG-16",
-    "densenet40": "DenseNet-BC-40",
-    "deit-tiny": "DeiT-Tiny",
-}
 _PAPER = {
     "cifar10": ("resnet18", "wrn-28-10", "vgg16", "densenet40"),
     "cifar100": ("resnet18", "wrn-28-10", "vgg16", "densenet40"),
@@ -71,7 +65,7 @@ def describe_setting(setting: str) -> str:
     """One line on a setting of `SETTINGS`."""
     data, backbone = SETTINGS[setting]
     line = _first_line("settings", data)
-    return f"{_BACKBONES[backbone]} on {line}" if backbone else line
+    return f"{BACKBONES.find(backbone).label} on {line}" if backbone else line
 
 
 def describe_method(method: str) -> str:

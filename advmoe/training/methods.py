@@ -1,74 +1,20 @@
-"""Who is updated when: a method is a schedule of levels, some or all of which an iteration runs.
-
-psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'; a sparse model has channel
-scores besides. Each level has a batch and an attack on the current model, its own or shared with another level, and
-changes its part alone.
-"""
+"""What a level of `tables.methods` runs on, and which parameters it moves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from advmoe.config import Method, TrainingConfig
 from advmoe.models import split_parameters
 from advmoe.models.sparse import scores_of
 from advmoe.moe.routers import routers_of
+from advmoe.tables import Level, Part
 from advmoe.training.schedule import batches
-
-Part = Literal["all", "experts", "routers", "scores"]
-
-
-@dataclass(frozen=True)
-class Level:
-    """One update: which part moves, against an attack or not, and when and on what it does."""
-
-    part: Part
-    adversarial: bool = True
-    batch: int = 0
-    """Which of an iteration's batches. Levels on one batch share it and the attack on it, made before the first."""
-    every: int = 1
-    """The level runs in the iterations whose number, from the run's start, is `turn` modulo `every`."""
-    turn: int = 0
-    warm: bool = False
-    """Whether the attack is one step from an image's last perturbation (ATTA, Zheng et al., CVPR 2020)."""
-
-
-METHODS: dict[Method, tuple[Level, ...]] = {
-    "standard": (Level("all", adversarial=False),),
-    "at": (Level("all"),),
-    "at-routers": (Level("routers"),),
-    "at-experts": (Level("experts"),),
-    # Its second phase; before and after it is `at` (see `phases`).
-    "sparse": (Level("scores"),),
-    # Algorithm 1: the lower level (routers) first, then the upper (backbone).
-    "advmoe": (Level("routers"), Level("experts", batch=1)),
-}
-
-_ALTERNATIONS: dict[str, tuple[Level, ...]] = {
-    "both": METHODS["advmoe"],
-    "shared-attack": (Level("routers"), Level("experts")),
-    "by-iteration": (Level("routers", every=2), Level("experts", every=2, turn=1)),
-    "warm-start": (Level("routers", warm=True), Level("experts", batch=1, warm=True)),
-}
-"""AdvMoE's levels by `training.alternation`, but for those with a K."""
-
-
-def levels_of(training: TrainingConfig) -> tuple[Level, ...]:
-    """The levels of the method that `training` describes, in the order in which an iteration runs those due."""
-    if training.method != "advmoe":
-        return METHODS[training.method]
-    if training.every is not None:
-        shared = training.alternation.startswith("shared-")
-        return Level("routers", every=training.every), Level("experts", batch=0 if shared else 1)
-    return _ALTERNATIONS[training.alternation]
-
 
 Run = list[tuple[Tensor, tuple[Level, ...]]]
 """What one iteration runs: its batches in turn, as indices (B,) of images, each with the levels on it."""

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from advmoe.config import Config, Method, ModelKind
+from advmoe.config import Config, ModelKind
 from advmoe.pruning import adopt, compact, dense_form
 from advmoe.seeding import seed_for
 
 if TYPE_CHECKING:
     from advmoe.training.trainer import Trainer
 
-_FORMS: dict[str, tuple[ModelKind, Method]] = {
+_FORMS: dict[str, tuple[ModelKind, str]] = {
     "pretrain": ("dense", "at"),
     "prune": ("sparse", "sparse"),
     "finetune": ("s-dense", "at"),

@@ -38,6 +38,7 @@ from advmoe.rundir import (
     digest_at,
     require_plain,
 )
+from advmoe.tables import METHODS
 from advmoe.text import one_line
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
@@ -172,7 +173,7 @@ def _score(method: str, measured: dict[str, float] | None) -> float | None:
     """What the best checkpoint is chosen by; None (the last one is best) without a validation split."""
     if measured is None:
         return None
-    return measured["clean_accuracy" if method == "standard" else "robust_accuracy"]
+    return measured["robust_accuracy" if METHODS[method].adversarial else "clean_accuracy"]
 
 
 def _epoch_line(
@@ -316,7 +317,7 @@ def _notes(config: Config, images: int) -> list[str]:
     if t.batch_size > images:
         lines.append(f"training.batch_size {t.batch_size} is more than the training images: batches are of {images}")
     total = t.epochs * (images // min(t.batch_size, images))
-    if t.method == "advmoe" and t.every is not None and t.every > total:
+    if max(level.every for level in t.levels()) > total:
         lines.append(f"training.alternation {t.alternation} trains the routers once: the run has {total} iterations")
     return lines
 

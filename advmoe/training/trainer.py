@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import trades_attack
-from advmoe.config import ROUTED_METHODS, AttackConfig, Config, Pixels
+from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
@@ -32,12 +32,13 @@ from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import shown
 from advmoe.pruning import adopt, compact, expand
 from advmoe.seeding import generator_for, seed_for
+from advmoe.tables import METHODS, Level
 from advmoe.text import one_line
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import Checkpoint
-from advmoe.training.methods import Level, epoch_plan, learning, levels_of, parts_of
+from advmoe.training.methods import epoch_plan, learning, parts_of
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import (
     Terms,
@@ -104,7 +105,7 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
     _require_train_mode(model, example, source)
     t = config.training
     reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
-    if method in ROUTED_METHODS:
+    if METHODS[method].apart:
         reasons.append(f"training.method is {method}")
     if reasons and not model.routed:
         rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
@@ -159,7 +160,7 @@ class Trainer:
             layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
             self.table = codewords(t.codes, *arguments).to(device)
-        self.levels = levels_of(t)
+        self.levels = t.levels()
         if t.ema > 0:
             self.average = WeightAverage(self.model, t.ema)
         if any(level.warm for level in self.levels):

@@ -97,8 +97,8 @@ def test_examples_tell_what_became_of_each():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["pgd-0"], r"attacks must be among pgd-STEPS.*routed, got 'pgd-0'"),
-        (["autoatack"], "attacks must be among .*got 'autoatack'"),
+        (["pgd-0"], r"attacks must be one of routed.*pgd-STEPS.*, got 'pgd-0'"),
+        (["autoatack"], "attacks must be one of .*got 'autoatack'"),
         (["autoattack:square+"], r"attacks must name parts of AutoAttack \(apgd-ce, .*\), got ''"),
         (["autoattack:apgd-ce+cube"], r"attacks must name parts of AutoAttack \(apgd-ce, .*\), got 'cube'"),
         (["pgd-5-soft"], "must not name soft routing for a model without MoE layers, got 'pgd-5-soft'"),

@@ -165,7 +165,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert (report["model"]["router"], report["model"]["num_classes"], report["threads"]) == ("image", 7, 1)
 
 
-KNOWN = f"a backbone, one of {', '.join(BACKBONES)}, wrn-D-K (as in wrn-28-10)"
+KNOWN = f"a backbone, one of {BACKBONES.known()}"
 MISTAKES = [
     (["cost", "resnet19"], f"RUN_OR_NAME must be a run directory (one that holds a model.json) or {KNOWN}"),
     (["cost", "wrn-27-10"], "model.name wrn-D-K must have D = 6n + 4"),

@@ -1,17 +1,16 @@
 """Who learns when: the table of methods, their schedules, and that what does not learn is fixed bit for bit."""
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from advmoe.config import Method, TrainingConfig
+from advmoe.config import TrainingConfig
 from advmoe.models import create_model, split_parameters
 from advmoe.models.convert import to_moe
 from advmoe.moe import routers_of
-from advmoe.training.methods import METHODS, Level, epoch_plan, learning, levels_of, parts_of
+from advmoe.tables import METHODS, Level
+from advmoe.training.methods import epoch_plan, learning, parts_of
 from advmoe.training.objectives import trades
 from advmoe.training.schedule import batches
 
@@ -19,8 +18,7 @@ ROUTERS = ["layer", "embedding", "image"]
 
 
 def test_the_table_of_methods():
-    assert set(METHODS) == set(get_args(Method))
-    levels = {name: [(level.part, level.adversarial) for level in method] for name, method in METHODS.items()}
+    levels = {name: [(level.part, level.adversarial) for level in method.levels] for name, method in METHODS.items()}
     assert levels == {
         "standard": [("all", False)],
         "at": [("all", True)],
@@ -29,12 +27,12 @@ def test_the_table_of_methods():
         "sparse": [("scores", True)],
         "advmoe": [("routers", True), ("experts", True)],  # the lower level comes first
     }
-    assert METHODS["at"] == (Level("all"),)
+    assert METHODS["at"].levels == (Level("all"),)
 
 
 def plan_of(alternation, epoch=0, num_images=70, batch_size=10):
     """Per iteration, each batch as (its images, the parts that learn from it)."""
-    levels = levels_of(TrainingConfig(alternation=alternation))
+    levels = TrainingConfig(alternation=alternation).levels()
     plan = epoch_plan(levels, num_images, batch_size, seed=0, epoch=epoch)
     return [[(index.tolist(), tuple(level.part for level in on)) for index, on in run] for run in plan]
 
@@ -44,14 +42,15 @@ def seen(plan, part):
     return [image for run in plan for index, parts in run if part in parts for image in index]
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_levels_and_both_is_the_paper_s(method):
     config = TrainingConfig(method=method, alternation="both", init_from="somewhere")
-    assert levels_of(config) == METHODS[method]
-    plan = epoch_plan(METHODS[method], 70, 10, seed=0, epoch=3)
-    expected = batches(70, 10, seed=0, epoch=3, levels=len(METHODS[method]))
+    levels = METHODS[method].levels
+    assert config.levels() == levels
+    plan = epoch_plan(levels, 70, 10, seed=0, epoch=3)
+    expected = batches(70, 10, seed=0, epoch=3, levels=len(levels))
     assert [[index.tolist() for index, _ in run] for run in plan] == [[b.tolist() for b in each] for each in expected]
-    assert all([on for _, on in run] == [(level,) for level in METHODS[method]] for run in plan)
+    assert all([on for _, on in run] == [(level,) for level in levels] for run in plan)
 
 
 @pytest.mark.parametrize("alternation", ["both", "warm-start"])
@@ -61,7 +60,7 @@ def test_both_levels_on_batches_of_their_own(alternation):
     assert sorted(seen(plan, "routers")) == sorted(seen(plan, "experts")) == list(range(70))
     assert all(not set(routers) & set(experts) for (routers, _), (experts, _) in plan)
     assert all(
-        level.warm == (alternation == "warm-start") for level in levels_of(TrainingConfig(alternation=alternation))
+        level.warm == (alternation == "warm-start") for level in TrainingConfig(alternation=alternation).levels()
     )
 
 

@@ -13,8 +13,9 @@ from advmoe.config import Config
 from advmoe.data import load_dataset
 from advmoe.models import split_parameters
 from advmoe.moe import routers_of
+from advmoe.tables import METHODS, Level
 from advmoe.training import trainer as trainers
-from advmoe.training.methods import METHODS, Level, learning
+from advmoe.training.methods import learning
 from advmoe.training.objectives import trades
 from advmoe.training.run import resume, train
 from advmoe.training.trainer import Trainer, build_model
@@ -28,7 +29,7 @@ SMALL = {
     "training": {"epochs": 3, "batch_size": 20, "step_size": 0.06, "val_attack_steps": 2},
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
-ROUTERS, EXPERTS = METHODS["advmoe"]
+ROUTERS, EXPERTS = METHODS["advmoe"].levels
 ALTERNATIONS = ["both", "shared-attack", "by-iteration", "every-2", "shared-every-2", "warm-start"]
 
 

@@ -1,0 +1,129 @@
+"""Training methods, and how AdvMoE alternates: who is updated when.
+
+psi are the backbone's parameters (experts, norms, stem, classifier), phi the routers'; a sparse model has channel
+scores besides. A method is a schedule of levels, some or all of which an iteration runs. Each level has a batch and an
+attack on the current model, its own or shared with another level, and changes its part alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from advmoe.tables.table import Family, Table
+
+Part = Literal["all", "experts", "routers", "scores"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One update: which part moves, against an attack or not, and when and on what it does."""
+
+    part: Part
+    adversarial: bool = True
+    batch: int = 0
+    """Which of an iteration's batches. Levels on one batch share it and the attack on it, made before the first."""
+    every: int = 1
+    """The level runs in the iterations whose number, from the run's start, is `turn` modulo `every`."""
+    turn: int = 0
+    warm: bool = False
+    """Whether the attack is one step from an image's last perturbation (ATTA, Zheng et al., CVPR 2020)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train."""
+
+    levels: tuple[Level, ...]
+    """In the order in which an iteration runs those due."""
+    label: str
+    """What tables call it, ahead of the kind of network where that says more."""
+    sentence: str
+    """What it does, in a model card."""
+    start: bool = False
+    """Whether it begins with another run's weights (`training.init_from`)."""
+    kind: str | None = None
+    """The one kind of network that it trains, where it trains no other."""
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any level is trained against attacks."""
+        return any(level.adversarial for level in self.levels)
+
+    @property
+    def apart(self) -> bool:
+        """Whether routers and experts learn apart, so that there must be both."""
+        return any(level.part in ("routers", "experts") for level in self.levels)
+
+    @property
+    def routers_apart(self) -> bool:
+        """Whether a level trains the routers alone, which may then have an objective of their own."""
+        return any(level.part == "routers" for level in self.levels)
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether any level moves routers."""
+        return any(level.part != "experts" for level in self.levels)
+
+
+_BOTH = (Level("routers"), Level("experts", batch=1))
+"""Algorithm 1: the lower level (routers) first, then the upper (backbone)."""
+
+METHODS: Table[Method] = Table(
+    "training.method",
+    {
+        "standard": Method((Level("all", adversarial=False),), "standard", "cross-entropy on clean images"),
+        "at": Method((Level("all"),), "AT", "adversarial training (TRADES) of all parameters"),
+        "at-routers": Method(
+            (Level("routers"),), "at-routers",
+            "adversarial training (TRADES) of the routers, the experts fixed", start=True,
+        ),
+        "at-experts": Method(
+            (Level("experts"),), "at-experts",
+            "adversarial training (TRADES) of the experts, the routers fixed", start=True,
+        ),
+        # Its second phase; before and after it is `at` (see `training.phases`).
+        "sparse": Method(
+            (Level("scores"),), "AT",
+            "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
+            kind="sparse",
+        ),
+        "advmoe": Method(
+            _BOTH, "AdvMoE",
+            "[AdvMoE](https://arxiv.org/abs/2308.10110): routers and experts in turn, each against attacks",
+        ),
+    },
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """How AdvMoE takes turns between routers and experts."""
+
+    levels: tuple[Level, ...]
+
+
+def _every(shared: bool) -> Family[Alternation]:
+    prefix = "shared-" if shared else ""
+
+    def read(name: str) -> Alternation | None:
+        match = re.fullmatch(prefix + r"every-([1-9][0-9]{0,4})", name)
+        if match is None or not 2 <= (every := int(match[1])) <= 10_000:
+            return None
+        return Alternation((Level("routers", every=every), Level("experts", batch=0 if shared else 1)))
+
+    return Family(f"{prefix}every-K{' (K a whole number >= 2 and <= 10000)' if shared else ''}", read)
+
+
+ALTERNATIONS: Table[Alternation] = Table(
+    "training.alternation",
+    {
+        "both": Alternation(_BOTH),
+        "shared-attack": Alternation((Level("routers"), Level("experts"))),
+        "by-iteration": Alternation((Level("routers", every=2), Level("experts", every=2, turn=1))),
+        "warm-start": Alternation((Level("routers", warm=True), Level("experts", batch=1, warm=True))),
+    },
+    _every(shared=False),
+    _every(shared=True),
+)

@@ -1,0 +1,80 @@
+"""A table: what can be chosen by name, and all that the program asks about each choice. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
+from typing import Any, Generic, TypeVar
+
+from advmoe.errors import InputError
+from advmoe.text import show
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Family(Generic[Entry]):
+    """Entries whose names hold a number or words, such as `every-K`."""
+
+    spelling: str
+    """How their names are spelt, as messages say it."""
+    read: Callable[[str], Entry | None]
+    """The entry of a name; None where the name is not of the family, `InputError` where its numbers do not do."""
+
+
+class Table(MutableMapping[str, Entry]):
+    """The entries of one field by name, in the order in which they are shown."""
+
+    def __init__(self, field: str, entries: Mapping[str, Entry], *families: Family[Entry]) -> None:
+        self.field, self.families = field, families
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def known(self) -> str:
+        """The names that there are, families by their spelling, separated by commas."""
+        return ", ".join([*self, *(family.spelling for family in self.families)])
+
+    def find(self, name: Any, field: str | None = None) -> Entry:
+        """The entry called `name`. Raises `InputError`, which names the field and lists what there is."""
+        if isinstance(name, str):
+            if name in self._entries:
+                return self._entries[name]
+            for family in self.families:
+                if (entry := family.read(name)) is not None:
+                    return entry
+        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}")
+
+    def require(self, field: str, value: Any) -> None:
+        """Raise the `InputError` of `find` unless there is an entry called `value`."""
+        self.find(value, field)
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Add an entry. Raises `InputError` where the name is taken."""
+        if name in self._entries or any(family.read(name) is not None for family in self.families):
+            raise InputError(f"{self.field} has {show(name)} already")
+        self._entries[name] = entry
+
+
+def lazily(path: str, **options: Any) -> Callable[..., Any]:
+    """What `module:name` calls with these options, imported at the first call."""
+    return partial(_call, path, **options)
+
+
+def _call(path: str, *args: Any, **options: Any) -> Any:
+    return resolve_name(path)(*args, **options)
