@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.models.layers import Projection
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.conv import MoEConv2d, kept_pixels
@@ -22,8 +21,9 @@ from advmoe.moe.dispatch import fixed_convolution
 from advmoe.moe.layer import WORTH_PACKING, Finish
 from advmoe.moe.rectifier import Rectifier, listened
 from advmoe.moe.routing import active_routing
+from advmoe.ops import raw
 
-Folded = tuple[Tensor, Tensor, native.Packed | None]
+Folded = tuple[Tensor, Tensor, raw.Packed | None]
 """Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each; both as the kernels
 read them.
 """
@@ -98,7 +98,7 @@ def conv_norm(
     filters, bias, packed = folds.of(conv, norm, dtype)
     if isinstance(conv, MoEConv2d):
         return conv.folded(x, filters, bias, packed, finish)
-    if packed is not None and packed.dtype == x.dtype and native.suits(x):
+    if packed is not None and packed.dtype == x.dtype and raw.suits(x):
         y = fixed_convolution(x, packed)
     elif isinstance(conv, Projection):
         y = F.conv2d(kept_pixels(x, conv.stride), filters, bias)
@@ -111,7 +111,7 @@ def _worth_folding(conv: nn.Module, x: Tensor) -> bool:
     """Whether a single pass gains by it: where kernels read filters that are packed for this pass anyway."""
     if type(conv) is not MoEConv2d or torch.is_grad_enabled() or len(x) < WORTH_PACKING:
         return False
-    return native.suits(x) and native.Packed.suits(conv.bank, conv.num_experts)
+    return raw.suits(x) and raw.Packed.suits(conv.bank, conv.num_experts)
 
 
 def _fixed(conv: nn.Module, norm: nn.Module) -> bool:

@@ -10,12 +10,12 @@ from math import ceil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.config import ModelConfig
 from advmoe.errors import InputError
 from advmoe.moe.conv import MoEConv2d, kept_pixels
 from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.rectifier import Rectifier
+from advmoe.ops import raw
 
 MOST_PARAMETERS = 10_000_000_000
 """Of a new model: 40 GB in fp32."""
@@ -61,11 +61,11 @@ class Projection(nn.Conv2d):
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
         return F.conv2d(kept_pixels(input, self.stride), self.weight, self.bias)
 
-    def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
+    def packed(self, filters: Tensor, biases: Tensor) -> raw.Packed | None:
         """`filters` (C_out, C_in, 1, 1) and `biases` (C_out,) as the kernels read them, or None where they do not."""
-        if not native.Packed.suits(filters, 1):
+        if not raw.Packed.suits(filters, 1):
             return None
-        return native.Packed.of(filters[None], biases[None], (self.stride[0], self.stride[1]), (0, 0))
+        return raw.Packed.of(filters[None], biases[None], (self.stride[0], self.stride[1]), (0, 0))
 
 
 class LayerFactory:

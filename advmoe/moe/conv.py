@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import Finish, MoELayer, Weights
 from advmoe.moe.rectifier import listened, pooled_before
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import active_routing
+from advmoe.ops import raw
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -33,7 +33,7 @@ def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
     channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
     """
-    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and native.eager():
+    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and raw.eager():
         kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
         return kept
     return _strided(x, stride)
@@ -132,7 +132,7 @@ class MoEConv2d(MoELayer):
         x: Tensor,
         filters: Tensor,
         biases: Tensor,
-        fixed: native.Packed | None,
+        fixed: raw.Packed | None,
         finish: Finish | None = None,
     ) -> Tensor:
         """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
@@ -147,7 +147,7 @@ class MoEConv2d(MoELayer):
                 return y
         return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
 
-    def _at_once(self, x: Tensor, fixed: native.Packed, finish: Finish) -> Tensor | None:
+    def _at_once(self, x: Tensor, fixed: raw.Packed, finish: Finish) -> Tensor | None:
         """The router's choice, the convolution and its finish in one kernel, or None where there is more to it."""
         routing, router, rectifier = active_routing(), self.router, finish.rectifier
         usual = routing.mode == "hard" and routing.forced is None and self.layer not in routing.scores
@@ -155,7 +155,7 @@ class MoEConv2d(MoELayer):
         if not usual or self.copies or type(router) is not LayerRouter or finish.norm is not None:
             return None
         pooled, shortcut = pooled_before(x), finish.shortcut
-        if pooled is None or x.shape[0] < 2 or fixed.dtype != x.dtype or self.c_out % native.LANES:
+        if pooled is None or x.shape[0] < 2 or fixed.dtype != x.dtype or self.c_out % raw.LANES:
             return None
         others = () if shortcut is None else (shortcut,)
         scorer = router.scorer(pooled)
@@ -164,10 +164,10 @@ class MoEConv2d(MoELayer):
             or scorer.last.out_features != self.num_experts
             or listened(router)
             or listened(rectifier)
-            or not native.suits(x, *others)
+            or not raw.suits(x, *others)
         ):
             return None
-        made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
+        made = raw.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
         routing.scores[self.layer], routing.choices[self.layer] = made.scores, made.choice
         return rectifier.kept(made.y, made.pooled, None)
 
@@ -175,7 +175,7 @@ class MoEConv2d(MoELayer):
         """The layer's output for `x` (N, C_in, H, W), finished."""
         return self._pass(x, Weights(self.banks()), finish)
 
-    def packed(self, *banks: Tensor) -> native.Packed | None:
+    def packed(self, *banks: Tensor) -> raw.Packed | None:
         """Filters (M, C_in, k, k) and, if there are, biases (M,) as the kernels read them, or None where they do not
         compute this or PyTorch is better at it.
         """
@@ -183,14 +183,14 @@ class MoEConv2d(MoELayer):
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
-        if not native.Packed.suits(filters, self.num_experts):
+        if not raw.Packed.suits(filters, self.num_experts):
             return None
         of_experts = [
             None if bank is None else bank.unflatten(0, (self.num_experts, -1)) if self.apart else bank[self.row_index]
             for bank in (filters, biases)
         ]
         assert of_experts[0] is not None
-        return native.Packed.of(of_experts[0], of_experts[1], stride, _pair(self.padding))
+        return raw.Packed.of(of_experts[0], of_experts[1], stride, _pair(self.padding))
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advmoe import native
+from advmoe.ops import raw
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def _scatter(parts: tuple[Tensor, ...], members: tuple[Tensor, ...]) -> Tensor:
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
     """Each sample's inner product of `a` and `b` (N, ...), (N,)."""
-    if native.suits(a, b):
-        return native.products(a, b)
+    if raw.suits(a, b):
+        return raw.products(a, b)
     (rows, last), (others, same) = _rows(a), _rows(b)
     if last != same:
         others, _ = _rows(_laid_out(b, last))
@@ -150,8 +150,8 @@ class _GatedSplit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if native.suits(x, *grads):
-            grad, products = native.unsplit(native.Parts(grads, ctx.members), x)
+        if raw.suits(x, *grads):
+            grad, products = raw.unsplit(raw.Parts(grads, ctx.members), x)
         else:
             grad = _scatter(grads, ctx.members)
             products = _row_products(grad, x)
@@ -188,20 +188,20 @@ class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, choice: Tensor) -> Tensor:
         ctx.save_for_backward(scores, choice)
-        return native.chosen_probability(scores, choice)
+        return raw.chosen_probability(scores, choice)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         scores, choice = ctx.saved_tensors
-        return native.chosen_probability_backward(scores, choice, grad.contiguous()), None
+        return raw.chosen_probability_backward(scores, choice, grad.contiguous()), None
 
 
 class _Convolution(torch.autograd.Function):
     """A convolution by fixed filters, of which each sample uses its expert's, and `straight_through` ahead of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, choice: Tensor, filters: raw.Packed) -> Tensor:
         ctx.filters, ctx.gate_dtype = filters, None if gate is None else gate.dtype
         ctx.save_for_backward(x, choice, filters.filters)  # the last so that a change of these does not go unnoticed
         return filters.convolve(x, choice)
@@ -220,21 +220,21 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, every: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(every, weights)
-        return native.mixed(every, weights)
+        return raw.mixed(every, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         every, weights = ctx.saved_tensors
         every, grad = (each.contiguous(memory_format=torch.channels_last) for each in (every, grad))
-        return native.unmixed(grad, every, weights)
+        return raw.unmixed(grad, every, weights)
 
 
 def mix(every: Tensor, weights: Tensor) -> Tensor:
     """The sum over experts of `weights` (N, E) times what each made, `every` (N, E, ...): (N, ...)."""
     if every.dim() == 5 and weights.dtype == torch.float32:
         together = every.flatten(1, 2)
-        if native.mixes(together, every.shape[1]):
+        if raw.mixes(together, every.shape[1]):
             y: Tensor = _Mix.apply(together, weights.contiguous())  # type: ignore[no-untyped-call]
             return y
     return (every * weights.to(every.dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1)
@@ -263,7 +263,7 @@ def merge(parts: tuple[Tensor, ...], plan: Plan) -> Tensor:
 
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
     """What softmax over `scores` (N, E) gives each sample's `choice` (N,): (N,)."""
-    if scores.dtype == torch.float32 and native.suits(scores):
+    if scores.dtype == torch.float32 and raw.suits(scores):
         probability: Tensor = _Chosen.apply(scores, choice.long().contiguous())  # type: ignore[no-untyped-call]
         return probability
     return scores.softmax(1).gather(1, choice[:, None])[:, 0]
@@ -277,7 +277,7 @@ def straight_through(y: Tensor, gate: Tensor) -> Tensor:
     return gated
 
 
-def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed) -> Tensor:
+def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: raw.Packed) -> Tensor:
     """`x` (N, C_in, H, W), `straight_through` the `gate` (N,) if there is one, by the filters of the expert in `choice`
     (N,): (N, C_out, H', W'). Moves no sample; `x` is one that kernels take.
     """
@@ -287,6 +287,6 @@ def convolution(x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.
     return y
 
 
-def fixed_convolution(x: Tensor, filters: native.Packed) -> Tensor:
+def fixed_convolution(x: Tensor, filters: raw.Packed) -> Tensor:
     """`x` (N, C_in, H, W) by the only expert's filters."""
     return convolution(x, None, torch.zeros(len(x), dtype=torch.long, device=x.device), filters)

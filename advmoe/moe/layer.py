@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.errors import InputError
 from advmoe.moe.dispatch import Plan, chosen_probability, convolution, merge, mix, split, straight_through
 from advmoe.moe.rectifier import Rectifier
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import Routing, active_routing, keep
+from advmoe.ops import raw
 
 
 def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int]]:
@@ -42,7 +42,7 @@ class Weights:
     """(M, ...) each."""
     affine: bool = False
     """Whether the gate scales what is linear in the input alone, not the last of the banks, which are biases."""
-    fixed: native.Packed | None = None
+    fixed: raw.Packed | None = None
     """The same, of a convolution whose weights do not learn, as the kernels read them."""
 
 
@@ -109,7 +109,7 @@ class MoELayer(nn.Module, ABC):
         """Each sample's own expert's output, (N, ...), in one call that moves no sample, or None to group them."""
         return None
 
-    def packed(self, *banks: Tensor) -> native.Packed | None:
+    def packed(self, *banks: Tensor) -> raw.Packed | None:
         """`banks` that do not learn in this pass as kernels read them, if there are kernels for the layer."""
         return None
 
@@ -217,10 +217,10 @@ class MoELayer(nn.Module, ABC):
         ahead, behind = (gate, None) if weights.affine or (self.linear and x.requires_grad) else (None, gate)
         banks, fixed = weights.banks, weights.fixed
         learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
-        if fixed is None and not learnt and len(x) >= WORTH_PACKING and native.suits(x):
+        if fixed is None and not learnt and len(x) >= WORTH_PACKING and raw.suits(x):
             fixed = self.packed(*banks)
         direct = finish if behind is None and not self.copies else None
-        if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and native.suits(x):
+        if len(x) > 1 and fixed is not None and fixed.dtype == x.dtype and raw.suits(x):
             if direct is not None and direct.norm is None:
                 made = direct.rectifier.convolved(x, ahead, choice, fixed, direct.shortcut)
                 if made is not None:

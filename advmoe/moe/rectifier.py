@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advmoe import native
 from advmoe.moe.dispatch import Plan, merge, split_rows
 from advmoe.moe.routing import active_routing
+from advmoe.ops import raw
 
 _KNOWN = "_advmoe_rectified"
 """The attribute of a rectified tensor that holds what was made with it."""
@@ -30,8 +30,8 @@ class _Rectified(torch.autograd.Function):
     def forward(
         ctx: Any, shortcut: Tensor | None, pool: bool, members: tuple[Tensor, ...], *rows: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        y, out = native.Parts(rows, members), None if members else rows[0]
-        x, pooled = native.rectify(y, shortcut, pool=pool, out=out)
+        y, out = raw.Parts(rows, members), None if members else rows[0]
+        x, pooled = raw.rectify(y, shortcut, pool=pool, out=out)
         if out is not None:
             ctx.mark_dirty(x)
         ctx.set_materialize_grads(False)
@@ -45,13 +45,13 @@ class _Rectified(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         given, members = _given(x, *gradients), ctx.members
         if ctx.summed or not members:
-            (whole,) = native.unrectify(x, given, native.Parts((torch.empty_like(x),)))
+            (whole,) = raw.unrectify(x, given, raw.Parts((torch.empty_like(x),)))
             rows = split_rows(whole, members) if members else (whole,)
             return whole if ctx.summed else None, None, None, *rows
         into = tuple(
             torch.empty(len(m), *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_LAST) for m in members
         )
-        return None, None, None, *native.unrectify(x, given, native.Parts(into, members))
+        return None, None, None, *raw.unrectify(x, given, raw.Parts(into, members))
 
 
 class _NormRectified(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _NormRectified(torch.autograd.Function):
         members: tuple[Tensor, ...],
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        made = native.norm_rectify(native.Parts(rows, members), weight, bias, eps, shortcut, pool=pool)
+        made = raw.norm_rectify(raw.Parts(rows, members), weight, bias, eps, shortcut, pool=pool)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(made.mean, made.variance)
         ctx.save_for_backward(weight, made.x, made.mean, made.variance, *rows)
@@ -83,9 +83,9 @@ class _NormRectified(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         weight, x, mean, variance, *rows = ctx.saved_tensors
-        y, made = native.Parts(tuple(rows), ctx.members), native.Normed(x, None, mean, variance)
+        y, made = raw.Parts(tuple(rows), ctx.members), raw.Normed(x, None, mean, variance)
         given = _given(x, grad, pooled, branch)
-        dy, weight_grad, bias_grad, kept = native.unnorm_rectify(y, made, weight, ctx.eps, given, shortcut=ctx.summed)
+        dy, weight_grad, bias_grad, kept = raw.unnorm_rectify(y, made, weight, ctx.eps, given, shortcut=ctx.summed)
         return kept, None, weight_grad, bias_grad, None, None, *dy
 
 
@@ -100,7 +100,7 @@ class _ConvolutionRectified(torch.autograd.Function):
         x: Tensor,
         gate: Tensor | None,
         choice: Tensor,
-        filters: native.Packed,
+        filters: raw.Packed,
         shortcut: Tensor | None,
         pool: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -127,12 +127,12 @@ class _ConvolutionRectified(torch.autograd.Function):
 _LAST = torch.channels_last
 
 
-def _given(x: Tensor, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None) -> native.Gradients:
+def _given(x: Tensor, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None) -> raw.Gradients:
     """The gradients of `x`, of its mean and of its second use, as the kernels take them."""
     each = [g.to(x.dtype).contiguous(memory_format=_LAST) for g in (grad, branch) if g is not None]
     first = each[0] if each else torch.zeros_like(x)
     second = each[1] if len(each) == 2 else None
-    return native.Gradients(first, second, None if pooled is None else pooled.float().contiguous())
+    return raw.Gradients(first, second, None if pooled is None else pooled.float().contiguous())
 
 
 class Rectifier(nn.ReLU):
@@ -152,7 +152,7 @@ class Rectifier(nn.ReLU):
         """max(y + shortcut, 0) for `y` (N, C, H, W), which it overwrites."""
         if type(y) is Tensor and self._fused((y,), shortcut):
             if not torch.is_grad_enabled():
-                x, pooled = native.rectify(native.Parts((y,)), shortcut, pool=self.pools, out=y)
+                x, pooled = raw.rectify(raw.Parts((y,)), shortcut, pool=self.pools, out=y)
                 if not y.is_inference():
                     torch.autograd.graph.increment_version(y)
                 return self.kept(x, pooled, None)
@@ -185,12 +185,12 @@ class Rectifier(nn.ReLU):
         return rectified
 
     def convolved(
-        self, x: Tensor, gate: Tensor | None, choice: Tensor, filters: native.Packed, shortcut: Tensor | None
+        self, x: Tensor, gate: Tensor | None, choice: Tensor, filters: raw.Packed, shortcut: Tensor | None
     ) -> Tensor | None:
         """max(conv(x) + shortcut, 0) where conv is as of `dispatch.convolution`, or None where there is more to it."""
         others = () if shortcut is None else (shortcut,)
         shape = filters.made_of(x.shape)
-        if type(x) is not Tensor or listened(self) or shape[1] % native.LANES or not native.suits(x, *others):
+        if type(x) is not Tensor or listened(self) or shape[1] % raw.LANES or not raw.suits(x, *others):
             return None
         if any(each.shape != shape for each in others):
             return None
@@ -204,7 +204,7 @@ class Rectifier(nn.ReLU):
         """Whether the kernels take these."""
         others = () if shortcut is None else (shortcut,)
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return native.rectifies(*parts, *others) and all(each.shape == shape for each in others)
+        return raw.rectifies(*parts, *others) and all(each.shape == shape for each in others)
 
     @staticmethod
     def kept(x: Tensor, pooled: Tensor | None, branch: Tensor | None) -> Tensor:
@@ -266,7 +266,7 @@ def _batch_normed(norm: nn.BatchNorm2d, parts: tuple[Tensor, ...]) -> bool:
     """Whether the kernels do what `norm` does to these."""
     if not getattr(type(norm), "kernels", False) or not norm.training or norm.weight is None or norm.bias is None:
         return False
-    if norm.weight.dtype != torch.float32 or not native.suits(norm.weight, norm.bias):
+    if norm.weight.dtype != torch.float32 or not raw.suits(norm.weight, norm.bias):
         return False
     if norm.num_features != parts[0].shape[1]:  # of which PyTorch's complains
         return False

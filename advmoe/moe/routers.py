@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.moe.rectifier import listened, pooled_before
+from advmoe.ops import raw
 
 
 class _Pool(torch.autograd.Function):
@@ -23,8 +23,8 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype, ctx.shape = x.dtype, x.shape
-        if native.suits(x):
-            return native.pooled(x)
+        if raw.suits(x):
+            return raw.pooled(x)
         return x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
 
     @staticmethod
@@ -43,9 +43,9 @@ def global_pool(x: Tensor) -> Tensor:
     known = pooled_before(x)
     if known is not None:
         return known
-    suits = native.suits(x)
+    suits = raw.suits(x)
     if suits and not torch.is_grad_enabled():
-        return native.pooled(x)
+        return raw.pooled(x)
     if suits or x.dtype in (torch.bfloat16, torch.float16):
         pooled: Tensor = _Pool.apply(x)  # type: ignore[no-untyped-call]
         return pooled
@@ -85,7 +85,7 @@ class LayerRouter(nn.Module):
         pooled = None
         # For one image a router's cost is that of its calls, of which a kernel's has more around it than PyTorch's.
         one = x.shape[0] == 1 and not torch.is_grad_enabled()
-        if x.dim() == 4 and not one and not norm.training and native.suits(x):
+        if x.dim() == 4 and not one and not norm.training and raw.suits(x):
             pooled = global_pool(x)
             if (scorer := self.scorer(pooled)) is not None:
                 if not torch.is_grad_enabled():
@@ -104,7 +104,7 @@ class LayerRouter(nn.Module):
         centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
         return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
 
-    def scorer(self, pooled: Tensor) -> native.Scorer | None:
+    def scorer(self, pooled: Tensor) -> raw.Scorer | None:
         """What does by kernels what this does to `pooled` (N, C) in eval mode; None where something learns, or somebody
         listens to a part or changed it.
         """
@@ -121,14 +121,14 @@ class LayerRouter(nn.Module):
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in learnable):
             return None
-        return native.Scorer(norm, hidden, last) if native.suits(pooled, *each) else None
+        return raw.Scorer(norm, hidden, last) if raw.suits(pooled, *each) else None
 
 
 class _Scored(torch.autograd.Function):
     """A router's scores of pooled features, by kernels."""
 
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, scorer: native.Scorer) -> Tensor:
+    def forward(ctx: Any, pooled: Tensor, scorer: raw.Scorer) -> Tensor:
         scores, hidden = scorer.scores(pooled)
         ctx.scorer = scorer
         ctx.save_for_backward(hidden, *scorer.tensors())  # so that a change of these does not go unnoticed
@@ -138,7 +138,7 @@ class _Scored(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         hidden, *_ = ctx.saved_tensors
-        scorer: native.Scorer = ctx.scorer
+        scorer: raw.Scorer = ctx.scorer
         return scorer.backward(grad.contiguous(), hidden), None
 
 

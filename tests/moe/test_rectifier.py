@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from advmoe import native
 from advmoe.models import create_model
 from advmoe.models.folding import folding
 from advmoe.models.modes import frozen
@@ -22,8 +21,9 @@ from advmoe.moe.dispatch import Plan, convolution
 from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
 from advmoe.moe.routers import routers_of
 from advmoe.moe.routing import forward_scope
+from advmoe.ops import raw
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+needs_kernels = pytest.mark.skipif(not raw.available(), reason=f"no kernels: {raw.missing()}")
 LAST = torch.channels_last
 NETWORKS = [
     ("resnet18", {"kind": "moe"}),
@@ -75,8 +75,8 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
     choices = torch.arange(20)[:, None].expand(-1, layers) % 2 if layers else None
     called = []
     for kernel in ("rectify", "norm_rectify"):
-        run = getattr(native, kernel)
-        monkeypatch.setattr(native, kernel, lambda *a, run=run, **k: called.append(run) or run(*a, **k))
+        run = getattr(raw, kernel)
+        monkeypatch.setattr(raw, kernel, lambda *a, run=run, **k: called.append(run) or run(*a, **k))
     results = []
     for kernels in (True, False):
         called.clear()
@@ -85,7 +85,7 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
                 results.append(passed(model, x, choices))
                 assert called
             else:
-                with native.without_kernels():
+                with raw.without_kernels():
                     results.append(passed(model, x, choices))
                 assert not called
     assert_alike(*results, 1e-2)
@@ -100,15 +100,15 @@ def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_i
         for _ in range(5):
             model(x)  # the routers' norms have seen their features
     whole = []
-    layer = native.whole_layer
-    monkeypatch.setattr(native, "whole_layer", lambda *a, **k: whole.append(a) or layer(*a, **k))
+    layer = raw.whole_layer
+    monkeypatch.setattr(raw, "whole_layer", lambda *a, **k: whole.append(a) or layer(*a, **k))
     with frozen(model), torch.no_grad():
         with route() as routing:
             logits = model(x)
         ours = routing.pathway() if routing.choices else None
         # One router for all layers, or none, leaves nothing to put into one kernel.
         assert bool(whole) == (kwargs["kind"] == "moe" and "router" not in kwargs)
-        with native.without_kernels(), route() as routing:
+        with raw.without_kernels(), route() as routing:
             expected = model(x)
         if ours is not None:
             assert torch.equal(ours, routing.pathway()) and len(ours.unique()) > 1
@@ -121,11 +121,11 @@ def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
     model, images = made(name, kwargs), make_images(12)
     model.train()(images)
     results, mixed = [], []
-    mix = native.mixed
-    monkeypatch.setattr(native, "mixed", lambda every, weights: mixed.append(every.shape) or mix(every, weights))
+    mix = raw.mixed
+    monkeypatch.setattr(raw, "mixed", lambda every, weights: mixed.append(every.shape) or mix(every, weights))
     for kernels in (True, False):
         x = images.clone().requires_grad_()
-        with contextlib.nullcontext() if kernels else native.without_kernels(), frozen(model), route("soft"):
+        with contextlib.nullcontext() if kernels else raw.without_kernels(), frozen(model), route("soft"):
             logits = model(x)
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(12) % 5), x)
         results.append({"logits": logits.detach(), "x": gradient})
@@ -151,7 +151,7 @@ def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):
             exact = passed(model, x, choices)
         with torch.autocast("cpu", torch.bfloat16), folding():
             results = {"kernels": passed(model, x, choices)}
-        with torch.autocast("cpu", torch.bfloat16), folding(), native.without_kernels():
+        with torch.autocast("cpu", torch.bfloat16), folding(), raw.without_kernels():
             results["pytorch"] = passed(model, x, choices)
         for who, result in results.items():
             for name, wanted in exact.items():
@@ -260,7 +260,7 @@ def gradients(run, x):
     """Of what `run` makes of `x`, for `x`, with kernels and without."""
     found = []
     for kernels in (True, False):
-        with contextlib.nullcontext() if kernels else native.without_kernels():
+        with contextlib.nullcontext() if kernels else raw.without_kernels():
             leaf = x.clone().requires_grad_()
             run(leaf).backward()
             found.append(leaf.grad)
@@ -318,7 +318,7 @@ def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way,
             model(x)
         seen = heard_of(model.backbone.get_submodule(part), way)
         with (
-            contextlib.nullcontext() if kernels else native.without_kernels(),
+            contextlib.nullcontext() if kernels else raw.without_kernels(),
             frozen(model) if mode == "frozen" else contextlib.nullcontext(),
         ):
             logits = model(x)
@@ -333,7 +333,7 @@ def test_blocks_called_by_hand_share_nothing(kind, make_images):
     for kernels in (True, False):
         model, x = resnet(kind).train(), make_images(6)
         first, *rest = model.backbone.blocks
-        with contextlib.nullcontext() if kernels else native.without_kernels():
+        with contextlib.nullcontext() if kernels else raw.without_kernels():
             y = feature = first(model.backbone.stem(x))
             for block in rest:
                 y = block(y)
@@ -347,20 +347,20 @@ def fixed_layer(channels=8):
     torch.manual_seed(0)
     filters = torch.randn(2, channels, channels, 3, 3)
     x = torch.randn(20, channels, 6, 6).contiguous(memory_format=LAST).requires_grad_()
-    return native.Packed.of(filters, None, (1, 1), (1, 1)), x, torch.arange(20) % 2
+    return raw.Packed.of(filters, None, (1, 1), (1, 1)), x, torch.arange(20) % 2
 
 
 @needs_kernels
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_frozen_network_s_convolutions_are_rectified_as_they_are_made(bf16, make_images, monkeypatch):
-    if bf16 and not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
+    if bf16 and not raw.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
         pytest.skip("a CPU without tiles")
     model, x = made("resnet18", {"kind": "moe", "width": 64}), make_images(20).requires_grad_()
     dtypes = []
     for name in ("rectified", "unrectified"):
-        run = getattr(native.Packed, name)
+        run = getattr(raw.Packed, name)
         monkeypatch.setattr(
-            native.Packed, name, lambda self, *a, run=run, **k: dtypes.append(self.dtype) or run(self, *a, **k)
+            raw.Packed, name, lambda self, *a, run=run, **k: dtypes.append(self.dtype) or run(self, *a, **k)
         )
     with frozen(model), folding(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(x).sum().backward()
@@ -377,7 +377,7 @@ def test_a_shortcut_that_kernels_cannot_read_is_added_by_pytorch():
     for other in (*others, shortcut[:, :, :5]):
         assert rectifier.convolved(x, None, choice, filters, other) is None
     assert rectifier.convolved(x.contiguous(), None, choice, filters, None) is None
-    narrow = native.Packed.of(torch.ones(2, 4, 8, 3, 3), None, (1, 1), (1, 1))
+    narrow = raw.Packed.of(torch.ones(2, 4, 8, 3, 3), None, (1, 1), (1, 1))
     assert rectifier.convolved(x, None, choice, narrow, None) is None
     rectifier.register_forward_hook(lambda *_: None)
     assert rectifier.convolved(x, None, choice, filters, shortcut) is None
@@ -436,7 +436,7 @@ def test_another_norm_is_computed_as_it_is(norm, make_images):
 @pytest.mark.parametrize("training", [False, True])
 def test_inference_mode_and_other_defaults(kind, training, make_images):
     model, x = resnet(kind).train(training), make_images(6)
-    with torch.no_grad(), native.without_kernels():
+    with torch.no_grad(), raw.without_kernels():
         expected = copy.deepcopy(model)(x)
     with torch.inference_mode():
         torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-3, atol=1e-3)
