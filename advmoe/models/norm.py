@@ -5,7 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,6 @@ class BatchNorm2d(nn.BatchNorm2d):
     channels of one pixel; over whole image rows (the scale repeated W times) the same arithmetic fills the vector
     units. Forward alone gains nothing, so inference keeps PyTorch's own.
     """
-
-    kernels: ClassVar[bool] = True
-    """A `Rectifier` behind it may compute both."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""

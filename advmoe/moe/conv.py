@@ -7,58 +7,21 @@ experts, `k` kernel.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
-from advmoe.moe.layer import Finish, MoELayer, Weights
-from advmoe.moe.rectifier import listened, pooled_before
+from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
-from advmoe.moe.routing import active_routing
-from advmoe.ops import raw
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Output channels of fp32 that a CPU's convolutions compute at once: fewer take as long."""
-
-
-def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The pixels of `x` (N, C, H, W) that a 1x1 convolution of this stride looks at.
-
-    Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
-    channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
-    """
-    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and raw.eager():
-        kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
-        return kept
-    return _strided(x, stride)
-
-
-class _Kept(torch.autograd.Function):
-    """The pixels of a stride, whose gradient is spread in one go: autograd's own takes an axis at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: tuple[int, ...]) -> Tensor:
-        ctx.stride, ctx.shape = stride, x.shape
-        ctx.last = x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if ctx.last else torch.contiguous_format
-        return _strided(x, stride).clone(memory_format=layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layout = torch.channels_last if ctx.last else torch.contiguous_format
-        spread = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
-        _strided(spread, ctx.stride).copy_(grad)  # which has a derivative of its own
-        return spread, None
-
-
-def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return x[..., :: stride[0], :: stride[1]]
 
 
 class MoEConv2d(MoELayer):
@@ -127,70 +90,14 @@ class MoEConv2d(MoELayer):
         """What may be known of one expert's filters (C_out, C_in / G, k, k)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
-    def folded(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        biases: Tensor,
-        fixed: raw.Packed | None,
-        finish: Finish | None = None,
-    ) -> Tensor:
-        """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
-        W').
-
-        `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift; `fixed` are both, `packed`.
-        Its output is finished if there is something to `finish` it.
-        """
-        if fixed is not None and finish is not None and not torch.is_grad_enabled():
-            y = self._at_once(x, fixed, finish)
-            if y is not None:
-                return y
-        return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
-
-    def _at_once(self, x: Tensor, fixed: raw.Packed, finish: Finish) -> Tensor | None:
-        """The router's choice, the convolution and its finish in one kernel, or None where there is more to it."""
-        routing, router, rectifier = active_routing(), self.router, finish.rectifier
-        usual = routing.mode == "hard" and routing.forced is None and self.layer not in routing.scores
-        usual = usual and routing.repeats is None
-        if not usual or self.copies or type(router) is not LayerRouter or finish.norm is not None:
-            return None
-        pooled, shortcut = pooled_before(x), finish.shortcut
-        if pooled is None or x.shape[0] < 2 or fixed.dtype != x.dtype or self.c_out % raw.LANES:
-            return None
-        others = () if shortcut is None else (shortcut,)
-        scorer = router.scorer(pooled)
-        if (
-            scorer is None
-            or scorer.last.out_features != self.num_experts
-            or listened(router)
-            or listened(rectifier)
-            or not raw.suits(x, *others)
-        ):
-            return None
-        made = raw.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
-        routing.scores[self.layer], routing.choices[self.layer] = made.scores, made.choice
-        return rectifier.kept(made.y, made.pooled, None)
-
-    def finished(self, x: Tensor, finish: Finish) -> Tensor:
-        """The layer's output for `x` (N, C_in, H, W), finished."""
-        return self._pass(x, Weights(self.banks()), finish)
-
-    def packed(self, *banks: Tensor) -> raw.Packed | None:
-        """Filters (M, C_in, k, k) and, if there are, biases (M,) as the kernels read them, or None where they do not
-        compute this or PyTorch is better at it.
-        """
-        filters, biases = banks if len(banks) == 2 else (banks[0], None)
+    def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
+        """Filters (M, C_in, k, k) and, if there are, biases (M,), as `ops.pack` has them, if it does; see there."""
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
-        if not raw.Packed.suits(filters, self.num_experts):
-            return None
-        of_experts = [
-            None if bank is None else bank.unflatten(0, (self.num_experts, -1)) if self.apart else bank[self.row_index]
-            for bank in (filters, biases)
-        ]
-        assert of_experts[0] is not None
-        return raw.Packed.of(of_experts[0], of_experts[1], stride, _pair(self.padding))
+        filters, biases = banks if len(banks) == 2 else (banks[0], None)
+        rows = None if self.apart else self.row_index
+        return ops.pack(filters, biases, stride, _pair(self.padding), experts=self.num_experts, rows=rows, once=once)
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if
@@ -198,7 +105,7 @@ class MoEConv2d(MoELayer):
         """
         bias = weights[1] if len(weights) == 2 else None
         if self.strided:
-            return F.conv2d(kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
+            return F.conv2d(ops.kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
         if self.sides is not None:
             x = F.pad(x, self.sides, self.padding_mode)
             return F.conv2d(x, weights[0], bias, self.stride, 0, self.dilation, self.groups)
