@@ -20,9 +20,6 @@ from advmoe.moe.routers import LayerRouter
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
-_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-"""Output channels of fp32 that a CPU's convolutions compute at once: fewer take as long."""
-
 
 class MoEConv2d(MoELayer):
     """A convolution of which every sample computes one expert, chosen by a router.
@@ -77,7 +74,6 @@ class MoEConv2d(MoELayer):
         self.strided = kernel == (1, 1) and _pair(stride) != (1, 1) and not any(sides)
         self.pointwise = (kernel, _pair(stride), any(sides), groups, bias) == ((1, 1), (1, 1), False, 1, False)
         self.linear = not bias
-        self._fits_a_vector = groups == 1 and num_experts * c_out < _LANES  # as many as that take a sixth longer
         if shared_init:
             self.copy_first_expert()
 
@@ -112,42 +108,12 @@ class MoEConv2d(MoELayer):
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Where grouping the samples would cost more: `_batched_products` or `_within_a_vector`."""
+        """Where there are few filters, and grouping the samples would cost more (`ops.experts`)."""
         if self.pointwise:
-            return self._batched_products(x, choice, *banks)
-        if self._fits_a_vector and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._within_a_vector(x, choice, *banks)
+            return ops.pointwise(x, choice, banks, self.row_index)
+        if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):
+            return ops.chosen(self.compute_all(x, *banks), choice)
         return None
-
-    def _within_a_vector(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor:
-        """All experts' few filters side by side in one vector unit, which takes the time of one expert's, and a choice
-        among the results, which are few too. In DenseNet-BC-40 (24 channels to 6, batch 64, two threads) a layer takes
-        2.4 ms so and 2.8 ms grouped; one expert for all 2.1 ms.
-        """
-        every = self.compute_all(x, *banks).unbind(1)
-        y = every[0]
-        for expert, other in enumerate(every[1:], 1):
-            # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
-            y = torch.where((choice == expert).view(-1, 1, 1, 1), other, y)
-        return y
-
-    def _batched_products(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """A narrow 1x1 convolution as one batched product of each sample's pixels with its own filters.
-
-        Grouping would copy activations twice, which there costs as much as the convolution: DenseNet-BC-40, half the
-        images to each expert, took 1.5 times S-Dense with it and takes 1.3 times. Wide ones are better as convolutions.
-        """
-        n, c, h, w = x.shape
-        # Multiplications for each number that is moved; and a sample's filters beside its pixels.
-        if c * self.c_out > min(32, h * w // 2) * (c + self.c_out):
-            return None
-        filters = banks[0].index_select(0, self.row_index[choice].flatten()).view(n, self.c_out, c)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            y = torch.bmm(x.permute(0, 2, 3, 1).view(n, h * w, c), filters.transpose(1, 2))
-            y = y.view(n, h, w, self.c_out).permute(0, 3, 1, 2)
-        else:
-            y = torch.bmm(filters, x.flatten(2)).view(n, self.c_out, h, w)
-        return y + banks[1].view(self.num_experts, -1)[choice][:, :, None, None] if len(banks) == 2 else y
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""

@@ -6,9 +6,11 @@ devices, a traced graph, `without_kernels`) PyTorch computes the definition.
 """
 
 from advmoe.ops.convolution import Convolved, convolved, fixed_convolution, kept_pixels, pack, worth_packing
+from advmoe.ops.experts import chosen, fits_a_vector, pointwise
 from advmoe.ops.gate import chosen_probability, mix, straight_through
 from advmoe.ops.grouping import Grouped, merge, split
 from advmoe.ops.hooks import heard, listened
+from advmoe.ops.norm import fixed_norm
 from advmoe.ops.raw import Packed, kernels_used, without_kernels
 from advmoe.ops.rectifier import Rectified, norm_act, rectify
 from advmoe.ops.routers import global_pool, router_scores, whole_layer
@@ -18,9 +20,12 @@ __all__ = [
     "Grouped",
     "Packed",
     "Rectified",
+    "chosen",
     "chosen_probability",
     "convolved",
+    "fits_a_vector",
     "fixed_convolution",
+    "fixed_norm",
     "global_pool",
     "heard",
     "kept_pixels",
@@ -30,6 +35,7 @@ __all__ = [
     "mix",
     "norm_act",
     "pack",
+    "pointwise",
     "rectify",
     "router_scores",
     "split",
