@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 LOWEST_BIN := $(LOWEST)/bin
 UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct -c $(LOWEST)/torch.txt
 
-# Everything that computes with networks, whose kernels are tested in tests/native.
+# Everything that computes with networks, whose kernels are tested in tests/ops.
 NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py)
 
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.

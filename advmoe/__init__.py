@@ -56,6 +56,8 @@ except PackageNotFoundError:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "native":
+        return import_module("advmoe.native")
     if name not in _HOMES:
         raise AttributeError(f"module 'advmoe' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

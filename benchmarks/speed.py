@@ -33,7 +33,6 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
 from advmoe.config import Config, Method, ModelConfig, ModelKind, Precision, TrainingConfig
 from advmoe.data import Dataset, ImageSet
 from advmoe.evaluation.scoring import measuring
@@ -42,6 +41,7 @@ from advmoe.models.modes import frozen
 from advmoe.moe import pathway
 from advmoe.moe.routers import LayerRouter, routers_of
 from advmoe.moe.routing import forward_scope
+from advmoe.ops import kernels_used
 from advmoe.seeding import generator_for
 from advmoe.training import manifest as manifests
 from advmoe.training.methods import METHODS
@@ -255,7 +255,7 @@ def hardware(device: str) -> dict[str, Any]:
     except OSError:
         return found
     units = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    return found | {"bf16_units": bool(units), "bf16_flags": units, "kernels": native.used()}
+    return found | {"bf16_units": bool(units), "bf16_flags": units, "kernels": kernels_used()}
 
 
 # Results

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advmoe import native
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, plan_attack
 from advmoe.config import AttackConfig, Pixels
@@ -40,6 +39,7 @@ from advmoe.evaluation.scoring import (
 from advmoe.evaluation.suite import ATTACKS, Setting, default_attacks, named, require_classes
 from advmoe.models.state import digest
 from advmoe.moe.routing import route
+from advmoe.ops import kernels_used
 from advmoe.pool import Place, threads_set
 from advmoe.progress import BRIEF, shown, tell, tracked
 from advmoe.rundir import DIGEST
@@ -311,7 +311,7 @@ def _fingerprint(
         "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
                    "pathways": attack.pathways, "queries": attack.queries},
         "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "kernels": native.used() if device.type == "cpu" else None, "data": _data_digest(job.data),
+        "kernels": kernels_used() if device.type == "cpu" else None, "data": _data_digest(job.data),
         "model": model,
     }  # fmt: skip
 

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe import native
 from advmoe.models import Classifier
 from advmoe.models.modes import evaluating, frozen
 from advmoe.moe import MoELayer
+from advmoe.ops import kernels_used
 from advmoe.precision import full_fp32
 from advmoe.progress import tracked
 from advmoe.pruning import deployed
@@ -201,7 +201,7 @@ def in_turn(
 
 def setting(device: torch.device) -> dict[str, Any]:
     """What times on `device` depend on beside it: CPU threads and, of a CPU, whose kernels."""
-    return {"threads": torch.get_num_threads(), "kernels": native.used() if device.type == "cpu" else None}
+    return {"threads": torch.get_num_threads(), "kernels": kernels_used() if device.type == "cpu" else None}
 
 
 def cost(model: Classifier, batch: int = 128) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advmoe.moe.rectifier import heard
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope, keep
+from advmoe.ops import heard
 
 
 @dataclass(frozen=True)

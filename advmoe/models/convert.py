@@ -34,10 +34,10 @@ from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.described import asks_no_values
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.linear import MoELinear
-from advmoe.moe.rectifier import listened
 from advmoe.moe.routers import ImageRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
+from advmoe.ops import listened
 from advmoe.tables import ROUTERS
 from advmoe.text import few, one_line, show
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.errors import InputError
-from advmoe.models.folding import conv_norm
+from advmoe.models.fused import conv_norm_act, norm_act
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
@@ -33,9 +33,9 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + growth, H, W)."""
-        y = conv_norm(self.conv1, self.norm2, self.relu.finish((x,), None, self.norm1, None), self.relu)
-        y = self.conv2(y)
-        return torch.cat((x, y), 1)
+        y = norm_act(self.norm1, self.relu, x)
+        y = conv_norm_act(self.conv1, self.norm2, self.relu, y)
+        return torch.cat((x, self.conv2(y)), 1)
 
 
 class Transition(nn.Module):
@@ -50,7 +50,7 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H/2, W/2)."""
-        out: Tensor = self.pool(self.conv(self.relu.finish((x,), None, self.norm, None)))
+        out: Tensor = self.pool(self.conv(norm_act(self.norm, self.relu, x)))
         return out
 
 
@@ -90,6 +90,6 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
-        features = self.relu.finish((self.blocks(self.stem(x)),), None, self.norm, None)
+        features = norm_act(self.norm, self.relu, self.blocks(self.stem(x)))
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits

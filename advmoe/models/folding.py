@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
+from advmoe import ops
 from advmoe.models.layers import Projection
 from advmoe.models.norm import BatchNorm2d
-from advmoe.moe.conv import MoEConv2d, kept_pixels
-from advmoe.moe.dispatch import fixed_convolution
-from advmoe.moe.layer import WORTH_PACKING, Finish
-from advmoe.moe.rectifier import Rectifier, listened
+from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import active_routing
 
-Folded = tuple[Tensor, Tensor, native.Packed | None]
-"""Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each; both as the kernels
-read them.
+Folded = tuple[Tensor, Tensor, ops.Packed | None]
+"""Filters that hold the norm's scale, in the shape of the convolution's own, and a bias for each; both packed
+(`ops.pack`), where that is better.
 """
 
 
@@ -61,7 +58,7 @@ _active: ContextVar[Folds | None] = ContextVar("advmoe_folds", default=None)
 
 @contextmanager
 def folding() -> Iterator[None]:
-    """Let passes inside fold what is fixed (see `conv_norm`); nothing folded outlives it."""
+    """Let passes inside fold what is fixed (see `folded`); nothing folded outlives it."""
     if _active.get() is not None:
         yield
         return
@@ -72,50 +69,38 @@ def folding() -> Iterator[None]:
         _active.reset(token)
 
 
-def conv_norm(
-    conv: nn.Module, norm: nn.Module, x: Tensor, rectifier: Rectifier | None = None, shortcut: Tensor | None = None
-) -> Tensor:
-    """`norm(conv(x))` for `x` (N, C, H, W), by one convolution where that is the same: inside `folding`, in eval mode,
-    with nothing to learn and nobody's hooks; then, if there is one, the `rectifier` of that and the `shortcut`. The
-    reference (`masked`), and what is compiled or exported, stay as they are written.
+def folded(conv: nn.Module, norm: nn.Module, x: Tensor) -> Folded | None:
+    """`conv` and the `norm` after it as one convolution of `x` (N, C, H, W), where that is the same: inside `folding`
+    (or where it pays for a single pass), in eval mode, with nothing to learn and nobody's hooks. The reference
+    (`masked`), and what is compiled or exported, stay as they are written: None.
     """
-    compiling = torch.compiler.is_compiling()
-    folds = None if compiling else _active.get()
-    if folds is None and not compiling and _worth_folding(conv, x):
-        folds = Folds()
+    if torch.compiler.is_compiling():
+        return None
+    folds = _active.get()
+    if folds is None:
+        once = type(conv) is MoEConv2d and ops.worth_packing(conv.bank, x, conv.num_experts)
+        folds = Folds() if once else None
     if folds is None or not _fixed(conv, norm):
-        finish = None if rectifier is None or type(norm) is not BatchNorm2d else Finish(rectifier, norm, shortcut)
-        if finish is None or compiling:
-            y: Tensor = norm(conv(x))
-            return y if rectifier is None else rectifier(y, shortcut)
-        if type(conv) is MoEConv2d and not listened(conv):
-            return conv.finished(x, finish)
-        return finish(conv(x))
-    finish = None if rectifier is None else Finish(rectifier, None, shortcut)
+        return None
     assert isinstance(conv, nn.Conv2d | MoEConv2d) and isinstance(norm, BatchNorm2d)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else norm.weight.dtype
-    filters, bias, packed = folds.of(conv, norm, dtype)
-    if isinstance(conv, MoEConv2d):
-        return conv.folded(x, filters, bias, packed, finish)
-    if packed is not None and packed.dtype == x.dtype and native.suits(x):
-        y = fixed_convolution(x, packed)
-    elif isinstance(conv, Projection):
-        y = F.conv2d(kept_pixels(x, conv.stride), filters, bias)
-    else:
-        y = F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return y if finish is None else finish(y)
+    return folds.of(conv, norm, dtype)
 
 
-def _worth_folding(conv: nn.Module, x: Tensor) -> bool:
-    """Whether a single pass gains by it: where kernels read filters that are packed for this pass anyway."""
-    if type(conv) is not MoEConv2d or torch.is_grad_enabled() or len(x) < WORTH_PACKING:
-        return False
-    return native.suits(x) and native.Packed.suits(conv.bank, conv.num_experts)
+def convolution(conv: nn.Conv2d, x: Tensor, folded: Folded) -> Tensor:
+    """A plain `conv` of `x` (N, C, H, W), and what is `folded` into it."""
+    filters, bias, packed = folded
+    y = ops.fixed_convolution(x, packed)
+    if y is not None:
+        return y
+    if isinstance(conv, Projection):
+        return F.conv2d(ops.kept_pixels(x, conv.stride), filters, bias)
+    return F.conv2d(x, filters, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether `conv_norm` may fold the two."""
+    """Whether the two may be folded."""
     if type(norm) is not BatchNorm2d or type(conv) not in (nn.Conv2d, Projection, MoEConv2d):
         return False
     assert isinstance(conv, nn.Conv2d | MoEConv2d)
@@ -126,21 +111,4 @@ def _fixed(conv: nn.Module, norm: nn.Module) -> bool:
         return False
     if torch.is_grad_enabled() and any(each.requires_grad for each in (filters, norm.weight, norm.bias)):
         return False
-    return not listened(conv) and not listened(norm) and active_routing().mode in ("hard", "soft")
-
-
-class Steps(nn.Sequential):
-    """Modules in sequence, of which a convolution, the batch norm after it and its rectifier run as `conv_norm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> what the last step makes."""
-        steps, done = list(self), 0
-        while done < len(steps):
-            step, following = steps[done], steps[done + 1 : done + 3]
-            if following and isinstance(following[0], BatchNorm2d):
-                last = following[-1]
-                rectifier = last if isinstance(last, Rectifier) else None
-                x, done = conv_norm(step, following[0], x, rectifier), done + (2 if rectifier is None else 3)
-            else:
-                x, done = step(x), done + 1
-        return x
+    return not ops.listened(conv) and not ops.listened(norm) and active_routing().mode in ("hard", "soft")

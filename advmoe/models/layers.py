@@ -10,12 +10,12 @@ from math import ceil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
+from advmoe import ops
 from advmoe.config import ModelConfig
 from advmoe.errors import InputError
-from advmoe.moe.conv import MoEConv2d, kept_pixels
+from advmoe.models.rectifier import Rectifier
+from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.mlp import MoEMLP
-from advmoe.moe.rectifier import Rectifier
 from advmoe.tables import ROUTERS
 
 MOST_PARAMETERS = 10_000_000_000
@@ -56,17 +56,15 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
 
 
 class Projection(nn.Conv2d):
-    """A strided 1x1 convolution, as one of stride 1 on the pixels that it keeps (see `moe.conv.kept_pixels`)."""
+    """A strided 1x1 convolution, as one of stride 1 on the pixels that it keeps (see `ops.kept_pixels`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
-        return F.conv2d(kept_pixels(input, self.stride), self.weight, self.bias)
+        return F.conv2d(ops.kept_pixels(input, self.stride), self.weight, self.bias)
 
-    def packed(self, filters: Tensor, biases: Tensor) -> native.Packed | None:
-        """`filters` (C_out, C_in, 1, 1) and `biases` (C_out,) as the kernels read them, or None where they do not."""
-        if not native.Packed.suits(filters, 1):
-            return None
-        return native.Packed.of(filters[None], biases[None], (self.stride[0], self.stride[1]), (0, 0))
+    def packed(self, filters: Tensor, biases: Tensor) -> ops.Packed | None:
+        """`filters` (C_out, C_in, 1, 1) and `biases` (C_out,) as `ops.pack` has them, if it does."""
+        return ops.pack(filters, biases, (self.stride[0], self.stride[1]), (0, 0))
 
 
 class LayerFactory:

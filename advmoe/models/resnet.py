@@ -10,11 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from advmoe.models.folding import Steps, conv_norm
+from advmoe.models.fused import Steps, conv_norm_act, fork
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
-from advmoe.moe.rectifier import branch_of
 
 
 def _shortcut(layers: LayerFactory, c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -42,8 +41,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = conv_norm(self.conv1, self.norm1, x, self.relu)
-        return conv_norm(self.conv2, self.norm2, y, self.relu, self.shortcut(branch_of(x)))
+        y = conv_norm_act(self.conv1, self.norm1, self.relu, x)
+        return conv_norm_act(self.conv2, self.norm2, self.relu, y, self.shortcut(fork(x)))
 
 
 class Bottleneck(nn.Module):
@@ -66,9 +65,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        y = conv_norm(self.conv1, self.norm1, x, self.relu)
-        y = conv_norm(self.conv2, self.norm2, y, self.relu)
-        return conv_norm(self.conv3, self.norm3, y, self.relu, self.shortcut(branch_of(x)))
+        y = conv_norm_act(self.conv1, self.norm1, self.relu, x)
+        y = conv_norm_act(self.conv2, self.norm2, self.relu, y)
+        return conv_norm_act(self.conv3, self.norm3, self.relu, y, self.shortcut(fork(x)))
 
 
 class ResNet(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from advmoe.models.folding import Steps
+from advmoe.models.fused import Steps
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 

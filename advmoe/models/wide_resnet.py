@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from advmoe.errors import InputError
-from advmoe.models.folding import conv_norm
+from advmoe.models.fused import conv_norm_act, norm_act
 from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.models.stem import stem, stem_stride
@@ -34,10 +34,11 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        active = self.relu.finish((x,), None, self.norm1, None)
+        active = norm_act(self.norm1, self.relu, x)
         shortcut = x if self.projection is None else self.projection(active)
+        y = conv_norm_act(self.conv1, self.norm2, self.relu, active)
         # Not in place: a gated convolution keeps its output for the gate's gradient.
-        out: Tensor = self.conv2(conv_norm(self.conv1, self.norm2, active, self.relu)) + shortcut
+        out: Tensor = self.conv2(y) + shortcut
         return out
 
 
@@ -74,6 +75,6 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
-        features = self.relu.finish((self.blocks(self.stem(x)),), None, self.norm, None)
+        features = norm_act(self.norm, self.relu, self.blocks(self.stem(x)))
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits

@@ -7,58 +7,18 @@ experts, `k` kernel.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
+from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
-from advmoe.moe.layer import Finish, MoELayer, Weights
-from advmoe.moe.rectifier import listened, pooled_before
+from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter
-from advmoe.moe.routing import active_routing
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-"""Output channels of fp32 that a CPU's convolutions compute at once: fewer take as long."""
-
-
-def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The pixels of `x` (N, C, H, W) that a 1x1 convolution of this stride looks at.
-
-    Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
-    channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
-    """
-    if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and native.eager():
-        kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
-        return kept
-    return _strided(x, stride)
-
-
-class _Kept(torch.autograd.Function):
-    """The pixels of a stride, whose gradient is spread in one go: autograd's own takes an axis at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: tuple[int, ...]) -> Tensor:
-        ctx.stride, ctx.shape = stride, x.shape
-        ctx.last = x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if ctx.last else torch.contiguous_format
-        return _strided(x, stride).clone(memory_format=layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layout = torch.channels_last if ctx.last else torch.contiguous_format
-        spread = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
-        _strided(spread, ctx.stride).copy_(grad)  # which has a derivative of its own
-        return spread, None
-
-
-def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return x[..., :: stride[0], :: stride[1]]
 
 
 class MoEConv2d(MoELayer):
@@ -114,7 +74,6 @@ class MoEConv2d(MoELayer):
         self.strided = kernel == (1, 1) and _pair(stride) != (1, 1) and not any(sides)
         self.pointwise = (kernel, _pair(stride), any(sides), groups, bias) == ((1, 1), (1, 1), False, 1, False)
         self.linear = not bias
-        self._fits_a_vector = groups == 1 and num_experts * c_out < _LANES  # as many as that take a sixth longer
         if shared_init:
             self.copy_first_expert()
 
@@ -127,70 +86,14 @@ class MoEConv2d(MoELayer):
         """What may be known of one expert's filters (C_out, C_in / G, k, k)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
-    def folded(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        biases: Tensor,
-        fixed: native.Packed | None,
-        finish: Finish | None = None,
-    ) -> Tensor:
-        """The layer, which has no bias, and the fixed norm that follows it, in one: (N, C_in, H, W) -> (N, C_out, H',
-        W').
-
-        `filters` (M, C_in / G, k, k) hold the norm's scale and `biases` (M,) its shift; `fixed` are both, `packed`.
-        Its output is finished if there is something to `finish` it.
-        """
-        if fixed is not None and finish is not None and not torch.is_grad_enabled():
-            y = self._at_once(x, fixed, finish)
-            if y is not None:
-                return y
-        return self._pass(x, Weights((filters, biases), affine=True, fixed=fixed), finish)
-
-    def _at_once(self, x: Tensor, fixed: native.Packed, finish: Finish) -> Tensor | None:
-        """The router's choice, the convolution and its finish in one kernel, or None where there is more to it."""
-        routing, router, rectifier = active_routing(), self.router, finish.rectifier
-        usual = routing.mode == "hard" and routing.forced is None and self.layer not in routing.scores
-        usual = usual and routing.repeats is None
-        if not usual or self.copies or type(router) is not LayerRouter or finish.norm is not None:
-            return None
-        pooled, shortcut = pooled_before(x), finish.shortcut
-        if pooled is None or x.shape[0] < 2 or fixed.dtype != x.dtype or self.c_out % native.LANES:
-            return None
-        others = () if shortcut is None else (shortcut,)
-        scorer = router.scorer(pooled)
-        if (
-            scorer is None
-            or scorer.last.out_features != self.num_experts
-            or listened(router)
-            or listened(rectifier)
-            or not native.suits(x, *others)
-        ):
-            return None
-        made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=rectifier.pools)
-        routing.scores[self.layer], routing.choices[self.layer] = made.scores, made.choice
-        return rectifier.kept(made.y, made.pooled, None)
-
-    def finished(self, x: Tensor, finish: Finish) -> Tensor:
-        """The layer's output for `x` (N, C_in, H, W), finished."""
-        return self._pass(x, Weights(self.banks()), finish)
-
-    def packed(self, *banks: Tensor) -> native.Packed | None:
-        """Filters (M, C_in, k, k) and, if there are, biases (M,) as the kernels read them, or None where they do not
-        compute this or PyTorch is better at it.
-        """
-        filters, biases = banks if len(banks) == 2 else (banks[0], None)
+    def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
+        """Filters (M, C_in, k, k) and, if there are, biases (M,), as `ops.pack` has them, if it does; see there."""
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
-        if not native.Packed.suits(filters, self.num_experts):
-            return None
-        of_experts = [
-            None if bank is None else bank.unflatten(0, (self.num_experts, -1)) if self.apart else bank[self.row_index]
-            for bank in (filters, biases)
-        ]
-        assert of_experts[0] is not None
-        return native.Packed.of(of_experts[0], of_experts[1], stride, _pair(self.padding))
+        filters, biases = banks if len(banks) == 2 else (banks[0], None)
+        rows = None if self.apart else self.row_index
+        return ops.pack(filters, biases, stride, _pair(self.padding), experts=self.num_experts, rows=rows, once=once)
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if
@@ -198,49 +101,19 @@ class MoEConv2d(MoELayer):
         """
         bias = weights[1] if len(weights) == 2 else None
         if self.strided:
-            return F.conv2d(kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
+            return F.conv2d(ops.kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
         if self.sides is not None:
             x = F.pad(x, self.sides, self.padding_mode)
             return F.conv2d(x, weights[0], bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Where grouping the samples would cost more: `_batched_products` or `_within_a_vector`."""
+        """Where there are few filters, and grouping the samples would cost more (`ops.experts`)."""
         if self.pointwise:
-            return self._batched_products(x, choice, *banks)
-        if self._fits_a_vector and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._within_a_vector(x, choice, *banks)
+            return ops.pointwise(x, choice, banks, self.row_index)
+        if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):
+            return ops.chosen(self.compute_all(x, *banks), choice)
         return None
-
-    def _within_a_vector(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor:
-        """All experts' few filters side by side in one vector unit, which takes the time of one expert's, and a choice
-        among the results, which are few too. In DenseNet-BC-40 (24 channels to 6, batch 64, two threads) a layer takes
-        2.4 ms so and 2.8 ms grouped; one expert for all 2.1 ms.
-        """
-        every = self.compute_all(x, *banks).unbind(1)
-        y = every[0]
-        for expert, other in enumerate(every[1:], 1):
-            # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
-            y = torch.where((choice == expert).view(-1, 1, 1, 1), other, y)
-        return y
-
-    def _batched_products(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """A narrow 1x1 convolution as one batched product of each sample's pixels with its own filters.
-
-        Grouping would copy activations twice, which there costs as much as the convolution: DenseNet-BC-40, half the
-        images to each expert, took 1.5 times S-Dense with it and takes 1.3 times. Wide ones are better as convolutions.
-        """
-        n, c, h, w = x.shape
-        # Multiplications for each number that is moved; and a sample's filters beside its pixels.
-        if c * self.c_out > min(32, h * w // 2) * (c + self.c_out):
-            return None
-        filters = banks[0].index_select(0, self.row_index[choice].flatten()).view(n, self.c_out, c)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            y = torch.bmm(x.permute(0, 2, 3, 1).view(n, h * w, c), filters.transpose(1, 2))
-            y = y.view(n, h, w, self.c_out).permute(0, 3, 1, 2)
-        else:
-            y = torch.bmm(filters, x.flatten(2)).view(n, self.c_out, h, w)
-        return y + banks[1].view(self.num_experts, -1)[choice][:, :, None, None] if len(banks) == 2 else y
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, C_out, H', W'), in one convolution."""

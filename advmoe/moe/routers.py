@@ -7,50 +7,13 @@ the precision of the backbone: a choice must not depend on rounding to 8 bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe import native
-from advmoe.moe.rectifier import listened, pooled_before
-
-
-class _Pool(torch.autograd.Function):
-    """Global average pool of (N, C, H, W), to fp32 (N, C) from lower precisions, whose gradient is a view."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.dtype, ctx.shape = x.dtype, x.shape
-        if native.suits(x):
-            return native.pooled(x)
-        return x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        _, _, h, w = ctx.shape
-        spread: Tensor = (grad / (h * w)).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
-        return spread
-
-
-def global_pool(x: Tensor) -> Tensor:
-    """The mean of `x` over its pixels (N, C, H, W) or tokens (N, T, C), (N, C), in fp32 or better; (N, C) as it is."""
-    if x.dim() != 4:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.sum(1) / x.shape[1] if x.dim() == 3 else x
-    known = pooled_before(x)
-    if known is not None:
-        return known
-    suits = native.suits(x)
-    if suits and not torch.is_grad_enabled():
-        return native.pooled(x)
-    if suits or x.dtype in (torch.bfloat16, torch.float16):
-        pooled: Tensor = _Pool.apply(x)  # type: ignore[no-untyped-call]
-        return pooled
-    # Not `mean`: its backward writes a full-size gradient, `sum`'s only a view of (N, C).
-    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+from advmoe.moe.routing import active_routing
+from advmoe.ops import router_scores
 
 
 class LayerRouter(nn.Module):
@@ -81,65 +44,8 @@ class LayerRouter(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        norm, hidden, last = self.norm, self.hidden, self.scores
-        pooled = None
-        # For one image a router's cost is that of its calls, of which a kernel's has more around it than PyTorch's.
-        one = x.shape[0] == 1 and not torch.is_grad_enabled()
-        if x.dim() == 4 and not one and not norm.training and native.suits(x):
-            pooled = global_pool(x)
-            if (scorer := self.scorer(pooled)) is not None:
-                if not torch.is_grad_enabled():
-                    return scorer.scores(pooled)[0]
-                scored: Tensor = _Scored.apply(pooled, scorer)  # type: ignore[no-untyped-call]
-                return scored
-        if self.training or torch.is_grad_enabled():
-            scores: Tensor = last(hidden(norm(global_pool(x) if pooled is None else pooled)).relu())
-            return scores
-        # Functions have less around them than modules.
-        mean, var = norm.running_mean, norm.running_var
-        if pooled is None:
-            pooled = pooled_before(x)
-        if pooled is None:
-            pooled = x.mean((2, 3)) if x.dtype == torch.float32 and x.dim() == 4 else global_pool(x)
-        centred = torch.batch_norm(pooled, norm.weight, norm.bias, mean, var, False, 0.0, norm.eps, False)
-        return F.linear(F.linear(centred, hidden.weight, hidden.bias).relu_(), last.weight, last.bias)
-
-    def scorer(self, pooled: Tensor) -> native.Scorer | None:
-        """What does by kernels what this does to `pooled` (N, C) in eval mode; None where something learns, or somebody
-        listens to a part or changed it.
-        """
-        norm, hidden, last = self.norm, self.hidden, self.scores
-        if type(norm) is not nn.BatchNorm1d or type(hidden) is not nn.Linear or type(last) is not nn.Linear:
-            return None
-        if norm.training or any(map(listened, (norm, hidden, last))):
-            return None
-        learnable = (norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias)
-        each = [one for one in (norm.running_mean, norm.running_var, *learnable) if one is not None]
-        if len(each) < 8 or not pooled.shape[1] == norm.num_features == hidden.in_features:
-            return None
-        if hidden.out_features != last.in_features:
-            return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in learnable):
-            return None
-        return native.Scorer(norm, hidden, last) if native.suits(pooled, *each) else None
-
-
-class _Scored(torch.autograd.Function):
-    """A router's scores of pooled features, by kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, pooled: Tensor, scorer: native.Scorer) -> Tensor:
-        scores, hidden = scorer.scores(pooled)
-        ctx.scorer = scorer
-        ctx.save_for_backward(hidden, *scorer.tensors())  # so that a change of these does not go unnoticed
-        return scores
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        hidden, *_ = ctx.saved_tensors
-        scorer: native.Scorer = ctx.scorer
-        return scorer.backward(grad.contiguous(), hidden), None
+        pooled = active_routing().pooled(x) if x.dim() == 4 else None
+        return router_scores(x, pooled, self.norm, self.hidden, self.scores, training=self.training)
 
 
 class ImageRouter(nn.Module):

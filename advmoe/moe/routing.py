@@ -20,6 +20,7 @@ pass that it repeats, which is found by the node of the graph that the backward 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,6 +36,8 @@ from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
 
 RoutingMode = Literal["hard", "soft", "masked", "gathered"]
+_Beside = tuple["weakref.ref[Tensor]", int, Tensor | None, Tensor | None]
+"""An activation and its version then; its mean over pixels; itself for a second use."""
 
 
 @dataclass
@@ -60,12 +63,14 @@ class Routing:
     one_pass: bool = False
     """Whether a model's forward pass is under way, in which a layer that runs again keeps its choice."""
     shares: bool = False
-    """Whether that pass may split the gradient of an activation among several tensors (see `rectifier`)."""
+    """Whether that pass may split the gradient of an activation among several tensors (see `keep_beside`)."""
     again: dict[int, Tensor] = field(default_factory=dict)
     """Scores (N, E), without their graph, of each layer that ran more than once in the pass, by layer index."""
     repeats: Routing | None = None
     """The finished pass of which this one repeats a part in a backward pass, recording nothing twice."""
     _plans: list[tuple[Tensor, Tensor, Plan]] = field(default_factory=list)
+    _beside_of: dict[int, _Beside] = field(default_factory=dict)
+    """What is known beside an activation, by its id, for as long as it lives."""
     _ends: list[tuple[int, int]] | None = None
     """The least and the largest expert that `forced` holds for each layer, on an accelerator, once they are known."""
     _unseen: dict[int, int] = field(default_factory=dict)
@@ -142,7 +147,7 @@ class Routing:
         """The routing of what a backward pass runs again of this finished pass."""
         leaves = {id(scores): _leaf(scores) for scores in self.shared}
         shared = [leaves[id(scores)] for scores in self.shared]
-        return replace(self, scores={}, choices={}, shared=shared, repeats=self, _plans=[])
+        return replace(self, scores={}, choices={}, shared=shared, repeats=self, _plans=[], _beside_of={})
 
     def plan(self, scores: Tensor, choice: Tensor) -> Plan:
         """The dispatch plan of `choice`; made once where layers share their scores (one router for all layers)."""
@@ -155,6 +160,35 @@ class Routing:
         if self.shared:
             self._plans = [(scores, choice, plan)]
         return plan
+
+    def keep_beside(self, x: Tensor, pooled: Tensor | None, again: Tensor | None) -> None:
+        """Let the rest of this pass know the mean of `x` (N, C, H, W) over its pixels, `pooled` (N, C), and `x` for a
+        second use, `again`; if nobody listens to it: who asks for a gradient of `x` itself must get all of it, not what
+        is left beside the other two's.
+        """
+        if self.shares and not x.is_inference():
+            key, known = id(x), self._beside_of
+            known[key] = weakref.ref(x, lambda _: known.pop(key, None)), x._version, pooled, again
+
+    def pooled(self, x: Tensor) -> Tensor | None:
+        """The mean of `x` (N, C, H, W) over its pixels, (N, C), where this pass knows it."""
+        return self._known(x)[0]
+
+    def fork(self, x: Tensor) -> Tensor:
+        """`x`, for a second use, whose gradient what made `x` adds to that of `x` where it needs both."""
+        again = self._known(x)[1]
+        return x if again is None else again
+
+    def _known(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is kept beside `x`, each None where there is none, `x` has changed since, or no gradient comes back."""
+        known = self._beside_of.get(id(x))
+        if known is None or known[0]() is not x or known[1] != x._version:
+            return None, None
+        if not self.shares or x.retains_grad or x._backward_hooks:
+            return None, None
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        pooled, again = (None if each is None or (wanted and not each.requires_grad) else each for each in known[2:])
+        return pooled, again
 
     def pathway(self) -> Tensor:
         """The expert index per sample and MoE layer, (N, L); (N, L, T) where tokens are routed one by one."""
@@ -270,8 +304,8 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
     routing = held.routing
     # New ones: a finished pass is remembered by its own.
     routing.scores, routing.choices, routing.again, routing.shared, routing._plans = {}, {}, {}, [], []
-    before = routing.one_pass, routing.shares
-    routing.one_pass, routing.shares = True, shares
+    before = routing.one_pass, routing.shares, routing._beside_of
+    routing.one_pass, routing.shares, routing._beside_of = True, shares, {}
     with stretching(routing, held.stretch, lasting=False) as stretch:
         token = _active.set(_Open(routing, at, stretch))
         try:
@@ -279,8 +313,8 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
         finally:
             _active.reset(token)
             if stretch.has_nodes():  # what is remembered of it holds no graph
-                stretch.what = replace(routing, scores={}, repeats=None, _plans=[])
-            routing.one_pass, routing.shares = before
+                stretch.what = replace(routing, scores={}, repeats=None, _plans=[], _beside_of={})
+            routing.one_pass, routing.shares, routing._beside_of = before
 
 
 @contextmanager

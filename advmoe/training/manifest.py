@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from advmoe import native
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_text
+from advmoe.ops import kernels_used
 from advmoe.precision import fp32_on
 from advmoe.rundir import MANIFEST
 
@@ -70,7 +70,7 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
         "fp32": fp32_on(device),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": _omp_wait_policy(),
-        "kernels": native.used() if device.type == "cpu" else None,
+        "kernels": kernels_used() if device.type == "cpu" else None,
         "git_commit": _git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": None,

@@ -101,7 +101,7 @@ def planted_images(n=12):
 @pytest.fixture
 def no_straight_through(monkeypatch):
     """Hard routing without any gradient to the gate."""
-    monkeypatch.setattr("advmoe.moe.layer.straight_through", lambda y, gate: y)
+    monkeypatch.setattr("advmoe.ops.straight_through", lambda y, gate: y)
 
 
 def assessed(model, data, *, threat=LINF, attacks=("pgd-20", "routed"), allow=(), steps=8, queries=0, **kwargs):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from advmoe import cli, native, to_moe
+from advmoe import cli, to_moe
 from advmoe.config import Config
 from advmoe.evaluation.cost import activation_bytes, gmacs, parameters
 from advmoe.evaluation.cost_report import cost_report, fit_norms, random_images, table
 from advmoe.evaluation.subject import subject
 from advmoe.models import BACKBONES, create_model, save_model
 from advmoe.moe import pathway, routers_of
+from advmoe.ops import kernels_used
 
 SMALL = {"width": 8, "input_size": 16}
 MANY = 16  # few enough to be quick, enough for untrained routers to tell some apart
@@ -54,7 +55,7 @@ def test_every_backbone(name):
             x = torch.rand(MANY, 3, 16, 16).contiguous(memory_format=torch.channels_last)
             made = made.to(memory_format=torch.channels_last)
             assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(made, x)
-    assert (report["precision"], report["kernels"]) == ("fp32, channels-last, eval mode", native.used())
+    assert (report["precision"], report["kernels"]) == ("fp32, channels-last, eval mode", kernels_used())
     assert "kernels: " in table(report)
     assert report["images"] == "random images" and "untrained" in report["weights"]
     loads = report["batches"][1]["loads"]

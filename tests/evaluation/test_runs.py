@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from advmoe import cli, native
+from advmoe import cli
 from advmoe.config import Config
 from advmoe.evaluation import runs
 from advmoe.evaluation.runs import dissect_run, evaluate_run, sweep_run
 from advmoe.models.runs import load_run
+from advmoe.ops import kernels_used
 from advmoe.pool import threads_set
 from advmoe.training.run import train
 
@@ -102,7 +103,7 @@ def test_time_is_taken_with_the_threads_asked_for_and_what_it_was_taken_with_sta
             cost = evaluate_run(run_dir, attacks=["pgd"], threads=threads, **given)["cost"]
             assert torch.get_num_threads() == 2
         assert (cost["threads"], cost["batch"], cost["device"], cost["precision"]) == (used, 128, "cpu", "fp32")
-        assert cost["kernels"] == native.used()
+        assert cost["kernels"] == kernels_used()
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from advmoe.models import create_model
-from advmoe.models.folding import Steps, conv_norm, folding
+from advmoe.models.folding import folding
+from advmoe.models.fused import Steps, conv_norm
 from advmoe.models.layers import Projection
 from advmoe.models.modes import frozen
 from advmoe.models.norm import BatchNorm2d

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from advmoe import ops
 from advmoe.models import create_model
 from advmoe.moe import MoEConv2d, route
 from advmoe.moe.layer import windows
@@ -232,8 +233,8 @@ def test_few_filters_of_all_experts_at_once_give_each_sample_its_own(experts, c_
     )
     torch.nn.init.normal_(conv.bias)
     x, forced = torch.rand(9, 4, 6, 5), torch.arange(9)[:, None] % experts
-    seen, together = [], conv._within_a_vector
-    monkeypatch.setattr(conv, "_within_a_vector", lambda *given: seen.append(1) or together(*given))
+    seen, chosen = [], ops.chosen
+    monkeypatch.setattr(ops, "chosen", lambda *given: seen.append(1) or chosen(*given))
     scores = [torch.zeros(9, experts)]
     with route(forced=forced) as routing:
         routing.shared = scores

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from advmoe.models import create_model
 from advmoe.moe import dispatch, pathway, route, routing, soft_routing
-from advmoe.moe.routers import global_pool
 from advmoe.moe.routing import active_routing
+from advmoe.ops import global_pool
 
 ROUTERS = ["layer", "embedding", "image"]
 LAYERS = 16  # ResNet-18: 8 blocks of two

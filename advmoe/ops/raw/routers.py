@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advmoe.native.build import built
-from advmoe.native.tensors import address, room, threads_for
+from advmoe.ops.raw.build import built
+from advmoe.ops.raw.tensors import address, room, threads_for
 
 
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.errors import InputError
-from advmoe.native.activations import Gradients
-from advmoe.native.build import built
-from advmoe.native.routers import Scorer
-from advmoe.native.tensors import LANES, NAMES, address, available, images, room, threads_for
+from advmoe.ops.raw.activations import Gradients
+from advmoe.ops.raw.build import built
+from advmoe.ops.raw.routers import Scorer
+from advmoe.ops.raw.tensors import LANES, NAMES, address, available, images, room, threads_for
 
 _LARGEST = 1 << 20
 """Bytes of an expert's fp32 filters that a core's cache still holds between samples; larger ones are better grouped."""

@@ -11,19 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from advmoe import native
-from advmoe.models import create_model
+from advmoe.models import create_model, fused
 from advmoe.models.folding import folding
 from advmoe.models.modes import frozen
 from advmoe.models.norm import BatchNorm2d
+from advmoe.models.rectifier import Rectifier
 from advmoe.moe import route
 from advmoe.moe.conv import MoEConv2d
-from advmoe.moe.dispatch import Plan, convolution
-from advmoe.moe.rectifier import Rectifier, branch_of, pooled_before
+from advmoe.moe.dispatch import Plan
 from advmoe.moe.routers import routers_of
-from advmoe.moe.routing import forward_scope
+from advmoe.moe.routing import active_routing, forward_scope
+from advmoe.moe.ways import Weights
+from advmoe.ops import Convolved, Grouped, norm_act, raw
+from advmoe.ops.rectifier import _convolution_rectify
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+needs_kernels = pytest.mark.skipif(not raw.available(), reason=f"no kernels: {raw.missing()}")
 LAST = torch.channels_last
 NETWORKS = [
     ("resnet18", {"kind": "moe"}),
@@ -35,6 +37,15 @@ NETWORKS = [
     ("densenet40", {"kind": "moe"}),
     ("wrn-10-2", {"kind": "moe"}),
 ]
+
+
+def finished(rectifier, y, norm=None, shortcut=None):
+    """What becomes of a layer's output."""
+    return fused.kept(norm_act(y, norm, rectifier, shortcut, pool=rectifier.pools))
+
+
+def pooled_before(x):
+    return active_routing().pooled(x)
 
 
 def made(name, kwargs):
@@ -75,8 +86,8 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
     choices = torch.arange(20)[:, None].expand(-1, layers) % 2 if layers else None
     called = []
     for kernel in ("rectify", "norm_rectify"):
-        run = getattr(native, kernel)
-        monkeypatch.setattr(native, kernel, lambda *a, run=run, **k: called.append(run) or run(*a, **k))
+        run = getattr(raw, kernel)
+        monkeypatch.setattr(raw, kernel, lambda *a, run=run, **k: called.append(run) or run(*a, **k))
     results = []
     for kernels in (True, False):
         called.clear()
@@ -85,7 +96,7 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
                 results.append(passed(model, x, choices))
                 assert called
             else:
-                with native.without_kernels():
+                with raw.without_kernels():
                     results.append(passed(model, x, choices))
                 assert not called
     assert_alike(*results, 1e-2)
@@ -100,15 +111,15 @@ def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_i
         for _ in range(5):
             model(x)  # the routers' norms have seen their features
     whole = []
-    layer = native.whole_layer
-    monkeypatch.setattr(native, "whole_layer", lambda *a, **k: whole.append(a) or layer(*a, **k))
+    layer = raw.whole_layer
+    monkeypatch.setattr(raw, "whole_layer", lambda *a, **k: whole.append(a) or layer(*a, **k))
     with frozen(model), torch.no_grad():
         with route() as routing:
             logits = model(x)
         ours = routing.pathway() if routing.choices else None
         # One router for all layers, or none, leaves nothing to put into one kernel.
         assert bool(whole) == (kwargs["kind"] == "moe" and "router" not in kwargs)
-        with native.without_kernels(), route() as routing:
+        with raw.without_kernels(), route() as routing:
             expected = model(x)
         if ours is not None:
             assert torch.equal(ours, routing.pathway()) and len(ours.unique()) > 1
@@ -121,11 +132,11 @@ def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
     model, images = made(name, kwargs), make_images(12)
     model.train()(images)
     results, mixed = [], []
-    mix = native.mixed
-    monkeypatch.setattr(native, "mixed", lambda every, weights: mixed.append(every.shape) or mix(every, weights))
+    mix = raw.mixed
+    monkeypatch.setattr(raw, "mixed", lambda every, weights: mixed.append(every.shape) or mix(every, weights))
     for kernels in (True, False):
         x = images.clone().requires_grad_()
-        with contextlib.nullcontext() if kernels else native.without_kernels(), frozen(model), route("soft"):
+        with contextlib.nullcontext() if kernels else raw.without_kernels(), frozen(model), route("soft"):
             logits = model(x)
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(12) % 5), x)
         results.append({"logits": logits.detach(), "x": gradient})
@@ -151,7 +162,7 @@ def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):
             exact = passed(model, x, choices)
         with torch.autocast("cpu", torch.bfloat16), folding():
             results = {"kernels": passed(model, x, choices)}
-        with torch.autocast("cpu", torch.bfloat16), folding(), native.without_kernels():
+        with torch.autocast("cpu", torch.bfloat16), folding(), raw.without_kernels():
             results["pytorch"] = passed(model, x, choices)
         for who, result in results.items():
             for name, wanted in exact.items():
@@ -170,10 +181,10 @@ def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
     plan = Plan.of(torch.tensor([0, 1, 1, 0, 1, 0]), 2) if parts == 2 else None
     rows = tuple(y[index].contiguous(memory_format=LAST) for index in plan.members) if plan else (y * 1,)
     with forward_scope(shares=True):
-        x = rectifier.finish(rows, plan, norm, shortcut)
-        twice, pooled = branch_of(x), pooled_before(x)
+        x = finished(rectifier, Grouped(rows, plan.members if plan else ()), norm, shortcut)
+        twice, pooled = fused.fork(x), pooled_before(x)
     assert twice is not x and twice.data_ptr() == x.data_ptr()
-    assert branch_of(x) is x and pooled_before(x) is None  # outside of the pass
+    assert fused.fork(x) is x and pooled_before(x) is None  # outside of the pass
     weights = torch.randn(3, 6, 8, 4, 4)
     sums = (x * weights[0]).sum() + (twice * weights[1]).sum() + (pooled * weights[2, :, :, 0, 0]).sum()
     found = torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias))
@@ -192,7 +203,7 @@ def test_a_norm_that_does_not_record_stays_as_it_is():
     norm = BatchNorm2d(8)
     before = copy.deepcopy(norm.state_dict())
     norm.track_running_stats = False
-    Rectifier().finish((torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST),), None, norm, None)
+    fused.norm_act(norm, Rectifier(), torch.randn(6, 8, 4, 4).contiguous(memory_format=LAST))
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
@@ -203,7 +214,7 @@ def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
         torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
         assert pooled_before(x.clone()) is None
         x += 1
-        assert pooled_before(x) is None and branch_of(x) is x
+        assert pooled_before(x) is None and fused.fork(x) is x
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
@@ -240,8 +251,8 @@ def test_activations_are_freed_without_the_garbage_collector(backward):
     gc.disable()
     try:
         with forward_scope(shares=True):
-            x = Rectifier(pools=True).finish((y * 1,), None, BatchNorm2d(8), None)
-            total = (x + branch_of(x)).sum()
+            x = fused.norm_act(BatchNorm2d(8), Rectifier(pools=True), y * 1)
+            total = (x + fused.fork(x)).sum()
         if backward:
             total.backward()
         left = weakref.ref(x)
@@ -260,7 +271,7 @@ def gradients(run, x):
     """Of what `run` makes of `x`, for `x`, with kernels and without."""
     found = []
     for kernels in (True, False):
-        with contextlib.nullcontext() if kernels else native.without_kernels():
+        with contextlib.nullcontext() if kernels else raw.without_kernels():
             leaf = x.clone().requires_grad_()
             run(leaf).backward()
             found.append(leaf.grad)
@@ -318,7 +329,7 @@ def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way,
             model(x)
         seen = heard_of(model.backbone.get_submodule(part), way)
         with (
-            contextlib.nullcontext() if kernels else native.without_kernels(),
+            contextlib.nullcontext() if kernels else raw.without_kernels(),
             frozen(model) if mode == "frozen" else contextlib.nullcontext(),
         ):
             logits = model(x)
@@ -333,7 +344,7 @@ def test_blocks_called_by_hand_share_nothing(kind, make_images):
     for kernels in (True, False):
         model, x = resnet(kind).train(), make_images(6)
         first, *rest = model.backbone.blocks
-        with contextlib.nullcontext() if kernels else native.without_kernels():
+        with contextlib.nullcontext() if kernels else raw.without_kernels():
             y = feature = first(model.backbone.stem(x))
             for block in rest:
                 y = block(y)
@@ -347,20 +358,20 @@ def fixed_layer(channels=8):
     torch.manual_seed(0)
     filters = torch.randn(2, channels, channels, 3, 3)
     x = torch.randn(20, channels, 6, 6).contiguous(memory_format=LAST).requires_grad_()
-    return native.Packed.of(filters, None, (1, 1), (1, 1)), x, torch.arange(20) % 2
+    return raw.Packed.of(filters, None, (1, 1), (1, 1)), x, torch.arange(20) % 2
 
 
 @needs_kernels
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_frozen_network_s_convolutions_are_rectified_as_they_are_made(bf16, make_images, monkeypatch):
-    if bf16 and not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
+    if bf16 and not raw.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
         pytest.skip("a CPU without tiles")
     model, x = made("resnet18", {"kind": "moe", "width": 64}), make_images(20).requires_grad_()
     dtypes = []
     for name in ("rectified", "unrectified"):
-        run = getattr(native.Packed, name)
+        run = getattr(raw.Packed, name)
         monkeypatch.setattr(
-            native.Packed, name, lambda self, *a, run=run, **k: dtypes.append(self.dtype) or run(self, *a, **k)
+            raw.Packed, name, lambda self, *a, run=run, **k: dtypes.append(self.dtype) or run(self, *a, **k)
         )
     with frozen(model), folding(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(x).sum().backward()
@@ -371,16 +382,18 @@ def test_a_frozen_network_s_convolutions_are_rectified_as_they_are_made(bf16, ma
 @needs_kernels
 def test_a_shortcut_that_kernels_cannot_read_is_added_by_pytorch():
     filters, x, choice = fixed_layer()
-    shortcut, rectifier = torch.randn(20, 8, 6, 6).contiguous(memory_format=LAST), Rectifier()
-    assert rectifier.convolved(x, None, choice, filters, shortcut) is not None
+    shortcut, y = torch.randn(20, 8, 6, 6).contiguous(memory_format=LAST), Convolved(x, None, choice, filters)
+    assert _convolution_rectify(y, shortcut, pool=False) is not None
     others = [shortcut.double(), shortcut.bfloat16(), shortcut.contiguous(), shortcut[:1], shortcut[:, :, :1, :1]]
     for other in (*others, shortcut[:, :, :5]):
-        assert rectifier.convolved(x, None, choice, filters, other) is None
-    assert rectifier.convolved(x.contiguous(), None, choice, filters, None) is None
-    narrow = native.Packed.of(torch.ones(2, 4, 8, 3, 3), None, (1, 1), (1, 1))
-    assert rectifier.convolved(x, None, choice, narrow, None) is None
-    rectifier.register_forward_hook(lambda *_: None)
-    assert rectifier.convolved(x, None, choice, filters, shortcut) is None
+        assert _convolution_rectify(y, other, pool=False) is None
+    assert _convolution_rectify(y._replace(x=x.contiguous()), None, pool=False) is None
+    narrow = raw.Packed.of(torch.ones(2, 4, 8, 3, 3), None, (1, 1), (1, 1))
+    assert _convolution_rectify(y._replace(filters=narrow), None, pool=False) is None
+    rectifier, seen = Rectifier(), []
+    rectifier.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(finished(rectifier, y, None, shortcut), (y.merged() + shortcut).relu())
+    assert seen == [1]
 
 
 @needs_kernels
@@ -393,7 +406,8 @@ def test_filters_of_another_precision_are_not_used():
     for given in (fixed, None):
         with torch.no_grad(), route() as routing:
             routing.shared = [torch.arange(40.0).view(20, 2).sin()]
-            made.append(layer.folded(x, filters.bfloat16(), shifts.bfloat16(), given))
+            weights = Weights((filters.bfloat16(), shifts.bfloat16()), affine=True, filters=given)
+            made.append(layer.output(x, weights).merged())
     assert torch.equal(*made)
 
 
@@ -401,7 +415,8 @@ def test_filters_of_another_precision_are_not_used():
 @pytest.mark.parametrize("rectified", [False, True])
 def test_filters_that_change_before_the_gradient_are_noticed(rectified):
     filters, x, choice = fixed_layer()
-    y = Rectifier().convolved(x, None, choice, filters, None) if rectified else convolution(x, None, choice, filters)
+    y = Convolved(x, None, choice, filters)
+    y = finished(Rectifier(), y) if rectified else y.merged()
     filters.filters.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -415,10 +430,8 @@ def test_what_was_kept_in_another_layout_gives_the_same_gradient(rectified):
         filters, x, choice = fixed_layer()
         gate = torch.ones(20, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, kept):
-            if rectified:
-                y = Rectifier().convolved(x, gate, choice, filters, None)
-            else:
-                y = convolution(x, gate, choice, filters)
+            y = Convolved(x, gate, choice, filters)
+            y = finished(Rectifier(), y) if rectified else y.merged()
             found.append(torch.autograd.grad(y.square().sum(), (x, gate)))
     for ours, wanted in zip(*found, strict=True):
         assert torch.equal(ours, wanted)
@@ -428,7 +441,7 @@ def test_what_was_kept_in_another_layout_gives_the_same_gradient(rectified):
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.Identity()], ids=str)
 def test_another_norm_is_computed_as_it_is(norm, make_images):
     y = torch.randn(4, 8, 4, 4).contiguous(memory_format=LAST)
-    torch.testing.assert_close(Rectifier().finish((y.clone(),), None, norm, None), norm(y).relu())
+    torch.testing.assert_close(fused.norm_act(norm, Rectifier(), y.clone()), norm(y).relu())
 
 
 @pytest.mark.usefixtures("shallow_backbones")
@@ -436,7 +449,7 @@ def test_another_norm_is_computed_as_it_is(norm, make_images):
 @pytest.mark.parametrize("training", [False, True])
 def test_inference_mode_and_other_defaults(kind, training, make_images):
     model, x = resnet(kind).train(training), make_images(6)
-    with torch.no_grad(), native.without_kernels():
+    with torch.no_grad(), raw.without_kernels():
         expected = copy.deepcopy(model)(x)
     with torch.inference_mode():
         torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-3, atol=1e-3)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from advmoe.native import build
+from advmoe.ops.raw import build
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="no g++")
-REPORT = "import torch; from advmoe import native; print(native.available(), native.missing())"
+REPORT = "import torch; from advmoe.ops import raw; print(raw.available(), raw.missing())"
 NOTE = "no kernels, PyTorch computes everything: "
 
 
@@ -101,7 +101,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(cache, compile
 DAMAGES = """
 import sys, torch
 from pathlib import Path
-from advmoe.native import build
+from advmoe.ops.raw import build
 assert build.built().functions is not None
 (file,) = Path(sys.argv[1]).iterdir()
 whole = file.read_bytes()
@@ -304,7 +304,7 @@ def test_the_fingerprint_is_of_source_flags_and_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
     assert first != build._fingerprint(["sh"])
     monkeypatch.undo()
-    copied = shutil.copytree(build.SOURCE.parent, tmp_path / "native")
+    copied = shutil.copytree(build.SOURCE.parent, tmp_path / "csrc")
     monkeypatch.setattr(build, "SOURCE", copied / "kernels.cpp")
     assert first == build._fingerprint(["sh"])
     assert (copied / "tiles.h").exists()

@@ -31,11 +31,11 @@ from typing import Any
 
 from advmoe.progress import tell
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).parents[1] / "csrc" / "kernels.cpp"
 """What is compiled; it includes the headers beside it."""
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 KERNELS = 3
-"""What `advmoe_kernels()` of the source must say: the interface that `advmoe.native` calls."""
+"""What `advmoe_kernels()` of the source must say: the interface that `advmoe.ops.raw` calls."""
 COMPILING_SECONDS = 120
 """How long a compiler may take."""
 _LARGEST = 2**26

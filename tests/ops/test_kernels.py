@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from advmoe import native
-from advmoe.native import Parts, build
+from advmoe.ops import raw
+from advmoe.ops.raw import Parts, build
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+pytestmark = pytest.mark.skipif(not raw.available(), reason=f"no kernels: {raw.missing()}")
 LAST = torch.channels_last
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,7 +38,7 @@ def assert_close(actual, expected, dtype=torch.float32):
 @pytest.mark.parametrize("channels", [1, 3, 8, 20, 24, 40, 96])
 def test_a_pool_is_the_mean_over_pixels_in_fp32(dtype, channels):
     x = batch(5, channels, 7, 3, dtype=dtype)
-    pooled = native.pooled(x)
+    pooled = raw.pooled(x)
     assert pooled.dtype == torch.float32
     assert_close(pooled, x.double().mean((2, 3)))
 
@@ -47,7 +47,7 @@ def test_a_pool_is_the_mean_over_pixels_in_fp32(dtype, channels):
 @pytest.mark.parametrize("row", [1, 15, 64, 200])
 def test_products_are_inner_products(dtype, row):
     a, b = batch(6, row, 1, 1, dtype=dtype), batch(6, row, 1, 1, dtype=dtype, seed=1)
-    assert_close(native.products(a, b), (a.double() * b.double()).flatten(1).sum(1))
+    assert_close(raw.products(a, b), (a.double() * b.double()).flatten(1).sum(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,16 +60,16 @@ def test_a_rectified_sum_and_its_gradient(dtype, pool, summed, channels):
     expected = y.clone().requires_grad_()
     rectified = (expected if shortcut is None else expected + shortcut).relu()
     x = y.clone()
-    _, mean = native.rectify(Parts((x,)), shortcut, pool=pool, out=x)
+    _, mean = raw.rectify(Parts((x,)), shortcut, pool=pool, out=x)
     assert torch.equal(x, rectified)
     apart = in_parts(y)
-    again, same = native.rectify(apart, shortcut, pool=pool)
+    again, same = raw.rectify(apart, shortcut, pool=pool)
     assert torch.equal(again, x) and (mean is None or torch.equal(mean, same))
     gradients, total = some_gradients(x, rectified, pool)
     if pool:
         assert_close(mean, x.double().mean((2, 3)))
-    (back,) = native.unrectify(x, gradients, Parts((torch.empty_like(x),)))
-    for part, index in zip(native.unrectify(x, gradients, apart.like()), apart.members, strict=True):
+    (back,) = raw.unrectify(x, gradients, Parts((torch.empty_like(x),)))
+    for part, index in zip(raw.unrectify(x, gradients, apart.like()), apart.members, strict=True):
         assert torch.equal(part, back[index])
     (wanted,) = torch.autograd.grad(total, expected)
     assert_close(back, wanted, dtype)
@@ -87,7 +87,7 @@ def some_gradients(x, rectified, pool):
     total = (rectified.double() * (g.double() + branch.double())).sum()
     if pool:
         total = total + (rectified.double().mean((2, 3)) * m).sum()
-    return native.Gradients(g, branch, m), total
+    return raw.Gradients(g, branch, m), total
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,7 +102,7 @@ def test_a_batch_norm_and_its_rectifier(dtype, pool, summed, channels):
     normed = F.batch_norm(inputs[0], None, None, *inputs[1:3], training=True)
     rectified = (normed + inputs[3] if summed else normed).relu()
     for y in (Parts((exact,)), in_parts(exact)):
-        made = native.norm_rectify(y, weight, bias, 1e-5, shortcut, pool=pool)
+        made = raw.norm_rectify(y, weight, bias, 1e-5, shortcut, pool=pool)
         assert_close(made.x, rectified.detach(), dtype)
         assert_close(made.mean, exact.double().mean((0, 2, 3)))
         assert_close(made.variance, exact.double().var((0, 2, 3), correction=0))
@@ -110,7 +110,7 @@ def test_a_batch_norm_and_its_rectifier(dtype, pool, summed, channels):
             assert_close(made.pooled, made.x.double().mean((2, 3)))
         # Where rounding has decided what is above 0, the gradient follows.
         gradients, total = some_gradients(made.x, rectified * (made.x > 0), pool)
-        dy, *others = native.unnorm_rectify(y, made, weight, 1e-5, gradients, shortcut=summed)
+        dy, *others = raw.unnorm_rectify(y, made, weight, 1e-5, gradients, shortcut=summed)
         wanted = torch.autograd.grad(total, inputs, retain_graph=True)
         for part, index in zip(dy, y.members or (slice(None),), strict=True):
             assert_close(part, wanted[0][index], dtype)
@@ -124,13 +124,13 @@ def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
     y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
     x = y.clone()
-    native.rectify(Parts((x,)), None, pool=False, out=x)
+    raw.rectify(Parts((x,)), None, pool=False, out=x)
     # A CPU's own instructions for bf16 may take what is below the smallest normal number for 0.
     flushed = dtype == torch.bfloat16 and x.flatten()[5] == 0
     expected = torch.where(y.abs() < 1e-38, 0, y) if flushed else y
     assert torch.equal(x.isnan(), y.isnan())
     assert torch.equal(x.nan_to_num(), expected.relu().nan_to_num())
-    (back,) = native.unrectify(x, native.Gradients(torch.ones_like(x)), Parts((torch.empty_like(x),)))
+    (back,) = raw.unrectify(x, raw.Gradients(torch.ones_like(x)), Parts((torch.empty_like(x),)))
     assert back.flatten().tolist() == [1, 1, 0, 0, 0, 0 if flushed else 1, 0, 1]
 
 
@@ -139,7 +139,7 @@ def test_rows_come_back_in_order_with_their_products(dtype):
     x = batch(7, 5, 3, 2, dtype=dtype)
     members = (torch.tensor([1, 3, 6]), torch.tensor([0, 2, 4, 5]))
     parts = [batch(len(m), 5, 3, 2, dtype=dtype, seed=9 + i) for i, m in enumerate(members)]
-    out, products = native.unsplit(Parts(tuple(parts), members), x)
+    out, products = raw.unsplit(Parts(tuple(parts), members), x)
     for part, index in zip(parts, members, strict=True):
         assert torch.equal(out[index], part)
     assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
@@ -153,19 +153,19 @@ def test_a_mixture_and_its_gradients(dtype, experts, channels):
     weights = batch(5, experts, 1, 1, seed=1).flatten(1).contiguous()
     exact, shares = every.double().requires_grad_(), weights.double().requires_grad_()
     expected = (exact.unflatten(1, (experts, channels)) * shares.view(5, experts, 1, 1, 1)).sum(1)
-    assert native.mixes(every, experts) and not native.mixes(every.contiguous(), experts)
-    assert not native.mixes(every[:, 4:].contiguous(memory_format=LAST), experts)
-    y = native.mixed(every, weights)
+    assert raw.mixes(every, experts) and not raw.mixes(every.contiguous(), experts)
+    assert not raw.mixes(every[:, 4:].contiguous(memory_format=LAST), experts)
+    y = raw.mixed(every, weights)
     assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
     assert_close(y, expected.detach(), dtype)
     g = batch(*y.shape, dtype=dtype, seed=2)
     wanted = torch.autograd.grad(expected, (exact, shares), g.double())
-    for ours, theirs in zip(native.unmixed(g, every, weights), wanted, strict=True):
+    for ours, theirs in zip(raw.unmixed(g, every, weights), wanted, strict=True):
         assert_close(ours, theirs, dtype)
 
 
 tiles = pytest.mark.skipif(
-    not native.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1), reason="a CPU without tiles"
+    not raw.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1), reason="a CPU without tiles"
 )
 PRECISIONS = [torch.float32, pytest.param(torch.bfloat16, marks=tiles)]
 sides = st.integers(1, 9)
@@ -187,7 +187,7 @@ def assert_convolves(x, filters, bias, choice, stride, padding):
     """The kernels' convolution of these and both its gradients are those in fp64, but for the rounding of results."""
     x, dtype = x.detach().requires_grad_(), x.dtype
     expected = convolved(x, filters, bias, choice, stride, padding)
-    made = native.Packed.of(filters, bias, stride, padding)
+    made = raw.Packed.of(filters, bias, stride, padding)
     y = made.convolve(x.detach(), choice)
     assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype and y.shape == made.made_of(x.shape)
     assert_close(y, expected.detach(), dtype)
@@ -244,15 +244,15 @@ def test_a_rectified_convolution_is_its_parts(dtype, pool, summed, stride, size)
         batch(3 * 64, 32, 3, 3, dtype=dtype).view(3, 64, 32, 3, 3),
         batch(3, 64, 1, 1, dtype=dtype)[:, :, 0, 0],
     )
-    made = native.Packed.of(filters, bias, (stride, stride), (1, 1))
+    made = raw.Packed.of(filters, bias, (stride, stride), (1, 1))
     shortcut = batch(*made.made_of(x.shape), dtype=dtype, seed=2) if summed else None
     y, pooled = made.rectified(x, choice, shortcut, pool=pool)
     alone = made.convolve(x, choice)
-    expected, mean = native.rectify(Parts((alone,)), shortcut, pool=pool, out=alone)
+    expected, mean = raw.rectify(Parts((alone,)), shortcut, pool=pool, out=alone)
     assert torch.equal(y, expected) and (torch.equal(pooled, mean) if pool else pooled is None)
     gradients, _ = some_gradients(y, y, pool)
     dx, products, kept = made.unrectified(y, gradients, x, choice, products=True, shortcut=summed)
-    (back,) = native.unrectify(y, gradients, Parts((torch.empty_like(y),)))
+    (back,) = raw.unrectify(y, gradients, Parts((torch.empty_like(y),)))
     wanted, dots = made.backward(back, x, choice, products=True)
     assert torch.equal(dx, wanted) and torch.equal(products, dots)
     assert torch.equal(kept, back) if summed else kept is None
@@ -266,7 +266,7 @@ def test_a_rectified_convolution_is_its_parts(dtype, pool, summed, stride, size)
 def test_a_sample_is_computed_alike_alone_and_among_others(dtype, channels, size):
     x, choice = batch(9, channels, size, size, dtype=dtype), torch.arange(9) % 2
     filters = batch(2 * channels, channels, 3, 3, dtype=dtype).view(2, channels, channels, 3, 3)
-    made = native.Packed.of(filters, None, (1, 1), (1, 1))
+    made = raw.Packed.of(filters, None, (1, 1), (1, 1))
     together = made.convolve(x, choice)
     back, _ = made.backward(together, x, choice, products=False)
     for i in range(9):
@@ -277,7 +277,7 @@ def test_a_sample_is_computed_alike_alone_and_among_others(dtype, channels, size
 
 
 def test_an_expert_that_is_not_there_is_refused():
-    made = native.Packed.of(torch.ones(2, 4, 3, 1, 1), None, (1, 1), (0, 0))
+    made = raw.Packed.of(torch.ones(2, 4, 3, 1, 1), None, (1, 1), (0, 0))
     for wrong in (2, -1):
         with pytest.raises(ValueError, match=r"forced must hold experts from 0 to 1, got \[0, "):
             made.convolve(batch(2, 3, 2, 2), torch.tensor([0, wrong]))
@@ -285,20 +285,20 @@ def test_an_expert_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 3), (3, 3, 3), (2, 3, 1, 5)])
 def test_images_that_do_not_fit_the_filters_are_refused(shape):
-    made = native.Packed.of(torch.ones(1, 4, 3, 3, 3), None, (1, 1), (0, 0))
+    made = raw.Packed.of(torch.ones(1, 4, 3, 3, 3), None, (1, 1), (0, 0))
     with pytest.raises(ValueError, match=r"x must be \(N, 3, H, W\), with its padding no smaller than the kernel of 3"):
         made.convolve(torch.ones(shape), torch.zeros(2, dtype=torch.long))
 
 
 def test_large_filters_and_other_precisions_are_left_to_pytorch():
-    assert native.Packed.suits(torch.ones(256, 128, 3, 3), 2)
-    assert not native.Packed.suits(torch.ones(256, 256, 3, 3), 1)
-    assert not native.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.float16), 2)
-    assert not native.Packed.suits(torch.ones(4, 4, 3, 3, device="meta"), 1)
+    assert raw.Packed.suits(torch.ones(256, 128, 3, 3), 2)
+    assert not raw.Packed.suits(torch.ones(256, 256, 3, 3), 1)
+    assert not raw.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.float16), 2)
+    assert not raw.Packed.suits(torch.ones(4, 4, 3, 3, device="meta"), 1)
     narrow = ((8, 32), (32, 16), (96, 32))  # of two experts; where there are no tiles, wide ones too
-    assert not any(native.Packed.suits(torch.ones(*each, 3, 3, dtype=torch.bfloat16), 2) for each in narrow)
-    with native.without_kernels():
-        assert not native.Packed.suits(torch.ones(4, 4, 3, 3), 1)
+    assert not any(raw.Packed.suits(torch.ones(*each, 3, 3, dtype=torch.bfloat16), 2) for each in narrow)
+    with raw.without_kernels():
+        assert not raw.Packed.suits(torch.ones(4, 4, 3, 3), 1)
 
 
 def test_tiles_are_used_where_a_cpu_has_them():
@@ -308,18 +308,18 @@ def test_tiles_are_used_where_a_cpu_has_them():
     asked = [*build._compiler(), "-march=native", "-dM", "-E", "-xc++", os.devnull]
     if "__AMX_BF16__" not in subprocess.run(asked, capture_output=True, text=True, check=True).stdout:
         pytest.skip("a compiler that does not know them")
-    assert native.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.bfloat16), 2)
+    assert raw.Packed.suits(torch.ones(64, 32, 3, 3, dtype=torch.bfloat16), 2)
 
 
 def test_bf16_filters_are_refused_where_there_are_no_tiles():
     # In a process of its own: nobody has asked for tiles there yet.
     code = """if True:
         import torch
-        from advmoe import native
+        from advmoe.ops import raw
         filters = torch.ones(1, 32, 32, 1, 1, dtype=torch.bfloat16)
         x = torch.ones(3, 32, 2, 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         try:
-            y = native.Packed.of(filters, None, (1, 1), (0, 0)).convolve(x, torch.zeros(3, dtype=torch.long))
+            y = raw.Packed.of(filters, None, (1, 1), (0, 0)).convolve(x, torch.zeros(3, dtype=torch.long))
             print(y.unique().tolist())
         except ValueError as error:
             print(error)
@@ -334,34 +334,34 @@ def test_bf16_filters_are_refused_where_there_are_no_tiles():
 
 def test_what_suits_is_plain_memory_that_nobody_watches():
     x = batch(2, 8, 3, 3)
-    assert native.suits(x) and native.suits(x, nn.Parameter(x))
-    with native.without_kernels():
-        assert not native.suits(x)
-    assert not native.suits(x.double())
-    assert not native.suits(x, x.bfloat16())
-    assert not native.suits(x.contiguous())
-    assert not native.suits(x.to("meta"))
+    assert raw.suits(x) and raw.suits(x, nn.Parameter(x))
+    with raw.without_kernels():
+        assert not raw.suits(x)
+    assert not raw.suits(x.double())
+    assert not raw.suits(x, x.bfloat16())
+    assert not raw.suits(x.contiguous())
+    assert not raw.suits(x.to("meta"))
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-        assert not native.suits(fake)
-    assert not native.suits(fake)
+        assert not raw.suits(fake)
+    assert not raw.suits(fake)
     with FlopCounterMode(display=False):
-        assert not native.suits(x)
+        assert not raw.suits(x)
     seen = []
-    torch.func.vmap(lambda each: seen.append(native.suits(each)) or each)(x[None])
+    torch.func.vmap(lambda each: seen.append(raw.suits(each)) or each)(x[None])
     assert seen == [False]
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_results_do_not_depend_on_threads(dtype):
     x, choice = batch(9, 32, 6, 6, dtype=dtype), torch.arange(9) % 2
-    made = native.Packed.of(batch(64, 32, 3, 3, dtype=dtype).view(2, 32, 32, 3, 3), None, (1, 1), (1, 1))
+    made = raw.Packed.of(batch(64, 32, 3, 3, dtype=dtype).view(2, 32, 32, 3, 3), None, (1, 1), (1, 1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             y = made.convolve(x, choice)
-            results.append((y, *made.backward(y, x, choice, products=True), native.pooled(x), native.products(x, x)))
+            results.append((y, *made.backward(y, x, choice, products=True), raw.pooled(x), raw.products(x, x)))
     finally:
         torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
@@ -376,7 +376,7 @@ def router(channels, experts):
     for each in (norm.running_var, norm.weight.data):
         nn.init.uniform_(each, 0.5, 2)
     parts = nn.Sequential(norm, hidden, nn.ReLU(), last).eval().requires_grad_(False)
-    return native.Scorer(norm, hidden, last), parts
+    return raw.Scorer(norm, hidden, last), parts
 
 
 @pytest.mark.parametrize("channels", [3, 8, 20, 64, 150])
@@ -399,29 +399,29 @@ def test_a_whole_layer_is_its_parts(dtype, summed, stride):
         batch(3 * 16, 32, 3, 3, dtype=dtype).view(3, 16, 32, 3, 3),
         batch(3, 16, 1, 1, dtype=dtype)[:, :, 0, 0],
     )
-    fixed = native.Packed.of(filters, bias, (stride, stride), (1, 1))
-    pooled = native.pooled(x)
+    fixed = raw.Packed.of(filters, bias, (stride, stride), (1, 1))
+    pooled = raw.pooled(x)
     scorer.norm.running_mean, scorer.norm.running_var = pooled.mean(0), pooled.var(0)
     shortcut = batch(9, 16, 6 // stride, 6 // stride, seed=2, dtype=dtype) if summed else None
-    made = native.whole_layer(scorer, pooled, fixed, x, shortcut, pool=True)
+    made = raw.whole_layer(scorer, pooled, fixed, x, shortcut, pool=True)
     assert_close(made.scores, parts(pooled))
     assert torch.equal(made.choice, made.scores.argmax(1)) and len(made.choice.unique()) > 1
     y = fixed.convolve(x, made.choice)
-    y, after = native.rectify(Parts((y,)), shortcut, pool=True, out=y)
+    y, after = raw.rectify(Parts((y,)), shortcut, pool=True, out=y)
     assert torch.equal(made.y, y) and torch.equal(made.pooled, after)
     with pytest.raises(ValueError, match=r"shortcut must be \(9, 16, "):
-        native.whole_layer(scorer, pooled, fixed, x, batch(9, 16, 1, 1, dtype=dtype), pool=True)
+        raw.whole_layer(scorer, pooled, fixed, x, batch(9, 16, 1, 1, dtype=dtype), pool=True)
 
 
 def test_scores_that_are_equal_or_no_numbers_choose_as_pytorch_does():
     scorer, _ = router(8, 3)
     nn.init.zeros_(scorer.last.weight)
     x = batch(4, 8, 2, 2)
-    fixed = native.Packed.of(torch.ones(3, 8, 8, 1, 1), None, (1, 1), (0, 0))
+    fixed = raw.Packed.of(torch.ones(3, 8, 8, 1, 1), None, (1, 1), (0, 0))
     nan = float("nan")
     for biases in ([1, 1, 1], [0, 2, 2], [nan, 9, 9], [0, 9, nan], [0, nan, nan], [float("inf"), nan, 0]):
         scorer.last.bias.data = torch.tensor(biases, dtype=torch.float32)
-        made = native.whole_layer(scorer, native.pooled(x), fixed, x, None, pool=False)
+        made = raw.whole_layer(scorer, raw.pooled(x), fixed, x, None, pool=False)
         assert made.pooled is None
         assert made.choice.tolist() == [torch.tensor(biases).argmax().item()] * 4
 
@@ -430,6 +430,6 @@ def test_the_probability_of_a_choice_and_its_gradient():
     scores = (20 * batch(9, 4, 1, 1)[:, :, 0, 0]).contiguous().requires_grad_()
     choice, g = torch.arange(9) % 4, batch(9, 1, 1, 1, seed=1).flatten()
     expected = scores.double().softmax(1)[torch.arange(9), choice]
-    assert_close(native.chosen_probability(scores.detach(), choice), expected.detach())
-    found = native.chosen_probability_backward(scores.detach(), choice, g)
+    assert_close(raw.chosen_probability(scores.detach(), choice), expected.detach())
+    found = raw.chosen_probability_backward(scores.detach(), choice, g)
     assert_close(found, torch.autograd.grad(expected, scores, g.double())[0])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe.native.build import built
-from advmoe.native.tensors import LANES, NAMES, addresses, images, room, suits, threads_for
+from advmoe.ops.raw.build import built
+from advmoe.ops.raw.tensors import LANES, NAMES, addresses, images, room, suits, threads_for
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ do the same.
 Axes: `N` batch, `C` channels, `H W` size, `E` experts, `k` kernel.
 """
 
-from advmoe.native.activations import (
+from advmoe.ops.raw.activations import (
     Gradients,
     Normed,
     Parts,
@@ -22,9 +22,9 @@ from advmoe.native.activations import (
     unrectify,
     unsplit,
 )
-from advmoe.native.convolution import Layer, Packed, whole_layer
-from advmoe.native.routers import Scorer, chosen_probability, chosen_probability_backward
-from advmoe.native.tensors import LANES, available, eager, missing, suits, used, without_kernels
+from advmoe.ops.raw.convolution import Layer, Packed, whole_layer
+from advmoe.ops.raw.routers import Scorer, chosen_probability, chosen_probability_backward
+from advmoe.ops.raw.tensors import LANES, available, eager, kernels_used, missing, suits, without_kernels
 
 __all__ = [
     "LANES",
@@ -38,6 +38,7 @@ __all__ = [
     "chosen_probability",
     "chosen_probability_backward",
     "eager",
+    "kernels_used",
     "missing",
     "mixed",
     "mixes",
@@ -51,7 +52,6 @@ __all__ = [
     "unnorm_rectify",
     "unrectify",
     "unsplit",
-    "used",
     "whole_layer",
     "without_kernels",
 ]

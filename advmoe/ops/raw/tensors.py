@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from advmoe.native.build import built
+from advmoe.ops.raw.build import built
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 LANES = 8
@@ -31,7 +31,7 @@ def missing() -> str | None:
     return None if built().functions is not None else built().reason
 
 
-def used() -> str:
+def kernels_used() -> str:
     """Whose kernels CPUs use here, as results say it: `advmoe`, or `PyTorch` and why not ours."""
     return "advmoe" if available() else f"PyTorch ({missing() or 'ours are switched off'})"
 

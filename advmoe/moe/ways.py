@@ -1,0 +1,123 @@
+"""The ways to compute a routed layer once its experts are chosen. `masked` is the definition; the others agree with it,
+but for `soft`, which is a differentiable surrogate.
+
+Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from advmoe import ops
+from advmoe.errors import InputError
+from advmoe.moe.routing import Routing, RoutingMode
+
+if TYPE_CHECKING:
+    from advmoe.moe.layer import MoELayer
+
+
+class Weights(NamedTuple):
+    """What a layer computes with in a pass."""
+
+    banks: tuple[Tensor, ...]
+    """(M, ...) each."""
+    affine: bool = False
+    """Whether the gate scales what is linear in the input alone, not the last of the banks, which are biases."""
+    filters: ops.Packed | None = None
+    """The banks of a convolution that do not learn, packed ahead (`ops.pack`)."""
+
+
+class Decision(NamedTuple):
+    """What a layer's router decided."""
+
+    scores: Tensor
+    """(N, E)."""
+    choice: Tensor
+    """(N,)."""
+    routing: Routing
+
+
+Output = ops.Grouped | ops.Convolved
+"""A layer's output (N, ...), `merged` when it is asked for or by what follows."""
+
+
+def masked(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
+    """The sum over experts of [e is chosen] * (1 + p_e - stop_grad(p_e)) * expert_e(x), with p = softmax(scores)."""
+    scores, choice, _ = decision
+    every = layer.compute_all(x, *weights.banks)
+    if not (torch.is_grad_enabled() and scores.requires_grad):
+        # No gradient to give the choice: the chosen one's output is taken as it is.
+        chosen = torch.arange(x.shape[0], device=x.device) * layer.num_experts + choice
+        return _whole(every.flatten(0, 1).index_select(0, chosen))
+    probability = scores.softmax(1)
+    gates = F.one_hot(choice, layer.num_experts) * (1 + (probability - probability.detach()))
+    return _whole((every * gates.to(weights.banks[0].dtype).view(*gates.shape, *[1] * (every.dim() - 2))).sum(1))
+
+
+def soft(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
+    """The sum over all experts of softmax(scores / temperature)_e * expert_e(x)."""
+    mixture = (decision.scores / decision.routing.temperature).softmax(1)
+    return _whole(ops.mix(layer.compute_all(x, *weights.banks), mixture))
+
+
+def gathered(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
+    """The chosen expert's rows of the banks, gathered by index: for one image, without gradients for the choice."""
+    choice = decision.choice
+    if len(choice) != 1:
+        raise InputError(f"mode gathered must be for 1 image with 1 expert a layer, got {len(choice)} choices")
+    rows = layer.row_index.index_select(0, choice)[0]
+    return _whole(layer.compute(x, *(bank.index_select(0, rows) for bank in weights.banks)))
+
+
+def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
+    """Each sample's chosen expert alone: in one call that moves no sample, where there is one, or expert by expert."""
+    scores, choice, routing = decision
+    banks, filters = weights.banks, weights.filters
+    gate = ops.chosen_probability(scores, choice) if torch.is_grad_enabled() and scores.requires_grad else None
+    # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed and is had
+    # where gradients are brought back in order.
+    ahead, behind = (gate, None) if weights.affine or (layer.linear and x.requires_grad) else (None, gate)
+    learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
+    if filters is None and not learnt:
+        filters = layer.packed(*banks, once=x)
+    y: Output | None = ops.convolved(x, ahead, choice, filters)
+    if y is None and len(x) > 1:
+        each = layer.compute_each(x if ahead is None else ops.straight_through(x, ahead), choice, *banks)
+        if each is not None:
+            y = _whole(each)
+            routing.settle()
+    if y is None:
+        y = _expert_by_expert(layer, x, ahead, decision, banks)
+    if behind is not None:
+        y = _whole(ops.straight_through(y.merged(), behind))
+    if layer.copies:
+        whole = y.merged()
+        y = _whole(whole.clone() if whole.requires_grad else whole)
+    return y
+
+
+def _expert_by_expert(
+    layer: MoELayer, x: Tensor, gate: Tensor | None, decision: Decision, banks: tuple[Tensor, ...]
+) -> Output:
+    plan = decision.routing.plan(decision.scores, decision.choice)
+    if layer.apart and len(plan.experts) > 1:
+        # One node of autograd for all experts, whose gradients it puts side by side: a slice each adds zeros.
+        shares = [bank.split(layer.expert_rows) for bank in banks]
+        rows = [tuple(share[e] for share in shares) for e in plan.experts]
+    else:
+        rows = [tuple(layer.of_expert(e, bank) for bank in banks) for e in plan.experts]
+    parts = zip(ops.split(x, plan.members, gate), rows, strict=True)
+    return ops.Grouped(tuple(layer.compute(part, *weights) for part, weights in parts), plan.members)
+
+
+def _whole(y: Tensor) -> Output:
+    return ops.Grouped((y,))
+
+
+Way = Callable[["MoELayer", Tensor, Decision, Weights], Output]
+WAYS: Mapping[RoutingMode, Way] = {"masked": masked, "soft": soft, "gathered": gathered, "hard": hard}

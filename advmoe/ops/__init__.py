@@ -1,0 +1,46 @@
+"""Operations of routed networks: the only place that knows that there are kernels.
+
+Each is a function that says what it computes in PyTorch's terms, and does it faster where it can: `raw` calls the
+kernels (C++ in `csrc`), autograd's functions stand below the one that uses them, and where no kernel suits (other
+devices, a traced graph, `without_kernels`) PyTorch computes the definition.
+"""
+
+from advmoe.ops.convolution import Convolved, convolved, fixed_convolution, kept_pixels, pack, worth_packing
+from advmoe.ops.experts import chosen, fits_a_vector, pointwise
+from advmoe.ops.gate import chosen_probability, mix, straight_through
+from advmoe.ops.grouping import Grouped, merge, split
+from advmoe.ops.hooks import heard, listened
+from advmoe.ops.norm import fixed_norm
+from advmoe.ops.raw import Packed, kernels_used, without_kernels
+from advmoe.ops.rectifier import Rectified, norm_act, rectify
+from advmoe.ops.routers import global_pool, router_scores, whole_layer
+
+__all__ = [
+    "Convolved",
+    "Grouped",
+    "Packed",
+    "Rectified",
+    "chosen",
+    "chosen_probability",
+    "convolved",
+    "fits_a_vector",
+    "fixed_convolution",
+    "fixed_norm",
+    "global_pool",
+    "heard",
+    "kept_pixels",
+    "kernels_used",
+    "listened",
+    "merge",
+    "mix",
+    "norm_act",
+    "pack",
+    "pointwise",
+    "rectify",
+    "router_scores",
+    "split",
+    "straight_through",
+    "whole_layer",
+    "without_kernels",
+    "worth_packing",
+]
