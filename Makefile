@@ -20,6 +20,9 @@ CALLING := tests/test_cli.py tests/test_config.py tests/test_recipes.py tests/te
 	tests/evaluation/test_intervals.py tests/studies/test_statistics.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
 
+# Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-plain slow studies soak check lowest format clean
 
 demo: $(INSTALLED)
