@@ -11,14 +11,23 @@ LOWEST := .venv-lowest
 LOWEST_BIN := $(LOWEST)/bin
 UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct -c $(LOWEST)/torch.txt
 
-# Everything that computes with networks, whose kernels are tested in tests/ops.
-NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py)
+# Everything that computes with networks, whose kernels are tested in tests/ops; less what is about files, figures
+# and messages, or computes with no network.
+NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py) \
+	$(addprefix --ignore=tests/,evaluation/test_distributions.py evaluation/test_intervals.py models/test_model_files.py \
+	models/test_sources.py training/test_board.py training/test_checkpoint.py training/test_data_notes.py \
+	training/test_leftovers.py training/test_manifest.py training/test_schedule.py)
 
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
-CALLING := tests/test_cli.py tests/test_config.py tests/test_recipes.py tests/test_export.py tests/hub tests/report \
-	tests/data/test_data_digits.py tests/data/test_data_folder.py tests/attacks/test_autoattack.py \
+# The page in a browser depends on none of them.
+CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/test_config.py \
+	tests/test_recipes.py tests/test_export.py tests/hub tests/report --ignore=tests/report/test_browser.py \
+	tests/data/test_digits.py tests/data/test_folder.py tests/attacks/test_autoattack.py \
 	tests/evaluation/test_intervals.py tests/studies/test_statistics.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
+
+# Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-plain slow studies soak check lowest format clean
 

@@ -1,6 +1,6 @@
 """The three sizes that a study runs at, and the runs that studies are made of.
 
-`smoke`  digits at 16 pixels, narrow networks, 2 epochs: minutes for all studies; shows that all works, not more.
+`smoke`  320 digits at 16 pixels, narrow networks, 2 epochs: minutes for all studies; shows that all works, not more.
 `cpu`    CIFAR-10 as an image folder, narrow networks, part of the training images: a night of two cores at most.
 `paper`  the paper's own setting, from the recipes: for GPUs.
 
@@ -194,12 +194,21 @@ _SMOKE = Scale(
     base={
         "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
         "threat": {"norm": "linf", "eps": 0.1},
-        "training": {**_TRADES, "epochs": 2, "batch_size": 64, "lr": 0.1, "step_size": 0.0625, "val_attack_steps": 5},
-        "attack": {"steps": 10, "step_size": 0.025, "pathways": 2, "queries": 0},
+        "training": {**_TRADES, "epochs": 2, "batch_size": 64, "lr": 0.1, "step_size": 0.0625, "val_attack_steps": 2},
+        "attack": {"steps": 5, "step_size": 0.05, "pathways": 2, "queries": 0},
     },
     datasets={
         "CIFAR-10": Part(
-            "digits", {"data": {"name": "digits", "image_size": 16, "augment": False, "val_fraction": 0.1}}
+            "digits",
+            {
+                "data": {
+                    "name": "digits",
+                    "image_size": 16,
+                    "train_examples": 320,
+                    "val_fraction": 0.1,
+                    "augment": False,
+                }
+            },
         )
     },
     backbones={
@@ -209,8 +218,8 @@ _SMOKE = Scale(
         "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 8}}),
         "DeiT-Tiny": Part("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 32}, "training": {"lr": 0.05}}),
     },
-    examples=100,
-    autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 50),
+    examples=40,
+    autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 20),
     timed={"batches": [64], "seconds": 0.2},
     paced={"rounds": 2},
 )

@@ -26,10 +26,10 @@ from advmoe.training.trainer import Trainer
 
 TINY = {
     "model": {"width": 4, "experts_init": "shared"},
-    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": True},
+    "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": True},
     "threat": {"eps": "0.1"},
-    # Both levels in each of the few iterations.
-    "training": {"alternation": "both", "epochs": 3, "batch_size": 640, "step_size": 0.06, "val_attack_steps": 2},
+    # Both levels in each of the two iterations of an epoch.
+    "training": {"alternation": "both", "epochs": 3, "batch_size": 144, "step_size": 0.06, "val_attack_steps": 2},
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 
@@ -197,14 +197,20 @@ def test_what_a_run_goes_on_with_is_told_where_it_is_other(finished, tmp_path, c
     assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_batches_too_small_for_the_processes_are_refused(tmp_path):
-    rule = r"training images .* must make batches that {} processes share equally, of >= 2 images each, got {} a batch"
+    rule = r"training images .* must make batches that 2 processes share equally, of >= 2 images each, got 5 a batch"
     data = {"train_examples": 5, "val_fraction": 0.0}
-    with pytest.raises(ValueError, match=rule.format(2, 5)):
+    with pytest.raises(ValueError, match=rule):
         train(tiny(data=data), run_dir=tmp_path / "run", devices=2, **THREADS)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=rule.format(1, 1)):  # what a validation split may leave
-        run_module._require_shares(tiny(), SimpleNamespace(train=[0]), 1)
+
+
+@pytest.mark.parametrize(("images", "processes"), [(1, 1), (2, 2), (5, 2)])
+def test_images_that_make_no_equal_shares_of_two_are_refused(images, processes):
+    rule = rf"make batches that {processes} processes share equally, of >= 2 images each, got {images} a batch"
+    with pytest.raises(ValueError, match=rule):
+        run_module._require_shares(tiny(), SimpleNamespace(train=range(images)), processes)
 
 
 def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path, monkeypatch):
@@ -297,7 +303,7 @@ if __name__ == "__main__":
     saved = weights(tmp_path / "run")
     if training is REMEMBERING:
         more = load_file(tmp_path / "run" / "last" / "more.safetensors")
-        assert more["perturbations"].flatten(1).any(1).sum() >= 1280  # two batches: both processes' images
+        assert more["perturbations"].flatten(1).any(1).sum() >= 288  # two batches: both processes' images
         saved |= more
     assert_same_weights({name: tensor.contiguous() for name, tensor in ranks[0].items()}, saved)
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())

@@ -1,4 +1,5 @@
-import json
+"""The command line as a whole: mistakes, pipes, and what needs no PyTorch. Commands have files of their own."""
+
 import os
 import subprocess
 import sys
@@ -7,14 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import yaml
 
 from advmoe import cli
-from advmoe.cli import evaluate
 from advmoe.config import Config
-from advmoe.recipes import METHODS, SETTINGS, recipe
+from advmoe.recipes import METHODS, SETTINGS
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 
 
 def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -196,24 +195,6 @@ def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
     assert done.stdout == b"done\n"
 
 
-def test_print_config_round_trip(tmp_path: Path) -> None:
-    overrides = ["--threat.eps", "4/255", "--training.weight_decay", "1e-3", "--data.augment", "true"]
-    first = run(tmp_path, *TRAIN, *overrides, "--training.epochs=7", "--data.image_size", "null", "--print_config")
-    assert (first.returncode, first.stderr) == (0, "")
-    config = Config.from_dict(yaml.safe_load(first.stdout))
-    expected = Config.from_dict(recipe("digits-advmoe"))
-    expected.threat.eps = config.threat.eps
-    expected.training.weight_decay, expected.training.epochs = 0.001, 7
-    expected.data.augment, expected.data.image_size = True, None
-    assert config == expected
-    assert str(config.threat.eps) == "4/255"
-
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "mine.yaml").write_text(first.stdout)
-    second = run(tmp_path, "train", "--config", "mine.yaml", "--print_config")
-    assert (second.returncode, second.stdout) == (0, first.stdout)
-
-
 def test_recipes_and_version(tmp_path: Path) -> None:
     listed = run(tmp_path, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
@@ -246,180 +227,6 @@ def test_answers_without_importing_torch(tmp_path: Path, args: list[str]) -> Non
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, check=False
     )
     assert done.returncode == 0
-
-
-def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "--help"])
-    assert stopped.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for group, fields in Config().to_dict().items():
-        for name in fields:
-            assert f"--{group}.{name} " in text
-    assert "--training.lr NUMBER Peak learning rate, annealed to 0 by a cosine" in text
-    assert "(default: 8/255)" in text
-
-
-# Below, the work itself is replaced: what is tested is what the command line passes on and makes of the outcome.
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, target: str, outcome: BaseException | None = None) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-
-    def call(*args: Any, **kwargs: Any) -> Path:
-        seen.update(kwargs, args=args)
-        if outcome is not None:
-            run_dir = kwargs.get("run_dir", args[0])
-            run_dir.mkdir(exist_ok=True)
-            (run_dir / "config.yaml").write_text("model: {}\n")
-            raise outcome
-        return Path("run")
-
-    monkeypatch.setattr(target, call)
-    return seen
-
-
-def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    seen = fake(monkeypatch, "advmoe.training.run.train")
-    monkeypatch.chdir(tmp_path)
-    argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu", "--tensorboard"]
-    assert cli.main(argv) == 0
-    (config,) = seen.pop("args")
-    assert config.training.seed == 3 and config.model.width == 16
-    assert seen == {
-        "run_dir": Path("runs/digits-advmoe-3"),
-        "name": "digits-advmoe",
-        "devices": 2,
-        "accelerator": "cpu",
-        "threads": 1,
-        "command": ["advmoe", *argv],
-        "tensorboard": True,
-    }
-    assert "advmoe evaluate runs/digits-advmoe-3" in capsys.readouterr().out
-
-
-def test_training_tells_which_experts_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    earlier = [{"layer": 0, "dead_experts": [1]}, {"layer": 1, "dead_experts": []}, {"layer": 2, "dead_experts": [0]}]
-    last = [{"layer": 0, "dead_experts": []}, {"layer": 1, "dead_experts": []}, {"layer": 2, "dead_experts": [0, 3]}]
-
-    def train(config: Config, *, run_dir: Path, **_: Any) -> None:
-        run_dir.mkdir()
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"layers": each}) + "\n" for each in lines))
-
-    monkeypatch.setattr("advmoe.training.run.train", train)
-    lines = [earlier, last]
-    assert cli.main([*TRAIN, "--run-dir", "routed"]) == 0
-    told = "note  experts chosen for no image in the last epoch, in 1 of 3 layers (layer 2: 0 3)"
-    assert capsys.readouterr().out.splitlines()[0] == told
-    lines = [earlier, [{"layer": 0, "dead_experts": []}]]
-    assert cli.main([*TRAIN, "--run-dir", "alive"]) == 0
-    assert capsys.readouterr().out.startswith("run ")
-
-
-def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Config().dump(tmp_path / "config.yaml")
-    seen = fake(monkeypatch, "advmoe.training.run.resume")
-    assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
-    # What is not named is left to the run's manifest.
-    assert seen == {"args": (tmp_path,), "source": None, "tensorboard": False, "devices": None, "threads": 2}
-    assert cli.main(["train", "--resume", str(tmp_path), "--accelerator", "cpu"]) == 0
-    assert seen["accelerator"] == "cpu"
-
-
-def test_how_training_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from advmoe.training import run
-
-    def end(name: str, outcome: BaseException) -> tuple[int, str]:
-        fake(monkeypatch, "advmoe.training.run.train", outcome)
-        try:
-            code = cli.main([*TRAIN, "--run-dir", str(tmp_path / name)])
-        except SystemExit as stopped:
-            code = int(str(stopped.code))
-        return code, capsys.readouterr().err
-
-    code, text = end("a", KeyboardInterrupt())
-    assert (code, text) == (130, f"advmoe: error: interrupted; to continue: advmoe train --resume {tmp_path / 'a'}\n")
-    code, text = end("b", run.TrainingDiverged("step 3: the loss\nis nan"))
-    assert (code, text) == (1, "advmoe: error: step 3: the loss is nan\n")
-    # An error that this package did not raise is a bug, and is not dressed up as a mistake of the user's.
-    with pytest.raises(ValueError, match="a library's"):
-        end("c", ValueError("a library's"))
-
-
-def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    Config().dump(tmp_path / "config.yaml")
-    seen: dict[str, Any] = {}
-
-    def evaluate_run(run_dir: str, **kwargs: Any) -> dict[str, Any]:
-        seen.update(kwargs, run_dir=run_dir)
-        return {
-            "clean_accuracy": 0.9537,
-            "robust_accuracy": {"pgd-50": 0.7, "pgd-50-soft": 0.6912},
-            "worst_case": 0.68,
-            "num_examples": 360,
-            "masking_gap": 0.02,
-            "threat": {"norm": "linf", "eps": 8 / 255},
-            "attacks": {
-                "pgd-50": {"interval": [0.65, 0.745], "seconds": 3.2, "parts": {"pgd": {"attempted": 9, "broken": 1}}},
-                "pgd-50-soft": {"flags": {"a warning": 2}},
-                "routed": {"skipped": "nothing to attack"},
-            },
-            "cost": {"gmacs": 0.139, "parameters": 1234567},
-        }
-
-    monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
-    argv = ["--attack.steps", "20", "--threat.eps", "4/255", "--num-examples", "8", "--seed", "0", "--data.root", "7"]
-    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--resume"]
-    assert cli.main(["evaluate", str(tmp_path), *argv]) == 0
-    assert seen == {
-        "run_dir": str(tmp_path),
-        "overrides": {"threat": {"eps": "4/255"}, "attack": {"steps": 20}, "data": {"root": "7"}},
-        "attacks": ["pgd-50", "routed"],
-        "allow": ["gradients"],
-        "num_examples": 8,
-        "batch_size": 250,
-        "seed": 0,
-        "accelerator": "auto",
-        "threads": 1,
-        "workers": 3,
-        "resume": True,
-    }
-    assert capsys.readouterr().out.splitlines() == [
-        "360 images, linf eps 8/255",
-        "",
-        "clean            95.4 %",
-        "pgd-50           70.0 %  65.0 to 74.5, 3 s",
-        "pgd-50-soft      69.1 %",
-        "worst case       68.0 %",
-        "masking gap  2.0 points  straight-through PGD less the worst case",
-        "gmacs             0.139",
-        "parameters    1,234,567",
-        "",
-        "routed: nothing to attack",
-        "flag  pgd-50-soft: a warning",
-        "",
-        f"written to {tmp_path / 'evaluation.json'} and evaluation-examples.npz",
-    ]
-
-
-def test_evaluate_tells_how_many_pathways_were_attacked() -> None:
-    parts = {"soft T=1": {"attempted": 6, "broken": 2}, "pathways": {"attempted": 4, "broken": 1}}
-    report = {
-        "interval": [0.1, 0.6],
-        "seconds": 1.0,
-        "parts": parts,
-        "settings": {"pathways": {"reached": 75, "attacked": 32}},
-    }
-    result = {
-        "clean_accuracy": 0.6, "robust_accuracy": {"routed": 0.3}, "worst_case": 0.3, "num_examples": 10,
-        "threat": {"norm": "linf", "eps": 0.1}, "attacks": {"routed": report},
-    }  # fmt: skip
-    assert [line.split() for line in evaluate._table(result).splitlines()[4:7]] == [
-        ["soft", "T=1", "2", "broken", "of", "6"],
-        ["pathways", "1", "broken", "of", "4"],
-        ["pathways", "reached", "75", "of", "them", "attacked:", "32"],
-    ]
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
