@@ -17,7 +17,7 @@ NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training tes
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
 CALLING := tests/test_cli.py tests/test_config.py tests/test_recipes.py tests/test_export.py tests/hub tests/report \
 	tests/data/test_data_digits.py tests/data/test_data_folder.py tests/attacks/test_autoattack.py \
-	tests/evaluation/test_intervals.py tests/studies/test_statistics.py tests/test_files.py tests/test_progress.py \
+	tests/evaluation/test_intervals.py tests/studies/test_exact_tests.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
 
 .PHONY: demo test test-plain slow studies soak check lowest format clean

@@ -7,7 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from advmoe.config import Pixels
-from advmoe.studies.present import (
+from advmoe.studies.comparisons import (
+    measured,
+    ordering,
+)
+from advmoe.studies.results import (
+    Results,
+    Trained,
+    best_validation,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import Scale
+from advmoe.studies.study import Outcome, Study
+from advmoe.studies.tables import (
     RA,
     SA,
     SECONDS,
@@ -18,17 +30,6 @@ from advmoe.studies.present import (
     mean_series,
     table,
 )
-from advmoe.studies.results import (
-    Results,
-    Trained,
-    best_validation,
-)
-from advmoe.studies.scales import Scale
-from advmoe.studies.shared import (
-    measured,
-    ordering,
-)
-from advmoe.studies.spec import Outcome, Row, Study
 
 
 def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from advmoe.studies.exact_tests import bonferroni, image_test, sign_flip
 from advmoe.studies.results import Outcomes
-from advmoe.studies.statistics import bonferroni, image_test, sign_flip
 
 LEVEL = 0.05
 ENOUGH_SEEDS = 5

@@ -11,7 +11,7 @@ from advmoe.config import Config
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
 from advmoe.studies.results import Results
 from advmoe.studies.scales import Scale, scale_named
-from advmoe.studies.spec import Study
+from advmoe.studies.study import Study
 from advmoe.text import duration
 
 SECONDS: Mapping[str, float] = {"smoke": 1.7e-4, "cpu": 6e-4}

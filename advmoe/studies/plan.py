@@ -13,7 +13,7 @@ from advmoe.errors import InputError
 from advmoe.files import read_object
 from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
-from advmoe.studies.spec import Measure, Row, Run
+from advmoe.studies.rows import Measure, Row, Run
 
 
 @dataclass(frozen=True)

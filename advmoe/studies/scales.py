@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
 from advmoe.studies.labels import of_backbone, of_data, other_folder, same_threat
-from advmoe.studies.spec import Measure, Run, ScaleName, Settings
+from advmoe.studies.rows import Measure, Run, ScaleName, Settings
 
 T = TypeVar("T")
 

@@ -135,7 +135,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
         seen.append((name, options))
         return Path("home"), CONTENT
 
-    monkeypatch.setattr("advmoe.studies.run.run_study", run_study)
+    monkeypatch.setattr("advmoe.studies.session.run_study", run_study)
     argv = ["study", "fig2", "--scale", "cpu", "--seeds", "5", "--only", "AdvMoE+ResNet, S-Dense", "--jobs", "2"]
     argv += ["--num-examples", "50", "--threads", "2", "--accelerator", "cpu", "--out", "there"]
     argv += ["--training.epochs", "3", "--threat.eps", "4/255", "--data.root", "7"]

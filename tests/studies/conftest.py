@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from advmoe.config import merged
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
 from advmoe.studies.results import Found, Trained
-from advmoe.studies.spec import Run
+from advmoe.studies.rows import Run
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"name": "resnet18", "kind": "dense", "width": 4},

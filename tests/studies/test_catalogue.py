@@ -10,10 +10,10 @@ import pytest
 from advmoe.studies import paper
 from advmoe.studies.catalogue import STUDIES, study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, only
-from advmoe.studies.present import draw, text
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
-from advmoe.studies.spec import Outcome
+from advmoe.studies.study import Outcome
+from advmoe.studies.tables import draw, text
 
 SCALES = ("smoke", "cpu", "paper")
 EVERY = pytest.mark.parametrize("name", STUDIES)

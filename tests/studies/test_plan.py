@@ -9,8 +9,8 @@ import pytest
 from advmoe.config import Config
 from advmoe.studies.plan import PlannedMeasure, Planner, only
 from advmoe.studies.results import Results
+from advmoe.studies.rows import Measure, Row, Run
 from advmoe.studies.scales import scale_named
-from advmoe.studies.spec import Measure, Row, Run
 
 COST = Measure("cost", {"batches": [1]})
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from advmoe.config import Config, merged
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import RA, SA, WORST, Column, bars, table
+from advmoe.studies.comparisons import MEASURED, measured, named
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
+from advmoe.studies.rows import Row, Run, Settings
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured, named
-from advmoe.studies.spec import Outcome, Row, Run, Settings, Study
+from advmoe.studies.study import Outcome, Study
+from advmoe.studies.tables import RA, SA, WORST, Column, bars, table
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
+from advmoe.studies.comparisons import (
+    RA_LABEL,
+    measured,
+    ordering,
+    scales_of,
+)
+from advmoe.studies.results import (
+    Found,
+    Results,
+    Trained,
+    kept_pathways,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import COMPARED, Scale
+from advmoe.studies.study import Figure, Outcome, Study
+from advmoe.studies.tables import (
     GMACS,
     RA,
     SA,
@@ -17,20 +32,6 @@ from advmoe.studies.present import (
     lines,
     table,
 )
-from advmoe.studies.results import (
-    Found,
-    Results,
-    Trained,
-    kept_pathways,
-)
-from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.shared import (
-    RA_LABEL,
-    measured,
-    ordering,
-    scales_of,
-)
-from advmoe.studies.spec import Figure, Outcome, Row, Study
 
 
 def _fig2_rows(scale: Scale, _: Results) -> list[Row]:

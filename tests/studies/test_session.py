@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from advmoe.config import Config
 from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.comparisons import ordering
 from advmoe.studies.plan import PlannedMeasure
-from advmoe.studies.present import RA, SA, lines, table
 from advmoe.studies.results import Results, best_validation, point
-from advmoe.studies.run import Options, Session, plan_study, run_study
-from advmoe.studies.shared import ordering
-from advmoe.studies.spec import Measure, Outcome, Row, Study
+from advmoe.studies.rows import Measure, Row
+from advmoe.studies.session import Options, Session, plan_study, run_study
+from advmoe.studies.study import Outcome, Study
+from advmoe.studies.tables import RA, SA, lines, table
 
 SMALL = {
     "model": {"width": 4},

@@ -6,11 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
-    Column,
-    bars,
-    table,
-)
 from advmoe.studies.results import (
     PGD,
     Results,
@@ -18,8 +13,14 @@ from advmoe.studies.results import (
     outcomes,
     point,
 )
+from advmoe.studies.rows import Measure, Row, Run
 from advmoe.studies.scales import Scale
-from advmoe.studies.spec import Figure, Measure, Row, Run
+from advmoe.studies.study import Figure
+from advmoe.studies.tables import (
+    Column,
+    bars,
+    table,
+)
 
 MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
 """How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""

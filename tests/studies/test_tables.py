@@ -2,9 +2,9 @@
 
 import pytest
 
-from advmoe.studies.present import RA, SA, Column, bars, by_method, draw, lines, mean_series, stacked, table, text
 from advmoe.studies.results import PGD, Results, accuracy_under
-from advmoe.studies.spec import Figure
+from advmoe.studies.study import Figure
+from advmoe.studies.tables import RA, SA, Column, bars, by_method, draw, lines, mean_series, stacked, table, text
 
 NOTHING = {"x": 0, "y": None, "low": None, "high": None}
 

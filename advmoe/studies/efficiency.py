@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from advmoe.studies.claims import LEVEL, Comparison, claim, compare
-from advmoe.studies.present import RA, SA, SECONDS, WORST, Column, lines, table
+from advmoe.studies.comparisons import MEASURED, measured, named
 from advmoe.studies.results import Found, Results, Trained, outcomes, point
+from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured, named
-from advmoe.studies.spec import Outcome, Row, Study
+from advmoe.studies.study import Outcome, Study
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, lines, table
 
 PRICE = 1.3
 """The most that an epoch of the default may take, in epochs of AT (MoE)."""

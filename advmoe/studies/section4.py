@@ -7,7 +7,22 @@ from typing import Any
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
+from advmoe.studies.comparisons import (
+    MEASURED,
+    RA_LABEL,
+    compared,
+    measured,
+    scales_of,
+)
+from advmoe.studies.results import (
+    PGD,
+    Results,
+    categories,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import Scale
+from advmoe.studies.study import Figure, Outcome, Study
+from advmoe.studies.tables import (
     RA,
     SA,
     WORST,
@@ -16,20 +31,6 @@ from advmoe.studies.present import (
     stacked,
     table,
 )
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    categories,
-)
-from advmoe.studies.scales import Scale
-from advmoe.studies.shared import (
-    MEASURED,
-    RA_LABEL,
-    compared,
-    measured,
-    scales_of,
-)
-from advmoe.studies.spec import Figure, Outcome, Row, Study
 
 THETA, THETA2, M1, M2, M3 = (
     "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",

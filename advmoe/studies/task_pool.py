@@ -144,6 +144,6 @@ def _cards(accelerator: str) -> list[str]:
 @contextmanager
 def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[Task], None]]:
     """What does a task."""
-    from advmoe.studies.work import do
+    from advmoe.studies.tasks import do
 
     yield lambda task: do(task, threads=threads, accelerator=accelerator)

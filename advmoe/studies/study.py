@@ -1,0 +1,58 @@
+"""What a study is: the rows that it needs, and what is made of their results.
+
+Nothing here computes; imports no torch. Accuracies are fractions until a table or figure shows them in percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from advmoe.studies.results import Results
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture as data: `kind` names the function of `report.figures` that draws it."""
+
+    id: str
+    title: str
+    kind: Literal["lines", "bars", "stacked", "histogram"]
+    data: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """Axis labels, references, ...: the other arguments of that function."""
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a study makes of its results."""
+
+    tables: Sequence[Mapping[str, Any]] = ()
+    figures: Sequence[Figure] = ()
+    claims: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+
+Stage = Callable[[Scale, Results], list[Row]]
+"""The rows of one stage, given the results of the stages before; on the same results always the same rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A table or a figure of the paper, or a question beyond it."""
+
+    name: str
+    title: str
+    shows: str
+    """One sentence."""
+    stages: tuple[Stage, ...]
+    """Most studies have one. The rows of a later one depend on what the earlier ones found."""
+    show: Callable[[Scale, Results], Outcome]
+    """A pure function of the results."""
+    varies: tuple[str, ...] = ()
+    """Fields that no override may set, as they are what the study compares."""
