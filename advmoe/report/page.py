@@ -123,7 +123,9 @@ def _section(path: str, make: Callable[..., Section], *args: Any, **options: Any
     """A section; results of an unknown shape are a `ValueError` that names where they lie."""
     try:
         return make(*args, **options)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         rule = "hold results as this version of advmoe writes them"
         raise InputError(f"{path} must {rule}, got {type(error).__name__}: {error}") from error
 

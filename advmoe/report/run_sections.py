@@ -5,15 +5,15 @@ Axes: `L` MoE layers, `E` experts. Results hold fractions; the page shows percen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from advmoe.report import words
 from advmoe.report.album import Album
-from advmoe.report.figures import bars_figure, heatmap_figure, lines_figure, stacked_figure, sweep_figure
 from advmoe.report.gallery import gallery
 from advmoe.report.html import Content, Html, element
 from advmoe.report.pathways import pathways
+from advmoe.report.pictures import Picture
 from advmoe.report.results import Run
 from advmoe.report.sections import Part, Section, section
 from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
@@ -169,7 +169,8 @@ def _losses(run: Run, album: Album) -> Content:
                     series.setdefault(shown, []).append({"x": at, "y": value})
     if not series:
         return None
-    return _lines(run, album, series, "losses", "Training losses", "epoch", "loss term, as weighted (nats)")
+    labels = {"xlabel": "epoch", "ylabel": "loss term, as weighted (nats)"}
+    return album.draw(Picture("lines", "losses", "Training losses", series, labels), run.label)
 
 
 def _validation(run: Run, album: Album) -> Content:
@@ -182,17 +183,8 @@ def _validation(run: Run, album: Album) -> Content:
                 series.setdefault(shown, []).append({"x": at, "y": 100 * share})
     if not series:
         return None
-    return _lines(run, album, series, "validation", "Validation accuracy", "epoch", "accuracy (%)")
-
-
-def _lines(
-    run: Run, album: Album, series: Mapping[str, Sequence[Mapping[str, Any]]], name: str, title: str, xlabel: str,
-    ylabel: str,
-) -> Html:  # fmt: skip
-    return album.draw(
-        f"{run.label}-{name}", lines_figure, series, title=title, alt=words.of_lines(series, xlabel, ylabel),
-        xlabel=xlabel, ylabel=ylabel,
-    )  # fmt: skip
+    labels = {"xlabel": "epoch", "ylabel": "accuracy (%)"}
+    return album.draw(Picture("lines", "validation", "Validation accuracy", series, labels), run.label)
 
 
 def _busiest(run: Run, album: Album) -> Content:
@@ -202,13 +194,15 @@ def _busiest(run: Run, album: Album) -> Content:
     step = -(-len(epochs) // 25)
     shown = list(range(0, len(epochs), step))
     values = [[max(layer["load"]) for layer in epochs[at]] for at in shown]
-    rows, columns = [str(at + 1) for at in shown], [str(layer["layer"]) for layer in epochs[0]]
-    return album.draw(
-        f"{run.label}-load-by-epoch", heatmap_figure, values, title="Share of the busiest expert",
-        alt=words.of_heatmap(values, rows, columns, "MoE layer", "epoch"),
-        caption=f"1 is collapse onto one expert; equal shares are {number(1 / len(epochs[0][0]['load']))}.",
-        row_names=rows, column_names=columns, xlabel="MoE layer", ylabel="epoch",
-    )  # fmt: skip
+    loads = {
+        "rows": [str(at + 1) for at in shown],
+        "columns": [str(layer["layer"]) for layer in epochs[0]],
+        "values": values,
+    }
+    caption = f"1 is collapse onto one expert; equal shares are {number(1 / len(epochs[0][0]['load']))}."
+    labels = {"xlabel": "MoE layer", "ylabel": "epoch"}
+    picture = Picture("heatmap", "load-by-epoch", "Share of the busiest expert", loads, labels, caption)
+    return album.draw(picture, run.label)
 
 
 def sweep(run: Run, album: Album) -> Content:
@@ -220,11 +214,8 @@ def sweep(run: Run, album: Album) -> Content:
     caption = f"{images} test images, with 95 % intervals."
     if any(curve["masking"]["suspected"] for curve in curves.values()):
         caption += " Crosses and dashes mark curves not to be believed."
-    drawn = album.draw(
-        f"{run.label}-sweep", sweep_figure, curves, title="Robust accuracy against eps", alt=words.of_sweep(curves),
-        caption=caption,
-    )  # fmt: skip
-    return element("div", drawn, class_="figures")
+    picture = Picture("sweep", "sweep", "Robust accuracy against eps", curves, caption=caption)
+    return element("div", album.draw(picture, run.label), class_="figures")
 
 
 def dissection(run: Run, album: Album) -> Content:
@@ -247,27 +238,21 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
         for expert in range(found["num_experts"])
         for kind in ("clean", "adversarial")
     }
-    layers = [str(layer) for layer in range(len(changed))]
-    values = list(loads.values())
-    label = f"{run.label}-{name}"
-    drawn = [
-        album.draw(
-            f"{label}-categories", stacked_figure, shares, title=f"What survived {name}", alt=words.of_shares(shares),
-            caption="1 + 2 is the model's robustness, 1 + 3 the routers'.", xlabel="images (%)",
+    table_of_loads = {"rows": list(loads), "columns": list(changed), "values": list(loads.values())}
+    pictures = [
+        Picture(
+            "stacked", "categories", f"What survived {name}", shares, {"xlabel": "images (%)"},
+            "1 + 2 is the model's robustness, 1 + 3 the routers'.",
         ),
-        album.draw(
-            f"{label}-changed", bars_figure, changed, title="Choices changed by the attack",
-            alt=words.of_bars({f"layer {layer}": bars for layer, bars in changed.items()}, "images (%)"),
-            caption="By MoE layer.", ylabel="images (%)",
+        Picture(
+            "bars", "changed", "Choices changed by the attack", changed, {"xlabel": "MoE layer", "ylabel": "images (%)"}
         ),
-        album.draw(
-            f"{label}-load", heatmap_figure, values, title="Expert load",
-            alt=words.of_heatmap(values, list(loads), layers, "MoE layer", "expert"),
-            caption="Share of images that each layer sends to each expert, before and under the attack.",
-            row_names=list(loads), column_names=layers, xlabel="MoE layer", ylabel="",
+        Picture(
+            "heatmap", "load", "Expert load", table_of_loads, {"xlabel": "MoE layer", "ylabel": ""},
+            "Share of images that each layer sends to each expert, before and under the attack.",
         ),
     ]  # fmt: skip
-    return element("div", drawn, class_="figures")
+    return element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
 
 
 def made(run: Run) -> Content:

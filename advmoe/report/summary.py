@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from advmoe.report import words
 from advmoe.report.album import Album
-from advmoe.report.figures import bars_figure, sweep_figure
 from advmoe.report.html import Content, element
+from advmoe.report.pictures import Picture
 from advmoe.report.results import Run, Study
 from advmoe.report.run_sections import introduction
 from advmoe.report.sections import Section, section
@@ -102,10 +102,9 @@ def _compared(runs: Sequence[Run], attacks: Sequence[str], album: Album) -> Cont
         name for name in attacks if all(name in (run.evaluation.get("robust_accuracy") or {}) for run in measured)
     ]
     groups = {name: {run.label: _bar(run, name) for run in measured} for name in ("clean", *common[:3], "worst case")}
-    return album.draw(
-        "compared", bars_figure, groups, title="Accuracy side by side", alt=words.of_bars(groups, "accuracy (%)"),
-        caption="Clean, under the attacks that all runs have in common, and in the worst case.", ylabel="accuracy (%)",
-    )  # fmt: skip
+    caption = "Clean, under the attacks that all runs have in common, and in the worst case."
+    labels = {"ylabel": "accuracy (%)"}
+    return album.draw(Picture("bars", "compared", "Accuracy side by side", groups, labels, caption))
 
 
 def _bar(run: Run, name: str) -> dict[str, float | None]:
@@ -126,7 +125,5 @@ def _swept(runs: Sequence[Run], album: Album) -> Content:
     known = {label: curve for label, curve in curves.items() if curve}
     if len(known) < 2 or len({curve["norm"] for curve in known.values()}) > 1:
         return None
-    return album.draw(
-        "sweeps", sweep_figure, known, title="Worst case against eps", alt=words.of_sweep(known),
-        caption="Over the attacks of each run's sweep, with 95 % intervals.",
-    )  # fmt: skip
+    caption = "Over the attacks of each run's sweep, with 95 % intervals."
+    return album.draw(Picture("sweep", "sweeps", "Worst case against eps", known, caption=caption))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from advmoe.config import Pixels
+from advmoe.report.pictures import Picture
 from advmoe.studies.comparisons import (
     measured,
     ordering,
@@ -26,9 +27,9 @@ from advmoe.studies.tables import (
     WORST,
     Column,
     by_method,
-    lines,
     mean_series,
     table,
+    with_points,
 )
 
 
@@ -48,9 +49,10 @@ def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
 def _attack_steps_show(scale: Scale, results: Results) -> Outcome:
     caption = "Mean over seeds. The steps of an attack of K go 1.25 times the radius in all."
     figures = [
-        lines(
-            f"attack-steps-{id}", f"Training with K attack steps: {title}", by_method(results, "K", column.value),
-            xlabel="attack steps K in training", ylabel=f"robust accuracy, {title} (%)", caption=caption,
+        Picture(
+            "lines", f"attack-steps-{id}", f"Training with K attack steps: {title}",
+            with_points(by_method(results, "K", column.value)),
+            {"xlabel": "attack steps K in training", "ylabel": f"robust accuracy, {title} (%)"}, caption,
         )
         for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
@@ -104,7 +106,7 @@ def _convergence_show(scale: Scale, results: Results) -> Outcome:
         ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
     ]
     figures = [
-        lines(f"convergence-{id}", title, series, xlabel="epoch", ylabel=unit, caption=caption)
+        Picture("lines", f"convergence-{id}", title, with_points(series), {"xlabel": "epoch", "ylabel": unit}, caption)
         for id, title, series, unit in drawn
     ]
     columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]

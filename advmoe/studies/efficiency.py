@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import LEVEL, Comparison, claim, compare
 from advmoe.studies.comparisons import MEASURED, measured, named
 from advmoe.studies.results import Found, Results, Trained, outcomes, point
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Outcome, Study
-from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, lines, table
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, table, with_points
 
 PRICE = 1.3
 """The most that an epoch of the default may take, in epochs of AT (MoE)."""
@@ -98,10 +99,10 @@ def _show(scale: Scale, results: Results) -> Outcome:
             table("What each variant costs and gives", results, ["method", "variant"], [RATIO, SECONDS, RA, WORST, SA])
         ],
         figures=[
-            lines(
-                "efficiency", "Worst-case accuracy against the price of training", series,
-                xlabel="seconds of an epoch, in those of AT (MoE)", ylabel="robust accuracy, worst case (%)",
-                caption="Mean over seeds, with one standard deviation to each side; times of both in one process.",
+            Picture(
+                "lines", "efficiency", "Worst-case accuracy against the price of training", with_points(series),
+                {"xlabel": "seconds of an epoch, in those of AT (MoE)", "ylabel": "robust accuracy, worst case (%)"},
+                "Mean over seeds, with one standard deviation to each side; times of both in one process.",
             )
         ],
         claims=[

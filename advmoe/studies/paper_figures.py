@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import (
     RA_LABEL,
@@ -20,7 +21,7 @@ from advmoe.studies.results import (
 )
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.study import Figure, Outcome, Study
+from advmoe.studies.study import Outcome, Study
 from advmoe.studies.tables import (
     GMACS,
     RA,
@@ -28,9 +29,8 @@ from advmoe.studies.tables import (
     WORST,
     Column,
     by_method,
-    histogram,
-    lines,
     table,
+    with_points,
 )
 
 
@@ -62,10 +62,10 @@ def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
 def _fig2_show(scale: Scale, results: Results) -> Outcome:
     caption = "Mean over seeds; the range over seeds where there are several. Clean accuracy at radius 0."
     figures = [
-        lines(
-            f"fig2-{curve.replace(' ', '-')}", f"Robust accuracy against the attack's strength: {title}",
-            {str(row.labels["method"]): _curve(row, curve) for row in results},
-            xlabel="radius (1/255)", ylabel="robust accuracy (%)", caption=caption,
+        Picture(
+            "lines", f"fig2-{curve.replace(' ', '-')}", f"Robust accuracy against the attack's strength: {title}",
+            with_points({str(row.labels["method"]): _curve(row, curve) for row in results}),
+            {"xlabel": "radius (1/255)", "ylabel": "robust accuracy (%)"}, caption,
         )
         for curve, title in (("pgd", "PGD"), ("worst case", "the worst of two attacks"))
     ]  # fmt: skip
@@ -126,13 +126,14 @@ def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
 
 def _fig6_show(scale: Scale, results: Results) -> Outcome:
     caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
-    figures: list[Figure] = []
+    figures: list[Picture] = []
     for row in results:
         series = {kind: found for kind in ("clean", "adversarial") if (found := _histogram(row, kind))}
         if series:
             method = str(row.labels["method"])
             title = f"Pathways against the static mask: {method}"
-            figures.append(histogram(f"fig6-{len(figures) + 1}", title, series, caption=caption))
+            options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
+            figures.append(Picture("histogram", f"fig6-{len(figures) + 1}", title, series, options, caption))
     moe, advmoe = (results.one(method=name) for name in ("AT (MoE)", "AdvMoE"))
     fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(kept_pathways(row) for row in (advmoe, moe)))
     note = "Whether the attack leaves every choice as it was."
@@ -173,13 +174,12 @@ def _fig7_show(scale: Scale, results: Results) -> Outcome:
     figures = []
     for column, id in ((RA, "fig7-ra"), (WORST, "fig7-worst")):
         dense = [value for row in results.select(method="AT (Dense)") for value in row.values(column.value).values()]
-        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
         series = {f"N = {n}": p for n, p in by_method(moe, "scale", column.value, series="experts").items()}
         title = "Experts and their size: " + ("PGD" if column is RA else "worst case")
         label = f"robust accuracy, {'PGD' if column is RA else 'worst case'} (%)"
-        figures.append(
-            lines(id, title, series, xlabel="model scale r", ylabel=label, caption=caption, references=references)
-        )
+        options = {"xlabel": "model scale r", "ylabel": label, "references": references}
+        figures.append(Picture("lines", id, title, with_points(series), options, caption))
     return Outcome(
         tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
         figures=figures,
@@ -199,22 +199,19 @@ def _fig8_rows(scale: Scale, _: Results) -> list[Row]:
 
 
 def _fig8_show(scale: Scale, results: Results) -> Outcome:
-    figures: list[Figure] = []
+    figures: list[Picture] = []
     for backbone in results.distinct("backbone"):
         rows = results.select(backbone=backbone)
         dense = [value for row in rows.select(method="AT (Dense)") for value in row.values(RA.value).values()]
-        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
         figures.append(
-            lines(
-                f"fig8-{len(figures) + 1}",
-                f"Methods by model scale, {backbone}",
-                by_method(rows, "scale", RA.value),
-                caption="Mean over seeds, with one standard deviation to each side.",
-                references=references,
-                xlabel="model scale r",
-                ylabel=RA_LABEL,
+            Picture(
+                "lines", f"fig8-{len(figures) + 1}", f"Methods by model scale, {backbone}",
+                with_points(by_method(rows, "scale", RA.value)),
+                {"xlabel": "model scale r", "ylabel": RA_LABEL, "references": references},
+                "Mean over seeds, with one standard deviation to each side.",
             )
-        )
+        )  # fmt: skip
     ratios, backbones = results.distinct("scale"), results.distinct("backbone")
     claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
     columns = [RA, WORST, SA, GMACS]

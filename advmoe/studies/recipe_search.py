@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from advmoe.config import Config, merged
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import MEASURED, measured, named
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
 from advmoe.studies.rows import Row, Run, Settings
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Outcome, Study
-from advmoe.studies.tables import RA, SA, WORST, Column, bars, table
+from advmoe.studies.tables import RA, SA, WORST, Column, table, with_heights
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def _show(scale: Scale, results: Results) -> Outcome:
         for row in results
     }
     caption = "Mean over seeds, with one standard deviation to each side."
-    figure = bars("recipes", "Changes to the recipe", groups, ylabel="robust accuracy (%)", caption=caption)
+    figure = Picture(
+        "bars", "recipes", "Changes to the recipe", with_heights(groups), {"ylabel": "robust accuracy (%)"}, caption
+    )
     if not routed:
         return Outcome(tables=[shown], figures=[figure], notes=["No routed model was trained."])
 

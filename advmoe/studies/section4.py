@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
@@ -21,15 +22,14 @@ from advmoe.studies.results import (
 )
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.study import Figure, Outcome, Study
+from advmoe.studies.study import Outcome, Study
 from advmoe.studies.tables import (
     RA,
     SA,
     WORST,
     by_method,
-    lines,
-    stacked,
     table,
+    with_points,
 )
 
 THETA, THETA2, M1, M2, M3 = (
@@ -62,13 +62,13 @@ def _fig3_show(scale: Scale, results: Results) -> Outcome:
     return Outcome(
         tables=[shown],
         figures=[
-            lines(
+            Picture(
+                "lines",
                 "fig3",
                 "Routers robustified alone",
-                by_method(results, "scale", RA.value),
-                xlabel="model scale r",
-                ylabel=RA_LABEL,
-                caption=caption,
+                with_points(by_method(results, "scale", RA.value)),
+                {"xlabel": "model scale r", "ylabel": RA_LABEL},
+                caption,
             )
         ],
         claims=[claim("insight-1", statement, verdicts)],
@@ -79,7 +79,7 @@ def _percents(numbers: dict[str, float]) -> str:
     return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
 
 
-def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Figure]:
+def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Picture]:
     """The table and the bars of dissected rows: shares of all images, mean over seeds."""
     rows: list[dict[str, Any]] = []
     shares: dict[str, dict[str, float]] = {}
@@ -101,7 +101,7 @@ def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[d
     better = {"model": "higher", "routers": "higher"}
     columns = [{"key": key, "title": head, "better": better.get(key)} for key, head in heads.items()]
     shown = {"title": title, "caption": caption, "columns": columns, "rows": rows}
-    return shown, stacked(id, title, shares, xlabel="share of all test images (%)", caption=caption)
+    return shown, Picture("stacked", id, title, shares, {"xlabel": "share of all test images (%)"}, caption)
 
 
 def _dissected(scale: Scale, method: str) -> Row:

@@ -7,25 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.results import Results
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A picture as data: `kind` names the function of `report.figures` that draws it."""
-
-    id: str
-    title: str
-    kind: Literal["lines", "bars", "stacked", "histogram"]
-    data: Mapping[str, Any]
-    options: Mapping[str, Any]
-    """Axis labels, references, ...: the other arguments of that function."""
-    caption: str
-    alt: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +20,7 @@ class Outcome:
     """What a study makes of its results."""
 
     tables: Sequence[Mapping[str, Any]] = ()
-    figures: Sequence[Figure] = ()
+    figures: Sequence[Picture] = ()
     claims: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 

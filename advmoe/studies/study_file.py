@@ -18,7 +18,6 @@ from advmoe.studies.labels import field_of, shared
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Task
 from advmoe.studies.rows import Settings
 from advmoe.studies.study import Outcome
-from advmoe.studies.tables import draw
 
 
 def write_study_file(
@@ -44,11 +43,11 @@ def write_study_file(
             notes.append(f"Nothing was measured for the figure {figure.title!r}.")
             continue
         for suffix in ("svg", "png"):
-            draw(figure, folder / f"{figure.id}.{suffix}")
+            figure.draw(folder / f"{figure.name}.{suffix}")
         drawn.append({
-            **{name: getattr(figure, name) for name in ("id", "title", "alt", "kind", "data", "options")},
+            "id": figure.name, **{name: getattr(figure, name) for name in ("title", "alt", "kind", "data", "options")},
             "caption": _with_size(figure.caption, size),
-            "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
+            "svg": f"figures/{figure.name}.svg", "png": f"figures/{figure.name}.png",
         })  # fmt: skip
     tables = [{**each, "caption": _with_size(each["caption"] or f"{each['title']}.", size)} for each in outcome.tables]
     machine = describe(name="", seed=0, device=torch.device("cpu"), devices=1, command=None)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from advmoe.studies import paper
@@ -21,7 +19,6 @@ from advmoe.studies.results import (
     point,
     seconds_per_epoch,
 )
-from advmoe.studies.study import Figure
 from advmoe.text import aligned
 
 Better = Literal["higher", "lower"]
@@ -74,60 +71,17 @@ def _reported(table: str, row: Found) -> dict[str, float]:
     return paper.numbers(table, *names) if table else {}
 
 
-def lines(
-    id: str, title: str, series: Mapping[str, Sequence[Mapping[str, Any]]], *, xlabel: str, ylabel: str, caption: str,
-    references: Sequence[tuple[str, float]] = (),
-) -> Figure:  # fmt: skip
-    """A line for each series that has a point; what it shows in words too."""
-    drawn = {name: list(points) for name, points in series.items() if any(each["y"] is not None for each in points)}
-    told = []
-    for name, points in drawn.items():
-        known = [each for each in points if each["y"] is not None]
-        first, last = known[0], known[-1]
-        told.append(f"{name} {_number(first['y'])} at {_number(first['x'])}")
-        if last is not first:
-            told[-1] += f", {_number(last['y'])} at {_number(last['x'])}"
-    told += [f"{name}: dashed line at {_number(height)}" for name, height in references]
-    alt = f"{ylabel} against {xlabel}: {'; '.join(told) or 'nothing was measured'}."
-    options = {"xlabel": xlabel, "ylabel": ylabel, "references": [list(each) for each in references]}
-    return Figure(id=id, title=title, kind="lines", data=drawn, options=options, caption=caption, alt=alt)
+def with_points(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The series of lines that have a point."""
+    return {name: list(points) for name, points in series.items() if any(each["y"] is not None for each in points)}
 
 
-def bars(
-    id: str, title: str, groups: Mapping[str, Mapping[str, Mapping[str, Any]]], *, ylabel: str, caption: str
-) -> Figure:
-    """Bars side by side in groups."""
-    drawn = {
-        group: kept for group, each in groups.items() if (kept := {n: p for n, p in each.items() if p["y"] is not None})
+def with_heights(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The bars that were measured, and the groups that have one."""
+    measured = {
+        group: {name: bar for name, bar in bars.items() if bar["y"] is not None} for group, bars in groups.items()
     }
-    told = []
-    for group, each in drawn.items():
-        heights = ", ".join(f"{name} {_number(bar['y'])}" for name, bar in each.items())
-        told.append(f"{group}: {heights}")
-    alt = f"Bars of {ylabel}. {'; '.join(told) or 'Nothing was measured'}."
-    return Figure(id=id, title=title, kind="bars", data=drawn, options={"ylabel": ylabel}, caption=caption, alt=alt)
-
-
-def stacked(id: str, title: str, rows: Mapping[str, Mapping[str, float]], *, xlabel: str, caption: str) -> Figure:
-    """A bar for each row, made of its parts."""
-    told = [
-        f"{row}: {', '.join(f'{part} {100 * share:.1f} %' for part, share in parts.items())}"
-        for row, parts in rows.items()
-    ]
-    alt = f"{xlabel}. {'; '.join(told) or 'Nothing was measured'}."
-    return Figure(id=id, title=title, kind="stacked", data=rows, options={"xlabel": xlabel}, caption=caption, alt=alt)
-
-
-def histogram(id: str, title: str, series: Mapping[str, Mapping[str, Sequence[float]]], *, caption: str) -> Figure:
-    """Distributions of an IoU, over one another."""
-    told = []
-    for name, each in series.items():
-        middles = [(low + high) / 2 for low, high in pairwise(each["edges"])]
-        mean = sum(middle * share for middle, share in zip(middles, each["shares"], strict=True))
-        told.append(f"{name}: mean {_number(mean)}")
-    options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
-    alt = f"Distributions of the IoU. {'; '.join(told)}."
-    return Figure(id=id, title=title, kind="histogram", data=series, options=options, caption=caption, alt=alt)
+    return {group: bars for group, bars in measured.items() if bars}
 
 
 def by_method(
@@ -161,13 +115,6 @@ def mean_series(
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def draw(figure: Figure, path: Path) -> None:
-    """Draw a figure as .svg or .png. Raises `ValueError` without matplotlib, or with nothing to draw."""
-    from advmoe.report import figures
-
-    getattr(figures, f"{figure.kind}_figure")(figure.data, path, **figure.options)
 
 
 def text(shown: Mapping[str, Any]) -> str:

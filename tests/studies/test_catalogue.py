@@ -13,7 +13,7 @@ from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner,
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
 from advmoe.studies.study import Outcome
-from advmoe.studies.tables import draw, text
+from advmoe.studies.tables import text
 
 SCALES = ("smoke", "cpu", "paper")
 EVERY = pytest.mark.parametrize("name", STUDIES)
@@ -166,12 +166,12 @@ def assert_tables(outcome: Outcome) -> list[tuple[str, int]]:
 
 
 def assert_figures(outcome: Outcome, folder: Path) -> None:
-    ids = [figure.id for figure in outcome.figures]
+    ids = [figure.name for figure in outcome.figures]
     assert ids and len(set(ids)) == len(ids)
     for figure in outcome.figures:
-        assert figure.id.replace("-", "").isalnum() and figure.title
+        assert figure.name.replace("-", "").isalnum() and figure.title
         assert figure.alt.endswith(".") and "othing was measured" not in figure.alt
-        draw(figure, folder / f"{figure.id}.svg")
+        figure.draw(folder / f"{figure.name}.svg")
 
 
 def assert_claims(outcome: Outcome) -> None:
