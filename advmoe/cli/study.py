@@ -68,12 +68,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
 def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
-    from advmoe.studies.estimate import about
 
     width = max(map(len, STUDIES))
-    print(f"{'':{width}}  smoke / cpu on 2 cores")
     for name, study in STUDIES.items():
-        print(f"{name:{width}}  {about(study):21}  {study.shows}")
+        print(f"{name:{width}}  {study.shows}")
     return 0
 
 

@@ -26,13 +26,12 @@ def advmoe(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_list_says_of_every_study_what_it_shows_and_how_long_it_takes(advmoe, tmp_path):
+def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
     code, out, err = advmoe("study", "list")
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
-    head, *lines = out.splitlines()
-    assert "smoke / cpu on 2 cores" in head and [line.split()[0] for line in lines] == list(STUDIES)
-    for line, study in zip(lines, STUDIES.values(), strict=True):
-        assert line.endswith(study.shows) and (" min " in line or " h " in line)
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES)
+    assert all(line.endswith(study.shows) for line, study in zip(lines, STUDIES.values(), strict=True))
 
 
 @pytest.mark.parametrize(
