@@ -14,7 +14,7 @@ from advmoe.report.drawing import require_fields
 from advmoe.report.flow import FEW, THIN
 from advmoe.report.html import Content, element
 from advmoe.report.pictures import Picture
-from advmoe.report.results import Run
+from advmoe.report.results import RunFolder
 from advmoe.report.tables import Cell, number, percent, table
 from advmoe.rundir import PATHWAYS
 
@@ -35,7 +35,7 @@ def draw_pictures(found: Found, folder: Path) -> list[Path]:
     return paths
 
 
-def pathways(run: Run, album: Album) -> Content:
+def pathways(run: RunFolder, album: Album) -> Content:
     """How many pathways there are, who takes which, and what they share; None without `pathways.json`."""
     found = run.pathways
     if not found:
@@ -141,7 +141,7 @@ def _class_names(found: Found) -> list[str]:
 # Tables
 
 
-def _numbers(run: Run, found: Found) -> Content:
+def _numbers(run: RunFolder, found: Found) -> Content:
     rows: list[list[Cell | Content]] = [
         [
             kind, found[kind]["distinct"], found[kind]["entropy"], found[kind]["max_entropy"],
@@ -156,7 +156,7 @@ def _numbers(run: Run, found: Found) -> Content:
     return table(f"Pathways of {run.label}, {found['num_examples']} test images", columns, rows)
 
 
-def _frequent(run: Run, found: Found) -> Content:
+def _frequent(run: RunFolder, found: Found) -> Content:
     names = _class_names(found)
     rows: list[list[Cell | Content]] = []
     for each in found["clean"]["frequent"]:
@@ -168,7 +168,7 @@ def _frequent(run: Run, found: Found) -> Content:
     return table(f"Most frequent pathways of {run.label}", columns, rows) if rows else None
 
 
-def _against(run: Run, found: Found) -> Content:
+def _against(run: RunFolder, found: Found) -> Content:
     against = found["against"]
     if against is None:
         return None

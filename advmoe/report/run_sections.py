@@ -14,31 +14,31 @@ from advmoe.report.gallery import gallery
 from advmoe.report.html import Content, Html, element
 from advmoe.report.pathways import pathways
 from advmoe.report.pictures import Picture
-from advmoe.report.results import Run
-from advmoe.report.sections import Part, Section, section
+from advmoe.report.results import RunFolder
+from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
 
 _LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
 """Terms of the loss, which are logged as they are added up, with their weights."""
 
 
-def run_section(run: Run, album: Album, number_: int, *, alone: bool) -> Section:
+def run_section(run: RunFolder, album: Album, number_: int, *, alone: bool) -> Section:
     """Everything known about one run. `alone`: the summary has introduced it already."""
     ident = f"run-{number_}"
     intro = None if alone else introduction(run, ident)
     parts = [
-        Part("accuracy", "Robust accuracy", accuracy(run)),
-        Part("training", "Training", training(run, album)),
-        Part("sweep", "Robustness against the attack's strength", sweep(run, album)),
-        Part("dissection", "The attack, dissected", dissection(run, album)),
-        Part("pathways", "Pathways", pathways(run, album)),
-        Part("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
-        Part("made", "Commands and configuration", made(run)),
+        Subsection("accuracy", "Robust accuracy", accuracy(run)),
+        Subsection("training", "Training", training(run, album)),
+        Subsection("sweep", "Robustness against the attack's strength", sweep(run, album)),
+        Subsection("dissection", "The attack, dissected", dissection(run, album)),
+        Subsection("pathways", "Pathways", pathways(run, album)),
+        Subsection("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
+        Subsection("made", "Commands and configuration", made(run)),
     ]
     return section(ident, run.label, intro, parts=parts)
 
 
-def introduction(run: Run, ident: str) -> Content:
+def introduction(run: RunFolder, ident: str) -> Content:
     """What it is, its main numbers, and what of it is not there; `ident`: its section's identifier."""
     absent = [each.title for each in run.made() if each.state != "there"]
     notes: list[Content] = []
@@ -58,12 +58,12 @@ def introduction(run: Run, ident: str) -> Content:
     ]
 
 
-def _data(run: Run) -> str:
+def _data(run: RunFolder) -> str:
     name, root = run.field("data", "name"), run.field("data", "root")
     return f"{name} ({root})" if name == "folder" else str(name)
 
 
-def tiles(run: Run) -> Html | None:
+def tiles(run: RunFolder) -> Html | None:
     """The few numbers one looks for first."""
     found = run.evaluation
     if not found:
@@ -89,7 +89,7 @@ def tiles(run: Run) -> Html | None:
     return element("dl", entries, class_="tiles")
 
 
-def accuracy(run: Run) -> Content:
+def accuracy(run: RunFolder) -> Content:
     """A row for each attack, what its parts broke, and what was warned of."""
     found = run.evaluation
     if not found:
@@ -143,7 +143,7 @@ def _warnings(reports: Mapping[str, Any], checks: Iterable[Mapping[str, Any]]) -
     return element("div", title, element("ul", [element("li", each) for each in said]), class_="note")
 
 
-def training(run: Run, album: Album) -> Content:
+def training(run: RunFolder, album: Album) -> Content:
     """Losses and accuracies by epoch, and in MoE layers the experts' load."""
     if not run.epochs:
         return None
@@ -158,7 +158,7 @@ def training(run: Run, album: Album) -> Content:
     return [element("p", about), element("div", found, class_="figures")]
 
 
-def _losses(run: Run, album: Album) -> Content:
+def _losses(run: RunFolder, album: Album) -> Content:
     series: dict[str, list[dict[str, Any]]] = {}
     for at, each in enumerate(run.epochs, start=1):
         for level, losses in (each.get("train") or {}).items():
@@ -173,7 +173,7 @@ def _losses(run: Run, album: Album) -> Content:
     return album.draw(Picture("lines", "losses", "Training losses", series, labels), run.label)
 
 
-def _validation(run: Run, album: Album) -> Content:
+def _validation(run: RunFolder, album: Album) -> Content:
     names = {"clean_accuracy": "clean", "robust_accuracy": "robust"}
     series: dict[str, list[dict[str, Any]]] = {}
     for at, each in enumerate(run.epochs, start=1):
@@ -187,7 +187,7 @@ def _validation(run: Run, album: Album) -> Content:
     return album.draw(Picture("lines", "validation", "Validation accuracy", series, labels), run.label)
 
 
-def _busiest(run: Run, album: Album) -> Content:
+def _busiest(run: RunFolder, album: Album) -> Content:
     epochs = [each["layers"] for each in run.epochs if each.get("layers")]
     if not epochs or len({len(layers) for layers in epochs}) != 1:
         return None
@@ -205,7 +205,7 @@ def _busiest(run: Run, album: Album) -> Content:
     return album.draw(picture, run.label)
 
 
-def sweep(run: Run, album: Album) -> Content:
+def sweep(run: RunFolder, album: Album) -> Content:
     """Robust accuracy against eps, one line an attack."""
     curves = run.sweep.get("curves") if run.sweep else None
     if not curves:
@@ -218,14 +218,14 @@ def sweep(run: Run, album: Album) -> Content:
     return element("div", album.draw(picture, run.label), class_="figures")
 
 
-def dissection(run: Run, album: Album) -> Content:
+def dissection(run: RunFolder, album: Album) -> Content:
     """Which predictions and which choices survive, per attack."""
     return [
         _dissected(run, album, name, each) for name, each in run.dissection.items() if isinstance(each, dict)
     ] or None
 
 
-def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> Html:
+def _dissected(run: RunFolder, album: Album, name: str, found: Mapping[str, Any]) -> Html:
     rows = {
         f"right clean (n = {found['num_clean_correct']})": found["categories_of_clean_correct"],
         f"all images (n = {found['num_examples']})": found["categories"],
@@ -255,7 +255,7 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
     return element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
 
 
-def made(run: Run) -> Content:
+def made(run: RunFolder) -> Content:
     """The command behind every result, the configuration, and the manifest."""
     lines = [
         element(
@@ -270,7 +270,7 @@ def made(run: Run) -> Content:
     return [element("ul", lines, class_="made"), _settings(run)]
 
 
-def _settings(run: Run) -> Content:
+def _settings(run: RunFolder) -> Content:
     config = element("details", element("summary", "Configuration (config.yaml)"), element("pre", run.config_text))
     if not run.manifest:
         return [config, element("p", "There is no manifest.json: nothing is known of versions and hardware.")]

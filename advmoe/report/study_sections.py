@@ -9,8 +9,8 @@ from typing import Any
 from advmoe.report.album import Album
 from advmoe.report.html import Content, Html, element, joined
 from advmoe.report.pictures import KINDS, Picture
-from advmoe.report.results import Study
-from advmoe.report.sections import Part, Section, section
+from advmoe.report.results import StudyFolder
+from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, percent, seconds, table
 from advmoe.report.words import flat
 
@@ -22,7 +22,7 @@ _VERDICTS = {
 """Verdict: its class in the style sheet, and a mark that goes with the word."""
 
 
-def study_section(study: Study, album: Album, number_: int) -> Section:
+def study_section(study: StudyFolder, album: Album, number_: int) -> Section:
     """Everything a study found: claims, tables, figures, and the runs behind them."""
     found = study.content
     made = [
@@ -36,11 +36,11 @@ def study_section(study: Study, album: Album, number_: int) -> Section:
         element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
         element("p", _about(found)),
         parts=[
-            Part("claims", "Claims", claims(found.get("claims") or [])),
-            Part("tables", "Tables", _tables(found.get("tables") or [])),
-            Part("figures", "Figures", _figures(study, album)),
-            Part("notes", "Notes", _notes(found.get("notes") or [])),
-            Part("made", "Commands and settings", made),
+            Subsection("claims", "Claims", claims(found.get("claims") or [])),
+            Subsection("tables", "Tables", _tables(found.get("tables") or [])),
+            Subsection("figures", "Figures", _figures(study, album)),
+            Subsection("notes", "Notes", _notes(found.get("notes") or [])),
+            Subsection("made", "Commands and settings", made),
         ],
     )
 
@@ -159,7 +159,7 @@ def _spread(mean: float | None, std: float | None, n: int | None, *, shade: bool
     return Cell(joined(number(mean), around, count), mean, shade)
 
 
-def _figures(study: Study, album: Album) -> Content:
+def _figures(study: StudyFolder, album: Album) -> Content:
     """The pictures, drawn from the data that the file holds of them."""
     entries = study.content.get("figures") or []
     shown: list[Content] = []
@@ -177,7 +177,7 @@ def _notes(entries: Sequence[Any]) -> Content:
     return element("ul", [element("li", str(each)) for each in entries]) if entries else None
 
 
-def _runs(study: Study) -> Content:
+def _runs(study: StudyFolder) -> Content:
     entries = study.content.get("runs") or []
     if not entries:
         return None

@@ -14,12 +14,12 @@ from advmoe.studies.comparisons import (
 )
 from advmoe.studies.results import (
     Results,
-    Trained,
+    RunResults,
     best_validation,
 )
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import (
     RA,
     SA,
@@ -46,7 +46,7 @@ def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _attack_steps_show(scale: Scale, results: Results) -> Outcome:
+def _attack_steps_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds. The steps of an attack of K go 1.25 times the radius in all."
     figures = [
         Picture(
@@ -57,7 +57,7 @@ def _attack_steps_show(scale: Scale, results: Results) -> Outcome:
         for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
     claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
-    return Outcome(
+    return StudyFindings(
         tables=[table("Attack steps in training", results, ["K", "method"], [RA, WORST, SA])], figures=figures,
         claims=claims,
     )  # fmt: skip
@@ -67,28 +67,28 @@ def _convergence_rows(scale: Scale, _: Results) -> list[Row]:
     return [Row(scale.run(method)) for method in _LEVELS]
 
 
-def _trades(part: str) -> Callable[[Trained], list[float | None]]:
+def _trades(part: str) -> Callable[[RunResults], list[float | None]]:
     """TRADES' loss of a level in each epoch."""
 
-    def of(run: Trained) -> list[float | None]:
+    def of(run: RunResults) -> list[float | None]:
         found = [line["train"].get(part) for line in run.epochs]
         return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in found]
 
     return of
 
 
-def _validated(run: Trained) -> list[float | None]:
+def _validated(run: RunResults) -> list[float | None]:
     return [None if line["val"] is None else line["val"]["robust_accuracy"] for line in run.epochs]
 
 
-def _accurate(part: str) -> Callable[[Trained], list[float | None]]:
-    def of(run: Trained) -> list[float | None]:
+def _accurate(part: str) -> Callable[[RunResults], list[float | None]]:
+    def of(run: RunResults) -> list[float | None]:
         return [(line["train"].get(part) or {}).get("accuracy") for line in run.epochs]
 
     return of
 
 
-def _convergence_show(scale: Scale, results: Results) -> Outcome:
+def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
     loss: dict[str, list[dict[str, Any]]] = {}
     right: dict[str, list[dict[str, Any]]] = {}
     held: dict[str, list[dict[str, Any]]] = {}
@@ -110,7 +110,7 @@ def _convergence_show(scale: Scale, results: Results) -> Outcome:
         for id, title, series, unit in drawn
     ]
     columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]
-    return Outcome(tables=[table("After training", results, ["method"], columns)], figures=figures)
+    return StudyFindings(tables=[table("After training", results, ["method"], columns)], figures=figures)
 
 
 _LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}

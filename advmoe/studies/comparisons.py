@@ -10,11 +10,11 @@ from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.results import (
     PGD,
     Results,
-    Trained,
+    RunResults,
     outcomes,
     point,
 )
-from advmoe.studies.rows import Measure, Row, Run
+from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.tables import (
     Column,
@@ -32,7 +32,7 @@ def named(labels: Mapping[str, Any]) -> str:
     return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
-def measured(scale: Scale, run: Run, *, timed: bool = False, **more: Measure) -> Row:
+def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Measure) -> Row:
     """A row whose accuracy is measured, and its cost where a table shows time."""
     return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more})
 
@@ -80,7 +80,9 @@ def overview(title: str, results: Results, columns: Sequence[Column], paper_tabl
     return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
 
 
-def method_bars(id: str, title: str, results: Results, value: Callable[[Trained], float | None], unit: str) -> Picture:
+def method_bars(
+    id: str, title: str, results: Results, value: Callable[[RunResults], float | None], unit: str
+) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
     for dataset in results.distinct("dataset"):

@@ -8,10 +8,10 @@ from typing import Any
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import LEVEL, Comparison, claim, compare
 from advmoe.studies.comparisons import MEASURED, measured, named
-from advmoe.studies.results import Found, Results, Trained, outcomes, point
+from advmoe.studies.results import Results, RowResults, RunResults, outcomes, point
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, table, with_points
 
 PRICE = 1.3
@@ -24,7 +24,7 @@ VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-3", "ever
 """Values of `training.alternation`; the first is the paper's."""
 
 
-def price(run: Trained) -> float | None:
+def price(run: RunResults) -> float | None:
     """Seconds of an epoch in those of the run that it was timed against, in the same process."""
     return (run.found("pace") or {}).get("ratio")
 
@@ -57,7 +57,7 @@ def loses_nothing(losses: dict[str, dict[str, Any]]) -> bool:
     return all(each["mean_more"] - each["mean_less"] <= most and each["p"] >= LEVEL for each in losses.values())
 
 
-def _mean_price(row: Found | None) -> float | None:
+def _mean_price(row: RowResults | None) -> float | None:
     found = list(row.values(price).values()) if row is not None else []
     return sum(found) / len(found) if found else None
 
@@ -72,7 +72,7 @@ def _cheapest(prices: Mapping[str, float | None]) -> str:
     return f"The cheapest variant that loses nothing at this size: {variant}, {kept[variant]:.2f} of AT (MoE)."
 
 
-def _show(scale: Scale, results: Results) -> Outcome:
+def _show(scale: Scale, results: Results) -> StudyFindings:
     verdicts: list[dict[str, Any]] = []
     prices: dict[str, float | None] = {}  # of the variants that are decided; None for one that loses something
     for variant in VARIANTS[1:]:
@@ -94,7 +94,7 @@ def _show(scale: Scale, results: Results) -> Outcome:
     series = {
         named(row.labels): [point(row, WORST.value, cost)] for row in results if (cost := _mean_price(row)) is not None
     }
-    return Outcome(
+    return StudyFindings(
         tables=[
             table("What each variant costs and gives", results, ["method", "variant"], [RATIO, SECONDS, RA, WORST, SA])
         ],

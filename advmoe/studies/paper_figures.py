@@ -14,14 +14,14 @@ from advmoe.studies.comparisons import (
     scales_of,
 )
 from advmoe.studies.results import (
-    Found,
     Results,
-    Trained,
+    RowResults,
+    RunResults,
     kept_pathways,
 )
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import (
     GMACS,
     RA,
@@ -39,7 +39,7 @@ def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, run, sweep=scale.sweep(run)) for run in runs]
 
 
-def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
+def _curve(row: RowResults, curve: str) -> list[dict[str, Any]]:
     """Mean robust accuracy (%) of a sweep at each radius, in 1/255."""
     found = [sweep for run in row.by_seed.values() if (sweep := run.found("sweep")) is not None]
     names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in found]
@@ -59,7 +59,7 @@ def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
     return series
 
 
-def _fig2_show(scale: Scale, results: Results) -> Outcome:
+def _fig2_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds; the range over seeds where there are several. Clean accuracy at radius 0."
     figures = [
         Picture(
@@ -77,7 +77,7 @@ def _fig2_show(scale: Scale, results: Results) -> Outcome:
         for reason in curve["masking"]["reasons"]
     ]
     claims = [ordering(results)]
-    return Outcome(
+    return StudyFindings(
         tables=[table("At the radius trained for", results, ["method"], [RA, WORST, SA])],
         figures=figures, claims=claims, notes=list(dict.fromkeys(suspected)),
     )  # fmt: skip
@@ -91,10 +91,10 @@ def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
     return [*rows, measured(scale, mask)]
 
 
-def _of_pathways(*path: str) -> Callable[[Trained], float | None]:
+def _of_pathways(*path: str) -> Callable[[RunResults], float | None]:
     """A number of `pathways.json`, by the names that lead to it."""
 
-    def value(run: Trained) -> float | None:
+    def value(run: RunResults) -> float | None:
         found: Any = run.found("pathways")
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
@@ -114,7 +114,7 @@ _FIG6 = [
 ]
 
 
-def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
+def _histogram(row: RowResults, kind: str) -> dict[str, list[float]] | None:
     """The distribution of the IoU with the mask, mean over seeds."""
     found = [each for run in row.by_seed.values() if (each := run.found("pathways")) and each.get("against")]
     if not found:
@@ -124,7 +124,7 @@ def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
     return {"edges": found[0]["against"][kind]["histogram"]["edges"], "shares": mean}
 
 
-def _fig6_show(scale: Scale, results: Results) -> Outcome:
+def _fig6_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
     figures: list[Picture] = []
     for row in results:
@@ -146,7 +146,7 @@ def _fig6_show(scale: Scale, results: Results) -> Outcome:
         )
     ]
     routed = Results([row for row in results if row.labels["routed"]])
-    return Outcome(
+    return StudyFindings(
         tables=[
             table("Pathways and the mask", routed, ["method"], _FIG6),
             table("Accuracy", results, ["method"], [RA, WORST, SA]),
@@ -166,7 +166,7 @@ def _fig7_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _fig7_show(scale: Scale, results: Results) -> Outcome:
+def _fig7_show(scale: Scale, results: Results) -> StudyFindings:
     moe = results.select(method="AdvMoE")
     caption = (
         "AdvMoE; mean over seeds. The dashed line is AT (Dense), which is what r = 1 is for any number of experts."
@@ -180,7 +180,7 @@ def _fig7_show(scale: Scale, results: Results) -> Outcome:
         label = f"robust accuracy, {'PGD' if column is RA else 'worst case'} (%)"
         options = {"xlabel": "model scale r", "ylabel": label, "references": references}
         figures.append(Picture("lines", id, title, with_points(series), options, caption))
-    return Outcome(
+    return StudyFindings(
         tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
         figures=figures,
     )
@@ -198,7 +198,7 @@ def _fig8_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _fig8_show(scale: Scale, results: Results) -> Outcome:
+def _fig8_show(scale: Scale, results: Results) -> StudyFindings:
     figures: list[Picture] = []
     for backbone in results.distinct("backbone"):
         rows = results.select(backbone=backbone)
@@ -215,7 +215,7 @@ def _fig8_show(scale: Scale, results: Results) -> Outcome:
     ratios, backbones = results.distinct("scale"), results.distinct("backbone")
     claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
     columns = [RA, WORST, SA, GMACS]
-    return Outcome(
+    return StudyFindings(
         tables=[table("Methods by model scale", results, ["backbone", "scale", "method"], columns)],
         figures=figures, claims=claims,
     )  # fmt: skip

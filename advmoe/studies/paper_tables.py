@@ -15,9 +15,9 @@ from advmoe.studies.results import (
     Results,
     of_evaluation,
 )
-from advmoe.studies.rows import Row, Run
+from advmoe.studies.rows import Row, TrainingRun
 from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import (
     GMACS,
     MS,
@@ -28,7 +28,7 @@ from advmoe.studies.tables import (
 )
 
 
-def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[Run]:
+def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[TrainingRun]:
     """The methods compared on every data set and backbone that the scale has; VGG and DenseNet on CIFAR alone."""
     return [
         scale.run(method, dataset=dataset, backbone=backbone)
@@ -45,9 +45,9 @@ def _table1_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, run, timed=True) for run in _grid(scale, datasets, backbones)]
 
 
-def _table1_show(scale: Scale, results: Results) -> Outcome:
+def _table1_show(scale: Scale, results: Results) -> StudyFindings:
     title = "AdvMoE beside the baselines"
-    return Outcome(
+    return StudyFindings(
         tables=[overview(title, results, [RA, WORST, SA, GMACS, MS], "table1")],
         figures=[
             method_bars("table1-ra", f"{title}: PGD", results, RA.value, "robust accuracy under PGD (%)"),
@@ -64,10 +64,10 @@ def _table2_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, run, timed=True, autoattack=scale.under_autoattack()) for run in runs]
 
 
-def _table2_show(scale: Scale, results: Results) -> Outcome:
+def _table2_show(scale: Scale, results: Results) -> StudyFindings:
     title, value = scale.autoattack[0], of_evaluation("worst_case", "autoattack")
     column = Column("ra_aa", title, "higher", value, 100, "ra_autoattack")
-    return Outcome(
+    return StudyFindings(
         tables=[overview("Under AutoAttack", results, [RA, column, WORST, SA, GMACS, MS], "table2")],
         figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
         claims=orderings(results, scale.strong),
@@ -82,10 +82,10 @@ def _table3_rows(scale: Scale, _: Results) -> list[Row]:
     ]
 
 
-def _table3_show(scale: Scale, results: Results) -> Outcome:
+def _table3_show(scale: Scale, results: Results) -> StudyFindings:
     reported = {row["method"]: row for row in paper.reported()["rows"] if row["table"] == "table3"}
     said = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
-    return Outcome(
+    return StudyFindings(
         tables=[overview("A vision transformer", results, [RA, WORST, SA, GMACS, MS], "table3")],
         figures=[method_bars("table3-ra", "A vision transformer", results, RA.value, "robust accuracy under PGD (%)")],
         notes=[

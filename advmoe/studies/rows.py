@@ -16,7 +16,7 @@ ScaleName = Literal["smoke", "cpu", "paper"]
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class TrainingRun:
     """A training run, whatever its seed."""
 
     name: str
@@ -24,7 +24,7 @@ class Run:
     settings: Settings
     labels: Mapping[str, Any] = field(default_factory=dict)
     """What tables and figures sort by: method, backbone, dataset, and whatever a study varies."""
-    start: Run | None = None
+    start: TrainingRun | None = None
     """The run that this one starts from (`training.init_from`), of the same seed."""
 
 
@@ -35,7 +35,7 @@ class Measure:
     kind: MeasureKind
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the function that measures, ready for JSON; its result depends on them and the run alone."""
-    against: Run | None = None
+    against: TrainingRun | None = None
     """Of `pathways` and `pace`: the run that it is compared with, of the same seed."""
 
 
@@ -43,5 +43,5 @@ class Measure:
 class Row:
     """A run of a study with its measurements, by the names that the study's results know them by."""
 
-    run: Run
+    run: TrainingRun
     measures: Mapping[str, Measure] = field(default_factory=dict)

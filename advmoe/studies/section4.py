@@ -22,7 +22,7 @@ from advmoe.studies.results import (
 )
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import (
     RA,
     SA,
@@ -43,7 +43,7 @@ def _fig3_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, scale.run(m, more=more, scale=r)) for r, more in choices for m in (THETA, M1, M2, M3)]
 
 
-def _fig3_show(scale: Scale, results: Results) -> Outcome:
+def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
     said = paper.figure(3)
     names = {
         THETA: "router_robustified_moe", M1: "standard_moe_M1", M2: "at_s_dense_M2", M3: "sparse_mask_M3",
@@ -59,7 +59,7 @@ def _fig3_show(scale: Scale, results: Results) -> Outcome:
     )
     shown = table("By model scale", results, ["scale", "method"], [RA, WORST, SA])
     caption = f"Mean over seeds. The paper, percent at r = 0.5: {_percents({k: said[v] for k, v in names.items()})}."
-    return Outcome(
+    return StudyFindings(
         tables=[shown],
         figures=[
             Picture(
@@ -112,7 +112,7 @@ def _fig4_rows(scale: Scale, _: Results) -> list[Row]:
     return [_dissected(scale, THETA), measured(scale, scale.run(M1))]
 
 
-def _fig4_show(scale: Scale, results: Results) -> Outcome:
+def _fig4_show(scale: Scale, results: Results) -> StudyFindings:
     said = paper.figure(4)
     caption = (
         f"The paper (r = 0.5, percent): category 1 {said['unsuccessful_on_both_1']:g}, "
@@ -139,7 +139,7 @@ def _fig4_show(scale: Scale, results: Results) -> Outcome:
         "Of the attacks that routers withstand more than half fool the prediction (category 3 > 1), though robust "
         "routers help (more robust than the standard MoE)."
     )
-    return Outcome(
+    return StudyFindings(
         tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
         claims=[claim("insight-2", statement, verdicts)],
     )  # fmt: skip
@@ -149,7 +149,7 @@ def _fig5_rows(scale: Scale, _: Results) -> list[Row]:
     return [_dissected(scale, THETA), _dissected(scale, THETA2)]
 
 
-def _fig5_show(scale: Scale, results: Results) -> Outcome:
+def _fig5_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Before and after the experts are robustified too. Every test image is attacked."
     shown, figure = _dissections(results, "What fails once experts are robustified after routers", "fig5", caption)
     first, second = results.one(method=THETA), results.one(method=THETA2)
@@ -168,7 +168,7 @@ def _fig5_show(scale: Scale, results: Results) -> Outcome:
         "Robustifying experts after routers makes the model more robust, while the routers' robustness drops: the two "
         "do not adapt to each other."
     )
-    return Outcome(
+    return StudyFindings(
         tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
         claims=[claim("insight-3", statement, verdicts)],
     )  # fmt: skip

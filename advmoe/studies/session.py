@@ -25,7 +25,7 @@ from advmoe.studies.rows import Settings
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
-from advmoe.studies.task_pool import Told, run_tasks
+from advmoe.studies.task_pool import OnProgress, run_tasks
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
@@ -136,7 +136,7 @@ def plan_study(name: str, options: Options) -> dict[str, Task]:
     return tasks
 
 
-def run_study(name: str, options: Options, told: Told = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
+def run_study(name: str, options: Options, told: OnProgress = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
     """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
 
     Finished runs and measurements are reused, interrupted runs continued, failed ones reported and what needs them

@@ -16,7 +16,7 @@ from advmoe.studies.scales import Scale
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class StudyFindings:
     """What a study makes of its results."""
 
     tables: Sequence[Mapping[str, Any]] = ()
@@ -39,7 +39,7 @@ class Study:
     """One sentence."""
     stages: tuple[Stage, ...]
     """Most studies have one. The rows of a later one depend on what the earlier ones found."""
-    show: Callable[[Scale, Results], Outcome]
+    show: Callable[[Scale, Results], StudyFindings]
     """A pure function of the results."""
     varies: tuple[str, ...] = ()
     """Fields that no override may set, as they are what the study compares."""

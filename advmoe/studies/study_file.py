@@ -17,12 +17,12 @@ from advmoe.rundir import DONE, MANIFEST, STUDY
 from advmoe.studies.labels import field_of, shared
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Task
 from advmoe.studies.rows import Settings
-from advmoe.studies.study import Outcome
+from advmoe.studies.study import StudyFindings
 
 
 def write_study_file(
     home: Path, about: Mapping[str, Any], rows: Sequence[PlannedRow], tasks: Mapping[str, Task],
-    errors: Mapping[str, str], outcome: Outcome,
+    errors: Mapping[str, str], outcome: StudyFindings,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `study.json` into the folder `home`, after the figures that it names; returns its content.
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from advmoe.studies import paper
 from advmoe.studies.results import (
     PGD,
-    Found,
     Results,
-    Trained,
+    RowResults,
+    RunResults,
     accuracy_under,
     cell,
     of_cost,
@@ -31,7 +31,7 @@ class Column:
     key: str
     title: str
     better: Better | None
-    value: Callable[[Trained], float | None]
+    value: Callable[[RunResults], float | None]
     factor: float = 1.0
     paper: str = ""
     """The number's name in the paper's tables."""
@@ -66,7 +66,7 @@ def table(
     return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 
 
-def _reported(table: str, row: Found) -> dict[str, float]:
+def _reported(table: str, row: RowResults) -> dict[str, float]:
     names = (row.labels.get(name) for name in ("paper_dataset", "paper_backbone", "method"))
     return paper.numbers(table, *names) if table else {}
 
@@ -85,7 +85,12 @@ def with_heights(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
 
 
 def by_method(
-    results: Results, x: str, value: Callable[[Trained], float | None], *, series: str = "method", factor: float = 100.0
+    results: Results,
+    x: str,
+    value: Callable[[RunResults], float | None],
+    *,
+    series: str = "method",
+    factor: float = 100.0,
 ) -> dict[str, list[dict[str, Any]]]:
     """A series for each value of a label, its points by another label, a number."""
     found = {}
@@ -98,7 +103,7 @@ def by_method(
 
 
 def mean_series(
-    rows: Iterable[Found], of: Callable[[Trained], Sequence[float | None]], factor: float = 1.0
+    rows: Iterable[RowResults], of: Callable[[RunResults], Sequence[float | None]], factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """The mean over seeds of something that each run has for every epoch, from 1."""
     runs = [of(run) for row in rows for run in row.by_seed.values()]

@@ -15,7 +15,7 @@ from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import Results, best_validation, point
 from advmoe.studies.rows import Measure, Row
 from advmoe.studies.session import Options, Session, plan_study, run_study
-from advmoe.studies.study import Outcome, Study
+from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import RA, SA, table
 
 SMALL = {
@@ -45,7 +45,7 @@ def show(scale, results):
         Picture("lines", "tiny-none", "Nothing", {}, labels, "A caption."),
     ]
     shown = table("Tiny", results, ["method"], [RA, SA])
-    return Outcome(tables=[shown], figures=figures, claims=[ordering(results)], notes=["A note."])
+    return StudyFindings(tables=[shown], figures=figures, claims=[ordering(results)], notes=["A note."])
 
 
 TINY = Study(
