@@ -50,9 +50,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
 def _with_gallery(result: Any, options: dict[str, Any]) -> Any:
     """A run with the gallery that it lacked, or with the reason why there is none; anything else as it is."""
-    from advmoe.report.results import Run, with_gallery
+    from advmoe.report.results import RunFolder, with_gallery
 
-    if not isinstance(result, Run) or result.gallery is not None:
+    if not isinstance(result, RunFolder) or result.gallery is not None:
         return result
     from advmoe.evaluation.gallery import gallery_run
 

@@ -44,7 +44,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     if args["name"] == "list":
         return _list()
     from advmoe.studies.catalogue import study_named
-    from advmoe.studies.run import Options
+    from advmoe.studies.session import Options
 
     study_named(args["name"])
     engine = engine_options(args)
@@ -68,17 +68,15 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
 def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
-    from advmoe.studies.estimate import about
 
     width = max(map(len, STUDIES))
-    print(f"{'':{width}}  smoke / cpu on 2 cores")
     for name, study in STUDIES.items():
-        print(f"{name:{width}}  {about(study):21}  {study.shows}")
+        print(f"{name:{width}}  {study.shows}")
     return 0
 
 
 def _plan(name: str, options: Any) -> int:
-    from advmoe.studies.run import plan_study
+    from advmoe.studies.session import plan_study
 
     tasks = plan_study(name, options)
     for task in tasks.values():
@@ -91,9 +89,9 @@ def _plan(name: str, options: Any) -> int:
 def _run(name: str, options: Any) -> int:
     from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
-    from advmoe.studies.pool import MachineFailed
-    from advmoe.studies.present import text
-    from advmoe.studies.run import run_study
+    from advmoe.studies.session import run_study
+    from advmoe.studies.tables import text
+    from advmoe.studies.task_pool import MachineFailed
 
     require_matplotlib()
 

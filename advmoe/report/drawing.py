@@ -7,16 +7,20 @@ A figure is a pure function of its data: the same file, byte for byte, from the 
 from __future__ import annotations
 
 import io
+import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from advmoe.errors import InputError
 from advmoe.files import write_whole
 from advmoe.report.fonts import found
+from advmoe.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
@@ -34,6 +38,9 @@ INK, PAPER = "#010101", "#FEFEFE"
 
 WIDTH = 4.6
 """Inches: a phone shows the whole width of a figure, its ten-point text still readable; two stand on a page's width."""
+
+LEGEND_ROW = 0.2
+"""Inches."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -83,3 +90,31 @@ def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         with found(figure):
             figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
+
+
+def nan_or(value: Any) -> float:
+    """A number, NaN for None: a gap in a drawing."""
+    return math.nan if value is None else float(value)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text on lines of at most `width` characters."""
+    text = printable(text)
+    return "\n".join(textwrap.wrap(text, max(8, width))) or text
+
+
+def finish(axes: Axes, title: str | None, *, legend: bool) -> None:
+    """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow; the
+    figure grows with it, so that the axes keep their height.
+    """
+    if title is not None:
+        axes.set_title(wrapped(title, 52), loc="left", fontsize=11)
+    if legend:
+        handles, names = axes.get_legend_handles_labels()
+        names = [wrapped(name, 46) for name in names]
+        longest = max((len(line) for name in names for line in name.splitlines()), default=1)
+        columns = max(1, min(len(names), 52 // (longest + 6)))
+        figure = cast("Figure", axes.get_figure())
+        rows = -(-sum(1 + name.count("\n") for name in names) // columns)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (rows - 1))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -1,4 +1,6 @@
-"""Pictures of plain data: lines, bars, shares, histograms and heat maps. They need the extra `figures`.
+"""Pictures of plain data: lines, bars, shares and histograms; the other kinds are imported here too.
+
+They need the extra `figures`.
 
 Every function takes data as dictionaries and lists, as JSON holds them, and a path ending in .svg or .png; it raises
 `ValueError` without matplotlib, for another suffix, and for data that hold nothing to draw. Heights are drawn in the
@@ -8,30 +10,38 @@ unit they come in; what is called a share is a fraction and is shown in percent.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from advmoe.errors import InputError
-from advmoe.report.drawing import GREY, INK, LIGHT, LINES, MARKS, PAPER, WIDTH, drawn, require_matplotlib
+from advmoe.report.drawing import (
+    GREY,
+    INK,
+    LIGHT,
+    LINES,
+    MARKS,
+    PAPER,
+    WIDTH,
+    drawn,
+    finish,
+    nan_or,
+    require_matplotlib,
+    wrapped,
+)  # fmt: skip
 from advmoe.report.flow import flow_figure
+from advmoe.report.heatmap import heatmap_figure
 from advmoe.report.result_figures import dissection_figure, sweep_figure
-from advmoe.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
 __all__ = [
     "bars_figure", "dissection_figure", "flow_figure", "heatmap_figure", "histogram_figure", "lines_figure",
     "require_matplotlib", "stacked_figure", "sweep_figure",
 ]  # fmt: skip
 
-_LEGEND_ROW = 0.2
-"""Inches."""
 _HATCHES = ("", "////", "....", "xxxx")
 
 
@@ -58,7 +68,7 @@ def lines_figure(
         axes = figure.add_subplot()
         for (name, points), colour, mark in zip(series.items(), cycle(LINES), cycle(MARKS), strict=False):
             places = [float(point["x"]) for point in points]
-            heights = [_number(point.get("y")) for point in points]
+            heights = [nan_or(point.get("y")) for point in points]
             many = len(points) > 25
             axes.plot(places, heights, color=colour, marker="" if many else mark, markersize=5, label=name)
             _spread(axes, places, points, colour, band=len(points) > 12)
@@ -72,13 +82,13 @@ def lines_figure(
                 axes.set_xticks(places, [f"{place:.0f}" for place in places])
             else:
                 axes.locator_params(axis="x", integer=True)
-        _finish(axes, title, legend=len(series) + len(references) > 1)
+        finish(axes, title, legend=len(series) + len(references) > 1)
 
 
 def _spread(axes: Axes, places: list[float], points: Sequence[Mapping[str, Any]], colour: str, *, band: bool) -> None:
     """The interval of each point that has one: a band where points are many, else whiskers."""
     low, high = (
-        [math.nan if point.get("y") is None else _number(point.get(end)) for point in points] for end in ("low", "high")
+        [math.nan if point.get("y") is None else nan_or(point.get(end)) for point in points] for end in ("low", "high")
     )
     if all(math.isnan(each) for each in [*low, *high]):
         return
@@ -91,7 +101,12 @@ def _spread(axes: Axes, places: list[float], points: Sequence[Mapping[str, Any]]
 
 
 def bars_figure(
-    groups: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path, *, ylabel: str, title: str | None = None
+    groups: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    path: str | Path,
+    *,
+    ylabel: str,
+    xlabel: str = "",
+    title: str | None = None,
 ) -> None:
     """Draw bars side by side in groups, with intervals where there are any and, while they are few, their heights.
     Where the groups' names are too long to stand side by side, the bars lie.
@@ -100,7 +115,7 @@ def bars_figure(
         groups: group to {bar's name: {"y", "low", "high"}}; low and high may be missing or None, and a group may lack
             some of the bars.
         path: file to write, .svg or .png.
-        ylabel, title: texts.
+        ylabel, xlabel, title: texts; `xlabel` says what the groups are.
     """
     _require_some(groups, "groups")
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
@@ -113,17 +128,17 @@ def bars_figure(
     with drawn(path, inches, 3.3) as figure:
         axes = figure.add_subplot()
         for name, places, points, look in _bars(groups, names):
-            heights = [_number(point.get("y")) for point in points]
+            heights = [nan_or(point.get("y")) for point in points]
             axes.bar(places, heights, 0.92 * 0.8 / len(names), label=name, **look)
             _whiskers(axes, places, points)
             if len(groups) * len(names) <= 20:
                 _number_bars(axes, places, points)
-        axes.set(ylabel=ylabel, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
-        axes.set_xticklabels([_wrapped(group, slot) for group in groups])
+        axes.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
+        axes.set_xticklabels([wrapped(group, slot) for group in groups])
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.12)
         axes.grid(axis="y")
-        _finish(axes, title, legend=len(names) > 1)
+        finish(axes, title, legend=len(names) > 1)
 
 
 _Points = list[Mapping[str, Any]]
@@ -147,21 +162,21 @@ def _lying_bars(
 ) -> None:  # fmt: skip
     """Bars from left to right, the first group on top: room for long names and for every number."""
     for name, places, points, look in _bars(groups, names):
-        lengths = [_number(point.get("y")) for point in points]
+        lengths = [nan_or(point.get("y")) for point in points]
         axes.barh(places, lengths, 0.92 * 0.8 / len(names), label=name, **look)
         _whiskers(axes, places, points, lying=True)
         _number_bars(axes, places, points, lying=True)
     axes.set(xlabel=label, yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticklabels([_wrapped(group, 20) for group in groups])
+    axes.set_yticklabels([wrapped(group, 20) for group in groups])
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.12)
     axes.grid(axis="x")
-    _finish(axes, title, legend=len(names) > 1)
+    finish(axes, title, legend=len(names) > 1)
 
 
 def _whiskers(axes: Axes, places: list[float], points: _Points, *, lying: bool = False) -> None:
     for at, point in zip(places, points, strict=True):
-        low, high = _number(point.get("low")), _number(point.get("high"))
+        low, high = nan_or(point.get("low")), nan_or(point.get("high"))
         if not math.isnan(low + high):
             ends = ([low, high], [at, at]) if lying else ([at, at], [low, high])
             axes.plot(*ends, color=GREY, linewidth=1.4, marker="|" if lying else "_", markersize=6)
@@ -206,11 +221,11 @@ def stacked_figure(
                 fontsize=8.5,
             )  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(rows)), [_wrapped(row, 20) for row in rows])
+        axes.set_yticks(range(len(rows)), [wrapped(row, 20) for row in rows])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=xlabel, xlim=(0, max(100.0, max(left))))
-        _finish(axes, title, legend=True)
+        finish(axes, title, legend=True)
 
 
 def _fills(count: int) -> list[tuple[str, str]]:
@@ -253,7 +268,7 @@ def histogram_figure(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
-        _finish(axes, title, legend=len(series) > 1)
+        finish(axes, title, legend=len(series) > 1)
 
 
 def coarser(
@@ -283,125 +298,6 @@ def coarser(
         }
         for name, each in series.items()
     }
-
-
-def heatmap_figure(
-    values: Sequence[Sequence[float | None]],
-    path: str | Path,
-    *,
-    row_names: Sequence[str],
-    column_names: Sequence[str],
-    xlabel: str,
-    ylabel: str,
-    group: int = 1,
-    spread: bool = False,
-    title: str | None = None,
-) -> None:
-    """Draw a table of numbers as colours, with the numbers themselves while they are few.
-
-    The scale runs from 0 to 1 where all values lie there, so that pictures compare; else over the values.
-
-    Args:
-        values: a row for each of `row_names`, a number (None: unknown, left grey) for each of `column_names`.
-        path: file to write, .svg or .png.
-        row_names, column_names: the names along the sides.
-        xlabel, ylabel, title: texts.
-        group: columns stand in groups of so many, set apart, and `column_names` names the groups.
-        spread: let the scale run over the values in any case.
-
-    Raises `ValueError` too where the names do not fit the values.
-    """
-    _require_named(values, len(row_names), group * len(column_names))
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
-    numbers = [[_number(value) for value in row] for row in values]
-    known = [value for row in numbers for value in row if not math.isnan(value)] or [0.0]
-    unit = min(known) >= 0 and max(known) <= 1
-    scale = Normalize(0, 1) if unit and not spread else Normalize(min(known), max(known))
-    rows, columns = len(numbers), len(numbers[0])
-    numbered = columns <= 14 and rows <= 24
-    lines: dict[str, Any] = (
-        {"edgecolors": PAPER, "linewidth": 0.6} if rows * columns <= 400 else {"edgecolors": "face", "linewidth": 0}
-    )
-    width = min(9.0, max(WIDTH, (0.36 if numbered else 0.24) * columns + 1.6))
-    with drawn(path, width, min(9.0, max(2.2, 0.28 * rows + 1.3))) as figure:
-        axes = figure.add_subplot()
-        mesh = axes.pcolormesh(
-            numbers, norm=scale, cmap=colormaps["cividis"], rasterized=rows * columns > 2500, **lines
-        )
-        axes.set_facecolor("#BBBBBB")
-        if numbered:
-            _number_cells(axes, numbers, scale, ".2f" if unit else ".3g")
-        for at in range(group, columns, group) if group > 1 else ():
-            axes.axvline(at, color=PAPER, linewidth=3)
-        _name_side(axes, "x", column_names, 30, group)
-        _name_side(axes, "y", row_names, 40)
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        figure.colorbar(mesh, ax=axes, shrink=0.85, aspect=18).outline.set_visible(False)
-        _finish(axes, title, legend=False)
-
-
-def _require_named(values: Sequence[Sequence[Any]], rows: int, columns: int) -> None:
-    widths = sorted({len(row) for row in values})
-    if (len(values), widths) != (rows, [columns]) or not rows * columns:
-        rule = f"values must be {rows} x {columns}, as the names are, and not empty"
-        raise InputError(f"{rule}, got {len(values)} x {widths}")
-
-
-def _number_cells(axes: Axes, numbers: Sequence[Sequence[float]], scale: Normalize, form: str) -> None:
-    """Each cell's number, in the colour that can be read on it."""
-    for r, row in enumerate(numbers):
-        for c, value in enumerate(row):
-            if not math.isnan(value):
-                ink = INK if scale(value) > 0.55 else PAPER
-                axes.text(c + 0.5, r + 0.5, format(value, form), ha="center", va="center", fontsize=8, color=ink)
-
-
-def _name_side(axes: Axes, side: str, names: Sequence[str], most: int, group: int = 1) -> None:
-    """The names of one side's cells, or of groups of them; every so-manieth where all of them would be too many."""
-    step = math.ceil(len(names) / most)
-    shown = [_short(str(name)) for name in names[::step]]
-    places = [(at + 0.5) * group for at in range(0, len(names), step)]
-    if side == "y":
-        axes.set_yticks(places, shown)
-    else:
-        long = max(map(len, shown)) > 3 and len(shown) > 6
-        axes.set_xticks(places, shown, rotation=40 if long else 0, ha="right" if long else "center")
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _short(text: str, most: int = 22) -> str:
-    text = printable(text)
-    return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _wrapped(text: str, width: int) -> str:
-    text = printable(text)
-    return "\n".join(textwrap.wrap(text, max(8, width))) or text
-
-
-def _finish(axes: Axes, title: str | None, *, legend: bool) -> None:
-    """Title at the left; the legend below the axes, where it hides nothing, in as many columns as its names allow; the
-    figure grows with it, so that the axes keep their height.
-    """
-    if title is not None:
-        axes.set_title(_wrapped(title, 52), loc="left", fontsize=11)
-    if legend:
-        handles, names = axes.get_legend_handles_labels()
-        names = [_wrapped(name, 46) for name in names]
-        longest = max((len(line) for name in names for line in name.splitlines()), default=1)
-        columns = max(1, min(len(names), 52 // (longest + 6)))
-        figure = cast("Figure", axes.get_figure())
-        rows = -(-sum(1 + name.count("\n") for name in names) // columns)
-        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * (rows - 1))
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _require_some(data: Mapping[str, Any], what: str) -> None:

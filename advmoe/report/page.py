@@ -16,7 +16,7 @@ from advmoe.errors import InputError
 from advmoe.report.album import Album
 from advmoe.report.drawing import require_matplotlib
 from advmoe.report.html import Html, element
-from advmoe.report.results import Run, Study
+from advmoe.report.results import RunFolder, StudyFolder
 from advmoe.report.run_sections import run_section
 from advmoe.report.sections import Section, contents
 from advmoe.report.study_sections import study_section
@@ -24,7 +24,11 @@ from advmoe.report.summary import summary
 
 
 def write_report(
-    results: Sequence[Run | Study], path: str | Path, *, title: str | None = None, made_by: str = "advmoe report"
+    results: Sequence[RunFolder | StudyFolder],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    made_by: str = "advmoe report",
 ) -> Path | None:
     """Write the page about `results` to `path`, and its figures as SVG and PNG into `<name>-figures/` beside it.
 
@@ -81,11 +85,11 @@ def _publish(page: str, path: Path, drawn: Path, folder: Path) -> None:
         os.replace(whole, path)
 
 
-def _title(results: Sequence[Run | Study]) -> str:
+def _title(results: Sequence[RunFolder | StudyFolder]) -> str:
     if len(results) == 1:
         (only,) = results
-        return only.title if isinstance(only, Study) else f"{only.method}, {only.label}"
-    runs, studies = (sum(isinstance(each, kind) for each in results) for kind in (Run, Study))
+        return only.title if isinstance(only, StudyFolder) else f"{only.method}, {only.label}"
+    runs, studies = (sum(isinstance(each, kind) for each in results) for kind in (RunFolder, StudyFolder))
     found = [
         f"{runs} run{'s' * (runs > 1)}" if runs else "",
         f"{studies} stud{'ies' if studies > 1 else 'y'}" if studies else "",
@@ -93,10 +97,10 @@ def _title(results: Sequence[Run | Study]) -> str:
     return " and ".join(each for each in found if each)
 
 
-def _page(results: Sequence[Run | Study], album: Album, title: str, made_by: str, folder: str) -> str:
+def _page(results: Sequence[RunFolder | StudyFolder], album: Album, title: str, made_by: str, folder: str) -> str:
     sections = [_section(", ".join(str(each.path) for each in results), summary, results, album)]
     for number, each in enumerate(results, start=1):
-        if isinstance(each, Study):
+        if isinstance(each, StudyFolder):
             sections.append(_section(str(each.path), study_section, each, album, number))
         else:
             sections.append(_section(str(each.path), run_section, each, album, number, alone=len(results) == 1))
@@ -123,7 +127,9 @@ def _section(path: str, make: Callable[..., Section], *args: Any, **options: Any
     """A section; results of an unknown shape are a `ValueError` that names where they lie."""
     try:
         return make(*args, **options)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         rule = "hold results as this version of advmoe writes them"
         raise InputError(f"{path} must {rule}, got {type(error).__name__}: {error}") from error
 

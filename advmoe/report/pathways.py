@@ -5,18 +5,16 @@ Axes: `L` MoE layers, `E` experts, `K` classes. Results hold fractions; tables s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advmoe.report import words
 from advmoe.report.album import Album
 from advmoe.report.drawing import require_fields
-from advmoe.report.figures import coarser, flow_figure, heatmap_figure, histogram_figure
 from advmoe.report.flow import FEW, THIN
 from advmoe.report.html import Content, element
-from advmoe.report.results import Run
+from advmoe.report.pictures import Picture
+from advmoe.report.results import RunFolder
 from advmoe.report.tables import Cell, number, percent, table
 from advmoe.rundir import PATHWAYS
 
@@ -27,44 +25,24 @@ _BINS = 40
 _SHOWN_CLASSES = 3
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure as data: `draw(data, path, **options)`."""
-
-    name: str
-    draw: Callable[..., None]
-    data: Any
-    title: str
-    alt: str
-    """What it shows, for those who cannot see it."""
-    caption: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    wide: bool = False
-    """Whether it is lost in half a page."""
-
-
 def draw_pictures(found: Found, folder: Path) -> list[Path]:
     """Draw each picture of `pathways.json` into `folder` as `pathways-NAME.svg`. Raises `ValueError` as figures do."""
     paths = []
     for picture in pictures(found):
         path = folder / f"pathways-{picture.name}.svg"
-        picture.draw(picture.data, path, title=picture.title, **picture.options)
+        picture.draw(path, title=picture.title)
         paths.append(path)
     return paths
 
 
-def pathways(run: Run, album: Album) -> Content:
+def pathways(run: RunFolder, album: Album) -> Content:
     """How many pathways there are, who takes which, and what they share; None without `pathways.json`."""
     found = run.pathways
     if not found:
         return None
     drawn: dict[bool, list[Content]] = {True: [], False: []}
     for each in pictures(found):
-        framed = album.draw(
-            f"{run.label}-pathways-{each.name}", each.draw, each.data, title=each.title, alt=each.alt,
-            caption=each.caption, **each.options,
-        )  # fmt: skip
-        drawn[each.wide].append(framed)
+        drawn[each.wide].append(album.draw(each, f"{run.label}-pathways"))
     name, kept = found["attack"].get("name", "The attack"), percent(found["attack"]["unchanged"])
     said = f"{name} leaves the pathways of {kept} % of {found['num_examples']} test images as they are."
     return [
@@ -103,23 +81,12 @@ def pictures(found: Found) -> Iterator[Picture]:
 
 def _flow(found: Found) -> Picture:
     panels = {kind: {name: found[kind][name] for name in ("load", "flows")} for kind in KINDS}
-    widest = [
-        f"{kind}: {', '.join(f'layer {at} {_widest(flows)}' for at, flows in enumerate(found[kind]['flows']))}"
-        for kind in KINDS
-    ]
     grey = f", and of flows under {100 * THIN:.0f} % in grey where there are more than {FEW}"
-    return Picture(
-        "flow", flow_figure, panels, f"Flow of {_unit(found)} through the experts",
-        f"Flows between the experts of consecutive layers. The widest out of each layer, {'; '.join(widest)}.",
+    caption = (
         f"A column is a layer, a node an expert, as high as its share of the {_unit(found)}; bands have the colour of "
-        f"the expert that they leave{grey if found['num_experts'] > 2 else ''}.",
-        wide=True,
-    )  # fmt: skip
-
-
-def _widest(flows: Sequence[Sequence[float]]) -> str:
-    share, i, j = max((share, i, j) for i, row in enumerate(flows) for j, share in enumerate(row))
-    return f"expert {i} to {j} ({percent(share, 0)} %)"
+        f"the expert that they leave{grey if found['num_experts'] > 2 else ''}."
+    )
+    return Picture("flow", "flow", f"Flow of {_unit(found)} through the experts", panels, caption=caption, wide=True)
 
 
 def _unit(found: Found) -> str:
@@ -130,36 +97,31 @@ def _by_class(found: Found, kind: str, names: Sequence[str]) -> Picture:
     experts, layers = found["num_experts"], [str(layer) for layer in range(len(found[kind]["load"]))]
     unknown = [[None] * experts] * len(layers)
     values = [[share for layer in shares or unknown for share in layer] for shares in found[kind]["class_shares"]]
-    columns = [f"layer {layer}, expert {expert}" for layer in layers for expert in range(experts)]
-    options = {"row_names": names, "column_names": layers, "xlabel": "MoE layer", "ylabel": "class", "group": experts}
+    members = [f"expert {expert}" for expert in range(experts)]
     return Picture(
-        f"classes-{kind}", heatmap_figure, values, f"Experts by class, {kind} images",
-        words.of_heatmap(values, _classes(names), columns, "layer and expert", "class"),
+        "heatmap", f"classes-{kind}", f"Experts by class, {kind} images",
+        {"rows": names, "columns": layers, "members": members, "values": values},
+        {"xlabel": "MoE layer", "ylabel": "class"},
         f"Share of a class's {_unit(found)} that a layer sends to an expert; in each layer, experts 0 to {experts - 1} "
         "from left to right.",
-        options, wide=len(columns) > 20,
+        wide=experts * len(layers) > 20,
     )  # fmt: skip
 
 
-def _classes(names: Sequence[str]) -> list[str]:
-    return [f"class {name}" for name in names]
-
-
 def _between(found: Found, kind: str, names: Sequence[str]) -> Picture:
-    values = found[kind]["class_iou"]
     within, between = (number(found[kind][f"iou_{which}_classes"]) for which in ("within", "between"))
     return Picture(
-        f"class-iou-{kind}", heatmap_figure, values, f"IoU of pathways by class, {kind} images",
-        words.of_heatmap(values, _classes(names), _classes(names), "class", "class"),
+        "heatmap", f"class-iou-{kind}", f"IoU of pathways by class, {kind} images",
+        {"rows": names, "columns": names, "values": found[kind]["class_iou"]},
+        {"xlabel": "class", "ylabel": "class", "spread": True},
         f"Mean over all pairs of two images; {within} within a class, {between} between classes.",
-        {"row_names": names, "column_names": names, "xlabel": "class", "ylabel": "class", "spread": True},
     )  # fmt: skip
 
 
 def _overlap(name: str, series: Mapping[str, Any], title: str, caption: str) -> Picture:
-    options = {"xlabel": "IoU", "ylabel": "images (%)", "bins": _BINS}
-    told = words.of_histogram(coarser(series, _BINS), "IoU")
-    return Picture(f"iou-{name}", histogram_figure, series, title, told, caption, options)
+    return Picture(
+        "histogram", f"iou-{name}", title, series, {"xlabel": "IoU", "ylabel": "images (%)", "bins": _BINS}, caption
+    )
 
 
 def _compared_with(against: Found) -> tuple[str, str]:
@@ -179,7 +141,7 @@ def _class_names(found: Found) -> list[str]:
 # Tables
 
 
-def _numbers(run: Run, found: Found) -> Content:
+def _numbers(run: RunFolder, found: Found) -> Content:
     rows: list[list[Cell | Content]] = [
         [
             kind, found[kind]["distinct"], found[kind]["entropy"], found[kind]["max_entropy"],
@@ -194,7 +156,7 @@ def _numbers(run: Run, found: Found) -> Content:
     return table(f"Pathways of {run.label}, {found['num_examples']} test images", columns, rows)
 
 
-def _frequent(run: Run, found: Found) -> Content:
+def _frequent(run: RunFolder, found: Found) -> Content:
     names = _class_names(found)
     rows: list[list[Cell | Content]] = []
     for each in found["clean"]["frequent"]:
@@ -206,7 +168,7 @@ def _frequent(run: Run, found: Found) -> Content:
     return table(f"Most frequent pathways of {run.label}", columns, rows) if rows else None
 
 
-def _against(run: Run, found: Found) -> Content:
+def _against(run: RunFolder, found: Found) -> Content:
     against = found["against"]
     if against is None:
         return None

@@ -56,7 +56,7 @@ _BATCH = 250
 
 
 @dataclass(frozen=True)
-class Made:
+class ResultState:
     """A result that a run may have."""
 
     title: str
@@ -67,7 +67,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run directory: what is there; None, or empty, is what is not."""
 
     path: Path
@@ -121,7 +121,7 @@ class Run:
         layers = self.epochs[-1].get("layers") if self.epochs else None
         return self.field("model", "kind") == "moe" or bool(layers) or bool(self.field("model", "to_moe"))
 
-    def made(self) -> list[Made]:
+    def made(self) -> list[ResultState]:
         """Every result that there may be of it."""
         run = shlex.quote(str(self.path))
         source = self.field("model", "source")
@@ -139,19 +139,22 @@ class Run:
         wanted.append(("gallery", self.gallery, f"report {run}{own}"))
         return [
             self._trained(own),
-            *(Made(title, "there" if found else "missing", f"advmoe {command}") for title, found, command in wanted),
+            *(
+                ResultState(title, "there" if found else "missing", f"advmoe {command}")
+                for title, found, command in wanted
+            ),
         ]
 
-    def _trained(self, own: str) -> Made:
+    def _trained(self, own: str) -> ResultState:
         """Its training, to be continued where it has not finished."""
         run, config = (shlex.quote(str(path)) for path in (self.path, self.path / CONFIG))
         if self.manifest and not self.manifest.get("finished"):
-            return Made("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
+            return ResultState("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
         command = self.manifest.get("command")
         # A run directory is trained into once: the same again goes elsewhere.
         anew = f"advmoe train --config {config}{own} --run-dir {run}-again"
         again = shlex.join(map(str, command)) if isinstance(command, list) else anew
-        return Made("training", "there" if self.epochs else "missing", again)
+        return ResultState("training", "there" if self.epochs else "missing", again)
 
     def _evaluated(self) -> str:
         found = self.evaluation
@@ -200,7 +203,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFolder:
     """A study's folder, with `study.json` as `advmoe study` writes it."""
 
     path: Path
@@ -216,7 +219,7 @@ class Study:
         return f"{title} ({', '.join(told)})" if told else title
 
 
-def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
+def load_results(paths: Sequence[str | Path]) -> list[RunFolder | StudyFolder]:
     """The run or the study in each directory, each directory once.
 
     Raises `ValueError` for a directory that is neither, or a file in it that cannot be read.
@@ -228,23 +231,23 @@ def load_results(paths: Sequence[str | Path]) -> list[Run | Study]:
         require_plain(path)
     labels = _labels(list(once))
     results = {whole: _load(path, labels[whole]) for whole, path in once.items()}
-    titles = Counter(each.title for each in results.values() if isinstance(each, Study))
+    titles = Counter(each.title for each in results.values() if isinstance(each, StudyFolder))
     return [
-        replace(each, label=labels[whole]) if isinstance(each, Study) and titles[each.title] > 1 else each
+        replace(each, label=labels[whole]) if isinstance(each, StudyFolder) and titles[each.title] > 1 else each
         for whole, each in results.items()
     ]
 
 
-def _load(path: Path, label: str) -> Run | Study:
+def _load(path: Path, label: str) -> RunFolder | StudyFolder:
     if (path / STUDY).is_file():
-        return Study(path, _json(path / STUDY))
+        return StudyFolder(path, _json(path / STUDY))
     if (path / CONFIG).is_file():
         return _load_run(path, label)
     rule = "a run directory (one that holds a config.yaml) or a study (a study.json)"
     raise InputError(f"RUN_OR_STUDY must be {rule}, got {str(path)!r}")
 
 
-def _load_run(path: Path, label: str) -> Run:
+def _load_run(path: Path, label: str) -> RunFolder:
     text = read_text(path / CONFIG, MOST_YAML, "YAML")
     config = parse_yaml(text, str(path / CONFIG))
     if not isinstance(config, dict):
@@ -257,7 +260,7 @@ def _load_run(path: Path, label: str) -> Run:
     }
     others = [name for name, result in found.items() if any(stale(each, digest) for each in _parts(result))]
     found |= {name: {} for name in others}
-    return Run(
+    return RunFolder(
         path=path,
         label=label,
         config=config,
@@ -278,7 +281,7 @@ def _parts(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [result, *(each for each in result.values() if isinstance(each, dict))]
 
 
-def with_gallery(run: Run, reason: str | None = None) -> Run:
+def with_gallery(run: RunFolder, reason: str | None = None) -> RunFolder:
     """The run with the gallery that lies in its directory now; `reason`: why there is none."""
     return replace(run, gallery=_current_gallery(run.path), no_gallery=reason)
 

@@ -5,40 +5,40 @@ Axes: `L` MoE layers, `E` experts. Results hold fractions; the page shows percen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from advmoe.report import words
 from advmoe.report.album import Album
-from advmoe.report.figures import bars_figure, heatmap_figure, lines_figure, stacked_figure, sweep_figure
 from advmoe.report.gallery import gallery
 from advmoe.report.html import Content, Html, element
 from advmoe.report.pathways import pathways
-from advmoe.report.results import Run
-from advmoe.report.sections import Part, Section, section
+from advmoe.report.pictures import Picture
+from advmoe.report.results import RunFolder
+from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
 
 _LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
 """Terms of the loss, which are logged as they are added up, with their weights."""
 
 
-def run_section(run: Run, album: Album, number_: int, *, alone: bool) -> Section:
+def run_section(run: RunFolder, album: Album, number_: int, *, alone: bool) -> Section:
     """Everything known about one run. `alone`: the summary has introduced it already."""
     ident = f"run-{number_}"
     intro = None if alone else introduction(run, ident)
     parts = [
-        Part("accuracy", "Robust accuracy", accuracy(run)),
-        Part("training", "Training", training(run, album)),
-        Part("sweep", "Robustness against the attack's strength", sweep(run, album)),
-        Part("dissection", "The attack, dissected", dissection(run, album)),
-        Part("pathways", "Pathways", pathways(run, album)),
-        Part("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
-        Part("made", "Commands and configuration", made(run)),
+        Subsection("accuracy", "Robust accuracy", accuracy(run)),
+        Subsection("training", "Training", training(run, album)),
+        Subsection("sweep", "Robustness against the attack's strength", sweep(run, album)),
+        Subsection("dissection", "The attack, dissected", dissection(run, album)),
+        Subsection("pathways", "Pathways", pathways(run, album)),
+        Subsection("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
+        Subsection("made", "Commands and configuration", made(run)),
     ]
     return section(ident, run.label, intro, parts=parts)
 
 
-def introduction(run: Run, ident: str) -> Content:
+def introduction(run: RunFolder, ident: str) -> Content:
     """What it is, its main numbers, and what of it is not there; `ident`: its section's identifier."""
     absent = [each.title for each in run.made() if each.state != "there"]
     notes: list[Content] = []
@@ -58,12 +58,12 @@ def introduction(run: Run, ident: str) -> Content:
     ]
 
 
-def _data(run: Run) -> str:
+def _data(run: RunFolder) -> str:
     name, root = run.field("data", "name"), run.field("data", "root")
     return f"{name} ({root})" if name == "folder" else str(name)
 
 
-def tiles(run: Run) -> Html | None:
+def tiles(run: RunFolder) -> Html | None:
     """The few numbers one looks for first."""
     found = run.evaluation
     if not found:
@@ -89,7 +89,7 @@ def tiles(run: Run) -> Html | None:
     return element("dl", entries, class_="tiles")
 
 
-def accuracy(run: Run) -> Content:
+def accuracy(run: RunFolder) -> Content:
     """A row for each attack, what its parts broke, and what was warned of."""
     found = run.evaluation
     if not found:
@@ -143,7 +143,7 @@ def _warnings(reports: Mapping[str, Any], checks: Iterable[Mapping[str, Any]]) -
     return element("div", title, element("ul", [element("li", each) for each in said]), class_="note")
 
 
-def training(run: Run, album: Album) -> Content:
+def training(run: RunFolder, album: Album) -> Content:
     """Losses and accuracies by epoch, and in MoE layers the experts' load."""
     if not run.epochs:
         return None
@@ -158,7 +158,7 @@ def training(run: Run, album: Album) -> Content:
     return [element("p", about), element("div", found, class_="figures")]
 
 
-def _losses(run: Run, album: Album) -> Content:
+def _losses(run: RunFolder, album: Album) -> Content:
     series: dict[str, list[dict[str, Any]]] = {}
     for at, each in enumerate(run.epochs, start=1):
         for level, losses in (each.get("train") or {}).items():
@@ -169,10 +169,11 @@ def _losses(run: Run, album: Album) -> Content:
                     series.setdefault(shown, []).append({"x": at, "y": value})
     if not series:
         return None
-    return _lines(run, album, series, "losses", "Training losses", "epoch", "loss term, as weighted (nats)")
+    labels = {"xlabel": "epoch", "ylabel": "loss term, as weighted (nats)"}
+    return album.draw(Picture("lines", "losses", "Training losses", series, labels), run.label)
 
 
-def _validation(run: Run, album: Album) -> Content:
+def _validation(run: RunFolder, album: Album) -> Content:
     names = {"clean_accuracy": "clean", "robust_accuracy": "robust"}
     series: dict[str, list[dict[str, Any]]] = {}
     for at, each in enumerate(run.epochs, start=1):
@@ -182,36 +183,29 @@ def _validation(run: Run, album: Album) -> Content:
                 series.setdefault(shown, []).append({"x": at, "y": 100 * share})
     if not series:
         return None
-    return _lines(run, album, series, "validation", "Validation accuracy", "epoch", "accuracy (%)")
+    labels = {"xlabel": "epoch", "ylabel": "accuracy (%)"}
+    return album.draw(Picture("lines", "validation", "Validation accuracy", series, labels), run.label)
 
 
-def _lines(
-    run: Run, album: Album, series: Mapping[str, Sequence[Mapping[str, Any]]], name: str, title: str, xlabel: str,
-    ylabel: str,
-) -> Html:  # fmt: skip
-    return album.draw(
-        f"{run.label}-{name}", lines_figure, series, title=title, alt=words.of_lines(series, xlabel, ylabel),
-        xlabel=xlabel, ylabel=ylabel,
-    )  # fmt: skip
-
-
-def _busiest(run: Run, album: Album) -> Content:
+def _busiest(run: RunFolder, album: Album) -> Content:
     epochs = [each["layers"] for each in run.epochs if each.get("layers")]
     if not epochs or len({len(layers) for layers in epochs}) != 1:
         return None
     step = -(-len(epochs) // 25)
     shown = list(range(0, len(epochs), step))
     values = [[max(layer["load"]) for layer in epochs[at]] for at in shown]
-    rows, columns = [str(at + 1) for at in shown], [str(layer["layer"]) for layer in epochs[0]]
-    return album.draw(
-        f"{run.label}-load-by-epoch", heatmap_figure, values, title="Share of the busiest expert",
-        alt=words.of_heatmap(values, rows, columns, "MoE layer", "epoch"),
-        caption=f"1 is collapse onto one expert; equal shares are {number(1 / len(epochs[0][0]['load']))}.",
-        row_names=rows, column_names=columns, xlabel="MoE layer", ylabel="epoch",
-    )  # fmt: skip
+    loads = {
+        "rows": [str(at + 1) for at in shown],
+        "columns": [str(layer["layer"]) for layer in epochs[0]],
+        "values": values,
+    }
+    caption = f"1 is collapse onto one expert; equal shares are {number(1 / len(epochs[0][0]['load']))}."
+    labels = {"xlabel": "MoE layer", "ylabel": "epoch"}
+    picture = Picture("heatmap", "load-by-epoch", "Share of the busiest expert", loads, labels, caption)
+    return album.draw(picture, run.label)
 
 
-def sweep(run: Run, album: Album) -> Content:
+def sweep(run: RunFolder, album: Album) -> Content:
     """Robust accuracy against eps, one line an attack."""
     curves = run.sweep.get("curves") if run.sweep else None
     if not curves:
@@ -220,21 +214,18 @@ def sweep(run: Run, album: Album) -> Content:
     caption = f"{images} test images, with 95 % intervals."
     if any(curve["masking"]["suspected"] for curve in curves.values()):
         caption += " Crosses and dashes mark curves not to be believed."
-    drawn = album.draw(
-        f"{run.label}-sweep", sweep_figure, curves, title="Robust accuracy against eps", alt=words.of_sweep(curves),
-        caption=caption,
-    )  # fmt: skip
-    return element("div", drawn, class_="figures")
+    picture = Picture("sweep", "sweep", "Robust accuracy against eps", curves, caption=caption)
+    return element("div", album.draw(picture, run.label), class_="figures")
 
 
-def dissection(run: Run, album: Album) -> Content:
+def dissection(run: RunFolder, album: Album) -> Content:
     """Which predictions and which choices survive, per attack."""
     return [
         _dissected(run, album, name, each) for name, each in run.dissection.items() if isinstance(each, dict)
     ] or None
 
 
-def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> Html:
+def _dissected(run: RunFolder, album: Album, name: str, found: Mapping[str, Any]) -> Html:
     rows = {
         f"right clean (n = {found['num_clean_correct']})": found["categories_of_clean_correct"],
         f"all images (n = {found['num_examples']})": found["categories"],
@@ -247,30 +238,24 @@ def _dissected(run: Run, album: Album, name: str, found: Mapping[str, Any]) -> H
         for expert in range(found["num_experts"])
         for kind in ("clean", "adversarial")
     }
-    layers = [str(layer) for layer in range(len(changed))]
-    values = list(loads.values())
-    label = f"{run.label}-{name}"
-    drawn = [
-        album.draw(
-            f"{label}-categories", stacked_figure, shares, title=f"What survived {name}", alt=words.of_shares(shares),
-            caption="1 + 2 is the model's robustness, 1 + 3 the routers'.", xlabel="images (%)",
+    table_of_loads = {"rows": list(loads), "columns": list(changed), "values": list(loads.values())}
+    pictures = [
+        Picture(
+            "stacked", "categories", f"What survived {name}", shares, {"xlabel": "images (%)"},
+            "1 + 2 is the model's robustness, 1 + 3 the routers'.",
         ),
-        album.draw(
-            f"{label}-changed", bars_figure, changed, title="Choices changed by the attack",
-            alt=words.of_bars({f"layer {layer}": bars for layer, bars in changed.items()}, "images (%)"),
-            caption="By MoE layer.", ylabel="images (%)",
+        Picture(
+            "bars", "changed", "Choices changed by the attack", changed, {"xlabel": "MoE layer", "ylabel": "images (%)"}
         ),
-        album.draw(
-            f"{label}-load", heatmap_figure, values, title="Expert load",
-            alt=words.of_heatmap(values, list(loads), layers, "MoE layer", "expert"),
-            caption="Share of images that each layer sends to each expert, before and under the attack.",
-            row_names=list(loads), column_names=layers, xlabel="MoE layer", ylabel="",
+        Picture(
+            "heatmap", "load", "Expert load", table_of_loads, {"xlabel": "MoE layer", "ylabel": ""},
+            "Share of images that each layer sends to each expert, before and under the attack.",
         ),
     ]  # fmt: skip
-    return element("div", drawn, class_="figures")
+    return element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
 
 
-def made(run: Run) -> Content:
+def made(run: RunFolder) -> Content:
     """The command behind every result, the configuration, and the manifest."""
     lines = [
         element(
@@ -285,7 +270,7 @@ def made(run: Run) -> Content:
     return [element("ul", lines, class_="made"), _settings(run)]
 
 
-def _settings(run: Run) -> Content:
+def _settings(run: RunFolder) -> Content:
     config = element("details", element("summary", "Configuration (config.yaml)"), element("pre", run.config_text))
     if not run.manifest:
         return [config, element("p", "There is no manifest.json: nothing is known of versions and hardware.")]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from advmoe.report.html import Content, Html, element
 
 
-class Part(NamedTuple):
+class Subsection(NamedTuple):
     """A part of a section; one without content is left out."""
 
     key: str
@@ -29,7 +29,7 @@ class Section:
     html: Html
 
 
-def section(ident: str, title: str, *intro: Content, parts: Sequence[Part] = ()) -> Section:
+def section(ident: str, title: str, *intro: Content, parts: Sequence[Subsection] = ()) -> Section:
     """A section that begins with `intro`; `ident` is its identifier in the page."""
     shown = [part for part in parts if part.content]
     html = element(

@@ -8,8 +8,9 @@ from typing import Any
 
 from advmoe.report.album import Album
 from advmoe.report.html import Content, Html, element, joined
-from advmoe.report.results import Study
-from advmoe.report.sections import Part, Section, section
+from advmoe.report.pictures import KINDS, Picture
+from advmoe.report.results import StudyFolder
+from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, percent, seconds, table
 from advmoe.report.words import flat
 
@@ -21,7 +22,7 @@ _VERDICTS = {
 """Verdict: its class in the style sheet, and a mark that goes with the word."""
 
 
-def study_section(study: Study, album: Album, number_: int) -> Section:
+def study_section(study: StudyFolder, album: Album, number_: int) -> Section:
     """Everything a study found: claims, tables, figures, and the runs behind them."""
     found = study.content
     made = [
@@ -35,11 +36,11 @@ def study_section(study: Study, album: Album, number_: int) -> Section:
         element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
         element("p", _about(found)),
         parts=[
-            Part("claims", "Claims", claims(found.get("claims") or [])),
-            Part("tables", "Tables", _tables(found.get("tables") or [])),
-            Part("figures", "Figures", _figures(study, album)),
-            Part("notes", "Notes", _notes(found.get("notes") or [])),
-            Part("made", "Commands and settings", made),
+            Subsection("claims", "Claims", claims(found.get("claims") or [])),
+            Subsection("tables", "Tables", _tables(found.get("tables") or [])),
+            Subsection("figures", "Figures", _figures(study, album)),
+            Subsection("notes", "Notes", _notes(found.get("notes") or [])),
+            Subsection("made", "Commands and settings", made),
         ],
     )
 
@@ -158,37 +159,25 @@ def _spread(mean: float | None, std: float | None, n: int | None, *, shade: bool
     return Cell(joined(number(mean), around, count), mean, shade)
 
 
-def _figures(study: Study, album: Album) -> Content:
+def _figures(study: StudyFolder, album: Album) -> Content:
+    """The pictures, drawn from the data that the file holds of them."""
     entries = study.content.get("figures") or []
-    if not entries:
-        return None
-    drawn: list[Content] = []
+    shown: list[Content] = []
     for entry in entries:
-        title, alt = str(entry.get("title") or entry.get("id") or "Figure"), str(entry.get("alt") or "")
-        name = f"{study.path.name}-{entry.get('id', 'figure')}"
-        svg = _inside(study, entry.get("svg"))
-        if svg is None:
-            drawn.append(element("p", f"The figure {title!r} is missing: no file {entry.get('svg')!r} in the study."))
+        title, name = str(entry.get("title") or entry.get("id") or "Figure"), str(entry.get("id") or "figure")
+        if entry.get("kind") not in KINDS or not entry.get("data"):
+            shown.append(element("p", f"The figure {title!r} is not shown: the study holds no data of it."))
             continue
-        drawn.append(
-            album.keep(name, svg, _inside(study, entry.get("png")), title=title, alt=alt, caption=entry.get("caption"))
-        )
-    return element("div", drawn, class_="figures")
-
-
-def _inside(study: Study, name: Any) -> Any:
-    """A file of the study's folder, None where it is not there or lies elsewhere."""
-    if not isinstance(name, str):
-        return None
-    path = (study.path / name).resolve()
-    return path if path.is_file() and path.is_relative_to(study.path.resolve()) else None
+        options, caption = entry.get("options") or {}, str(entry.get("caption") or "")
+        shown.append(album.draw(Picture(entry["kind"], name, title, entry["data"], options, caption), study.path.name))
+    return element("div", shown, class_="figures") if shown else None
 
 
 def _notes(entries: Sequence[Any]) -> Content:
     return element("ul", [element("li", str(each)) for each in entries]) if entries else None
 
 
-def _runs(study: Study) -> Content:
+def _runs(study: StudyFolder) -> Content:
     entries = study.content.get("runs") or []
     if not entries:
         return None

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 from advmoe.report import words
 from advmoe.report.album import Album
-from advmoe.report.figures import bars_figure, sweep_figure
 from advmoe.report.html import Content, element
-from advmoe.report.results import Run, Study
+from advmoe.report.pictures import Picture
+from advmoe.report.results import RunFolder, StudyFolder
 from advmoe.report.run_sections import introduction
 from advmoe.report.sections import Section, section
 from advmoe.report.study_sections import p_value, verdict
 from advmoe.report.tables import Cell, Column, share_cell, table
 
 
-def summary(results: Sequence[Run | Study], album: Album) -> Section:
+def summary(results: Sequence[RunFolder | StudyFolder], album: Album) -> Section:
     """What a reader looks for first."""
-    runs = [each for each in results if isinstance(each, Run)]
-    studies = [each for each in results if isinstance(each, Study)]
+    runs = [each for each in results if isinstance(each, RunFolder)]
+    studies = [each for each in results if isinstance(each, StudyFolder)]
     parts: list[Content] = []
     if studies:
         parts.append(_verdicts(studies))
@@ -29,7 +29,7 @@ def summary(results: Sequence[Run | Study], album: Album) -> Section:
     return section("summary", "Summary", parts)
 
 
-def _verdicts(studies: Sequence[Study]) -> Content:
+def _verdicts(studies: Sequence[StudyFolder]) -> Content:
     """What each study shows, and the verdicts of all claims."""
     shown = [
         element("li", element("b", study.title), f": {study.content['shows']}" if study.content.get("shows") else "")
@@ -48,7 +48,7 @@ def _verdicts(studies: Sequence[Study]) -> Content:
     return [element("ul", shown), table("Claims and their verdicts.", columns, rows) if rows else None]
 
 
-def _side_by_side(runs: Sequence[Run], album: Album) -> Content:
+def _side_by_side(runs: Sequence[RunFolder], album: Album) -> Content:
     attacks = list(dict.fromkeys(name for run in runs for name in run.evaluation.get("robust_accuracy") or {}))
     columns: list[Column | str] = [
         "Run", "Method", Column("Clean (SA)", "higher"), *(Column(name, "higher") for name in attacks),
@@ -62,7 +62,7 @@ def _side_by_side(runs: Sequence[Run], album: Album) -> Content:
     return parts
 
 
-def _row(run: Run, attacks: Sequence[str]) -> list[Cell | Content]:
+def _row(run: RunFolder, attacks: Sequence[str]) -> list[Cell | Content]:
     found = run.evaluation
     cost, robust = found.get("cost") or {}, found.get("robust_accuracy") or {}
     return [
@@ -73,7 +73,7 @@ def _row(run: Run, attacks: Sequence[str]) -> list[Cell | Content]:
     ]  # fmt: skip
 
 
-def _unlike(runs: Sequence[Run]) -> Content:
+def _unlike(runs: Sequence[RunFolder]) -> Content:
     """A warning where numbers that stand side by side were not measured alike."""
     measured = [run for run in runs if run.evaluation]
     asked = {
@@ -94,7 +94,7 @@ def _unlike(runs: Sequence[Run]) -> Content:
     return element("div", notes, class_="note") if notes else None
 
 
-def _compared(runs: Sequence[Run], attacks: Sequence[str], album: Album) -> Content:
+def _compared(runs: Sequence[RunFolder], attacks: Sequence[str], album: Album) -> Content:
     measured = [run for run in runs if run.evaluation]
     if len(measured) < 2:
         return None
@@ -102,13 +102,12 @@ def _compared(runs: Sequence[Run], attacks: Sequence[str], album: Album) -> Cont
         name for name in attacks if all(name in (run.evaluation.get("robust_accuracy") or {}) for run in measured)
     ]
     groups = {name: {run.label: _bar(run, name) for run in measured} for name in ("clean", *common[:3], "worst case")}
-    return album.draw(
-        "compared", bars_figure, groups, title="Accuracy side by side", alt=words.of_bars(groups, "accuracy (%)"),
-        caption="Clean, under the attacks that all runs have in common, and in the worst case.", ylabel="accuracy (%)",
-    )  # fmt: skip
+    caption = "Clean, under the attacks that all runs have in common, and in the worst case."
+    labels = {"ylabel": "accuracy (%)"}
+    return album.draw(Picture("bars", "compared", "Accuracy side by side", groups, labels, caption))
 
 
-def _bar(run: Run, name: str) -> dict[str, float | None]:
+def _bar(run: RunFolder, name: str) -> dict[str, float | None]:
     """A run's accuracy under one attack, `clean` or in the `worst case`, in percent."""
     found = run.evaluation
     shares = {
@@ -121,12 +120,10 @@ def _bar(run: Run, name: str) -> dict[str, float | None]:
     return {end: None if share is None else 100 * share for end, share in bar.items()}
 
 
-def _swept(runs: Sequence[Run], album: Album) -> Content:
+def _swept(runs: Sequence[RunFolder], album: Album) -> Content:
     curves = {run.label: (run.sweep.get("curves") or {}).get("worst case") for run in runs if run.sweep}
     known = {label: curve for label, curve in curves.items() if curve}
     if len(known) < 2 or len({curve["norm"] for curve in known.values()}) > 1:
         return None
-    return album.draw(
-        "sweeps", sweep_figure, known, title="Worst case against eps", alt=words.of_sweep(known),
-        caption="Over the attacks of each run's sweep, with 95 % intervals.",
-    )  # fmt: skip
+    caption = "Over the attacks of each run's sweep, with 95 % intervals."
+    return album.draw(Picture("sweep", "sweeps", "Worst case against eps", known, caption=caption))

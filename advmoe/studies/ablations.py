@@ -7,28 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 from advmoe.config import Pixels
-from advmoe.studies.present import (
+from advmoe.report.pictures import Picture
+from advmoe.studies.comparisons import (
+    measured,
+    ordering,
+)
+from advmoe.studies.results import (
+    Results,
+    RunResults,
+    best_validation,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import Scale
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import (
     RA,
     SA,
     SECONDS,
     WORST,
     Column,
     by_method,
-    lines,
     mean_series,
     table,
+    with_points,
 )
-from advmoe.studies.results import (
-    Results,
-    Trained,
-    best_validation,
-)
-from advmoe.studies.scales import Scale
-from advmoe.studies.shared import (
-    measured,
-    ordering,
-)
-from advmoe.studies.spec import Outcome, Row, Study
 
 
 def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
@@ -44,17 +46,18 @@ def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _attack_steps_show(scale: Scale, results: Results) -> Outcome:
+def _attack_steps_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds. The steps of an attack of K go 1.25 times the radius in all."
     figures = [
-        lines(
-            f"attack-steps-{id}", f"Training with K attack steps: {title}", by_method(results, "K", column.value),
-            xlabel="attack steps K in training", ylabel=f"robust accuracy, {title} (%)", caption=caption,
+        Picture(
+            "lines", f"attack-steps-{id}", f"Training with K attack steps: {title}",
+            with_points(by_method(results, "K", column.value)),
+            {"xlabel": "attack steps K in training", "ylabel": f"robust accuracy, {title} (%)"}, caption,
         )
         for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
     claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
-    return Outcome(
+    return StudyFindings(
         tables=[table("Attack steps in training", results, ["K", "method"], [RA, WORST, SA])], figures=figures,
         claims=claims,
     )  # fmt: skip
@@ -64,28 +67,28 @@ def _convergence_rows(scale: Scale, _: Results) -> list[Row]:
     return [Row(scale.run(method)) for method in _LEVELS]
 
 
-def _trades(part: str) -> Callable[[Trained], list[float | None]]:
+def _trades(part: str) -> Callable[[RunResults], list[float | None]]:
     """TRADES' loss of a level in each epoch."""
 
-    def of(run: Trained) -> list[float | None]:
+    def of(run: RunResults) -> list[float | None]:
         found = [line["train"].get(part) for line in run.epochs]
         return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in found]
 
     return of
 
 
-def _validated(run: Trained) -> list[float | None]:
+def _validated(run: RunResults) -> list[float | None]:
     return [None if line["val"] is None else line["val"]["robust_accuracy"] for line in run.epochs]
 
 
-def _accurate(part: str) -> Callable[[Trained], list[float | None]]:
-    def of(run: Trained) -> list[float | None]:
+def _accurate(part: str) -> Callable[[RunResults], list[float | None]]:
+    def of(run: RunResults) -> list[float | None]:
         return [(line["train"].get(part) or {}).get("accuracy") for line in run.epochs]
 
     return of
 
 
-def _convergence_show(scale: Scale, results: Results) -> Outcome:
+def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
     loss: dict[str, list[dict[str, Any]]] = {}
     right: dict[str, list[dict[str, Any]]] = {}
     held: dict[str, list[dict[str, Any]]] = {}
@@ -103,11 +106,11 @@ def _convergence_show(scale: Scale, results: Results) -> Outcome:
         ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
     ]
     figures = [
-        lines(f"convergence-{id}", title, series, xlabel="epoch", ylabel=unit, caption=caption)
+        Picture("lines", f"convergence-{id}", title, with_points(series), {"xlabel": "epoch", "ylabel": unit}, caption)
         for id, title, series, unit in drawn
     ]
     columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]
-    return Outcome(tables=[table("After training", results, ["method"], columns)], figures=figures)
+    return StudyFindings(tables=[table("After training", results, ["method"], columns)], figures=figures)
 
 
 _LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}

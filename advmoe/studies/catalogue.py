@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from advmoe.errors import InputError
 from advmoe.studies.ablations import ATTACK_STEPS, CONVERGENCE
-from advmoe.studies.beyond import EFFICIENCY
-from advmoe.studies.figures import FIG2, FIG6, FIG7, FIG8
-from advmoe.studies.insights import FIG3, FIG4, FIG5
-from advmoe.studies.search import RECIPES
-from advmoe.studies.spec import Study
-from advmoe.studies.tables import TABLE1, TABLE2, TABLE3
+from advmoe.studies.efficiency import EFFICIENCY
+from advmoe.studies.paper_figures import FIG2, FIG6, FIG7, FIG8
+from advmoe.studies.paper_tables import TABLE1, TABLE2, TABLE3
+from advmoe.studies.recipe_search import RECIPES
+from advmoe.studies.section4 import FIG3, FIG4, FIG5
+from advmoe.studies.study import Study
 
 STUDIES: Mapping[str, Study] = {
     study.name: study

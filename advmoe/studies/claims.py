@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.studies.results import Outcomes
-from advmoe.studies.statistics import bonferroni, image_test, sign_flip
+from advmoe.studies.exact_tests import bonferroni, image_test, sign_flip
+from advmoe.studies.results import ImageOutcomes
 
 LEVEL = 0.05
 ENOUGH_SEEDS = 5
@@ -34,8 +34,8 @@ class Comparison:
 
     more: str
     less: str
-    of_more: Outcomes
-    of_less: Outcomes
+    of_more: ImageOutcomes
+    of_less: ImageOutcomes
 
 
 def compare(given: Comparison) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from advmoe.errors import InputError
 from advmoe.files import read_object
 from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
-from advmoe.studies.spec import Measure, Row, Run
+from advmoe.studies.rows import Measure, Row, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class Planner:
     root: Path
     """Where runs lie."""
     seeds: Sequence[int]
-    _known: dict[tuple[Run, int], PlannedRun] = field(default_factory=dict)
+    _known: dict[tuple[TrainingRun, int], PlannedRun] = field(default_factory=dict)
 
-    def run(self, run: Run, seed: int) -> PlannedRun:
+    def run(self, run: TrainingRun, seed: int) -> PlannedRun:
         """The run of this seed. Raises `ValueError` for settings that cannot be."""
         found = self._known.get((run, seed))
         if found is not None:

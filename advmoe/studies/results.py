@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from advmoe.documents import read_arrays
 from advmoe.rundir import EXAMPLES, METRICS, Epochs, read_result
+from advmoe.studies.exact_tests import mean_std
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
-from advmoe.studies.statistics import mean_std
 
-Outcomes = dict[int, dict[int, bool]]
+ImageOutcomes = dict[int, dict[int, bool]]
 """Per seed and position of an image in the test set, whether the model was right."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunResults:
     """A finished run, and what was measured on it."""
 
     run: PlannedRun
@@ -51,14 +51,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Found:
+class RowResults:
     """A row's finished runs, by seed."""
 
     name: str
     labels: Mapping[str, Any]
-    by_seed: Mapping[int, Trained]
+    by_seed: Mapping[int, RunResults]
 
-    def values(self, value: Callable[[Trained], float | None]) -> dict[int, float]:
+    def values(self, value: Callable[[RunResults], float | None]) -> dict[int, float]:
         """A number of each run that has it."""
         numbers = {seed: value(run) for seed, run in self.by_seed.items()}
         return {seed: number for seed, number in numbers.items() if number is not None}
@@ -68,7 +68,7 @@ class Found:
 class Results:
     """The rows of a study, in its order; with `select`, those that have the labels asked for."""
 
-    rows: Sequence[Found] = ()
+    rows: Sequence[RowResults] = ()
 
     @staticmethod
     def read(rows: Iterable[PlannedRow]) -> Results:
@@ -76,16 +76,16 @@ class Results:
         found = []
         for row in rows:
             runs = {
-                seed: Trained(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
+                seed: RunResults(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
             }
-            found.append(Found(row.row.run.name, row.row.run.labels, runs))
+            found.append(RowResults(row.row.run.name, row.row.run.labels, runs))
         return Results(found)
 
     def select(self, **labels: Any) -> Results:
         """The rows with these labels."""
         return Results([row for row in self.rows if all(row.labels.get(name) == v for name, v in labels.items())])
 
-    def one(self, **labels: Any) -> Found | None:
+    def one(self, **labels: Any) -> RowResults | None:
         """The first row with these labels; None where there is none."""
         return next(iter(self.select(**labels).rows), None)
 
@@ -93,32 +93,32 @@ class Results:
         """The values of a label, in the order of the rows."""
         return list(dict.fromkeys(row.labels[label] for row in self.rows if label in row.labels))
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[RowResults]:
         return iter(self.rows)
 
 
 # Numbers of one run
 
 
-def accuracy_under(attack: str, measure: str = "accuracy") -> Callable[[Trained], float | None]:
+def accuracy_under(attack: str, measure: str = "accuracy") -> Callable[[RunResults], float | None]:
     """Robust accuracy under the attack whose full name matches the expression `attack`."""
 
-    def value(run: Trained) -> float | None:
+    def value(run: RunResults) -> float | None:
         robust = (run.found(measure) or {}).get("robust_accuracy", {})
         return next((share for name, share in robust.items() if re.fullmatch(attack, name)), None)
 
     return value
 
 
-def of_evaluation(name: str, measure: str = "accuracy") -> Callable[[Trained], float | None]:
+def of_evaluation(name: str, measure: str = "accuracy") -> Callable[[RunResults], float | None]:
     """`clean_accuracy`, `worst_case` or `masking_gap` of an evaluation."""
     return lambda run: (run.found(measure) or {}).get(name)
 
 
-def of_cost(name: str) -> Callable[[Trained], float | None]:
+def of_cost(name: str) -> Callable[[RunResults], float | None]:
     """`gmacs` or `ms_per_image` of a run's model, from `cost`; GMACs from the evaluation where there is no other."""
 
-    def value(run: Trained) -> float | None:
+    def value(run: RunResults) -> float | None:
         found = run.found("cost")
         if found is None:
             cost: Mapping[str, Any] = (run.found("accuracy") or {}).get("cost", {})
@@ -130,13 +130,13 @@ def of_cost(name: str) -> Callable[[Trained], float | None]:
     return value
 
 
-def seconds_per_epoch(run: Trained) -> float | None:
+def seconds_per_epoch(run: RunResults) -> float | None:
     """The median over epochs, as the machine stood."""
     seconds = [line["seconds"] for line in run.epochs]
     return float(np.median(seconds)) if seconds else None
 
 
-def best_validation(run: Trained) -> float | None:
+def best_validation(run: RunResults) -> float | None:
     """Robust accuracy on the validation split of the epoch that was kept: of routed models, in the worst of two."""
     found = [line["val"]["robust_accuracy"] for line in run.epochs if line["val"] is not None]
     return max(found, default=None)
@@ -149,9 +149,9 @@ PGD = r"pgd-\d+"
 # Outcomes of every image
 
 
-def outcomes(row: Found | None, attack: str | None, measure: str = "accuracy") -> Outcomes:
+def outcomes(row: RowResults | None, attack: str | None, measure: str = "accuracy") -> ImageOutcomes:
     """Per seed, whether each image was classified right under `attack`, or in the worst case over all (None)."""
-    found: Outcomes = {}
+    found: ImageOutcomes = {}
     for seed, run in (row.by_seed if row is not None else {}).items():
         arrays = run.arrays(measure, EXAMPLES)
         names = [name for name in arrays if name.startswith("robust/")]
@@ -163,9 +163,11 @@ def outcomes(row: Found | None, attack: str | None, measure: str = "accuracy") -
     return found
 
 
-def categories(row: Found | None, attack: str, wanted: Sequence[int], measure: str = "dissection") -> Outcomes:
+def categories(
+    row: RowResults | None, attack: str, wanted: Sequence[int], measure: str = "dissection"
+) -> ImageOutcomes:
     """Per seed, whether each image fell into one of the categories 1 to 4 of a dissection."""
-    found: Outcomes = {}
+    found: ImageOutcomes = {}
     for seed, run in (row.by_seed if row is not None else {}).items():
         arrays = run.arrays(measure, "dissection-examples.npz")
         name = next((name for name in arrays if re.fullmatch(attack, name)), None)
@@ -174,9 +176,9 @@ def categories(row: Found | None, attack: str, wanted: Sequence[int], measure: s
     return found
 
 
-def kept_pathways(row: Found | None, measure: str = "pathways") -> Outcomes:
+def kept_pathways(row: RowResults | None, measure: str = "pathways") -> ImageOutcomes:
     """Per seed, whether an attack left each image's pathway as it was."""
-    found: Outcomes = {}
+    found: ImageOutcomes = {}
     for seed, run in (row.by_seed if row is not None else {}).items():
         arrays = run.arrays(measure, "pathways-examples.npz")
         if arrays:
@@ -188,8 +190,8 @@ def kept_pathways(row: Found | None, measure: str = "pathways") -> Outcomes:
 
 
 def cell(
-    row: Found,
-    value: Callable[[Trained], float | None],
+    row: RowResults,
+    value: Callable[[RunResults], float | None],
     factor: float = 1.0,
     paper: Mapping[str, float] | None = None,
     paper_name: str = "",
@@ -203,7 +205,9 @@ def cell(
     return {"mean": mean, "std": std, "n": len(numbers), **reported}
 
 
-def point(row: Found, value: Callable[[Trained], float | None], x: float, factor: float = 100.0) -> dict[str, Any]:
+def point(
+    row: RowResults, value: Callable[[RunResults], float | None], x: float, factor: float = 100.0
+) -> dict[str, Any]:
     """A figure's point: the mean over seeds, and one standard deviation to each side."""
     numbers = [factor * number for number in row.values(value).values()]
     if not numbers:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
 from advmoe.studies.labels import of_backbone, of_data, other_folder, same_threat
-from advmoe.studies.spec import Measure, Run, ScaleName, Settings
+from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ COMPARED = ("AT (Dense)", "AT (S-Dense)", "AT (Sparse)", "AT (MoE)", "AdvMoE")
 
 
 @dataclass(frozen=True)
-class Part:
+class DataOrBackbone:
     """A data set or a backbone at one scale."""
 
     label: str
@@ -73,9 +73,9 @@ class Scale:
     seeds: int
     """By default seeds 0 ... seeds - 1."""
     base: Settings
-    datasets: Mapping[str, Part]
+    datasets: Mapping[str, DataOrBackbone]
     """By the paper's names; the first is what the figures use."""
-    backbones: Mapping[str, Part]
+    backbones: Mapping[str, DataOrBackbone]
     """By the paper's names; the first is what the figures use."""
     examples: int | None
     """Test images attacked; None for all."""
@@ -100,7 +100,7 @@ class Scale:
         backbone: str | None = None,
         more: Settings | None = None,
         **labels: Any,
-    ) -> Run:
+    ) -> TrainingRun:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
 
         Args:
@@ -125,11 +125,11 @@ class Scale:
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
         words = [_word(part, every[part]) for part in PARTS if part in every]
-        return Run(", ".join([*words, every["backbone"], every["dataset"]]), settings, every, start)
+        return TrainingRun(", ".join([*words, every["backbone"], every["dataset"]]), settings, every, start)
 
     # What is measured
 
-    def accuracy(self, run: Run) -> Measure:
+    def accuracy(self, run: TrainingRun) -> Measure:
         """SA, RA and the worst case: PGD with two losses, and for a routed model what its routing calls for."""
         attacks = ["pgd", "pgd-margin", *(["pgd-soft", "routed"] if run.labels["routed"] else [])]
         return Measure("evaluate", {"attacks": attacks, "num_examples": self.examples})
@@ -139,7 +139,7 @@ class Scale:
         _, name, examples = self.autoattack
         return Measure("evaluate", {"attacks": [name], "num_examples": examples})
 
-    def sweep(self, run: Run) -> Measure:
+    def sweep(self, run: TrainingRun) -> Measure:
         """RA against the radius, in parts of the run's own."""
         attacks = ["pgd", *(["pgd-soft"] if run.labels["routed"] else ["pgd-margin"])]
         shares = self.pick(
@@ -152,7 +152,7 @@ class Scale:
         """What fails: predictions or routing, under PGD and under soft PGD."""
         return Measure("dissect", {"attacks": ["pgd", "pgd-soft"], "num_examples": self.examples})
 
-    def pathways(self, against: Run) -> Measure:
+    def pathways(self, against: TrainingRun) -> Measure:
         """IoU of pathways with the mask of `against`."""
         return Measure("pathways", {"num_examples": self.examples}, against)
 
@@ -160,7 +160,7 @@ class Scale:
         """GMACs and time, with nothing else running."""
         return Measure("cost", self.timed)
 
-    def pace(self, against: Run) -> Measure:
+    def pace(self, against: TrainingRun) -> Measure:
         """Seconds of an epoch of training beside those of `against`, with nothing else running."""
         return Measure("pace", self.paced, against)
 
@@ -170,7 +170,7 @@ class Scale:
         return self.autoattack[0].removeprefix("RA ").removesuffix(" %")
 
     @staticmethod
-    def eps(run: Run) -> float:
+    def eps(run: TrainingRun) -> float:
         """The radius of a run's threat."""
         return float(Pixels(run.settings["threat"]["eps"]))
 
@@ -198,7 +198,7 @@ _SMOKE = Scale(
         "attack": {"steps": 5, "step_size": 0.05, "pathways": 2, "queries": 0},
     },
     datasets={
-        "CIFAR-10": Part(
+        "CIFAR-10": DataOrBackbone(
             "digits",
             {
                 "data": {
@@ -212,11 +212,13 @@ _SMOKE = Scale(
         )
     },
     backbones={
-        "ResNet-18": Part("ResNet-18", {"model": {"name": "resnet18", "width": 8}}),
-        "WRN-28-10": Part("WRN-10-1", {"model": {"name": "wrn-10-1", "width": 8}}),
-        "VGG-16": Part("VGG-16", {"model": {"name": "vgg16", "width": 8}}),
-        "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 8}}),
-        "DeiT-Tiny": Part("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 32}, "training": {"lr": 0.05}}),
+        "ResNet-18": DataOrBackbone("ResNet-18", {"model": {"name": "resnet18", "width": 8}}),
+        "WRN-28-10": DataOrBackbone("WRN-10-1", {"model": {"name": "wrn-10-1", "width": 8}}),
+        "VGG-16": DataOrBackbone("VGG-16", {"model": {"name": "vgg16", "width": 8}}),
+        "DenseNet": DataOrBackbone("DenseNet", {"model": {"name": "densenet40", "width": 8}}),
+        "DeiT-Tiny": DataOrBackbone(
+            "DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 32}, "training": {"lr": 0.05}}
+        ),
     },
     examples=40,
     autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 20),
@@ -234,18 +236,18 @@ _CPU = Scale(
         "attack": {"steps": 50, "step_size": "2/255", "pathways": 4, "queries": 0},
     },
     datasets={
-        "CIFAR-10": Part(
+        "CIFAR-10": DataOrBackbone(
             "CIFAR-10 (JPEG)",
             {"data": {"name": "folder", "root": "data/cifar10-jpeg", "train_examples": 6_000, "val_fraction": 0.05}},
             "CIFAR-10",
         )
     },
     backbones={
-        "ResNet-18": Part("ResNet-18", {"model": {"name": "resnet18", "width": 16}}, "ResNet-18"),
-        "WRN-28-10": Part("WRN-10-2", {"model": {"name": "wrn-10-2"}}, "WRN-28-10"),
-        "VGG-16": Part("VGG-16", {"model": {"name": "vgg16", "width": 16}}, "VGG-16"),
-        "DenseNet": Part("DenseNet", {"model": {"name": "densenet40", "width": 16}}, "DenseNet"),
-        "DeiT-Tiny": Part("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 64}}, "DeiT-Tiny"),
+        "ResNet-18": DataOrBackbone("ResNet-18", {"model": {"name": "resnet18", "width": 16}}, "ResNet-18"),
+        "WRN-28-10": DataOrBackbone("WRN-10-2", {"model": {"name": "wrn-10-2"}}, "WRN-28-10"),
+        "VGG-16": DataOrBackbone("VGG-16", {"model": {"name": "vgg16", "width": 16}}, "VGG-16"),
+        "DenseNet": DataOrBackbone("DenseNet", {"model": {"name": "densenet40", "width": 16}}, "DenseNet"),
+        "DeiT-Tiny": DataOrBackbone("DeiT-Tiny", {"model": {"name": "deit-tiny", "width": 64}}, "DeiT-Tiny"),
     },
     examples=500,
     autoattack=("RA AutoAttack %", "autoattack", 100),
@@ -254,11 +256,11 @@ _CPU = Scale(
 )
 
 
-def _paper_part(data: str, label: str) -> Part:
+def _paper_part(data: str, label: str) -> DataOrBackbone:
     """A data set as the paper's recipes have it."""
     found = recipe(f"{data}-resnet18-at-dense")
     settings = {group: found[group] for group in ("data", "threat", "attack")}
-    return Part(label, {**settings, "training": {"step_size": found["training"]["step_size"]}}, label)
+    return DataOrBackbone(label, {**settings, "training": {"step_size": found["training"]["step_size"]}}, label)
 
 
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")
@@ -276,7 +278,7 @@ _PAPER = Scale(
         )
     },
     backbones={
-        label: Part(label, {"model": {"name": name}}, label)
+        label: DataOrBackbone(label, {"model": {"name": name}}, label)
         for label, name in (
             ("ResNet-18", "resnet18"),
             ("WRN-28-10", "wrn-28-10"),

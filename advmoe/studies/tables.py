@@ -1,112 +1,140 @@
-"""Tables 1 to 3 of the paper. Imports no torch."""
+"""Results as tables and figures: what the studies have in common in how they show what they found. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from advmoe.studies import paper
-from advmoe.studies.present import (
-    GMACS,
-    MS,
-    RA,
-    SA,
-    WORST,
-    Column,
-)
 from advmoe.studies.results import (
+    PGD,
     Results,
+    RowResults,
+    RunResults,
+    accuracy_under,
+    cell,
+    of_cost,
     of_evaluation,
+    point,
+    seconds_per_epoch,
 )
-from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.shared import (
-    measured,
-    method_bars,
-    orderings,
-    overview,
-)
-from advmoe.studies.spec import Outcome, Row, Run, Study
+from advmoe.text import aligned
+
+Better = Literal["higher", "lower"]
 
 
-def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[Run]:
-    """The methods compared on every data set and backbone that the scale has; VGG and DenseNet on CIFAR alone."""
-    return [
-        scale.run(method, dataset=dataset, backbone=backbone)
-        for dataset in datasets
-        if dataset in scale.datasets
-        for backbone in backbones
-        if dataset in ("CIFAR-10", "CIFAR-100") or backbone in ("ResNet-18", "WRN-28-10")
-        for method in COMPARED
-    ]
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a number of each run."""
+
+    key: str
+    title: str
+    better: Better | None
+    value: Callable[[RunResults], float | None]
+    factor: float = 1.0
+    paper: str = ""
+    """The number's name in the paper's tables."""
 
 
-def _table1_rows(scale: Scale, _: Results) -> list[Row]:
-    datasets, backbones = list(scale.datasets), ["ResNet-18", "WRN-28-10", "VGG-16", "DenseNet"]
-    return [measured(scale, run, timed=True) for run in _grid(scale, datasets, backbones)]
+RA = Column("ra_pgd", "RA PGD %", "higher", accuracy_under(PGD), 100, "ra_pgd50")
+WORST = Column("worst", "RA worst case %", "higher", of_evaluation("worst_case"), 100)
+SA = Column("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
+GMACS = Column("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
+MS = Column("ms", "ms/image", "lower", of_cost("ms_per_image"))
+SECONDS = Column("seconds", "s/epoch", "lower", seconds_per_epoch)
+
+LABELS = {
+    "dataset": "Data", "backbone": "Backbone", "method": "Method", "scale": "r", "experts": "N", "K": "K",
+    "variant": "Variant",
+}  # fmt: skip
 
 
-def _table1_show(scale: Scale, results: Results) -> Outcome:
-    title = "AdvMoE beside the baselines"
-    return Outcome(
-        tables=[overview(title, results, [RA, WORST, SA, GMACS, MS], "table1")],
-        figures=[
-            method_bars("table1-ra", f"{title}: PGD", results, RA.value, "robust accuracy under PGD (%)"),
-            method_bars(
-                "table1-worst", f"{title}: worst case", results, WORST.value, "robust accuracy, worst case (%)"
-            ),
-        ],
-        claims=orderings(results, scale.strong),
-    )
+def table(
+    title: str, results: Results, labels: Sequence[str], columns: Sequence[Column], *, caption: str = "",
+    paper_table: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """One row for each of `results`: its labels, then a cell for each column."""
+    rows = []
+    for row in results:
+        reported = _reported(paper_table, row)
+        cells = {column.key: cell(row, column.value, column.factor, reported, column.paper) for column in columns}
+        shown = {label: str(row.labels.get(label, "")) for label in labels}
+        rows.append({**shown, **cells})
+    heads: list[Mapping[str, Any]] = [{"key": label, "title": LABELS[label], "better": None} for label in labels]
+    heads += [{"key": column.key, "title": column.title, "better": column.better} for column in columns]
+    return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 
 
-def _table2_rows(scale: Scale, _: Results) -> list[Row]:
-    runs = _grid(scale, ["CIFAR-10", "CIFAR-100"], ["ResNet-18", "WRN-28-10"])
-    return [measured(scale, run, timed=True, autoattack=scale.under_autoattack()) for run in runs]
+def _reported(table: str, row: RowResults) -> dict[str, float]:
+    names = (row.labels.get(name) for name in ("paper_dataset", "paper_backbone", "method"))
+    return paper.numbers(table, *names) if table else {}
 
 
-def _table2_show(scale: Scale, results: Results) -> Outcome:
-    title, value = scale.autoattack[0], of_evaluation("worst_case", "autoattack")
-    column = Column("ra_aa", title, "higher", value, 100, "ra_autoattack")
-    return Outcome(
-        tables=[overview("Under AutoAttack", results, [RA, column, WORST, SA, GMACS, MS], "table2")],
-        figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
-        claims=orderings(results, scale.strong),
-    )
+def with_points(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The series of lines that have a point."""
+    return {name: list(points) for name, points in series.items() if any(each["y"] is not None for each in points)}
 
 
-def _table3_rows(scale: Scale, _: Results) -> list[Row]:
-    dataset = scale.pick(smoke="CIFAR-10", cpu="CIFAR-10", paper="ImageNet")
-    return [
-        measured(scale, scale.run(method, dataset=dataset, backbone="DeiT-Tiny"), timed=True)
-        for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE")
-    ]
+def with_heights(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The bars that were measured, and the groups that have one."""
+    measured = {
+        group: {name: bar for name, bar in bars.items() if bar["y"] is not None} for group, bars in groups.items()
+    }
+    return {group: bars for group, bars in measured.items() if bars}
 
 
-def _table3_show(scale: Scale, results: Results) -> Outcome:
-    reported = {row["method"]: row for row in paper.reported()["rows"] if row["table"] == "table3"}
-    said = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
-    return Outcome(
-        tables=[overview("A vision transformer", results, [RA, WORST, SA, GMACS, MS], "table3")],
-        figures=[method_bars("table3-ra", "A vision transformer", results, RA.value, "robust accuracy under PGD (%)")],
-        notes=[
-            f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {said}.",
-            "Its 0.27 GMACs are not those of DeiT-Tiny at 224 pixels (about 1.25 Dense): here what runs is counted.",
-        ],
-    )
+def by_method(
+    results: Results,
+    x: str,
+    value: Callable[[RunResults], float | None],
+    *,
+    series: str = "method",
+    factor: float = 100.0,
+) -> dict[str, list[dict[str, Any]]]:
+    """A series for each value of a label, its points by another label, a number."""
+    found = {}
+    for name in results.distinct(series):
+        rows = [row for row in results.select(**{series: name}) if x in row.labels]
+        points = sorted((point(row, value, float(row.labels[x]), factor) for row in rows), key=lambda each: each["x"])
+        if points:
+            found[str(name)] = points
+    return found
 
 
-TABLE1 = Study(
-    name="table1", title="Table 1: AdvMoE beside the baselines",
-    shows="Robust and clean accuracy, cost and time of AT (Dense), AT (S-Dense), AT (Sparse), AT (MoE) and AdvMoE "
-    "under PGD and in the worst case.",
-    stages=(_table1_rows,), show=_table1_show,
-)  # fmt: skip
-TABLE2 = Study(
-    name="table2", title="Table 2: under AutoAttack",
-    shows="The methods of table 1 under AutoAttack.",
-    stages=(_table2_rows,), show=_table2_show,
-)  # fmt: skip
-TABLE3 = Study(
-    name="table3", title="Table 3: a vision transformer",
-    shows="AT and AdvMoE on DeiT-Tiny, whose MLPs are the MoE layers.",
-    stages=(_table3_rows,), show=_table3_show,
-)  # fmt: skip
+def mean_series(
+    rows: Iterable[RowResults], of: Callable[[RunResults], Sequence[float | None]], factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """The mean over seeds of something that each run has for every epoch, from 1."""
+    runs = [of(run) for row in rows for run in row.by_seed.values()]
+    points = []
+    for epoch in range(max((len(each) for each in runs), default=0)):
+        values = [factor * v for each in runs if epoch < len(each) and (v := each[epoch]) is not None]
+        spread = bool(values) and len(values) > 1
+        points.append({
+            "x": epoch + 1, "y": sum(values) / len(values) if values else None,
+            "low": min(values) if spread else None, "high": max(values) if spread else None,
+        })  # fmt: skip
+    return points
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def text(shown: Mapping[str, Any]) -> str:
+    """A table of `study.json` as aligned lines for a terminal, with the paper's numbers in brackets."""
+    heads = [column["title"] for column in shown["columns"]]
+    body = [[_shown(row.get(column["key"])) for column in shown["columns"]] for row in shown["rows"]]
+    return "\n".join([shown["title"], *aligned([heads, *body])])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        words = "-" if value["mean"] is None else _number(value["mean"])
+        if value.get("std") is not None:
+            words += f" ± {value['std']:.2g}"
+        return words if value.get("paper") is None else f"{words} [{_number(value['paper'])}]"
+    return _number(value) if isinstance(value, float) else str(value)

@@ -26,13 +26,12 @@ def advmoe(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_list_says_of_every_study_what_it_shows_and_how_long_it_takes(advmoe, tmp_path):
+def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
     code, out, err = advmoe("study", "list")
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
-    head, *lines = out.splitlines()
-    assert "smoke / cpu on 2 cores" in head and [line.split()[0] for line in lines] == list(STUDIES)
-    for line, study in zip(lines, STUDIES.values(), strict=True):
-        assert line.endswith(study.shows) and (" min " in line or " h " in line)
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES)
+    assert all(line.endswith(study.shows) for line, study in zip(lines, STUDIES.values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
         seen.append((name, options))
         return Path("home"), CONTENT
 
-    monkeypatch.setattr("advmoe.studies.run.run_study", run_study)
+    monkeypatch.setattr("advmoe.studies.session.run_study", run_study)
     argv = ["study", "fig2", "--scale", "cpu", "--seeds", "5", "--only", "AdvMoE+ResNet, S-Dense", "--jobs", "2"]
     argv += ["--num-examples", "50", "--threads", "2", "--accelerator", "cpu", "--out", "there"]
     argv += ["--training.epochs", "3", "--threat.eps", "4/255", "--data.root", "7"]

@@ -50,6 +50,10 @@ def dissected(layers=3, experts=2, right=True):
     }
 
 
+def heat(values, rows=("cat", "dog"), columns=("0", "1"), **members):
+    return {"rows": list(rows), "columns": list(columns), "values": values, **members}
+
+
 def words(path):
     """The text elements of an SVG file."""
     tree = ElementTree.fromstring(path.read_text())
@@ -133,7 +137,7 @@ BINS = {
     "clean": {"edges": [0, 0.5, 1], "shares": [0.25, 0.75]},
     "by chance": {"edges": [0, 0.5, 1], "shares": [0.5, 0.5]},
 }
-NAMED = {"row_names": ["cat", "dog"], "column_names": ["0", "1"], "xlabel": "MoE layer", "ylabel": "class"}
+LABELS = {"xlabel": "MoE layer", "ylabel": "class"}
 FLOWS = {"clean": {"load": [[0.75, 0.25], [0.5, 0.5]], "flows": [[[0.5, 0.25], [0.0, 0.25]]]}}
 
 
@@ -228,21 +232,21 @@ def test_bins_of_different_grids_stay():
 
 
 def test_a_heat_map(tmp_path):
-    heatmap_figure([[0.25, 1.0], [0.5, None]], tmp_path / "a.svg", **NAMED)
+    heatmap_figure(heat([[0.25, 1.0], [0.5, None]]), tmp_path / "a.svg", **LABELS)
     text = words(tmp_path / "a.svg")
     assert {"0.25", "1.00", "0.50", "cat", "dog", "MoE layer", "class", "0.0"} <= set(text)  # the scale begins at 0
-    heatmap_figure([[0.25, 1.0], [0.5, None]], tmp_path / "b.svg", **NAMED, spread=True)
+    heatmap_figure(heat([[0.25, 1.0], [0.5, None]]), tmp_path / "b.svg", **LABELS, spread=True)
     assert "0.0" not in words(tmp_path / "b.svg") and "0.25" in words(tmp_path / "b.svg")
-    heatmap_figure([[12.0, 1.0], [3.5, 2.0]], tmp_path / "c.svg", **NAMED)
+    heatmap_figure(heat([[12.0, 1.0], [3.5, 2.0]]), tmp_path / "c.svg", **LABELS)
     assert {"12", "3.5"} <= set(words(tmp_path / "c.svg"))
-    heatmap_figure([[None, None], [None, None]], tmp_path / "d.svg", **NAMED)
+    heatmap_figure(heat([[None, None], [None, None]]), tmp_path / "d.svg", **LABELS)
     assert {"cat", "dog"} <= set(words(tmp_path / "d.svg"))
 
 
 def test_a_heat_map_in_groups(tmp_path):
     values = [[share for layer in range(20) for share in (0.25, 0.75)]] * 2
     layers = [str(layer) for layer in range(20)]
-    heatmap_figure(values, tmp_path / "a.svg", **{**NAMED, "column_names": layers}, group=2)
+    heatmap_figure(heat(values, columns=layers, members=["a", "b"]), tmp_path / "a.svg", **LABELS)
     text = words(tmp_path / "a.svg")
     assert set(layers) <= set(text) and "0.75" not in text  # too many for their numbers
     assert marks(tmp_path / "a.svg", "stroke", "#fefefe; stroke-width: 3") == 19
@@ -250,7 +254,7 @@ def test_a_heat_map_in_groups(tmp_path):
 
 def test_a_large_heat_map_names_some(tmp_path):
     names = [f"a class of a long name {at}" for at in range(100)]
-    heatmap_figure([[0.5] * 100] * 100, tmp_path / "a.svg", **{**NAMED, "row_names": names, "column_names": names})
+    heatmap_figure(heat([[0.5] * 100] * 100, rows=names, columns=names), tmp_path / "a.svg", **LABELS)
     text = (tmp_path / "a.svg").read_text()
     assert sum(each.startswith("a class of a long") for each in words(tmp_path / "a.svg")) == 34 + 25
     assert "<image" in text and len(text) < 300_000
@@ -307,9 +311,17 @@ def test_the_same_bytes_each_time_whatever_the_settings(tmp_path, suffix, draw, 
             {"a": {"edges": [0, 1], "shares": [0.5, 0.5]}},
             "series must have one more edge than shares, got 2 and 2 in 'a'",
         ),
-        (partial(heatmap_figure, **NAMED), [[1, 2]], r"values must be 2 x 2, as the names are, .* got 1 x \[2\]"),
-        (partial(heatmap_figure, **NAMED), [[1, 2], [3]], r"values must be 2 x 2, .* got 2 x \[1, 2\]"),
-        (partial(heatmap_figure, **NAMED, group=2), [[1, 2]] * 2, r"values must be 2 x 4, .* got 2 x \[2\]"),
+        (
+            partial(heatmap_figure, **LABELS),
+            heat([[1, 2]]),
+            r"values must be 2 x 2, as the names are, .* got 1 x \[2\]",
+        ),
+        (partial(heatmap_figure, **LABELS), heat([[1, 2], [3]]), r"values must be 2 x 2, .* got 2 x \[1, 2\]"),
+        (
+            partial(heatmap_figure, **LABELS),
+            heat([[1, 2]] * 2, members=["a", "b"]),
+            r"values must be 2 x 4, .* got 2 x \[2\]",
+        ),
         (flow_figure, {}, "panels must hold something to draw, got none"),
         (flow_figure, {"a": {"load": [], "flows": []}}, "flows of 'a' must be 0 x 0 x 0"),
         (

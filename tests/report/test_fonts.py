@@ -52,7 +52,8 @@ def font(tmp_path):
 
 
 def draw(path, *names):
-    heatmap_figure([[0.5] * len(names)], path, row_names=["row"], column_names=names, xlabel="class", ylabel="")
+    table = {"rows": ["row"], "columns": names, "values": [[0.5] * len(names)]}
+    heatmap_figure(table, path, xlabel="class", ylabel="")
     return path
 
 

@@ -132,8 +132,9 @@ def test_an_earlier_page_outlives_an_error(make_study, tmp_path):
     out = tmp_path / "r.html"
     write_report(load_results([path]), out)
     before = out.read_bytes(), sorted(os.listdir(tmp_path / "r-figures"))
-    (path / "figures" / "epochs.svg").write_text("damaged")
-    with pytest.raises(ValueError, match="figure 'By epoch' must be SVG, got a file that is no XML"):
+    file = path / "study.json"
+    file.write_text(file.read_text().replace('"x": 1', '"z": 1'))
+    with pytest.raises(ValueError, match="must hold results as this version of advmoe writes them, got KeyError: 'x'"):
         write_report(load_results([path]), out)
     assert (out.read_bytes(), sorted(os.listdir(tmp_path / "r-figures"))) == before
     assert sorted(os.listdir(tmp_path)) == ["r-figures", "r.html", "studies"]

@@ -86,8 +86,9 @@ def test_pictures_in_words():
     # Of equal flows the one between the higher experts is told.
     assert "clean: layer 0 expert 1 to 1 (40 %); adversarial: layer 0 expert 1 to 1 (40 %)" in found["flow"].alt
     classes = found["classes-clean"]
-    assert classes.data[0] == pytest.approx([1, 0, 2 / 3, 1 / 3]) and classes.data[2] == [None] * 4
-    assert "from 0 (class cat, layer 0, expert 1) to 1 (class cat, layer 0, expert 0)" in classes.alt
+    assert classes.data["values"][0] == pytest.approx([1, 0, 2 / 3, 1 / 3])
+    assert classes.data["values"][2] == [None] * 4
+    assert "from 0 (class cat, MoE layer 0, expert 1) to 1 (class cat, MoE layer 0, expert 0)" in classes.alt
     assert "0.667 within a class, 0.111 between classes" in found["class-iou-clean"].caption
     assert "random masks of the same size" in found["iou-against"].caption
     assert "grey" not in found["flow"].caption  # of two experts no flow is joined to others
@@ -101,11 +102,8 @@ def test_a_single_layer_has_no_flow():
 def test_names_of_classes_may_be_unknown():
     found = planted()
     del found["classes"]
-    assert next(each for each in pictures(found) if each.name == "classes-clean").options["row_names"] == [
-        "0",
-        "1",
-        "2",
-    ]
+    (classes,) = (each for each in pictures(found) if each.name == "classes-clean")
+    assert classes.data["rows"] == ["0", "1", "2"]
 
 
 def test_pictures_are_drawn_beside_the_numbers(tmp_path):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from advmoe.report.results import Run, Study, load_results, with_gallery
+from advmoe.report.results import RunFolder, StudyFolder, load_results, with_gallery
 
 
 def loaded(path):
@@ -107,7 +107,7 @@ def test_a_network_of_the_users_own_is_named_in_every_command(make_run):
 def test_a_study(make_study):
     path = make_study()
     (study,) = load_results([str(path)])
-    assert isinstance(study, Study) and study.title == "The paper's table1 (smoke)"
+    assert isinstance(study, StudyFolder) and study.title == "The paper's table1 (smoke)"
     assert study.content == json.loads((path / "study.json").read_text())
 
 
@@ -131,7 +131,7 @@ def test_a_gallery_that_was_made_in_the_meantime(make_run):
     run = loaded(make_run("late", only={"metrics"}))
     assert with_gallery(run, "no data").no_gallery == "no data"
     np.savez(run.path / "gallery.npz", **dict(loaded(make_run("other")).gallery))
-    assert isinstance(with_gallery(run), Run) and with_gallery(run).gallery["eps"] == pytest.approx(8 / 255)
+    assert isinstance(with_gallery(run), RunFolder) and with_gallery(run).gallery["eps"] == pytest.approx(8 / 255)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_training(load, album, parsed):
     assert "experts: beta x KL(clean || adversarial): from 0.25 at 1 to 0.5 at 2." in losses
     assert "accuracy" not in losses
     assert "clean: from 25.0 at 1 to 50.0 at 2. robust: from 12.5 at 1 to 25.0 at 2." in accuracies
-    assert "from 0.75 (1, 0) to 1 (1, 1)" in busiest
+    assert "from 0.75 (epoch 1, MoE layer 0) to 1 (epoch 1, MoE layer 1)" in busiest
     assert {"routers: cross-entropy", "epoch", "MoE layer"} <= set(page.texts("text"))
 
 
@@ -120,8 +120,10 @@ def test_a_dissection(load, album, parsed):
     survived, changed, load_ = page.texts("desc")
     shares = "1 both survive 25.0 %, 2 only routing fails 25.0 %, 3 only prediction fails 12.5 %, 4 both fail 37.5 %"
     assert survived == f"Bars of shares. right clean (n = 35): {shares}. all images (n = 40): {shares}."
-    assert changed == "Bars of images (%). layer 0: changed 5. layer 1: changed 30.0."
-    assert "4 rows (expert) by 2 columns (MoE layer): from 0 (expert 1, clean, 1) to 1 (expert 0, clean, 1)" in load_
+    assert changed == "Bars of images (%). MoE layer 0: changed 5. MoE layer 1: changed 30.0."
+    assert load_.endswith(
+        "4 rows by 2 columns (MoE layer): from 0 (expert 1, clean, MoE layer 1) to 1 (expert 0, clean, MoE layer 1)."
+    )
 
 
 def test_a_dissection_where_nothing_is_right_clean(load, album, parsed):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from advmoe.report.results import load_results
@@ -97,18 +99,30 @@ def test_tables_sort_by_the_mean(shown):
 
 def test_figures_of_the_study(shown, album):
     page = shown()
-    assert page.texts("title") == ["By epoch"] and page.texts("desc") == ["A line from 20 to 30."]
+    assert page.texts("title") == ["By epoch"] and page.texts("desc") == [
+        "Lines of % against epoch. AdvMoE: from 20.0 at 1 to 30.0 at 2."
+    ]
     assert page.texts("figcaption") == ["By epoch Rising."]
     assert sorted(each.name for each in album.folder.iterdir()) == ["table1-epochs.png", "table1-epochs.svg"]
 
 
-@pytest.mark.parametrize("file", ["figures/absent.svg", "../elsewhere.svg", None, 3])
-def test_figures_that_are_missing_or_lie_elsewhere(shown, tmp_path, file):
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "elsewhere.svg").write_text("<svg/>")
-    page = shown(figures=[{"id": "epochs", "title": "By <epoch>", "svg": file}])
+@pytest.mark.parametrize("stored", [{}, {"kind": "lines"}, {"kind": "pie", "data": {"a": 1}}, {"svg": "figures/a.svg"}])
+def test_a_figure_without_data_is_one_line(shown, stored):
+    page = shown(figures=[{"id": "epochs", "title": "By <epoch>", **stored}])
     assert page.texts("svg") == []
-    assert f"The figure 'By <epoch>' is missing: no file {file!r} in the study." in page.texts("p")
+    assert "The figure 'By <epoch>' is not shown: the study holds no data of it." in page.texts("p")
+
+
+STORED = sorted((Path(__file__).parents[2] / "docs" / "results" / "studies").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("file", STORED, ids=lambda file: file.parent.name)
+def test_stored_studies_are_drawn_again(album, parsed, file):
+    """From their data alone: the pictures, and what these show in words."""
+    (study,) = load_results([file.parent])
+    page = parsed(study_section(study, album, 1).html)
+    assert page.texts("title") == [each["title"] for each in study.content["figures"]]
+    assert all(text.endswith(".") for text in page.texts("desc")) and len(album.names) == len(page.texts("desc")) > 0
 
 
 def test_runs_that_did_not_finish_are_named(shown):
@@ -138,6 +152,8 @@ def test_strings_of_a_study_are_escaped(make_study, album, parsed):
         tables=[{"title": hostile, "caption": hostile, "columns": columns, "rows": [{"a": hostile}]}],
         claims=[{"name": hostile, "statement": hostile, "verdicts": [judged]}],
         runs=[{"name": hostile, "status": hostile, "error": hostile, "path": hostile}],
+        figures=[{"id": hostile, "title": hostile, "caption": hostile, "kind": "lines",
+                  "data": {hostile: [{"x": 1, "y": 2}]}, "options": {"xlabel": hostile, "ylabel": hostile}}],
     )  # fmt: skip
     (study,) = load_results([path])
     made = study_section(study, album, 1).html

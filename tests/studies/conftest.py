@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from advmoe.config import merged
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner
-from advmoe.studies.results import Found, Trained
-from advmoe.studies.spec import Run
+from advmoe.studies.results import RowResults, RunResults
+from advmoe.studies.rows import TrainingRun
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"name": "resnet18", "kind": "dense", "width": 4},
@@ -29,11 +29,11 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def tiny_run() -> Callable[..., Run]:
+def tiny_run() -> Callable[..., TrainingRun]:
     """Makes a run on 8x8 digits of about a second: a plain ResNet-18 of width 4, by default trained without attacks."""
 
-    def make(name: str, *, start: Run | None = None, **groups: dict[str, Any]) -> Run:
-        return Run(name, merged(TINY, groups), {"routed": False}, start)
+    def make(name: str, *, start: TrainingRun | None = None, **groups: dict[str, Any]) -> TrainingRun:
+        return TrainingRun(name, merged(TINY, groups), {"routed": False}, start)
 
     return make
 
@@ -100,11 +100,11 @@ def evaluated() -> Callable[..., Made]:
 
 
 @pytest.fixture
-def row(tmp_path: Path, record: Callable[..., None]) -> Callable[..., Found]:
+def row(tmp_path: Path, record: Callable[..., None]) -> Callable[..., RowResults]:
     """Makes a row of results, as read from files: its labels and, by seed, measurements by name and `epochs`."""
     numbers = itertools.count()
 
-    def make(labels: Mapping[str, Any], by_seed: Mapping[int, Mapping[str, Any]]) -> Found:
+    def make(labels: Mapping[str, Any], by_seed: Mapping[int, Mapping[str, Any]]) -> RowResults:
         found = {}
         for seed, given in by_seed.items():
             key = f"run-{next(numbers)}"
@@ -116,7 +116,7 @@ def row(tmp_path: Path, record: Callable[..., None]) -> Callable[..., Found]:
                     kind, content, arrays = made
                     measures[name] = PlannedMeasure(run, kind, {}, None, f"{kind}-{name}")
                     record(measures[name], content, **arrays)
-            found[seed] = Trained(run, measures)
-        return Found(", ".join(map(str, labels.values())), labels, found)
+            found[seed] = RunResults(run, measures)
+        return RowResults(", ".join(map(str, labels.values())), labels, found)
 
     return make

@@ -10,10 +10,10 @@ import pytest
 from advmoe.studies import paper
 from advmoe.studies.catalogue import STUDIES, study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, only
-from advmoe.studies.present import draw, text
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
-from advmoe.studies.spec import Outcome
+from advmoe.studies.study import StudyFindings
+from advmoe.studies.tables import text
 
 SCALES = ("smoke", "cpu", "paper")
 EVERY = pytest.mark.parametrize("name", STUDIES)
@@ -58,7 +58,7 @@ def test_studies_make_something_of_nothing(name):
         json.dumps(plain(outcome), allow_nan=False)
 
 
-def plain(outcome: Outcome) -> dict[str, Any]:
+def plain(outcome: StudyFindings) -> dict[str, Any]:
     return {name: getattr(outcome, name) for name in ("tables", "claims", "notes")} | {
         "figures": [vars(figure) for figure in outcome.figures]
     }
@@ -149,7 +149,7 @@ def test_studies_show_full_results_and_those_with_gaps(name, tmp_path, evaluated
     json.dumps([plain(complete), plain(partial)], allow_nan=False)
 
 
-def assert_tables(outcome: Outcome) -> list[tuple[str, int]]:
+def assert_tables(outcome: StudyFindings) -> list[tuple[str, int]]:
     """The column of each number, and how many seeds it is the mean of."""
     numbers = []
     assert outcome.tables
@@ -165,16 +165,16 @@ def assert_tables(outcome: Outcome) -> list[tuple[str, int]]:
     return numbers
 
 
-def assert_figures(outcome: Outcome, folder: Path) -> None:
-    ids = [figure.id for figure in outcome.figures]
+def assert_figures(outcome: StudyFindings, folder: Path) -> None:
+    ids = [figure.name for figure in outcome.figures]
     assert ids and len(set(ids)) == len(ids)
     for figure in outcome.figures:
-        assert figure.id.replace("-", "").isalnum() and figure.title
+        assert figure.name.replace("-", "").isalnum() and figure.title
         assert figure.alt.endswith(".") and "othing was measured" not in figure.alt
-        draw(figure, folder / f"{figure.id}.svg")
+        figure.draw(folder / f"{figure.name}.svg")
 
 
-def assert_claims(outcome: Outcome) -> None:
+def assert_claims(outcome: StudyFindings) -> None:
     for claim in outcome.claims:
         assert claim["name"] and claim["statement"].endswith(".") and claim["source"] and claim["verdicts"]
         for each in claim["verdicts"]:

@@ -9,8 +9,8 @@ import pytest
 from advmoe.config import Config
 from advmoe.studies.plan import PlannedMeasure, Planner, only
 from advmoe.studies.results import Results
+from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import scale_named
-from advmoe.studies.spec import Measure, Row, Run
 
 COST = Measure("cost", {"batches": [1]})
 
@@ -68,8 +68,11 @@ def test_runs_of_studies_are_shared():
     assert len({key(), key("AT (MoE)"), key("AT (S-Dense)"), key("AT (Dense)"), key(backbone="VGG-16")}) == 5
     # The same model trained from another start is another run.
     settings = {"training": {"lr": 0.3}}
-    starts = [Run("a", scale.run("AT (MoE)").settings), Run("b", scale.run("AdvMoE").settings), None]
-    keys = {planner.run(Run("x", scale.run("AT (MoE)", more=settings).settings, {}, start), 0).key for start in starts}
+    starts = [TrainingRun("a", scale.run("AT (MoE)").settings), TrainingRun("b", scale.run("AdvMoE").settings), None]
+    keys = {
+        planner.run(TrainingRun("x", scale.run("AT (MoE)", more=settings).settings, {}, start), 0).key
+        for start in starts
+    }
     assert len(keys) == 3
 
 
@@ -167,7 +170,7 @@ def test_a_run_whose_images_were_moved_is_still_the_same(tmp_path, planner, tiny
 
 def test_only():
     names = ["AdvMoE, ResNet-18, digits", "AT (MoE), ResNet-18, digits", "AdvMoE, VGG-16, digits"]
-    rows = [Row(Run(name, {})) for name in names]
+    rows = [Row(TrainingRun(name, {})) for name in names]
 
     def kept(*wanted):
         return [names.index(row.run.name) for row in only(rows, wanted)]

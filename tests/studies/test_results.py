@@ -5,6 +5,7 @@ from math import sqrt
 
 import pytest
 
+from advmoe.studies.exact_tests import mean_std
 from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import (
     PGD,
@@ -20,7 +21,6 @@ from advmoe.studies.results import (
     point,
     seconds_per_epoch,
 )
-from advmoe.studies.statistics import mean_std
 
 ATTACKS = {"pgd-10-margin": "1100", "pgd-10": "1010", "pgd-10-soft": "1000", "routed": "1001"}
 COST = {

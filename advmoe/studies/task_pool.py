@@ -20,7 +20,7 @@ from advmoe.progress import bar
 from advmoe.studies.plan import PlannedMeasure, Task
 from advmoe.text import cut, one_line
 
-Told = Callable[[str, Task], None]
+OnProgress = Callable[[str, Task], None]
 """Called with `starts`, `done` or an error's text, and the task, as it happens."""
 
 
@@ -49,7 +49,7 @@ def run_tasks(
     threads: int,
     accelerator: str,
     logs: Path,
-    told: Told,
+    told: OnProgress,
 ) -> dict[str, str]:
     """Do those of `tasks` that are not finished, `jobs` at a time; those that must run alone come last, one by one.
 
@@ -83,7 +83,7 @@ def run_tasks(
     return errors
 
 
-def _run(tasks: Mapping[str, Task], errors: dict[str, str], pool: Pool, told: Told) -> None:
+def _run(tasks: Mapping[str, Task], errors: dict[str, str], pool: Pool, told: OnProgress) -> None:
     """Do `tasks` in the workers of `pool`, in their order as far as what they need is done."""
     order = TopologicalSorter({name: [need for need in task.needs if need in tasks] for name, task in tasks.items()})
     order.prepare()
@@ -144,6 +144,6 @@ def _cards(accelerator: str) -> list[str]:
 @contextmanager
 def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[Task], None]]:
     """What does a task."""
-    from advmoe.studies.work import do
+    from advmoe.studies.tasks import do
 
     yield lambda task: do(task, threads=threads, accelerator=accelerator)

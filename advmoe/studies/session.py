@@ -1,4 +1,4 @@
-"""A study run: its rows planned, trained and measured, and `study.json` with figures made of what was found.
+"""A study run: its rows planned, trained and measured, and the file of what was found written.
 
 Runs lie side by side under one folder, by key, so that studies share them; a study's own folder holds what it shows.
 """
@@ -6,28 +6,26 @@ Runs lie side by side under one folder, by key, so that studies share them; a st
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, require
 from advmoe.errors import InputError
-from advmoe.files import read_object, require_writable, write_text
-from advmoe.rundir import DONE, MANIFEST, STUDY, require_plain
+from advmoe.files import require_writable
+from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
-from advmoe.studies.labels import of_size, shared
+from advmoe.studies.exact_tests import MOST_SEEDS
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
-from advmoe.studies.pool import Told, run_tasks
-from advmoe.studies.present import draw
 from advmoe.studies.results import Results
+from advmoe.studies.rows import Settings
 from advmoe.studies.scales import Scale, scale_named
-from advmoe.studies.spec import Outcome, Settings, Study
-from advmoe.studies.statistics import MOST_SEEDS
+from advmoe.studies.study import Study
+from advmoe.studies.study_file import write_study_file
+from advmoe.studies.task_pool import OnProgress, run_tasks
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
@@ -138,7 +136,7 @@ def plan_study(name: str, options: Options) -> dict[str, Task]:
     return tasks
 
 
-def run_study(name: str, options: Options, told: Told = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
+def run_study(name: str, options: Options, told: OnProgress = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
     """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
 
     Finished runs and measurements are reused, interrupted runs continued, failed ones reported and what needs them
@@ -156,8 +154,13 @@ def run_study(name: str, options: Options, told: Told = lambda word, task: None)
             session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
             accelerator=options.accelerator, logs=options.root / "logs", told=told,
         )  # fmt: skip
-    outcome = session.study.show(session.scale, Results.read(rows))
-    return session.home, _write(session, rows, outcome)
+    study, outcome = session.study, session.study.show(session.scale, Results.read(rows))
+    about = {
+        "study": study.name, "title": study.title, "shows": study.shows, "scale": session.scale.name,
+        "seeds": list(session.planner.seeds), "command": shlex.join(options.command or ()) or None,
+    }  # fmt: skip
+    tasks = session.planner.tasks(rows)
+    return session.home, write_study_file(session.home, about, rows, tasks, session.errors, outcome)
 
 
 def _require_images(tasks: Mapping[str, Task]) -> None:
@@ -170,95 +173,3 @@ def _require_images(tasks: Mapping[str, Task]) -> None:
     runs = [t.run if isinstance(t, PlannedMeasure) else t for t in tasks.values() if t.state() != "finished"]
     for config in {json.dumps(run.config["data"], sort_keys=True): run.config for run in runs}.values():
         load_data(Config.from_dict(config))
-
-
-def _write(session: Session, rows: Sequence[PlannedRow], outcome: Outcome) -> dict[str, Any]:
-    """Figures first, then `study.json`, which names them."""
-    import torch
-
-    from advmoe.training.manifest import describe
-
-    home, options = session.home, session.options
-    folder = home / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    size = of_size(rows)
-    drawn, notes = [], [*outcome.notes, *_left_out(rows)]
-    for figure in outcome.figures:
-        if not figure.data:
-            notes.append(f"Nothing was measured for the figure {figure.title!r}.")
-            continue
-        for suffix in ("svg", "png"):
-            draw(figure, folder / f"{figure.id}.{suffix}")
-        drawn.append({
-            **{name: getattr(figure, name) for name in ("id", "title", "alt", "kind", "data", "options")},
-            "caption": _with_size(figure.caption, size),
-            "svg": f"figures/{figure.id}.svg", "png": f"figures/{figure.id}.png",
-        })  # fmt: skip
-    seconds = math.fsum(_seconds(task) or 0.0 for task in session.planner.tasks(rows).values())
-    tables = [{**each, "caption": _with_size(each["caption"] or f"{each['title']}.", size)} for each in outcome.tables]
-    shown = describe(name="", seed=0, device=torch.device("cpu"), devices=1, command=None)
-    content = {
-        "study": session.study.name, "title": session.study.title, "shows": session.study.shows,
-        "scale": session.scale.name, "seeds": list(session.planner.seeds), "size": size, "tables": tables,
-        "figures": drawn, "claims": list(outcome.claims), "notes": notes, "runs": _runs(session, rows),
-        "settings": shared([row.row.run.settings for row in rows]),
-        "command": shlex.join(options.command or ()) or None, "seconds": round(seconds, 1),
-        "made_on": _made_on(session.planner.tasks(rows).values()),
-        "shown_by": {name: shown[name] for name in ("versions", "git_commit")},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-    write_text(home / STUDY, json.dumps(content, indent=1) + "\n")
-    return content
-
-
-def _with_size(caption: str, size: str) -> str:
-    """A caption that tells how large the study is: tables and figures are shown elsewhere, too."""
-    return f"{caption} {size[:1].upper()}{size[1:]}.".strip() if size else caption
-
-
-def _left_out(rows: Iterable[PlannedRow]) -> list[str]:
-    """Which images the runs left out, each line once."""
-    found = [note for row in rows for run in row.runs.values() for note in _noted(run).get("data_notes") or ()]
-    return [f"Images: {note}" for note in dict.fromkeys(found)]
-
-
-def _runs(session: Session, rows: Sequence[PlannedRow]) -> list[dict[str, Any]]:
-    """What became of each run, those that others start from included."""
-    tasks = session.planner.tasks(rows)
-    found = []
-    for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
-        measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
-        parts: list[Task] = [run, *measures]
-        errors = [error for task in parts if (error := session.errors.get(task.id))]
-        state = run.state()
-        found.append({
-            "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),
-            "status": "failed" if errors else state, "error": errors[0] if errors else None,
-        })  # fmt: skip
-    return found
-
-
-def _made_on(tasks: Iterable[Task]) -> dict[str, list[Any]]:
-    """What the runs and their measurements were made with, each thing once: they may come from several machines."""
-    found: dict[str, dict[Any, None]] = {"cpu": {}, "device": {}, "threads": {}, "torch": {}, "git_commit": {}}
-    for noted in map(_noted, tasks):
-        for each in (noted, *noted.get("resumed", ())):
-            known = {**each, "torch": (each.get("versions") or {}).get("torch")}
-            for name, values in found.items():
-                if known.get(name) is not None:
-                    values[known[name]] = None
-    return {name: list(values) for name, values in found.items()}
-
-
-def _seconds(task: Task) -> float | None:
-    """What a run or a measurement took, as was noted there when it was made."""
-    seconds: float | None = _noted(task).get("wall_seconds" if isinstance(task, PlannedRun) else "seconds")
-    return seconds
-
-
-def _noted(task: Task) -> dict[str, Any]:
-    """What a run or a measurement says of how it was made; nothing where it is not there."""
-    try:
-        return read_object(task.path / (MANIFEST if isinstance(task, PlannedRun) else DONE))
-    except (OSError, ValueError):
-        return {}

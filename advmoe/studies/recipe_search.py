@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from advmoe.config import Config, merged
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import RA, SA, WORST, Column, bars, table
+from advmoe.studies.comparisons import MEASURED, measured, named
 from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
+from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured, named
-from advmoe.studies.spec import Outcome, Row, Run, Settings, Study
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import RA, SA, WORST, Column, table, with_heights
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ MOST = 3
 """Changes that are combined at most."""
 
 
-def _recipe(scale: Scale, settings: Settings, **labels: str) -> Run:
+def _recipe(scale: Scale, settings: Settings, **labels: str) -> TrainingRun:
     """AdvMoE with changed settings."""
     return scale.run("AdvMoE", more=settings, **labels)
 
@@ -100,7 +102,7 @@ def _together(scale: Scale, results: Results) -> list[Row]:
     return rows
 
 
-def _show(scale: Scale, results: Results) -> Outcome:
+def _show(scale: Scale, results: Results) -> StudyFindings:
     routed = [row for row in results.select(method="AdvMoE") if row.values(best_validation)]
     validated = Column("val", "validation RA (worst of two) %", "higher", best_validation, 100)
     gap = Column("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
@@ -112,9 +114,11 @@ def _show(scale: Scale, results: Results) -> Outcome:
         for row in results
     }
     caption = "Mean over seeds, with one standard deviation to each side."
-    figure = bars("recipes", "Changes to the recipe", groups, ylabel="robust accuracy (%)", caption=caption)
+    figure = Picture(
+        "bars", "recipes", "Changes to the recipe", with_heights(groups), {"ylabel": "robust accuracy (%)"}, caption
+    )
     if not routed:
-        return Outcome(tables=[shown], figures=[figure], notes=["No routed model was trained."])
+        return StudyFindings(tables=[shown], figures=[figure], notes=["No routed model was trained."])
 
     def mean(row: Any) -> float:
         found = list(row.values(best_validation).values())
@@ -140,7 +144,7 @@ def _show(scale: Scale, results: Results) -> Outcome:
     }
     note = f"The best recipe by validation: {label}." + (told[said["worst case"]] if said else "")
     source = "beyond the paper"
-    return Outcome(
+    return StudyFindings(
         tables=[shown], figures=[figure], claims=[claim("worst-case-recipe", statement, verdicts, source)], notes=[note]
     )
 

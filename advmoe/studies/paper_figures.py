@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
+from advmoe.studies.comparisons import (
+    RA_LABEL,
+    measured,
+    ordering,
+    scales_of,
+)
+from advmoe.studies.results import (
+    Results,
+    RowResults,
+    RunResults,
+    kept_pathways,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import COMPARED, Scale
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import (
     GMACS,
     RA,
     SA,
     WORST,
     Column,
     by_method,
-    histogram,
-    lines,
     table,
+    with_points,
 )
-from advmoe.studies.results import (
-    Found,
-    Results,
-    Trained,
-    kept_pathways,
-)
-from advmoe.studies.scales import COMPARED, Scale
-from advmoe.studies.shared import (
-    RA_LABEL,
-    measured,
-    ordering,
-    scales_of,
-)
-from advmoe.studies.spec import Figure, Outcome, Row, Study
 
 
 def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
@@ -38,7 +39,7 @@ def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, run, sweep=scale.sweep(run)) for run in runs]
 
 
-def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
+def _curve(row: RowResults, curve: str) -> list[dict[str, Any]]:
     """Mean robust accuracy (%) of a sweep at each radius, in 1/255."""
     found = [sweep for run in row.by_seed.values() if (sweep := run.found("sweep")) is not None]
     names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in found]
@@ -58,13 +59,13 @@ def _curve(row: Found, curve: str) -> list[dict[str, Any]]:
     return series
 
 
-def _fig2_show(scale: Scale, results: Results) -> Outcome:
+def _fig2_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds; the range over seeds where there are several. Clean accuracy at radius 0."
     figures = [
-        lines(
-            f"fig2-{curve.replace(' ', '-')}", f"Robust accuracy against the attack's strength: {title}",
-            {str(row.labels["method"]): _curve(row, curve) for row in results},
-            xlabel="radius (1/255)", ylabel="robust accuracy (%)", caption=caption,
+        Picture(
+            "lines", f"fig2-{curve.replace(' ', '-')}", f"Robust accuracy against the attack's strength: {title}",
+            with_points({str(row.labels["method"]): _curve(row, curve) for row in results}),
+            {"xlabel": "radius (1/255)", "ylabel": "robust accuracy (%)"}, caption,
         )
         for curve, title in (("pgd", "PGD"), ("worst case", "the worst of two attacks"))
     ]  # fmt: skip
@@ -76,7 +77,7 @@ def _fig2_show(scale: Scale, results: Results) -> Outcome:
         for reason in curve["masking"]["reasons"]
     ]
     claims = [ordering(results)]
-    return Outcome(
+    return StudyFindings(
         tables=[table("At the radius trained for", results, ["method"], [RA, WORST, SA])],
         figures=figures, claims=claims, notes=list(dict.fromkeys(suspected)),
     )  # fmt: skip
@@ -90,10 +91,10 @@ def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
     return [*rows, measured(scale, mask)]
 
 
-def _of_pathways(*path: str) -> Callable[[Trained], float | None]:
+def _of_pathways(*path: str) -> Callable[[RunResults], float | None]:
     """A number of `pathways.json`, by the names that lead to it."""
 
-    def value(run: Trained) -> float | None:
+    def value(run: RunResults) -> float | None:
         found: Any = run.found("pathways")
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
@@ -113,7 +114,7 @@ _FIG6 = [
 ]
 
 
-def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
+def _histogram(row: RowResults, kind: str) -> dict[str, list[float]] | None:
     """The distribution of the IoU with the mask, mean over seeds."""
     found = [each for run in row.by_seed.values() if (each := run.found("pathways")) and each.get("against")]
     if not found:
@@ -123,15 +124,16 @@ def _histogram(row: Found, kind: str) -> dict[str, list[float]] | None:
     return {"edges": found[0]["against"][kind]["histogram"]["edges"], "shares": mean}
 
 
-def _fig6_show(scale: Scale, results: Results) -> Outcome:
+def _fig6_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
-    figures: list[Figure] = []
+    figures: list[Picture] = []
     for row in results:
         series = {kind: found for kind in ("clean", "adversarial") if (found := _histogram(row, kind))}
         if series:
             method = str(row.labels["method"])
             title = f"Pathways against the static mask: {method}"
-            figures.append(histogram(f"fig6-{len(figures) + 1}", title, series, caption=caption))
+            options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
+            figures.append(Picture("histogram", f"fig6-{len(figures) + 1}", title, series, options, caption))
     moe, advmoe = (results.one(method=name) for name in ("AT (MoE)", "AdvMoE"))
     fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(kept_pathways(row) for row in (advmoe, moe)))
     note = "Whether the attack leaves every choice as it was."
@@ -144,7 +146,7 @@ def _fig6_show(scale: Scale, results: Results) -> Outcome:
         )
     ]
     routed = Results([row for row in results if row.labels["routed"]])
-    return Outcome(
+    return StudyFindings(
         tables=[
             table("Pathways and the mask", routed, ["method"], _FIG6),
             table("Accuracy", results, ["method"], [RA, WORST, SA]),
@@ -164,7 +166,7 @@ def _fig7_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _fig7_show(scale: Scale, results: Results) -> Outcome:
+def _fig7_show(scale: Scale, results: Results) -> StudyFindings:
     moe = results.select(method="AdvMoE")
     caption = (
         "AdvMoE; mean over seeds. The dashed line is AT (Dense), which is what r = 1 is for any number of experts."
@@ -172,14 +174,13 @@ def _fig7_show(scale: Scale, results: Results) -> Outcome:
     figures = []
     for column, id in ((RA, "fig7-ra"), (WORST, "fig7-worst")):
         dense = [value for row in results.select(method="AT (Dense)") for value in row.values(column.value).values()]
-        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
         series = {f"N = {n}": p for n, p in by_method(moe, "scale", column.value, series="experts").items()}
         title = "Experts and their size: " + ("PGD" if column is RA else "worst case")
         label = f"robust accuracy, {'PGD' if column is RA else 'worst case'} (%)"
-        figures.append(
-            lines(id, title, series, xlabel="model scale r", ylabel=label, caption=caption, references=references)
-        )
-    return Outcome(
+        options = {"xlabel": "model scale r", "ylabel": label, "references": references}
+        figures.append(Picture("lines", id, title, with_points(series), options, caption))
+    return StudyFindings(
         tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
         figures=figures,
     )
@@ -197,27 +198,24 @@ def _fig8_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
-def _fig8_show(scale: Scale, results: Results) -> Outcome:
-    figures: list[Figure] = []
+def _fig8_show(scale: Scale, results: Results) -> StudyFindings:
+    figures: list[Picture] = []
     for backbone in results.distinct("backbone"):
         rows = results.select(backbone=backbone)
         dense = [value for row in rows.select(method="AT (Dense)") for value in row.values(RA.value).values()]
-        references = [("AT (Dense)", 100 * sum(dense) / len(dense))] if dense else []
+        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
         figures.append(
-            lines(
-                f"fig8-{len(figures) + 1}",
-                f"Methods by model scale, {backbone}",
-                by_method(rows, "scale", RA.value),
-                caption="Mean over seeds, with one standard deviation to each side.",
-                references=references,
-                xlabel="model scale r",
-                ylabel=RA_LABEL,
+            Picture(
+                "lines", f"fig8-{len(figures) + 1}", f"Methods by model scale, {backbone}",
+                with_points(by_method(rows, "scale", RA.value)),
+                {"xlabel": "model scale r", "ylabel": RA_LABEL, "references": references},
+                "Mean over seeds, with one standard deviation to each side.",
             )
-        )
+        )  # fmt: skip
     ratios, backbones = results.distinct("scale"), results.distinct("backbone")
     claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
     columns = [RA, WORST, SA, GMACS]
-    return Outcome(
+    return StudyFindings(
         tables=[table("Methods by model scale", results, ["backbone", "scale", "method"], columns)],
         figures=figures, claims=claims,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 import pytest
 
 from advmoe.config import Config
-from advmoe.studies.beyond import VARIANTS, loses_nothing
 from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.efficiency import VARIANTS, loses_nothing
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
 

@@ -8,13 +8,15 @@ import pytest
 from safetensors.torch import load_file
 
 from advmoe.config import Config
+from advmoe.report.pictures import Picture
 from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.comparisons import ordering
 from advmoe.studies.plan import PlannedMeasure
-from advmoe.studies.present import RA, SA, lines, table
 from advmoe.studies.results import Results, best_validation, point
-from advmoe.studies.run import Options, Session, plan_study, run_study
-from advmoe.studies.shared import ordering
-from advmoe.studies.spec import Measure, Outcome, Row, Study
+from advmoe.studies.rows import Measure, Row
+from advmoe.studies.session import Options, Session, plan_study, run_study
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import RA, SA, table
 
 SMALL = {
     "model": {"width": 4},
@@ -37,10 +39,13 @@ def second_stage(scale, results):
 
 def show(scale, results):
     series = {found.name: [point(found, RA.value, 1)] for found in results}
-    words = {"xlabel": "x", "ylabel": "RA (%)", "caption": "A caption."}
-    figures = [lines("tiny-ra", "RA", series, **words), lines("tiny-none", "Nothing", {}, **words)]
+    labels = {"xlabel": "x", "ylabel": "RA (%)"}
+    figures = [
+        Picture("lines", "tiny-ra", "RA", series, labels, "A caption."),
+        Picture("lines", "tiny-none", "Nothing", {}, labels, "A caption."),
+    ]
     shown = table("Tiny", results, ["method"], [RA, SA])
-    return Outcome(tables=[shown], figures=figures, claims=[ordering(results)], notes=["A note."])
+    return StudyFindings(tables=[shown], figures=figures, claims=[ordering(results)], notes=["A note."])
 
 
 TINY = Study(
@@ -125,7 +130,7 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
     assert content["size"] == size
     assert shown["caption"] == f"Tiny. {size}."
     assert (figure["id"], figure["kind"], figure["caption"]) == ("tiny-ra", "lines", f"A caption. {size}.")
-    assert figure["alt"].startswith("RA (%) against x: ") and set(figure["data"]) == {DENSE, ROUTED}
+    assert figure["alt"].startswith("Lines of RA (%) against x. ") and set(figure["data"]) == {DENSE, ROUTED}
     for suffix in ("svg", "png"):
         assert figure[suffix] == f"figures/tiny-ra.{suffix}" and (home / figure[suffix]).is_file()
     assert content["notes"] == ["A note.", "Nothing was measured for the figure 'Nothing'."]

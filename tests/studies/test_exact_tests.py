@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advmoe.studies.statistics import bonferroni, image_test, mean_std, sign_flip
+from advmoe.studies.exact_tests import bonferroni, image_test, mean_std, sign_flip
 
 
 def counted(differences):

@@ -34,7 +34,7 @@ def test_fig2_is_robust_accuracy_over_the_radius_in_steps_of_a_pixel(row):
     }
     outcome = show("fig2", row({"method": "AdvMoE"}, seeds), row({"method": "AT (MoE)"}, {0: {}}))
     pgd, worst = outcome.figures
-    assert (pgd.id, worst.id) == ("fig2-pgd", "fig2-worst-case")
+    assert (pgd.name, worst.name) == ("fig2-pgd", "fig2-worst-case")
     assert [point["x"] for point in pgd.data["AdvMoE"]] == [0, 2, 8]
     assert [point["y"] for point in pgd.data["AdvMoE"]] == pytest.approx([70, 55, 25])
     assert [point["y"] for point in worst.data["AdvMoE"]] == pytest.approx([60, 45, 15])

@@ -2,8 +2,9 @@
 
 import pytest
 
-from advmoe.studies.labels import of_size, shared
-from advmoe.studies.spec import Measure, Row
+from advmoe.studies.labels import shared
+from advmoe.studies.rows import Measure, Row
+from advmoe.studies.study_file import of_size
 
 
 def rows(tiny_run, *changes, measures=None):

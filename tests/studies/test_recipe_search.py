@@ -3,9 +3,9 @@
 import pytest
 
 from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.recipe_search import BASE, BEST, CHANGES, chosen, combined
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
-from advmoe.studies.search import BASE, BEST, CHANGES, chosen, combined
 
 LOW, MIDDLE, HIGH = "000000" + "000000", "111111" + "000000", "111111" + "111111"
 FIRST, SECOND = STUDIES["recipes"].stages

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import LEVEL, Comparison, claim, compare
-from advmoe.studies.present import RA, SA, SECONDS, WORST, Column, lines, table
-from advmoe.studies.results import Found, Results, Trained, outcomes, point
+from advmoe.studies.comparisons import MEASURED, measured, named
+from advmoe.studies.results import Results, RowResults, RunResults, outcomes, point
+from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
-from advmoe.studies.shared import MEASURED, measured, named
-from advmoe.studies.spec import Outcome, Row, Study
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, table, with_points
 
 PRICE = 1.3
 """The most that an epoch of the default may take, in epochs of AT (MoE)."""
@@ -22,7 +24,7 @@ VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-3", "ever
 """Values of `training.alternation`; the first is the paper's."""
 
 
-def price(run: Trained) -> float | None:
+def price(run: RunResults) -> float | None:
     """Seconds of an epoch in those of the run that it was timed against, in the same process."""
     return (run.found("pace") or {}).get("ratio")
 
@@ -55,7 +57,7 @@ def loses_nothing(losses: dict[str, dict[str, Any]]) -> bool:
     return all(each["mean_more"] - each["mean_less"] <= most and each["p"] >= LEVEL for each in losses.values())
 
 
-def _mean_price(row: Found | None) -> float | None:
+def _mean_price(row: RowResults | None) -> float | None:
     found = list(row.values(price).values()) if row is not None else []
     return sum(found) / len(found) if found else None
 
@@ -70,7 +72,7 @@ def _cheapest(prices: Mapping[str, float | None]) -> str:
     return f"The cheapest variant that loses nothing at this size: {variant}, {kept[variant]:.2f} of AT (MoE)."
 
 
-def _show(scale: Scale, results: Results) -> Outcome:
+def _show(scale: Scale, results: Results) -> StudyFindings:
     verdicts: list[dict[str, Any]] = []
     prices: dict[str, float | None] = {}  # of the variants that are decided; None for one that loses something
     for variant in VARIANTS[1:]:
@@ -92,15 +94,15 @@ def _show(scale: Scale, results: Results) -> Outcome:
     series = {
         named(row.labels): [point(row, WORST.value, cost)] for row in results if (cost := _mean_price(row)) is not None
     }
-    return Outcome(
+    return StudyFindings(
         tables=[
             table("What each variant costs and gives", results, ["method", "variant"], [RATIO, SECONDS, RA, WORST, SA])
         ],
         figures=[
-            lines(
-                "efficiency", "Worst-case accuracy against the price of training", series,
-                xlabel="seconds of an epoch, in those of AT (MoE)", ylabel="robust accuracy, worst case (%)",
-                caption="Mean over seeds, with one standard deviation to each side; times of both in one process.",
+            Picture(
+                "lines", "efficiency", "Worst-case accuracy against the price of training", with_points(series),
+                {"xlabel": "seconds of an epoch, in those of AT (MoE)", "ylabel": "robust accuracy, worst case (%)"},
+                "Mean over seeds, with one standard deviation to each side; times of both in one process.",
             )
         ],
         claims=[

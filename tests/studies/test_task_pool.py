@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from advmoe.config import Config
-from advmoe.studies import pool
+from advmoe.studies import task_pool
 from advmoe.studies.plan import PlannedRun
-from advmoe.studies.pool import run_tasks
-from advmoe.studies.spec import Measure, Row
+from advmoe.studies.rows import Measure, Row
+from advmoe.studies.task_pool import run_tasks
 
 ROOT = Path(__file__).parents[2]
 HOW = {"threads": 1, "accelerator": "cpu"}
@@ -135,7 +135,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from advmoe.studies.plan import PlannedRun
-from advmoe.studies.pool import run_tasks
+from advmoe.studies.task_pool import run_tasks
 from advmoe.config import Config
 
 folder = Path(sys.argv[1])
@@ -176,4 +176,4 @@ def test_each_worker_sees_one_card_of_those_there_are(monkeypatch, seen, count, 
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    assert pool._cards(accelerator) == cards
+    assert task_pool._cards(accelerator) == cards

@@ -2,10 +2,10 @@
 
 import pytest
 
-from advmoe.studies.present import RA
+from advmoe.studies.comparisons import measured, method_bars, named, ordering, orderings, overview, scales_of
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
-from advmoe.studies.shared import measured, method_bars, named, ordering, orderings, overview, scales_of
+from advmoe.studies.tables import RA
 
 
 @pytest.fixture

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
-    RA,
-    SA,
-    WORST,
-    by_method,
-    lines,
-    stacked,
-    table,
-)
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    categories,
-)
-from advmoe.studies.scales import Scale
-from advmoe.studies.shared import (
+from advmoe.studies.comparisons import (
     MEASURED,
     RA_LABEL,
     compared,
     measured,
     scales_of,
 )
-from advmoe.studies.spec import Figure, Outcome, Row, Study
+from advmoe.studies.results import (
+    PGD,
+    Results,
+    categories,
+)
+from advmoe.studies.rows import Row
+from advmoe.studies.scales import Scale
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import (
+    RA,
+    SA,
+    WORST,
+    by_method,
+    table,
+    with_points,
+)
 
 THETA, THETA2, M1, M2, M3 = (
     "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",
@@ -42,7 +43,7 @@ def _fig3_rows(scale: Scale, _: Results) -> list[Row]:
     return [measured(scale, scale.run(m, more=more, scale=r)) for r, more in choices for m in (THETA, M1, M2, M3)]
 
 
-def _fig3_show(scale: Scale, results: Results) -> Outcome:
+def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
     said = paper.figure(3)
     names = {
         THETA: "router_robustified_moe", M1: "standard_moe_M1", M2: "at_s_dense_M2", M3: "sparse_mask_M3",
@@ -58,16 +59,16 @@ def _fig3_show(scale: Scale, results: Results) -> Outcome:
     )
     shown = table("By model scale", results, ["scale", "method"], [RA, WORST, SA])
     caption = f"Mean over seeds. The paper, percent at r = 0.5: {_percents({k: said[v] for k, v in names.items()})}."
-    return Outcome(
+    return StudyFindings(
         tables=[shown],
         figures=[
-            lines(
+            Picture(
+                "lines",
                 "fig3",
                 "Routers robustified alone",
-                by_method(results, "scale", RA.value),
-                xlabel="model scale r",
-                ylabel=RA_LABEL,
-                caption=caption,
+                with_points(by_method(results, "scale", RA.value)),
+                {"xlabel": "model scale r", "ylabel": RA_LABEL},
+                caption,
             )
         ],
         claims=[claim("insight-1", statement, verdicts)],
@@ -78,7 +79,7 @@ def _percents(numbers: dict[str, float]) -> str:
     return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
 
 
-def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Figure]:
+def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Picture]:
     """The table and the bars of dissected rows: shares of all images, mean over seeds."""
     rows: list[dict[str, Any]] = []
     shares: dict[str, dict[str, float]] = {}
@@ -100,7 +101,7 @@ def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[d
     better = {"model": "higher", "routers": "higher"}
     columns = [{"key": key, "title": head, "better": better.get(key)} for key, head in heads.items()]
     shown = {"title": title, "caption": caption, "columns": columns, "rows": rows}
-    return shown, stacked(id, title, shares, xlabel="share of all test images (%)", caption=caption)
+    return shown, Picture("stacked", id, title, shares, {"xlabel": "share of all test images (%)"}, caption)
 
 
 def _dissected(scale: Scale, method: str) -> Row:
@@ -111,7 +112,7 @@ def _fig4_rows(scale: Scale, _: Results) -> list[Row]:
     return [_dissected(scale, THETA), measured(scale, scale.run(M1))]
 
 
-def _fig4_show(scale: Scale, results: Results) -> Outcome:
+def _fig4_show(scale: Scale, results: Results) -> StudyFindings:
     said = paper.figure(4)
     caption = (
         f"The paper (r = 0.5, percent): category 1 {said['unsuccessful_on_both_1']:g}, "
@@ -138,7 +139,7 @@ def _fig4_show(scale: Scale, results: Results) -> Outcome:
         "Of the attacks that routers withstand more than half fool the prediction (category 3 > 1), though robust "
         "routers help (more robust than the standard MoE)."
     )
-    return Outcome(
+    return StudyFindings(
         tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
         claims=[claim("insight-2", statement, verdicts)],
     )  # fmt: skip
@@ -148,7 +149,7 @@ def _fig5_rows(scale: Scale, _: Results) -> list[Row]:
     return [_dissected(scale, THETA), _dissected(scale, THETA2)]
 
 
-def _fig5_show(scale: Scale, results: Results) -> Outcome:
+def _fig5_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Before and after the experts are robustified too. Every test image is attacked."
     shown, figure = _dissections(results, "What fails once experts are robustified after routers", "fig5", caption)
     first, second = results.one(method=THETA), results.one(method=THETA2)
@@ -167,7 +168,7 @@ def _fig5_show(scale: Scale, results: Results) -> Outcome:
         "Robustifying experts after routers makes the model more robust, while the routers' robustness drops: the two "
         "do not adapt to each other."
     )
-    return Outcome(
+    return StudyFindings(
         tables=[shown, table("Accuracy", results, ["method"], [RA, WORST, SA])], figures=[figure],
         claims=[claim("insight-3", statement, verdicts)],
     )  # fmt: skip

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.present import (
-    Column,
-    bars,
-    table,
-)
 from advmoe.studies.results import (
     PGD,
     Results,
-    Trained,
+    RunResults,
     outcomes,
     point,
 )
+from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
-from advmoe.studies.spec import Figure, Measure, Row, Run
+from advmoe.studies.tables import (
+    Column,
+    table,
+    with_heights,
+)
 
 MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
 """How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""
@@ -31,7 +32,7 @@ def named(labels: Mapping[str, Any]) -> str:
     return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
-def measured(scale: Scale, run: Run, *, timed: bool = False, **more: Measure) -> Row:
+def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Measure) -> Row:
     """A row whose accuracy is measured, and its cost where a table shows time."""
     return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more})
 
@@ -79,14 +80,17 @@ def overview(title: str, results: Results, columns: Sequence[Column], paper_tabl
     return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
 
 
-def method_bars(id: str, title: str, results: Results, value: Callable[[Trained], float | None], unit: str) -> Figure:
+def method_bars(
+    id: str, title: str, results: Results, value: Callable[[RunResults], float | None], unit: str
+) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
     for dataset in results.distinct("dataset"):
         for backbone in results.select(dataset=dataset).distinct("backbone"):
             rows = results.select(dataset=dataset, backbone=backbone)
             groups[f"{backbone}, {dataset}"] = {str(row.labels["method"]): point(row, value, 0) for row in rows}
-    return bars(id, title, groups, ylabel=unit, caption="Mean over seeds, with one standard deviation to each side.")
+    caption = "Mean over seeds, with one standard deviation to each side."
+    return Picture("bars", id, title, with_heights(groups), {"ylabel": unit}, caption)
 
 
 def scales_of(scale: Scale, **choices: Sequence[float]) -> list[tuple[float, dict[str, Any]]]:

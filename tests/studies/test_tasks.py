@@ -10,9 +10,9 @@ from PIL import Image
 
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
-from advmoe.studies import work
+from advmoe.studies import tasks
 from advmoe.studies.plan import Planner
-from advmoe.studies.spec import Measure, Row
+from advmoe.studies.rows import Measure, Row
 
 HOW = {"threads": 1, "accelerator": "cpu"}
 PGD = Measure("evaluate", {"attacks": ["pgd"], "num_examples": 12})
@@ -38,23 +38,23 @@ def test_a_run_is_trained_once_and_anew_where_nothing_can_be_continued(planner, 
     run = planner.run(tiny_run("a name"), 0)
     run.path.mkdir(parents=True)
     (run.path / ".config.yaml.0123.partial").touch()  # killed before there was a checkpoint
-    work.do(run, **HOW)
+    tasks.do(run, **HOW)
     assert run.state() == "finished" and not (run.path / ".config.yaml.0123.partial").exists()
     assert Config.load(run.path / "config.yaml") == Config.from_dict(run.config)
     manifest = (run.path / "manifest.json").read_text()
     assert json.loads(manifest)["name"] == "a name" and json.loads(manifest)["threads"] == 1
-    work.do(run, **HOW)
+    tasks.do(run, **HOW)
     assert (run.path / "manifest.json").read_text() == manifest
 
 
 def test_damaged_weights_of_a_finished_run_are_made_again(planner, tiny_run):
     run = planner.run(tiny_run("run"), 0)
-    work.do(run, **HOW)
+    tasks.do(run, **HOW)
     weights = run.path / "model.safetensors"
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     assert run.state() == "interrupted"
-    work.do(run, **HOW)
+    tasks.do(run, **HOW)
     assert run.state() == "finished" and weights.read_bytes() == sound
 
 
@@ -63,9 +63,9 @@ def test_measurements_are_of_the_same_images_whatever_the_seed(tmp_path, tiny_ru
     (row,) = planner.rows([Row(tiny_run("run"), {"accuracy": PGD})])
     indices = []
     for seed in (0, 1):
-        work.do(row.runs[seed], **HOW)
+        tasks.do(row.runs[seed], **HOW)
         task = row.measures[seed]["accuracy"]
-        work.do(task, **HOW)
+        tasks.do(task, **HOW)
         with np.load(task.path / "evaluation-examples.npz") as arrays:
             indices.append(arrays["index"].tolist())
         assert json.loads(task.result.read_text())["num_examples"] == 12
@@ -84,12 +84,12 @@ def test_a_measurement_takes_the_images_from_where_they_are_now(tmp_path, planne
 
     here, there = tmp_path / "here", tmp_path / "there"
     here.symlink_to(pictures)
-    work.do(planned(here).runs[0], **HOW)
+    tasks.do(planned(here).runs[0], **HOW)
     here.rename(there)
     row = planned(there, {"accuracy": PGD, "cost": Measure("cost", {"batches": [2], "seconds": 0.0})})
     assert row.runs[0].state() == "finished"
     for task in row.measures[0].values():
-        work.do(task, **HOW)
+        tasks.do(task, **HOW)
     assert json.loads(row.measures[0]["accuracy"].result.read_text())["num_examples"] == 12
     cost = json.loads(row.measures[0]["cost"].result.read_text())
     assert next(iter(cost["models"])) == "dense" and cost["batches"][-1]["ms_per_image"]["dense"] > 0
@@ -106,7 +106,7 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
             raise OtherSettings("the evaluation must be continued with the same torch, got another")
 
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
-    work.do(task, **HOW)
+    tasks.do(task, **HOW)
     assert calls == [True, False] and task.state() == "finished"
 
     other = planner.measure(Measure("evaluate", {"attacks": ["pgd-3"]}), run)
@@ -114,7 +114,7 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
         "advmoe.evaluation.runs.evaluate_run", lambda *_, **__: (_ for _ in ()).throw(ValueError("bad"))
     )
     with pytest.raises(ValueError, match=r"^bad$"):
-        work.do(other, **HOW)
+        tasks.do(other, **HOW)
     assert other.state() == "missing"
 
 
@@ -126,7 +126,7 @@ def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run,
     first, second = (planner.measure(Measure("evaluate", {"attacks": [name]}), run) for name in ("pgd-1", "pgd-2"))
     at_once = threading.Barrier(2, timeout=20)  # broken unless both are inside
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", lambda *_, **__: at_once.wait())
-    threads = [threading.Thread(target=work.do, args=(each,), kwargs=HOW) for each in (first, second)]
+    threads = [threading.Thread(target=tasks.do, args=(each,), kwargs=HOW) for each in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -139,7 +139,7 @@ def test_of_two_that_want_the_same_the_second_waits(planner, tiny_run, write_wei
     run.path.parent.mkdir(parents=True)
     with run.path.with_name(f".{run.key}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = threading.Thread(target=work.do, args=(run,), kwargs=HOW)
+        second = threading.Thread(target=tasks.do, args=(run,), kwargs=HOW)
         second.start()
         second.join(0.3)
         assert second.is_alive() and run.state() == "missing"

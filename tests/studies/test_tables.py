@@ -2,9 +2,8 @@
 
 import pytest
 
-from advmoe.studies.present import RA, SA, Column, bars, by_method, draw, lines, mean_series, stacked, table, text
 from advmoe.studies.results import PGD, Results, accuracy_under
-from advmoe.studies.spec import Figure
+from advmoe.studies.tables import RA, SA, Column, by_method, mean_series, table, text, with_heights, with_points
 
 NOTHING = {"x": 0, "y": None, "low": None, "high": None}
 
@@ -64,38 +63,16 @@ def test_plain_values_in_a_terminal():
     ]
 
 
-def test_lines_say_in_words_what_they_show():
+def test_series_and_bars_of_which_nothing_was_measured_are_left_out():
     series = {
         "AT": [{"x": 0, "y": 80.0}, {"x": 4, "y": None}, {"x": 8, "y": 41.256}],
         "AdvMoE": [{"x": 8, "y": 50.0}],
         "missing": [NOTHING, NOTHING],
     }
-    figure = lines(
-        "f", "Title", series, xlabel="radius", ylabel="RA (%)", caption="C.", references=[("AT (Dense)", 45.5)]
-    )
-    assert figure.alt == (
-        "RA (%) against radius: AT 80 at 0, 41.26 at 8; AdvMoE 50 at 8; AT (Dense): dashed line at 45.5."
-    )
-    assert list(figure.data) == ["AT", "AdvMoE"] and len(figure.data["AT"]) == 3  # a gap stays a gap
-    assert figure.options == {"xlabel": "radius", "ylabel": "RA (%)", "references": [["AT (Dense)", 45.5]]}
-    empty = lines("f", "Title", {"missing": [NOTHING]}, xlabel="x", ylabel="y", caption="")
-    assert empty.data == {} and empty.alt == "y against x: nothing was measured."
-
-
-def test_bars_say_in_words_what_they_show():
+    assert with_points(series) == {name: series[name] for name in ("AT", "AdvMoE")}  # a gap stays a gap
     bar = {"x": 0, "low": None, "high": None}
     groups = {"A": {"AT": {**bar, "y": 12.0}, "AdvMoE": {**bar, "y": 34.567}}, "B": {"AT": NOTHING}, "C": {}}
-    figure = bars("f", "Title", groups, ylabel="RA (%)", caption="")
-    assert figure.alt == "Bars of RA (%). A: AT 12, AdvMoE 34.57."
-    assert figure.data == {"A": groups["A"]}
-    empty = bars("f", "Title", {"B": {"AT": NOTHING}}, ylabel="RA (%)", caption="")
-    assert empty.data == {} and empty.alt == "Bars of RA (%). Nothing was measured."
-
-
-def test_stacked_bars_say_in_words_what_they_show():
-    figure = stacked("f", "Title", {"PGD": {"1 both": 0.255, "4 none": 0.745}}, xlabel="share (%)", caption="")
-    assert figure.alt == "share (%). PGD: 1 both 25.5 %, 4 none 74.5 %."
-    assert stacked("f", "Title", {}, xlabel="share (%)", caption="").alt == "share (%). Nothing was measured."
+    assert with_heights(groups) == {"A": groups["A"]}
 
 
 def test_a_series_for_each_value_of_a_label_in_the_order_of_another(row, evaluated):
@@ -123,26 +100,3 @@ def test_a_series_over_epochs_is_the_mean_of_the_seeds_that_have_them(row):
         {"x": 1, "y": None, "low": None, "high": None}
     ]
     assert mean_series([row({}, {})], lambda run: []) == []
-
-
-@pytest.mark.parametrize(
-    ("figure", "word"),
-    [
-        (lines("a", "T", {"AT": [{"x": 0, "y": 1.0}]}, xlabel="x", ylabel="y", caption="", references=[("r", 2)]), "r"),
-        (bars("b", "T", {"A": {"AT": {"y": 1.0}}}, ylabel="y", caption=""), "A"),
-        (stacked("c", "T", {"A": {"part": 1.0}}, xlabel="x", caption=""), "part"),
-        (
-            Figure(
-                id="d", title="T", kind="histogram", data={"h": {"edges": [0, 1], "shares": [1.0]}},
-                options={"xlabel": "x", "ylabel": "height"}, caption="", alt="",
-            ),
-            "height",
-        ),
-    ],
-    ids=lambda each: getattr(each, "kind", ""),
-)  # fmt: skip
-def test_every_kind_of_figure_is_drawn(tmp_path, figure, word):
-    for suffix in ("svg", "png"):
-        draw(figure, tmp_path / f"figure.{suffix}")
-    assert f">{word}</text>" in (tmp_path / "figure.svg").read_text()
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
