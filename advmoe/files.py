@@ -36,7 +36,12 @@ def require_writable(name: str, folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, which then takes its place; a failure leaves `path` as it was."""
+    """Have `write` fill a file beside `path`, which then takes its place; a failure leaves `path` as it was.
+
+    Raises `ValueError` where `path` is a folder, before anything is written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} must be a file, got a folder")
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         write(partial)

@@ -4,6 +4,7 @@ import pytest
 
 from advmoe import cli
 from advmoe.config import Config
+from advmoe.errors import InputError
 from advmoe.files import read_object, require_writable, write_text
 
 LINUX = pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc")
@@ -85,6 +86,13 @@ def test_text_is_written_in_utf_8_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(file, "half \udc80")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a.txt", "größer".encode())]
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(InputError, match=r"result\.json must be a file, got a folder"):
+        write_text(tmp_path / "result.json", "{}")
+    assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

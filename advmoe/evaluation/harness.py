@@ -99,6 +99,9 @@ class Journal:
         if self.path is None:
             return None
         require_plain(self.path, itself=True)
+        for file in self.path.iterdir() if self.path.exists() else ():
+            if file.is_dir():
+                raise InputError(f"{file} must be a file, got a folder")
         if not self._hold():
             raise InputError(
                 f"out must be free of other evaluations, got {str(self.path.parent)!r}: one is at work there"

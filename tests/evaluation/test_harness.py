@@ -52,6 +52,15 @@ def test_what_another_process_is_at_is_left_alone(left):
     assert not left.exists()
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_place_of_a_result_is_named_and_left_alone(left, resume):
+    (left / TASK.file).unlink()
+    (left / TASK.file).mkdir()
+    with pytest.raises(ValueError, match=rf"{TASK.file} must be a file, got a folder"):
+        Journal(left).open({"seed": 0}, resume=resume)
+    assert (left / TASK.file).is_dir() and (left / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -81,13 +81,14 @@ class Session:
             counts = self.counts[case.kind]
             counts.update(bench.counts)
             counts["cases"] += 1
-            with (self.soak.work / "cases.log").open("a") as file:
+            with (self.soak.work / "cases.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 what = " ".join((bench.log or [""])[0].splitlines()[:1])[:200]
                 file.write(f"{case}  {time.monotonic() - started:.0f} s  {trouble or 'fine'}  {what}\n")
             if trouble is not None:
                 counts["failures"] += 1
                 self.failed.append(f"{case}  {trouble}")
-                (folder / "log.txt").write_text("\n\n".join([*bench.log, f"FAILED: {trouble}"]))
+                text = "\n\n".join([*bench.log, f"FAILED: {trouble}"])
+                (folder / "log.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
                 print(f"FAILED  {case}: {trouble}\n        again: {self.again} --case {case}   log: {folder}/log.txt")
                 sys.stdout.flush()
         if trouble is None:
@@ -119,6 +120,7 @@ def main() -> int:
         advmoe, sys.executable, work, options.limit, options.patience, hasattr(os, "geteuid") and os.geteuid() == 0
     )
     session = Session(soak, f"{sys.executable} {' '.join(sys.argv[:1])} --work {work} --advmoe '{options.advmoe}'")
+    sys.stdout.reconfigure(errors="backslashreplace")  # cases have words that are no UTF-8
     print(f"seed {seed}, {options.minutes:g} minutes, {options.jobs} at a time, kinds {', '.join(kinds)}, in {work}")
     started = time.monotonic()
     if options.case:
