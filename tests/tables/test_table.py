@@ -1,0 +1,78 @@
+import subprocess
+import sys
+
+import pytest
+
+from advmoe.config import Config, DataConfig, TrainingConfig
+from advmoe.errors import InputError
+from advmoe.tables import ALTERNATIONS, BACKBONES, DATASETS, METHODS, DataSet, Family, Level, Method, Table
+
+
+def numbers():
+    return Table(
+        "size", {"small": 1, "large": 9}, Family("at-N", lambda name: int(name[3:]) if name[:3] == "at-" else None)
+    )
+
+
+def test_an_entry_is_found_by_its_name_or_by_its_family():
+    assert [numbers().find(name) for name in ("small", "large", "at-5")] == [1, 9, 5]
+    assert list(numbers()) == ["small", "large"]
+
+
+@pytest.mark.parametrize("name", ["huge", "", None, ["small"]])
+def test_what_there_is_not_is_refused_with_what_there_is(name):
+    with pytest.raises(InputError, match="size must be one of small, large, at-N, got "):
+        numbers().find(name)
+    with pytest.raises(InputError, match=r"model\.size must be one of"):
+        numbers().require("model.size", name)
+
+
+def test_a_name_is_given_once():
+    table = numbers()
+    table.add("medium", 4)
+    assert table.find("medium") == 4
+    for name in ("medium", "at-7"):
+        with pytest.raises(InputError, match=f"size has '{name}' already"):
+            table.add(name, 5)
+
+
+def test_the_tables_and_the_configuration_import_no_torch():
+    code = "import sys; from advmoe.config import Config; Config(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_a_method_s_levels_say_of_it():
+    facts = {name: (m.adversarial, m.apart, m.routers_apart, m.trains_routers) for name, m in METHODS.items()}
+    assert facts == {
+        "standard": (False, False, False, True),
+        "at": (True, False, False, True),
+        "at-routers": (True, True, True, True),
+        "at-experts": (True, True, False, False),
+        "sparse": (True, False, False, True),
+        "advmoe": (True, True, True, True),
+    }
+
+
+@pytest.mark.parametrize("name", ["every-1", "every-0", "every-02", "every-10001", "shared-every-1", "every-"])
+def test_k_is_a_whole_number_from_2(name):
+    with pytest.raises(InputError, match=r"training\.alternation must be one of both, .*every-K"):
+        ALTERNATIONS.find(name)
+
+
+def test_every_k_runs_the_routers_level_in_every_kth_iteration():
+    assert ALTERNATIONS.find("every-4").levels == (Level("routers", every=4), Level("experts", batch=1))
+    assert ALTERNATIONS.find("shared-every-3").levels == (Level("routers", every=3), Level("experts"))
+
+
+def test_a_wide_resnet_is_known_by_its_numbers():
+    assert BACKBONES.find("wrn-40-4").width == 64 and BACKBONES.find("wrn-40-4").label == "WRN-40-4"
+
+
+def test_a_new_entry_is_a_choice_of_its_field(monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", DataSet(lambda request: None, "Mine", streamed=True))
+    monkeypatch.setitem(METHODS, "experts-only", Method((Level("experts"),), "Experts", "the experts alone"))
+    assert DataConfig(name="mine").name == "mine"
+    assert TrainingConfig(method="experts-only").levels() == (Level("experts"),)
+    assert "data.workers" not in Config(data=DataConfig(name="mine")).idle()
+    with pytest.raises(InputError, match=r"training\.method must be one that trains routers"):
+        TrainingConfig(method="experts-only", balance=0.1)
