@@ -39,7 +39,7 @@ from advmoe.models.modes import Undrawn
 from advmoe.models.normalize import Normalize
 from advmoe.models.sparse import SparseBackbone
 from advmoe.models.state import count, digest, read_shapes, require_fitting, savable, write_tensors
-from advmoe.moe.routers import ImageRouter, routers_of
+from advmoe.moe.routers import routers_of
 from advmoe.rundir import DIGEST, MODEL, WEIGHTS, require_plain, stored_digest
 from advmoe.tables import BACKBONES, ROUTERS, Backbone
 from advmoe.text import one_line, show
@@ -120,11 +120,9 @@ def create_model(
             dense = build(LayerFactory(replace(config, kind="dense")))
         raise TooNarrow(scale, error.channels, _layer_of(dense, error.channels)) from None
     image_router = None
-    if kind == "moe" and not ROUTERS[router].in_layers:
+    if kind == "moe" and (build_router := ROUTERS[router].build) is not None:
         pool = getattr(backbone, "router_pool", 1)
-        image_router = ImageRouter(
-            in_channels, wide, layers.num_moe_layers, num_experts, shared=not ROUTERS[router].apart, pool=pool
-        )
+        image_router = build_router(in_channels, wide, layers.num_moe_layers, num_experts, pool=pool)
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})
 

@@ -466,9 +466,11 @@ def _image_router(module: nn.Module, settings: dict[str, Any], num_layers: int) 
     first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
     if first is None:
         raise InputError(f"router must be layer for a network without Conv2d, got {settings['router']!r}")
-    router = ImageRouter(
+    build = ROUTERS[settings["router"]].build
+    assert build is not None
+    router: ImageRouter = build(
         settings["in_channels"] or first.in_channels, first.out_channels, num_layers, settings["num_experts"],
-        shared=not ROUTERS[settings["router"]].apart, pool=_two(first.stride)[0],
+        pool=_two(first.stride)[0],
     )  # fmt: skip
     device, dtype = _place(module)
     return router.to(device, torch.promote_types(dtype, torch.float32)).train(module.training)
