@@ -47,9 +47,9 @@ from advmoe.models import Classifier, create_model
 from advmoe.models.modes import frozen
 from advmoe.models.runs import load_run
 from advmoe.recipes import recipe
+from advmoe.tables import Level
 from advmoe.threat import ThreatModel
 from advmoe.training import manifest as manifests
-from advmoe.training.methods import Level
 from advmoe.training.objectives import Terms
 from advmoe.training.run import fit
 from advmoe.training.trainer import Trainer, build_model

@@ -33,7 +33,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.config import Config, Method, ModelConfig, ModelKind, Precision, TrainingConfig
+from advmoe.config import Config, ModelConfig, ModelKind, Precision, TrainingConfig
 from advmoe.data import Dataset, ImageSet
 from advmoe.evaluation.scoring import measuring
 from advmoe.models import Classifier
@@ -43,8 +43,8 @@ from advmoe.moe.routers import LayerRouter, routers_of
 from advmoe.moe.routing import forward_scope
 from advmoe.ops import kernels_used
 from advmoe.seeding import generator_for
+from advmoe.tables import METHODS
 from advmoe.training import manifest as manifests
-from advmoe.training.methods import METHODS
 from advmoe.training.monitor import LayerUse
 from advmoe.training.trainer import Trainer, build_model
 
@@ -103,7 +103,7 @@ def random_dataset(setting: Setting, batches: int = 4) -> Dataset:
     return Dataset("random", ImageSet(images, labels), empty, empty, classes, flip=True, **statistics_of)
 
 
-def make_config(setting: Setting, kind: ModelKind, method: Method = "at", precision: Precision = "32-true") -> Config:
+def make_config(setting: Setting, kind: ModelKind, method: str = "at", precision: Precision = "32-true") -> Config:
     """The paper's setting: r = 0.5, N = 2, layer routers, TRADES with K = 2 steps, both levels in every iteration;
     `setting`'s sizes.
     """
@@ -323,7 +323,7 @@ class Stepper:
 
     def step(self) -> Mapping[str, float]:
         """One iteration of the method, each level on its own batch; milliseconds of each level if there are several."""
-        levels, laps = METHODS[self.trainer.config.training.method], {}
+        levels, laps = METHODS[self.trainer.config.training.method].levels, {}
         for level in levels:
             start = now(self.setting.device)
             self.trainer.step(level, *self.draw(), self.generator)
@@ -342,7 +342,7 @@ class Stepper:
             return {"train": training, "eval": loads(self.trainer.model, x)}
 
 
-def make_stepper(setting: Setting, kind: ModelKind, method: Method, precision: Precision, start: Classifier) -> Stepper:
+def make_stepper(setting: Setting, kind: ModelKind, method: str, precision: Precision, start: Classifier) -> Stepper:
     """A trainer of `method` from the weights of `start`, which it leaves as they are."""
     dataset = random_dataset(setting)
     config = make_config(setting, kind, method, precision)

@@ -20,7 +20,7 @@ from advmoe.models import create_model, load_model, save_model, split_parameters
 from advmoe.models.layers import LayerFactory
 from advmoe.models.vit import Block, num_heads, patch_size
 from advmoe.moe import MoEMLP, pathway, route, routers_of
-from advmoe.training.methods import METHODS
+from advmoe.tables import METHODS
 from advmoe.training.run import train
 from advmoe.training.trainer import Trainer, build_model
 
@@ -296,7 +296,7 @@ def test_each_level_of_advmoe_moves_its_half_and_not_one_bit_of_the_other(model,
     phi = {id(p) for p in split_parameters(trainer.model)[1]}
     names = {name for name, p in trainer.model.named_parameters() if id(p) in phi}
     routers = [name for name, m in trainer.model.named_modules() if m in list(routers_of(trainer.model))]
-    for level in METHODS["advmoe"]:
+    for level in METHODS["advmoe"].levels:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         terms = trainer.step(level, x, y, torch.Generator().manual_seed(1))
         assert all(term.isfinite() for term in terms.values())

@@ -126,7 +126,7 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
 
     (figure,) = content["figures"]
     # From the settings, whatever the scale says; the routed run alone has experts.
-    size = "2 epochs, all training images, linf, eps 0.1, K = 1, r = 0.5, N = 2; PGD of 2 steps, 30 test images"
+    size = "2 epochs, 320 training images, linf, eps 0.1, K = 1, r = 0.5, N = 2; PGD of 2 steps, 30 test images"
     assert content["size"] == size
     assert shown["caption"] == f"Tiny. {size}."
     assert (figure["id"], figure["kind"], figure["caption"]) == ("tiny-ra", "lines", f"A caption. {size}.")
