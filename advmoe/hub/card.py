@@ -21,8 +21,6 @@ from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, st
 from advmoe.tables import DATASETS, METHODS
 from advmoe.text import percent, radius
 
-PAPER = "https://arxiv.org/abs/2308.10110"
-
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
 

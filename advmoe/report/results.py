@@ -31,12 +31,12 @@ from advmoe.rundir import (
     stale,
     unsealed,
 )
+from advmoe.tables import METHODS
 from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 KINDS = {"moe": "MoE", "dense": "Dense", "s-dense": "S-Dense", "sparse": "Sparse"}
-METHODS = {"advmoe": "AdvMoE", "at": "AT", "standard": "standard", "sparse": "AT (Sparse)"}
 
 _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
@@ -100,7 +100,7 @@ class RunFolder:
         method, kind = self.field("training", "method"), str(self.field("model", "kind"))
         if method == "at":
             return f"AT ({KINDS.get(kind, kind)})"
-        shown = METHODS.get(str(method), str(method))
+        shown = METHODS[str(method)].label if str(method) in METHODS else str(method)
         return shown if method in ("advmoe", "sparse") or kind == "moe" else f"{shown} ({KINDS.get(kind, kind)})"
 
     @property

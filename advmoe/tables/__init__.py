@@ -6,11 +6,11 @@ when it is built. Attacks (`evaluation.suite`) and their losses (`attacks.losses
 
 from advmoe.tables.backbones import BACKBONES, Backbone
 from advmoe.tables.datasets import DATASETS, DataSet
-from advmoe.tables.methods import ALTERNATIONS, METHODS, Alternation, Level, Method, Part
+from advmoe.tables.methods import ALTERNATIONS, METHODS, PAPER, Alternation, Level, Method, Part
 from advmoe.tables.routers import ROUTERS, Router
 from advmoe.tables.table import Family, Table, lazily
 
 __all__ = [
-    "ALTERNATIONS", "BACKBONES", "DATASETS", "METHODS", "ROUTERS", "Alternation", "Backbone", "DataSet", "Family",
-    "Level", "Method", "Part", "Router", "Table", "lazily",
+    "ALTERNATIONS", "BACKBONES", "DATASETS", "METHODS", "PAPER", "ROUTERS", "Alternation", "Backbone", "DataSet",
+    "Family", "Level", "Method", "Part", "Router", "Table", "lazily",
 ]  # fmt: skip

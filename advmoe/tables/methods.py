@@ -13,6 +13,8 @@ from typing import Literal
 
 from advmoe.tables.table import Family, Table
 
+PAPER = "https://arxiv.org/abs/2308.10110"
+
 Part = Literal["all", "experts", "routers", "scores"]
 
 
@@ -38,7 +40,7 @@ class Method:
     levels: tuple[Level, ...]
     """In the order in which an iteration runs those due."""
     label: str
-    """What tables call it, ahead of the kind of network where that says more."""
+    """What tables call it, but for the kind of network."""
     sentence: str
     """What it does, in a model card."""
     start: bool = False
@@ -85,13 +87,13 @@ METHODS: Table[Method] = Table(
         ),
         # Its second phase; before and after it is `at` (see `training.phases`).
         "sparse": Method(
-            (Level("scores"),), "AT",
+            (Level("scores"),), "AT (Sparse)",
             "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
             kind="sparse",
         ),
         "advmoe": Method(
             _BOTH, "AdvMoE",
-            "[AdvMoE](https://arxiv.org/abs/2308.10110): routers and experts in turn, each against attacks",
+            f"[AdvMoE]({PAPER}): routers and experts in turn, each against attacks",
         ),
     },
 )  # fmt: skip
