@@ -177,7 +177,7 @@ ATTACKS: Table[Form] = Table(
         "autoattack-plus": _AutoAttack("autoattack-plus", "plus"),
         "autoattack-rand": _AutoAttack("autoattack-rand", "rand"),
     },
-    Family("pgd-STEPS[-margin|-dlr|-kl][-soft]", _pgd),
+    Family(f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]", _pgd),
     Family("autoattack:NAME+NAME", _custom),
 )
 
