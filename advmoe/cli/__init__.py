@@ -42,6 +42,9 @@ COMMANDS: dict[str, Any] = {
 CLOSED = 141
 """The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
 
+ROOM_FOR_BYTECODE = 64 * 2**20
+"""Bytes of a disk that bytecode may need: PyTorch's and ours."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (training diverged, an exported file computes something else, or a part of
@@ -51,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _accept_any_text()
     _wait_passively()
+    _spare_bytecode()
     try:
         with raised():
             command, options = _parse(argv)
@@ -99,6 +103,23 @@ def _wait_passively() -> None:
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def _spare_bytecode() -> None:
+    """Have Python, and the processes that this one starts, write no bytecode where there may be no room for it.
+
+    Python 3.11 then keeps a part of a module's, and can import that module no more (python/cpython#126606).
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has neither such limits nor `statvfs`
+        return
+    disk = os.statvfs(os.path.dirname(__file__))
+    room = disk.f_bavail * disk.f_frsize
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY and room >= ROOM_FOR_BYTECODE:
+        return
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:

@@ -195,6 +195,29 @@ def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
     assert done.stdout == b"done\n"
 
 
+def test_no_room_for_bytecode_leaves_every_module_whole(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": ROOT, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1)); "
+    start = "from advmoe import cli; raise SystemExit(cli.main({}))"
+
+    def ended(code: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        return done.returncode, done.stderr
+
+    def modules() -> set[Path]:
+        return set((tmp_path / "bytecode").rglob("*.pyc"))
+
+    assert ended(start.format(["--version"]))[0] == 0  # what is imported before a command knows of its limits
+    before = modules()
+    refused = ended(limited + start.format(["report", "none"]))
+    assert modules() == before
+    assert ended(start.format(["report", "none"])) == refused
+    assert refused[0] == 2 and modules() > before
+
+
 def test_recipes_and_version(tmp_path: Path) -> None:
     listed = run(tmp_path, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
