@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from advmoe.data.decode import Bytes, decode, middle_square
+from advmoe.data.decode import Bytes, decode, middle_square, shorter_side
 from advmoe.data.listing import Listing
 from advmoe.data.types import ImageSet
 from advmoe.documents import read_array
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_array, write_text
-from advmoe.progress import bar
+from advmoe.progress import bar, tracked
 from advmoe.text import one_line
 
 CACHE_FOLDER = ".advmoe-cache"
@@ -34,6 +34,8 @@ CACHE_FOLDER = ".advmoe-cache"
 # Part of the fingerprint: raise it when decoding changes, so that arrays made the old way are not used.
 _CACHE_VERSION = 1
 _FILES_PER_TASK = 64
+SIDES = (32, 64, 128, 224)
+"""Sides in pixels that images of several sizes, or of none that is square, are brought to."""
 # Mean bytes per file under which threads do not help: 60,000 of 1 kB took 27 s with two, 17 s with one.
 _SMALL_FILE = 2**14
 
@@ -48,7 +50,19 @@ class _File(NamedTuple):
     """Time of the last change, in nanoseconds."""
 
 
-def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | None) -> dict[str, ImageSet]:
+class Decoded(NamedTuple):
+    """Listed images in memory."""
+
+    parts: dict[str, ImageSet]
+    notes: tuple[str, ...]
+    """Which size was chosen for them, where that was left to this module."""
+
+
+class _NotOfOneSize(Exception):
+    """Images that make no array as they are."""
+
+
+def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | None) -> Decoded:
     """Load listed files into memory; the first use decodes every file, later ones open the cache.
 
     Images become RGB, turned as their EXIF data says; an alpha channel is dropped; 16-bit grey is scaled to 8 bits.
@@ -57,28 +71,31 @@ def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | 
         root: The folder that paths are relative to.
         listings: The images of `train` and of `test`, at least one each.
         image_size: Side in pixels: images are cropped to their middle square and resized (bicubic, antialiased). None
-            takes them as they are, which must be square and of one size.
+            takes squares of one size, of 224 pixels at most, as they are; for others it is the largest of `SIDES`
+            that most of them fill.
 
     Returns:
         Each part, images (N, 3, H, H) in the order of its listing.
 
     Raises:
-        ValueError: A file cannot be found or decoded, or sizes differ.
+        ValueError: A file cannot be found or decoded.
     """
     parts = {part: [_found(root, path) for path, _ in listing] for part, listing in listings.items()}
     fingerprint = _fingerprint(parts, image_size)
     stem = f"{'own' if image_size is None else image_size}"
     folders = _cache_folders(root)
-    arrays = next((found for folder in folders if (found := _open_cache(folder, stem, fingerprint))), None)
-    if arrays is None:
-        arrays = _decode_parts(root, parts, image_size)
-        if not any(_write_cache(folder, stem, fingerprint, arrays) for folder in folders):
+    cached = next((found for folder in folders if (found := _open_cache(folder, stem, fingerprint))), None)
+    if cached is None:
+        arrays, note = cached = _decode_parts(root, parts, image_size)
+        if not any(_write_cache(folder, stem, fingerprint, arrays, note) for folder in folders):
             tried = ", ".join(str(folder) for folder in folders)
             warnings.warn(f"the decoded images could not be kept for the next time (tried {tried})", stacklevel=2)
-    return {
+    arrays, note = cached
+    images = {
         part: ImageSet(torch.from_numpy(arrays[part]), torch.tensor([label for _, label in listing]))
         for part, listing in listings.items()
     }
+    return Decoded(images, () if note is None else (note,))
 
 
 def _found(root: Path, path: str) -> _File:
@@ -109,8 +126,10 @@ def _cache_folders(root: Path) -> tuple[Path, Path]:
     return root / CACHE_FOLDER, user / "advmoe" / key
 
 
-def _open_cache(folder: Path, stem: str, fingerprint: str) -> dict[str, Bytes] | None:
-    """Return the arrays kept in `folder`, or None if there are none, or not of these files, or they are damaged."""
+def _open_cache(folder: Path, stem: str, fingerprint: str) -> tuple[dict[str, Bytes], str | None] | None:
+    """Return the arrays kept in `folder`, and the note on them, or None if there are none, or not of these files, or
+    they are damaged.
+    """
     try:
         record = read_object(folder / f"{stem}.json")
         if record["fingerprint"] != fingerprint:
@@ -123,16 +142,17 @@ def _open_cache(folder: Path, stem: str, fingerprint: str) -> dict[str, Bytes] |
             if zlib.crc32(array.data) != record[part]["crc32"]:
                 return None
             arrays[part] = array
-        return arrays
+        note = record.get("note")
+        return arrays, None if note is None else str(note)
     # Whatever is wrong with files that can be made again, the answer is to make them again: a damaged header has NumPy
     # raise errors of many kinds, MemoryError among them.
     except Exception:
         return None
 
 
-def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, Bytes]) -> bool:
+def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, Bytes], note: str | None) -> bool:
     """Keep the arrays in `folder`, replacing those of the same `stem`; return whether that was possible."""
-    record: dict[str, object] = {"fingerprint": fingerprint}
+    record: dict[str, object] = {"fingerprint": fingerprint} | ({} if note is None else {"note": note})
     kept = {f"{stem}.json"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,13 +171,37 @@ def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, By
     return True
 
 
-def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | None) -> dict[str, Bytes]:
-    """Decode every file; large ones with a thread per core."""
+def _decode_parts(
+    root: Path, parts: dict[str, list[_File]], image_size: int | None
+) -> tuple[dict[str, Bytes], str | None]:
+    """Decode every file; a note says which size was chosen, if one was."""
+    if image_size is not None:
+        return _decode_all(root, parts, image_size), None
+    try:
+        return _decode_all(root, parts, None), None
+    except _NotOfOneSize:
+        size, note = _chosen_size([root / file.path for files in parts.values() for file in files])
+        return _decode_all(root, parts, size), note
+
+
+def _chosen_size(paths: list[Path]) -> tuple[int, str]:
+    """The largest of `SIDES` that most of these images fill, and a note on it."""
+    sides = sorted(shorter_side(path) for path in tracked(paths, "sizes", unit="image"))
+    middle = sides[(len(sides) - 1) // 2]  # at least as many images fill it as do not
+    size = max((side for side in SIDES if side <= middle), default=SIDES[0])
+    wide = f"{sides[0]}" if sides[0] == sides[-1] else f"{sides[0]} to {sides[-1]}"
+    cut = f"cut to their middle squares, resized to {size} pixels (data.image_size)"
+    return size, f"images, whose shorter sides have {wide} pixels, are {cut}"
+
+
+def _decode_all(root: Path, parts: dict[str, list[_File]], image_size: int | None) -> dict[str, Bytes]:
+    """Decode every file; large ones with a thread per core. Raises `_NotOfOneSize` where no size is given and they make
+    no array as they are.
+    """
     first = parts["train"][0].path
     shape = _decode(root / first, image_size).shape
-    if shape[1] != shape[2]:
-        rule = "given when images are not square"
-        raise InputError(f"data.image_size must be {rule}, got None with {_size(shape)} in {str(root / first)!r}")
+    if image_size is None and not shape[1] == shape[2] <= SIDES[-1]:
+        raise _NotOfOneSize
     arrays = {part: np.empty((len(files), *shape), dtype=np.uint8) for part, files in parts.items()}
 
     def decode(part: str, start: int) -> int:
@@ -165,8 +209,7 @@ def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | N
         for i, file in enumerate(files, start):
             image = _decode(root / file.path, image_size)
             if image.shape != shape:
-                got = f"{_size(shape)} in {str(root / first)!r} and {_size(image.shape)} in {str(root / file.path)!r}"
-                raise InputError(f"data.image_size must be given when sizes differ, got None with {got}")
+                raise _NotOfOneSize
             arrays[part][i] = image
         return len(files)
 
@@ -187,11 +230,6 @@ def _decode_parts(root: Path, parts: dict[str, list[_File]], image_size: int | N
     finally:
         pool.shutdown(cancel_futures=True)
     return arrays
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    """Return the size of an image (C, H, W) as text, width first."""
-    return f"{shape[2]}x{shape[1]}"
 
 
 def _decode(path: Path, image_size: int | None) -> Bytes:

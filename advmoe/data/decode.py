@@ -35,6 +35,17 @@ _TRIES = 10
 _PROGRAMS = ("EPS", "WMF")
 
 
+def shorter_side(path: Path) -> int:
+    """The smaller of an image's height and width, in pixels, by what the file says of itself. Raises as `decode`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return min(opened.size)
+    except Exception as error:
+        raise _undecodable(path, error) from error
+
+
 def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
     """Read one file as RGB, (H, W, C).
 
@@ -57,9 +68,11 @@ def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
         return np.asarray(image if prepare is None else prepare(image))
     # Pillow's decoders raise errors of many kinds; which one says nothing more than the path and its text.
     except Exception as error:
-        raise InputError(
-            f"data.root must hold images that can be decoded, got {str(path)!r}: {one_line(error)}"
-        ) from error
+        raise _undecodable(path, error) from error
+
+
+def _undecodable(path: Path, error: Exception) -> InputError:
+    return InputError(f"data.root must hold images that can be decoded, got {str(path)!r}: {one_line(error)}")
 
 
 def middle_square(size: int) -> Prepare:

@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from advmoe.errors import InputError
 from advmoe.text import few, one_line
@@ -36,7 +36,7 @@ class Part:
 
     root: Path
     name: str
-    """The folder, relative to `root`."""
+    """The folder, relative to `root`; empty for `root` itself."""
     folders: Mapping[str, Sequence[str]]
     """By class folder (see `composed`), sorted: the images in it and in its sub-folders, sorted."""
     loose: Sequence[str]
@@ -54,9 +54,15 @@ class Part:
         """The folder, as errors show it."""
         return repr(str(self.root / self.name))
 
+    @property
+    def inside(self) -> str:
+        """The folder, after what lies in it."""
+        return f" in {self.name}" if self.name else ""
 
-def scan(root: Path, name: str) -> Part:
-    """Find the images in the folder `root/name`. Links are followed, but for those to a folder that they lie in.
+
+def scan(root: Path, name: str = "") -> Part:
+    """Find the images in the folder `root/name`, or in `root` itself. Links are followed, but for those to a folder
+    that they lie in.
 
     Raises:
         ValueError: A folder is missing or cannot be read, or an image is no file, as where a link leads nowhere.
@@ -69,7 +75,7 @@ def scan(root: Path, name: str) -> Part:
     folders: dict[str, list[str]] = {}
     loose: list[str] = []
     for entry in _entries(root, name):
-        path, hidden = f"{name}/{entry.name}", entry.name.startswith(".")
+        path, hidden = f"{name}/{entry.name}".lstrip("/"), entry.name.startswith(".")
         if not _is(entry.is_dir):
             _sort(entry, path, hidden, loose, unused)
         elif hidden:
@@ -77,17 +83,21 @@ def scan(root: Path, name: str) -> Part:
         else:
             folders.setdefault(composed(entry.name), []).extend(_walk(root, path, False, above, unused))
     return Part(
-        root, name, {each: sorted(folders[each]) for each in sorted(folders)}, sorted(loose), unused.notes(name)
+        root,
+        name,
+        {each: sorted(folders[each]) for each in sorted(folders)},
+        sorted(loose),
+        unused.notes(name or "data.root"),
     )
 
 
 def class_names(part: Part) -> list[str]:
     """Return the names of the class folders, sorted; each must hold an image, and no image may lie beside them."""
     if part.loose:
-        rule = f"hold the images of {part.name} in class folders"
+        rule = f"hold the images of {part.name or 'root'} in class folders"
         raise InputError(f"data.root must {rule}, got {len(part.loose)} beside them: {few(map(repr, part.loose))}")
     if not part.folders:
-        raise InputError(f"data.root must hold class folders in {part.name}, got none in {part.place}")
+        raise InputError(f"data.root must hold class folders{part.inside}, got none in {part.place}")
     require_filled(part, part.folders)
     return list(part.folders)
 
@@ -95,7 +105,7 @@ def class_names(part: Part) -> list[str]:
 def require_filled(part: Part, folders: Iterable[str]) -> None:
     """Raise `ValueError` where one of these class folders is missing or holds no image."""
     if (empty := next((name for name in folders if not part.folders.get(name)), None)) is not None:
-        rule = f"hold at least one image in {part.name}/{empty}"
+        rule = f"hold at least one image in {PurePosixPath(part.name, empty)}"
         raise InputError(f"data.root must {rule}, got none in {str(part.root / part.name / empty)!r}")
 
 

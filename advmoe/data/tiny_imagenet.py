@@ -30,7 +30,7 @@ def load_tiny_imagenet(request: Request) -> Source:
 
     Raises:
         ValueError: A file or folder of the layout is missing, an image of `val` has no class or a class no images, two
-            images or lines are of one name, a file cannot be decoded, or sizes differ.
+            images or lines are of one name, or a file cannot be decoded.
     """
     root = request.root
     if not (root / "wnids.txt").is_file() and (root / FOLDER).is_dir():
@@ -48,8 +48,8 @@ def load_tiny_imagenet(request: Request) -> Source:
         raise InputError(f"data.root must hold words.txt with words for {unnamed}, got none in {str(root)!r}")
     train, val = scan(root, "train"), scan(root, "val")
     listings = {"train": _of_wnids(train, wnids), "test": _annotated(root, val, index)}
-    parts = load_decoded(root, listings, image_size=request.image_size)
-    notes = (*train.notes, *_unlisted(train, index), *val.notes)
+    parts, sizes = load_decoded(root, listings, image_size=request.image_size)
+    notes = (*train.notes, *_unlisted(train, index), *val.notes, *sizes)
     classes = tuple(words[wnid] for wnid in wnids)
     return Source(train=parts["train"], test=parts["test"], classes=classes, flip=True, notes=notes)
 

@@ -190,8 +190,16 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """
     if not 0 <= fraction <= 0.5:
         raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
-    n = len(data)
-    labels = data.labels.cpu()
+    drawn = part_of(data.labels.cpu(), fraction, seed)
+    if fraction > 0 and not drawn.any():
+        raise InputError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
+    device = data.labels.device
+    return data.subset((~drawn).nonzero()[:, 0].to(device)), data.subset(drawn.nonzero()[:, 0].to(device))
+
+
+def part_of(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Which of the images with these `labels`, (N,) int64, `split` holds out: (N,) bool."""
+    n = len(labels)
     counts = torch.bincount(labels)
     take = torch.zeros_like(counts)
     if fraction > 0:
@@ -202,16 +210,13 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
         order = torch.argsort(total * counts % n, descending=True, stable=True)
         open_classes = order[(take < spare)[order]]
         take[open_classes[: total - int(take.sum())]] += 1
-        if not take.any():
-            raise InputError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     first = counts.cumsum(0) - counts
     rank = torch.arange(n) - first[labels[by_class]]
-    held = torch.zeros(n, dtype=torch.bool)
-    held[by_class] = rank < take[labels[by_class]]
-    device = data.labels.device
-    return data.subset((~held).nonzero()[:, 0].to(device)), data.subset(held.nonzero()[:, 0].to(device))
+    drawn = torch.zeros(n, dtype=torch.bool)
+    drawn[by_class] = rank < take[labels[by_class]]
+    return drawn
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

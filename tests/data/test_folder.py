@@ -111,14 +111,6 @@ def test_exif_orientation_is_applied(root: Path) -> None:
     assert (image[:, :, :7] == 0).all()
 
 
-def test_exif_size_counts_as_shown(root: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(root / "train" / "ant" / "0.png", Image.new("RGB", (4, 9)), exif=exif)
-    got = message(lambda: load_dataset("folder", root=root))
-    assert "with 9x4 in" in got
-
-
 def sixteen_bit(level: int) -> Image.Image:
     return Image.fromarray(np.full((8, 8), level, dtype=np.uint16))
 
@@ -175,19 +167,109 @@ def test_truncated_file_is_named(root: Path, suffix: str) -> None:
     assert str(path) in message(lambda: load_dataset("folder", root=root))
 
 
-def test_mixed_sizes_are_named(root: Path) -> None:
-    other = save(root / "test" / "cat" / "1.png", size=9)
-    first = root / "train" / "ant" / "0.png"
-    rule = "data.image_size must be given when sizes differ"
-    got = f"None with 8x8 in {str(first)!r} and 9x9 in {str(other)!r}"
-    assert message(lambda: load_dataset("folder", root=root)) == f"{rule}, got {got}"
-    assert load_dataset("folder", root=root, image_size=8).test.images.shape == (2, 3, 8, 8)
+def sized(root: Path, *sizes: tuple[int, int]) -> Path:
+    """A folder of two classes of images of these widths and heights, in turns."""
+    for i, size in enumerate(sizes):
+        save(root / "train" / "ab"[i % 2] / f"{i}.png", Image.new("RGB", size, (9, 9, 9)))
+    save(root / "test" / "a" / "0.png", Image.new("RGB", sizes[0]))
+    return root
 
 
-def test_images_that_are_not_square_are_named(root: Path) -> None:
-    path = save(root / "train" / "ant" / "0.png", Image.new("RGB", (6, 4)))
-    rule = "data.image_size must be given when images are not square"
-    assert message(lambda: load_dataset("folder", root=root)) == f"{rule}, got None with 6x4 in {str(path)!r}"
+@pytest.mark.parametrize(
+    ("sizes", "side", "sides"),
+    [
+        ([(70, 64), (80, 100), (300, 64)], 64, "64 to 80"),
+        ([(640, 480)] * 3, 224, "480"),
+        ([(20, 30), (30, 20), (10, 9)], 32, "9 to 20"),  # enlarged: no usual side is smaller
+        ([(31, 300), (300, 33), (33, 33), (500, 500)], 32, "31 to 500"),  # with the test image two of five are small
+        ([(500, 500)] * 4, 224, "500"),  # squares of one size, but too large to train on
+    ],
+)
+def test_images_that_make_no_array_get_the_largest_usual_side_that_most_fill(
+    tmp_path: Path, decoded: list[str], sizes: list[tuple[int, int]], side: int, sides: str
+) -> None:
+    root = sized(tmp_path / "photos", *sizes)
+    data = load_dataset("folder", root=root, val_fraction=0)
+    assert data.train.shape == data.test.shape == (3, side, side)
+    [note] = data.notes
+    assert f"shorter sides have {sides} pixels" in note and f"resized to {side} pixels" in note
+    decoded.clear()
+    again = load_dataset("folder", root=root, val_fraction=0)
+    assert decoded == [] and again.notes == data.notes
+    assert load_dataset("folder", root=root, val_fraction=0, image_size=16).notes == ()
+
+
+def test_squares_of_one_size_stay_as_they_are(tmp_path: Path) -> None:
+    data = load_dataset("folder", root=sized(tmp_path / "photos", *[(96, 96)] * 4), val_fraction=0)
+    assert (data.image_size, data.notes) == (96, ())
+
+
+def test_a_damaged_image_among_those_of_several_sizes_is_named(tmp_path: Path) -> None:
+    root = sized(tmp_path / "photos", (40, 40), (50, 50), (60, 60))
+    (root / "train" / "b" / "x.png").write_bytes(b"no image")
+    assert repr(str(root / "train" / "b" / "x.png")) in message(lambda: load_dataset("folder", root=root))
+
+
+def flat(root: Path, **classes: int) -> Path:
+    """Class folders of so many images, the n-th of which is (n, number of the class, 0)."""
+    for k, (name, number) in enumerate(classes.items()):
+        for i in range(number):
+            save(root / name / f"{i:03}.png", (i, k, 0))
+    return root
+
+
+def test_class_folders_without_a_split(tmp_path: Path) -> None:
+    root = flat(tmp_path / "photos", ant=10, bee=20, cat=5)
+    save(root / "cover.png")
+    data, other = (load_dataset("folder", root=root, val_fraction=0, seed=seed) for seed in (0, 1))
+    assert data.classes == ("ant", "bee", "cat")
+    assert torch.bincount(data.test.labels).tolist() == [2, 4, 1]  # a fifth of each
+    assert torch.bincount(data.train.labels).tolist() == [8, 16, 4]
+    assert torch.equal(data.test.images, other.test.images)  # whatever the training's seed
+
+    def pixels(*parts: Any) -> list[tuple[int, ...]]:
+        return sorted(tuple(each.images[i, :, 0, 0].tolist()) for each in parts for i in range(len(each)))
+
+    assert pixels(data.train, data.test) == sorted(
+        (i, k, 0) for k, number in enumerate((10, 20, 5)) for i in range(number)
+    )
+    beside, share = data.notes
+    assert beside == "data.root: 1 image left out (they lie beside class folders): 'cover.png'"
+    assert share == f"the test set is 7 of the 35 images of {root}, the same for every seed"
+
+
+def test_a_train_folder_alone_is_split_likewise(root: Path) -> None:
+    (root / "test").rename(root / "extra")
+    data = load_dataset("folder", root=root, val_fraction=0)
+    assert (len(data.train), len(data.test)) == (5, 1)
+    share, beside = data.notes
+    assert share == f"the test set is 1 of the 6 images of {root / 'train'}, the same for every seed"
+    assert beside == "extra: 1 image left out (used are those in train)"
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert load_dataset("folder", root=flat(tmp_path, bus=5, train=5)).classes == ("bus", "train")
+
+
+@pytest.mark.parametrize("name", ["Train", "training", "eval"])
+def test_parts_under_other_names_are_no_classes(tmp_path: Path, name: str) -> None:
+    flat(tmp_path / name, ant=2, bee=2)
+    flat(tmp_path / "other", ant=2, bee=2)
+    got = message(lambda: load_dataset("folder", root=tmp_path))
+    assert got.startswith("data.root must hold a folder train, ") and got.endswith(
+        f"got {name!r}, whose images lie in folders"
+    )
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_a_test_set(root: Path, name: str) -> None:
+    (root / "test").rename(root / name)
+    assert len(load_dataset("folder", root=root).test) == 1
+
+
+def test_single_images_leave_none_to_test_on(tmp_path: Path) -> None:
+    root = flat(tmp_path, ant=1, bee=1)
+    assert "a class of >= 2 images" in message(lambda: load_dataset("folder", root=root))
 
 
 def test_resize_keeps_the_middle_square(root: Path) -> None:
@@ -315,8 +397,6 @@ def test_structure_errors(root: Path, tmp_path: Path) -> None:
     rule = "data.root must hold at least one image in train/dog"
     assert message(load) == f"{rule}, got none in {str(root / 'train/dog')!r}"
     save(root / "train" / "dog" / "0.png")
-    (root / "test").rename(root / "other")
-    assert message(load) == f"data.root must hold a folder test or val beside train, got {str(root)!r}"
     (root / "train").rename(root / "training")
     assert message(load) == f"data.root must hold a folder train, got {str(root)!r}"
     (root / "train").mkdir()
@@ -404,7 +484,7 @@ def test_what_is_left_out_is_noted(root: Path, capsys: pytest.CaptureFixture[str
     assert re.fullmatch(
         r"test: 3 files left out \(the name's ending is none of [^()]*\): 2 '.heic', 1 without", endings
     )
-    assert val == "val: 1 image left out (the folder test is the test set)"
+    assert val == "val: 1 image left out (used are those in train and test)"
     assert beside == "data.root: 1 image left out (they lie beside the folders train and test): 'preview.png'"
     assert capsys.readouterr().err.splitlines() == [f"note  {note}" for note in data.notes]
 
