@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parents[2] / "shared" / "paper" / "reported-results.jso
 
 def test_every_recipe_is_valid() -> None:
     # All pairs but one: a transformer has no channels to prune.
-    assert len(recipe_names()) == len(set(recipe_names())) == len(SETTINGS) * len(METHODS) - 1 == 111
+    assert len(recipe_names()) == len(set(recipe_names())) == len(SETTINGS) * len(METHODS) - 1 == 119
     assert "imagenet-deit-tiny-at-sparse" not in recipe_names()
     for name in recipe_names():
         config = Config.from_dict(recipe(name))
@@ -29,7 +29,7 @@ def test_every_recipe_is_valid() -> None:
         assert config.data.name == SETTINGS[setting][0]
         kinds = {"at-dense": "dense", "at-s-dense": "s-dense", "at-sparse": "sparse"}
         assert config.model.kind == kinds.get(method, "moe")
-        if setting != "digits":
+        if setting not in ("digits", "folder"):
             assert setting == f"{config.data.name}-{config.model.name}"
             # The paper's, whatever the data; the backbone's own width.
             assert (config.model.width, config.model.scale, config.model.num_experts) == (None, 0.5, 2)

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 from advmoe import __version__
-from advmoe.cli import cost, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
+from advmoe.cli import cost, data, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import shown
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Any] = {
     "push": push,
     "export": export,
     "report": report,
+    "data": data,
     "recipes": recipes,
     "study": study,
 }

@@ -31,7 +31,11 @@ def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Train a model, or continue a run.")
     add = parser.add_argument
-    add("--config", metavar="RECIPE|YAML", help="a recipe by name (see `advmoe recipes`) or a YAML file")
+    add(
+        "--config",
+        metavar="RECIPE|YAML",
+        help="a recipe by name (see `advmoe recipes`) or a YAML file (default: folder-advmoe for --data.root FOLDER)",
+    )
     add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
     add("--resume", metavar="RUN", help="continue the run in this directory")
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
@@ -101,7 +105,7 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
 def _new(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
     """Of a new run: its name, its directory and its configuration."""
     model = overrides.get("model", {})
-    name, values = _source(args.get("config"), model.get("source"))
+    name, values = _source(args.get("config"), overrides)
     config = Config.from_dict(merged(values, overrides))
     for field in OWN_MODEL if config.model.source is not None else ():
         require(field not in model, f"model.{field}", "left out with a network of your own (--model)", model.get(field))
@@ -119,16 +123,23 @@ def _unused(metrics: Path) -> list[str]:
     return [f"note  experts chosen for no image in the last epoch, in {len(dead)} of {len(layers)} layers ({named})"]
 
 
-def _source(text: str | None, own: str | None = None) -> tuple[str, dict[str, Any]]:
-    """The name and the fields of `--config`: a recipe's, or a YAML file's; none are needed to train a network `own`."""
-    names = recipe_names()
+def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of `--config`: a recipe's, or a YAML file's; where there is none, those of the recipe of
+    the data set that `overrides` name, and none to train a network of the user's own.
+    """
+    names, own, data = recipe_names(), overrides.get("model", {}).get("source"), overrides.get("data", {})
     prefix = f"{home_of(own).name}-" if own is not None else ""
+    usual = f"{data.get('name', 'folder')}-advmoe"
+    if text is None and own is not None:
+        return prefix.removesuffix("-"), {}
+    if text is None and data.keys() & {"name", "root"} and usual in names:
+        text = usual
     if text in names:
         return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
         return prefix + Path(text).stem, read_yaml(text)
-    if text is None and own is not None:
-        return prefix.removesuffix("-"), {}
     near = difflib.get_close_matches(text or "", names, n=1)
-    got = "nothing" if text is None else f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
+    got = f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
+    if text is None:
+        got = "nothing (nor --data.root FOLDER, to train on a folder of pictures)"
     raise InputError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")

@@ -152,7 +152,7 @@ def _open_cache(folder: Path, stem: str, fingerprint: str) -> tuple[dict[str, By
 
 def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, Bytes], note: str | None) -> bool:
     """Keep the arrays in `folder`, replacing those of the same `stem`; return whether that was possible."""
-    record: dict[str, object] = {"fingerprint": fingerprint} | ({} if note is None else {"note": note})
+    record: dict[str, object] = {"fingerprint": fingerprint, "note": note}
     kept = {f"{stem}.json"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,24 @@ def _decode_parts(
 def _chosen_size(paths: list[Path]) -> tuple[int, str]:
     """The largest of `SIDES` that most of these images fill, and a note on it."""
     sides = sorted(shorter_side(path) for path in tracked(paths, "sizes", unit="image"))
-    middle = sides[(len(sides) - 1) // 2]  # at least as many images fill it as do not
-    size = max((side for side in SIDES if side <= middle), default=SIDES[0])
+    size = _filled_by_most(sides)
     wide = f"{sides[0]}" if sides[0] == sides[-1] else f"{sides[0]} to {sides[-1]}"
     cut = f"cut to their middle squares, resized to {size} pixels (data.image_size)"
     return size, f"images, whose shorter sides have {wide} pixels, are {cut}"
+
+
+def _filled_by_most(sides: list[int]) -> int:
+    """The largest of `SIDES` that most of these shorter sides, sorted, reach."""
+    middle = sides[(len(sides) - 1) // 2]  # at least as many images fill it as do not
+    return max((side for side in SIDES if side <= middle), default=SIDES[0])
+
+
+def usual_side(sizes: list[tuple[int, int]]) -> int:
+    """The side in pixels that images of these widths and heights get where none is asked for."""
+    width, height = sizes[0]
+    if len(set(sizes)) == 1 and width == height <= SIDES[-1]:
+        return width
+    return _filled_by_most(sorted(map(min, sizes)))
 
 
 def _decode_all(root: Path, parts: dict[str, list[_File]], image_size: int | None) -> dict[str, Bytes]:

@@ -79,6 +79,14 @@ def load_cifar100(request: Request) -> Source:
     return load_archive(ARCHIVES["cifar100"], request)
 
 
+def fetch_archive(root: Path, *, name: str) -> Path:
+    """Have the archive of the data set called `name` in the folder `root`, downloaded unless it is there; its path."""
+    archive = ARCHIVES[name]
+    path = root / archive.file
+    fetch(archive.url, path, archive.md5)
+    return path
+
+
 def load_archive(archive: Archive, request: Request) -> Source:
     """Read a CIFAR archive that lies in the folder `request.root`, or is downloaded to there.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ def load_folder(request: Request) -> Source:
 
     Classes are the sub-folders of `root/train`, or of `root` where there is no `train`, sorted by name; images in
     sub-folders of theirs are of that class. The test set is the first of `root/test`, `val`, `valid` and `validation`
-    that is there; it may lack classes. Without either, it is a fifth of the images, class by class, drawn at random but the same for
-    every training's seed. A note tells of that, and of what is left out: files with other endings than
+    that is there; it may lack classes. Without any, it is a fifth of the images, class by class, drawn at random but
+    the same for every training's seed. A note tells of that, and of what is left out: files with other endings than
     `listing.EXTENSIONS`, names that begin with a dot, what lies beside the folders that are used. `download` has no
     effect.
 
@@ -37,7 +37,25 @@ def load_folder(request: Request) -> Source:
         ValueError: A folder is missing or empty, images of `train` lie beside class folders, a test class is unknown,
             or a file cannot be decoded.
     """
-    root = request.root
+    folder = list_folder(request.root)
+    parts, sizes = load_decoded(request.root, folder.parts, image_size=request.image_size)
+    return Source(
+        train=parts["train"], test=parts["test"], classes=folder.classes, flip=True, notes=(*folder.notes, *sizes)
+    )
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder's images are, none of them read."""
+
+    classes: tuple[str, ...]
+    parts: dict[str, Listing]
+    """Of `train` and `test`."""
+    notes: tuple[str, ...]
+
+
+def list_folder(root: Path) -> ImageFolder:
+    """Find the images in `root`; see `load_folder`."""
     train, test = _parts(root)
     classes = class_names(train)
     if len(classes) < 2:  # one folder too many above the classes, whose images would all be of one
@@ -53,8 +71,7 @@ def load_folder(request: Request) -> Source:
         notes += test.notes
     if train.name:
         notes += _beside(root, [part.name for part in (train, test) if part is not None])
-    parts, sizes = load_decoded(root, listings, image_size=request.image_size)
-    return Source(train=parts["train"], test=parts["test"], classes=tuple(classes), flip=True, notes=(*notes, *sizes))
+    return ImageFolder(tuple(classes), listings, tuple(notes))
 
 
 def _parts(root: Path) -> tuple[Part, Part | None]:

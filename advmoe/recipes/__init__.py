@@ -25,7 +25,7 @@ _PAPER = {
     "imagenet": ("resnet18", "wrn-28-10", "deit-tiny"),
 }
 
-SETTINGS = {"digits": ("digits", "")} | {
+SETTINGS = {"digits": ("digits", ""), "folder": ("folder", "")} | {
     f"{data}-{backbone}": (data, backbone) for data, backbones in _PAPER.items() for backbone in backbones
 }
 """Data set and backbone of each setting; no backbone where the data set's file says all."""
