@@ -17,7 +17,21 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 from advmoe import __version__
-from advmoe.cli import cost, data, dissect, evaluate, export, pathways, push, recipes, report, study, sweep_eps, train
+from advmoe.cli import (
+    cost,
+    data,
+    dissect,
+    evaluate,
+    export,
+    pathways,
+    predict,
+    push,
+    recipes,
+    report,
+    study,
+    sweep_eps,
+    train,
+)
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import shown
@@ -26,6 +40,7 @@ from advmoe.text import show
 
 COMMANDS: dict[str, Any] = {
     "train": train,
+    "predict": predict,
     "evaluate": evaluate,
     "sweep-eps": sweep_eps,
     "dissect": dissect,

@@ -82,4 +82,5 @@ def load_dataset(
         std=std,
         flip=source.flip,
         notes=source.notes,
+        cut=source.cut,
     )

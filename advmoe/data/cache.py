@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from advmoe.data.decode import Bytes, decode, middle_square, shorter_side
 from advmoe.data.listing import Listing
 from advmoe.data.types import ImageSet
+from advmoe.decode import Bytes, decode, middle_square, shorter_side
 from advmoe.documents import read_array
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_array, write_text

@@ -59,7 +59,9 @@ def load_imagenet(request: Request) -> Source:
     words = _words(root)
     names = tuple(words.get(wnid, wnid) for wnid in classes)
     notes = (*train.notes, *notes)
-    return Source(train=parts[0], test=parts[1], classes=names, flip=True, statistics=(MEAN, STD), notes=notes)
+    return Source(
+        train=parts[0], test=parts[1], classes=names, flip=True, statistics=(MEAN, STD), notes=notes, cut="central-crop"
+    )
 
 
 def _validation(val: Part, classes: list[str]) -> tuple[Listing, tuple[str, ...]]:

@@ -13,11 +13,11 @@ from statistics import median_low
 from typing import Any
 
 from advmoe.data.cache import usual_side
-from advmoe.data.decode import decode
 from advmoe.data.folder import list_folder
+from advmoe.decode import Undecodable, decode
 from advmoe.errors import InputError
 from advmoe.progress import tracked
-from advmoe.text import aligned, few, one_line, printable
+from advmoe.text import aligned, few, printable
 
 LONG = 2
 """Times its width that an image is high, or the other way round, from which its middle square shows less than half."""
@@ -121,8 +121,8 @@ def _looked_at(root: Path, paths: list[str]) -> Iterator[tuple[str, _Image | str
     def look(path: str) -> _Image | str:
         try:
             pixels = decode(root / path)
-        except InputError as error:
-            return one_line(error.__cause__ or error)
+        except Undecodable as error:
+            return error.reason
         height, width = pixels.shape[:2]
         return _Image(hashlib.sha256(f"{width} ".encode() + pixels.tobytes()).hexdigest(), width, height)
 

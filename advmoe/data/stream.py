@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from advmoe.data.augment import Variation
-from advmoe.data.decode import central_crop, decode, random_crop
+from advmoe.decode import central_crop, decode, random_crop
 from advmoe.errors import InputError
 from advmoe.seeding import seed_for
 from advmoe.signals import leave_to_parent

@@ -114,6 +114,8 @@ class Source:
     """Mean and standard deviation of each channel where they are published; None has them computed from `train`."""
     notes: tuple[str, ...] = ()
     """What was seen and is not used, a line for each rule."""
+    cut: str = "middle-square"
+    """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,8 @@ class Dataset:
     """Whether a horizontal flip leaves the class as it is (not for digits)."""
     notes: tuple[str, ...] = ()
     """Which images were seen and are not used, a line for each rule."""
+    cut: str = "middle-square"
+    """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
 
     @property
     def num_classes(self) -> int:

@@ -12,6 +12,7 @@ from advmoe.errors import InputError
 from advmoe.files import write_text
 from advmoe.hub.card import RECORDED, Record, model_card, portable
 from advmoe.models import Classifier, save_model
+from advmoe.models.predictions import class_names
 from advmoe.models.runs import load_run
 from advmoe.models.state import digest
 from advmoe.rundir import MODEL
@@ -74,7 +75,12 @@ class Checkpoint:
 
     def hub_config(self) -> dict[str, Any]:
         """`config.json`: the Hub counts downloads by it and shows it; models are rebuilt from `model.json`."""
-        return {"library_name": LIBRARY, "advmoe_version": __version__, "model": self.spec()}
+        names = class_names(self.model.spec)
+        labels = {
+            "id2label": {str(k): name for k, name in enumerate(names)},
+            "label2id": {name: k for k, name in enumerate(names)},
+        }
+        return {"library_name": LIBRARY, "advmoe_version": __version__, **labels, "model": self.spec()}
 
     def spec(self) -> dict[str, Any]:
         """What describes the model, without the folders of this machine."""

@@ -37,6 +37,7 @@ from advmoe.models.convert import rebuilt
 from advmoe.models.layers import MOST_PARAMETERS, LayerFactory, TooLarge, TooNarrow
 from advmoe.models.modes import Undrawn
 from advmoe.models.normalize import Normalize
+from advmoe.models.predictions import require_labels
 from advmoe.models.sparse import SparseBackbone
 from advmoe.models.state import count, digest, read_shapes, require_fitting, savable, write_tensors
 from advmoe.moe.routers import routers_of
@@ -66,6 +67,8 @@ def create_model(
     in_channels: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    cut: str | None = None,
     most_parameters: int = MOST_PARAMETERS,
 ) -> Classifier:
     """A new model with random weights, in train mode.
@@ -77,7 +80,9 @@ def create_model(
         scale: r, in (0, 1]. num_experts: N. router, route_per, experts, experts_init: see `config.ModelConfig`.
         width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
         WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
-        the model. most_parameters: a model of more is refused before it is made.
+        the model. classes: their K names, for `predict`. cut: how a picture of any shape becomes one of the model's
+        size, `middle-square` (the default) or ImageNet's `central-crop`. most_parameters: a model of more is refused
+        before it is made.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
@@ -124,7 +129,15 @@ def create_model(
         pool = getattr(backbone, "router_pool", 1)
         image_router = build_router(in_channels, wide, layers.num_moe_layers, num_experts, pool=pool)
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
-    return Classifier(Normalize(mean, std), backbone, image_router, spec | {"mean": mean, "std": std})
+    spec |= {"mean": mean, "std": std, **labels(num_classes, classes, cut)}
+    return Classifier(Normalize(mean, std), backbone, image_router, spec)
+
+
+def labels(num_classes: int, classes: Sequence[str] | None, cut: str | None) -> dict[str, Any]:
+    """What a model's description says of its classes and pictures, where it says anything. Raises `InputError`."""
+    told = {name: value for name, value in (("classes", classes), ("cut", cut)) if value is not None}
+    require_labels(told | {"num_classes": num_classes})
+    return told | ({"classes": list(told["classes"])} if "classes" in told else {})
 
 
 _MOST_DESCRIPTION = 4_000_000
@@ -203,6 +216,7 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
     except SafetensorError as error:
         raise InputError(f"{misfit} {one_line(error)}") from error
     try:
+        require_labels(spec)
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced below
             if own:
                 model = None if module is None else rebuilt(spec, module, count(shapes))

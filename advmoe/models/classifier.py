@@ -5,6 +5,8 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advmoe.models.predictions import Picture, predict
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import ImageRouter
-from advmoe.moe.routing import forward_scope, keep
+from advmoe.moe.routing import forward_scope, keep, route
 from advmoe.ops import heard
 
 
@@ -42,6 +45,33 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec
         self.origin: Origin | None = None
+        self._pixels_looked_at = False
+
+    def predict(self, pictures: Picture | Sequence[Picture], *, top: int = 5) -> Any:
+        """What the model says of pictures: a `Prediction` (names, probabilities, pathway) of one, a list of several.
+
+        Args:
+            pictures: a file, an image of Pillow's, bytes (H, W) or (H, W, C), pixels (C, H, W) in [0, 1]; or several: a
+                list of them, or a batch of pixels (N, C, H, W). Pictures of other sizes are cut and resized as the
+                images were that the model was trained for.
+            top: how many of the most probable classes.
+
+        Raises `ValueError` that names the first picture which cannot be used. The model computes in eval mode, on its
+        own device, and is left in the mode it is in.
+        """
+        device, mode = next(self.parameters()).device, self.training
+
+        @torch.no_grad()
+        def network(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            with route() as routing:
+                logits = self(x.to(device))
+            return logits.float().cpu(), routing.pathway().cpu() if routing.choices else None
+
+        self.eval()
+        try:
+            return predict(network, self.spec, pictures, top)
+        finally:
+            self.train(mode)
 
     @property
     def routed(self) -> bool:
@@ -50,7 +80,11 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K), under the active routing."""
-        shares = not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and heard(self))
+        tracing = torch.compiler.is_compiling()
+        if not self._pixels_looked_at and not tracing:
+            self._pixels_looked_at = True
+            _point_out(x, self.spec)
+        shares = not tracing and not (torch.is_grad_enabled() and heard(self))
         with forward_scope(shares=shares) as routing:
             x = self.normalize(x)
             if self.router is not None:
@@ -59,3 +93,15 @@ class Classifier(nn.Module):
             logits: Tensor = self.backbone(x)
             keep(logits)
             return logits
+
+
+def _point_out(x: Tensor, spec: dict[str, Any]) -> None:
+    """Warn of images of another size than the model's, and of pixels beyond [0, 1]: logits come out all the same."""
+    size = spec["input_size"]
+    if size is not None and tuple(x.shape[2:]) != (size, size):
+        got = "x".join(map(str, x.shape[2:]))
+        warnings.warn(f"the model was made for images of {size}x{size} pixels, got {got}", stacklevel=5)
+    if x.numel() and not x.is_meta:
+        low, high = (value.item() for value in torch.aminmax(x.detach()))
+        if low < -0.5 or high > 1.5:  # attacks of one's own may step a little beyond
+            warnings.warn(f"pixels must be in [0, 1], not normalised, got {low:.4g} to {high:.4g}", stacklevel=5)

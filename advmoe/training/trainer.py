@@ -21,7 +21,7 @@ from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
-from advmoe.models import Classifier, create_model
+from advmoe.models import Classifier, create_model, labels
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
@@ -79,6 +79,7 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
                 **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
                 in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
             )  # fmt: skip
+    model.spec |= labels(dataset.num_classes, dataset.classes, dataset.cut)
     if start is not None and upcycled is None:
         try:
             if config.model.kind == "sparse":

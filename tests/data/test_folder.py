@@ -19,7 +19,7 @@ from PIL import Image
 
 from advmoe.data import cache, load_dataset
 from advmoe.data.cache import CACHE_FOLDER
-from advmoe.data.decode import Bytes
+from advmoe.decode import Bytes
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 

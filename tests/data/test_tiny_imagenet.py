@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from advmoe.data import cache, load_dataset
-from advmoe.data.decode import Bytes
+from advmoe.decode import Bytes
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "tiny-imagenet-32.tar.xz"
 WNIDS = ("n02000000", "n01000000")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from advmoe.data.decode import central_crop, decode, middle_square, random_box, random_crop
+from advmoe.decode import central_crop, decode, middle_square, random_box, random_crop
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

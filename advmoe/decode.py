@@ -1,4 +1,4 @@
-"""One image file to 8-bit RGB: as it is, its middle square, or a crop as ImageNet models are trained and measured on.
+"""One picture to 8-bit RGB: as it is, its middle square, or a crop as ImageNet models are trained and measured on.
 
 Axes: `C` channels (always 3), `H W` size. EXIF orientation is applied first: sizes are those of the image as shown.
 """
@@ -35,6 +35,14 @@ _TRIES = 10
 _PROGRAMS = ("EPS", "WMF")
 
 
+class Undecodable(InputError):
+    """A file that is no picture, or a damaged one."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        self.path, self.reason = path, one_line(error)
+        super().__init__(f"data.root must hold images that can be decoded, got {str(path)!r}: {self.reason}")
+
+
 def shorter_side(path: Path) -> int:
     """The smaller of an image's height and width, in pixels, by what the file says of itself. Raises as `decode`."""
     from PIL import Image
@@ -43,7 +51,7 @@ def shorter_side(path: Path) -> int:
         with Image.open(path) as opened:
             return min(opened.size)
     except Exception as error:
-        raise _undecodable(path, error) from error
+        raise Undecodable(path, error) from error
 
 
 def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
@@ -56,23 +64,26 @@ def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
         ValueError: One line with the path, if the file cannot be read whole, its pixels have no known range, or it has
             more of them than Pillow allows (`MAX_IMAGE_PIXELS` twice: 179 million).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
             if opened.format in _PROGRAMS:
                 raise InputError(f"{opened.format} holds a program that draws, no pixels")
-            ImageOps.exif_transpose(opened, in_place=True)
-            image = _to_rgb(opened)
-            image.load()
-        return np.asarray(image if prepare is None else prepare(image))
+            return rgb(opened, prepare)
     # Pillow's decoders raise errors of many kinds; which one says nothing more than the path and its text.
     except Exception as error:
-        raise _undecodable(path, error) from error
+        raise Undecodable(path, error) from error
 
 
-def _undecodable(path: Path, error: Exception) -> InputError:
-    return InputError(f"data.root must hold images that can be decoded, got {str(path)!r}: {one_line(error)}")
+def rgb(picture: Image.Image, prepare: Prepare | None = None) -> Bytes:
+    """What `decode` makes of a picture that Pillow has opened, (H, W, C)."""
+    from PIL import ImageOps
+
+    shown = ImageOps.exif_transpose(picture)
+    image = _to_rgb(shown)
+    image.load()
+    return np.asarray(image if prepare is None else prepare(image))
 
 
 def middle_square(size: int) -> Prepare:
@@ -142,6 +153,10 @@ def random_box(width: int, height: int, draws: random.Random) -> tuple[int, int,
             return draws.randint(0, width - w), draws.randint(0, height - h), w, h
     w, h = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+CUTS: dict[str, Callable[[int], Prepare]] = {"middle-square": middle_square, "central-crop": central_crop}
+"""How a picture of any shape becomes one of a model's size."""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
