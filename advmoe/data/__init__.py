@@ -83,4 +83,5 @@ def load_dataset(
         flip=source.flip,
         notes=source.notes,
         cut=source.cut,
+        chosen_size=source.chosen_size,
     )

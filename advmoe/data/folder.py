@@ -40,8 +40,9 @@ def load_folder(request: Request) -> Source:
     folder = list_folder(request.root)
     parts, sizes = load_decoded(request.root, folder.parts, image_size=request.image_size)
     return Source(
-        train=parts["train"], test=parts["test"], classes=folder.classes, flip=True, notes=(*folder.notes, *sizes)
-    )
+        train=parts["train"], test=parts["test"], classes=folder.classes, flip=True, notes=(*folder.notes, *sizes),
+        chosen_size=parts["train"].shape[-1] if sizes else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class Source:
     """What was seen and is not used, a line for each rule."""
     cut: str = "middle-square"
     """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
+    chosen_size: int | None = None
+    """The images' side in pixels, where it was chosen for files of several sizes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +144,8 @@ class Dataset:
     """Which images were seen and are not used, a line for each rule."""
     cut: str = "middle-square"
     """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
+    chosen_size: int | None = None
+    """The images' side in pixels, where it was chosen for files of several sizes."""
 
     @property
     def num_classes(self) -> int:

@@ -212,6 +212,9 @@ def subject(target: str | Path, options: Options | None = None, *, kept: bool = 
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else there
     if any(wanted not in (None, got) for wanted, got in zip(expected, there, strict=True)):
         raise InputError(f"data must have the model's (classes, channels) {expected}, got {there}")
+    if isinstance(model, Classifier) and (names := tuple(model.spec.get("classes", data.classes))) != data.classes:
+        ours, theirs = next(pair for pair in zip(names, data.classes, strict=True) if pair[0] != pair[1])
+        raise InputError(f"data must have the model's classes in their order, got {theirs!r} for {ours!r}")
     seed = config.training.seed if options.seed is None else options.seed
     index = _drawn(len(data.test), options.num_examples, seed)
     load = replace(load, digest=digest_of(model))

@@ -240,6 +240,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and not launch.fresh:
         _claim(folder, alone)
     dataset = load_data(config)
+    if dataset.chosen_size is not None:  # whatever pictures are added later
+        config = replace(config, data=replace(config.data, image_size=dataset.chosen_size))
     _require_shares(config, dataset, fabric.world_size)
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
