@@ -1,9 +1,17 @@
-"""Progress bars with an ETA over long loops: on a terminal, and where whoever called asked for them."""
+"""What long work tells while it runs, on stderr: bars with an ETA on a terminal and in notebooks, a line a minute
+elsewhere, and a line where a part of it is done.
+
+`ADVMOE_LOG_FORMAT` says how, for this process and those that it starts: `text`, `json` (an object a line), or `quiet`
+(notes alone).
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -11,8 +19,14 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from advmoe.text import duration
+
 T = TypeVar("T")
 
+LOG_FORMAT = "ADVMOE_LOG_FORMAT"
+LOG_FORMATS = ("text", "json", "quiet")
+MINUTE = 60.0
+"""Seconds between two lines of one loop, where no bar can be drawn."""
 BRIEF = 1.0
 """Seconds that a loop inside another lasts before it is drawn."""
 
@@ -38,19 +52,80 @@ def unshared() -> None:
     tqdm.set_lock(threading.RLock())
 
 
-def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) -> tqdm[Any]:
-    """A bar to be updated by hand, over `total` steps of which `done` are; quiet where stderr is no terminal.
+def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) -> tqdm[Any] | Lines:
+    """A bar to be updated by hand, over `total` steps of which `done` are; a line a minute where stderr is no terminal.
 
     Once it is closed it stays where no other stands above it. `more`: as tqdm takes it.
     """
-    delay = _delay.get()
-    hidden = True if delay is None or total == 0 else None  # None: quiet unless on a terminal
+    delay, form = _delay.get(), log_format()
+    hidden = delay is None or total == 0 or form == "quiet"
+    if not hidden and (form == "json" or not drawable()):
+        return Lines(what, total, unit=unit, done=done)
     more = {"leave": None, **more, "delay": max(delay or 0.0, more.get("delay", 0.0))}
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
 
 
-def tell(line: str) -> None:
-    """Write a line to stderr, above the bars that are drawn there; where nobody reads it any more, nothing."""
+def drawable() -> bool:
+    """Whether stderr is a terminal's or a notebook's, where a line can be drawn over."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def log_format() -> str:
+    """One of `LOG_FORMATS`, by the environment."""
+    asked = os.environ.get(LOG_FORMAT, "")
+    return asked if asked in LOG_FORMATS else LOG_FORMATS[0]
+
+
+class Lines:
+    """A bar's stand-in where none can be drawn: a line a minute. Of several inside one another the outermost speaks."""
+
+    _open = 0
+
+    def __init__(self, what: str, total: int | None, *, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit, self.first, self.n = what, total, unit, done, done
+        self.started = self.told = time.monotonic()
+        self.speaks, self.closed = Lines._open == 0, False
+        Lines._open += 1
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def set_description(self, what: str) -> None:
+        """Say otherwise what is counted."""
+        self.what = what
+
+    def update(self, steps: float = 1) -> None:
+        """Count `steps` more, and tell of it if it is time."""
+        self.n += int(steps)
+        now = time.monotonic()
+        if not self.speaks or now - self.told < MINUTE:
+            return
+        self.told, seconds, done = now, now - self.started, self.n - self.first
+        text = f"{self.what}  {self.n}{f'/{self.total}' if self.total else ''} {self.unit}  {duration(seconds)}"
+        if self.total and done:
+            text += f"  left {duration((self.total - self.n) * seconds / done)}"
+        tell(text, "progress", what=self.what, done=self.n, total=self.total, seconds=round(seconds, 1))
+
+    def close(self) -> None:
+        """End it."""
+        if not self.closed:
+            self.closed = True
+            Lines._open -= 1
+
+
+def tell(line: str, event: str = "note", **fields: Any) -> None:
+    """Write a line to stderr, above the bars that are drawn there; where nobody reads it any more, nothing.
+
+    As JSON it is an object with `event`, `fields` and, as `text`, the line; those that want it quiet see notes alone.
+    """
+    form = log_format()
+    if form == "quiet" and event != "note":
+        return
+    if form == "json":
+        line = json.dumps({"event": event, **fields, "text": line}, allow_nan=False)
     with suppress(BrokenPipeError):
         tqdm.write(line, file=sys.stderr)
 

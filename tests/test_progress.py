@@ -1,5 +1,6 @@
 import fcntl
 import io
+import json
 import os
 import re
 import struct
@@ -34,6 +35,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
         return tqdm(*args, **{**kwargs, "file": made, "delay": 0.0})
 
     monkeypatch.setattr(progress, "tqdm", eager)
+    monkeypatch.setattr(progress, "drawable", lambda: True)
     return made
 
 
@@ -72,6 +74,7 @@ def test_a_bar_inside_another_is_gone_when_it_is_done(terminal: Terminal) -> Non
 def test_delays_add_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     monkeypatch.setattr(progress, "tqdm", lambda **kwargs: asked.append(kwargs["delay"]))
+    monkeypatch.setattr(progress, "drawable", lambda: True)
     with shown():
         bar("at once", 2, unit="it")
         bar("later", 2, unit="it", delay=3.0)
@@ -177,3 +180,42 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     os.close(ours)
     assert done.returncode == 0 and re.search(r"pgd-2: 100%.*2/2", shown_there), shown_there
     assert b"pgd-2: " not in done.stdout
+
+
+def test_a_loop_that_no_bar_shows_tells_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with shown(), bar("train", 100, unit="it") as outer:
+        with bar("inner", 3, unit="it") as inner:
+            for _ in range(3):
+                now[0] += 61
+                inner.update()
+        for _ in range(10):
+            now[0] += 30
+            outer.update(10)
+    lines = capsys.readouterr().err.splitlines()
+    # After 213 seconds, a minute each later; nothing of the loop inside. 90 of 100 are left after 10 in 213 s.
+    assert lines[0] == "train  10/100 it  4 min  left 32 min"
+    assert [line.split()[1] for line in lines] == ["10/100", "30/100", "50/100", "70/100", "90/100"]
+
+
+@pytest.mark.parametrize(("form", "told"), [("text", ["a note", "epoch 1"]), ("quiet", ["a note"])])
+def test_who_wants_it_quiet_gets_notes_alone(
+    form: str, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADVMOE_LOG_FORMAT", form)
+    tell("a note")
+    tell("epoch 1", "epoch", epoch=1)
+    assert capsys.readouterr().err.splitlines() == told
+
+
+def test_lines_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ADVMOE_LOG_FORMAT", "json")
+    tell("a note")
+    tell("epoch 1", "epoch", epoch=1, val=None)
+    assert [json.loads(line) for line in capsys.readouterr().err.splitlines()] == [
+        {"event": "note", "text": "a note"},
+        {"event": "epoch", "epoch": 1, "val": None, "text": "epoch 1"},
+    ]
