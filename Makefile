@@ -1,4 +1,4 @@
-# make demo | test | test-plain | slow | studies | soak | check | lowest: each starts from nothing and makes its own
+# make demo | test | test-plain | slow | studies | soak | check | lowest | docs: each starts from nothing and makes its own
 # environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -29,7 +29,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain slow studies soak check lowest format clean
+.PHONY: demo test test-plain slow studies soak check lowest docs format clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -65,6 +65,11 @@ check: $(INSTALLED)
 lowest: $(LOWEST)/.installed
 	$(LOWEST_BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(CALLING)
 
+# The site, into build/site; a link to nothing fails.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	@echo "site: build/site/index.html"
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -80,6 +85,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 # Its networks are tested. Without its torchvision, which brings a build of torch and is not needed for them.
 	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt
+	@touch $@
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints.txt

@@ -304,7 +304,7 @@ class TrainingConfig:
     """How the network is trained."""
 
     method: MethodName = "advmoe"
-    """What is trained, and against what: see the README's table of methods."""
+    """What is trained, and against what: see docs/how-to/train.md."""
     alternation: Annotated[str, ALTERNATIONS] = "every-4"
     """Of `advmoe`: which of the routers' and the experts' levels an iteration runs, on which batch, against which
     attack. `every-K` (as in the default): the experts' level always, the routers' in every K-th iteration, each on a

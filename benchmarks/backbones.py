@@ -134,7 +134,7 @@ def compiled(model: Classifier, x: Tensor) -> Classifier:
 
 
 def markdown(lines: Iterable[Line]) -> str:
-    """The README's table, of the last line of each backbone: one row a backbone."""
+    """The table of docs/performance.md, of the last line of each backbone: one row a backbone."""
     last = {line["backbone"]: line for line in lines if "backbone" in line}
     if not last:
         raise ValueError("lines must hold at least one of a backbone's, got none")

@@ -1,4 +1,4 @@
-"""Train and evaluate the README's table: five methods on one image folder, on CPU cores, and print it as Markdown.
+"""Train and evaluate the table of docs/results/methods.md, five methods on one image folder, on CPU cores; print it.
 
     python benchmarks/table.py --root data/cifar10-jpeg --epochs 2
 

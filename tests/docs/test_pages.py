@@ -1,0 +1,220 @@
+"""The README and the pages in docs/: their code runs, their commands parse, their links lead somewhere, their figures
+are those that are stored.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import advmoe
+from advmoe.cli import COMMANDS, main
+from advmoe.cli.arguments import given_fields, grouped
+from advmoe.config import Config, field_names
+from advmoe.models import create_model, save_model
+from advmoe.recipes import recipe_names
+from advmoe.studies.catalogue import study_named
+from advmoe.tables import DATASETS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+SLOW = {"docs/tutorials/own-loop.md"}
+"""Pages that train."""
+
+_SPEC = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+assert _SPEC is not None and _SPEC.loader is not None
+HOOKS = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(HOOKS)
+MADE = {DOCS / page for page in (*HOOKS.BESIDE, *HOOKS.GENERATED)}
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    title: str | None
+    """The file that the block shows."""
+    text: str
+    line: int
+    """Of the page, where the text begins."""
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    """The fenced blocks of a language, in order."""
+    text, found = page.read_text(), []
+    for match in re.finditer(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
+        if match[1] == language:
+            found.append(Block(language, match[2], match[3], text[: match.start(3)].count("\n")))
+    return found
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def with_blocks(language: str) -> list:
+    """The pages that have such blocks, as a test's parameters."""
+    named = [(str(page.relative_to(ROOT)), page) for page in [*BESIDE, *PAGES] if blocks(page, language)]
+    return [
+        pytest.param(page, id=name, marks=[pytest.mark.slow] if language == "python" and name in SLOW else [])
+        for name, page in named
+    ]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a run, as somebody who reads the pages has."""
+    settings = {"width": 4, "kind": "moe"}
+    values = {"data": {"name": "digits", "image_size": 16}, "threat": {"eps": "0.1"}}
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    Config.from_dict({"model": settings, **values}).dump(folder / "config.yaml")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = create_model("resnet18", num_classes=10, in_channels=1, input_size=16, **settings)
+        for _ in range(4):
+            model(torch.rand(32, 1, 16, 16))
+    save_model(model.eval(), folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_code_runs(page, workplace) -> None:
+    names: dict = {"__name__": "__main__"}
+    shown = [block for block in blocks(page, "python") if block.title is not None]
+    for block in shown:
+        (workplace / block.title).write_text(block.text)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for block in blocks(page, "python"):
+                exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+    finally:
+        for block in shown:  # another page may show another file of that name
+            sys.modules.pop(Path(block.title).stem, None)
+
+
+STUB = """#!/bin/bash
+printf '%s\\x1f' "${0##*/}" "$@" >>"$CALLS"
+printf '\\x1e' >>"$CALLS"
+"""
+PROGRAMS = ("advmoe", "git", "make", "pip", "python", "python3")
+
+
+def calls(text: str, folder: Path) -> list[list[str]]:
+    """What a block of Bash would call, of the programs that there are in pages; it calls no other."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for program in PROGRAMS:
+        (folder / "bin" / program).write_text(STUB)
+        (folder / "bin" / program).chmod(0o755)
+    record = folder / "calls"
+    record.write_text("")
+    script = "set -euo pipefail\ncd() { :; }\nsource() { :; }\n" + text
+    environment = {"PATH": str(folder / "bin"), "CALLS": str(record)}
+    done = subprocess.run(["/bin/bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [call.split("\x1f")[:-1] for call in record.read_text().split("\x1e")[:-1]]
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_commands_parse(page, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("data: {name: digits}\n")
+    titled = {block.title for block in blocks(page, "python")}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in blocks(page, "bash"):
+        for program, *words in calls(block.text, tmp_path):
+            if program == "advmoe":
+                require_command(words, capsys)
+            elif program == "make":
+                assert all(word in targets for word in words if "=" not in word), words
+            elif program.startswith("python") and words[0].endswith(".py"):
+                assert words[0] in titled or (ROOT / words[0]).is_file(), words
+
+
+def require_command(words: list[str], capsys) -> None:
+    """Fail unless advmoe has the command, its options, and the fields, recipes and studies that these name."""
+    assert words[0] in COMMANDS, words
+    found, unknown = COMMANDS[words[0]].parser().parse_known_args(words[1:])
+    assert not unknown, words
+    options = grouped(vars(found))
+    if words[0] == "train" and "resume" not in options:
+        assert main([*words, "--print_config"]) == 0, f"{words}: {capsys.readouterr().err}"
+    elif words[0] == "study" and options["name"] != "list":
+        study_named(options["name"])
+    if words[0] in ("evaluate", "sweep-eps", "dissect", "pathways", "study"):
+        Config.from_dict(given_fields(options))
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in [*BESIDE, *PAGES]])
+def test_links_lead_somewhere(page) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page).replace("[`", "["))):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        known = file.is_file() or (file in MADE and page.is_relative_to(DOCS))
+        assert known, f"{target} is no file"
+        assert not page.is_relative_to(DOCS) or file.is_relative_to(DOCS), f"{target} is no part of the site"
+        if anchor and file.suffix == ".md" and file.is_file():
+            assert anchor in slugs(file), f"{target} is no heading"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in [BESIDE[0], *PAGES]])
+def test_files_that_pages_name_are_there(page) -> None:
+    for named in re.findall(r"`((?:advmoe|benchmarks|docs|tests)/[\w./-]+)`", prose(page)):
+        assert (ROOT / named).exists(), named
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"[\w/-]+\.md", json.dumps(yaml.safe_load(text)["nav"]))
+    assert len(listed) == len(set(listed))
+    assert {DOCS / name for name in listed} == {*PAGES, *MADE}
+
+
+def test_pages_made_of_the_code_name_all_of_it() -> None:
+    made = {name: make() for name, make in HOOKS.GENERATED.items()}
+    assert re.findall(r"^### `(\S+)`", made["reference/configuration.md"], re.MULTILINE) == field_names()
+    assert re.findall(r"^## advmoe (\S+)$", made["reference/commands.md"], re.MULTILINE) == list(COMMANDS)
+    named = re.findall(r"^\| `(\S+)` ", made["reference/recipes.md"], re.MULTILINE)
+    assert all(any(recipe == f"{a}-{b}" for a in named for b in named) for recipe in recipe_names())
+    assert re.findall(r"^\| `(\S+)` ", made["reference/data-sets.md"], re.MULTILINE)[1:] == list(DATASETS)
+    assert made["reference/api.md"].count("::: ") == len(advmoe.__all__) - 1  # but `__version__`
+
+
+def test_the_readme_is_a_page_and_its_results_are_the_stored_ones() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| AT", "| AdvMoE"))]
+    runs = ("at-s-dense", "at-moe", "advmoe-image-mod", "advmoe", "advmoe-embedding-random")
+    gaps = []
+    for name, (_, *shown) in zip(runs, rows, strict=True):
+        usual, strong = (
+            json.loads((DOCS / "results" / kind / name / "evaluation.json").read_text())
+            for kind in ("table", "attacks")
+        )
+        assert (usual["num_examples"], strong["num_examples"]) == (2000, 200)
+        percents = (
+            usual["clean_accuracy"], usual["robust_accuracy"]["pgd-50"], strong["worst_case"], strong["masking_gap"],
+        )  # fmt: skip
+        assert [float(each) for each in shown[:4]] == pytest.approx([100 * each for each in percents], abs=0.0501)
+        assert float(shown[4]) == pytest.approx(usual["cost"]["gmacs"], abs=5e-5)
+        gaps.append(strong["masking_gap"] * 100)
+    assert f"it lies {min(gaps):g} to {max(gaps):g} points under PGD-50" in text
