@@ -4,6 +4,7 @@ are those that are stored.
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def calls(text: str, folder: Path) -> list[list[str]]:
 def test_commands_parse(page, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("data: {name: digits}\n")
+    (tmp_path / "docs").symlink_to(DOCS)
     titled = {block.title for block in blocks(page, "python")}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in blocks(page, "bash"):
@@ -154,6 +156,35 @@ def require_command(words: list[str], capsys) -> None:
         study_named(options["name"])
     if words[0] in ("evaluate", "sweep-eps", "dissect", "pathways", "study"):
         Config.from_dict(given_fields(options))
+
+
+FEWER = {
+    "train": ["--training.epochs", "1", "--model.width", "4", "--data.train_examples", "128"],
+    "evaluate": ["--attacks", "pgd-50", "--attack.steps", "2", "--num-examples", "20"],
+    "dissect": ["--attack.steps", "2", "--num-examples", "20", "--no-figure"],
+    "pathways": ["--attack.steps", "2", "--num-examples", "20"],
+    "export": ["--num-examples", "2"],
+}
+"""What makes a command quick; of an option given twice the last counts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "own-pictures", "own-cnn"])
+def test_tutorials_can_be_followed(name, tmp_path) -> None:
+    page = DOCS / "tutorials" / f"{name}.md"
+    for block in blocks(page, "python"):
+        if block.title is not None:
+            (tmp_path / block.title).write_text(block.text)
+    commands = [call for block in blocks(page, "bash") for call in calls(block.text, tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for program, *words in commands:
+        fewer = FEWER.get(words[0], [])
+        if "--model" in words and words[0] == "train":  # a network of one's own has its own width
+            fewer = [word for word in fewer if word not in ("--model.width", "4")]
+        start = [sys.executable, "-m", "advmoe"] if program == "advmoe" else [sys.executable]
+        command = [*start, *words, *fewer]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
 def slugs(page: Path) -> set[str]:
@@ -199,22 +230,54 @@ def test_pages_made_of_the_code_name_all_of_it() -> None:
     assert made["reference/api.md"].count("::: ") == len(advmoe.__all__) - 1  # but `__version__`
 
 
+RUNS = ("at-s-dense", "at-moe", "advmoe-image-mod", "advmoe", "advmoe-embedding-random")
+
+
+def stored(kind: str, run: str) -> dict:
+    return json.loads((DOCS / "results" / kind / run / "evaluation.json").read_text())
+
+
+def rows(page: Path, columns: int) -> list[list[str]]:
+    """The rows of models of the page's table with so many columns, without the models' names."""
+    lines = [line.strip("|").split("|") for line in page.read_text().splitlines() if re.match(r"\| (AT|AdvMoE)", line)]
+    return [[cell.strip() for cell in line[1:]] for line in lines if len(line) == columns]
+
+
+def agrees(shown: str, share: float | None) -> bool:
+    """Whether a cell shows a share in percent, to a tenth, or that there is none."""
+    return shown == "-" if share is None else abs(float(shown) - 100 * share) < 0.0501
+
+
 def test_the_readme_is_a_page_and_its_results_are_the_stored_ones() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| AT", "| AdvMoE"))]
-    runs = ("at-s-dense", "at-moe", "advmoe-image-mod", "advmoe", "advmoe-embedding-random")
-    gaps = []
-    for name, (_, *shown) in zip(runs, rows, strict=True):
-        usual, strong = (
-            json.loads((DOCS / "results" / kind / name / "evaluation.json").read_text())
-            for kind in ("table", "attacks")
-        )
+    for run, shown in zip(RUNS, rows(ROOT / "README.md", 6), strict=True):
+        usual, strong = stored("table", run), stored("attacks", run)
         assert (usual["num_examples"], strong["num_examples"]) == (2000, 200)
-        percents = (
-            usual["clean_accuracy"], usual["robust_accuracy"]["pgd-50"], strong["worst_case"], strong["masking_gap"],
-        )  # fmt: skip
-        assert [float(each) for each in shown[:4]] == pytest.approx([100 * each for each in percents], abs=0.0501)
+        accuracies = (usual["clean_accuracy"], usual["robust_accuracy"]["pgd-50"])
+        assert all(map(agrees, shown, (*accuracies, strong["worst_case"], strong["masking_gap"])))
         assert float(shown[4]) == pytest.approx(usual["cost"]["gmacs"], abs=5e-5)
-        gaps.append(strong["masking_gap"] * 100)
+    gaps = [100 * stored("attacks", run)["masking_gap"] for run in RUNS]
     assert f"it lies {min(gaps):g} to {max(gaps):g} points under PGD-50" in text
+
+
+@pytest.mark.parametrize(
+    ("page", "columns", "kind", "attacks"),
+    [
+        ("methods.md", 9, "table", ("pgd-50", "pgd-50-soft")),
+        ("stronger-attacks.md", 9, "attacks", ("pgd-50", "pgd-50-soft", "autoattack", "routed")),
+    ],
+)
+def test_results_on_pages_are_the_stored_ones(page, columns, kind, attacks) -> None:
+    for run, shown in zip(RUNS, rows(DOCS / "results" / page, columns), strict=True):
+        found = stored(kind, run)
+        robust = [found["robust_accuracy"].get(name) for name in attacks]
+        assert all(map(agrees, shown, [found["clean_accuracy"], *robust, found["worst_case"], found["masking_gap"]]))
+
+
+def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
+    runs = ("at-moe", "advmoe", "advmoe-image-mod", "advmoe-embedding-random")
+    for run, shown in zip(runs, rows(DOCS / "results/stronger-attacks.md", 7), strict=True):
+        found = json.loads((DOCS / "results/attacks" / run / "dissection.json").read_text())["pgd-50"]
+        shares = [*found["categories"].values(), found["robust_accuracy"], found["router_robustness"]]
+        assert all(map(agrees, shown, shares))
