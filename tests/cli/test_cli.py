@@ -218,6 +218,20 @@ def test_no_room_for_bytecode_leaves_every_module_whole(tmp_path: Path) -> None:
     assert refused[0] == 2 and modules() > before
 
 
+def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (450 * 2**20, -1)); "
+        "from advmoe import cli; raise SystemExit(cli.main({}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    for args, expected in ((["train", "--config", "digits-advmoe"], 3), (["recipes"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(args)], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == expected and done.stderr.count("\n") == (expected != 0), done
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_recipes_and_version(tmp_path: Path) -> None:
     listed = run(tmp_path, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
