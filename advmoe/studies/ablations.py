@@ -25,7 +25,7 @@ from advmoe.studies.tables import (
     SA,
     SECONDS,
     WORST,
-    Column,
+    Quantity,
     by_method,
     mean_series,
     table,
@@ -51,10 +51,10 @@ def _attack_steps_show(scale: Scale, results: Results) -> StudyFindings:
     figures = [
         Picture(
             "lines", f"attack-steps-{id}", f"Training with K attack steps: {title}",
-            with_points(by_method(results, "K", column.value)),
+            with_points(by_method(results, "K", quantity.value)),
             {"xlabel": "attack steps K in training", "ylabel": f"robust accuracy, {title} (%)"}, caption,
         )
-        for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
+        for quantity, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
     claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
     return StudyFindings(
@@ -109,8 +109,8 @@ def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
         Picture("lines", f"convergence-{id}", title, with_points(series), {"xlabel": "epoch", "ylabel": unit}, caption)
         for id, title, series, unit in drawn
     ]
-    columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]
-    return StudyFindings(tables=[table("After training", results, ["method"], columns)], figures=figures)
+    validated = Quantity("val", "best validation RA %", "higher", best_validation, 100)
+    return StudyFindings(tables=[table("After training", results, ["method"], [validated, SECONDS])], figures=figures)
 
 
 _LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}

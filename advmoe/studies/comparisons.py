@@ -17,7 +17,7 @@ from advmoe.studies.results import (
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.tables import (
-    Column,
+    Quantity,
     table,
     with_heights,
 )
@@ -74,10 +74,11 @@ def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, An
     return found
 
 
-def overview(title: str, results: Results, columns: Sequence[Column], paper_table: str) -> dict[str, Any]:
+def overview(title: str, results: Results, quantities: Sequence[Quantity], paper_table: str) -> dict[str, Any]:
     """A row for each data set, backbone and method, beside the paper's."""
+    labels = ["dataset", "backbone", "method"]
     caption = "Mean and standard deviation over seeds; the paper's numbers are of its own settings."
-    return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
+    return table(title, results, labels, quantities, caption=caption, paper_table=paper_table)
 
 
 def method_bars(

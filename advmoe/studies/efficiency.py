@@ -12,7 +12,7 @@ from advmoe.studies.results import Results, RowResults, RunResults, outcomes, po
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, table, with_points
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Quantity, table, with_points
 
 PRICE = 1.3
 """The most that an epoch of the default may take, in epochs of AT (MoE)."""
@@ -29,7 +29,7 @@ def price(run: RunResults) -> float | None:
     return (run.found("pace") or {}).get("ratio")
 
 
-RATIO = Column("ratio", "s/epoch, of AT (MoE)", "lower", price)
+RATIO = Quantity("ratio", "s/epoch, of AT (MoE)", "lower", price)
 
 
 def _rows(scale: Scale, _: Results) -> list[Row]:

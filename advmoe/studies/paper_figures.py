@@ -27,7 +27,7 @@ from advmoe.studies.tables import (
     RA,
     SA,
     WORST,
-    Column,
+    Quantity,
     by_method,
     table,
     with_points,
@@ -104,13 +104,13 @@ def _of_pathways(*path: str) -> Callable[[RunResults], float | None]:
 
 
 _FIG6 = [
-    Column("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
-    Column("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
-    Column("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
-    Column("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
-    Column("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
-    Column("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
-    Column("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
+    Quantity("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
+    Quantity("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
+    Quantity("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
+    Quantity("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
+    Quantity("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
+    Quantity("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
+    Quantity("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
 ]
 
 

@@ -24,7 +24,7 @@ from advmoe.studies.tables import (
     RA,
     SA,
     WORST,
-    Column,
+    Quantity,
 )
 
 
@@ -66,9 +66,9 @@ def _table2_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _table2_show(scale: Scale, results: Results) -> StudyFindings:
     title, value = scale.autoattack[0], of_evaluation("worst_case", "autoattack")
-    column = Column("ra_aa", title, "higher", value, 100, "ra_autoattack")
+    under_autoattack = Quantity("ra_aa", title, "higher", value, 100, "ra_autoattack")
     return StudyFindings(
-        tables=[overview("Under AutoAttack", results, [RA, column, WORST, SA, GMACS, MS], "table2")],
+        tables=[overview("Under AutoAttack", results, [RA, under_autoattack, WORST, SA, GMACS, MS], "table2")],
         figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
         claims=orderings(results, scale.strong),
     )

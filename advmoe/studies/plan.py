@@ -111,7 +111,7 @@ class PlannedMeasure:
 ALONE = ("cost", "pace")
 """Measurements of time."""
 
-Task = PlannedRun | PlannedMeasure
+StudyTask = PlannedRun | PlannedMeasure
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ class Planner:
             planned.append(PlannedRow(row, runs, found))
         return planned
 
-    def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, Task]:
+    def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, StudyTask]:
         """All tasks of `rows` and of the runs that they start from, each once and after those that it needs."""
-        found: dict[str, Task] = {}
+        found: dict[str, StudyTask] = {}
 
         def add(run: PlannedRun) -> None:
             if run.start is not None:

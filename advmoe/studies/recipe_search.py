@@ -17,7 +17,7 @@ from advmoe.studies.results import Results, best_validation, of_evaluation, outc
 from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import RA, SA, WORST, Column, table, with_heights
+from advmoe.studies.tables import RA, SA, WORST, Quantity, table, with_heights
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def _together(scale: Scale, results: Results) -> list[Row]:
 
 def _show(scale: Scale, results: Results) -> StudyFindings:
     routed = [row for row in results.select(method="AdvMoE") if row.values(best_validation)]
-    validated = Column("val", "validation RA (worst of two) %", "higher", best_validation, 100)
-    gap = Column("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
+    validated = Quantity("val", "validation RA (worst of two) %", "higher", best_validation, 100)
+    gap = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
     shown = table("Changes to the recipe", results, ["method", "variant"], [validated, RA, WORST, gap, SA])
     groups = {
         str(row.labels["variant"]) if row.labels["method"] == "AdvMoE" else named(row.labels): {
-            column.title: point(row, column.value, 0) for column in (RA, WORST)
+            each.title: point(row, each.value, 0) for each in (RA, WORST)
         }
         for row in results
     }

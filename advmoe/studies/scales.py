@@ -25,19 +25,23 @@ PARTS = ("method", "experts", "scale", "K", "variant")
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to make a model: what is trained, how, and from what other method's model."""
+class PaperMethod:
+    """A method as the paper compares it: the kind of model, how it is trained, and from what other method's model."""
 
     settings: Settings
     start: str | None = None
-    routed: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether its models have routers."""
+        return bool(self.settings["model"]["kind"] == "moe")
 
 
-def _method(kind: str, method: str, start: str | None = None, **training: Any) -> Method:
-    return Method({"model": {"kind": kind}, "training": {"method": method, **training}}, start, kind == "moe")
+def _method(kind: str, method: str, start: str | None = None, **training: Any) -> PaperMethod:
+    return PaperMethod({"model": {"kind": kind}, "training": {"method": method, **training}}, start)
 
 
-METHODS: Mapping[str, Method] = {
+PAPER_METHODS: Mapping[str, PaperMethod] = {
     "AT (Dense)": _method("dense", "at"),
     "AT (S-Dense)": _method("s-dense", "at"),
     "AT (Sparse)": _method("sparse", "sparse", "AT (Dense)"),
@@ -108,7 +112,7 @@ class Scale:
                 model and the data too. labels: what varies, for tables and in the name.
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
-        data, net, how, more = self.datasets[dataset], self.backbones[backbone], METHODS[method], more or {}
+        data, net, how, more = self.datasets[dataset], self.backbones[backbone], PAPER_METHODS[method], more or {}
         if how.settings["model"]["kind"] == "dense":
             labels.pop("scale", None)  # r says nothing about a Dense model, the start of sparse ones of any r
         start = None

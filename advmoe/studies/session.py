@@ -19,13 +19,13 @@ from advmoe.files import require_writable
 from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.exact_tests import MOST_SEEDS
-from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
 from advmoe.studies.results import Results
 from advmoe.studies.rows import Settings
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
-from advmoe.studies.task_pool import OnProgress, run_tasks
+from advmoe.studies.task_pool import OnProgress, Workers, run_tasks
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
@@ -35,7 +35,7 @@ FIXED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class StudyOptions:
     """How a study is run. Raises `ValueError` for what cannot be, by the names that the command gives it."""
 
     scale: str = "smoke"
@@ -67,6 +67,10 @@ class Options:
         require((self.seeds or 1) <= MOST_SEEDS, "--seeds", f"<= {MOST_SEEDS}", self.seeds)
         require(self.root.is_dir() or not self.root.exists(), "--out", "a folder, or new", str(self.root))
 
+    def workers(self) -> Workers:
+        """The processes that do the tasks."""
+        return Workers(jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.root / "logs")
+
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""
         scale = scale_named(self.scale)
@@ -81,7 +85,7 @@ class Session:
     """A study at one size: what is planned so far, and what became of it."""
 
     study: Study
-    options: Options
+    options: StudyOptions
     scale: Scale = field(init=False)
     planner: Planner = field(init=False)
     errors: dict[str, str] = field(default_factory=dict)
@@ -125,10 +129,10 @@ def _require_free(study: Study, overrides: Settings) -> None:
                 raise InputError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
 
 
-def plan_study(name: str, options: Options) -> dict[str, Task]:
+def plan_study(name: str, options: StudyOptions) -> dict[str, StudyTask]:
     """The tasks of a study, those of later stages too where the earlier ones are finished; nothing is run."""
     session = Session(study_named(name), options)
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, StudyTask] = {}
     for rows in session.stages():
         tasks = session.planner.tasks(rows)
         if any(task.state() != "finished" for task in tasks.values()):
@@ -136,7 +140,9 @@ def plan_study(name: str, options: Options) -> dict[str, Task]:
     return tasks
 
 
-def run_study(name: str, options: Options, told: OnProgress = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
+def run_study(
+    name: str, options: StudyOptions, told: OnProgress = lambda word, task: None
+) -> tuple[Path, dict[str, Any]]:
     """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
 
     Finished runs and measurements are reused, interrupted runs continued, failed ones reported and what needs them
@@ -150,10 +156,7 @@ def run_study(name: str, options: Options, told: OnProgress = lambda word, task:
     for number, rows in enumerate(session.stages()):
         if number == 0:
             _require_images(session.planner.tasks(rows))
-        session.errors = run_tasks(
-            session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
-            accelerator=options.accelerator, logs=options.root / "logs", told=told,
-        )  # fmt: skip
+        session.errors = run_tasks(session.planner.tasks(rows), session.errors, options.workers(), told)
     study, outcome = session.study, session.study.show(session.scale, Results.read(rows))
     about = {
         "study": study.name, "title": study.title, "shows": study.shows, "scale": session.scale.name,
@@ -163,7 +166,7 @@ def run_study(name: str, options: Options, told: OnProgress = lambda word, task:
     return session.home, write_study_file(session.home, about, rows, tasks, session.errors, outcome)
 
 
-def _require_images(tasks: Mapping[str, Task]) -> None:
+def _require_images(tasks: Mapping[str, StudyTask]) -> None:
     """Read the images that `tasks` need: a mistake shows before anything is made, and workers find them decoded.
 
     Raises `ValueError` for images that cannot be read.

@@ -15,13 +15,13 @@ from typing import Any
 from advmoe.files import read_object, write_text
 from advmoe.rundir import DONE, MANIFEST, STUDY
 from advmoe.studies.labels import field_of, shared
-from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Task
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, StudyTask
 from advmoe.studies.rows import Settings
 from advmoe.studies.study import StudyFindings
 
 
 def write_study_file(
-    home: Path, about: Mapping[str, Any], rows: Sequence[PlannedRow], tasks: Mapping[str, Task],
+    home: Path, about: Mapping[str, Any], rows: Sequence[PlannedRow], tasks: Mapping[str, StudyTask],
     errors: Mapping[str, str], outcome: StudyFindings,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `study.json` into the folder `home`, after the figures that it names; returns its content.
@@ -73,12 +73,12 @@ def _left_out(rows: Iterable[PlannedRow]) -> list[str]:
     return [f"Images: {note}" for note in dict.fromkeys(found)]
 
 
-def _runs(tasks: Mapping[str, Task], errors: Mapping[str, str]) -> list[dict[str, Any]]:
+def _runs(tasks: Mapping[str, StudyTask], errors: Mapping[str, str]) -> list[dict[str, Any]]:
     """What became of each run, those that others start from included."""
     found = []
     for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
         measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
-        parts: list[Task] = [run, *measures]
+        parts: list[StudyTask] = [run, *measures]
         failed = [error for task in parts if (error := errors.get(task.id))]
         found.append({
             "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),
@@ -87,7 +87,7 @@ def _runs(tasks: Mapping[str, Task], errors: Mapping[str, str]) -> list[dict[str
     return found
 
 
-def _made_on(tasks: Iterable[Task]) -> dict[str, list[Any]]:
+def _made_on(tasks: Iterable[StudyTask]) -> dict[str, list[Any]]:
     """What the runs and their measurements were made with, each thing once: they may come from several machines."""
     found: dict[str, dict[Any, None]] = {"cpu": {}, "device": {}, "threads": {}, "torch": {}, "git_commit": {}}
     for noted in map(_noted, tasks):
@@ -99,13 +99,13 @@ def _made_on(tasks: Iterable[Task]) -> dict[str, list[Any]]:
     return {name: list(values) for name, values in found.items()}
 
 
-def _seconds(task: Task) -> float | None:
+def _seconds(task: StudyTask) -> float | None:
     """What a run or a measurement took, as was noted there when it was made."""
     seconds: float | None = _noted(task).get("wall_seconds" if isinstance(task, PlannedRun) else "seconds")
     return seconds
 
 
-def _noted(task: Task) -> dict[str, Any]:
+def _noted(task: StudyTask) -> dict[str, Any]:
     """What a run or a measurement says of how it was made; nothing where it is not there."""
     try:
         return read_object(task.path / (MANIFEST if isinstance(task, PlannedRun) else DONE))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from advmoe.report.tables import Better
 from advmoe.studies import paper
 from advmoe.studies.results import (
     PGD,
@@ -21,12 +22,10 @@ from advmoe.studies.results import (
 )
 from advmoe.text import aligned
 
-Better = Literal["higher", "lower"]
-
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a table: a number of each run."""
+class Quantity:
+    """A number of each run, and how a table shows it: a column with mean and standard deviation over seeds."""
 
     key: str
     title: str
@@ -37,12 +36,12 @@ class Column:
     """The number's name in the paper's tables."""
 
 
-RA = Column("ra_pgd", "RA PGD %", "higher", accuracy_under(PGD), 100, "ra_pgd50")
-WORST = Column("worst", "RA worst case %", "higher", of_evaluation("worst_case"), 100)
-SA = Column("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
-GMACS = Column("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
-MS = Column("ms", "ms/image", "lower", of_cost("ms_per_image"))
-SECONDS = Column("seconds", "s/epoch", "lower", seconds_per_epoch)
+RA = Quantity("ra_pgd", "RA PGD %", "higher", accuracy_under(PGD), 100, "ra_pgd50")
+WORST = Quantity("worst", "RA worst case %", "higher", of_evaluation("worst_case"), 100)
+SA = Quantity("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
+GMACS = Quantity("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
+MS = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
+SECONDS = Quantity("seconds", "s/epoch", "lower", seconds_per_epoch)
 
 LABELS = {
     "dataset": "Data", "backbone": "Backbone", "method": "Method", "scale": "r", "experts": "N", "K": "K",
@@ -51,18 +50,18 @@ LABELS = {
 
 
 def table(
-    title: str, results: Results, labels: Sequence[str], columns: Sequence[Column], *, caption: str = "",
+    title: str, results: Results, labels: Sequence[str], quantities: Sequence[Quantity], *, caption: str = "",
     paper_table: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """One row for each of `results`: its labels, then a cell for each column."""
+    """One row for each of `results`: its labels, then a cell for each of `quantities`."""
     rows = []
     for row in results:
         reported = _reported(paper_table, row)
-        cells = {column.key: cell(row, column.value, column.factor, reported, column.paper) for column in columns}
+        cells = {each.key: cell(row, each.value, each.factor, reported, each.paper) for each in quantities}
         shown = {label: str(row.labels.get(label, "")) for label in labels}
         rows.append({**shown, **cells})
     heads: list[Mapping[str, Any]] = [{"key": label, "title": LABELS[label], "better": None} for label in labels]
-    heads += [{"key": column.key, "title": column.title, "better": column.better} for column in columns]
+    heads += [{"key": each.key, "title": each.title, "better": each.better} for each in quantities]
     return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 
 

@@ -15,10 +15,10 @@ from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import held
 from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
-from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
 
-def do(task: Task, *, threads: int, accelerator: str) -> None:
+def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
     # Measurements come after their run: several of one may be made at the same time.
     run = task.run if isinstance(task, PlannedMeasure) else task

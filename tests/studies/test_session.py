@@ -14,7 +14,7 @@ from advmoe.studies.comparisons import ordering
 from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import Results, best_validation, point
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.session import Options, Session, plan_study, run_study
+from advmoe.studies.session import Session, StudyOptions, plan_study, run_study
 from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import RA, SA, table
 
@@ -69,7 +69,7 @@ def studies():
 
 
 def options(root, **given):
-    return Options(root=root, accelerator="cpu", overrides=SMALL, command=["advmoe", "study", "tiny"], **given)
+    return StudyOptions(root=root, accelerator="cpu", overrides=SMALL, command=["advmoe", "study", "tiny"], **given)
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +231,14 @@ def test_a_run_that_lies_there_and_was_trained_otherwise_is_refused(done, tmp_pa
 )
 def test_options_that_cannot_be(given, message):
     with pytest.raises(ValueError) as error:
-        Options(**given)
+        StudyOptions(**given)
     assert str(error.value) == message
 
 
 def test_results_go_to_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^--out must be a folder, or new, got '.*file'$"):
-        Options(root=tmp_path / "file")
+        StudyOptions(root=tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_results_go_to_a_folder(tmp_path):
 )  # fmt: skip
 def test_what_a_study_sets_or_varies_is_left_to_it(studies, tmp_path, group, field, value):
     with pytest.raises(ValueError) as error:
-        plan_study("tiny", Options(root=tmp_path, overrides={group: {field: value}}))
+        plan_study("tiny", StudyOptions(root=tmp_path, overrides={group: {field: value}}))
     assert str(error.value) == f"{group}.{field} must be left to the study tiny, got {value!r}"
 
 
@@ -262,12 +262,12 @@ def test_only_must_leave_something(studies, tmp_path):
 
 
 def test_a_study_is_sized_by_its_scale_and_its_user():
-    sized = Options(scale="cpu").sized()
+    sized = StudyOptions(scale="cpu").sized()
     assert (sized.seeds, sized.examples, sized.autoattack[2]) == (3, 500, 100)
-    sized = Options(scale="cpu", seeds=2, num_examples=7, overrides={"training": {"lr": 1.0}}).sized()
+    sized = StudyOptions(scale="cpu", seeds=2, num_examples=7, overrides={"training": {"lr": 1.0}}).sized()
     assert (sized.seeds, sized.examples, sized.autoattack) == (2, 7, ("RA AutoAttack %", "autoattack", 7))
     assert sized.overrides == {"training": {"lr": 1.0}}
     assert sized.accuracy(sized.run("AT (MoE)")).options["num_examples"] == 7
-    session = Session(TINY, Options(seeds=4))
+    session = Session(TINY, StudyOptions(seeds=4))
     assert list(session.planner.seeds) == [0, 1, 2, 3] and session.home.name == "tiny-smoke"
     assert Results.read([]).rows == []

@@ -3,7 +3,7 @@
 import pytest
 
 from advmoe.studies.results import PGD, Results, accuracy_under
-from advmoe.studies.tables import RA, SA, Column, by_method, mean_series, table, text, with_heights, with_points
+from advmoe.studies.tables import RA, SA, Quantity, by_method, mean_series, table, text, with_heights, with_points
 
 NOTHING = {"x": 0, "y": None, "low": None, "high": None}
 
@@ -41,7 +41,7 @@ def test_a_table_has_a_cell_for_each_row_and_number_beside_the_paper_s(results):
 
 
 def test_a_table_in_a_terminal(results):
-    ratio = Column("ratio", "ratio", "lower", lambda run: None)
+    ratio = Quantity("ratio", "ratio", "lower", lambda run: None)
     shown = table("Ours", results, ["method", "experts"], [RA, SA, ratio], paper_table="table1")
     assert text(shown).splitlines() == [
         "Ours",
