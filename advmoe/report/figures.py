@@ -280,11 +280,11 @@ def coarser(
     if bins is not None and bins < 1:
         raise InputError(f"bins must be >= 1, got {bins}")
     grids = {tuple(each["edges"]) for each in series.values()}
-    held = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
-    if bins is None or len(grids) > 1 or not held:
+    filled = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
+    if bins is None or len(grids) > 1 or not filled:
         return series
     (edges,) = grids
-    low, high, whole = min(held), max(held) + 1, len(edges) - 1
+    low, high, whole = min(filled), max(filled) + 1, len(edges) - 1
     least = next(step for step in range(1, whole + 1) if -(-high // step) - low // step <= bins)
     step = next(
         (step for step in range(least, 2 * least) if whole % step == 0), least

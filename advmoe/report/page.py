@@ -90,11 +90,11 @@ def _title(results: Sequence[RunFolder | StudyFolder]) -> str:
         (only,) = results
         return only.title if isinstance(only, StudyFolder) else f"{only.method}, {only.label}"
     runs, studies = (sum(isinstance(each, kind) for each in results) for kind in (RunFolder, StudyFolder))
-    found = [
+    counts = [
         f"{runs} run{'s' * (runs > 1)}" if runs else "",
         f"{studies} stud{'ies' if studies > 1 else 'y'}" if studies else "",
     ]
-    return " and ".join(each for each in found if each)
+    return " and ".join(each for each in counts if each)
 
 
 def _page(results: Sequence[RunFolder | StudyFolder], album: Album, title: str, made_by: str, folder: str) -> str:

@@ -71,8 +71,8 @@ def _trades(part: str) -> Callable[[RunResults], list[float | None]]:
     """TRADES' loss of a level in each epoch."""
 
     def of(run: RunResults) -> list[float | None]:
-        found = [line["train"].get(part) for line in run.epochs]
-        return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in found]
+        losses = [line["train"].get(part) for line in run.epochs]
+        return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in losses]
 
     return of
 
@@ -89,21 +89,21 @@ def _accurate(part: str) -> Callable[[RunResults], list[float | None]]:
 
 
 def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
-    loss: dict[str, list[dict[str, Any]]] = {}
-    right: dict[str, list[dict[str, Any]]] = {}
-    held: dict[str, list[dict[str, Any]]] = {}
+    losses: dict[str, list[dict[str, Any]]] = {}
+    accuracies: dict[str, list[dict[str, Any]]] = {}
+    validation: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         method = str(row.labels["method"])
         for part in _LEVELS[method]:
             name = f"{method}: {part}" if len(_LEVELS[method]) > 1 else method
-            loss[name] = mean_series([row], _trades(part))
-            right[name] = mean_series([row], _accurate(part), 100)
-        held[method] = mean_series([row], _validated, 100)
+            losses[name] = mean_series([row], _trades(part))
+            accuracies[name] = mean_series([row], _accurate(part), 100)
+        validation[method] = mean_series([row], _validated, 100)
     caption = "Mean over seeds; the range over seeds where there are several."
     drawn = [
-        ("loss", "TRADES' loss of each level", loss, "training loss"),
-        ("accuracy", "Clean accuracy in training, of each level", right, "training accuracy (%)"),
-        ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
+        ("loss", "TRADES' loss of each level", losses, "training loss"),
+        ("accuracy", "Clean accuracy in training, of each level", accuracies, "training accuracy (%)"),
+        ("validation", "Robust accuracy on the validation split", validation, "robust accuracy (%)"),
     ]
     figures = [
         Picture("lines", f"convergence-{id}", title, with_points(series), {"xlabel": "epoch", "ylabel": unit}, caption)

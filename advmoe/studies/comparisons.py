@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advmoe.report.pictures import Picture
@@ -10,7 +10,7 @@ from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.results import (
     PGD,
     Results,
-    RunResults,
+    RunNumber,
     outcomes,
     point,
 )
@@ -65,13 +65,13 @@ def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", *
 
 def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
     """One for each data set and backbone."""
-    found = []
+    claims = []
     for dataset in results.distinct("dataset"):
         for backbone in results.select(dataset=dataset).distinct("backbone"):
-            found.append(
+            claims.append(
                 ordering(results, f", {backbone}, {dataset}", strong=strong, dataset=dataset, backbone=backbone)
             )
-    return found
+    return claims
 
 
 def overview(title: str, results: Results, quantities: Sequence[Quantity], paper_table: str) -> dict[str, Any]:
@@ -81,9 +81,7 @@ def overview(title: str, results: Results, quantities: Sequence[Quantity], paper
     return table(title, results, labels, quantities, caption=caption, paper_table=paper_table)
 
 
-def method_bars(
-    id: str, title: str, results: Results, value: Callable[[RunResults], float | None], unit: str
-) -> Picture:
+def method_bars(id: str, title: str, results: Results, value: RunNumber, unit: str) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
     for dataset in results.distinct("dataset"):

@@ -1,4 +1,4 @@
-"""What data, backbones and sizes are called: made from the settings of runs. Imports no torch."""
+"""The names of data, backbones and sizes in tables, from the settings of runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def same_threat(usual: Settings, settings: Settings) -> bool:
 def shared(several: Sequence[Settings]) -> dict[str, dict[str, Any]]:
     """The fields, by group, that all of several settings give one value."""
     first = several[0] if several else {}
-    found = {
+    common = {
         group: {name: v for name, v in fields.items() if all(field_of(each, group, name) == v for each in several)}
         for group, fields in first.items()
     }
-    return {group: fields for group, fields in found.items() if fields}
+    return {group: fields for group, fields in common.items() if fields}
 
 
 def field_of(settings: Settings, group: str, name: str) -> Any:

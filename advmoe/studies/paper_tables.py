@@ -84,12 +84,12 @@ def _table3_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _table3_show(scale: Scale, results: Results) -> StudyFindings:
     reported = {row["method"]: row for row in paper.reported()["rows"] if row["table"] == "table3"}
-    said = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
+    rows = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
     return StudyFindings(
         tables=[overview("A vision transformer", results, [RA, WORST, SA, GMACS, MS], "table3")],
         figures=[method_bars("table3-ra", "A vision transformer", results, RA.value, "robust accuracy under PGD (%)")],
         notes=[
-            f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {said}.",
+            f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {rows}.",
             "Its 0.27 GMACs are not those of DeiT-Tiny at 224 pixels (about 1.25 Dense): here what runs is counted.",
         ],
     )

@@ -21,7 +21,7 @@ from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
 T = TypeVar("T")
 
 PARTS = ("method", "experts", "scale", "K", "variant")
-"""Labels that make up a run's name, before backbone and data; `scale` and so on only where they are given."""
+"""Labels that make up a run's name, before backbone and data; `scale` and so on only where a study sets them."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,9 @@ _CPU = Scale(
 
 def _paper_part(data: str, label: str) -> DataOrBackbone:
     """A data set as the paper's recipes have it."""
-    found = recipe(f"{data}-resnet18-at-dense")
-    settings = {group: found[group] for group in ("data", "threat", "attack")}
-    return DataOrBackbone(label, {**settings, "training": {"step_size": found["training"]["step_size"]}}, label)
+    whole = recipe(f"{data}-resnet18-at-dense")
+    settings = {group: whole[group] for group in ("data", "threat", "attack")}
+    return DataOrBackbone(label, {**settings, "training": {"step_size": whole["training"]["step_size"]}}, label)
 
 
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")

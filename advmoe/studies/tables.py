@@ -1,4 +1,4 @@
-"""Results as tables and figures: what the studies have in common in how they show what they found. Imports no torch."""
+"""Results as tables and figures: what all studies show alike. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from advmoe.studies.results import (
     PGD,
     Results,
     RowResults,
+    RunNumber,
     RunResults,
     accuracy_under,
     cell,
@@ -30,7 +31,7 @@ class Quantity:
     key: str
     title: str
     better: Better | None
-    value: Callable[[RunResults], float | None]
+    value: RunNumber
     factor: float = 1.0
     paper: str = ""
     """The number's name in the paper's tables."""
@@ -86,19 +87,19 @@ def with_heights(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
 def by_method(
     results: Results,
     x: str,
-    value: Callable[[RunResults], float | None],
+    value: RunNumber,
     *,
     series: str = "method",
     factor: float = 100.0,
 ) -> dict[str, list[dict[str, Any]]]:
     """A series for each value of a label, its points by another label, a number."""
-    found = {}
+    lines = {}
     for name in results.distinct(series):
         rows = [row for row in results.select(**{series: name}) if x in row.labels]
         points = sorted((point(row, value, float(row.labels[x]), factor) for row in rows), key=lambda each: each["x"])
         if points:
-            found[str(name)] = points
-    return found
+            lines[str(name)] = points
+    return lines
 
 
 def mean_series(

@@ -26,7 +26,7 @@ OnProgress = Callable[[str, StudyTask], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workers:
+class TaskWorkers:
     """The processes that do a study's tasks."""
 
     jobs: int
@@ -65,7 +65,7 @@ class Skipped(str):
 
 
 def run_tasks(
-    tasks: Mapping[str, StudyTask], errors: Mapping[str, str], workers: Workers, told: OnProgress
+    tasks: Mapping[str, StudyTask], errors: Mapping[str, str], workers: TaskWorkers, told: OnProgress
 ) -> dict[str, str]:
     """Do those of `tasks` that are not finished; those that must run alone come last, one by one.
 

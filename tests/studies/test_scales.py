@@ -42,11 +42,11 @@ def test_the_paper_s_tables_are_all_its_settings_by_all_its_methods():
         for table in ("table1", "table3")
         for row in STUDIES[table].stages[0](scale_named("paper"), Results())
     ]
-    found = {(labels["paper_dataset"], labels["paper_backbone"], labels["method"]) for labels in rows}
+    settings = {(labels["paper_dataset"], labels["paper_backbone"], labels["method"]) for labels in rows}
     vision = {(*PAPER["imagenet-deit-tiny"], method) for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE")}
     convolutional = [where for setting, where in PAPER.items() if not setting.endswith("deit-tiny")]
-    assert found == vision | {(*where, method) for where in convolutional for method in COMPARED}
-    assert len(rows) == len(found)
+    assert settings == vision | {(*where, method) for where in convolutional for method in COMPARED}
+    assert len(rows) == len(settings)
 
 
 def test_names_say_what_varies_and_what_it_runs_on():
@@ -82,10 +82,10 @@ def test_labels_tell_what_the_user_sets():
 
 
 def test_other_images_or_another_threat_are_not_set_beside_the_paper():
-    found = labels({"data": {"root": "/somewhere/food"}})
-    assert (found["dataset"], found["paper_dataset"]) == ("food", None)
-    found = labels({"data": {"root": "/somewhere/cifar10-jpeg/"}})
-    assert (found["dataset"], found["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
+    names = labels({"data": {"root": "/somewhere/food"}})
+    assert (names["dataset"], names["paper_dataset"]) == ("food", None)
+    names = labels({"data": {"root": "/somewhere/cifar10-jpeg/"}})
+    assert (names["dataset"], names["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
     for threat in ({"eps": "4/255"}, {"norm": "l2"}):
         assert labels({"threat": threat})["paper_dataset"] is None
     assert labels({"threat": {"eps": 8 / 255}})["paper_dataset"] == "CIFAR-10"  # the same, spelt otherwise

@@ -89,8 +89,8 @@ def test_a_series_for_each_value_of_a_label_in_the_order_of_another(row, evaluat
 
 
 def test_a_series_over_epochs_is_the_mean_of_the_seeds_that_have_them(row):
-    found = row({}, {0: {"epochs": [{"a": 1.0}, {"a": 3.0}, {"a": 5.0}]}, 1: {"epochs": [{"a": 2.0}, {"a": None}]}})
-    points = mean_series([found], lambda run: [line["a"] for line in run.epochs], 10)
+    result = row({}, {0: {"epochs": [{"a": 1.0}, {"a": 3.0}, {"a": 5.0}]}, 1: {"epochs": [{"a": 2.0}, {"a": None}]}})
+    points = mean_series([result], lambda run: [line["a"] for line in run.epochs], 10)
     assert points == [
         {"x": 1, "y": 15.0, "low": 10.0, "high": 20.0}, {"x": 2, "y": 30.0, "low": None, "high": None},
         {"x": 3, "y": 50.0, "low": None, "high": None},

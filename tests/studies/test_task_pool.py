@@ -16,7 +16,7 @@ from advmoe.config import Config
 from advmoe.studies import task_pool
 from advmoe.studies.plan import PlannedRun
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.task_pool import Workers, run_tasks
+from advmoe.studies.task_pool import TaskWorkers, run_tasks
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300
@@ -39,7 +39,7 @@ def free(lock):
 
 
 def workers(logs, jobs=1):
-    return Workers(jobs=jobs, threads=1, accelerator="cpu", logs=logs)
+    return TaskWorkers(jobs=jobs, threads=1, accelerator="cpu", logs=logs)
 
 
 def kill_workers(*, wait=True):
@@ -138,13 +138,13 @@ DRIVER = """
 import sys
 from pathlib import Path
 from advmoe.studies.plan import PlannedRun
-from advmoe.studies.task_pool import Workers, run_tasks
+from advmoe.studies.task_pool import TaskWorkers, run_tasks
 from advmoe.config import Config
 
 folder = Path(sys.argv[1])
 config = Config.load(folder / "config.yaml").to_dict()
 run = PlannedRun("long", "long", 0, config, folder / "long", None)
-workers = Workers(jobs=1, threads=1, accelerator="cpu", logs=folder / "logs")
+workers = TaskWorkers(jobs=1, threads=1, accelerator="cpu", logs=folder / "logs")
 run_tasks({run.id: run}, {}, workers, told=lambda word, task: None)
 """
 
