@@ -1,4 +1,4 @@
-"""The names of data, backbones and sizes in tables, from the settings of runs. Imports no torch."""
+"""Labels of runs: their titles, and the names of data, backbones and sizes, from settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from typing import Any
 from advmoe.config import Pixels
 from advmoe.studies.rows import Settings
 from advmoe.text import printable
+
+_TITLES = {
+    "dataset": "Data", "backbone": "Backbone", "method": "Method", "scale": "r", "experts": "N", "variant": "Variant",
+}  # fmt: skip
+
+
+def title_of(label: str) -> str:
+    """What a table calls a label: the paper's symbol or a word; a label of a study's own by its name."""
+    return _TITLES.get(label, label)
+
+
+def in_name(label: str, value: Any) -> str:
+    """A label and its value as part of a run's name; a variant is its value alone."""
+    return str(value) if label == "variant" else f"{title_of(label)} = {value}"
 
 
 def of_backbone(name: str, settings: Settings) -> str:

@@ -15,13 +15,10 @@ from typing import Any, TypeVar
 
 from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
-from advmoe.studies.labels import of_backbone, of_data, other_folder, same_threat
+from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
 
 T = TypeVar("T")
-
-PARTS = ("method", "experts", "scale", "K", "variant")
-"""Labels that make up a run's name, before backbone and data; `scale` and so on only where a study sets them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,9 @@ class Scale:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
 
         Args:
-            more: settings over those of the scale, the parts and the method; a run that it starts from has those of the
-                model and the data too. labels: what varies, for tables and in the name.
+            more: settings over those of the scale, data, backbone and method; a run that it starts from has those of
+                the model, the data and the threat too.
+            labels: what the study varies, for its tables and figures; the run's name has them in this order.
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
         data, net, how, more = self.datasets[dataset], self.backbones[backbone], PAPER_METHODS[method], more or {}
@@ -123,13 +121,13 @@ class Scale:
         settings = merged(usual, self.overrides)
         elsewhere = other_folder(usual, settings)
         comparable = elsewhere is None and same_threat(usual, settings)
+        name = [method, *(in_name(label, value) for label, value in labels.items())]
         every = {
             "method": method, **labels, "dataset": of_data(elsewhere or data.label, settings),
             "backbone": of_backbone(net.label, settings), "paper_dataset": data.paper if comparable else None,
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
-        words = [_word(part, every[part]) for part in PARTS if part in every]
-        return TrainingRun(", ".join([*words, every["backbone"], every["dataset"]]), settings, every, start)
+        return TrainingRun(", ".join([*name, every["backbone"], every["dataset"]]), settings, every, start)
 
     # What is measured
 
@@ -177,11 +175,6 @@ class Scale:
     def eps(run: TrainingRun) -> float:
         """The radius of a run's threat."""
         return float(Pixels(run.settings["threat"]["eps"]))
-
-
-def _word(part: str, value: Any) -> str:
-    symbol = {"experts": "N", "scale": "r"}.get(part, part)
-    return str(value) if part in ("method", "variant") else f"{symbol} = {value}"
 
 
 def scale_named(name: str) -> Scale:

@@ -8,6 +8,7 @@ from typing import Any
 
 from advmoe.report.tables import Better
 from advmoe.studies import paper
+from advmoe.studies.labels import title_of
 from advmoe.studies.results import (
     PGD,
     Results,
@@ -44,11 +45,6 @@ GMACS = Quantity("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
 MS = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
 SECONDS = Quantity("seconds", "s/epoch", "lower", seconds_per_epoch)
 
-LABELS = {
-    "dataset": "Data", "backbone": "Backbone", "method": "Method", "scale": "r", "experts": "N", "K": "K",
-    "variant": "Variant",
-}  # fmt: skip
-
 
 def table(
     title: str, results: Results, labels: Sequence[str], quantities: Sequence[Quantity], *, caption: str = "",
@@ -61,7 +57,7 @@ def table(
         cells = {each.key: cell(row, each.value, each.factor, reported, each.paper) for each in quantities}
         shown = {label: str(row.labels.get(label, "")) for label in labels}
         rows.append({**shown, **cells})
-    heads: list[Mapping[str, Any]] = [{"key": label, "title": LABELS[label], "better": None} for label in labels]
+    heads: list[Mapping[str, Any]] = [{"key": label, "title": title_of(label), "better": None} for label in labels]
     heads += [{"key": each.key, "title": each.title, "better": each.better} for each in quantities]
     return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 

@@ -57,6 +57,7 @@ def test_names_say_what_varies_and_what_it_runs_on():
     assert run.settings["model"]["scale"] == 0.8 and run.settings["model"]["name"] == "wrn-10-1"
     assert scale.run("AdvMoE", K=5).name == "AdvMoE, K = 5, ResNet-18 of width 8, digits at 16 pixels"
     assert scale.run("AdvMoE", variant="EMA").name == "AdvMoE, EMA, ResNet-18 of width 8, digits at 16 pixels"
+    assert scale.run("AdvMoE", beta=3, K=5).name == "AdvMoE, beta = 3, K = 5, ResNet-18 of width 8, digits at 16 pixels"
     assert run.labels == {
         "method": "AdvMoE", "experts": 4, "scale": 0.8, "dataset": "digits at 16 pixels",
         "backbone": "WRN-10-1 of width 8", "routed": True, "paper_dataset": None, "paper_backbone": None,

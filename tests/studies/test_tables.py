@@ -38,6 +38,8 @@ def test_a_table_has_a_cell_for_each_row_and_number_beside_the_paper_s(results):
     assert second["ra_pgd"] == {"mean": 75.0, "std": None, "n": 1, "paper": 51.83, "paper_std": 0.12}
     assert third["sa"] == {"mean": None, "std": None, "n": 0, "paper": 78.84, "paper_std": 0.75}
     assert all(row["ra_pgd"]["paper"] is None for row in table("x", results, [], [RA])["rows"][:2])
+    own = table("x", results, ["experts", "beta"], [])["columns"]  # a label of a study's own is its own title
+    assert [column["title"] for column in own] == ["N", "beta"]
 
 
 def test_a_table_in_a_terminal(results):
