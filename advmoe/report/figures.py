@@ -274,8 +274,9 @@ def histogram_figure(
 def coarser(
     series: Mapping[str, Mapping[str, Sequence[float]]], bins: int | None
 ) -> Mapping[str, Mapping[str, Sequence[float]]]:
-    """Distributions on one grid, as `histogram_figure` takes them, on one of at most `bins` bins: those that hold
-    something, joined equally many at a time. Unchanged where `bins` is None or their edges differ.
+    """Join the bins of distributions, equally many at a time, until at most `bins` of them are drawn.
+
+    Empty bins at both ends are left out. Unchanged where `bins` is None, all bins are empty, or the edges differ.
     """
     if bins is not None and bins < 1:
         raise InputError(f"bins must be >= 1, got {bins}")

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 _LATIN = "\u024f"
 """The last character up to which matplotlib's own font has all of them."""
 _EMPTY = "Last Resort"
-"""What the names of fonts begin with that have a box for every character, and nothing else."""
+"""The names of fonts that have nothing but a box for every character begin so."""
 
 
 @contextmanager
 def fallback_fonts(figure: Figure) -> Iterator[None]:
-    """Inside, every text of `figure` can be drawn without a warning: by a font of this machine that has its characters,
-    or with boxes, of which one note tells.
+    """Give every text of `figure` fonts of this machine that have its characters, and silence warnings inside.
+
+    Characters that no font has are drawn as boxes; one note says so.
     """
     import warnings
 

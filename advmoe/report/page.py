@@ -70,7 +70,7 @@ def figures_of(path: Path) -> Path:
 
 
 def _publish(page: str, path: Path, drawn: Path, folder: Path) -> None:
-    """Put page and figures in their places: prepared beside them, where one file system holds both."""
+    """Move page and figures to their places by renames: both are prepared beside them, on the same file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as place:
         fresh, whole = Path(place) / "figures", Path(place) / "page"

@@ -1,4 +1,4 @@
-"""Results as they lie on disk: run directories and studies, read without the code that made them.
+"""Results on disk: run directories and studies, read without the code that writes them.
 
 Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` classes.
 """
@@ -68,10 +68,10 @@ class ResultState:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run directory: what is there; None, or empty, is what is not."""
+    """The contents of a run directory; what is missing is None or empty."""
 
     path: Path
-    """As it was named: commands shown to the reader name it so too."""
+    """As the user named it: commands on the page name it so too."""
     label: str
     """Tells it from the other runs of the page."""
     config: dict[str, Any]
@@ -146,7 +146,7 @@ class RunFolder:
         ]
 
     def _trained(self, own: str) -> ResultState:
-        """Its training, to be continued where it has not finished."""
+        """The state of its training, with the command that continues it where it is unfinished."""
         run, config = (shlex.quote(str(path)) for path in (self.path, self.path / CONFIG))
         if self.manifest and not self.manifest.get("finished"):
             return ResultState("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
@@ -183,7 +183,7 @@ class RunFolder:
         return compared + self._options(attacks, pathways.get("num_examples"), setting)
 
     def _options(self, attacks: Iterable[str], count: int | None, result: Mapping[str, Any]) -> str:
-        """The options of the measurement that is there, where they are not the run's own."""
+        """The options that make `result` again, where they differ from the run's own settings."""
         words = ["--attacks", ",".join(attacks)] if attacks else []
         words += [] if count is None else ["--num-examples", str(count)]
         threat, attack = result.get("threat") or {}, dict(result.get("attack") or {})

@@ -64,7 +64,7 @@ def _data(run: RunFolder) -> str:
 
 
 def tiles(run: RunFolder) -> Html | None:
-    """The few numbers one looks for first."""
+    """The main numbers of an evaluation as tiles; None without one."""
     evaluation = run.evaluation
     if not evaluation:
         return None

@@ -107,7 +107,7 @@ def verdict(word: Any) -> Cell:
 
 
 def p_value(p: float | None) -> Cell:
-    """A p-value as it is read."""
+    """A p-value with three decimals, or `< 0.001`."""
     return Cell(DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 

@@ -16,7 +16,7 @@ from advmoe.report.tables import Cell, Column, share_cell, table
 
 
 def summary(results: Sequence[RunFolder | StudyFolder], album: Album) -> Section:
-    """What a reader looks for first."""
+    """The first section: the verdicts of studies, then one run's numbers or several runs side by side."""
     runs = [each for each in results if isinstance(each, RunFolder)]
     studies = [each for each in results if isinstance(each, StudyFolder)]
     parts: list[Content] = []

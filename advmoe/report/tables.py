@@ -25,7 +25,7 @@ class Cell:
     order: float | str | None = None
     """None stands below everything else, whichever way the column is sorted."""
     shade: bool = False
-    """Whether it is somebody else's number, shown more quietly."""
+    """Whether it is another's published number, shown more quietly."""
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Mea
 def compared(
     results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", **labels: Any
 ) -> Comparison:
-    """That one method is right more often than another, all else alike."""
+    """The comparison that the method `more` is right more often than `less`, all else alike."""
     sides = [outcomes(results.one(method=name, **labels), attack, measure) for name in (more, less)]
     return Comparison(more, less, *sides)
 
 
 def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> dict[str, Any]:
-    """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: what the attack is called that stands for AutoAttack."""
+    """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: the name of the attack that stands for AutoAttack."""
     ways: dict[str, tuple[str | None, str]] = {name: (attack, "accuracy") for name, attack in MEASURED.items()}
     if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
         ways[strong] = ("autoattack.*", "autoattack")
@@ -64,7 +64,7 @@ def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", *
 
 
 def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
-    """One for each data set and backbone."""
+    """The claim of `ordering` for each data set and backbone."""
     claims = []
     for dataset in results.distinct("dataset"):
         for backbone in results.select(dataset=dataset).distinct("backbone"):

@@ -38,7 +38,7 @@ def of_data(name: str, settings: Settings) -> str:
 
 
 def other_folder(usual: Settings, settings: Settings) -> str | None:
-    """The name of the folder that images are read from, where it is not called as usual: they may be any."""
+    """The name of the image folder where the user set another than usual: its images may be any. Else None."""
     name, expected = (PurePath(field_of(each, "data", "root") or "").name for each in (settings, usual))
     return printable(name) if field_of(settings, "data", "name") == "folder" and name != expected else None
 

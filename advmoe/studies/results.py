@@ -75,7 +75,7 @@ class RowResults:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of a study, in its order; with `select`, those that have the labels asked for."""
+    """The rows of a study, in its order."""
 
     rows: Sequence[RowResults] = ()
 

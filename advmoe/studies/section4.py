@@ -36,6 +36,7 @@ THETA, THETA2, M1, M2, M3 = (
     "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",
     "robust mask of standard Dense",
 )  # fmt: skip
+"""Methods by the paper's symbols: theta-bar, theta-double-bar, and what fig. 3 compares them with."""
 
 
 def _fig3_rows(scale: Scale, _: Results) -> list[Row]:

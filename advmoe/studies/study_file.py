@@ -114,7 +114,7 @@ def _manifest(task: StudyTask) -> dict[str, Any]:
 
 
 def of_size(rows: Iterable[PlannedRow]) -> str:
-    """The size of a study in a sentence: what its runs and measurements share of what no label tells."""
+    """The size of a study in a sentence: epochs, images, threat, attacks and the like, where all runs share them."""
     rows = list(rows)
     configs = [run.config for row in rows for run in row.runs.values()]
     attacked = [each for each in configs if each["training"]["method"] != "standard"]
@@ -147,7 +147,7 @@ def of_size(rows: Iterable[PlannedRow]) -> str:
 
 
 def _told(configs: Iterable[Settings], group: str, name: str, words: str, none: str = "") -> list[str]:
-    """A field in words, where all have the same; `none` where that is None."""
+    """A field in words, if all configurations have one value of it; `none`: the words for None."""
     values = {field_of(each, group, name) for each in configs}
     if len(values) != 1:
         return []

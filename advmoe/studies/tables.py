@@ -88,7 +88,7 @@ def by_method(
     series: str = "method",
     factor: float = 100.0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """A series for each value of a label, its points by another label, a number."""
+    """A line for each value of the label `series`; its points lie at the numbers of the label `x`."""
     lines = {}
     for name in results.distinct(series):
         rows = [row for row in results.select(**{series: name}) if x in row.labels]
@@ -101,7 +101,7 @@ def by_method(
 def mean_series(
     rows: Iterable[RowResults], of: Callable[[RunResults], Sequence[float | None]], factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The mean over seeds of something that each run has for every epoch, from 1."""
+    """A line over epochs, from 1, of what each run has for every epoch: the mean over runs, and their range."""
     runs = [of(run) for row in rows for run in row.by_seed.values()]
     points = []
     for epoch in range(max((len(each) for each in runs), default=0)):

@@ -1,6 +1,6 @@
 """A study's tasks, done by several processes, each after those that it needs.
 
-A failed one is reported, and what needs it skipped.
+Where a task fails, that is reported, and those that need it are skipped.
 
 A worker imports PyTorch once and takes task after task. Each has one thread unless asked otherwise, as the number of
 threads changes rounding: so results do not depend on how many processes share the work.
@@ -48,11 +48,11 @@ class TaskWorkers:
 
 
 class MachineFailed(str):
-    """What went wrong with a task, where the machine is to blame: done again once that is mended, it may go well."""
+    """The error of a task that failed by the machine's fault: tried again, it may succeed."""
 
 
 class Skipped(str):
-    """That a task was not tried, as one that it needs failed, by this `cause`."""
+    """The error of a task that was not tried, as one that it needs failed; `cause` is that one's error."""
 
     def __new__(cls, error: str) -> Skipped:
         """Of a task that needs one that ended with `error`."""
@@ -132,7 +132,7 @@ def _run(tasks: Mapping[str, StudyTask], errors: dict[str, str], pool: Pool, tol
 
 
 def _failure(answer: Answer) -> str | None:
-    """What went wrong, in one line."""
+    """The error of a task in one line; None where it went well."""
     error = answer.error
     if error is None:
         return None
@@ -155,7 +155,7 @@ def _cards(accelerator: str) -> list[str]:
 
 @contextmanager
 def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[StudyTask], None]]:
-    """What does a task."""
+    """The function that does a task, in a worker."""
     from advmoe.studies.tasks import do
 
     yield lambda task: do(task, threads=threads, accelerator=accelerator)
