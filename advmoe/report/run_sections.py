@@ -268,7 +268,7 @@ def commands(run: RunFolder) -> Content:
         )
         for each in run.result_states()
     ]
-    return [element("ul", lines, class_="made"), _settings(run)]
+    return [element("ul", lines, class_="commands"), _settings(run)]
 
 
 def _settings(run: RunFolder) -> Content:

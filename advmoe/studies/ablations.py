@@ -8,29 +8,12 @@ from typing import Any
 
 from advmoe.config import Pixels
 from advmoe.report.pictures import Picture
-from advmoe.studies.comparisons import (
-    measured,
-    ordering,
-)
-from advmoe.studies.results import (
-    Results,
-    RunResults,
-    best_validation,
-)
+from advmoe.studies.comparisons import measured, ordering
+from advmoe.studies.results import Results, RunResults, best_validation
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    RA,
-    SA,
-    SECONDS,
-    WORST,
-    Quantity,
-    by_method,
-    mean_series,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Quantity, by_method, mean_series, table, with_points
 
 
 def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:

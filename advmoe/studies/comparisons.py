@@ -7,20 +7,10 @@ from typing import Any
 
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    RunNumber,
-    outcomes,
-    point,
-)
+from advmoe.studies.results import PGD, Results, RunNumber, outcomes, point
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
-from advmoe.studies.tables import (
-    Quantity,
-    table,
-    with_heights,
-)
+from advmoe.studies.tables import Quantity, table, with_heights
 
 MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
 """How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""

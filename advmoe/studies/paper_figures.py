@@ -6,32 +6,12 @@ from typing import Any
 
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import (
-    RA_LABEL,
-    measured,
-    ordering,
-    scales_of,
-)
-from advmoe.studies.results import (
-    Results,
-    RowResults,
-    RunNumber,
-    RunResults,
-    unchanged_pathways,
-)
+from advmoe.studies.comparisons import RA_LABEL, measured, ordering, scales_of
+from advmoe.studies.results import Results, RowResults, RunNumber, RunResults, unchanged_pathways
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    GMACS,
-    RA,
-    SA,
-    WORST,
-    Quantity,
-    by_method,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import GMACS, RA, SA, WORST, Quantity, by_method, table, with_points
 
 
 def _fig2_rows(scale: Scale, _: Results) -> list[Row]:

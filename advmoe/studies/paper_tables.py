@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from advmoe.studies import paper
-from advmoe.studies.comparisons import (
-    measured,
-    method_bars,
-    orderings,
-    overview,
-)
-from advmoe.studies.results import (
-    Results,
-    of_evaluation,
-)
+from advmoe.studies.comparisons import measured, method_bars, orderings, overview
+from advmoe.studies.results import Results, of_evaluation
 from advmoe.studies.rows import Row, TrainingRun
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    GMACS,
-    MS,
-    RA,
-    SA,
-    WORST,
-    Quantity,
-)
+from advmoe.studies.tables import GMACS, MS, RA, SA, WORST, Quantity
 
 
 def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[TrainingRun]:

@@ -168,7 +168,7 @@ class Scale:
 
     @property
     def strong(self) -> str:
-        """What the attack is called that stands for AutoAttack: it need not be all of it."""
+        """The name of the attack that stands for AutoAttack, which may be a part of it."""
         return self.autoattack[0].removeprefix("RA ").removesuffix(" %")
 
     @staticmethod

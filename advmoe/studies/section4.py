@@ -8,29 +8,12 @@ from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import (
-    MEASURED,
-    RA_LABEL,
-    compared,
-    measured,
-    scales_of,
-)
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    categories,
-)
+from advmoe.studies.comparisons import MEASURED, RA_LABEL, compared, measured, scales_of
+from advmoe.studies.results import PGD, Results, categories
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    RA,
-    SA,
-    WORST,
-    by_method,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import RA, SA, WORST, by_method, table, with_points
 
 THETA, THETA2, M1, M2, M3 = (
     "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",
