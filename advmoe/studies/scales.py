@@ -220,7 +220,7 @@ _SMOKE = Scale(
     examples=40,
     autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 20),
     timed={"batches": [64], "seconds": 0.2},
-    paced={"rounds": 2},
+    paced={"rounds": 1},
 )
 
 _CPU = Scale(
