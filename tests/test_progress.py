@@ -167,8 +167,7 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", *DIGITS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     shown_there = ""
     with suppress(OSError):  # the end

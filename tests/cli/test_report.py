@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from advmoe import cli
 from advmoe.config import Config
-
-ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +43,7 @@ def bare(tmp_path):
 
 def test_a_trained_run_gets_its_gallery_once(trained, tmp_path):
     command = [sys.executable, "-m", "advmoe", "report", str(trained), "-o", "out/page.html", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "written to out/page.html, its figures to out/page-figures\n"
     text = (tmp_path / "out" / "page.html").read_text()

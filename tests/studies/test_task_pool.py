@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
 from advmoe.config import Config
 from advmoe.studies import task_pool
@@ -20,15 +20,6 @@ from advmoe.studies.task_pool import run_tasks
 
 ROOT = Path(__file__).parents[2]
 HOW = {"threads": 1, "accelerator": "cpu"}
-PATIENCE = 300
-"""Seconds after which a test gives up on a process."""
-
-
-def until(true):
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
 
 
 def free(lock):

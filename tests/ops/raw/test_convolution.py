@@ -1,4 +1,4 @@
-"""Each kernel against PyTorch's operations, on shapes that fill vector units and shapes that do not."""
+"""The convolution kernels against PyTorch's: each sample by its expert, with its rectifier, and a layer as a whole."""
 
 import os
 import subprocess
@@ -9,165 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import LAST, PRECISIONS, assert_close, batch, kernels, router, some_gradients, tiles
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.ops import raw
 from advmoe.ops.raw import Parts, build
 
-pytestmark = pytest.mark.skipif(not raw.available(), reason=f"no kernels: {raw.missing()}")
-LAST = torch.channels_last
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def batch(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).contiguous(memory_format=LAST)
-
-
-def assert_close(actual, expected, dtype=torch.float32):
-    """Equal but for the rounding of `dtype`, as a share of the largest entry."""
-    rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    atol = rounding * max(1e-6, expected.abs().max().item())
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3, 8, 20, 24, 40, 96])
-def test_a_pool_is_the_mean_over_pixels_in_fp32(dtype, channels):
-    x = batch(5, channels, 7, 3, dtype=dtype)
-    pooled = raw.pooled(x)
-    assert pooled.dtype == torch.float32
-    assert_close(pooled, x.double().mean((2, 3)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row", [1, 15, 64, 200])
-def test_products_are_inner_products(dtype, row):
-    a, b = batch(6, row, 1, 1, dtype=dtype), batch(6, row, 1, 1, dtype=dtype, seed=1)
-    assert_close(raw.products(a, b), (a.double() * b.double()).flatten(1).sum(1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("channels", [8, 16, 24, 32, 64, 120])
-def test_a_rectified_sum_and_its_gradient(dtype, pool, summed, channels):
-    y = batch(4, channels, 5, 2, dtype=dtype)
-    shortcut = batch(4, channels, 5, 2, dtype=dtype, seed=1) if summed else None
-    expected = y.clone().requires_grad_()
-    rectified = (expected if shortcut is None else expected + shortcut).relu()
-    x = y.clone()
-    _, mean = raw.rectify(Parts((x,)), shortcut, pool=pool, out=x)
-    assert torch.equal(x, rectified)
-    apart = in_parts(y)
-    again, same = raw.rectify(apart, shortcut, pool=pool)
-    assert torch.equal(again, x) and (mean is None or torch.equal(mean, same))
-    gradients, total = some_gradients(x, rectified, pool)
-    if pool:
-        assert_close(mean, x.double().mean((2, 3)))
-    (back,) = raw.unrectify(x, gradients, Parts((torch.empty_like(x),)))
-    for part, index in zip(raw.unrectify(x, gradients, apart.like()), apart.members, strict=True):
-        assert torch.equal(part, back[index])
-    (wanted,) = torch.autograd.grad(total, expected)
-    assert_close(back, wanted, dtype)
-
-
-def in_parts(y):
-    members = (torch.tensor([3, 0]), torch.tensor([1, 2]))
-    return Parts(tuple(y[index].contiguous(memory_format=LAST) for index in members), members)
-
-
-def some_gradients(x, rectified, pool):
-    """Gradients of all that a kernel makes of a rectified tensor, and what of PyTorch's `rectified` has them."""
-    g, branch = batch(*x.shape, dtype=x.dtype, seed=2), batch(*x.shape, dtype=x.dtype, seed=4)
-    m = batch(*x.shape[:2], 1, 1, seed=3)[:, :, 0, 0].contiguous() if pool else None
-    total = (rectified.double() * (g.double() + branch.double())).sum()
-    if pool:
-        total = total + (rectified.double().mean((2, 3)) * m).sum()
-    return raw.Gradients(g, branch, m), total
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("channels", [8, 24, 64])
-def test_a_batch_norm_and_its_rectifier(dtype, pool, summed, channels):
-    exact = (3 * batch(4, channels, 5, 2) + 20).to(dtype)  # far from 0, as squares alone would not do
-    weight, bias = batch(channels, 1, 1, 1).flatten() + 1, batch(channels, 1, 1, 1, seed=1).flatten()
-    shortcut = batch(4, channels, 5, 2, dtype=dtype, seed=1) if summed else None
-    inputs = [each.double().requires_grad_() for each in (exact, weight, bias, *([shortcut] if summed else []))]
-    normed = F.batch_norm(inputs[0], None, None, *inputs[1:3], training=True)
-    rectified = (normed + inputs[3] if summed else normed).relu()
-    for y in (Parts((exact,)), in_parts(exact)):
-        made = raw.norm_rectify(y, weight, bias, 1e-5, shortcut, pool=pool)
-        assert_close(made.x, rectified.detach(), dtype)
-        assert_close(made.mean, exact.double().mean((0, 2, 3)))
-        assert_close(made.variance, exact.double().var((0, 2, 3), correction=0))
-        if pool:
-            assert_close(made.pooled, made.x.double().mean((2, 3)))
-        # Where rounding has decided what is above 0, the gradient follows.
-        gradients, total = some_gradients(made.x, rectified * (made.x > 0), pool)
-        dy, *others = raw.unnorm_rectify(y, made, weight, 1e-5, gradients, shortcut=summed)
-        wanted = torch.autograd.grad(total, inputs, retain_graph=True)
-        for part, index in zip(dy, y.members or (slice(None),), strict=True):
-            assert_close(part, wanted[0][index], dtype)
-        for found, each in zip(others, wanted[1:], strict=False):
-            assert_close(found, each, dtype)
-        assert summed or others[2] is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_is_rectified_as_by_pytorch(dtype):
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-40, 3.4e38])
-    y = odd.to(dtype).view(1, 8, 1, 1).contiguous(memory_format=LAST)
-    x = y.clone()
-    raw.rectify(Parts((x,)), None, pool=False, out=x)
-    # A CPU's own instructions for bf16 may take what is below the smallest normal number for 0.
-    flushed = dtype == torch.bfloat16 and x.flatten()[5] == 0
-    expected = torch.where(y.abs() < 1e-38, 0, y) if flushed else y
-    assert torch.equal(x.isnan(), y.isnan())
-    assert torch.equal(x.nan_to_num(), expected.relu().nan_to_num())
-    (back,) = raw.unrectify(x, raw.Gradients(torch.ones_like(x)), Parts((torch.empty_like(x),)))
-    assert back.flatten().tolist() == [1, 1, 0, 0, 0, 0 if flushed else 1, 0, 1]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_come_back_in_order_with_their_products(dtype):
-    x = batch(7, 5, 3, 2, dtype=dtype)
-    members = (torch.tensor([1, 3, 6]), torch.tensor([0, 2, 4, 5]))
-    parts = [batch(len(m), 5, 3, 2, dtype=dtype, seed=9 + i) for i, m in enumerate(members)]
-    out, products = raw.unsplit(Parts(tuple(parts), members), x)
-    for part, index in zip(parts, members, strict=True):
-        assert torch.equal(out[index], part)
-    assert_close(products, (out.double() * x.double()).flatten(1).sum(1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("experts", [1, 2, 3])
-@pytest.mark.parametrize("channels", [8, 16, 24, 120])
-def test_a_mixture_and_its_gradients(dtype, experts, channels):
-    every = batch(5, experts * channels, 4, 3, dtype=dtype)
-    weights = batch(5, experts, 1, 1, seed=1).flatten(1).contiguous()
-    exact, shares = every.double().requires_grad_(), weights.double().requires_grad_()
-    expected = (exact.unflatten(1, (experts, channels)) * shares.view(5, experts, 1, 1, 1)).sum(1)
-    assert raw.mixes(every, experts) and not raw.mixes(every.contiguous(), experts)
-    assert not raw.mixes(every[:, 4:].contiguous(memory_format=LAST), experts)
-    y = raw.mixed(every, weights)
-    assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
-    assert_close(y, expected.detach(), dtype)
-    g = batch(*y.shape, dtype=dtype, seed=2)
-    wanted = torch.autograd.grad(expected, (exact, shares), g.double())
-    for ours, theirs in zip(raw.unmixed(g, every, weights), wanted, strict=True):
-        assert_close(ours, theirs, dtype)
-
-
-tiles = pytest.mark.skipif(
-    not raw.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1), reason="a CPU without tiles"
-)
-PRECISIONS = [torch.float32, pytest.param(torch.bfloat16, marks=tiles)]
+pytestmark = kernels
 sides = st.integers(1, 9)
 pairs = st.tuples
 
@@ -332,63 +181,6 @@ def test_bf16_filters_are_refused_where_there_are_no_tiles():
         assert done.stdout.strip() in expected
 
 
-def test_what_suits_is_plain_memory_that_nobody_watches():
-    x = batch(2, 8, 3, 3)
-    assert raw.suits(x) and raw.suits(x, nn.Parameter(x))
-    with raw.without_kernels():
-        assert not raw.suits(x)
-    assert not raw.suits(x.double())
-    assert not raw.suits(x, x.bfloat16())
-    assert not raw.suits(x.contiguous())
-    assert not raw.suits(x.to("meta"))
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(x)
-        assert not raw.suits(fake)
-    assert not raw.suits(fake)
-    with FlopCounterMode(display=False):
-        assert not raw.suits(x)
-    seen = []
-    torch.func.vmap(lambda each: seen.append(raw.suits(each)) or each)(x[None])
-    assert seen == [False]
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_results_do_not_depend_on_threads(dtype):
-    x, choice = batch(9, 32, 6, 6, dtype=dtype), torch.arange(9) % 2
-    made = raw.Packed.of(batch(64, 32, 3, 3, dtype=dtype).view(2, 32, 32, 3, 3), None, (1, 1), (1, 1))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            y = made.convolve(x, choice)
-            results.append((y, *made.backward(y, x, choice, products=True), raw.pooled(x), raw.products(x, x)))
-    finally:
-        torch.set_num_threads(before)
-    for one, three in zip(*results, strict=True):
-        assert torch.equal(one, three)
-
-
-def router(channels, experts):
-    torch.manual_seed(0)
-    norm, hidden, last = nn.BatchNorm1d(channels), nn.Linear(channels, 11), nn.Linear(11, experts)
-    for each in (norm.running_mean, norm.bias.data):
-        nn.init.normal_(each)
-    for each in (norm.running_var, norm.weight.data):
-        nn.init.uniform_(each, 0.5, 2)
-    parts = nn.Sequential(norm, hidden, nn.ReLU(), last).eval().requires_grad_(False)
-    return raw.Scorer(norm, hidden, last), parts
-
-
-@pytest.mark.parametrize("channels", [3, 8, 20, 64, 150])
-def test_scores_and_their_gradient(channels):
-    scorer, parts = router(channels, 3)
-    pooled = batch(9, channels, 1, 1)[:, :, 0, 0].contiguous().requires_grad_()
-    expected, g = parts(pooled), batch(9, 3, 1, 1, seed=1)[:, :, 0, 0].contiguous()
-    scores, kept = scorer.scores(pooled.detach())
-    assert_close(scores, expected.detach())
-    assert_close(scorer.backward(g, kept), torch.autograd.grad(expected, pooled, g)[0])
-
-
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -424,12 +216,3 @@ def test_scores_that_are_equal_or_no_numbers_choose_as_pytorch_does():
         made = raw.whole_layer(scorer, raw.pooled(x), fixed, x, None, pool=False)
         assert made.pooled is None
         assert made.choice.tolist() == [torch.tensor(biases).argmax().item()] * 4
-
-
-def test_the_probability_of_a_choice_and_its_gradient():
-    scores = (20 * batch(9, 4, 1, 1)[:, :, 0, 0]).contiguous().requires_grad_()
-    choice, g = torch.arange(9) % 4, batch(9, 1, 1, 1, seed=1).flatten()
-    expected = scores.double().softmax(1)[torch.arange(9), choice]
-    assert_close(raw.chosen_probability(scores.detach(), choice), expected.detach())
-    found = raw.chosen_probability_backward(scores.detach(), choice, g)
-    assert_close(found, torch.autograd.grad(expected, scores, g.double())[0])
