@@ -188,7 +188,8 @@ class Small(nn.Module):
 @pytest.mark.parametrize(
     ("router", "opset", "dynamic"),
     [
-        ("layer", None, True), ("layer", 18, True), ("layer", "newest", True), ("image", None, True),
+        ("layer", None, True), pytest.param("layer", 18, True, marks=pytest.mark.slow), ("layer", "newest", True),
+        ("image", None, True),
         ("layer", "newest", False),
     ],
 )  # fmt: skip

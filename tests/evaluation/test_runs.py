@@ -18,7 +18,6 @@ from advmoe import cli
 from advmoe.config import Config
 from advmoe.evaluation import runs
 from advmoe.evaluation.runs import dissect_run, evaluate_run, sweep_run
-from advmoe.models.runs import load_run
 from advmoe.ops import kernels_used
 from advmoe.pool import threads_set
 from advmoe.training.run import train
@@ -372,14 +371,7 @@ def test_damaged_weights_are_named(run_dir, command):
     assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
 
 
-def test_a_plain_run_cannot_be_dissected(tmp_path, run_dir, command):
-    model = load_run(run_dir)
-    assert model.routed
-    torch.manual_seed(0)
-    config = Config.load(run_dir / "config.yaml").to_dict()
-    config["model"]["kind"] = "s-dense"
-    plain = Config.from_dict(config)
-    plain.training.epochs = 1
-    home = train(plain, run_dir=tmp_path / "plain", accelerator="cpu", threads=1)
+def test_a_plain_run_cannot_be_dissected(tmp_path, make_digits_run, command):
+    home = make_digits_run(tmp_path / "plain", kind="s-dense")
     code, _, err = command("dissect", home, "--num-examples", "20")
     assert code == 2 and "must have MoE layers" in err
