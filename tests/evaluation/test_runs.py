@@ -38,12 +38,11 @@ def trained(tmp_path_factory):
             "data": {"name": "digits", "image_size": 8, "augment": False},
             "threat": {"eps": "0.1"},
             "training": {
-                "method": "at",
-                "epochs": 3,
+                "method": "standard",
+                "epochs": 2,
                 "lr": 0.03,
                 "batch_size": 64,
-                "attack_steps": 1,
-                "step_size": 0.1,
+                "val_attack_steps": 1,
             },
             "attack": {"step_size": 0.03},
         }
