@@ -301,13 +301,6 @@ def test_a_dissection_records_how_it_was_attacked(run_dir):
         assert each["masking_gap"] == pytest.approx(strongest - worst)
 
 
-def test_a_dissection_says_what_to_beware_of(run_dir, command):
-    words = ["--attacks", "pgd-1,pgd-4", "--num-examples", "12", "--no-figure", "--accelerator", "cpu"]
-    code, out, err = command("dissect", run_dir, *words)
-    assert (code, err) == (0, "")
-    assert "flag  pgd-1: 1 steps of 0.03 cannot cross the ball" in out and "flag  pgd-4" not in out
-
-
 def test_resuming_nothing_says_so(run_dir, command):
     words = ["--attacks", "pgd-1", "--num-examples", "12", "--resume", "--accelerator", "cpu"]
     code, _, err = command("evaluate", run_dir, *words)
