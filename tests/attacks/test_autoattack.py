@@ -394,7 +394,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("attacks", [["apgd-dlr", "fab"], ["fab-t"]], ids=lambda names: "+".join(names))
 def test_a_bar_counts_the_passes_to_about_its_end(official, monkeypatch, attacks):
-    model, x, threat = linear(10).requires_grad_(False), images(2, seed=2), ThreatModel("linf", 0.001)
+    model, x, threat = linear(5).requires_grad_(False), images(2, seed=2), ThreatModel("linf", 0.001)
     total, passes = [], []
 
     @contextmanager

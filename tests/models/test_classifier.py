@@ -3,7 +3,9 @@
 import torch
 
 from advmoe.models import create_model
+from advmoe.models.runs import load_run
 from advmoe.moe import pathway, route
+from advmoe.rundir import stored_digest
 
 
 def small(**kwargs):
@@ -37,9 +39,6 @@ def test_a_router_of_the_image_decides_for_every_layer(make_routed, make_images)
 
 
 def test_where_it_came_from_is_known_of_a_loaded_model_alone(make_digits_run, tmp_path):
-    from advmoe.models.runs import load_run
-    from advmoe.rundir import stored_digest
-
     run = make_digits_run(tmp_path / "run")
     loaded = load_run(run)
     assert small().origin is None
