@@ -334,7 +334,7 @@ def test_a_run_that_routes_tokens_is_logged_and_evaluated(token_run):
     assert len(line["layers"]) == DEPTH and {"ce", "kl", "codes"} == set(line["train"]["routers"]) - {"accuracy"}
     for layer in line["layers"]:
         assert sum(layer["load"]) == pytest.approx(1, abs=1e-5) and 0 < layer["entropy"] <= 0.6932
-    overrides = {"attack": {"steps": 1, "pathways": 1, "queries": 0}}
+    overrides = {"attack": {"steps": 2, "pathways": 2, "queries": 0}}
     found = evaluate_run(
         token_run, overrides=overrides, attacks=["pgd", "pgd-soft", "routed"], num_examples=8, accelerator="cpu",
         threads=1, workers=1,
@@ -342,5 +342,5 @@ def test_a_run_that_routes_tokens_is_logged_and_evaluated(token_run):
     assert found["worst_case"] <= found["clean_accuracy"]
     assert all(each["passed"] for each in found["checks"])
     _, dissected = dissect_run(token_run, overrides=overrides, num_examples=8, accelerator="cpu", threads=1)
-    record = dissected["pgd-1"].to_dict()
+    record = dissected["pgd-2"].to_dict()
     assert record["num_layers"] == DEPTH and len(record["flip_rate"]) == DEPTH

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE, until
+from waiting import until
 
 from advmoe.config import Config
 from advmoe.studies import task_pool
@@ -20,6 +20,8 @@ from advmoe.studies.task_pool import run_tasks
 
 ROOT = Path(__file__).parents[2]
 HOW = {"threads": 1, "accelerator": "cpu"}
+PATIENCE = 300
+"""Seconds after which a test gives up on a process."""
 
 
 def free(lock):
