@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from advmoe.moe import LayerRouter, route
+from advmoe.models import create_model
+from advmoe.moe import LayerRouter, MoELinear, route
 from advmoe.moe.routers import ImageRouter, routers_of
 
 
@@ -70,6 +71,7 @@ def test_scores_are_fp32_under_autocast(make):
 
 
 def test_the_routers_of_a_network_are_found_wherever_they_are():
-    first, second = layer_router(), image_router()
-    network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(first), second)
-    assert list(routers_of(network)) == [first, second]
+    layer = MoELinear(4, 2, bank_rows=4, num_experts=2, layer=0)
+    model = create_model("resnet18", num_classes=3, width=4, router="image")
+    network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer), model)
+    assert list(routers_of(network)) == [layer.router, model.router]
