@@ -131,6 +131,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_long_loops_of_commands(
     command: str, make_digits_run: Callable[..., Path], tmp_path: Path, terminal: Terminal
