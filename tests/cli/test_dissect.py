@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from advmoe import cli
+
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
 
 WORDS = ["--attacks", "pgd-2,pgd-1-soft", "--num-examples", "6", "--accelerator", "cpu", "--threads", "1"]
 

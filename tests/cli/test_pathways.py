@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from advmoe import cli
 from advmoe.evaluation.pathways import table
+
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
 
 WORDS = ["--attacks", "pgd-1", "--num-examples", "10", "--accelerator", "cpu", "--threads", "1"]
 

@@ -6,6 +6,8 @@ import pytest
 
 from advmoe import cli
 
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
+
 WORDS = ["--attacks", "pgd-2", "--num-examples", "6", "--accelerator", "cpu", "--threads", "1"]
 
 

@@ -10,6 +10,8 @@ from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.models import create_model
 from advmoe.models.runs import load_run
 
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
+
 
 def test_random_images_are_pixels_that_differ_and_the_same_at_every_call():
     images = random_images((2, 6, 5), 30)

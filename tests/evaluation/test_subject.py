@@ -7,6 +7,8 @@ from advmoe.evaluation.subject import digest_of, subject
 from advmoe.models.runs import load_run
 from advmoe.rundir import stored_digest
 
+pytestmark = pytest.mark.usefixtures("shallow_backbones")
+
 OWN = """
 import itertools, torch
 
