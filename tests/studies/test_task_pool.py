@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from advmoe.config import Config
 from advmoe.studies import task_pool
@@ -21,13 +21,6 @@ from advmoe.studies.task_pool import TaskWorkers, run_tasks
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300
 """Seconds after which a test gives up on a process."""
-
-
-def until(true):
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
 
 
 def free(lock):
