@@ -16,7 +16,7 @@ from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import LayerRouter, MakeRouter
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -26,7 +26,7 @@ class MoEConv2d(MoELayer):
 
     Args:
         c_in, c_out: channels of one pathway. The rest is as of `torch.nn.Conv2d` and `MoELayer`.
-        own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
+        make_router: makes the layer's own router; None where scores are made ahead of all layers.
         shared_init: whether the experts start as copies of one another.
 
     Raises `ValueError` for a setting that no convolution can have.
@@ -47,14 +47,14 @@ class MoEConv2d(MoELayer):
         groups: int = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
-        own_router: bool = True,
+        make_router: MakeRouter | None = LayerRouter,
         shared_init: bool = False,
     ) -> None:
         if groups < 1 or c_in % groups or c_out % groups:
             raise InputError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
         if padding_mode not in PADDING_MODES:
             raise InputError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        router = LayerRouter(c_in, num_experts) if own_router else None
+        router = make_router(c_in, num_experts) if make_router else None
         super().__init__(
             bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router
         )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.repeats import unrecorded
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import RouterOwner
 from advmoe.moe.routing import Routing, active_routing, keep
 from advmoe.moe.ways import WAYS, Decision, Output, Weights
 
@@ -27,7 +27,7 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
 
 
-class MoELayer(nn.Module, ABC):
+class MoELayer(RouterOwner, ABC):
     """A layer of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
     A kind of layer says which parameters are `banks`, whose first axis the experts share out by the same windows of
@@ -43,7 +43,7 @@ class MoELayer(nn.Module, ABC):
     row_index: Tensor
 
     def __init__(
-        self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: LayerRouter | None
+        self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: nn.Module | None
     ) -> None:
         super().__init__()
         self.num_experts, self.layer, self.bank_rows, self.expert_rows = num_experts, layer, bank_rows, expert_rows
