@@ -65,7 +65,7 @@ class MoEConv2d(MoELayer):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.transposed, self.output_padding = False, (0, 0)
         sides = _padded_sides(kernel, _pair(stride), padding, _pair(dilation))
-        # Zeros are the convolution's own affair; what else stands around the image is put there first.
+        # The convolution pads with zeros itself; any other padding is a step before it.
         self.padding_mode, self.sides = padding_mode, None if padding_mode == "zeros" else sides
         self.bank = nn.Parameter(torch.empty(bank_rows, c_in // groups, *kernel))
         # The backbone's own initialisation: fan-out of one pathway, as in S-Dense.
@@ -124,9 +124,9 @@ class MoEConv2d(MoELayer):
             outputs = self.compute(x, *together).unflatten(1, (self.num_experts, self.c_out))
             return outputs
         # A group's filters must lie side by side: (G, E, C_out / G) of them, and of the channels that they make.
-        apart = self.c_out // self.groups
-        by_group = [torch.stack([part.unflatten(0, (-1, apart)) for part in parts], 1).flatten(0, 2) for parts in each]
-        y = self.compute(x, *by_group).unflatten(1, (self.groups, self.num_experts, apart))
+        share = self.c_out // self.groups
+        by_group = [torch.stack([part.unflatten(0, (-1, share)) for part in parts], 1).flatten(0, 2) for parts in each]
+        y = self.compute(x, *by_group).unflatten(1, (self.groups, self.num_experts, share))
         outputs = y.transpose(1, 2).flatten(2, 3)
         return outputs
 

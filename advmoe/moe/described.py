@@ -75,11 +75,11 @@ class Described:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Others made like it; nothing else."""
-        given = [*args, *(kwargs or {}).values()]
-        if not asks_no_values(func, args) or (isinstance(given[0], cls) and func in (Tensor.to, Tensor.type_as)):
-            flat = [part for each in given for part in (each if isinstance(each, list | tuple) else [each])]
-            ours = next((each for each in flat if isinstance(each, cls)), None)
-            rule = "a parameter of an MoE layer must not be read" if ours is None else ours._rule()
+        arguments = [*args, *(kwargs or {}).values()]
+        if not asks_no_values(func, args) or (isinstance(arguments[0], cls) and func in (Tensor.to, Tensor.type_as)):
+            flat = [part for each in arguments for part in (each if isinstance(each, list | tuple) else [each])]
+            described = next((each for each in flat if isinstance(each, cls)), None)
+            rule = "a parameter of an MoE layer must not be read" if described is None else described._rule()
             raise InputError(f"{rule}, got {getattr(func, '__name__', func)}")
         return func(*map(_plain, args), **{name: _plain(each) for name, each in (kwargs or {}).items()})
 

@@ -94,9 +94,9 @@ class MoELayer(RouterOwner, ABC):
 
     def copy_first_expert(self) -> None:
         """Make every expert a copy of the first (`experts_init="shared"`). Raises `ValueError` where they overlap."""
-        taken = [row for rows in self.rows for row in rows]
+        every = [row for rows in self.rows for row in rows]
         same = all(rows == self.rows[0] for rows in self.rows)
-        if not same and len(set(taken)) < len(taken):
+        if not same and len(set(every)) < len(every):
             raise InputError(
                 f"model.experts_init must be independent where experts overlap (scale * num_experts > 1), got 'shared' "
                 f"with {self.num_experts} experts of {self.expert_rows} of {self.bank_rows} channels"
@@ -147,23 +147,23 @@ class MoELayer(RouterOwner, ABC):
         return WAYS[mode](self, x, decision, weights)
 
     def _scores(self, x: Tensor, routing: Routing) -> Tensor:
-        """The router's scores of `x`, (N, E) or (N, T, E); of a layer that has run in this pass, those that it had."""
+        """The router's scores of `x`, (N, E) or (N, T, E). A layer that runs again in a pass keeps its first scores."""
         if routing.one_pass and self.layer in routing.scores:
-            scores = routing.scores[self.layer]
+            scores: Tensor = routing.scores[self.layer]
             if torch.is_grad_enabled():
                 routing.again[self.layer] = scores.detach().requires_grad_(scores.requires_grad)
             return scores
         if self.router is None:
             return routing.shared[self.layer]
         if routing.repeats is None:
-            made: Tensor = self.router(x)
-            return made
+            scores = self.router(x)
+            return scores
         with unrecorded(self.router):
-            known = routing.repeats.again.get(self.layer)
-            if known is not None:  # the run that is repeated may be a later one
+            later = routing.repeats.again.get(self.layer)
+            if later is not None:  # the layer ran more than once: this may repeat a run after the first
                 with torch.no_grad():
                     first = self.router(x)
-                if first.shape != known.shape or not torch.allclose(first, known, 1e-3, 1e-5):
-                    return known
-            repeated: Tensor = self.router(x)
-            return repeated
+                if first.shape != later.shape or not torch.allclose(first, later, 1e-3, 1e-5):
+                    return later
+            scores = self.router(x)
+            return scores
