@@ -83,11 +83,11 @@ class MoEConv2d(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's filters (C_out, C_in / G, k, k)."""
+        """Type, place and shape of one expert's filters (C_out, C_in / G, k, k)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
-        """Filters (M, C_in, k, k) and, if there are, biases (M,), as `ops.pack` has them, if it does; see there."""
+        """Filters (M, C_in, k, k) and biases (M,), if there are any, packed by `ops.pack`; None where it packs none."""
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
@@ -108,7 +108,7 @@ class MoEConv2d(MoELayer):
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Where there are few filters, and grouping the samples would cost more (`ops.experts`)."""
+        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`)."""
         if self.pointwise:
             return ops.pointwise(x, choice, banks, self.row_index)
         if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):

@@ -1,4 +1,4 @@
-"""What a network may know of a parameter that it does not compute with.
+"""Type, place and shape of a parameter without its values: what a network may ask of a layer that became an MoE layer.
 
 Axes: `R` rows of one expert.
 """
@@ -44,8 +44,8 @@ _KNOWN: frozenset[Any] = frozenset(
 class Described:
     """A parameter (R, ...) of a layer that an MoE layer has replaced, of which each expert has its own.
 
-    It has a type, a place and a shape, and others can be made like it. Raises `ValueError`, or `AttributeError` for
-    what is none of these, where its values are asked for.
+    It has a type, a place and a shape, and tensors can be made like it. Asking for its values raises `ValueError`; for
+    any other attribute, `AttributeError`.
     """
 
     def __init__(self, like: Tensor, rows: int, name: str) -> None:

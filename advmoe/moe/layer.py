@@ -30,8 +30,8 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
 class MoELayer(RouterOwner, ABC):
     """A layer of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
-    A kind of layer says which parameters are `banks`, whose first axis the experts share out by the same windows of
-    rows, and how to `compute` with one expert's rows of each.
+    A subclass says which parameters are its `banks`, and how to `compute` with one expert's rows of them. The experts
+    share out the first axis of every bank by the same windows of rows.
 
     Args:
         bank_rows: M, the rows that the experts' windows share (`experts="subset"`), or E * R for experts with no row in
@@ -58,7 +58,7 @@ class MoELayer(RouterOwner, ABC):
         self.title = f"MoE layer {layer}"
         """What errors call it."""
         self.copies = False
-        """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
+        """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 
     @abstractmethod
     def banks(self) -> tuple[Tensor, ...]:
@@ -74,11 +74,11 @@ class MoELayer(RouterOwner, ABC):
         return torch.stack(each, 1)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Each sample's own expert's output, (N, ...), in one call that moves no sample, or None to group them."""
+        """The output (N, ...), each sample by its own expert, in one call that moves no sample; None to group them."""
         return None
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
-        """A convolution's `banks` that do not learn, as `ops.pack` has them, which see for `once`; else None."""
+        """`banks` that do not learn, packed for kernels (`ops.pack`, which says what `once` is), or None."""
         return None
 
     def of_expert(self, expert: int, bank: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class MoELayer(RouterOwner, ABC):
         return y
 
     def output(self, x: Tensor, weights: Weights) -> Output:
-        """The output for `x` (N, ...) with `weights`, not yet put together: for what follows to do that."""
+        """The output for `x` (N, ...) with `weights`, which the operation that follows merges or computes."""
         decision = self.decide(x)
         if decision.scores.dim() == 2:
             return self._computed(x, decision, weights)

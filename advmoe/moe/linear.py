@@ -53,7 +53,7 @@ class MoELinear(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's rows (C_out, C_in)."""
+        """Type, place and shape of one expert's rows (C_out, C_in)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The ways to compute a routed layer once its experts are chosen. `masked` is the definition; the others agree with it,
-but for `soft`, which is a differentiable surrogate.
+"""The ways to compute a routed layer once its experts are chosen. `masked` is the definition. `hard` and `gathered`
+agree with it; `soft` is a differentiable surrogate.
 
-Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
+Axes: `N` batch, `M` rows of a bank, `E` experts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
 
 
 Output = ops.Grouped | ops.Convolved
-"""A layer's output (N, ...), `merged` when it is asked for or by what follows."""
+"""A layer's output (N, ...), until it is `merged`: on demand, or by the operation that follows."""
 
 
 def masked(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
@@ -75,7 +75,7 @@ def gathered(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -
 
 
 def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
-    """Each sample's chosen expert alone: in one call that moves no sample, where there is one, or expert by expert."""
+    """Each sample's chosen expert alone: in one call that moves no sample, if that is faster, or expert by expert."""
     scores, choice, routing = decision
     banks, filters = weights.banks, weights.filters
     gate = ops.chosen_probability(scores, choice) if torch.is_grad_enabled() and scores.requires_grad else None

@@ -66,14 +66,14 @@ class MoEWrapped(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's weight (R, ...)."""
+        """Type, place and shape of one expert's weight (R, ...)."""
         bank = self._parameters["bank_weight"]
         assert bank is not None
         return Described(bank, self.expert_rows, f"the weight of {self.title}")
 
     @property
     def bias(self) -> Described | None:
-        """What may be known of one expert's bias (R,), if there is one."""
+        """Type, place and shape of one expert's bias (R,), if there is one."""
         bank = self._parameters.get("bank_bias")
         return None if bank is None else Described(bank, self.expert_rows, f"the bias of {self.title}")
 

@@ -16,7 +16,7 @@ from advmoe.ops.raw.tensors import address, room, threads_for
 
 
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
-    """What softmax over fp32 `scores` (N, E), which `suits`, gives each sample's `choice` (N,) of 0 to E - 1: (N,)."""
+    """The softmax probability of each sample's `choice` (N,), 0 to E-1, by fp32 `scores` (N, E) that `suits`: (N,)."""
     n, experts = scores.shape
     probability = room(n)
     built().functions["gate"](scores.data_ptr(), choice.data_ptr(), n, experts, probability.data_ptr())
