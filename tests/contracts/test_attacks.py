@@ -3,6 +3,7 @@
 Axes: `N` images, `K` classes. Pixels and eps are in [0, 1].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.attacks.base import Attack, Found, Part
 from advmoe.attacks.pgd import LOSSES, Loss, margins
 from advmoe.attacks.routed import Combination, RoutedPlan
 from advmoe.config import AttackConfig, Pixels
@@ -231,9 +231,9 @@ def test_every_loss(check, name):
 
 @dataclass(frozen=True)
 class Planted:
-    """An attack that proposes `image + step`, or draws from whatever random numbers there are."""
+    """PGD whose proposals are then changed: `changed(x_adv, x, threat)`."""
 
-    step: float = 0.0
+    changed: Callable[[Tensor, Tensor, ThreatModel], Tensor]
     for_routed = False
     least_classes = 2
 
@@ -244,15 +244,22 @@ class Planted:
         return 1
 
     def build(self, predict, setting, plan):
-        def run(x, y, seed):
-            change = self.step or setting.threat.eps * (2 * torch.rand_like(x) - 1)
-            return Found(setting.threat.project(x + change, x) if not self.step else x + self.step)
+        attack = build("pgd-3", predict, setting, plan)
+        (part,) = attack.parts
 
-        return Attack("planted", (Part("planted", run),))
+        def run(x, y, seed):
+            proposals = part.run(x, y, seed)
+            return replace(proposals, x_adv=self.changed(proposals.x_adv, x, setting.threat))
+
+        return replace(attack, parts=(replace(part, run=run),))
+
+
+OUTSIDE = Planted(lambda x_adv, x, threat: x + 2 * (x_adv - x))
+UNSEEDED = Planted(lambda x_adv, x, threat: threat.random_start(x))
 
 
 @pytest.mark.parametrize(
-    ("form", "check"), [(Planted(0.2), proposals_stay_in_the_ball), (Planted(), batches_are_independent)]
+    ("form", "check"), [(OUTSIDE, proposals_stay_in_the_ball), (UNSEEDED, batches_are_independent)]
 )
 def test_an_attack_with_a_fault_is_caught(monkeypatch, form, check):
     monkeypatch.setitem(ATTACKS, "planted", form)
