@@ -94,9 +94,14 @@ class RouterOwner(nn.Module):
 
 
 def routers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Every router in `model`: the modules whose parameters and buffers are phi."""
-    owners = (module for module in model.modules() if isinstance(module, RouterOwner))
-    return (owner.router for owner in owners if owner.router is not None)
+    """Every router in `model`, outermost modules only: those whose parameters and buffers are phi."""
+    owned, inside = set[int](), set[int]()
+    for module in model.modules():  # an owner comes before its router, a router before its parts
+        if isinstance(module, RouterOwner):
+            owned.add(id(module.router))
+        if id(module) not in inside and (id(module) in owned or isinstance(module, LayerRouter | ImageRouter)):
+            inside.update(map(id, module.modules()))
+            yield module
 
 
 MakeRouter = Callable[..., nn.Module]

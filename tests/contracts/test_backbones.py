@@ -17,7 +17,7 @@ from advmoe.export import export_model
 from advmoe.models import Classifier, create_model, load_model, save_model, split_parameters
 from advmoe.models.modes import frozen
 from advmoe.models.resnet import ResNet
-from advmoe.moe import LayerRouter, MoELayer, pathway, route
+from advmoe.moe import LayerRouter, MoELayer, pathway, route, routers_of
 from advmoe.native import without_kernels
 from advmoe.tables import BACKBONES, KINDS, ROUTERS, Backbone, Router
 
@@ -217,11 +217,17 @@ def test_every_family_has_an_example():
 # Entries from outside: one that keeps the promises, and for each table one that breaks one, which is caught.
 
 
-class Bold(LayerRouter):
-    """A layer's router whose scores are twice `LayerRouter`'s."""
+class Bold(nn.Module):
+    """A layer's router whose scores are twice those of a `LayerRouter` inside it, at a temperature that it learns."""
+
+    def __init__(self, channels: int, num_experts: int, *, per_token: bool = False) -> None:
+        super().__init__()
+        self.per_token = per_token
+        self.inner = LayerRouter(channels, num_experts, per_token=per_token)
+        self.temperature = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = 2 * super().forward(x)
+        scores: Tensor = self.inner(x) / self.temperature
         return scores
 
 
@@ -245,7 +251,7 @@ class Centred(ResNet):
 def test_a_router_in_layers_may_come_from_outside(check, tmp_path, monkeypatch):
     monkeypatch.setitem(ROUTERS, "bold", Router(layer=Bold))
     case = Case("resnet18", router="bold")
-    routers = [module for module in case.model().modules() if isinstance(module, LayerRouter)]
+    routers = list(routers_of(case.model()))
     assert routers and all(type(router) is Bold for router in routers)
     check(case, tmp_path)
     check(replace(case, name="deit-tiny", route_per="token"), tmp_path)
