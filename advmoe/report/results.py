@@ -31,12 +31,10 @@ from advmoe.rundir import (
     stale,
     unsealed,
 )
-from advmoe.tables import METHODS
+from advmoe.tables import KINDS, METHODS
 from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
-
-KINDS = {"moe": "MoE", "dense": "Dense", "s-dense": "S-Dense", "sparse": "Sparse"}
 
 _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
@@ -98,10 +96,11 @@ class RunFolder:
     def method(self) -> str:
         """What it is called in the paper."""
         method, kind = self.field("training", "method"), str(self.field("model", "kind"))
+        network = KINDS[kind].label if kind in KINDS else kind
         if method == "at":
-            return f"AT ({KINDS.get(kind, kind)})"
+            return f"AT ({network})"
         shown = METHODS[str(method)].label if str(method) in METHODS else str(method)
-        return shown if method in ("advmoe", "sparse") or kind == "moe" else f"{shown} ({KINDS.get(kind, kind)})"
+        return shown if method in ("advmoe", "sparse") or kind == "moe" else f"{shown} ({network})"
 
     @property
     def model(self) -> str:

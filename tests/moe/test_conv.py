@@ -213,7 +213,7 @@ def test_hard_and_masked_agree_whatever_the_convolution(kwargs):
 def test_few_filters_of_all_experts_at_once_give_each_sample_its_own(experts, c_out, monkeypatch):
     torch.manual_seed(0)
     conv = MoEConv2d(
-        4, c_out, 3, 1, 1, bank_rows=experts * c_out, num_experts=experts, layer=0, bias=True, own_router=False
+        4, c_out, 3, 1, 1, bank_rows=experts * c_out, num_experts=experts, layer=0, bias=True, make_router=None
     )
     torch.nn.init.normal_(conv.bias)
     x, forced = torch.rand(9, 4, 6, 5), torch.arange(9)[:, None] % experts
