@@ -23,10 +23,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
-from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level
+from advmoe.tables import ALTERNATIONS, DATASETS, KINDS, METHODS, ROUTERS, Level
 from advmoe.text import MOST_OF_A_VALUE, cut, show
 
-ModelKind = Literal["moe", "dense", "s-dense", "sparse"]
 RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
 ExpertInit = Literal["independent", "shared"]
@@ -36,6 +35,7 @@ RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
 
+ModelKind = Annotated[str, KINDS]
 RouterKind = Annotated[str, ROUTERS]
 MethodName = Annotated[str, METHODS]
 
@@ -128,9 +128,10 @@ def typed(name: str, hint: Any, value: Any) -> Any:
     for no number.
     """
     if get_origin(hint) is Annotated:
-        base, within = get_args(hint)
-        value = typed(name, base, value)
-        within.require(name, value)
+        base, allowed = get_args(hint)
+        if base is not str:  # names are a table's, which says what there is to whatever else comes
+            value = typed(name, base, value)
+        allowed.require(name, value)
         return value
     if get_origin(hint) is Literal:
         options = get_args(hint)

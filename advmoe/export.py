@@ -37,7 +37,7 @@ from advmoe.evaluation.scoring import measuring
 from advmoe.files import checksum, require_writable, write_text, write_whole
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
-from advmoe.moe import LayerRouter, MoELayer, Routing, route
+from advmoe.moe import MoELayer, Routing, route, routers_of
 from advmoe.moe.routing import RoutingMode
 from advmoe.pool import threads_set
 from advmoe.progress import tracked
@@ -192,7 +192,7 @@ def _form(model: nn.Module, format: Format, dynamic_batch: bool, opset: int | No
         raise InputError(f"model must be on the CPU, got {next(model.parameters()).device}")
     mode: RoutingMode = "hard"
     if any(isinstance(module, MoELayer) for module in model.modules()):
-        per_token = any(isinstance(module, LayerRouter) and module.per_token for module in model.modules())
+        per_token = any(getattr(router, "per_token", False) for router in routers_of(model))
         mode = "masked" if dynamic_batch or per_token else "gathered"
     return _Form(format, dynamic_batch, opset, mode)
 

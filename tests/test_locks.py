@@ -13,7 +13,6 @@ import pytest
 
 from advmoe.locks import CLAIM, held, hold
 
-ROOT = str(Path(__file__).parents[1])
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes have no start time to be told by")
 
 
@@ -73,9 +72,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
         "print(hold(Path(sys.argv[1]), folder=True) is not None, flush=True)\ninput()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    other = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": ROOT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
     assert hold(tmp_path / "run", folder=True) is None  # though this process could lock it
     without_locks(monkeypatch)

@@ -122,7 +122,7 @@ def test_a_loop_left_early_leaves_no_bar_behind(terminal: Terminal) -> None:
             assert following.pos == 0  # the first line: nothing else is drawn
 
 
-DIGITS = ("--threads", "1", "--num-examples", "60", "--batch-size", "30")
+DIGITS = ("--threads", "1", "--num-examples", "30", "--batch-size", "15")
 ROUTED = ("--attacks", "pgd-2,routed", "--attack.queries", "2", "--threat.eps", "0.01", "--workers", "1")
 COMMANDS = {
     "evaluate": ([*ROUTED, *DIGITS], {"clean", "search", "pathways", "steps", "routed"}),
@@ -134,6 +134,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_long_loops_of_commands(
     command: str, make_digits_run: Callable[..., Path], tmp_path: Path, terminal: Terminal
@@ -169,9 +170,8 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     run = make_digits_run(tmp_path / "run")
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", *DIGITS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", "--workers", "1", *DIGITS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     shown_there = ""
     with suppress(OSError):  # the end

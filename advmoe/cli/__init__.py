@@ -10,6 +10,7 @@ A command is a module here, with a `parser` and a `run`, and an entry in `COMMAN
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import sys
@@ -58,6 +59,8 @@ COMMANDS: dict[str, Any] = {
 CLOSED = 141
 """The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
 
+MEMORY_TO_START = 2**30
+"""Bytes of address space: PyTorch and what we import take 0.65 GiB. With less, libraries end the process."""
 ROOM_FOR_BYTECODE = 64 * 2**20
 """Bytes of a disk that bytecode may need: PyTorch's and ours."""
 
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with raised():
             command, options = _parse(argv)
+            if command != "recipes":
+                _require_memory()
             with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
@@ -121,18 +126,33 @@ def _wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+def _limit(name: str) -> float:
+    """A limit of this process in bytes (`RLIMIT_AS`), infinite where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit, _ = resource.getrlimit(getattr(resource, name))
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def _require_memory() -> None:
+    """Raise `MemoryError` where PyTorch cannot be loaded: it would end this process without a word of ours."""
+    if (limit := _limit("RLIMIT_AS")) < MEMORY_TO_START:
+        got = f"{limit / 2**20:.0f} MiB"
+        raise MemoryError(f"the limit on memory (ulimit -v) must be >= {MEMORY_TO_START // 2**20} MiB, got {got}")
+
+
 def _spare_bytecode() -> None:
     """Have Python, and the processes that this one starts, write no bytecode where there may be no room for it.
 
     Python 3.11 then keeps a part of a module's, and can import that module no more (python/cpython#126606).
     """
-    try:
-        import resource
-    except ImportError:  # Windows has neither such limits nor `statvfs`
-        return
-    disk = os.statvfs(os.path.dirname(__file__))
-    room = disk.f_bavail * disk.f_frsize
-    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY and room >= ROOM_FOR_BYTECODE:
+    room = math.inf
+    if hasattr(os, "statvfs"):
+        disk = os.statvfs(os.path.dirname(__file__))
+        room = disk.f_bavail * disk.f_frsize
+    if _limit("RLIMIT_FSIZE") == math.inf and room >= ROOM_FOR_BYTECODE:
         return
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -44,11 +44,11 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     if args["name"] == "list":
         return _list()
     from advmoe.studies.catalogue import study_named
-    from advmoe.studies.session import Options
+    from advmoe.studies.session import StudyOptions
 
     study_named(args["name"])
     engine = engine_options(args)
-    options = Options(
+    options = StudyOptions(
         scale=args.get("scale", "smoke"),
         seeds=number("--seeds", Annotated[int, Within(1, 1000)], args.get("seeds")),
         only=split_words(args.get("only", "")),

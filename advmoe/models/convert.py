@@ -34,7 +34,7 @@ from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.described import asks_no_values
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.linear import MoELinear
-from advmoe.moe.routers import ImageRouter
+from advmoe.moe.routers import MakeRouter
 from advmoe.moe.routing import forward_scope
 from advmoe.moe.wrapped import MoEWrapped
 from advmoe.ops import listened
@@ -67,7 +67,7 @@ class ConvertedClassifier(Classifier):
     """A `Classifier` that `to_moe` made of a network; `conversion` says of which of its layers."""
 
     def __init__(
-        self, normalize: nn.Module, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any],
+        self, normalize: nn.Module, backbone: nn.Module, router: nn.Module | None, spec: dict[str, Any],
         conversion: Conversion,
     ) -> None:  # fmt: skip
         super().__init__(normalize, backbone, router, spec)
@@ -402,7 +402,7 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
             plain = None
         if not isinstance(plain, nn.Conv2d | nn.Linear):
             raise InputError(f"module must have the layers that were converted, got {name} without {layer}")
-        made = _moe_layer(plain, num_experts, index, own_router=ROUTERS[router].in_layers)
+        made = _moe_layer(plain, num_experts, index, make_router=ROUTERS[router].layer)
         made.copies = layer in conversion.in_place
         made.title = f"MoE layer {index} ({layer})" if layer else made.title
         _answer_for(made, plain)
@@ -421,10 +421,12 @@ def _converted(module: nn.Module, conversion: Conversion, settings: dict[str, An
     return model
 
 
-def _moe_layer(layer: nn.Conv2d | nn.Linear, num_experts: int, index: int, *, own_router: bool) -> MoELayer:
+def _moe_layer(
+    layer: nn.Conv2d | nn.Linear, num_experts: int, index: int, *, make_router: MakeRouter | None
+) -> MoELayer:
     """`layer` as an MoE layer, all of whose experts are copies of it; on its device, in its precision and mode."""
     device, dtype, rows = layer.weight.device, layer.weight.dtype, num_experts * len(layer.weight)
-    shared: dict[str, Any] = {"num_experts": num_experts, "layer": index, "own_router": own_router}
+    shared: dict[str, Any] = {"num_experts": num_experts, "layer": index, "make_router": make_router}
     made: MoELayer
     if type(layer) is nn.Conv2d:
         padding = layer.padding if isinstance(layer.padding, str) else _two(layer.padding)
@@ -461,14 +463,14 @@ def _two(numbers: tuple[int, ...]) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _image_router(module: nn.Module, settings: dict[str, Any], num_layers: int) -> ImageRouter:
+def _image_router(module: nn.Module, settings: dict[str, Any], num_layers: int) -> nn.Module:
     """The router that sees the image: as wide as the network begins, and at the resolution that it begins with."""
     first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
     if first is None:
         raise InputError(f"router must be layer for a network without Conv2d, got {settings['router']!r}")
     build = ROUTERS[settings["router"]].build
     assert build is not None
-    router: ImageRouter = build(
+    router: nn.Module = build(
         settings["in_channels"] or first.in_channels, first.out_channels, num_layers, settings["num_experts"],
         pool=_two(first.stride)[0],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from advmoe.errors import InputError
 from advmoe.models.rectifier import Rectifier
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.mlp import MoEMLP
-from advmoe.tables import ROUTERS
+from advmoe.tables import KINDS, ROUTERS
 
 MOST_PARAMETERS = 10_000_000_000
 """Of a new model: 40 GB in fp32."""
@@ -75,6 +75,7 @@ class LayerFactory:
 
     def __init__(self, config: ModelConfig, most: int = MOST_PARAMETERS) -> None:
         self.config, self.left, self.most = config, most, most
+        self.kind, self.router = KINDS[config.kind], ROUTERS[config.router]
         self.num_moe_layers = 0
 
     def _take(self, weights: int) -> None:
@@ -96,13 +97,11 @@ class LayerFactory:
         """Channels between layers: r times the backbone's (`narrowed`), except in Dense and under a sparse model's
         masks.
         """
-        return (
-            dense_channels if self.config.kind in ("dense", "sparse") else narrowed(dense_channels, self.config.scale)
-        )
+        return narrowed(dense_channels, self.config.scale) if self.kind.narrow else dense_channels
 
     def rectifier(self) -> Rectifier:
         """A ReLU, of which MoE layers with routers of their own take what these pool."""
-        return Rectifier(pools=self.config.kind == "moe" and ROUTERS[self.config.router].in_layers)
+        return Rectifier(pools=self.kind.routed and self.router.in_layers)
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
@@ -122,7 +121,7 @@ class LayerFactory:
         network's channels to make.
         """
         config, narrow_out = self.config, self.channels(c_out)
-        if config.kind != "moe":
+        if not self.kind.routed:
             return self.plain_conv(c_in, narrow_out, kernel_size, stride, padding)
         self.num_moe_layers += 1
         rows = self._bank(c_out, narrow_out)
@@ -136,7 +135,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=ROUTERS[config.router].in_layers,
+            make_router=self.router.layer,
             shared_init=config.experts_init == "shared",
         )
 
@@ -147,7 +146,7 @@ class LayerFactory:
         config = self.config
         narrow = self.channels(hidden)
         self._take(2 * dim * narrow)
-        if config.kind != "moe":
+        if not self.kind.routed:
             return nn.Sequential(linear(dim, narrow), nn.GELU(), linear(narrow, dim))
         self.num_moe_layers += 1
         rows = self._bank(hidden, narrow)
@@ -158,7 +157,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=ROUTERS[config.router].in_layers,
+            make_router=self.router.layer,
             per_token=config.route_per == "token",
             shared_init=config.experts_init == "shared",
         )

@@ -38,7 +38,7 @@ _PARTS = {
     f"{setting}-{method}": (setting, method)
     for setting, (_, backbone) in SETTINGS.items()
     for method in METHODS
-    if not (method == "at-sparse" and backbone == "deit-tiny")
+    if not (method == "at-sparse" and backbone and BACKBONES.find(backbone).tokens)
 }
 
 

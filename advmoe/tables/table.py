@@ -22,6 +22,8 @@ class Family(Generic[Entry]):
     """How their names are spelt, as messages say it."""
     read: Callable[[str], Entry | None]
     """The entry of a name; None where the name is not of the family, `InputError` where its numbers do not do."""
+    example: str = ""
+    """A name of the family, for the tests that try every entry: the cheapest."""
 
 
 class Table(MutableMapping[str, Entry]):
@@ -49,6 +51,10 @@ class Table(MutableMapping[str, Entry]):
     def known(self) -> str:
         """The names that there are, families by their spelling, separated by commas."""
         return ", ".join([*self, *(family.spelling for family in self.families)])
+
+    def examples(self) -> list[str]:
+        """The names that there are, and one of each family that gives an example."""
+        return [*self, *(family.example for family in self.families if family.example)]
 
     def find(self, name: Any, field: str | None = None) -> Entry:
         """The entry called `name`. Raises `InputError`, which names the field and lists what there is."""

@@ -1,8 +1,8 @@
 """What a run or a backbone costs beside its Dense and S-Dense forms."""
 
+import io
 import json
-import subprocess
-import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -159,10 +159,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
         "--out",
         str(tmp_path / "a" / "b.json"),
     ]
-    done = subprocess.run([sys.executable, "-m", "advmoe", *words], capture_output=True, text=True, check=True)
+    with redirect_stdout(io.StringIO()) as out:
+        assert cli.main(words) == 0
     report = json.loads((tmp_path / "a" / "b.json").read_text())
     check(report, ["moe", "s-dense", "dense"])
-    assert done.stdout == f"{table(report)}\nwritten to {tmp_path / 'a' / 'b.json'}\n"
+    assert out.getvalue() == f"{table(report)}\nwritten to {tmp_path / 'a' / 'b.json'}\n"
     assert (report["model"]["router"], report["model"]["num_classes"], report["threads"]) == ("image", 7, 1)
 
 

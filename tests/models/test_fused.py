@@ -398,7 +398,7 @@ def test_a_shortcut_that_kernels_cannot_read_is_added_by_pytorch():
 
 @needs_kernels
 def test_filters_of_another_precision_are_not_used():
-    layer = MoEConv2d(8, 8, 3, padding=1, bank_rows=16, num_experts=2, layer=0, own_router=False)
+    layer = MoEConv2d(8, 8, 3, padding=1, bank_rows=16, num_experts=2, layer=0, make_router=None)
     x, filters = torch.randn(20, 8, 6, 6).bfloat16().contiguous(memory_format=LAST), layer.bank.detach()
     shifts, made = torch.randn(16), []
     fixed = layer.packed(filters, shifts)

@@ -29,7 +29,14 @@ TINY = {
     "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": True},
     "threat": {"eps": "0.1"},
     # Both levels in each of the two iterations of an epoch.
-    "training": {"alternation": "both", "epochs": 3, "batch_size": 144, "step_size": 0.06, "val_attack_steps": 2},
+    "training": {
+        "alternation": "both",
+        "epochs": 3,
+        "batch_size": 144,
+        "attack_steps": 1,
+        "step_size": 0.06,
+        "val_attack_steps": 1,
+    },
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 
@@ -105,7 +112,13 @@ def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(weights(other).values(), weights(finished).values(), strict=True))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="kill -9"),
+        pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow),  # whose end test_signals has
+    ],
+)
 def test_interrupted_anywhere_and_resumed_ends_bit_identical(finished, tmp_path, how):
     run = tmp_path / "run"
     tiny().dump(tmp_path / "tiny.yaml")
