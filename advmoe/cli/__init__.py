@@ -34,9 +34,11 @@ from advmoe.cli import (
     train,
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
+from advmoe.config import require_path
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import shown
 from advmoe.signals import described, raised
+from advmoe.tables.plugins import add_plugin
 from advmoe.text import show
 
 COMMANDS: dict[str, Any] = {
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     _spare_bytecode()
     try:
         with raised():
+            argv = _with_plugins(argv)
             command, options = _parse(argv)
             if command != "recipes":
                 _require_memory()
@@ -158,6 +161,22 @@ def _spare_bytecode() -> None:
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
+def _with_plugins(argv: list[str]) -> list[str]:
+    """`argv` without `--plugin FILE.py`, wherever it stands: the files are executed first, as what they add may be an
+    option's value. Raises `InputError`.
+    """
+    rest, words = list[str](), iter(argv)
+    for word in words:
+        option, equals, path = word.partition("=")
+        if option != "--plugin":
+            rest.append(word)
+            continue
+        path = path if equals else next(words, "")
+        require_path("--plugin", path)
+        add_plugin(path)
+    return rest
+
+
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
 
@@ -183,6 +202,10 @@ def _parse_top(argv: list[str]) -> None:
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
+    parser.add_argument(
+        "--plugin", metavar="FILE.py", help="of every command, as often as you like: a file of yours that registers "
+        "backbones, routers, attacks, losses, data sets or training methods; executed",
+    )  # fmt: skip
     commands = parser.add_subparsers(title="commands (advmoe COMMAND --help says more)", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.parser().description)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -150,6 +150,38 @@ class _Routed:
     def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
         assert plan is not None
         return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
+
+
+@dataclass(frozen=True)
+class FunctionAttack:
+    """An attack that is a function `(predict, x, y, *, threat, seed) -> adversarial x`."""
+
+    name: str
+    function: Callable[..., Tensor]
+    for_routed: bool = False
+    least_classes: int = 2
+
+    def steps(self, setting: Setting) -> int:
+        """Those of the setting: how far the function goes is its own affair."""
+        return setting.attack.steps
+
+    def named(self, setting: Setting) -> str:
+        """Its name. Raises `InputError` for a model that has no use for it."""
+        if self.for_routed and not setting.routed:
+            raise InputError(f"attacks must suit a model without MoE layers, got {self.name!r}")
+        return self.name
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        """The attack on `predict`."""
+
+        def run(x: Tensor, y: Tensor, seed: int) -> Found:
+            adversarial = self.function(predict, x, y, threat=setting.threat, seed=seed)
+            if not isinstance(adversarial, Tensor) or adversarial.shape != x.shape:
+                got = getattr(adversarial, "shape", type(adversarial).__name__)
+                raise InputError(f"the attack {self.name} must return images {tuple(x.shape)}, got {got}")
+            return Found(adversarial.detach().to(x))
+
+        return Attack(self.name, (Part(self.name, run),), {}, ())
 
 
 def _pgd(name: str) -> Form | None:
