@@ -51,7 +51,7 @@ class Setting:
 
 
 class Form(Protocol):
-    """An attack as it is asked for by name."""
+    """What a name among `--attacks` means."""
 
     @property
     def for_routed(self) -> bool:
@@ -59,7 +59,7 @@ class Form(Protocol):
 
     @property
     def least_classes(self) -> int:
-        """Classes that its loss needs."""
+        """The fewest classes that its loss can do with."""
 
     def named(self, setting: Setting) -> str:
         """Its full name. Raises `InputError` for a model that has no use for it, or where an extra is missing."""

@@ -11,7 +11,8 @@ from advmoe.attacks.base import Attack, Found, Part
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
 from advmoe.evaluation import accuracy
-from advmoe.evaluation.accuracy import assess, evaluate, masking_gap, outcomes, summary
+from advmoe.evaluation.accuracy import assess, evaluate
+from advmoe.evaluation.outcomes import Measurement, masking_gap, outcomes, summary
 from advmoe.evaluation.scoring import device_of, run_attack
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
@@ -82,9 +83,8 @@ def test_planted_accuracies():
 
 def test_examples_tell_what_became_of_each():
     attack = AttackConfig(steps=20, step_size=Pixels(0.02))
-    found = assess(
-        lambda _: Threshold(), planted(), threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"]
-    ).examples
+    measurement = Measurement(threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"])
+    found = assess(lambda _: Threshold(), planted(), measurement).examples
     assert found["label"].tolist() == [1, 0, 1, 0, 0, 1]
     assert found["clean_correct"].tolist() == [True, False, True, True, True, True]
     assert found["clean_predicted"].tolist() == [1, 1, 1, 0, 0, 1]
@@ -148,7 +148,7 @@ def test_proposals_are_brought_back_into_the_ball_and_scored_again():
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
 def test_outcomes_are_per_example_and_in_order(batch_size):
     attack = AttackConfig(steps=20, step_size=Pixels(0.02))
-    found = outcomes(Threshold(), planted(), threat=THREAT, attack=attack, batch_size=batch_size)
+    found = outcomes(Threshold(), planted(), Measurement(threat=THREAT, attack=attack, batch_size=batch_size))
     assert found["clean"].tolist() == [True, False, True, True, True, True]
     assert found["pgd-20"].tolist() == [True, False, False, True, False, True]
 
@@ -188,7 +188,7 @@ def routed(make_routed, make_images):
 def test_a_routed_model_faces_soft_routing_too(routed):
     model, x, y = routed
     threat, attack = ThreatModel("linf", 4 / 255), AttackConfig(steps=3, step_size=Pixels(2 / 255))
-    found = outcomes(model, (x, y), threat=threat, attack=attack, batch_size=16)
+    found = outcomes(model, (x, y), Measurement(threat=threat, attack=attack, batch_size=16))
     assert list(found) == ["clean", "pgd-3", "pgd-3-soft"]
     assert found["clean"].all()
     worst = summary(found)["worst_case"]
@@ -205,7 +205,7 @@ def test_gradients_come_from_soft_routing_and_the_score_from_hard(routed):
         modes.append((active_routing().mode, torch.is_grad_enabled()))
 
     handle = model.backbone.register_forward_pre_hook(note)
-    outcomes(model, (x, y), threat=ThreatModel("linf", 1 / 255), attack=AttackConfig(steps=2))
+    outcomes(model, (x, y), Measurement(threat=ThreatModel("linf", 1 / 255), attack=AttackConfig(steps=2)))
     handle.remove()
     # A look for MoE layers; clean; for each attack who is right, two steps (hard, then soft) and the score.
     hard, soft, score = [("hard", True)] * 2, [("soft", True)] * 2, ("hard", False)
@@ -249,7 +249,7 @@ def test_the_same_seed_gives_the_same_attack(routed):
     for seed in (0, 0, 1):
         seen = []
         handle = model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach().clone()))
-        outcomes(model, (x, y), threat=ThreatModel(), attack=AttackConfig(steps=1), seed=seed)
+        outcomes(model, (x, y), Measurement(threat=ThreatModel(), attack=AttackConfig(steps=1), seed=seed))
         handle.remove()
         starts.append(seen[3])  # after the look for MoE layers, the clean pass, and the one that tells who is right
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
@@ -335,7 +335,7 @@ def test_by_default_images_are_put_where_the_module_is(monkeypatch):
     assert device_of(nn.Identity()) == device_of(lambda x: x) == torch.device("cpu")
     chosen = []
     monkeypatch.setattr(
-        accuracy, "assess", lambda *_, plan, **__: chosen.append(plan.devices()) or SimpleNamespace(result={})
+        accuracy, "assess", lambda *_, execution, **__: chosen.append(execution.devices()) or SimpleNamespace(result={})
     )
     for model in (Elsewhere(False), nn.Identity(), lambda x: x):
         evaluate(model, planted())

@@ -8,7 +8,7 @@ import torch
 
 from advmoe.evaluation import gallery
 from advmoe.evaluation.gallery import gallery_run
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import Options, open_subject
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.report.results import load_gallery
@@ -26,7 +26,7 @@ def test_what_it_says_is_what_the_model_says(run_dir):
     path = gallery_run(run_dir, number=6, accelerator="cpu", threads=1)
     assert path == run_dir / GALLERY
     found = load_gallery(path)
-    data = subject(run_dir).data
+    data = open_subject(run_dir).data
     clean, adversarial = (torch.from_numpy(found[kind]).float() for kind in ("clean", "adversarial"))
     # The images are those of the test set, and the attack stays in its ball, but for what float16 rounds.
     assert torch.allclose(clean, data.pixels(torch.from_numpy(found["index"])), atol=5e-4)
@@ -73,7 +73,7 @@ def drawn(wrong, labels, number):
         return torch.nn.functional.one_hot(told, 3).float()
 
     data = Data(torch.arange(len(labels)))
-    return gallery._drawn(predict, data, number, 0, torch.device("cpu")).tolist()
+    return gallery._sampled(predict, data, number, 0, torch.device("cpu")).tolist()
 
 
 def test_classes_take_turns_and_the_wrong_come_last():
@@ -91,6 +91,14 @@ def test_a_plain_run_has_no_pathways(make_digits_run, tmp_path):
     assert int(found["num_experts"]) == 0
 
 
+def test_options_are_those_of_every_measurement(run_dir, tmp_path):
+    options = Options(attacks=["pgd-3-margin"], out=tmp_path / "elsewhere", accelerator="cpu", num_examples=5, seed=3)
+    path = gallery_run(run_dir, options, number=8)
+    arrays = load_gallery(path)
+    assert path == tmp_path / "elsewhere" / GALLERY and str(arrays["attack"]) == "pgd-3-margin"
+    assert sorted(arrays["index"]) == open_subject(run_dir, num_examples=5, seed=3).index.tolist()
+
+
 def test_mistakes_leave_nothing(make_digits_run, tmp_path):
     folder = make_digits_run(tmp_path / "run")
     before = sorted(folder.iterdir())
@@ -98,4 +106,6 @@ def test_mistakes_leave_nothing(make_digits_run, tmp_path):
         gallery_run(folder, number=0)
     with pytest.raises(ValueError, match=r"eps must be .*got 2"):
         gallery_run(folder, overrides={"threat": {"eps": "2"}})
+    with pytest.raises(ValueError, match="attacks to show must be a single one, got pgd-2, pgd-3"):
+        gallery_run(folder, attacks=["pgd-2", "pgd-3"])
     assert sorted(folder.iterdir()) == before

@@ -17,7 +17,7 @@ from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.overlap import iou, units_of
 from advmoe.evaluation.pathways import pathways_run, statistics, table
 from advmoe.evaluation.scoring import take
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import open_subject
 from advmoe.models import create_model, save_model
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
@@ -239,7 +239,7 @@ def test_a_run_is_traced_as_a_user_does(runs, tmp_path):
 
 def zero_share(runs, found):
     """The mean IoU of the run's pathways with expert 0 everywhere, from its images."""
-    given, model = subject(runs / "run", num_examples=found["num_examples"]), load_run(runs / "run")
+    given, model = open_subject(runs / "run", num_examples=found["num_examples"]), load_run(runs / "run")
     x, _ = take(given.data, slice(0, 40), torch.device("cpu"))
     chosen, sizes = pathway(model, x), torch.tensor([unit.sum(1)[0] for unit in units_of(model)])
     shared = ((chosen == 0) * sizes).sum(1).double()
@@ -253,9 +253,9 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
     assert found["against"]["kind"] == "pathways"
     with np.load(home / "pathways-examples.npz") as examples:
         assert examples["unchanged"].mean() == pytest.approx(found["attack"]["unchanged"])
-        assert examples["index"].tolist() == subject(runs / "run", num_examples=30).index.tolist()
+        assert examples["index"].tolist() == open_subject(runs / "run", num_examples=30).index.tolist()
     # The numbers are those of the attack's images, however they are cut into batches of the same attack.
-    opened = subject(runs / "run", num_examples=30, accelerator="cpu").routed_under_pgd("trace")
+    opened = open_subject(runs / "run", num_examples=30, accelerator="cpu").routed_under_pgd("trace")
     (batch,) = opened.images(*opened.names)
     assert (batch[1] - batch[0]).abs().max() == pytest.approx(0.1, abs=1e-6)
     ours, theirs = dissect(opened.predict, *batch), dissect(load_run(runs / "other"), *batch)
