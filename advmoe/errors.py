@@ -55,7 +55,7 @@ def portable(error: Exception, *whole: type[Exception]) -> Exception:
     if isinstance(error, (InputError, *whole)) or of_machine(error):
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # one that cannot be made anew from its arguments
+        except Exception:  # unpickling calls the class with its arguments, which some cannot take
             return InputError(str(error)) if isinstance(error, InputError) else OSError(str(error))
         return error
     summary = f"{type(error).__name__}: {error}"

@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
 
 
 def require_writable(name: str, folder: Path) -> None:
-    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, made anew if need be."""
+    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, which may be missing."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:
         # Tried, not asked: permissions say nothing of root's limits, of /proc or of a read-only file system.

@@ -198,7 +198,7 @@ def _told(error: Exception, place: Place) -> Exception:  # pragma: no cover - ru
 
 @contextmanager
 def threads_set(threads: int | None) -> Iterator[None]:
-    """PyTorch's CPU threads inside, where a number is given; restored after."""
+    """Inside, PyTorch has so many CPU threads; None changes nothing. Restored after."""
     import torch
 
     before = torch.get_num_threads()

@@ -102,7 +102,7 @@ def _wait_passively() -> None:
 
 
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
+    """The command, and the options that the user wrote: those of a group of fields (`--data.root`) under its name.
 
     Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
     """
@@ -113,10 +113,10 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
         raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
     parser = COMMANDS[command].parser()
     parser.prog = f"advmoe {command}"
-    found, unknown = parser.parse_known_args(_joined(argv[1:]))
+    parsed, unknown = parser.parse_known_args(_joined(argv[1:]))
     if unknown:
         raise unknown_option(unknown, command, parser)
-    options = grouped(vars(found))
+    options = grouped(vars(parsed))
     require_sound(parser, options)
     return command, options
 

@@ -146,7 +146,7 @@ def file_set(root: Path, listing: Sequence[tuple[str, int]], *, image_size: int,
 
 
 class _Job(NamedTuple):
-    """A batch to be decoded: all that it depends on, so that the processes know nothing of the set."""
+    """A batch to be decoded, and all that it depends on: the processes do not have the set."""
 
     paths: tuple[bytes, ...]
     seeds: tuple[int, ...] | None
@@ -160,7 +160,7 @@ _Answer = Tensor | ValueError
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[_Answer]):
-    """Decodes batches, in whatever process it is."""
+    """Decodes batches, in this process or in one of the loader's."""
 
     root: Path
     image_size: int
@@ -168,12 +168,12 @@ class _Decoder(Dataset[_Answer]):
     def __getitem__(self, job: _Job) -> _Answer:
         """Return images (B, C, H, W) uint8, channels-last: the order in which they are decoded."""
         batch = np.empty((len(job.paths), self.image_size, self.image_size, 3), dtype=np.uint8)
-        prepare = central_crop(self.image_size)
+        crop = central_crop(self.image_size)
         try:
             for i, path in enumerate(job.paths):
                 if job.seeds is not None:
-                    prepare = random_crop(self.image_size, job.seeds[i], flip=job.flip)
-                batch[i] = decode(self.root / os.fsdecode(path), prepare)
+                    crop = random_crop(self.image_size, job.seeds[i], flip=job.flip)
+                batch[i] = decode(self.root / os.fsdecode(path), crop)
         except ValueError as error:
             return InputError(str(error))
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
@@ -200,9 +200,9 @@ def _start_method() -> BaseContext:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Keep processes that are started from running the caller's script again, as they would to find what is in it.
+    """Inside, processes start without running the caller's script again.
 
-    They need nothing of it, it may take seconds, and a script without `if __name__ == "__main__":` would fail.
+    They need nothing of it, running it may take seconds, and without `if __name__ == "__main__":` it would fail.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
