@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whether they can be, and JSON objects read back."""
+"""Files written whole or not at all, a check that they can be written, and JSON objects read back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from advmoe.errors import InputError
 
 
 def sync(path: Path) -> None:
-    """Have the system put `path` on the disk before it goes on."""
+    """Wait until the system has put `path` on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -29,13 +29,13 @@ _PAUSE = 1.0
 
 
 class Hold:
-    """What keeps others from a path, until `close` or the process's end."""
+    """A lock on a path, until `close` or the process's end."""
 
     def __init__(self, descriptor: int, claim: Path | None) -> None:
         self._descriptor, self._claim = descriptor, claim
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._claim is not None:
             self._claim.unlink(missing_ok=True)
             self._claim = None
@@ -78,7 +78,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _tried(path: Path, folder: bool, wait: bool) -> Hold | str | None:
-    """The hold; or who else has `path`, None where that is a process of this host."""
+    """The hold; else who has `path`, in words, or None for a process of this host."""
     claim = path / CLAIM if folder else path.with_name(f"{path.name}{CLAIM}")
     while True:
         with suppress(FileNotFoundError):  # removed before it was locked

@@ -135,7 +135,7 @@ def _parse_top(argv: list[str]) -> None:
 
 
 def _accept_any_text() -> None:
-    """Have what the terminal's encoding lacks, or what is no text, as names of files may be, printed with escapes."""
+    """Print what the terminal's encoding lacks, or what is no text, as names of files may be, with escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -163,8 +163,9 @@ class _Output:
 
 
 def _flushed() -> bool:
-    """Whether somebody takes what was printed; if not, or where it cannot be written, Python must not try again at its
-    end.
+    """Write out what was printed; False where nobody reads it.
+
+    Where it cannot be written, stdout becomes the null device, so that Python does not try again at its end.
     """
     try:
         sys.stdout.flush()

@@ -66,8 +66,9 @@ def new_parser(description: str) -> Parser:
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
-    """A parser with what all commands that attack a run, or a classifier of the user's own, share; `threads`: see
-    `add_engine`.
+    """A parser with the options of all commands that attack a run, or a classifier of the user's own.
+
+    `threads`: see `add_engine`.
     """
     parser = new_parser(description)
     add = parser.add_argument
@@ -259,7 +260,7 @@ class Unfinished(Exception):
 
 @contextmanager
 def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
-    """Where what ends the work leaves something to continue (`mark` exists in `home`), `Unfinished` says how."""
+    """Inside, an interruption that leaves something to continue (`mark` exists in `home`) becomes `Unfinished`."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:

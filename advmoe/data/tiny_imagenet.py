@@ -1,4 +1,7 @@
-"""Tiny ImageNet (Stanford CS231N) in its official layout, at 64x64 or whatever size its files have, held in memory."""
+"""Tiny ImageNet (Stanford CS231N) in its official layout, at 64x64 or whatever size its files have, held in memory.
+
+Axes: `N` images, `H` their side in pixels.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Image sets in memory, data sets, and what is done to a whole set: hold-out split, channel statistics, resizing.
 
-Axes: `N` images, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
+Axes: `N` images, `B` batch, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
 """
 
 from __future__ import annotations

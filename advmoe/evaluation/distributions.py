@@ -1,6 +1,6 @@
 """Distributions of the IoU: measured values put into numbers, and what chance alone gives, exactly.
 
-Axes: `L` MoE layers, `E` experts, `M` rows of a layer's bank, `B` bins. Values are fractions.
+Axes: `N` values, `L` MoE layers, `E` experts, `M` rows of a layer's bank, `B` bins. Values are fractions.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ _CANDIDATES = 128
 
 
 def gallery_run(target: str | Path, options: Options | None = None, *, number: int = 8, **keywords: Any) -> Path:
-    """Attack some test images of a run by PGD, and write what one needs to show them: `gallery.npz`.
+    """Attack some test images of a run by PGD, and write `gallery.npz`, from which they can be shown.
 
-    The images are drawn by the seed from those that the model classifies right without an attack, one of each class in
-    turn; from those it does not where there are too few. So they show what the attack does, and nothing of accuracy.
+    The seed draws the images from those that the model classifies right without an attack, one of each class in turn.
+    Where these are too few, wrong ones follow. So the images show what the attack does, and nothing of accuracy.
 
     Args:
         options, keywords: see `Options`; of attacks one of PGD's, as in `suite`, by default that of the configuration.
@@ -102,7 +102,7 @@ def _sampled(predict: Predict, data: Images, number: int, seed: int, device: tor
 
 
 class _Answers(NamedTuple):
-    """What a classifier makes of images, on the CPU."""
+    """The answers of a classifier to images, on the CPU."""
 
     prediction: Tensor
     """(N,) classes."""
@@ -115,7 +115,7 @@ class _Answers(NamedTuple):
 
 
 def _answers(predict: Predict, x: Tensor, device: torch.device) -> _Answers:
-    """What a classifier makes of pixels (N, C, H, W), under hard routing."""
+    """Classify pixels (N, C, H, W) under hard routing."""
     with measuring(predict, device), torch.no_grad(), route() as routing:
         confidence, prediction = predict(x).float().softmax(1).max(1)
     pathway = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)

@@ -1,8 +1,10 @@
 """Attacks over a data set: each batch is a task, whose result is stored when it is done; processes share the tasks.
 
-Axes: `N` examples. A batch is fixed by the position of its first example and draws its seeds from it, so that neither
-the number of processes nor an interruption changes a result. (The threads of a process may: convolutions of small
-batches round differently, and an attack's signs amplify it.)
+Axes: `N` examples, `C` channels, `H W` size.
+
+A batch's seeds follow from the position of its first example, so that neither the number of processes nor an
+interruption changes a result. (The number of threads may: convolutions of small batches round differently, and an
+attack's signs amplify it.)
 """
 
 from __future__ import annotations

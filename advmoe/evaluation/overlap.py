@@ -1,6 +1,7 @@
 """How much pathways have in common: the intersection over union (IoU) of the units that they use.
 
-Axes: `N` examples, `L` MoE layers, `T` tokens, `E` experts, `M` rows of a layer's bank, `K` classes.
+Axes: `N` examples, `D` distinct pathways, `L` MoE layers, `T` tokens, `E` experts, `M` rows of a layer's bank, `K`
+classes.
 
 A unit is (layer, row). A pathway uses the rows of the experts that it chooses, a static mask the rows that it does not
 prune. With `experts="subset"` a row is an output channel of the Dense layer, so that the two can be compared (Zhang et
@@ -144,7 +145,7 @@ def _ratio(sums: Tensor, pairs: Tensor) -> float | None:
 
 
 class _Groups(NamedTuple):
-    """The distinct pathways of each group of examples, D of them."""
+    """The distinct pathways of each group of examples."""
 
     choices: Tensor
     """(D, L), or (D, L * T) where tokens are routed one by one."""

@@ -1,6 +1,6 @@
 """What is measured, opened once: a run or a user's own classifier, the images that measure it, and how to attack it.
 
-Axes: `N` examples, `B` batch.
+Axes: `N` examples, `B` batch, `C` channels, `H W` size.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
 from advmoe.evaluation import accuracy
 from advmoe.evaluation.accuracy import assess, evaluate
-from advmoe.evaluation.outcomes import Measurement, masking_gap, outcomes, summary
+from advmoe.evaluation.outcomes import Measurement, outcomes, summary
 from advmoe.evaluation.scoring import device_of, run_attack
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
@@ -158,17 +158,6 @@ def test_a_radius_of_0_is_clean_accuracy():
     assert result["robust_accuracy"]["pgd-3"] == result["clean_accuracy"]
 
 
-def test_the_worst_case_is_the_conjunction():
-    found = {"clean": [1, 1, 1, 1, 0], "pgd-5": [1, 0, 1, 1, 0], "pgd-5-soft": [0, 1, 1, 1, 0]}
-    result = summary({name: torch.tensor(values).bool() for name, values in found.items()})
-    assert result == {
-        "clean_accuracy": pytest.approx(0.8),
-        "robust_accuracy": {"pgd-5": pytest.approx(0.6), "pgd-5-soft": pytest.approx(0.6)},
-        "worst_case": pytest.approx(0.4),  # the third and fourth: no single attack shows it
-        "num_examples": 5,
-    }
-
-
 def test_bytes_and_pixels_agree():
     data = planted()
     pixels = (data.images.float() / 255, data.labels)
@@ -285,20 +274,6 @@ def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatc
 def test_no_attack_at_all_is_refused():
     with pytest.raises(ValueError, match=r"^attacks must name at least one attack, got none$"):
         evaluate(Threshold(), planted(), attacks=[])
-
-
-def test_the_gap_is_measured_from_the_strongest_plain_pgd():
-    held = {
-        "clean": [1, 1, 1, 1, 0],
-        "pgd-2": [1, 1, 1, 0, 0],
-        "pgd-50": [1, 1, 0, 0, 0],  # the strongest: 2 of 5
-        "pgd-50-margin": [1, 0, 0, 0, 0],
-        "pgd-50-soft": [0, 1, 0, 0, 0],
-    }
-    found = {name: torch.tensor(each).bool() for name, each in held.items()}
-    assert masking_gap(found) == pytest.approx(0.4)  # nothing outlasts all
-    assert masking_gap({name: found[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
-    assert masking_gap({name: found[name] for name in ("clean", "pgd-50-margin")}) is None
 
 
 def test_what_is_measured_is_fp32_whichever_flags_are_set():
