@@ -50,7 +50,7 @@ class Setting:
         )  # fmt: skip
 
 
-class Form(Protocol):
+class NamedAttack(Protocol):
     """What a name among `--attacks` means."""
 
     @property
@@ -152,13 +152,13 @@ class _Routed:
         return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
 
 
-def _pgd(name: str) -> Form | None:
+def _pgd(name: str) -> NamedAttack | None:
     losses = "|".join(loss for loss in LOSSES if loss != "ce")
     match = re.fullmatch(rf"pgd(?:-([1-9][0-9]{{0,4}}))?(?:-({losses}))?(-soft)?", name)
     return match and _Pgd(int(match[1]) if match[1] else None, match[2] or "ce", match[3] is not None)
 
 
-def _custom(name: str) -> Form | None:
+def _custom(name: str) -> NamedAttack | None:
     if (match := re.fullmatch(r"autoattack:([a-z+-]+)", name)) is None:
         return None
     parts = tuple(match[1].split("+"))
@@ -169,7 +169,7 @@ def _custom(name: str) -> Form | None:
 
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
-ATTACKS: Table[Form] = Table(
+ATTACKS: Table[NamedAttack] = Table(
     "attacks",
     {
         "routed": _Routed(),
