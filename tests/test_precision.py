@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 
 def state():
     """Every flag by its newer name, and by the older ones where they can be read."""
-    found: list[Any] = [flag.fp32_precision for flag in FLAGS]
+    modes: list[Any] = [flag.fp32_precision for flag in FLAGS]
     older = (lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cuda.matmul.allow_tf32)
     for read in (*older, torch.get_float32_matmul_precision):
         try:
-            found.append(read())
+            modes.append(read())
         except RuntimeError:
-            found.append("unreadable")
-    return found
+            modes.append("unreadable")
+    return modes
 
 
 @pytest.fixture(autouse=True)

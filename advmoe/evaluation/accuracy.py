@@ -166,25 +166,21 @@ _ADDS_NOTHING = "the model has no MoE layers, so routed adds nothing"
 def _numbers(
     job: Job, robust: dict[str, Tensor], entries: dict[str, dict[str, Any]], checks: Sequence[Check]
 ) -> dict[str, Any]:
-    """What `evaluation.json` holds of a job's `outcomes`, `entries` being those of its attacks."""
-    attack = job.setting.attack
+    """The content of `evaluation.json`, but for the digest. robust: as of `outcomes`. entries: those of the attacks."""
     return {
         **summary(robust),
         "masking_gap": masking_gap(robust),
         "threat": asdict(job.setting.threat),
-        "attack": {
-            "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
-            "pathways": attack.pathways, "queries": attack.queries, "batch_size": job.batch_size, "seed": job.seed,
-        },
+        "attack": job.setting.described | {"batch_size": job.batch_size, "seed": job.seed},
         "attacks": entries,
         "checks": [each.to_dict() for each in checks],
-    }  # fmt: skip
+    }
 
 
 def _examples(
     job: Job, clean: Clean, robust: dict[str, Tensor], predicted: dict[str, Tensor]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What `evaluation-examples.npz` holds."""
+    """The content of `evaluation-examples.npz`."""
     labels = job.data[1] if isinstance(job.data, tuple) else job.data.labels
     arrays = {
         "label": labels.cpu().numpy(),

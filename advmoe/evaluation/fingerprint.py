@@ -28,15 +28,19 @@ def fingerprint(
     if model is None and steady:  # without weights to compare, what it makes of the first images
         with measuring(predict, device), torch.no_grad():
             model = _digest(predict(take(job.data, slice(0, CHECKED), device)[0]).argmax(1))
-    attack = job.setting.attack
     return {
-        "attacks": list(names), "threat": asdict(job.setting.threat), "batch_size": job.batch_size, "seed": job.seed,
-        "attack": {"steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
-                   "pathways": attack.pathways, "queries": attack.queries},
-        "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "kernels": kernels_used() if device.type == "cpu" else None, "data": _data_digest(job.data),
+        "attacks": list(names),
+        "threat": asdict(job.setting.threat),
+        "batch_size": job.batch_size,
+        "seed": job.seed,
+        "attack": job.setting.described,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": kernels_used() if device.type == "cpu" else None,
+        "data": _data_digest(job.data),
         "model": model,
-    }  # fmt: skip
+    }
 
 
 def _data_digest(data: EvaluationData) -> str:

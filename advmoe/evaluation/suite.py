@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class Setting:
     attack: AttackConfig
     routed: bool
     """Whether the model has MoE layers."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the attacks take their steps from, ready for JSON."""
+        attack = self.attack
+        return {
+            "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
+            "pathways": attack.pathways, "queries": attack.queries,
+        }  # fmt: skip
 
     @property
     def budget(self) -> Budget:

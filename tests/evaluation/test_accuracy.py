@@ -84,14 +84,14 @@ def test_planted_accuracies():
 def test_examples_tell_what_became_of_each():
     attack = AttackConfig(steps=20, step_size=Pixels(0.02))
     measurement = Measurement(threat=THREAT, attack=attack, attacks=["pgd-20", "pgd-9-margin"])
-    found = assess(lambda _: Threshold(), planted(), measurement).examples
-    assert found["label"].tolist() == [1, 0, 1, 0, 0, 1]
-    assert found["clean_correct"].tolist() == [True, False, True, True, True, True]
-    assert found["clean_predicted"].tolist() == [1, 1, 1, 0, 0, 1]
-    assert found["pathway"].shape == (6, 0)
+    examples = assess(lambda _: Threshold(), planted(), measurement).examples
+    assert examples["label"].tolist() == [1, 0, 1, 0, 0, 1]
+    assert examples["clean_correct"].tolist() == [True, False, True, True, True, True]
+    assert examples["clean_predicted"].tolist() == [1, 1, 1, 0, 0, 1]
+    assert examples["pathway"].shape == (6, 0)
     for name in ("pgd-20", "pgd-9-margin"):
-        assert found[f"robust/{name}"].tolist() == [True, False, False, True, False, True]
-        assert found[f"predicted/{name}"].tolist() == [1, 1, 0, 0, 1, 1]
+        assert examples[f"robust/{name}"].tolist() == [True, False, False, True, False, True]
+        assert examples[f"predicted/{name}"].tolist() == [1, 1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_proposals_are_brought_back_into_the_ball_and_scored_again():
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
 def test_outcomes_are_per_example_and_in_order(batch_size):
     attack = AttackConfig(steps=20, step_size=Pixels(0.02))
-    found = outcomes(Threshold(), planted(), Measurement(threat=THREAT, attack=attack, batch_size=batch_size))
-    assert found["clean"].tolist() == [True, False, True, True, True, True]
-    assert found["pgd-20"].tolist() == [True, False, False, True, False, True]
+    robust = outcomes(Threshold(), planted(), Measurement(threat=THREAT, attack=attack, batch_size=batch_size))
+    assert robust["clean"].tolist() == [True, False, True, True, True, True]
+    assert robust["pgd-20"].tolist() == [True, False, False, True, False, True]
 
 
 def test_a_radius_of_0_is_clean_accuracy():
@@ -177,13 +177,13 @@ def routed(make_routed, make_images):
 def test_a_routed_model_faces_soft_routing_too(routed):
     model, x, y = routed
     threat, attack = ThreatModel("linf", 4 / 255), AttackConfig(steps=3, step_size=Pixels(2 / 255))
-    found = outcomes(model, (x, y), Measurement(threat=threat, attack=attack, batch_size=16))
-    assert list(found) == ["clean", "pgd-3", "pgd-3-soft"]
-    assert found["clean"].all()
-    worst = summary(found)["worst_case"]
-    assert worst == (found["pgd-3"] & found["pgd-3-soft"]).float().mean().item()
+    robust = outcomes(model, (x, y), Measurement(threat=threat, attack=attack, batch_size=16))
+    assert list(robust) == ["clean", "pgd-3", "pgd-3-soft"]
+    assert robust["clean"].all()
+    worst = summary(robust)["worst_case"]
+    assert worst == (robust["pgd-3"] & robust["pgd-3-soft"]).float().mean().item()
     # The two ways find different examples here, and the model as deployed decided both.
-    assert not torch.equal(found["pgd-3"], found["pgd-3-soft"])
+    assert not torch.equal(robust["pgd-3"], robust["pgd-3-soft"])
 
 
 def test_gradients_come_from_soft_routing_and_the_score_from_hard(routed):

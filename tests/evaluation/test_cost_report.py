@@ -48,13 +48,13 @@ def test_every_backbone(name):
     report = cost_report(name, model=SMALL, **QUICK)
     check(report, ["moe", "s-dense", "dense"])
     for kind, figures in report["models"].items():
-        made = create_model(name, kind=kind, num_classes=10, **SMALL)
-        assert figures["gmacs"] == pytest.approx(gmacs(made), abs=1e-6)
-        assert (figures["parameters"], figures["active_parameters"]) == parameters(made)
+        model = create_model(name, kind=kind, num_classes=10, **SMALL)
+        assert figures["gmacs"] == pytest.approx(gmacs(model), abs=1e-6)
+        assert (figures["parameters"], figures["active_parameters"]) == parameters(model)
         if kind != "moe":  # whose take depends on the routing
             x = torch.rand(MANY, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-            made = made.to(memory_format=torch.channels_last)
-            assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(made, x)
+            model = model.to(memory_format=torch.channels_last)
+            assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(model, x)
     assert (report["precision"], report["kernels"]) == ("fp32, channels-last, eval mode", kernels_used())
     assert "kernels: " in table(report)
     assert report["images"] == "random images" and "untrained" in report["weights"]

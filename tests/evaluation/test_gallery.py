@@ -25,23 +25,23 @@ def run_dir(make_digits_run, tmp_path_factory):
 def test_what_it_says_is_what_the_model_says(run_dir):
     path = gallery_run(run_dir, number=6, accelerator="cpu", threads=1)
     assert path == run_dir / GALLERY
-    found = load_gallery(path)
+    arrays = load_gallery(path)
     data = open_subject(run_dir).data
-    clean, adversarial = (torch.from_numpy(found[kind]).float() for kind in ("clean", "adversarial"))
+    clean, adversarial = (torch.from_numpy(arrays[kind]).float() for kind in ("clean", "adversarial"))
     # The images are those of the test set, and the attack stays in its ball, but for what float16 rounds.
-    assert torch.allclose(clean, data.pixels(torch.from_numpy(found["index"])), atol=5e-4)
-    assert found["labels"].tolist() == data.labels[torch.from_numpy(found["index"])].tolist()
+    assert torch.allclose(clean, data.pixels(torch.from_numpy(arrays["index"])), atol=5e-4)
+    assert arrays["labels"].tolist() == data.labels[torch.from_numpy(arrays["index"])].tolist()
     change = (adversarial - clean).abs().amax((1, 2, 3))
     assert change.max() <= EPS + 1e-3 and change.min() > 0.5 * EPS
-    assert (str(found["attack"]), str(found["norm"]), float(found["eps"])) == ("pgd-2", "linf", EPS)
-    assert found["classes"].tolist() == [str(digit) for digit in range(10)] and int(found["num_experts"]) == 2
+    assert (str(arrays["attack"]), str(arrays["norm"]), float(arrays["eps"])) == ("pgd-2", "linf", EPS)
+    assert arrays["classes"].tolist() == [str(digit) for digit in range(10)] and int(arrays["num_experts"]) == 2
     model = load_run(run_dir)
     for kind, x in (("clean", clean), ("adversarial", adversarial)):
         with torch.no_grad():
             confidence, prediction = model(x).softmax(1).max(1)
-        assert found[f"{kind}_prediction"].tolist() == prediction.tolist()
-        assert found[f"{kind}_confidence"] == pytest.approx(confidence.numpy(), abs=0.01)
-        assert (found[f"{kind}_pathway"] == pathway(model, x).numpy()).mean() > 0.95  # of pixels rounded to float16
+        assert arrays[f"{kind}_prediction"].tolist() == prediction.tolist()
+        assert arrays[f"{kind}_confidence"] == pytest.approx(confidence.numpy(), abs=0.01)
+        assert (arrays[f"{kind}_pathway"] == pathway(model, x).numpy()).mean() > 0.95  # of pixels rounded to float16
 
 
 def test_the_seed_draws(run_dir):
@@ -78,17 +78,17 @@ def drawn(wrong, labels, number):
 
 def test_classes_take_turns_and_the_wrong_come_last():
     labels = [0, 0, 0, 0, 0, 1, 1, 2]
-    found = drawn([1, 5], labels, 8)
-    assert sorted(found) == list(range(8)) and set(found[6:]) == {1, 5}
-    assert [labels[at] for at in found] == [0, 1, 2, 0, 0, 0, 0, 1]
-    assert drawn([1, 5], labels, 3) == found[:3]
+    positions = drawn([1, 5], labels, 8)
+    assert sorted(positions) == list(range(8)) and set(positions[6:]) == {1, 5}
+    assert [labels[at] for at in positions] == [0, 1, 2, 0, 0, 0, 0, 1]
+    assert drawn([1, 5], labels, 3) == positions[:3]
     assert Counter(labels[at] for at in drawn([], labels, 5)) == {0: 2, 1: 2, 2: 1}
 
 
 def test_a_plain_run_has_no_pathways(make_digits_run, tmp_path):
-    found = load_gallery(gallery_run(make_digits_run(tmp_path / "plain", kind="dense"), number=2, accelerator="cpu"))
-    assert found["clean_pathway"].shape == found["adversarial_pathway"].shape == (2, 0)
-    assert int(found["num_experts"]) == 0
+    arrays = load_gallery(gallery_run(make_digits_run(tmp_path / "plain", kind="dense"), number=2, accelerator="cpu"))
+    assert arrays["clean_pathway"].shape == arrays["adversarial_pathway"].shape == (2, 0)
+    assert int(arrays["num_experts"]) == 0
 
 
 def test_options_are_those_of_every_measurement(run_dir, tmp_path):

@@ -162,10 +162,11 @@ def alone(tmp_path_factory):
     [("exit-0", 2, None), ("exit-7", 2, 7), ("first-killed", 3, -9), ("first-at-start", 3, None)],
 )
 def test_what_a_process_did_not_finish_is_done_again(tmp_path, alone, capsys, what, workers, code):
-    found = assessed(tmp_path / "marks", what, workers)
-    assert found.result["robust_accuracy"] == alone.result["robust_accuracy"] and 0 < found.result["worst_case"] < 1
+    evaluation = assessed(tmp_path / "marks", what, workers)
+    assert evaluation.result["robust_accuracy"] == alone.result["robust_accuracy"]
+    assert 0 < evaluation.result["worst_case"] < 1
     for name, values in alone.examples.items():
-        assert found.examples[name].tolist() == values.tolist()
+        assert evaluation.examples[name].tolist() == values.tolist()
     said = f"a worker process died (exit code {code}): what it had not finished is done again\n"
     assert capsys.readouterr().err == ("" if code is None else said)
 

@@ -9,8 +9,8 @@ from advmoe.threat import ThreatModel
 
 
 def test_the_worst_case_is_the_conjunction():
-    found = {"clean": [1, 1, 1, 1, 0], "pgd-5": [1, 0, 1, 1, 0], "pgd-5-soft": [0, 1, 1, 1, 0]}
-    result = summary({name: torch.tensor(values).bool() for name, values in found.items()})
+    robust = {"clean": [1, 1, 1, 1, 0], "pgd-5": [1, 0, 1, 1, 0], "pgd-5-soft": [0, 1, 1, 1, 0]}
+    result = summary({name: torch.tensor(values).bool() for name, values in robust.items()})
     assert result == {
         "clean_accuracy": pytest.approx(0.8),
         "robust_accuracy": {"pgd-5": pytest.approx(0.6), "pgd-5-soft": pytest.approx(0.6)},
@@ -20,17 +20,17 @@ def test_the_worst_case_is_the_conjunction():
 
 
 def test_the_gap_is_measured_from_the_strongest_plain_pgd():
-    held = {
+    survivors = {
         "clean": [1, 1, 1, 1, 0],
         "pgd-2": [1, 1, 1, 0, 0],
         "pgd-50": [1, 1, 0, 0, 0],  # the strongest: 2 of 5
         "pgd-50-margin": [1, 0, 0, 0, 0],
         "pgd-50-soft": [0, 1, 0, 0, 0],
     }
-    found = {name: torch.tensor(each).bool() for name, each in held.items()}
-    assert masking_gap(found) == pytest.approx(0.4)  # nothing outlasts all
-    assert masking_gap({name: found[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
-    assert masking_gap({name: found[name] for name in ("clean", "pgd-50-margin")}) is None
+    robust = {name: torch.tensor(each).bool() for name, each in survivors.items()}
+    assert masking_gap(robust) == pytest.approx(0.4)  # nothing outlasts all
+    assert masking_gap({name: robust[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
+    assert masking_gap({name: robust[name] for name in ("clean", "pgd-50-margin")}) is None
 
 
 def test_a_batch_of_no_image_is_an_error():
