@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 
 def state():
     """Every flag by its newer name, and by the older ones where they can be read."""
-    modes: list[Any] = [flag.fp32_precision for flag in FLAGS]
+    found: list[Any] = [flag.fp32_precision for flag in FLAGS]
     older = (lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cuda.matmul.allow_tf32)
     for read in (*older, torch.get_float32_matmul_precision):
         try:
-            modes.append(read())
+            found.append(read())
         except RuntimeError:
-            modes.append("unreadable")
-    return modes
+            found.append("unreadable")
+    return found
 
 
 @pytest.fixture(autouse=True)
