@@ -480,11 +480,11 @@ def hub() -> Iterator[Hub]:
 
 def client(hub: Hub, home: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process whose Hub is `hub`, and whose cache and token are its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
     extra |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **environment}
     words = [sys.executable, *command]
-    return subprocess.run(words, env=environment | extra, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(words, env=inherited | extra, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_push_sends_every_file_and_the_hub_gives_the_model_back(run: Path, tmp_path: Path, hub: Hub) -> None:
