@@ -34,7 +34,7 @@ def shown(wanted: bool = True, *, delay: float = 0.0) -> Iterator[None]:
 
 
 def unshared() -> None:
-    """Have the bars of this process, a child that is killed in the end, need no lock that outlives it."""
+    """Give the bars of this process a lock of its own: a shared one would outlive a child that is killed."""
     tqdm.set_lock(threading.RLock())
 
 
@@ -50,14 +50,14 @@ def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) 
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr, above the bars that are drawn there; where nobody reads it any more, nothing."""
+    """Write a line to stderr, above the bars that are drawn there; nothing if stderr is closed."""
     with suppress(BrokenPipeError):
         tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager
 def counting(what: str, total: int | None, *, unit: str, delay: float = 0.0) -> Iterator[Callable[[], object]]:
-    """Yields what is to be called after each of `total` steps; the bar is gone after the last.
+    """Yields a function to call after each of `total` steps; the bar is gone after the last.
 
     Args:
         delay: seconds that must pass until the bar is drawn: `BRIEF` where the loop is inside another and mostly short.

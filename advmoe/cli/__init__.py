@@ -143,7 +143,7 @@ def _spare_bytecode() -> None:
 
 
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
+    """The command, and the options that the user wrote: those of a group of fields (`--data.root`) under its name.
 
     Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
     """
@@ -154,10 +154,10 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
         raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
     parser = COMMANDS[command].parser()
     parser.prog = f"advmoe {command}"
-    found, unknown = parser.parse_known_args(_joined(argv[1:]))
+    parsed, unknown = parser.parse_known_args(_joined(argv[1:]))
     if unknown:
         raise unknown_option(unknown, command, parser)
-    options = grouped(vars(found))
+    options = grouped(vars(parsed))
     require_sound(parser, options)
     return command, options
 
@@ -176,7 +176,7 @@ def _parse_top(argv: list[str]) -> None:
 
 
 def _accept_any_text() -> None:
-    """Have what the terminal's encoding lacks, or what is no text, as names of files may be, printed with escapes."""
+    """Print what the terminal's encoding lacks, or what is no text, as names of files may be, with escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -204,8 +204,9 @@ class _Output:
 
 
 def _flushed() -> bool:
-    """Whether somebody takes what was printed; if not, or where it cannot be written, Python must not try again at its
-    end.
+    """Write out what was printed; False where nobody reads it.
+
+    Where it cannot be written, stdout becomes the null device, so that Python does not try again at its end.
     """
     try:
         sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""Folders of images in the common layout, `root/train/<class>/*` and `root/test|val/<class>/*`, held in memory."""
+"""Folders of images in the common layout, `root/train/<class>/*` and `root/test|val/<class>/*`, held in memory.
+
+Axes: `N` images, `H` their side in pixels.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class Setting:
     """Whether the model has MoE layers."""
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What the attacks take their steps from, ready for JSON."""
+        attack = self.attack
+        return {
+            "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
+            "pathways": attack.pathways, "queries": attack.queries,
+        }  # fmt: skip
+
+    @property
     def budget(self) -> Budget:
         """Of `routed`, in the run's own steps."""
         steps, size = self.attack.steps, float(self.attack.step_size)
@@ -50,8 +59,8 @@ class Setting:
         )  # fmt: skip
 
 
-class Form(Protocol):
-    """An attack as it is asked for by name."""
+class NamedAttack(Protocol):
+    """What a name among `--attacks` means."""
 
     @property
     def for_routed(self) -> bool:
@@ -59,7 +68,7 @@ class Form(Protocol):
 
     @property
     def least_classes(self) -> int:
-        """Classes that its loss needs."""
+        """The fewest classes that its loss can do with."""
 
     def named(self, setting: Setting) -> str:
         """Its full name. Raises `InputError` for a model that has no use for it, or where an extra is missing."""
@@ -152,13 +161,13 @@ class _Routed:
         return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
 
 
-def _pgd(name: str) -> Form | None:
+def _pgd(name: str) -> NamedAttack | None:
     losses = "|".join(loss for loss in LOSSES if loss != "ce")
     match = re.fullmatch(rf"pgd(?:-([1-9][0-9]{{0,4}}))?(?:-({losses}))?(-soft)?", name)
     return match and _Pgd(int(match[1]) if match[1] else None, match[2] or "ce", match[3] is not None)
 
 
-def _custom(name: str) -> Form | None:
+def _custom(name: str) -> NamedAttack | None:
     if (match := re.fullmatch(r"autoattack:([a-z+-]+)", name)) is None:
         return None
     parts = tuple(match[1].split("+"))
@@ -169,7 +178,7 @@ def _custom(name: str) -> Form | None:
 
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
-ATTACKS: Table[Form] = Table(
+ATTACKS: Table[NamedAttack] = Table(
     "attacks",
     {
         "routed": _Routed(),

@@ -20,7 +20,7 @@ from advmoe.attacks.pgd import trades_attack
 from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
+from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
 from advmoe.models import Classifier, create_model
 from advmoe.models.compiled import compile_model
 from advmoe.models.convert import own_classifier
@@ -337,11 +337,9 @@ class Trainer:
         sums = torch.zeros(3, device=device)
         with self.averaged():
             if len(share):
-                found = outcomes(
-                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=device,
-                    accept=self._require_sound,
-                )  # fmt: skip
-                numbers = summary(found)
+                measurement = Measurement(threat=self.threat, attack=self.val_attack, seed=t.seed)
+                robust = outcomes(self.model, share, measurement, device=device, accept=self._require_sound)
+                numbers = summary(robust)
                 shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
                 sums = len(share) * torch.tensor(shares, device=device)
             else:
@@ -356,7 +354,8 @@ class Trainer:
         count, place = min(_GLANCED, len(self.train_set)), self.train_set.labels.device
         few = self.train_set.subset(torch.arange(count, device=place))
         seed, device = self.config.training.seed, self.fabric.device
-        job, _ = make_job(self.model, few, device, self.threat, self.val_attack, None, _GLANCED, seed)
+        measurement = Measurement(threat=self.threat, attack=self.val_attack, batch_size=_GLANCED, seed=seed)
+        job, _ = make_job(self.model, few, measurement, device)
         return classified(self.model, job, device)
 
     def _require_sound(self, clean: Clean | None) -> None:
