@@ -334,7 +334,7 @@ def test_another_choice_that_is_no_tie_is_an_error(tied):
 
 @pytest.mark.parametrize("wrong", [2e-4, float("nan")])
 def test_logits_that_differ_leave_no_file_and_the_last_one_alone(tmp_path, monkeypatch, capsys, wrong):
-    opened = exporting._opened
+    opened = exporting.opened
 
     def spoiled(path, form):
         run = opened(path, form)
@@ -343,7 +343,7 @@ def test_logits_that_differ_leave_no_file_and_the_last_one_alone(tmp_path, monke
     save_model(warmed(), tmp_path)
     (tmp_path / "model.pt2").write_bytes(b"the last one")
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(exporting, "_opened", spoiled)
+    monkeypatch.setattr(exporting, "opened", spoiled)
     assert cli.main(["export", str(tmp_path), "--format", "torch-export", "--threads", "1"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("advmoe: error: logits must be PyTorch's to ") and err.count("\n") == 1
