@@ -2,7 +2,7 @@
 
 Axes: `N` batch, `C` channels, `H W` size, `K` classes. Pixels and `eps` are in [0, 1].
 Source: Croce & Hein, ICML 2020 (AutoAttack, APGD); Croce & Hein, ICML 2020 (FAB); Andriushchenko et al., ECCV 2020
-(Square). The package is imported when an attack is made or run, not before.
+(Square). The package is imported when an attack is built or run, not before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
 Version = Literal["standard", "plus", "rand", "custom"]
-"""The official ensembles; `custom` runs the attacks it is given, APGD and FAB with 5 restarts."""
+"""The official ensembles; `custom` runs attacks of one's choice, APGD and FAB with 5 restarts."""
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 """Names that `custom` knows."""
@@ -48,12 +48,12 @@ def autoattack(
     version: Version = "standard",
     attacks: Sequence[str] | None = None,
     num_classes: int | None = None,
-) -> Found:
+) -> Proposals:
     """AutoAttack's proposals for a batch, as the official code makes them for these images as one batch.
 
-    With fewer classes than the ensemble is made for, targets are capped at K - 1 and attacks whose loss needs more
-    logits are left out; flags say so, and hold what the official code warned of. A module runs in eval mode with frozen
-    parameters; its modes, the random state, the trace function and the logger are left as they were.
+    Where there are fewer classes K than the ensemble expects, it aims at K - 1 targets at most and leaves out attacks
+    whose loss needs more logits. Flags say so, and repeat the official code's warnings. A module runs in eval mode with
+    frozen parameters; its modes, the random state, the trace function and the logger are left as they were.
 
     Args:
         predict: (N, C, H, W) pixels, contiguous -> (N, K) logits. The official code overwrites logits in place.
@@ -68,17 +68,17 @@ def autoattack(
     _check_choice(version, attacks)
     dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x.to(dtype))
+        return Proposals(x.to(dtype))
     with _contained(library, predict) as said:
         heard = _Heard(predict, dtype)
-        official = _official(library, heard, x.device, threat, seed, version, attacks)
+        official = _official(heard, x.device, threat, seed, version, attacks)
         notes = _fit(official, _count_classes(heard, x) if num_classes is None else num_classes)
         with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as heard.told:
             x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
-    return Found(x_adv.to(dtype), (*notes, *_flags(said)))
+    return Proposals(x_adv.to(dtype), (*notes, *_flags(said)))
 
 
-def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Found:
+def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Proposals:
     """The Square attack's proposals, by the official code with AutoAttack's settings but for the number of `queries`.
 
     It needs no gradients. `predict`, `x` and `y` are as in `autoattack`. Returns x itself where it failed or where the
@@ -89,7 +89,7 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
         raise InputError(f"queries must be >= 1, got {queries!r}")
     dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x.to(dtype))
+        return Proposals(x.to(dtype))
     with _contained(library, predict) as said, torch.no_grad():
         heard = _Heard(predict, dtype)
         attack = library.square.SquareAttack(
@@ -98,7 +98,7 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
         )  # fmt: skip
         with counting("square", queries, unit="query", delay=BRIEF) as heard.told:
             x_adv = attack.perturb(x, y)
-    return Found(x_adv.to(dtype), _flags(said))
+    return Proposals(x_adv.to(dtype), _flags(said))
 
 
 def autoattack_attack(
@@ -117,18 +117,18 @@ def autoattack_attack(
     library = official_library()
     _check_choice(version, attacks)
     with _overhearing(library, []):
-        made = _official(library, predict, torch.device("cpu"), threat, 0, version, attacks)
+        ensemble = _official(predict, torch.device("cpu"), threat, 0, version, attacks)
     settings = {
         "version": version,
         "library": f"pyautoattack {library.__version__}",
-        "attacks": list(made.attacks_to_run),
+        "attacks": list(ensemble.attacks_to_run),
     }
 
-    def run(x: Tensor, y: Tensor, seed: int) -> Found:
+    def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
         return autoattack(predict, x, y, threat=threat, seed=seed, version=version, attacks=attacks)
 
     name = "autoattack" if version == "standard" else f"autoattack-{version}"
-    return Attack(name, (Part(name, run),), settings)
+    return Attack(name, (AttackPart(name, run),), settings)
 
 
 # The official code, adapted
@@ -169,15 +169,10 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _official(
-    library: Any,
-    predict: Predict,
-    device: torch.device,
-    threat: ThreatModel,
-    seed: int,
-    version: str,
-    attacks: Sequence[str] | None,
+    predict: Predict, device: torch.device, threat: ThreatModel, seed: int, version: str, attacks: Sequence[str] | None
 ) -> Any:
-    return library.AutoAttack(
+    """The official code's ensemble."""
+    return official_library().AutoAttack(
         predict, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, version=version, device=device,
         attacks=None if attacks is None else list(attacks),
     )  # fmt: skip

@@ -172,7 +172,8 @@ def test_trades_attack_goes_on_from_what_is_held(threat):
     torch.testing.assert_close(got[:2], fresh[:2], atol=1e-6, rtol=0)
     # Elsewhere it is one step from there, as a longer attack would take it; what is held is projected first.
     start = threat.project(x + held, x)[2:]
-    loop = ascend(model, x[2:], start, kl_loss(model(x[2:])), **settings)
+    kl = kl_loss(model(x[2:]))
+    loop = ascend(lambda z: kl(model(z)), x[2:], start, threat=threat, step_sizes=[0.02])
     torch.testing.assert_close(got[2:], loop, atol=1e-6, rtol=0)
     assert ((got - x)[2:] - (start - x[2:])).abs().max() <= 0.02 + 1e-6
     assert ((got - fresh)[2:].abs().amax((1, 2, 3)) > 0.05).all()
