@@ -51,8 +51,8 @@ from advmoe.recipes import recipe
 from advmoe.tables import Level
 from advmoe.threat import ThreatModel
 from advmoe.training import manifest as manifests
+from advmoe.training.loop import fit
 from advmoe.training.objectives import Terms
-from advmoe.training.run import fit
 from advmoe.training.trainer import Trainer, build_model
 
 METHODS = ("advmoe", "at-s-dense", "at-moe", "at-dense")

@@ -10,15 +10,15 @@ import torch
 
 from advmoe.files import checksum
 from advmoe.training import checkpoint as checkpoints
-from advmoe.training.checkpoint import Checkpoint, DamagedCheckpoint
+from advmoe.training.checkpoint import DamagedCheckpoint, TrainingState
 
 
-def _checkpoint(value: float) -> Checkpoint:
+def _checkpoint(value: float) -> TrainingState:
     parameter = torch.nn.Parameter(torch.full((3,), float(value)))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     parameter.sum().backward()
     optimizer.step()
-    return Checkpoint({"w": torch.full((2, 2), float(value))}, [optimizer.state_dict()], {"epoch": int(value)})
+    return TrainingState({"w": torch.full((2, 2), float(value))}, [optimizer.state_dict()], {"epoch": int(value)})
 
 
 def test_round_trip_keeps_weights_optimizer_and_progress(tmp_path):
