@@ -41,7 +41,7 @@ NETWORKS = [
 
 def finished(rectifier, y, norm=None, shortcut=None):
     """What becomes of a layer's output."""
-    return fused.kept(norm_act(y, norm, rectifier, shortcut, pool=rectifier.pools))
+    return fused.registered(norm_act(y, norm, rectifier, shortcut, pool=rectifier.pools))
 
 
 def pooled_before(x):

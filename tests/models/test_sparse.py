@@ -46,7 +46,7 @@ def test_scores_start_as_norms_of_what_is_read():
     norms = torch.tensor([5, 0.5, 2, 2])
     torch.testing.assert_close(masked.scores[0].data, math.sqrt(6 / 4) * norms / 5)
     torch.testing.assert_close(masked.scores[1].data, math.sqrt(6 / 2) * torch.tensor([0.5, 1]))
-    assert [kept.tolist() for kept in masked.kept()] == [[0, 2], [1]]  # of equal scores the first
+    assert [kept.tolist() for kept in masked.surviving_channels()] == [[0, 2], [1]]  # of equal scores the first
 
 
 def test_weights_of_zero_make_scores_of_zero():
@@ -55,7 +55,7 @@ def test_weights_of_zero_make_scores_of_zero():
     nn.init.zeros_(masked.dense.logits.weight)
     masked.reset_scores()
     assert all(torch.equal(score, torch.zeros_like(score)) for score in masked.scores)
-    assert [kept.tolist() for kept in masked.kept()] == [[0, 1], [0]]
+    assert [kept.tolist() for kept in masked.surviving_channels()] == [[0, 1], [0]]
 
 
 def test_dropped_channels_are_read_as_zero():

@@ -165,16 +165,16 @@ def test_finetuning_leaves_masks_and_dropped_weights_as_they_were(finished):
     begun, after = (next(w for e, w in saved["last"] if e == epoch) for epoch in (4, 5))
     assert all(torch.equal(begun[f"backbone.scores.{i}"], after[f"backbone.scores.{i}"]) for i in range(12))
     model = advmoe.load_run(run)
-    kept = model.backbone.layout.slices(model.backbone.kept())
-    for name, (rows, columns) in kept.items():
+    slices = model.backbone.layout.slices(model.backbone.surviving_channels())
+    for name, (rows, columns) in slices.items():
         old, new = (state[f"backbone.dense.{name}.weight"] for state in (begun, after))
-        held = torch.zeros_like(old, dtype=torch.bool)
+        moved = torch.zeros_like(old, dtype=torch.bool)
         rows = torch.arange(len(old)) if rows is None else rows
         if columns is None:
-            held[rows] = True
+            moved[rows] = True
         else:
-            held[rows[:, None], columns] = True
-        assert torch.equal(old[~held], new[~held]) and not torch.equal(old[held], new[held])
+            moved[rows[:, None], columns] = True
+        assert torch.equal(old[~moved], new[~moved]) and not torch.equal(old[moved], new[moved])
 
 
 def test_the_model_is_the_best_of_the_last_phase(finished):
