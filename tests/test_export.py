@@ -266,10 +266,10 @@ for name, batch in (("one", 1), ("any", 5)):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in ("one", "any"):
-        with torch.no_grad(), np.load(tmp_path / f"{name}.npz") as found:
-            np.testing.assert_allclose(found["logits"], model(images).numpy(), rtol=1e-4, atol=1e-5)
-            np.testing.assert_array_equal(found["pathways"], pathway(model, images).numpy())
-            assert len(np.unique(found["pathways"], axis=0)) > 1
+        with torch.no_grad(), np.load(tmp_path / f"{name}.npz") as outputs:
+            np.testing.assert_allclose(outputs["logits"], model(images).numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(outputs["pathways"], pathway(model, images).numpy())
+            assert len(np.unique(outputs["pathways"], axis=0)) > 1
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
@@ -317,9 +317,9 @@ def other_way(model):
 
 def test_a_tie_is_named_and_its_logits_compared_along_the_pathway_taken(tied):
     model, images = tied(0.0)
-    found = compared(model, other_way(model), images)
-    assert found["ties"] == [{"image": image, "layer": 0, "gap": 0.0} for image in range(3)]
-    assert found["largest_difference"] == 0
+    comparison = compared(model, other_way(model), images)
+    assert comparison["ties"] == [{"image": image, "layer": 0, "gap": 0.0} for image in range(3)]
+    assert comparison["largest_difference"] == 0
     with route(forced=other_way(model)(images)[1]):
         apart = (model(images) - model.eval()(images)).abs().max()
     assert apart == 0  # forced both times
@@ -394,10 +394,10 @@ def test_the_command_in_a_process(run_dir, monkeypatch):
         "(batch 1, 1 threads, medians of 40)", f"written to {run_dir / 'model.onnx'} and model.onnx.json",
     ):  # fmt: skip
         assert part in done.stdout
-    held = {each.key: each.value for each in onnx.load(run_dir / "model.onnx").metadata_props}
-    assert json.loads(held["input"]) == report["input"] and json.loads(held["classes"]) == 10
-    assert json.loads(held["versions"])["torch"] == torch.__version__
-    assert json.loads(held["source"])["run"] == "run" and float(held["gmacs"]) == report["gmacs"]
+    metadata = {each.key: each.value for each in onnx.load(run_dir / "model.onnx").metadata_props}
+    assert json.loads(metadata["input"]) == report["input"] and json.loads(metadata["classes"]) == 10
+    assert json.loads(metadata["versions"])["torch"] == torch.__version__
+    assert json.loads(metadata["source"])["run"] == "run" and float(metadata["gmacs"]) == report["gmacs"]
     assert str(ROOT).encode() not in (run_dir / "model.onnx").read_bytes()
     (weights,) = [path for path in run_dir.iterdir() if path.suffix == ".safetensors"]
     assert (run_dir / "model.onnx").stat().st_size < 2 * weights.stat().st_size

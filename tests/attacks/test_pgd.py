@@ -164,14 +164,14 @@ def test_trades_attack_goes_on_from_what_is_held(threat):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
     x, settings = torch.rand(6, 3, 2, 2), {"threat": threat, "steps": 1, "step_size": 0.02}
-    held = 0.3 * torch.rand(x.shape) - 0.15
-    held[:2] = 0
-    got = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5), held=held)
-    # Where nothing is held this is the attack from noise, image by image.
+    earlier = 0.3 * torch.rand(x.shape) - 0.15
+    earlier[:2] = 0
+    got = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5), held=earlier)
+    # Where there was no earlier one this is the attack from noise, image by image.
     fresh = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(got[:2], fresh[:2], atol=1e-6, rtol=0)
-    # Elsewhere it is one step from there, as a longer attack would take it; what is held is projected first.
-    start = threat.project(x + held, x)[2:]
+    # Elsewhere it is one step from there, as a longer attack would take it, projected first.
+    start = threat.project(x + earlier, x)[2:]
     kl = kl_loss(model(x[2:]))
     loop = ascend(lambda z: kl(model(z)), x[2:], start, threat=threat, step_sizes=[0.02])
     torch.testing.assert_close(got[2:], loop, atol=1e-6, rtol=0)

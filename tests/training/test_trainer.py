@@ -211,7 +211,7 @@ def test_awp_takes_the_gradient_at_worse_weights_and_moves_one_part(level):
     psi, routers = split_parameters(model)
     mine = {"experts": psi, "routers": routers, "all": [*psi, *routers]}[level.part]
     moved = [p for p in mine if p.dim() > 1]
-    kept = [p.detach().clone() for p in moved]
+    weights = [p.detach().clone() for p in moved]
     with learning(model, level.part):
         sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
     model.load_state_dict({**before, **dict(model.named_parameters())})  # the ascent records no statistics
@@ -222,7 +222,7 @@ def test_awp_takes_the_gradient_at_worse_weights_and_moves_one_part(level):
     with learning(model, level.part):
         sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
     with torch.no_grad():
-        for p, as_it_was in zip(moved, kept, strict=True):
+        for p, as_it_was in zip(moved, weights, strict=True):
             p.copy_(as_it_was)
     torch.optim.SGD(mine, lr=0.1, momentum=0.9, weight_decay=5e-4).step()
     after = model.state_dict()
@@ -286,17 +286,17 @@ def test_resumed_runs_end_bit_identical(tmp_path, training):
     assert (whole / more).exists() == (training is EVERYTHING) and not (whole / "best/more.safetensors").exists()
     for name in {*files, more} if training is EVERYTHING else files:
         assert_same(load_file(run / name), load_file(whole / name))
-    last, kept = load_file(whole / "last/model.safetensors"), load_file(whole / "model.safetensors")
-    assert_same(kept, load_file(whole / "best/model.safetensors"))
+    last, model = load_file(whole / "last/model.safetensors"), load_file(whole / "model.safetensors")
+    assert_same(model, load_file(whole / "best/model.safetensors"))
     if training is EVERYTHING:
         remembered = load_file(whole / more)
         assert remembered["perturbations"].shape == (64, 1, 8, 8) and remembered["perturbations"].any()
         epoch = torch.load(whole / "best/state.pt", weights_only=True)["progress"]["epoch"]
         averaged = {name.removeprefix("average."): t for name, t in remembered.items() if name != "perturbations"}
         assert averaged.keys() == {name for name, tensor in last.items() if tensor.is_floating_point()}
-        same = [torch.equal(kept[name], averaged[name]) for name in averaged]
+        same = [torch.equal(model[name], averaged[name]) for name in averaged]
         assert all(same) == (epoch == 3)
-        assert not all(torch.equal(kept[name], last[name]) for name in averaged)
+        assert not all(torch.equal(model[name], last[name]) for name in averaged)
         lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         assert all({"ce", "kl", "balance", "margin"} <= set(line["train"]["routers"]) for line in lines)
 
