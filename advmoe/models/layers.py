@@ -1,6 +1,8 @@
 """The one place where a backbone's layers become Dense, S-Dense or MoE.
 
 Backbones are written once, in the channels of the dense network; they ask a `LayerFactory` for their layers.
+
+Axes: `N` batch, `C` channels, `H W` size, `T` tokens, `D` embedding.
 """
 
 from __future__ import annotations

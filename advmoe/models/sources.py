@@ -2,6 +2,8 @@
 
 Loading executes that file, as running it would: it is for the user's own code. Weights are data alone: safetensors,
 never a pickle.
+
+Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The model that a run trains: as its settings describe it, or the user's own network."""
+"""The model that a run trains: as its settings describe it, or the user's own network.
+
+Axes: `N` batch, `K` classes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One process's part of training: a method's levels on batches, epoch by epoch, and the measurement after each.
 
-Axes: `N` batch, `C` channels, `H W` size.
+Axes: `N` batch, `C` channels, `H W` size, `K` classes, `L` MoE layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.schedule import cosine
 
 _GLANCED = 64
-"""Training images that are looked at where there are none to validate with."""
+"""Training images whose logits must be finite, where there are none to validate with."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -73,7 +73,9 @@ class Trainer:
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
+    """Of the method, in the order in which an iteration runs those that are due."""
     table: Tensor | None = field(init=False, default=None)
+    """The classes' codewords, (K, L) for L MoE layers, where routers learn these."""
     average: WeightAverage | None = field(init=False, default=None)
     perturbations: Perturbations | None = field(init=False, default=None)
 
@@ -95,7 +97,7 @@ class Trainer:
         self.levels = t.levels()
         if t.ema > 0:
             self.average = WeightAverage(self.model, t.ema)
-        if any(level.warm for level in self.levels):
+        if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         if t.compile:
             compile_model(self.model)

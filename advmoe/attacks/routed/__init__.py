@@ -1,8 +1,8 @@
 """Attacks on routed models: on the routers, on the pathways, and through what hard routing hides from a gradient.
 
-Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE layers. Pixels and `eps` are in [0, 1].
-Where a model routes tokens one by one, scores are (N, T, E) and pathways (N, L, T): a layer's margin is the mean over
-its tokens, and a choice has survived where every token's has.
+Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE layers, `T` tokens. Pixels and `eps` are in
+[0, 1]. Where a model routes tokens one by one, scores are (N, T, E) and pathways (N, L, T): a layer's margin is the
+mean over its tokens, and a choice has survived where every token's has.
 
 A hard choice has no gradient, so an attack that follows the model's own sees at most the straight-through estimate.
 The parts here climb surrogates (soft routing, the routers' margins, fixed pathways) and need no gradient at all

@@ -132,8 +132,8 @@ def search(
 def plan_attack(
     target: RoutedTarget, x: Tensor, y: Tensor, reached: Tensor, *, budget: Budget, seed: int
 ) -> RoutedPlan:
-    """Search on correctly classified images `x` (N, C, H, W) of classes `y`, and choose among the pathways (M, L) that
-    clean images have `reached`.
+    """Search on correctly classified images `x` (N, C, H, W) of classes `y`, and choose among the pathways that clean
+    images have `reached`, one for each of M images: (M, L).
     """
     pathways, counts = reached.unique(dim=0, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[: budget.pathways]
