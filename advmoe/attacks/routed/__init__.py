@@ -101,20 +101,6 @@ def _candidates(clean: Pass, plan: RoutedPlan) -> Iterator[Tensor]:
 
 
 __all__ = [
-    "Budget",
-    "Combination",
-    "Pass",
-    "RoutedModel",
-    "RoutedPlan",
-    "RoutedTarget",
-    "Tried",
-    "along_pathway",
-    "combined",
-    "hard_choice",
-    "plan_attack",
-    "routed_attack",
-    "router_margins",
-    "search",
-    "step_sizes",
-    "stride",
-]
+    "Budget", "Combination", "Pass", "RoutedModel", "RoutedPlan", "RoutedTarget", "Tried", "along_pathway",
+    "combined", "hard_choice", "plan_attack", "routed_attack", "router_margins", "search", "step_sizes", "stride",
+]  # fmt: skip
