@@ -26,7 +26,7 @@ from advmoe.training.trainer import Trainer, TrainingDiverged
 
 
 def fit(
-    trainer: Trainer,
+    run: Trainer,
     run_dir: Path,
     manifest: dict[str, Any],
     board: Board | None = None,
@@ -35,12 +35,11 @@ def fit(
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
     model, and show every epoch on `board`.
 
-    A run that is resumed passes a manifest of this process as `resumption`, which the run's `manifest` takes in unless
-    nothing is left to do. A phase starts from the best checkpoint of the one before it; when a phase is over, `last`
-    holds the start of the next.
+    `run` is the trainer of the whole run's model; a phase may have another. A run that is resumed passes a manifest of
+    this process as `resumption`, which `manifest` takes in unless nothing is left to do. A phase starts from the best
+    checkpoint of the one before it; when a phase is over, `last` holds the start of the next.
     """
-    run, plan = trainer, phases(trainer.config)
-    fabric, t = run.fabric, run.config.training
+    fabric, t, plan = run.fabric, run.config.training, phases(run.config)
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     if resumption is not None and progress["epoch"] < epochs:
@@ -51,22 +50,22 @@ def fit(
         manifest = manifests.noted(manifest, resumption)
         if fabric.is_global_zero:
             manifests.write(run_dir, manifest)
-    with bar("train", epochs * iterations, unit="it", done=progress["epoch"] * iterations) as drawn:
+    with bar("train", epochs * iterations, unit="it", done=progress["epoch"] * iterations) as progress_bar:
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
-            drawn.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
+            progress_bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
             with _named(phase):
-                trainer.train_epoch(epoch - phase.first, drawn)
+                trainer.train_epoch(epoch - phase.first, progress_bar)
             seconds = time.perf_counter() - started
             with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
                 measured = _measured(trainer, epoch)
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
             score = _score(t.method, measured)
-            known = progress["best"]
-            better = known is None or score is None or score >= known["score"]
+            best = progress["best"]
+            better = best is None or score is None or score >= best["score"]
             progress = {
                 "epoch": epoch + 1,
-                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else known,
+                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
                 "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
             }
             if fabric.is_global_zero:
@@ -75,8 +74,8 @@ def fit(
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
                 fabric.barrier()
-                best = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
-                leave(phase, trainer, run, best.weights)
+                state = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
+                leave(phase, trainer, run, state.weights)
                 phase = phase_at(plan, epoch + 1)
                 trainer = enter(phase, run)
                 progress["best"] = None
@@ -89,8 +88,8 @@ def fit(
 
 def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
     """Add an epoch's line to `metrics.jsonl` and the board."""
-    known = Epochs.read(run_dir / METRICS)
-    Epochs([*known.lines, line]).write(run_dir / METRICS)
+    earlier = Epochs.read(run_dir / METRICS)
+    Epochs([*earlier.lines, line]).write(run_dir / METRICS)
     if board is not None:
         board.write(line, examples(trainer))
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -80,17 +81,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     _require_shares(config, dataset, fabric.world_size)
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
-    described = manifests.describe(
-        name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
-        command=launch.command,
-    )  # fmt: skip
-    described[CONFIG_DIGEST] = config.digest()
-    if dataset.notes:
-        described["data_notes"] = list(dataset.notes)
-    if config.training.init_from is not None and launch.fresh:
-        described["init_from_sha256"] = digest_at(Path(config.training.init_from))
-    if config.model.source is not None:
-        described["source_sha256"] = checksum(file_of(config.model.source))
+    described = _described(fabric, launch, dataset)
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
@@ -119,6 +110,23 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
                 save_model(build_model(config, dataset), folder)
         fabric.barrier()
         raise (TrainingDiverged(f"{error}; what it started from is kept") if started_from else error) from None
+
+
+def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, Any]:
+    """The manifest of this process, with digests of the run's settings and of what they name."""
+    config = launch.config
+    described = manifests.describe(
+        name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
+        command=launch.command,
+    )  # fmt: skip
+    described[CONFIG_DIGEST] = config.digest()
+    if dataset.notes:
+        described["data_notes"] = list(dataset.notes)
+    if config.training.init_from is not None and launch.fresh:
+        described["init_from_sha256"] = digest_at(Path(config.training.init_from))
+    if config.model.source is not None:
+        described["source_sha256"] = checksum(file_of(config.model.source))
+    return described
 
 
 def _claim(folder: Path, alone: ExitStack) -> None:
