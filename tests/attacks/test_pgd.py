@@ -159,6 +159,20 @@ def test_trades_attack_is_the_loop_written_out(threat):
     assert ((got - x).abs().amax((1, 2, 3)) > 0.05).all()
 
 
+def test_ascent_by_hand():
+    # The objective rises with pixel 0 and falls with pixel 1; the third step ends at the edge of the ball.
+    x, seen = pixels([0.5, 0.5]), []
+    x_adv = ascend(
+        lambda z: (z.flatten(1) @ torch.tensor([3.0, -2.0])).sum(), x, x, threat=LINF, step_sizes=[0.06, 0.03, 0.05],
+        visit=lambda step, z: seen.append((step, z.flatten().tolist())),
+    )  # fmt: skip
+    assert [step for step, _ in seen] == [0, 1, 2] and not x_adv.requires_grad
+    for (_, visited), expected in zip(seen, ([0.5, 0.5], [0.56, 0.44], [0.59, 0.41]), strict=True):
+        assert visited == pytest.approx(expected)
+    assert x_adv.flatten().tolist() == pytest.approx([0.6, 0.4])
+    assert torch.equal(ascend(lambda z: torch.zeros(()), x, x, threat=LINF, step_sizes=[0.1] * 2), x)  # no gradient
+
+
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
 def test_trades_attack_goes_on_from_what_is_held(threat):
     torch.manual_seed(0)

@@ -150,6 +150,13 @@ def test_steps_too_short_to_cross_the_ball_are_lengthened():
     assert stride(0.01, 10, 1.0) == 0.25
 
 
+def test_a_budget_s_step_sizes():
+    budget = Budget(step_size=0.01)
+    assert budget.sizes(20, 0.02) == [0.01] * 20
+    assert budget.sizes(10, 1.0) == [0.25] * 10  # 2.5 times the radius in all
+    assert budget.sizes(4, 0.1, "cosine") == step_sizes("cosine", 4, 0.0625, 0.1)
+
+
 BAND = (0.435, 0.465)
 
 
