@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from advmoe import config as config_module
 from advmoe.config import (
     Batch,
     Config,
@@ -27,6 +26,7 @@ from advmoe.config import (
     require,
     require_path,
     require_text,
+    sections,
     typed,
 )
 from advmoe.documents import parse_yaml
@@ -156,9 +156,9 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
 
 @cache
 def _field_docs() -> dict[str, dict[str, str]]:
-    """The docstring after each field of each dataclass in `config.py`: Python itself does not keep them."""
+    """The docstring after each field of each dataclass in `config/sections.py`: Python itself does not keep them."""
     docs: dict[str, dict[str, str]] = {}
-    for cls in ast.parse(inspect.getsource(config_module)).body:
+    for cls in ast.parse(inspect.getsource(sections)).body:
         if isinstance(cls, ast.ClassDef):
             by_field = docs.setdefault(cls.name, {})
             for item, after in zip(cls.body, cls.body[1:], strict=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.pgd import Predict
-from advmoe.attacks.routed import RoutedPlan, plan_attack
+from advmoe.attacks.routed import RoutedPlan, RoutedTarget, plan_attack
 from advmoe.config import AttackConfig
 from advmoe.errors import InputError
 from advmoe.evaluation.harness import Job, Journal, run_tasks
@@ -147,9 +147,9 @@ def routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device) 
     with measuring(predict, device):
         empty = take(job.data, slice(0, 0), device)
         return plan_attack(
-            OpenRouting(predict), predict, torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last),
-            torch.cat([*y, empty[1]]), clean.pathways, threat=job.setting.threat, budget=budget,
-            seed=seed_for(job.seed, "search"),
+            RoutedTarget(OpenRouting(predict), predict, job.setting.threat),
+            torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last), torch.cat([*y, empty[1]]),
+            clean.pathways, budget=budget, seed=seed_for(job.seed, "search"),
         )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from advmoe.attacks.autoattack import autoattack_attack, official_library
-from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import LOSSES, Predict, pgd
-from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
+from advmoe.attacks.routed import Budget, RoutedPlan, RoutedTarget, routed_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
@@ -107,9 +107,9 @@ class _Pgd:
         threat, size, restarts = setting.threat, float(setting.attack.step_size), setting.attack.restarts
         surrogate, steps = soft_routing(predict) if self.soft else None, self.steps(setting)
 
-        def run(x: Tensor, y: Tensor, seed: int) -> Found:
+        def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
             generator = torch.Generator().manual_seed(seed)
-            return Found(
+            return Proposals(
                 pgd(predict, x, y, threat=threat, steps=steps, step_size=size, restarts=restarts, loss=self.loss,
                     surrogate=surrogate, generator=generator)
             )  # fmt: skip
@@ -117,7 +117,7 @@ class _Pgd:
         reach = steps * size
         short = f"{steps} steps of {size:.4g} cannot cross the ball from its centre to its edge, {threat.eps:.4g}"
         settings = {"steps": steps, "step_size": size, "restarts": restarts, "loss": self.loss}
-        return Attack(self.named(setting), (Part("pgd", run),), settings, (short,) if reach < threat.eps else ())
+        return Attack(self.named(setting), (AttackPart("pgd", run),), settings, (short,) if reach < threat.eps else ())
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Routed:
 
     def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
         assert plan is not None
-        return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
+        return routed_attack(RoutedTarget(OpenRouting(predict), predict, setting.threat), plan, setting.budget)
 
 
 def _pgd(name: str) -> NamedAttack | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
 from advmoe.evaluation import accuracy
@@ -133,10 +133,10 @@ def test_proposals_are_brought_back_into_the_ball_and_scored_again():
         """Claims the other class's pixel, far outside the ball, and one that is no number."""
         wild = torch.where(y[:, None, None, None] == 1, -5.0, 5.0).expand_as(x).clone()
         wild[0] = torch.nan
-        return Found(wild)
+        return Proposals(wild)
 
     x, y = planted().pixels(slice(None)), planted().labels
-    attack = Attack("liar", (Part("lie", liar),))
+    attack = Attack("liar", (AttackPart("lie", liar),))
     found = run_attack(attack, Threshold(), x, y, threat=THREAT, purpose=(0,))
     assert ((found.x_adv - x).abs() <= THREAT.eps + 1e-6).all() and ((found.x_adv >= 0) & (found.x_adv <= 1)).all()
     assert torch.equal(found.x_adv[0], x[0])  # no numbers: the clean image stands
