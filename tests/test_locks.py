@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from advmoe.locks import CLAIM, held, hold
+from advmoe.locks import CLAIM, exclusive, hold
 
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes have no start time to be told by")
 
@@ -53,7 +53,7 @@ def test_whoever_waits_gets_it_when_it_is_free(tmp_path, locks):
     order, first = [], hold(tmp_path / "a")
 
     def wait():
-        with held(tmp_path / "a"):
+        with exclusive(tmp_path / "a"):
             order.append("second")
 
     thread = threading.Thread(target=wait)

@@ -26,6 +26,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def as_users_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """What bars are drawn on in place of stderr, however short their loops are."""
@@ -219,3 +224,23 @@ def test_lines_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         {"event": "note", "text": "a note"},
         {"event": "epoch", "epoch": 1, "val": None, "text": "epoch 1"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [([], 1), (["--quiet"], 0), (["--log-format", "quiet"], 0), (["--log-format=json"], 1)]
+)
+def test_a_line_for_each_epoch(tmp_path: Path, options: list[str], told: int) -> None:
+    small = ["--training.epochs", "1", "--data.train_examples", "64", "--model.width", "4", "--threads", "1"]
+    command = [sys.executable, "-m", "advmoe", "train", "--config", "digits-advmoe", "--run-dir", "run", *small]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == told
+    if options == ["--log-format=json"]:
+        epoch = json.loads(lines[0])
+        assert (epoch["event"], epoch["epoch"], epoch["best"]) == ("epoch", 1, True)
+        assert epoch["val"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["val"]
+    elif told:
+        assert lines[0].startswith("epoch 1/1  routers kl ")
+    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith("note")] == [
+        "best", "time", "run", "next",
+    ]  # fmt: skip

@@ -34,9 +34,9 @@ from advmoe.cli import (
     train,
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
-from advmoe.config import require_path
+from advmoe.config import require, require_path
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.progress import shown
+from advmoe.progress import LOG_FORMAT, LOG_FORMATS, shown
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
 from advmoe.text import show
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     _spare_bytecode()
     try:
         with raised():
-            argv = _with_plugins(argv)
-            command, options = _parse(argv)
+            words = _without_common(argv)
+            command, options = _parse(words)
             if command != "recipes":
                 _require_memory()
             with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
@@ -161,24 +161,30 @@ def _spare_bytecode() -> None:
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
-def _with_plugins(argv: list[str]) -> list[str]:
-    """`argv` without `--plugin FILE.py`, wherever it stands: the files are executed first, as what they add may be an
-    option's value. Raises `InputError`.
+def _without_common(argv: list[str]) -> list[str]:
+    """`argv` without the options that every command has, wherever they stand: plugins are executed first, as what they
+    add may be another option's value. Raises `InputError`.
     """
     rest, words = list[str](), iter(argv)
     for word in words:
-        option, equals, path = word.partition("=")
-        if option != "--plugin":
+        option, equals, value = word.partition("=")
+        if word == "--quiet":
+            os.environ[LOG_FORMAT] = "quiet"
+        elif option in ("--plugin", "--log-format"):
+            value = value if equals else next(words, "")
+            if option == "--plugin":
+                require_path(option, value)
+                add_plugin(value)
+            else:
+                require(value in LOG_FORMATS, option, f"one of {', '.join(LOG_FORMATS)}", value)
+                os.environ[LOG_FORMAT] = value
+        else:
             rest.append(word)
-            continue
-        path = path if equals else next(words, "")
-        require_path("--plugin", path)
-        add_plugin(path)
     return rest
 
 
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
+    """The command, and the options that the user wrote: those of a group of fields (`--data.root`) under its name.
 
     Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
     """
@@ -189,10 +195,10 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
         raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
     parser = COMMANDS[command].parser()
     parser.prog = f"advmoe {command}"
-    found, unknown = parser.parse_known_args(_joined(argv[1:]))
+    parsed, unknown = parser.parse_known_args(_joined(argv[1:]))
     if unknown:
         raise unknown_option(unknown, command, parser)
-    options = grouped(vars(found))
+    options = grouped(vars(parsed))
     require_sound(parser, options)
     return command, options
 
@@ -202,10 +208,15 @@ def _parse_top(argv: list[str]) -> None:
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
-    parser.add_argument(
-        "--plugin", metavar="FILE.py", help="of every command, as often as you like: a file of yours that registers "
-        "backbones, routers, attacks, losses, data sets or training methods; executed",
+    common = parser.add_argument_group("options of every command")
+    common.add_argument(
+        "--plugin", metavar="FILE.py", help="a file of yours that registers backbones, routers, attacks, losses, data "
+        "sets or training methods; executed; as often as you like",
     )  # fmt: skip
+    common.add_argument("--quiet", action="store_true", help="no bars, no lines on how far it is; notes and results")
+    common.add_argument(
+        "--log-format", metavar="{text,json,quiet}", help="of what is told on stderr; json: an object a line"
+    )
     commands = parser.add_subparsers(title="commands (advmoe COMMAND --help says more)", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.parser().description)
@@ -215,7 +226,7 @@ def _parse_top(argv: list[str]) -> None:
 
 
 def _accept_any_text() -> None:
-    """Have what the terminal's encoding lacks, or what is no text, as names of files may be, printed with escapes."""
+    """Print what the terminal's encoding lacks, or what is no text, as names of files may be, with escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -243,8 +254,9 @@ class _Output:
 
 
 def _flushed() -> bool:
-    """Whether somebody takes what was printed; if not, or where it cannot be written, Python must not try again at its
-    end.
+    """Write out what was printed; False where nobody reads it.
+
+    Where it cannot be written, stdout becomes the null device, so that Python does not try again at its end.
     """
     try:
         sys.stdout.flush()

@@ -11,11 +11,11 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    config_fields,
     continuable,
     engine_options,
     existing_run,
     fail,
-    given_fields,
     new_parser,
     number,
 )
@@ -50,7 +50,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    overrides, resumed = given_fields(args), args.get("resume")
+    overrides, resumed = config_fields(args), args.get("resume")
     model = overrides.get("model", {})
     devices = number("--devices", Processes, args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
@@ -72,9 +72,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         try:
             if resumed is None:
                 command = ["advmoe", *argv]
-                given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
+                changed = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
                 told: dict[str, Any] = {"name": name, "command": command}
-                if notes := config.notes(given):
+                if notes := config.notes(changed):
                     told["notes"] = notes
                 runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
             else:

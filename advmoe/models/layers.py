@@ -1,6 +1,8 @@
 """The one place where a backbone's layers become Dense, S-Dense or MoE.
 
 Backbones are written once, in the channels of the dense network; they ask a `LayerFactory` for their layers.
+
+Axes: `N` batch, `C` channels, `H W` size, `T` tokens, `D` embedding.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class TooLarge(InputError):
 
 
 class TooNarrow(InputError):
-    """A layer that `model.scale` leaves no whole channel of its `channels`."""
+    """A layer of so many `channels` that `model.scale` leaves it no whole one."""
 
     def __init__(self, scale: float, channels: int, layer: str | None = None) -> None:
         where = "" if layer is None else f" of {layer}"
@@ -68,9 +70,9 @@ class Projection(nn.Conv2d):
 
 
 class LayerFactory:
-    """Makes the layers of one model. `num_moe_layers` counts the MoE layers made, in order of the forward pass.
+    """Makes the layers of one model. `num_moe_layers` counts its MoE layers so far, in order of the forward pass.
 
-    Before it makes more than `most` weights it raises `TooLarge`.
+    Raises `TooLarge` before the model has more than `most` weights.
     """
 
     def __init__(self, config: ModelConfig, most: int = MOST_PARAMETERS) -> None:
@@ -100,7 +102,7 @@ class LayerFactory:
         return narrowed(dense_channels, self.config.scale) if self.kind.narrow else dense_channels
 
     def rectifier(self) -> Rectifier:
-        """A ReLU, of which MoE layers with routers of their own take what these pool."""
+        """A ReLU, which pools for the routers of MoE layers that have their own."""
         return Rectifier(pools=self.kind.routed and self.router.in_layers)
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:

@@ -26,7 +26,7 @@ def masks(model: Classifier) -> list[dict[str, Any]]:
     with torch.device("meta"):
         routed = create_model(**{**model.spec, **plain})
     layers = {name: layer for name, layer in routed.backbone.named_modules() if isinstance(layer, MoELayer)}
-    slices, surviving = masked.layout.slices(masked.kept()), list[dict[str, Any]]()
+    slices, surviving = masked.layout.slices(masked.surviving_channels()), list[dict[str, Any]]()
     for name, layer in sorted(layers.items(), key=lambda item: item[1].layer):
         rows, _ = slices[name]
         assert rows is not None, "an MoE layer's channels are of a group"

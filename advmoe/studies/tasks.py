@@ -13,7 +13,7 @@ from typing import Any
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
-from advmoe.locks import held
+from advmoe.locks import exclusive
 from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
@@ -22,7 +22,7 @@ def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
     # A measurement's lock is its own: several of one run may be made at the same time.
     run = task.run if isinstance(task, PlannedMeasure) else task
-    with held(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
+    with exclusive(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):

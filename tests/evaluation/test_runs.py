@@ -305,7 +305,7 @@ def test_resuming_nothing_says_so(run_dir, command):
     words = ["--attacks", "pgd-1", "--num-examples", "12", "--resume", "--accelerator", "cpu"]
     code, _, err = command("evaluate", run_dir, *words)
     assert code == 0 and (run_dir / "evaluation.json").exists()
-    assert err == f"nothing to continue in {run_dir / '.evaluation'}: this evaluation starts anew\n"
+    assert err == f"note  nothing to continue in {run_dir / '.evaluation'}: this evaluation starts anew\n"
 
 
 def test_processes_are_as_many_as_the_cores_that_are_asked_for(monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from advmoe.evaluation.subject import digest_of, subject
+from advmoe.evaluation.subject import digest_of
+from advmoe.evaluation.subject import open_subject as subject
 from advmoe.models.runs import load_run
 from advmoe.rundir import stored_digest
 

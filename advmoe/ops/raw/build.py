@@ -75,7 +75,7 @@ def built() -> Built:
 def _without(error: Exception) -> Built:
     reason = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())[:200]
     if parent_process() is None:  # said once, not by each worker
-        tell(f"no kernels, PyTorch computes everything: {reason} (ADVMOE_NATIVE=0 does without them)")
+        tell(f"note  no kernels, PyTorch computes everything: {reason} (ADVMOE_NATIVE=0 does without them)")
     return Built(None, reason)
 
 
