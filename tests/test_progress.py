@@ -39,6 +39,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     def eager(*args: Any, **kwargs: Any) -> Any:
         return tqdm(*args, **{**kwargs, "file": made, "delay": 0.0})
 
+    eager.write = tqdm.write  # type: ignore[attr-defined]
     monkeypatch.setattr(progress, "tqdm", eager)
     monkeypatch.setattr(progress, "drawable", lambda: True)
     return made
