@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from contextlib import redirect_stdout, suppress
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from advmoe import __version__
 from advmoe.cli import (
@@ -24,6 +24,7 @@ from advmoe.cli import (
     dissect,
     evaluate,
     export,
+    init,
     pathways,
     predict,
     push,
@@ -39,7 +40,7 @@ from advmoe.errors import InputError, of_machine, reason
 from advmoe.progress import LOG_FORMAT, LOG_FORMATS, shown
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
-from advmoe.text import show
+from advmoe.text import nearest, show
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -53,10 +54,13 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "report": report,
     "data": data,
+    "init": init,
     "recipes": recipes,
     "study": study,
 }
 """The module of each command."""
+
+SHELLS = ("bash", "zsh", "fish")
 
 CLOSED = 141
 """The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
@@ -188,11 +192,16 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
     Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
     """
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     command = argv[0] if argv else ""
     if command not in COMMANDS:
+        if command.partition("=")[0] == "--completion":
+            _complete(command.partition("=")[2] or "".join(argv[1:2]))
         if command.startswith("-"):
             _parse_top(argv)
-        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
+        got = f"{show(command)}{nearest(command, COMMANDS)}" if argv else "nothing"
+        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {got}")
     parser = COMMANDS[command].parser()
     parser.prog = f"advmoe {command}"
     parsed, unknown = parser.parse_known_args(_joined(argv[1:]))
@@ -208,6 +217,11 @@ def _parse_top(argv: list[str]) -> None:
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
+    parser.add_argument(
+        "--completion",
+        metavar="{bash,zsh,fish}",
+        help="print the script that has a shell complete commands and options",
+    )
     common = parser.add_argument_group("options of every command")
     common.add_argument(
         "--plugin", metavar="FILE.py", help="a file of yours that registers backbones, routers, attacks, losses, data "
@@ -223,6 +237,25 @@ def _parse_top(argv: list[str]) -> None:
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(f"{show(unknown[0])} must follow a COMMAND, of which there are {', '.join(COMMANDS)}")
+
+
+def _complete(shell: str) -> NoReturn:
+    """Print the completion script of a shell. Raises `InputError` for another one, or without the extra."""
+    require(shell in SHELLS, "--completion", f"one of {', '.join(SHELLS)}", shell)
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError(
+            f"--completion needs the extra completion: pip install 'advmoe[completion]', got: {error}"
+        ) from error
+    parser = new_parser("Adversarially robust mixture-of-experts vision models.")
+    parser.prog = "advmoe"
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        own = command.parser()
+        commands.add_parser(name, help=own.description, parents=[own], add_help=False)
+    print(shtab.complete(parser, shell))
+    raise SystemExit(0)
 
 
 def _accept_any_text() -> None:

@@ -144,7 +144,7 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
     for group, names in wanted.items():
         cls = get_type_hints(Config)[group]
         section = parser.add_argument_group(group, description=inspect.getdoc(cls))
-        hints, docs = get_type_hints(cls, include_extras=True), _field_docs()[cls.__name__]
+        hints, docs = get_type_hints(cls, include_extras=True), field_docs()[cls.__name__]
         for item in fields(cls):
             if names is None or item.name in names:
                 default = item.default if item.default_factory is MISSING else item.default_factory()
@@ -155,7 +155,7 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
 
 
 @cache
-def _field_docs() -> dict[str, dict[str, str]]:
+def field_docs() -> dict[str, dict[str, str]]:
     """The docstring after each field of each dataclass in `config/sections.py`: Python itself does not keep them."""
     docs: dict[str, dict[str, str]] = {}
     for cls in ast.parse(inspect.getsource(sections)).body:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,6 +23,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
+from advmoe.text import nearest
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
@@ -138,8 +138,7 @@ def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str,
         return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
         return prefix + Path(text).stem, read_yaml(text)
-    near = difflib.get_close_matches(text or "", names, n=1)
-    got = f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
+    got = f"{text!r}{nearest(text, names)}"
     if text is None:
         got = "nothing (nor --data.root FOLDER, to train on a folder of pictures)"
     raise InputError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")

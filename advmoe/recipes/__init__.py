@@ -61,6 +61,14 @@ def recipe(name: str) -> dict[str, Any]:
     return merged(*layers)
 
 
+def describe(name: str) -> str:
+    """One line on the recipe `name`. Raises `ValueError` for an unknown one."""
+    if name not in _PARTS:
+        raise InputError(f"a recipe must be a setting and a method (see `advmoe recipes`), got {name!r}")
+    setting, method = _PARTS[name]
+    return f"{name}: {describe_method(method)}; {describe_setting(setting)}"
+
+
 def describe_setting(setting: str) -> str:
     """One line on a setting of `SETTINGS`."""
     data, backbone = SETTINGS[setting]

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from advmoe.errors import InputError
 from advmoe.tables.plugins import discover
-from advmoe.text import show
+from advmoe.text import nearest, show
 
 Entry = TypeVar("Entry")
 
@@ -68,7 +68,7 @@ class Table(MutableMapping[str, Entry]):
             discover()
             if name in self._entries:
                 return self._entries[name]
-        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}")
+        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}{nearest(name, self)}")
 
     def _named(self, name: str) -> Entry | None:
         if name in self._entries:

@@ -262,3 +262,44 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cli.recipes, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["recipes"])
+
+
+def test_help_of_a_command(tmp_path: Path) -> None:
+    asked, usual = run(tmp_path, "help", "train"), run(tmp_path, "train", "--help")
+    assert (asked.returncode, asked.stdout) == (0, usual.stdout)
+    assert run(tmp_path, "help").stdout == run(tmp_path, "--help").stdout
+    assert_refused(run(tmp_path, "help", "trian"), "did you mean train?")
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["evalute", "full"], "evaluate"),
+        (["study", "table-1"], "table1"),
+        (["train", "--config", "digit-advmoe"], "digits-advmoe"),
+        ([*TRAIN, "--model.name", "resnet81"], "resnet18"),
+        ([*TRAIN, "--training.method", "advmo"], "advmoe"),
+    ],
+)
+def test_a_slip_of_the_fingers_gets_the_nearest_name(
+    workplace: Path, args: list[str], meant: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert cli.main(args) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str, capsys: Any) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--completion", shell])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*cli.COMMANDS, "num-examples", "training.lr"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_completion_for_another_shell_is_refused(tmp_path: Path) -> None:
+    assert_refused(run(tmp_path, "--completion", "cmd"), "--completion must be one of bash, zsh, fish, got 'cmd'")
