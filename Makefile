@@ -11,12 +11,12 @@ LOWEST := .venv-lowest
 LOWEST_BIN := $(LOWEST)/bin
 UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolution lowest-direct -c $(LOWEST)/torch.txt
 
-# Everything that computes with networks, whose kernels are tested in tests/ops; less what is about files, figures
+# Everything that computes with networks, whose kernels are tested in tests/ops/raw; less what is about files, figures
 # and messages, or computes with no network.
-NUMERIC := $(addprefix tests/,attacks evaluation models moe pruning training test_export.py test_recipes.py) \
-	$(addprefix --ignore=tests/,evaluation/test_distributions.py evaluation/test_intervals.py models/test_model_files.py \
-	models/test_sources.py training/test_board.py training/test_checkpoint.py training/test_data_notes.py \
-	training/test_leftovers.py training/test_manifest.py training/test_schedule.py)
+NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training test_export.py test_recipes.py) \
+	$(addprefix --ignore=tests/,ops/raw evaluation/test_distributions.py evaluation/test_intervals.py \
+	models/test_model_files.py models/test_sources.py training/test_board.py training/test_checkpoint.py \
+	training/test_data_notes.py training/test_leftovers.py training/test_manifest.py training/test_schedule.py)
 
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
 # The page in a browser depends on none of them.

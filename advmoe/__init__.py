@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from advmoe.evaluation.dissection import dissect
     from advmoe.evaluation.pathways import pathway_statistics
     from advmoe.export import export_model, export_run
+    from advmoe.extend import (
+        register_attack,
+        register_backbone,
+        register_dataset,
+        register_loss,
+        register_method,
+        register_router,
+    )
     from advmoe.hub import from_pretrained, push_to_hub, save_pretrained
     from advmoe.models import create_model
     from advmoe.models.convert import to_moe
@@ -42,6 +50,12 @@ _HOMES = {
     "pathway_statistics": "advmoe.evaluation.pathways",
     "pgd": "advmoe.attacks",
     "push_to_hub": "advmoe.hub",
+    "register_attack": "advmoe.extend",
+    "register_backbone": "advmoe.extend",
+    "register_dataset": "advmoe.extend",
+    "register_loss": "advmoe.extend",
+    "register_method": "advmoe.extend",
+    "register_router": "advmoe.extend",
     "route": "advmoe.moe",
     "save_pretrained": "advmoe.hub",
     "soft_routing": "advmoe.moe",
@@ -84,6 +98,12 @@ __all__ = [
     "pathway_statistics",
     "pgd",
     "push_to_hub",
+    "register_attack",
+    "register_backbone",
+    "register_dataset",
+    "register_loss",
+    "register_method",
+    "register_router",
     "route",
     "save_pretrained",
     "soft_routing",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Bytes = npt.NDArray[np.uint8]
 
-Prepare = Callable[["Image.Image"], "Image.Image"]
-"""What is done to an image in RGB before its pixels are taken."""
+Crop = Callable[["Image.Image"], "Image.Image"]
+"""What is done to an RGB image before its pixels are taken."""
 
 # ImageNet's customary evaluation: a shorter side of 256 for crops of 224 (Krizhevsky et al., NeurIPS 2012).
 _CROP_SHARE = 224 / 256
@@ -54,7 +54,7 @@ def shorter_side(path: Path) -> int:
         raise Undecodable(path, error) from error
 
 
-def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
+def decode(path: Path, crop: Crop | None = None) -> Bytes:
     """Read one file as RGB, (H, W, C).
 
     Grey, palette and CMYK images become RGB; an alpha channel is dropped; 16-bit grey is scaled to 8 bits; of several
@@ -70,26 +70,26 @@ def decode(path: Path, prepare: Prepare | None = None) -> Bytes:
         with Image.open(path) as opened:
             if opened.format in _PROGRAMS:
                 raise InputError(f"{opened.format} holds a program that draws, no pixels")
-            return rgb(opened, prepare)
+            return rgb(opened, crop)
     # Pillow's decoders raise errors of many kinds; which one says nothing more than the path and its text.
     except Exception as error:
         raise Undecodable(path, error) from error
 
 
-def rgb(picture: Image.Image, prepare: Prepare | None = None) -> Bytes:
+def rgb(picture: Image.Image, crop: Crop | None = None) -> Bytes:
     """What `decode` makes of a picture that Pillow has opened, (H, W, C)."""
     from PIL import ImageOps
 
     shown = ImageOps.exif_transpose(picture)
     image = _to_rgb(shown)
     image.load()
-    return np.asarray(image if prepare is None else prepare(image))
+    return np.asarray(image if crop is None else crop(image))
 
 
-def middle_square(size: int) -> Prepare:
+def middle_square(size: int) -> Crop:
     """Crop to the middle square, then resize to `size` (bicubic, antialiased); an image of that size stays."""
 
-    def prepare(image: Image.Image) -> Image.Image:
+    def crop(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         if image.size == (size, size):
@@ -100,13 +100,13 @@ def middle_square(size: int) -> Prepare:
         square = image.crop((left, top, left + side, top + side))
         return square.resize((size, size), Image.Resampling.BICUBIC)
 
-    return prepare
+    return crop
 
 
-def central_crop(size: int) -> Prepare:
+def central_crop(size: int) -> Crop:
     """Resize the shorter side to `size` * 256 / 224 (bilinear, antialiased), then crop to the middle `size`."""
 
-    def prepare(image: Image.Image) -> Image.Image:
+    def crop(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         shorter, resized = min(image.size), round(size / _CROP_SHARE)
@@ -117,25 +117,25 @@ def central_crop(size: int) -> Prepare:
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
         return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
-    return prepare
+    return crop
 
 
-def random_crop(size: int, seed: int, *, flip: bool) -> Prepare:
+def random_crop(size: int, seed: int, *, flip: bool) -> Crop:
     """Resize a random box of the image to `size` (bilinear, antialiased), and flip every other one left to right.
 
     `seed` alone decides what is drawn (see `random_box`).
     """
 
-    def prepare(image: Image.Image) -> Image.Image:
+    def crop(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         draws = random.Random(seed)
         left, top, width, height = random_box(*image.size, draws)
         box = image.crop((left, top, left + width, top + height))
-        crop = box.resize((size, size), Image.Resampling.BILINEAR)
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and draws.random() < 0.5 else crop
+        resized = box.resize((size, size), Image.Resampling.BILINEAR)
+        return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and draws.random() < 0.5 else resized
 
-    return prepare
+    return crop
 
 
 def random_box(width: int, height: int, draws: random.Random) -> tuple[int, int, int, int]:
@@ -155,7 +155,7 @@ def random_box(width: int, height: int, draws: random.Random) -> tuple[int, int,
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-CUTS: dict[str, Callable[[int], Prepare]] = {"middle-square": middle_square, "central-crop": central_crop}
+CUTS: dict[str, Callable[[int], Crop]] = {"middle-square": middle_square, "central-crop": central_crop}
 """How a picture of any shape becomes one of a model's size."""
 
 

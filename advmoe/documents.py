@@ -1,6 +1,6 @@
-"""YAML, JSON and arrays of whoever wrote them, read within bounds of size, depth and number.
+"""YAML, JSON and arrays, whoever wrote them, read within bounds of size, depth and number.
 
-Whatever goes beyond them, or is not what it should be, is a `ValueError` of one line that says where.
+What goes beyond the bounds, or is malformed, is a `ValueError` of one line that says where.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_ARRAYS = 1_000_000_000
 # YAML
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2 (its core schema): `010` is 10, `1:30`, `yes` and dates are text, `5e-4` is a number, `<<` is a key.
 
     A key given twice is an error rather than the last value, as are tags, which configurations have no use for.
@@ -103,19 +103,19 @@ _VALUES: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-class _Dumper(yaml.SafeDumper):
+class _YamlDumper(yaml.SafeDumper):
     """Quotes text that a reader of YAML 1.1 or of 1.2 would take for something else."""
 
 
 def _teach(name: str, pattern: str, first: str) -> None:
     """Have both know how a type is written, and the loader what it means."""
     tag, make = f"tag:yaml.org,2002:{name}", _VALUES[name]
-    for each in (_Loader, _Dumper):
+    for each in (_YamlLoader, _YamlDumper):
         each.add_implicit_resolver(tag, re.compile(f"(?:{pattern})$"), [*first, *[""] * (name == "null")])
-    _Loader.add_constructor(tag, lambda _, node: make(node.value))
+    _YamlLoader.add_constructor(tag, lambda _, node: make(node.value))
 
 
-_Loader.yaml_implicit_resolvers = {}
+_YamlLoader.yaml_implicit_resolvers = {}
 for _name, (_pattern, _first) in _SCALARS.items():
     _teach(_name, _pattern, _first)
 
@@ -125,7 +125,7 @@ def parse_yaml(text: str, name: str) -> Any:
     if len(text) > MOST_YAML:
         raise InputError(f"{name} must be at most {MOST_YAML} characters of YAML, got {len(text)}")
     try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+        return yaml.load(text, Loader=_YamlLoader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
         if isinstance(error, yaml.reader.ReaderError):
             problem = "unreadable characters"
@@ -138,17 +138,17 @@ def parse_yaml(text: str, name: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """The YAML text of plain nested dictionaries, lists, text and numbers, the same by YAML 1.1 and 1.2."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(value, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 def read_bytes(path: Path, most: int, what: str) -> bytes:
     """The content of a file. Raises `ValueError` for more than `most` bytes."""
     with path.open("rb") as file:
-        found = file.read(most + 1)
-    if len(found) > most:
+        content = file.read(most + 1)
+    if len(content) > most:
         raise InputError(f"{path} must be {what} of at most {most} bytes, got more")
-    return found
+    return content
 
 
 def read_text(path: Path, most: int, what: str) -> str:
@@ -168,12 +168,12 @@ def parse_json(text: str | bytes, name: str, *, finite: bool = False) -> Any:
     """
     constant = _no_number if finite else None
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=constant)
     except RecursionError:
         raise InputError(f"{name} must be JSON of at most {DEEPEST} levels, got more") from None
     except ValueError as error:
         raise InputError(f"{name} must be JSON, got: {cut(str(error), 200)}") from None
-    level, depth = [found], 0
+    level, depth = [value], 0
     while level:
         if any(type(each) is int and not -(2**63) <= each < 2**64 for each in level):
             raise InputError(f"{name} must be JSON of integers within 64 bits, got more")
@@ -182,23 +182,23 @@ def parse_json(text: str | bytes, name: str, *, finite: bool = False) -> Any:
         if depth > DEEPEST:
             raise InputError(f"{name} must be JSON of at most {DEEPEST} levels, got more")
         level = [below for each in nested for below in (each.values() if isinstance(each, dict) else each)]
-    return found
+    return value
 
 
 def parse_object(text: str | bytes, name: str, *, finite: bool = False) -> dict[str, Any]:
     """The object of a JSON text. Raises `ValueError` for anything else (see `parse_json`)."""
-    found = parse_json(text, name, finite=finite)
-    if not isinstance(found, dict):
-        raise InputError(f"{name} must hold a JSON object, got a {type(found).__name__}")
-    return found
+    value = parse_json(text, name, finite=finite)
+    if not isinstance(value, dict):
+        raise InputError(f"{name} must hold a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise InputError(f"{show(twice)} given twice")
-    return found
+    return mapping
 
 
 def _no_number(name: str) -> NoReturn:
@@ -218,14 +218,14 @@ def read_arrays(path: Path, wanted: Iterable[str] | None = None, most: int = MOS
 
     try:
         with zipfile.ZipFile(path) as file:
-            there = {name.removesuffix(".npy"): name for name in file.namelist() if name.endswith(".npy")}
-            names = [name for name in (there if wanted is None else wanted) if name in there]
-            _require_small(file, [there[name] for name in names], most)
-            found = {}
+            members = {name.removesuffix(".npy"): name for name in file.namelist() if name.endswith(".npy")}
+            names = [name for name in (members if wanted is None else wanted) if name in members]
+            _require_small(file, [members[name] for name in names], most)
+            arrays = {}
             for name in names:
-                with file.open(there[name]) as member:
-                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
-            return found
+                with file.open(members[name]) as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+            return arrays
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, SyntaxError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -248,8 +248,8 @@ def read_array(path: Path) -> NDArray[Any]:
     with path.open("rb") as file:
         _require_told(file, path.stat().st_size, "an array")
         file.seek(0)
-        found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-        return found
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return array
 
 
 def _require_told(file: Any, size: int, what: str) -> None:
@@ -261,6 +261,6 @@ def _require_told(file: Any, size: int, what: str) -> None:
     if version not in read:
         raise InputError(f"{what} of version {version}")
     shape, _, dtype = read[version](file)
-    told, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if dtype.hasobject or told != there:
-        raise InputError(f"{what} that says {told} bytes and has {there}")
+    told, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if dtype.hasobject or told != actual:
+        raise InputError(f"{what} that says {told} bytes and has {actual}")

@@ -49,13 +49,13 @@ class BugElsewhere(RuntimeError):
 
 
 def portable(error: Exception, *whole: type[Exception]) -> Exception:
-    """`error` as another process can raise it: itself where a line says all, as it does of those of the types `whole`;
-    anything else is a bug, and becomes a `BugElsewhere`.
+    """`error` as another process can raise it: mistakes in the input, failures of the machine and errors of the types
+    `whole` stay themselves; anything else is a bug, and becomes a `BugElsewhere` with its traceback.
     """
     if isinstance(error, (InputError, *whole)) or of_machine(error):
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # one that cannot be made anew from its arguments
+        except Exception:  # unpickling calls the class with its arguments, which some cannot take
             return InputError(str(error)) if isinstance(error, InputError) else OSError(str(error))
         return error
     summary = f"{type(error).__name__}: {error}"

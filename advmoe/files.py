@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whether they can be, and JSON objects read back."""
+"""Files written whole or not at all, a check that they can be written, and JSON objects read back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from advmoe.errors import InputError
 
 
 def sync(path: Path) -> None:
-    """Have the system put `path` on the disk before it goes on."""
+    """Wait until the system has put `path` on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
 
 
 def require_writable(name: str, folder: Path) -> None:
-    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, made anew if need be."""
+    """Raise `ValueError`, which calls it `name`, unless files can be written in `folder`, which may be missing."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:
         # Tried, not asked: permissions say nothing of root's limits, of /proc or of a read-only file system.

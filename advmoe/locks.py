@@ -1,8 +1,8 @@
-"""Files and folders that one process has to itself: by a lock of the system's and, where the file system has none, by a
-claim beside it.
+"""Files and folders that one process has to itself: by a lock of the system's, or by a claim beside them where the file
+system has no locks.
 
-A claim is a file that says who made it. One whose process is gone is taken over, if that can be told from here: the
-process was of this host.
+A claim is a file that names its process. It is taken over when that process is gone, which can be told if it was of
+this host.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _PAUSE = 1.0
 
 
 class Hold:
-    """What keeps others from a path, until `close` or the process's end."""
+    """A lock on a path, until `close` or the process's end."""
 
     def __init__(self, descriptor: int, claim: Path | None) -> None:
         self._descriptor, self._claim = descriptor, claim
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._claim is not None:
             self._claim.unlink(missing_ok=True)
             self._claim = None
@@ -45,43 +45,43 @@ class Hold:
 
 
 def hold(path: Path, *, folder: bool = False, wait: bool = False) -> Hold | None:
-    """Have `path`, a file or a `folder` that is made if need be, until the hold is closed. None where another process
-    has it, but with `wait`.
+    """Lock `path`, a file or a `folder`, which may be missing, until the hold is closed. None where another process has
+    it; with `wait` this waits until none has.
 
     Raises `ValueError` for a link, and for what is neither a file nor a folder; and, without `wait`, where a process of
     another host has it, or seems to.
     """
     waited = False
     while True:
-        held = _tried(path, folder, wait)
-        if isinstance(held, Hold):
-            return held
-        if held is not None and not wait:
-            raise InputError(f"{path} must be free of other processes, got {held}")
+        attempt = _tried(path, folder, wait)
+        if isinstance(attempt, Hold):
+            return attempt
+        if attempt is not None and not wait:
+            raise InputError(f"{path} must be free of other processes, got {attempt}")
         if not wait:
             return None
-        if held is not None and not waited:
-            tell(f"waiting for {path}, which is another's: {held}")
+        if attempt is not None and not waited:
+            tell(f"note  waiting for {path}, which is another's: {attempt}")
             waited = True
         time.sleep(_PAUSE)
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Inside, no other process holds the file `path`, which is made if need be; waits until none does."""
-    found = hold(path, wait=True)
-    assert found is not None
+def exclusive(path: Path) -> Iterator[None]:
+    """Inside, no other process holds the file `path`, which may be missing; waits until none does."""
+    lock = hold(path, wait=True)
+    assert lock is not None
     try:
         yield
     finally:
-        found.close()
+        lock.close()
 
 
 def _tried(path: Path, folder: bool, wait: bool) -> Hold | str | None:
-    """The hold; or who else has `path`, None where that is a process of this host."""
+    """The hold; else who has `path`, in words, or None for a process of this host."""
     claim = path / CLAIM if folder else path.with_name(f"{path.name}{CLAIM}")
     while True:
-        with suppress(FileNotFoundError):  # removed before it was held
+        with suppress(FileNotFoundError):  # removed before it was locked
             descriptor = _opened(path, folder)
             try:
                 locked = _locked(descriptor, wait=wait)
@@ -133,14 +133,15 @@ def _locked(descriptor: int, *, wait: bool) -> bool | None:
 
 
 def _claimed(claim: Path, *, make: bool) -> str | None:
-    """Have the `claim`, which is made where `make`; else who has it: a line for one of another host, or whom nobody can
-    tell, an empty one for a process of this host.
+    """Who has claimed the path; None where nobody has, after making a claim of ours if `make`.
+
+    An owner is a line of text for a process that is unknown or of another host, and an empty one for one of this host.
     """
     while True:
         try:
             text = claim.read_text("utf-8") if not claim.is_symlink() else ""
         except FileNotFoundError:
-            if not make or _made(claim):
+            if not make or _make(claim):
                 return None
             continue
         except UnicodeDecodeError:
@@ -151,7 +152,7 @@ def _claimed(claim: Path, *, make: bool) -> str | None:
         _take(claim, text)
 
 
-def _made(claim: Path) -> bool:
+def _make(claim: Path) -> bool:
     """Make the claim, if nobody else has just done so."""
     try:
         descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -168,9 +169,9 @@ def _made(claim: Path) -> bool:
 def _owner(claim: Path, text: str) -> str | None:
     """Who made a claim: None for a process that is gone, an empty line for one of this host that is at work."""
     try:
-        found = json.loads(text)
+        claimed = json.loads(text)
         host, boot, space, process, started, since = (
-            found[name] for name in (*_where(), "process", "started", "since")
+            claimed[name] for name in (*_where(), "process", "started", "since")
         )
     except (ValueError, TypeError, KeyError):
         return f"a claim that nobody can read: delete {claim} if no process is at work there"

@@ -1,8 +1,8 @@
-"""Calls done by processes of their own, each at its place: so many CPU threads, or one GPU.
+"""Worker processes that answer orders, each at its place: so many CPU threads, or one GPU.
 
-A worker prepares once, which may take seconds, then does call after call. It has a pipe of its own, and no lock that
-another one could take with it when it is killed. It ends itself when the process that started it is gone, however that
-ended.
+A worker prepares once, which may take seconds, then answers order after order. It shares no lock with another, which
+could be killed while it has it: each has its own pipe. It ends when the process that started it ends, for whatever
+reason.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Place:
     device: str = "cpu"
     """As PyTorch names it."""
     only_card: str | None = None
-    """The one GPU that it sees, as CUDA_VISIBLE_DEVICES names it. Not a matter of `device`: whoever asks for one device
-    gets the first that is seen.
-    """
+    """The one GPU that the worker sees, as CUDA_VISIBLE_DEVICES names it; `device` alone would leave it all of them."""
     log: Path | None = None
-    """A file for what it prints, in a folder that exists; None: where this process prints."""
+    """The file that its output goes to, in a folder that exists; None: where this process prints."""
 
 
 Prepare = Callable[..., AbstractContextManager[Callable[[Any], Any]]]
-"""`prepare(place, *arguments)` gives, in the worker, what does one call: `order -> result`, both to be pickled."""
+"""`prepare(place, *arguments)` yields, in the worker, the function that answers orders: `order -> result`. Both are
+pickled.
+"""
 
 
 class Died(Exception):
-    """A worker's process ended, with this exit code, before it had answered, or `at_start`, before it was prepared."""
+    """A worker's process ended, with this exit code, before it answered; `at_start`: before it was prepared."""
 
     def __init__(self, exit_code: int | None, at_start: bool = False) -> None:
         super().__init__(f"its process died (exit code {exit_code})")
@@ -53,8 +53,9 @@ class Died(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of an order: a result, or an error. The order is None where a worker ended without one, or could not be
-    prepared.
+    """The answer to an order: a result, or an error.
+
+    The order is None where a worker ended without one, or could not be prepared.
     """
 
     order: Any
@@ -83,7 +84,7 @@ class Pool:
         return len(self._workers)
 
     def start(self) -> bool:
-        """Start a worker where there is none, without waiting for it; whether there was such a place."""
+        """Start a worker at a place without one, and do not wait for it. False where all places have one."""
         free = list(self._places)
         for worker in self._workers:
             free.remove(worker.place)
@@ -110,7 +111,7 @@ class Pool:
         return any(True for _ in self._idle())
 
     def give(self, order: Any) -> bool:
-        """Give an order (not None) to a worker that is idle, if there is one."""
+        """Give an order (not None) to an idle worker. False where none is idle."""
         worker = next(self._idle(), None)
         if worker is None:
             return False
@@ -120,7 +121,7 @@ class Pool:
         return True
 
     def answers(self, seconds: float) -> Iterator[Answer]:
-        """What comes within so many `seconds`. A worker that ended is none of the pool's any more."""
+        """The answers that come within so many `seconds`. A worker that has ended leaves the pool."""
         by_pipe = {worker.pipe: worker for worker in self._workers}
         for pipe in wait(list(by_pipe), timeout=seconds):
             assert isinstance(pipe, Connection)
@@ -143,7 +144,7 @@ class Pool:
                 yield Answer(order, result, error)
 
     def close(self) -> None:
-        """End the workers, whatever they do; one that has nothing to do ends by itself, and tidies up."""
+        """End the workers: an idle one ends by itself and tidies up, a busy one is killed."""
         for worker in self._workers:
             worker.pipe.close()
             if worker.process.pid is not None and (worker.order is not None or not worker.ready):
@@ -157,7 +158,7 @@ class Pool:
 def _serve(
     pipe: Connection, place: Place, prepare: Prepare, arguments: tuple[Any, ...]
 ) -> None:  # pragma: no cover - runs in a process of its own
-    """Say that all is prepared, then answer order after order, until nothing more can come."""
+    """Prepare, say so, then answer order after order until the pipe is closed."""
     leave_to_parent()
     unshared()
     if place.log is not None:
@@ -182,7 +183,7 @@ def _serve(
 
 
 def _ordered(pipe: Connection) -> Any:  # pragma: no cover - runs in a process of its own
-    """The next order; None where nothing more can come."""
+    """The next order; None where the pipe is closed."""
     try:
         return pipe.recv()
     except (EOFError, OSError):
@@ -198,7 +199,7 @@ def _told(error: Exception, place: Place) -> Exception:  # pragma: no cover - ru
 
 @contextmanager
 def threads_set(threads: int | None) -> Iterator[None]:
-    """PyTorch's CPU threads inside, where a number is given; restored after."""
+    """Inside, PyTorch has so many CPU threads; None changes nothing. Restored after."""
     import torch
 
     before = torch.get_num_threads()

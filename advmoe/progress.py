@@ -48,7 +48,7 @@ def shown(wanted: bool = True, *, delay: float = 0.0) -> Iterator[None]:
 
 
 def unshared() -> None:
-    """Have the bars of this process, a child that is killed in the end, need no lock that outlives it."""
+    """Give the bars of this process a lock of its own: a shared one would outlive a child that is killed."""
     tqdm.set_lock(threading.RLock())
 
 
@@ -63,6 +63,15 @@ def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) 
         return Lines(what, total, unit=unit, done=done)
     more = {"leave": None, **more, "delay": max(delay or 0.0, more.get("delay", 0.0))}
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
+
+
+def postfix(drawn: Any, text: Callable[[], str]) -> None:
+    """Show `text()` behind the bar `drawn`, at most once a second: numbers on a GPU have the host wait for them."""
+    now = time.monotonic()
+    if getattr(drawn, "disable", True) or now - getattr(drawn, "postfix_shown", 0.0) < 1:
+        return
+    drawn.postfix_shown = now
+    drawn.set_postfix_str(text(), refresh=False)
 
 
 def drawable() -> bool:
@@ -117,7 +126,7 @@ class Lines:
 
 
 def tell(line: str, event: str = "note", **fields: Any) -> None:
-    """Write a line to stderr, above the bars that are drawn there; where nobody reads it any more, nothing.
+    """Write a line to stderr, above the bars that are drawn there; nothing if stderr is closed.
 
     As JSON it is an object with `event`, `fields` and, as `text`, the line; those that want it quiet see notes alone.
     """
@@ -132,7 +141,7 @@ def tell(line: str, event: str = "note", **fields: Any) -> None:
 
 @contextmanager
 def counting(what: str, total: int | None, *, unit: str, delay: float = 0.0) -> Iterator[Callable[[], object]]:
-    """Yields what is to be called after each of `total` steps; the bar is gone after the last.
+    """Yields a function to call after each of `total` steps; the bar is gone after the last.
 
     Args:
         delay: seconds that must pass until the bar is drawn: `BRIEF` where the loop is inside another and mostly short.

@@ -1,7 +1,7 @@
 """What a run directory holds, and how far it can be believed: it may come from a stranger, or be damaged.
 
 Nothing in it is a link. Weights carry the digest of the model, results carry that of the model that they are of, and
-JSON that numbers are made from carries a checksum of itself. Imports no torch.
+JSON that numbers are taken from carries a checksum of itself. Imports no torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def require_plain(folder: Path, *, itself: bool = False) -> None:
     """Raise `ValueError` unless all below `folder` are plain files and folders: through a link, a run directory of a
     stranger's would have its reader read, write or delete what lies elsewhere.
 
-    `folder` may be missing, or a link, which its user made; with `itself` it is one more part of a run.
+    `folder` may be missing, or a link of its user's; with `itself` it must be as plain as what is in it.
     """
     if itself and (os.path.islink(folder) or (os.path.lexists(folder) and not os.path.isdir(folder))):
         raise _not_plain(folder)
@@ -73,7 +73,7 @@ def _not_plain(path: Path) -> InputError:
 # The model
 
 
-Entry = tuple[str, str, Sequence[int], Any]
+StateEntry = tuple[str, str, Sequence[int], Any]
 """One tensor of a state: name, type as PyTorch writes it, shape, bytes."""
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -81,22 +81,24 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 """PyTorch's names of the types of safetensors."""
 
 
-def model_digest(spec: Mapping[str, Any], state: Iterable[Entry]) -> str:
-    """The SHA-256 of a model: of its `spec` (`model.json`), but for the place of a network of the user's own, and of
-    its `state`, in the order of names.
+def model_digest(spec: Mapping[str, Any], state: Iterable[StateEntry]) -> str:
+    """The SHA-256 of a model: of its `spec` (`model.json`) and of its `state`, in the order of names.
+
+    The path of a network of the user's own does not count.
     """
     described = {name: value for name, value in spec.items() if name != "source"}
-    found = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, kind, shape, content in state:
-        found.update(f"{name} {kind} {tuple(shape)}".encode())
-        found.update(content)
-    return found.hexdigest()
+        digest.update(f"{name} {kind} {tuple(shape)}".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def digest_at(folder: Path, *, stored: bool = True) -> str | None:
-    """The digest of the model in a run directory: that in the header of the weights, which training wrote there, or,
-    where there is none or it is not wanted as `stored`, one made from the files. None where there is no model that can
-    be read.
+    """The digest of the model in a run directory; None where no model can be read.
+
+    With `stored` it is the one in the header of the weights, which training wrote there. Without, or where there is
+    none, it is computed from the files.
     """
     weights = folder / WEIGHTS
     try:
@@ -112,7 +114,7 @@ def digest_at(folder: Path, *, stored: bool = True) -> str | None:
         return None
 
 
-def _entries(header: Mapping[str, Any], file: BinaryIO, start: int) -> Iterator[Entry]:
+def _entries(header: Mapping[str, Any], file: BinaryIO, start: int) -> Iterator[StateEntry]:
     """The tensors of a safetensors file whose data begin at `start`."""
     for name, each in sorted(header.items()):
         first, end = each["data_offsets"]
@@ -132,9 +134,7 @@ def stored_digest(weights: Path) -> str | None:
 
 
 def damaged(folder: Path) -> bool:
-    """Whether the weights of a run directory are not what training wrote: cannot be read, or are not of the digest in
-    their header.
-    """
+    """Whether the weights of a run directory cannot be read, or do not have the digest in their header."""
     try:
         there = (folder / WEIGHTS).stat()
     except OSError:
@@ -144,9 +144,9 @@ def damaged(folder: Path) -> bool:
 
 @cache
 def _damaged(folder: Path, changed: int, size: int) -> bool:
-    """As `damaged`, of a file of that time and size: read once."""
-    known, made = stored_digest(folder / WEIGHTS), digest_at(folder, stored=False)
-    return made is None or known not in (None, made)
+    """As `damaged`; a file is read once for each time of change (nanoseconds) and size (bytes)."""
+    stored, actual = stored_digest(folder / WEIGHTS), digest_at(folder, stored=False)
+    return actual is None or stored not in (None, actual)
 
 
 def stale(result: Mapping[str, Any], digest: str | None) -> bool:
@@ -156,7 +156,7 @@ def stale(result: Mapping[str, Any], digest: str | None) -> bool:
 
 
 def config_note(folder: Path, digest: str) -> str | None:
-    """What to say where a run's configuration, of this digest, is not what it was trained with, as far as is known."""
+    """A note where a run's configuration, of this digest, is known not to be what the run began with."""
     if not (path := folder / MANIFEST).is_file():
         return None
     known = read_object(path).get(CONFIG_DIGEST)
@@ -164,7 +164,7 @@ def config_note(folder: Path, digest: str) -> str | None:
 
 
 def diverged_note(folder: Path) -> str | None:
-    """What to say of a run whose training diverged: its model is the best until then, or the one it started from."""
+    """A note on a run whose training diverged: its model is the best until then, or the one it started from."""
     if not (path := folder / MANIFEST).is_file() or (why := read_object(path).get("diverged")) is None:
         return None
     return f"the training of {folder} diverged ({cut(str(why), 200)}): its model is of before that"
@@ -176,9 +176,7 @@ _TIMES = ("seconds", "images_per_second", "ms_per_image")
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """A checksum of what JSON makes of `content`, but for the one in it and for times, so that the same numbers have
-    the same one.
-    """
+    """A checksum of `content` as JSON, without the checksum in it and without times: equal numbers, equal checksums."""
     plain = json.loads(
         json.dumps({name: value for name, value in content.items() if name != SEAL}),
         object_pairs_hook=lambda pairs: {name: value for name, value in pairs if name not in _TIMES},
@@ -192,17 +190,18 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any], name: str, *, required: bool = False) -> dict[str, Any]:
-    """`content` without its checksum. Raises `ValueError`, which calls it `name`, where that is another one's; what
-    has none (of an earlier version) is taken as it is, unless one is `required`.
+    """`content` without its checksum. Content without one (of an earlier version) is accepted unless it is `required`.
+
+    Raises `ValueError`, which calls the content `name`, where the checksum is another one's.
     """
     known = content.get(SEAL)
-    if (required or known is not None) and known != (found := seal(content)):
-        raise InputError(f"{name} must be as it was written (checksum {str(known)[:64]}), got {found}: it is damaged")
+    if (required or known is not None) and known != (actual := seal(content)):
+        raise InputError(f"{name} must be as it was written (checksum {str(known)[:64]}), got {actual}: it is damaged")
     return {key: value for key, value in content.items() if key != SEAL}
 
 
 def write_result(path: Path, result: Mapping[str, Any], *, indent: int | None = 2) -> dict[str, Any]:
-    """Write a result with its checksum, whole or not at all, into a folder that is made if need be; returns both."""
+    """Write a result with its checksum, whole or not at all, into a new or an existing folder; returns both."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = sealed(result)
     write_text(path, json.dumps(written, indent=indent) + "\n")
@@ -232,25 +231,25 @@ class Epochs:
         """
         if not path.is_file():
             return Epochs()
-        found, bad = list[dict[str, Any]](), list[str]()
+        epochs, bad = list[dict[str, Any]](), list[str]()
         lines = read_bytes(path, _MOST_METRICS, "lines of JSON").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(unsealed(parse_object(line, f"line {number}"), f"line {number}"))
+                epochs.append(unsealed(parse_object(line, f"line {number}"), f"line {number}"))
             except ValueError as error:
                 if strict and number < len(lines):
                     raise InputError(f"{path} must hold JSON in every line, got {error} in line {number}") from None
                 bad.append(str(number))
         problems = [f"{path} is damaged in line {few(bad)}, left out"] if bad else []
-        known = {line["epoch"] for line in found if type(line.get("epoch")) is int}
+        known = {line["epoch"] for line in epochs if type(line.get("epoch")) is int}
         if missing := [str(epoch) for epoch in range(1, max(known, default=0) + 1) if epoch not in known]:
             problems.append(f"{path} lacks epoch {few(missing)}")
-        return Epochs(found, problems)
+        return Epochs(epochs, problems)
 
     def upto(self, epoch: int) -> Epochs:
         """Those of the first `epoch` epochs."""
-        kept = [line for line in self.lines if type(line.get("epoch")) is int and line["epoch"] <= epoch]
-        return Epochs(kept, self.problems)
+        lines = [line for line in self.lines if type(line.get("epoch")) is int and line["epoch"] <= epoch]
+        return Epochs(lines, self.problems)
 
     def write(self, path: Path) -> None:
         """Write the lines, whole or not at all, each with its checksum."""

@@ -16,7 +16,7 @@ NAMES = ("SIGTERM", "SIGHUP")
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked this process to end. Whoever tidies up after Ctrl-C does so after this."""
+    """A signal asked this process to end. Code that tidies up after Ctrl-C tidies up after this too."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -55,9 +55,10 @@ def raised() -> Iterator[None]:
 
 
 def leave_to_parent(*, terminable: bool = False) -> None:
-    """Have this process, a child by `multiprocessing`, heed its parent alone: signals that reach the whole group are
-    for the parent, which kills it, or terminates it where it is `terminable`; and where the parent is gone, however
-    that ended, it ends itself.
+    """Have this process, a child by `multiprocessing`, ignore the signals that reach the whole group.
+
+    They are for the parent, which kills the child, or terminates it where it is `terminable`. The child ends itself
+    when the parent is gone, for whatever reason.
     """
     for name in ("SIGINT", "SIGHUP", *(() if terminable else ("SIGTERM",))):
         if hasattr(signal, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
     if isinstance(error, InputError):
         return text
     return f"{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """A hint at the one of `names` that a mistyped `name` may have meant, to end a message with; empty without any."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7) if isinstance(name, str) else []
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def few(names: Iterable[str]) -> str:

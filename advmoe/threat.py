@@ -18,7 +18,7 @@ _TINY = 1e-12
 
 
 def _wide(delta: Tensor) -> Tensor:
-    """`delta` in fp32 or better: in half precision squares underflow, and so does what norms are kept from 0 by."""
+    """`delta` in fp32 or better: in half precision squares underflow, and so does `_TINY`."""
     return delta.to(torch.promote_types(delta.dtype, torch.float32))
 
 
@@ -78,12 +78,12 @@ class ThreatModel:
 
 
 def rand_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform draws in [0, 1) shaped like `x`, made where `generator` lives so that CPU and CUDA runs agree."""
+    """Uniform draws in [0, 1) shaped like `x`, drawn where `generator` lives so that CPU and CUDA runs agree."""
     device = generator.device if generator is not None else x.device
     return torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal draws shaped like `x`, made where `generator` lives."""
+    """Standard normal draws shaped like `x`, drawn where `generator` lives."""
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

@@ -46,7 +46,8 @@ from advmoe.attacks.autoattack import autoattack
 from advmoe.attacks.pgd import pgd
 from advmoe.config import AttackConfig, ModelKind
 from advmoe.data import load_dataset
-from advmoe.evaluation.accuracy import Plan, assess
+from advmoe.evaluation.accuracy import Execution, assess
+from advmoe.evaluation.outcomes import Measurement
 from advmoe.evaluation.scoring import measuring
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
@@ -149,12 +150,12 @@ def measure_autoattack(options: Options) -> Iterator[Line]:
     shared: dict[str, Any] = {}
 
     def shares() -> None:
-        plan = Plan(workers=2, threads=1, accelerator=options.device)
-        found = assess(
-            partial(_on_device, options.run), (x, y), threat=THREAT, attack=AttackConfig(), attacks=["autoattack"],
-            batch_size=-(-len(x) // 2), plan=plan,
-        )  # fmt: skip
-        shared.update(found.result["robust_accuracy"])
+        measurement = Measurement(
+            threat=THREAT, attack=AttackConfig(), attacks=["autoattack"], batch_size=-(-len(x) // 2)
+        )
+        execution = Execution(workers=2, threads=1, accelerator=options.device)
+        evaluation = assess(partial(_on_device, options.run), (x, y), measurement, execution=execution)
+        shared.update(evaluation.result["robust_accuracy"])
 
     for model in (ours, plain):
         accuracy(model, x, y)  # what a first pass sets up is not timed
@@ -230,14 +231,13 @@ def measure_workers(options: Options) -> Iterator[Line]:
     x, y = chosen_images(model, options)
     load = partial(_on_device, options.run)
     attack = AttackConfig(steps=options.steps)
+    measurement = Measurement(threat=THREAT, attack=attack, attacks=[f"pgd-{options.steps}"], batch_size=125)
     found: dict[int, float] = {}
 
     def by(workers: int) -> Side:
         def side() -> None:
-            plan = Plan(workers=workers, threads=1, accelerator=options.device)
-            evaluation = assess(
-                load, (x, y), threat=THREAT, attack=attack, attacks=[f"pgd-{options.steps}"], batch_size=125, plan=plan
-            )
+            execution = Execution(workers=workers, threads=1, accelerator=options.device)
+            evaluation = assess(load, (x, y), measurement, execution=execution)
             found[workers] = evaluation.result["worst_case"]
 
         return side

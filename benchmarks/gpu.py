@@ -38,8 +38,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advmoe.config import Config, merged, parse_yaml
+from advmoe.config import Config, merged
 from advmoe.data import Dataset, load_dataset
+from advmoe.documents import parse_yaml
 from advmoe.evaluation.accuracy import evaluate
 from advmoe.evaluation.runs import evaluate_run
 from advmoe.files import write_text, write_whole
@@ -50,8 +51,8 @@ from advmoe.recipes import recipe
 from advmoe.tables import Level
 from advmoe.threat import ThreatModel
 from advmoe.training import manifest as manifests
+from advmoe.training.loop import fit
 from advmoe.training.objectives import Terms
-from advmoe.training.run import fit
 from advmoe.training.trainer import Trainer, build_model
 
 METHODS = ("advmoe", "at-s-dense", "at-moe", "at-dense")

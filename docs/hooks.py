@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import advmoe
-from advmoe.cli import COMMANDS
+from advmoe.cli import COMMANDS, main
 from advmoe.recipes import METHODS, SETTINGS, describe_method, describe_setting
 from advmoe.tables import DATASETS
 
@@ -27,7 +29,8 @@ def commands() -> str:
         "| 1 | training diverged, an exported file differs, a checked folder is unsound, a part of a study failed |\n"
         "| 2 | a mistake in the input, told in one line; nothing was created |\n"
         "| 3 | the machine failed: one line tells what is kept and how to go on |\n"
-        "| 129, 130, 143 | ended by SIGHUP, Ctrl-C, SIGTERM |\n| 141 | nobody reads the output any more |"
+        "| 129, 130, 143 | ended by SIGHUP, Ctrl-C, SIGTERM |\n| 141 | nobody reads the output any more |",
+        f"```text\n{_overview()}```",
     ]
     for name, command in COMMANDS.items():
         parser = command.parser()
@@ -120,6 +123,14 @@ def on_files(files: Any, config: Any) -> Any:
     for name, make in GENERATED.items():
         files.append(File.generated(config, name, content=make()))
     return files
+
+
+def _overview() -> str:
+    """What `advmoe --help` prints."""
+    text = io.StringIO()
+    with redirect_stdout(text), suppress(SystemExit):
+        main(["--help"])
+    return text.getvalue()
 
 
 def _groups(parser: ArgumentParser) -> list[Any]:

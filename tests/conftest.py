@@ -18,6 +18,11 @@ from advmoe.config import Config
 from advmoe.models import BACKBONES, Classifier, create_model, save_model
 from advmoe.moe import pathway
 
+# Processes that tests start import this tree, wherever they work.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+# Notes and errors alone on stderr: what is told of progress has tests of its own.
+os.environ["ADVMOE_LOG_FORMAT"] = "quiet"
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores, and for theirs
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

@@ -160,8 +160,8 @@ def test_what_can_be_measured_but_not_trained() -> None:
 
 
 def test_notes_tell_what_fields_do_not_do() -> None:
-    def notes(given: str, **groups: dict[str, object]) -> list[str]:
-        return Config.from_dict(groups).notes(given.split())
+    def notes(names: str, **groups: dict[str, object]) -> list[str]:
+        return Config.from_dict(groups).notes(names.split())
 
     plain = {"model": {"kind": "dense"}, "training": {"method": "at"}}
     assert notes("model.num_experts training.lr model.kind", **plain) == [

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from advmoe.locks import CLAIM, held, hold
+from advmoe.locks import CLAIM, exclusive, hold
 
-ROOT = str(Path(__file__).parents[1])
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes have no start time to be told by")
 
 
@@ -54,7 +53,7 @@ def test_whoever_waits_gets_it_when_it_is_free(tmp_path, locks):
     order, first = [], hold(tmp_path / "a")
 
     def wait():
-        with held(tmp_path / "a"):
+        with exclusive(tmp_path / "a"):
             order.append("second")
 
     thread = threading.Thread(target=wait)
@@ -73,9 +72,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
         "print(hold(Path(sys.argv[1]), folder=True) is not None, flush=True)\ninput()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    other = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": ROOT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
     assert hold(tmp_path / "run", folder=True) is None  # though this process could lock it
     without_locks(monkeypatch)

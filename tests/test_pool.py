@@ -36,26 +36,26 @@ def refusing(place):
 
 def answered(pool, orders):
     """The answers to `orders`, in the order they came, by workers that are started anew where they died."""
-    orders, found = list(orders), []
+    orders, answers = list(orders), []
     expected = len(orders)
-    while len(found) < expected:
+    while len(answers) < expected:
         while pool.start():
             pass
         while orders and pool.give(orders[0]):
             del orders[0]
-        found += [answer for answer in pool.answers(seconds=0.1) if answer.order is not None]
-    return found
+        answers += [answer for answer in pool.answers(seconds=0.1) if answer.order is not None]
+    return answers
 
 
 def test_what_they_answer_and_what_goes_wrong_in_between():
     with closing(Pool(doing, (3,), [Place(threads=1), Place(threads=1)])) as pool:
         assert not pool.idle and not pool.give(1)
-        found = {answer.order: answer for answer in answered(pool, [1, 2, "mistake", "die", "xx", 4])}
+        by_order = {answer.order: answer for answer in answered(pool, [1, 2, "mistake", "die", "xx", 4])}
         assert len(pool) <= 2
-    assert {order: found[order].result for order in (1, 2, 4)} == {1: 3, 2: 6, 4: 12}
-    assert found["xx"].result == "xxxxxx"
-    assert isinstance(found["mistake"].error, InputError) and "got 'mistake'" in str(found["mistake"].error)
-    died = found["die"].error
+    assert {order: by_order[order].result for order in (1, 2, 4)} == {1: 3, 2: 6, 4: 12}
+    assert by_order["xx"].result == "xxxxxx"
+    assert isinstance(by_order["mistake"].error, InputError) and "got 'mistake'" in str(by_order["mistake"].error)
+    died = by_order["die"].error
     assert isinstance(died, Died) and died.exit_code == -signal.SIGKILL and not died.at_start
     assert multiprocessing.active_children() == []
 
@@ -65,9 +65,9 @@ def test_each_is_at_its_own_place():
     with closing(Pool(doing, (1,), places)) as pool:
         assert pool.start() and pool.start() and not pool.start()
         seen = []
-        given = 0
+        orders = 0
         while len(seen) < 2:
-            given += given < 2 and pool.give("place")
+            orders += orders < 2 and pool.give("place")
             seen += [answer.result for answer in pool.answers(seconds=0.1)]
     assert set(seen) <= {("7", 1, "cuda:0"), ("GPU-5a", 2, "cuda:1")}
 
@@ -83,11 +83,11 @@ def test_a_bug_comes_with_its_traceback_into_the_log_too(tmp_path):
 def test_what_cannot_be_prepared_is_told_without_an_order():
     with closing(Pool(refusing, (), [Place(1)])) as pool:
         pool.start()
-        found = []
+        answers = []
         while len(pool):
-            found += pool.answers(seconds=0.1)
+            answers += pool.answers(seconds=0.1)
         assert not pool.idle
-    (told,) = found  # once, and not again as its process ends
+    (told,) = answers  # once, and not again as its process ends
     assert told.order is None and isinstance(told.error, InputError)
 
 

@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 
 def state():
     """Every flag by its newer name, and by the older ones where they can be read."""
-    found: list[Any] = [flag.fp32_precision for flag in FLAGS]
+    flags: list[Any] = [flag.fp32_precision for flag in FLAGS]
     older = (lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cuda.matmul.allow_tf32)
     for read in (*older, torch.get_float32_matmul_precision):
         try:
-            found.append(read())
+            flags.append(read())
         except RuntimeError:
-            found.append("unreadable")
-    return found
+            flags.append("unreadable")
+    return flags
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_the_label_says_what_the_flags_make_of_fp32(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     gpu = torch.device("cuda")
     for capability, label in (((7, 5), "fp32"), ((9, 0), "fp32, TF32 convolutions")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=capability: version)
         torch.backends.cudnn.allow_tf32 = True
         assert fp32_on(gpu) == label
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -26,6 +26,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def as_users_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """What bars are drawn on in place of stderr, however short their loops are."""
@@ -34,6 +39,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     def eager(*args: Any, **kwargs: Any) -> Any:
         return tqdm(*args, **{**kwargs, "file": made, "delay": 0.0})
 
+    eager.write = tqdm.write  # type: ignore[attr-defined]
     monkeypatch.setattr(progress, "tqdm", eager)
     monkeypatch.setattr(progress, "drawable", lambda: True)
     return made
@@ -122,7 +128,7 @@ def test_a_loop_left_early_leaves_no_bar_behind(terminal: Terminal) -> None:
             assert following.pos == 0  # the first line: nothing else is drawn
 
 
-DIGITS = ("--threads", "1", "--num-examples", "60", "--batch-size", "30")
+DIGITS = ("--threads", "1", "--num-examples", "30", "--batch-size", "15")
 ROUTED = ("--attacks", "pgd-2,routed", "--attack.queries", "2", "--threat.eps", "0.01", "--workers", "1")
 COMMANDS = {
     "evaluate": ([*ROUTED, *DIGITS], {"clean", "search", "pathways", "steps", "routed"}),
@@ -134,6 +140,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_long_loops_of_commands(
     command: str, make_digits_run: Callable[..., Path], tmp_path: Path, terminal: Terminal
@@ -169,9 +176,8 @@ def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path
     run = make_digits_run(tmp_path / "run")
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", *DIGITS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    command = [sys.executable, "-m", "advmoe", "evaluate", str(run), "--attacks", "pgd-2", "--workers", "1", *DIGITS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     shown_there = ""
     with suppress(OSError):  # the end
@@ -219,3 +225,23 @@ def test_lines_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         {"event": "note", "text": "a note"},
         {"event": "epoch", "epoch": 1, "val": None, "text": "epoch 1"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [([], 1), (["--quiet"], 0), (["--log-format", "quiet"], 0), (["--log-format=json"], 1)]
+)
+def test_a_line_for_each_epoch(tmp_path: Path, options: list[str], told: int) -> None:
+    small = ["--training.epochs", "1", "--data.train_examples", "64", "--model.width", "4", "--threads", "1"]
+    command = [sys.executable, "-m", "advmoe", "train", "--config", "digits-advmoe", "--run-dir", "run", *small]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == told
+    if options == ["--log-format=json"]:
+        epoch = json.loads(lines[0])
+        assert (epoch["event"], epoch["epoch"], epoch["best"]) == ("epoch", 1, True)
+        assert epoch["val"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["val"]
+    elif told:
+        assert lines[0].startswith("epoch 1/1  routers kl ")
+    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith("note")] == [
+        "best", "time", "run", "next",
+    ]  # fmt: skip

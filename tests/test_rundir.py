@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from advmoe import load_run, save_pretrained
 from advmoe.cli import main
 from advmoe.evaluation.runs import dissect_run, evaluate_run
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import open_subject
 from advmoe.hub.card import Record
 from advmoe.models import save_model
 from advmoe.models.state import digest
@@ -285,7 +285,7 @@ def test_a_loaded_model_knows_its_run_until_it_is_changed(run, tmp_path):
 
 def test_a_model_that_changes_while_it_is_measured_is_refused(run):
     """Each process loads it for itself: numbers of two models are numbers of none."""
-    given = subject(run, num_examples=4)
+    given = open_subject(run, num_examples=4)
     given.load(torch.device("cpu"))
     other_weights(run)
     with pytest.raises(ValueError, match="must make the same weights every time it is loaded"):
@@ -302,7 +302,7 @@ def test_a_factory_that_draws_other_weights_each_time_is_refused(tmp_path):
         "        layer[1].bias.copy_(torch.frombuffer(bytearray(os.urandom(10)), dtype=torch.uint8))\n"
         "    return layer\n"
     )
-    given = subject(f"{file}:net", overrides={"data": {"name": "digits"}}, num_examples=4, kept=False)
+    given = open_subject(f"{file}:net", overrides={"data": {"name": "digits"}}, num_examples=4, writes=False)
     with pytest.raises(ValueError, match="must make the same weights every time"):
         given.load(torch.device("cpu"))
 

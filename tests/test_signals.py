@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATIENCE, alive, until
 
 from advmoe import cli
 from advmoe.config import Config
 
-ROOT = str(Path(__file__).parents[1])
-PATIENCE = 300
 TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 
 SLEEPER = """
@@ -32,26 +30,12 @@ for name in sys.argv[1].split():
 def run(args, argv):
     with continuable(Path(sys.argv[2]), "advmoe again", "mark"):
         print("ready", flush=True)
-        time.sleep(3 if sys.argv[1] == "SIGHUP" else 1000)
+        time.sleep(1 if sys.argv[1] == "SIGHUP" else 1000)
     return 0
 
 recipes.run = run
 sys.exit(cli.main(["recipes"]))
 """
-
-
-def until(true):
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
-
-
-def alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def children(process):
@@ -67,7 +51,7 @@ def children(process):
 
 
 def popen(*command, **more):
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=pipe, stderr=pipe, text=True, **more)
 
@@ -178,7 +162,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, capsys, error):
 def test_output_to_a_full_disk_is_the_machine_s_failure(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "advmoe", "recipes"], env={**os.environ, "PYTHONPATH": ROOT}, stdout=full,
+            [sys.executable, "-m", "advmoe", "recipes"], stdout=full,
             stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
         )  # fmt: skip
     assert done.returncode == 3 and done.stderr.startswith("advmoe: error: No space left on device; ")
@@ -201,7 +185,7 @@ def test_openmp_s_threads_sleep_while_they_wait_unless_the_user_says_otherwise(g
         "cli.main(['recipes'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**environment, "PYTHONPATH": ROOT, **given}, capture_output=True, text=True,
+        [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True,
         timeout=PATIENCE, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == [expected, False]
@@ -221,7 +205,7 @@ raise SystemExit(main(["export", *sys.argv[1:]]))
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(make_digits_run, tmp_path, format, name):
     run = make_digits_run(tmp_path / "run")
     words = [str(run), "--format", format, "--num-examples", "2", "--threads", "1", "--out", str(tmp_path / name)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SMALL_FILES, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

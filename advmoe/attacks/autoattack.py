@@ -2,7 +2,7 @@
 
 Axes: `N` batch, `C` channels, `H W` size, `K` classes. Pixels and `eps` are in [0, 1].
 Source: Croce & Hein, ICML 2020 (AutoAttack, APGD); Croce & Hein, ICML 2020 (FAB); Andriushchenko et al., ECCV 2020
-(Square). The package is imported when an attack is made or run, not before.
+(Square). The package is imported when an attack is built or run, not before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
 Version = Literal["standard", "plus", "rand", "custom"]
-"""The official ensembles; `custom` runs the attacks it is given, APGD and FAB with 5 restarts."""
+"""The official ensembles; `custom` runs attacks of one's choice, APGD and FAB with 5 restarts."""
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 """Names that `custom` knows."""
@@ -48,12 +48,12 @@ def autoattack(
     version: Version = "standard",
     attacks: Sequence[str] | None = None,
     num_classes: int | None = None,
-) -> Found:
+) -> Proposals:
     """AutoAttack's proposals for a batch, as the official code makes them for these images as one batch.
 
-    With fewer classes than the ensemble is made for, targets are capped at K - 1 and attacks whose loss needs more
-    logits are left out; flags say so, and hold what the official code warned of. A module runs in eval mode with frozen
-    parameters; its modes, the random state, the trace function and the logger are left as they were.
+    Where there are fewer classes K than the ensemble expects, it aims at K - 1 targets at most and leaves out attacks
+    whose loss needs more logits. Flags say so, and repeat the official code's warnings. A module runs in eval mode with
+    frozen parameters; its modes, the random state, the trace function and the logger are left as they were.
 
     Args:
         predict: (N, C, H, W) pixels, contiguous -> (N, K) logits. The official code overwrites logits in place.
@@ -68,17 +68,17 @@ def autoattack(
     _check_choice(version, attacks)
     dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x.to(dtype))
-    with _contained(library, predict) as said:
-        heard = _Heard(predict, dtype)
-        official = _official(library, heard, x.device, threat, seed, version, attacks)
-        notes = _fit(official, _count_classes(heard, x) if num_classes is None else num_classes)
-        with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as heard.told:
+        return Proposals(x.to(dtype))
+    with _contained(library, predict) as messages:
+        counted = _CountedPasses(predict, dtype)
+        official = _official(counted, x.device, threat, seed, version, attacks)
+        notes = _fit(official, _count_classes(counted, x) if num_classes is None else num_classes)
+        with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as counted.after_pass:
             x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
-    return Found(x_adv.to(dtype), (*notes, *_flags(said)))
+    return Proposals(x_adv.to(dtype), (*notes, *_flags(messages)))
 
 
-def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Found:
+def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, queries: int) -> Proposals:
     """The Square attack's proposals, by the official code with AutoAttack's settings but for the number of `queries`.
 
     It needs no gradients. `predict`, `x` and `y` are as in `autoattack`. Returns x itself where it failed or where the
@@ -89,16 +89,16 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
         raise InputError(f"queries must be >= 1, got {queries!r}")
     dtype, (x, y) = x.dtype, _checked(x, y)
     if len(x) == 0:
-        return Found(x.to(dtype))
-    with _contained(library, predict) as said, torch.no_grad():
-        heard = _Heard(predict, dtype)
+        return Proposals(x.to(dtype))
+    with _contained(library, predict) as messages, torch.no_grad():
+        counted = _CountedPasses(predict, dtype)
         attack = library.square.SquareAttack(
-            heard, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
+            counted, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
             verbose=False, device=x.device, resc_schedule=False,
         )  # fmt: skip
-        with counting("square", queries, unit="query", delay=BRIEF) as heard.told:
+        with counting("square", queries, unit="query", delay=BRIEF) as counted.after_pass:
             x_adv = attack.perturb(x, y)
-    return Found(x_adv.to(dtype), _flags(said))
+    return Proposals(x_adv.to(dtype), _flags(messages))
 
 
 def autoattack_attack(
@@ -116,19 +116,19 @@ def autoattack_attack(
     """
     library = official_library()
     _check_choice(version, attacks)
-    with _overhearing(library, []):
-        made = _official(library, predict, torch.device("cpu"), threat, 0, version, attacks)
+    with _warnings_collected(library, []):
+        ensemble = _official(predict, torch.device("cpu"), threat, 0, version, attacks)
     settings = {
         "version": version,
         "library": f"pyautoattack {library.__version__}",
-        "attacks": list(made.attacks_to_run),
+        "attacks": list(ensemble.attacks_to_run),
     }
 
-    def run(x: Tensor, y: Tensor, seed: int) -> Found:
+    def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
         return autoattack(predict, x, y, threat=threat, seed=seed, version=version, attacks=attacks)
 
     name = "autoattack" if version == "standard" else f"autoattack-{version}"
-    return Attack(name, (Part(name, run),), settings)
+    return Attack(name, (AttackPart(name, run),), settings)
 
 
 # The official code, adapted
@@ -169,15 +169,10 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _official(
-    library: Any,
-    predict: Predict,
-    device: torch.device,
-    threat: ThreatModel,
-    seed: int,
-    version: str,
-    attacks: Sequence[str] | None,
+    predict: Predict, device: torch.device, threat: ThreatModel, seed: int, version: str, attacks: Sequence[str] | None
 ) -> Any:
-    return library.AutoAttack(
+    """The official code's ensemble."""
+    return official_library().AutoAttack(
         predict, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, version=version, device=device,
         attacks=None if attacks is None else list(attacks),
     )  # fmt: skip
@@ -211,17 +206,17 @@ def _fit(official: Any, classes: int) -> list[str]:
 
 
 @dataclass
-class _Heard:
-    """A classifier that tells of every pass, and takes images in the precision that it is attacked in."""
+class _CountedPasses:
+    """A classifier that reports every pass, and takes images in the precision that it is attacked in."""
 
     predict: Predict
     dtype: torch.dtype
-    told: Callable[[], object] = lambda: None
+    after_pass: Callable[[], object] = lambda: None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K)."""
         logits = self.predict(x.to(self.dtype))
-        self.told()
+        self.after_pass()
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -246,14 +241,14 @@ def _calls(official: Any) -> int:
 @contextmanager
 def _contained(library: Any, predict: Predict) -> Iterator[list[str]]:
     """Undoes what the official code changes in the process; yields the list that its warnings are put into."""
-    said: list[str] = []
+    messages: list[str] = []
     # It counts calls of autograd for as long as the process lives: one dynamic model would taint all later ones.
     library.checks.funcs.update(dict.fromkeys(library.checks.funcs, 0))
     trace = sys.gettrace()
     devices = list(range(torch.cuda.device_count()))
     try:
-        with _frozen(predict), _overhearing(library, said), torch.random.fork_rng(devices):
-            yield said
+        with _frozen(predict), _warnings_collected(library, messages), torch.random.fork_rng(devices):
+            yield messages
     finally:
         sys.settrace(trace)
 
@@ -277,45 +272,45 @@ def _frozen(predict: Predict) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-class _Ear(logging.Handler):
-    """Puts every message into a list."""
+class _MessageList(logging.Handler):
+    """Appends every log message to a list."""
 
-    def __init__(self, said: list[str]) -> None:
+    def __init__(self, messages: list[str]) -> None:
         super().__init__()
-        self.said = said
+        self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one message."""
-        self.said.append(record.getMessage())
+        """Append one message."""
+        self.messages.append(record.getMessage())
 
 
 @contextmanager
-def _overhearing(library: Any, said: list[str]) -> Iterator[None]:
-    """Warnings of the official code, logged or raised by `warnings`, go to `said` and nowhere else."""
+def _warnings_collected(library: Any, messages: list[str]) -> Iterator[None]:
+    """Warnings of the official code, logged or raised by `warnings`, go to `messages` and nowhere else."""
     logger = logging.getLogger("auto-attack")
     before = logger.level, logger.handlers, logger.propagate, logger.disabled
     package = str(Path(library.__file__).parent)
     try:
-        logger.handlers, logger.propagate, logger.disabled = [_Ear(said)], False, False
+        logger.handlers, logger.propagate, logger.disabled = [_MessageList(messages)], False, False
         logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             show = warnings.showwarning
 
-            def overhear(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+            def collect(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
                 if filename.startswith(package):
-                    said.append(str(message))
+                    messages.append(str(message))
                 else:
                     show(message, category, filename, *rest)
 
             warnings.filterwarnings("always", module=library.__name__)
-            warnings.showwarning = overhear  # type: ignore[assignment]
+            warnings.showwarning = collect  # type: ignore[assignment]
             yield
     finally:
         level, logger.handlers, logger.propagate, logger.disabled = before
         logger.setLevel(level)
 
 
-def _flags(said: Sequence[str]) -> tuple[str, ...]:
-    """One line for each message, those said more than once with their number."""
-    counts = Counter(" ".join(text.split()).removesuffix(_POINTER) for text in said)
+def _flags(messages: Sequence[str]) -> tuple[str, ...]:
+    """One line for each message, repeated ones with their number."""
+    counts = Counter(" ".join(text.split()).removesuffix(_POINTER) for text in messages)
     return tuple(text if count == 1 else f"{text} ({count} times)" for text, count in counts.items())

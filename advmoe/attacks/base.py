@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Found:
+class Proposals:
     """What one part proposes for a batch."""
 
     x_adv: Tensor
@@ -26,12 +26,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Part:
+class AttackPart:
     """One step of an attack."""
 
     name: str
-    run: Callable[[Tensor, Tensor, int], Found]
-    """Images (N, C, H, W), true classes (N,) and a seed -> `Found`. Same arguments, same proposals."""
+    run: Callable[[Tensor, Tensor, int], Proposals]
+    """Images (N, C, H, W), true classes (N,) and a seed -> `Proposals`. Same arguments, same proposals."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Attack:
     """An attack by name. Its parts run in turn, each on the images that no earlier part has broken."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[AttackPart, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What it was told, for the record."""
     flags: tuple[str, ...] = ()

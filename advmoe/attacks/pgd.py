@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,39 +22,39 @@ Predict = Callable[[Tensor], Tensor]
 """(N, C, H, W) pixels -> (N, K) logits."""
 AttackLoss = Callable[[Tensor], Tensor]
 """(N, K) logits of the current iterate -> scalar to ascend, a sum over samples."""
-Output = TypeVar("Output")
 
 
 def ascend(
-    predict: Callable[[Tensor], Output],
+    objective: Callable[[Tensor], Tensor],
     x: Tensor,
     start: Tensor,
-    loss: Callable[[Output], Tensor],
     *,
     threat: ThreatModel,
-    steps: int,
-    step_size: float | Sequence[float],
-    visit: Callable[[int, Tensor, Output], None] | None = None,
+    step_sizes: Sequence[float],
+    visit: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """`steps` steepest-ascent steps of `loss(predict(.))` from `start`, each projected to the ball around `x`.
+    """Steepest-ascent steps of `objective` from `start`, each projected to the ball around the clean images `x`.
 
-    `step_size` may give each step its own. `visit(step, iterate, output)` sees every iterate that is evaluated, hence
-    all but the last. Returns (N, C, H, W), detached. Gradients of parameters are neither computed nor touched; where
-    the loss does not depend on the input at all, the gradient is zero and the iterate stays.
+    Args:
+        objective: the iterate (N, C, H, W) -> the scalar to ascend, a sum over samples. Where it does not depend on the
+            iterate at all, the gradient is zero and the iterate stays.
+        x, start: (N, C, H, W) in [0, 1].
+        step_sizes: of each step, in the unit of pixels.
+        visit: `(step, iterate)`, called for every iterate that has been evaluated, hence all but the last.
+
+    Returns (N, C, H, W), detached. Gradients of parameters are neither computed nor touched.
     """
-    sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     x_adv = start.detach()
-    for step, size in zip(tracked(range(steps), "steps", unit="step", delay=BRIEF), sizes, strict=True):
+    for step, size in enumerate(tracked(step_sizes, "steps", unit="step", delay=BRIEF)):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
-            output = predict(x_adv)
-            objective = loss(output)
+            value = objective(x_adv)
         gradient = None
-        if objective.requires_grad:
-            (gradient,) = torch.autograd.grad(objective, x_adv, allow_unused=True)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, x_adv, allow_unused=True)
         x_adv = x_adv.detach()
         if visit is not None:
-            visit(step, x_adv, output)
+            visit(step, x_adv)
         if gradient is not None:
             gradient = gradient.nan_to_num(0, 0, 0)  # else one overflow would end an image's attack for good
             x_adv = threat.project(x_adv + size * threat.steepest_step(gradient), x)
@@ -164,16 +163,21 @@ def pgd(
         raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    to_ascend = LOSSES.find(loss)
+    chosen = LOSSES.find(loss)
     forward = surrogate or predict
+
+    def climb(clean: Tensor, labels: Tensor) -> Tensor:
+        start = threat.random_start(clean, generator)
+        of_logits = chosen.at(forward, clean, labels)
+        return ascend(
+            lambda x_adv: of_logits(forward(x_adv)), clean, start, threat=threat, step_sizes=[step_size] * steps
+        )
+
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
-        clean, labels = x[unbroken], y[unbroken]
-        start = threat.random_start(clean, generator)
-        objective = to_ascend.at(forward, clean, labels)
-        x_adv = ascend(forward, clean, start, objective, threat=threat, steps=steps, step_size=step_size)
-        result[unbroken] = x_adv
+        labels = y[unbroken]
+        result[unbroken] = x_adv = climb(x[unbroken], labels)
         if restarts > 1:
             with torch.no_grad():
                 unbroken = unbroken[predict(x_adv).argmax(1) == labels]
@@ -194,8 +198,9 @@ def trades_attack(
 ) -> Tensor:
     """TRADES' inner maximisation: KL ascent from x + 0.001 * N(0, 1) (Zhang et al., 2019, Algorithm 1).
 
-    `predict` should be in eval mode. `held`, perturbations (N, C, H, W) of an earlier attack, is where this one goes on
-    from (ATTA, Zheng et al., CVPR 2020); where it is 0 there is noise. Returns (N, C, H, W), detached.
+    `predict` should be in eval mode. The attack goes on from `held`, the perturbations (N, C, H, W) of an earlier one,
+    where they are not 0 (ATTA, Zheng et al., CVPR 2020); elsewhere it starts from noise. Returns (N, C, H, W),
+    detached.
     """
     with torch.no_grad():
         clean_logits = predict(x)
@@ -203,4 +208,5 @@ def trades_attack(
     if held is not None:
         delta = torch.where(held == 0, delta, held)
     start = threat.project(x + delta, x)
-    return ascend(predict, x, start, kl_loss(clean_logits), threat=threat, steps=steps, step_size=step_size)
+    loss = kl_loss(clean_logits)
+    return ascend(lambda x_adv: loss(predict(x_adv)), x, start, threat=threat, step_sizes=[step_size] * steps)

@@ -10,11 +10,12 @@ A command is a module here, with a `parser` and a `run`, and an entry in `COMMAN
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import sys
 from contextlib import redirect_stdout, suppress
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from advmoe import __version__
 from advmoe.cli import (
@@ -23,6 +24,7 @@ from advmoe.cli import (
     dissect,
     evaluate,
     export,
+    init,
     pathways,
     predict,
     push,
@@ -33,10 +35,12 @@ from advmoe.cli import (
     train,
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
+from advmoe.config import require, require_path
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.progress import shown
+from advmoe.progress import LOG_FORMAT, LOG_FORMATS, shown
 from advmoe.signals import described, raised
-from advmoe.text import show
+from advmoe.tables.plugins import add_plugin
+from advmoe.text import nearest, show
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -50,14 +54,19 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "report": report,
     "data": data,
+    "init": init,
     "recipes": recipes,
     "study": study,
 }
 """The module of each command."""
 
+SHELLS = ("bash", "zsh", "fish")
+
 CLOSED = 141
 """The exit code where the output was closed early: what a shell shows of a command that a broken pipe has ended."""
 
+MEMORY_TO_START = 2**30
+"""Bytes of address space: PyTorch and what we import take 0.65 GiB. With less, libraries end the process."""
 ROOM_FOR_BYTECODE = 64 * 2**20
 """Bytes of a disk that bytecode may need: PyTorch's and ours."""
 
@@ -73,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     _spare_bytecode()
     try:
         with raised():
-            command, options = _parse(argv)
+            words = _without_common(argv)
+            command, options = _parse(words)
+            if command != "recipes":
+                _require_memory()
             with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
@@ -121,39 +133,81 @@ def _wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+def _limit(name: str) -> float:
+    """A limit of this process in bytes (`RLIMIT_AS`), infinite where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit, _ = resource.getrlimit(getattr(resource, name))
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def _require_memory() -> None:
+    """Raise `MemoryError` where PyTorch cannot be loaded: it would end this process without a word of ours."""
+    if (limit := _limit("RLIMIT_AS")) < MEMORY_TO_START:
+        got = f"{limit / 2**20:.0f} MiB"
+        raise MemoryError(f"the limit on memory (ulimit -v) must be >= {MEMORY_TO_START // 2**20} MiB, got {got}")
+
+
 def _spare_bytecode() -> None:
     """Have Python, and the processes that this one starts, write no bytecode where there may be no room for it.
 
     Python 3.11 then keeps a part of a module's, and can import that module no more (python/cpython#126606).
     """
-    try:
-        import resource
-    except ImportError:  # Windows has neither such limits nor `statvfs`
-        return
-    disk = os.statvfs(os.path.dirname(__file__))
-    room = disk.f_bavail * disk.f_frsize
-    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY and room >= ROOM_FOR_BYTECODE:
+    room = math.inf
+    if hasattr(os, "statvfs"):
+        disk = os.statvfs(os.path.dirname(__file__))
+        room = disk.f_bavail * disk.f_frsize
+    if _limit("RLIMIT_FSIZE") == math.inf and room >= ROOM_FOR_BYTECODE:
         return
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
+def _without_common(argv: list[str]) -> list[str]:
+    """`argv` without the options that every command has, wherever they stand: plugins are executed first, as what they
+    add may be another option's value. Raises `InputError`.
+    """
+    rest, words = list[str](), iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if word == "--quiet":
+            os.environ[LOG_FORMAT] = "quiet"
+        elif option in ("--plugin", "--log-format"):
+            value = value if equals else next(words, "")
+            if option == "--plugin":
+                require_path(option, value)
+                add_plugin(value)
+            else:
+                require(value in LOG_FORMATS, option, f"one of {', '.join(LOG_FORMATS)}", value)
+                os.environ[LOG_FORMAT] = value
+        else:
+            rest.append(word)
+    return rest
+
+
 def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command, and what was given of its options: those of a group of fields (`--data.root`) under its name.
+    """The command, and the options that the user wrote: those of a group of fields (`--data.root`) under its name.
 
     Raises `InputError` for what no parser takes; `SystemExit` once help or version was shown.
     """
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     command = argv[0] if argv else ""
     if command not in COMMANDS:
+        if command.partition("=")[0] == "--completion":
+            _complete(command.partition("=")[2] or "".join(argv[1:2]))
         if command.startswith("-"):
             _parse_top(argv)
-        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {show(command) if argv else 'nothing'}")
+        got = f"{show(command)}{nearest(command, COMMANDS)}" if argv else "nothing"
+        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {got}")
     parser = COMMANDS[command].parser()
     parser.prog = f"advmoe {command}"
-    found, unknown = parser.parse_known_args(_joined(argv[1:]))
+    parsed, unknown = parser.parse_known_args(_joined(argv[1:]))
     if unknown:
         raise unknown_option(unknown, command, parser)
-    options = grouped(vars(found))
+    options = grouped(vars(parsed))
     require_sound(parser, options)
     return command, options
 
@@ -163,6 +217,20 @@ def _parse_top(argv: list[str]) -> None:
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
+    parser.add_argument(
+        "--completion",
+        metavar="{bash,zsh,fish}",
+        help="print the script that has a shell complete commands and options",
+    )
+    common = parser.add_argument_group("options of every command")
+    common.add_argument(
+        "--plugin", metavar="FILE.py", help="a file of yours that registers backbones, routers, attacks, losses, data "
+        "sets or training methods; executed; as often as you like",
+    )  # fmt: skip
+    common.add_argument("--quiet", action="store_true", help="no bars, no lines on how far it is; notes and results")
+    common.add_argument(
+        "--log-format", metavar="{text,json,quiet}", help="of what is told on stderr; json: an object a line"
+    )
     commands = parser.add_subparsers(title="commands (advmoe COMMAND --help says more)", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.parser().description)
@@ -171,8 +239,27 @@ def _parse_top(argv: list[str]) -> None:
         raise InputError(f"{show(unknown[0])} must follow a COMMAND, of which there are {', '.join(COMMANDS)}")
 
 
+def _complete(shell: str) -> NoReturn:
+    """Print the completion script of a shell. Raises `InputError` for another one, or without the extra."""
+    require(shell in SHELLS, "--completion", f"one of {', '.join(SHELLS)}", shell)
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError(
+            f"--completion needs the extra completion: pip install 'advmoe[completion]', got: {error}"
+        ) from error
+    parser = new_parser("Adversarially robust mixture-of-experts vision models.")
+    parser.prog = "advmoe"
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        own = command.parser()
+        commands.add_parser(name, help=own.description, parents=[own], add_help=False)
+    print(shtab.complete(parser, shell))
+    raise SystemExit(0)
+
+
 def _accept_any_text() -> None:
-    """Have what the terminal's encoding lacks, or what is no text, as names of files may be, printed with escapes."""
+    """Print what the terminal's encoding lacks, or what is no text, as names of files may be, with escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -200,8 +287,9 @@ class _Output:
 
 
 def _flushed() -> bool:
-    """Whether somebody takes what was printed; if not, or where it cannot be written, Python must not try again at its
-    end.
+    """Write out what was printed; False where nobody reads it.
+
+    Where it cannot be written, stdout becomes the null device, so that Python does not try again at its end.
     """
     try:
         sys.stdout.flush()

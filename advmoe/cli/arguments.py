@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from advmoe import config as config_module
 from advmoe.config import (
     Batch,
     Config,
@@ -27,6 +26,7 @@ from advmoe.config import (
     require,
     require_path,
     require_text,
+    sections,
     typed,
 )
 from advmoe.documents import parse_yaml
@@ -61,14 +61,14 @@ USUAL_THREADS = "PyTorch's choice"
 
 
 def new_parser(description: str) -> Parser:
-    """A parser that reports only what was given."""
-    # No defaults: the parser reports what was given, and the help texts say the rest.
+    """A parser that reports only what the user wrote: the help texts tell the defaults."""
     return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False)
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
-    """A parser with what all commands that attack a run, or a classifier of the user's own, share; `threads`: see
-    `add_engine`.
+    """A parser with the options of all commands that attack a run, or a classifier of the user's own.
+
+    `threads`: see `add_engine`.
     """
     parser = new_parser(description)
     add = parser.add_argument
@@ -90,9 +90,9 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     return parser
 
 
-def measured(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What is measured, and the options that all measurements share; mistakes show before torch is imported."""
-    target, overrides = args["target"], given_fields(args)
+def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The run or classifier to measure, and the options of all measurements; mistakes show before torch is imported."""
+    target, overrides = args["target"], config_fields(args)
     below = {}
     if not is_source(target):
         below = Config.load(existing_run("RUN", target) / CONFIG).to_dict()
@@ -125,7 +125,7 @@ def drawing(args: dict[str, Any]) -> Any:
 
 
 def add_engine(parser: Parser, threads: str = USUAL_THREADS) -> None:
-    """Add the options that `engine_options` reads; `threads`: how many there are where none is given."""
+    """Add the options that `engine_options` reads; `threads`: the default, as the help says it."""
     accelerators = ",".join(get_args(Accelerator))
     parser.add_argument("--accelerator", metavar=f"{{{accelerators}}}", help="where to run (default: auto)")
     parser.add_argument("--threads", metavar="T", help=f"CPU threads per process (default: {threads})")
@@ -144,7 +144,7 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
     for group, names in wanted.items():
         cls = get_type_hints(Config)[group]
         section = parser.add_argument_group(group, description=inspect.getdoc(cls))
-        hints, docs = get_type_hints(cls, include_extras=True), _field_docs()[cls.__name__]
+        hints, docs = get_type_hints(cls, include_extras=True), field_docs()[cls.__name__]
         for item in fields(cls):
             if names is None or item.name in names:
                 default = item.default if item.default_factory is MISSING else item.default_factory()
@@ -155,16 +155,16 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
 
 
 @cache
-def _field_docs() -> dict[str, dict[str, str]]:
-    """The docstring after each field of each dataclass in `config.py`: Python itself does not keep them."""
+def field_docs() -> dict[str, dict[str, str]]:
+    """The docstring after each field of each dataclass in `config/sections.py`: Python itself does not keep them."""
     docs: dict[str, dict[str, str]] = {}
-    for cls in ast.parse(inspect.getsource(config_module)).body:
+    for cls in ast.parse(inspect.getsource(sections)).body:
         if isinstance(cls, ast.ClassDef):
-            found = docs.setdefault(cls.name, {})
+            by_field = docs.setdefault(cls.name, {})
             for item, after in zip(cls.body, cls.body[1:], strict=False):
                 match item, after:
                     case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                        found[name] = text
+                        by_field[name] = text
     return docs
 
 
@@ -189,26 +189,26 @@ def _metavar(hint: Any) -> str:
     return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 
 
-def given_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields given on the command line: numbers and truth values as YAML reads them, text as it is."""
-    found: dict[str, dict[str, Any]] = {}
+def config_fields(args: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configuration's fields on the command line: numbers and truth values as YAML reads them, text as it is."""
+    overrides: dict[str, dict[str, Any]] = {}
     for group, cls in get_type_hints(Config).items():
         hints = get_type_hints(cls)
         for name, text in (args.get(group) or {}).items():
             base = next(iter(get_args(hints[name])), hints[name])
             as_yaml = base in (bool, int, float) or (text == "null" and type(None) in get_args(hints[name]))
             value = parse_yaml(text, f"{group}.{name}") if as_yaml else text
-            found.setdefault(group, {})[name] = value
-    return found
+            overrides.setdefault(group, {})[name] = value
+    return overrides
 
 
 def require_sound(parser: Parser, args: dict[str, Any]) -> None:
     """Raise `ValueError`, which names the option, for text that is none, or a path that no file system has."""
     for action in parser._actions:
         group, _, field = action.dest.rpartition(".")
-        given, shape = (args.get(group, {}) if group else args).get(field), str(action.metavar)
+        texts, shape = (args.get(group, {}) if group else args).get(field), str(action.metavar)
         name = next((each for each in action.option_strings if each.startswith("--")), shape)
-        for text in given if isinstance(given, list) else [given]:
+        for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, str) and any(word in shape for word in ("RUN", "DIR", "FILE", "YAML")):
                 # What is written stands under a longer name until it is whole.
                 require_path(name, text, 200 if (name, shape) == ("--out", "FILE") else 255)
@@ -224,26 +224,27 @@ def existing_run(option: str, text: str) -> Path:
 
 
 def number(option: str, hint: Any, text: str | None) -> Any:
-    """The number given to `option`, of a type such as `config.Count`, None where nothing was. Raises `ValueError` for
-    anything else.
+    """The number in the `text` of an `option`, of a type such as `config.Count`; None of None.
+
+    Raises `ValueError` for anything else.
     """
     return None if text is None else typed(option, hint, parse_yaml(text, option))
 
 
 def grouped(options: dict[str, Any]) -> dict[str, Any]:
     """`options` with those of a group (`data.root`) in a dictionary under its name."""
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for name, value in options.items():
         group, dot, field = name.partition(".")
         if dot:
-            found.setdefault(group, {})[field] = value
+            nested.setdefault(group, {})[field] = value
         else:
-            found[name] = value
-    return found
+            nested[name] = value
+    return nested
 
 
 def unknown_option(words: list[str], command: str, parser: Parser) -> InputError:
-    """What to say of the `words` of a command line that its parser does not know, with near matches of an option."""
+    """The error for `words` of a command line that its parser does not know, with near matches of an option."""
     word = cut(words[0].split("=")[0], MOST_OF_A_VALUE)
     if not word.startswith("--"):
         return InputError(f"{command} must get no more than `advmoe {command} --help` names, got {show(word)} too")
@@ -254,18 +255,18 @@ def unknown_option(words: list[str], command: str, parser: Parser) -> InputError
 
 
 class Unfinished(Exception):
-    """Work that something ended (its cause) and that can be gone on with: what is kept, and by what command."""
+    """Work was interrupted by its cause, and can be continued: the text says by which command."""
 
 
 @contextmanager
 def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
-    """Where what ends the work leaves something to continue (`mark` exists in `home`), `Unfinished` says how."""
+    """Inside, an interruption that leaves something to continue (`mark` exists in `home`) becomes `Unfinished`."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
         if os.path.lexists(home / mark) and (isinstance(error, KeyboardInterrupt) or of_machine(error)):
-            kept = "" if isinstance(error, KeyboardInterrupt) else f"what {home} holds is kept; "
-            raise Unfinished(f"{kept}to continue: {again}") from error
+            note = "" if isinstance(error, KeyboardInterrupt) else f"what {home} holds is kept; "
+            raise Unfinished(f"{note}to continue: {again}") from error
         raise
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from advmoe.cli.arguments import Parser, add_fields, given_fields, new_parser, number, split_words
+from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, split_words
 from advmoe.config import Batch, Classes, Experts, Share, Side, Threads, Width, Within, require, typed
 from advmoe.files import require_writable, write_text
 
@@ -51,7 +51,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         "threads": number("--threads", Threads, args.get("threads")),
         "seconds": number("--seconds", Annotated[float, Within(0, 86_400)], args.get("seconds", "10")),
         "source": args.get("source"),
-        "overrides": given_fields(args),
+        "overrides": config_fields(args),
     }
     require(bool(options["batches"]), "--batch", "batch sizes separated by commas", args.get("batch"))
     out = Path(args["out"]) if "out" in args else None

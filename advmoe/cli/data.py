@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.cli.arguments import Parser, new_parser
-from advmoe.config import near_matches
 from advmoe.errors import InputError
 from advmoe.tables import DATASETS
-from advmoe.text import show
+from advmoe.text import nearest, show
 
 
 def parser() -> Parser:
@@ -40,9 +39,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     }  # fmt: skip
     action = args["action"]
     if action not in actions:
-        near = near_matches(action, actions)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"data must do one of {', '.join(actions)}, got {show(action)}{hint}")
+        raise InputError(f"data must do one of {', '.join(actions)}, got {show(action)}{nearest(action, actions)}")
     if action in ("list", "cifar10-jpeg") and "what" in args:
         raise InputError(f"data {action} must get no name, got {show(args['what'])}")
     for option, owner in (("download", "cifar10-jpeg"), ("json", "check")):

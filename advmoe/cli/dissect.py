@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, measured, measuring_parser
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, target_and_options
 from advmoe.rundir import DISSECTION
 from advmoe.text import percent
 
@@ -18,15 +18,15 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    target, options = measured(args)
+    target, options = target_and_options(args)
     draw = drawing(args)
 
     from advmoe.evaluation.runs import dissect_run
     from advmoe.files import read_object
 
-    home, found = dissect_run(target, **options)
+    home, dissections = dissect_run(target, **options)
     written = read_object(home / DISSECTION)
-    for name, dissection in found.items():
+    for name, dissection in dissections.items():
         print(f"{name}\n{dissection.table()}\n")
         for flag in written[name]["flags"]:
             print(f"flag  {name}: {flag}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from advmoe.cli.arguments import Parser, continuable, measured, measuring_parser, number
+from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
@@ -25,7 +25,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    target, options = measured(args)
+    target, options = target_and_options(args)
     options["workers"] = number("--workers", Processes, args.get("workers"))
     options["threads"] = options["threads"] or 1
     options["resume"] = "resume" in args

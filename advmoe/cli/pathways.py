@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, existing_run, measured, measuring_parser
+from advmoe.cli.arguments import Parser, drawing, existing_run, measuring_parser, target_and_options
 
 
 def parser() -> Parser:
@@ -21,7 +21,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    target, options = measured(args)
+    target, options = target_and_options(args)
     if "against" in args:
         options["against"] = existing_run("--against", args["against"])
     draw = drawing(args)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from advmoe.cli.arguments import Parser, add_engine, add_fields, engine_options, given_fields, new_parser
+from advmoe.cli.arguments import Parser, add_engine, add_fields, config_fields, engine_options, new_parser
 from advmoe.config import Config
 from advmoe.files import require_writable
 
@@ -30,7 +30,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    overrides = given_fields(args)
+    overrides = config_fields(args)
     Config.from_dict(overrides)
     options = {"source": args.get("source"), "overrides": overrides, **engine_options(args)}
 

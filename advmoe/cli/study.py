@@ -11,10 +11,10 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    config_fields,
     continuable,
     engine_options,
     fail,
-    given_fields,
     new_parser,
     number,
     split_words,
@@ -44,15 +44,15 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     if args["name"] == "list":
         return _list()
     from advmoe.studies.catalogue import study_named
-    from advmoe.studies.session import Options
+    from advmoe.studies.session import StudyOptions
 
     study_named(args["name"])
     engine = engine_options(args)
-    options = Options(
+    options = StudyOptions(
         scale=args.get("scale", "smoke"),
         seeds=number("--seeds", Annotated[int, Within(1, 1000)], args.get("seeds")),
         only=split_words(args.get("only", "")),
-        overrides=given_fields(args),
+        overrides=config_fields(args),
         num_examples=number("--num-examples", Count, args.get("num_examples")),
         root=Path(args.get("out", "runs/studies")),
         jobs=number("--jobs", Processes, args.get("jobs", "1")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, measured, measuring_parser, split_words
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, split_words, target_and_options
 from advmoe.config import Pixels, require
 
 
@@ -18,7 +18,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    target, options = measured(args)
+    target, options = target_and_options(args)
     rule = "radii in pixels of [0, 1] separated by commas"
     require("eps" in args, "--eps", rule, None)
     epsilons = [float(Pixels(text)) for text in split_words(args["eps"])]

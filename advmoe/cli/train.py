@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,11 +10,11 @@ from advmoe.cli.arguments import (
     Parser,
     add_engine,
     add_fields,
+    config_fields,
     continuable,
     engine_options,
     existing_run,
     fail,
-    given_fields,
     new_parser,
     number,
 )
@@ -24,6 +23,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
+from advmoe.text import nearest
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
@@ -50,7 +50,7 @@ def parser() -> Parser:
 
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
-    overrides, resumed = given_fields(args), args.get("resume")
+    overrides, resumed = config_fields(args), args.get("resume")
     model = overrides.get("model", {})
     devices = number("--devices", Processes, args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
@@ -72,9 +72,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         try:
             if resumed is None:
                 command = ["advmoe", *argv]
-                given = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
+                changed = (f"{group}.{field}" for group, fields in overrides.items() for field in fields)
                 told: dict[str, Any] = {"name": name, "command": command}
-                if notes := config.notes(given):
+                if notes := config.notes(changed):
                     told["notes"] = notes
                 runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
             else:
@@ -138,8 +138,7 @@ def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str,
         return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
         return prefix + Path(text).stem, read_yaml(text)
-    near = difflib.get_close_matches(text or "", names, n=1)
-    got = f"{text!r} (did you mean {near[0]}?)" if near else repr(text)
+    got = f"{text!r}{nearest(text, names)}"
     if text is None:
         got = "nothing (nor --data.root FOLDER, to train on a folder of pictures)"
     raise InputError(f"--config must be a YAML file or a recipe (see `advmoe recipes`), got {got}")

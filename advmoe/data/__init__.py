@@ -32,7 +32,7 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set and hold out a part of its training set.
 
-    Images are held in memory, but for ImageNet's, which are read when they are wanted.
+    Images are held in memory, except ImageNet's, which are decoded when they are wanted.
 
     Args:
         name: `digits`, `cifar10`, `cifar100`, `tiny-imagenet`, `imagenet`, or `folder` for `root/train/<class>/*` and
@@ -41,13 +41,13 @@ def load_dataset(
         download: Fetch what is missing (CIFAR), checked by its checksum.
         image_size: Side in pixels that images are resized to; by default their own, and 224 for `imagenet`.
         val_fraction: Share of the training set held out, stratified by class, in [0, 0.5]; 0 leaves `val` empty.
-        train_examples: How many of the given training images are used, validation split included; by default all.
+        train_examples: How many of the training images are used, validation split included; by default all.
         workers: Processes that decode images not held in memory, ahead of time; 0 decodes them in this one.
         seed: Decides which images are held out, and nothing else.
         progress: Show progress bars, if stderr is a terminal; inside `progress.shown` they are anyway.
 
     Returns:
-        The data set, on the CPU. What its reader saw and does not use is told on stderr, and kept as `notes`.
+        The data set, on the CPU. What its reader saw and does not use is told on stderr, and in its `notes`.
 
     Raises:
         ValueError: One line that names the field (`data.name`, `data.root`, `data.download`, `data.image_size`,

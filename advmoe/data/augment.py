@@ -25,11 +25,10 @@ class View:
 
     @staticmethod
     def draw(images: Tensor, *, generator: torch.Generator, padding: int, flip: bool) -> View:
-        """Draw a shift of up to `padding` pixels, zeros moving in, and, with `flip`, a side for each of `images`
-        (N, C, H, W), contiguous or channels-last.
+        """Draw a shift of up to `padding` pixels for each of `images`, (N, C, H, W), and with `flip` a side.
 
-        What is drawn is drawn on the generator's device and moved, so that one seed gives the same on any device and
-        for images of any type.
+        Zeros move in from the sides. `images` are contiguous or channels-last. Numbers are drawn on the generator's
+        device and moved, so that a seed gives the same on any device and for images of any type.
         """
         n, _, height, width = images.shape
         device = images.device
@@ -76,8 +75,7 @@ class Variation:
     generator: torch.Generator
     """What images in memory draw from, batch by batch as they are handed out."""
     purpose: tuple[int | str, ...]
-    """What an image in a file draws for, with its index and its batch's place in the plan: of these its seed is made.
-    """
+    """From this, its index and its batch's place in the plan follows the seed of an image in a file."""
     flip: bool
     """Whether to flip every other image left to right."""
 

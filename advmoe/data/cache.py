@@ -1,7 +1,7 @@
-"""Images decoded once and kept as arrays, whatever the layout of the folder that they were found in.
+"""Images decoded once and stored as arrays, whatever the layout of their folder.
 
 The arrays lie in `root/.advmoe-cache`, or in the user's cache folder where `root` cannot be written. They are used as
-long as every file has the name, size and time of change that it had when they were made.
+long as every file has the name, size and time of change that it had when it was decoded.
 Axes: `N` images, `C` channels (always 3), `H W` size.
 """
 
@@ -31,7 +31,7 @@ from advmoe.text import one_line
 
 CACHE_FOLDER = ".advmoe-cache"
 """Name of the cache folder inside `root`."""
-# Part of the fingerprint: raise it when decoding changes, so that arrays made the old way are not used.
+# Part of the fingerprint: raise it when decoding changes, so that arrays of the old way are not used.
 _CACHE_VERSION = 1
 _FILES_PER_TASK = 64
 SIDES = (32, 64, 128, 224)
@@ -80,11 +80,11 @@ def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | 
     Raises:
         ValueError: A file cannot be found or decoded.
     """
-    parts = {part: [_found(root, path) for path, _ in listing] for part, listing in listings.items()}
+    parts = {part: [_stamped(root, path) for path, _ in listing] for part, listing in listings.items()}
     fingerprint = _fingerprint(parts, image_size)
     stem = f"{'own' if image_size is None else image_size}"
     folders = _cache_folders(root)
-    cached = next((found for folder in folders if (found := _open_cache(folder, stem, fingerprint))), None)
+    cached = next(filter(None, (_open_cache(folder, stem, fingerprint) for folder in folders)), None)
     if cached is None:
         arrays, note = cached = _decode_parts(root, parts, image_size)
         if not any(_write_cache(folder, stem, fingerprint, arrays, note) for folder in folders):
@@ -98,8 +98,8 @@ def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | 
     return Decoded(images, () if note is None else (note,))
 
 
-def _found(root: Path, path: str) -> _File:
-    """Return what tells whether a file has changed."""
+def _stamped(root: Path, path: str) -> _File:
+    """Return a file with its size and time of change, which tell whether it has changed."""
     try:
         # Links are followed, so that a change of the file behind one is seen; a dead one is an error.
         stat = os.stat(root / path)
@@ -127,8 +127,8 @@ def _cache_folders(root: Path) -> tuple[Path, Path]:
 
 
 def _open_cache(folder: Path, stem: str, fingerprint: str) -> tuple[dict[str, Bytes], str | None] | None:
-    """Return the arrays kept in `folder`, and the note on them, or None if there are none, or not of these files, or
-    they are damaged.
+    """Return the arrays in `folder`, and the note on them, or None if there are none, or not of these files, or they
+    are damaged.
     """
     try:
         record = read_object(folder / f"{stem}.json")
@@ -144,27 +144,27 @@ def _open_cache(folder: Path, stem: str, fingerprint: str) -> tuple[dict[str, By
             arrays[part] = array
         note = record.get("note")
         return arrays, None if note is None else str(note)
-    # Whatever is wrong with files that can be made again, the answer is to make them again: a damaged header has NumPy
-    # raise errors of many kinds, MemoryError among them.
+    # The arrays can be decoded again, whatever is wrong with these: for a damaged header NumPy raises errors of many
+    # kinds, MemoryError among them.
     except Exception:
         return None
 
 
 def _write_cache(folder: Path, stem: str, fingerprint: str, arrays: dict[str, Bytes], note: str | None) -> bool:
-    """Keep the arrays in `folder`, replacing those of the same `stem`; return whether that was possible."""
+    """Store the arrays in `folder`, replacing those of the same `stem`; return whether that was possible."""
     record: dict[str, object] = {"fingerprint": fingerprint, "note": note}
-    kept = {f"{stem}.json"}
+    current = set[str]()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part, array in arrays.items():
             name = f"{stem}-{fingerprint[:16]}-{part}.npy"
             write_array(folder / name, array)
             record[part] = {"shape": list(array.shape), "crc32": zlib.crc32(array.data)}
-            kept.add(name)
+            current.add(name)
         # Last, since this is what makes the arrays count.
         write_text(folder / f"{stem}.json", json.dumps(record, indent=1))
         for old in folder.glob(f"{stem}-*.npy"):
-            if old.name not in kept:
+            if old.name not in current:
                 old.unlink(missing_ok=True)
     except OSError:
         return False

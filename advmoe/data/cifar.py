@@ -135,7 +135,7 @@ def load_archive(archive: Archive, request: Request) -> Source:
 
 
 def _read_members(path: Path, wanted: dict[str, int | None]) -> dict[str, bytes]:
-    """Return the members with these base names, in one pass, each checked to have the given size if there is one."""
+    """Return the content of the members with these base names, in one pass; each must have its size, unless None."""
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|gz") as tar:

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from advmoe.errors import InputError
-from advmoe.locks import held
+from advmoe.locks import exclusive
 from advmoe.progress import bar
 from advmoe.text import one_line
 
@@ -31,8 +31,9 @@ def file_md5(path: Path) -> str:
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Download `url` to `path`, through `<path>.part`, which a later call goes on from if this one is cut off. Of two
-    processes that do, the second waits for what the first one brings.
+    """Download `url` to `path`, through `<path>.part`: a later call goes on from there if this one is cut off.
+
+    Of two processes that download the same file, the second waits for the first.
 
     Args:
         url: Where the file is.
@@ -47,7 +48,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
-    with held(lock := path.with_name(f".{path.name}.lock")):
+    with exclusive(lock := path.with_name(f".{path.name}.lock")):
         try:
             if not (path.is_file() and file_md5(path) == md5):
                 _fetch(url, path, md5)
@@ -67,8 +68,8 @@ def _fetch(url: str, path: Path, md5: str) -> None:
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
                 raise InputError(f"data.download must find {url}, got {reason}") from error
     else:
-        kept = part.stat().st_size if part.exists() else 0
-        raise InputError(f"data.download must reach the end of {url}, got {kept} bytes (kept), then {reason}")
+        received = part.stat().st_size if part.exists() else 0
+        raise InputError(f"data.download must reach the end of {url}, got {received} bytes (kept), then {reason}")
     if (got := file_md5(part)) != md5:
         part.unlink()
         raise InputError(f"data.download must fetch {path.name} with md5 {md5}, got md5 {got} from {url} (removed)")

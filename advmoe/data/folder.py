@@ -1,4 +1,7 @@
-"""Folders of images, held in memory: `root/<class>/*`, or `root/train/<class>/*` with `root/test|val/<class>/*`."""
+"""Folders of images, held in memory: `root/<class>/*`, or `root/train/<class>/*` with `root/test|val/<class>/*`.
+
+Axes: `N` images, `H` their side in pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import torch
 
 from advmoe.data.cache import load_decoded
-from advmoe.data.listing import Listing, Part, by_class, class_names, is_image, left_out, scan
+from advmoe.data.listing import ImageFolder, Listing, by_class, class_names, is_image, left_out, scan
 from advmoe.data.types import Request, Source, part_of
 from advmoe.errors import InputError
 
@@ -46,7 +49,7 @@ def load_folder(request: Request) -> Source:
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class FolderListing:
     """What a folder's images are, none of them read."""
 
     classes: tuple[str, ...]
@@ -55,7 +58,7 @@ class ImageFolder:
     notes: tuple[str, ...]
 
 
-def list_folder(root: Path) -> ImageFolder:
+def list_folder(root: Path) -> FolderListing:
     """Find the images in `root`; see `load_folder`."""
     train, test = _parts(root)
     classes = class_names(train)
@@ -72,10 +75,10 @@ def list_folder(root: Path) -> ImageFolder:
         notes += test.notes
     if train.name:
         notes += _beside(root, [part.name for part in (train, test) if part is not None])
-    return ImageFolder(tuple(classes), listings, tuple(notes))
+    return FolderListing(tuple(classes), listings, tuple(notes))
 
 
-def _parts(root: Path) -> tuple[Part, Part | None]:
+def _parts(root: Path) -> tuple[ImageFolder, ImageFolder | None]:
     """The images to train on, and those of a test set, if there is one."""
     test = next((name for name in TESTS if (root / name).is_dir()), None)
     if test is not None:
@@ -87,7 +90,7 @@ def _parts(root: Path) -> tuple[Part, Part | None]:
     return (train if train.folders or len((whole := _whole(root)).folders) < 2 else whole), None
 
 
-def _whole(root: Path) -> Part:
+def _whole(root: Path) -> ImageFolder:
     """`root` as a folder of class folders; images beside them are left out."""
     part = scan(root)
     for name, paths in part.folders.items():

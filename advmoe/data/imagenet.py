@@ -2,8 +2,8 @@
 
 The training set is `train/<wnid>/*`; classes are the wnids, sorted, as in published models. The test set is the
 official validation set: `val/<wnid>/*`, or `val/*` with a file that says which class each image has; of a `val` that is
-sorted in part, the file tells the class of what is not. The first of these that is found in `root`, `root/val`,
-`root/data`, `root/ILSVRC2012_devkit_t12/data` counts:
+sorted in part, the file tells the class of what is not. The first of these in `root`, `root/val`, `root/data`,
+`root/ILSVRC2012_devkit_t12/data` counts:
 
 `val_labels.txt`          a line per image: its file name, then its wnid, with a space, tab or comma between
 `LOC_val_solution.csv`    Kaggle's: `ImageId,PredictionString`, the image's name without ending, then its wnid and boxes
@@ -20,7 +20,7 @@ import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from advmoe.data.listing import Listing, Part, by_class, class_names, composed, read_lines, scan
+from advmoe.data.listing import ImageFolder, Listing, by_class, class_names, composed, read_lines, scan
 from advmoe.data.stream import file_set
 from advmoe.data.types import Request, Source
 from advmoe.errors import InputError
@@ -64,7 +64,7 @@ def load_imagenet(request: Request) -> Source:
     )
 
 
-def _validation(val: Part, classes: list[str]) -> tuple[Listing, tuple[str, ...]]:
+def _validation(val: ImageFolder, classes: list[str]) -> tuple[Listing, tuple[str, ...]]:
     """Return the official validation images with their classes, whichever of them are in class folders; and notes."""
     if not val.loose:
         class_names(val)
@@ -81,7 +81,7 @@ def _validation(val: Part, classes: list[str]) -> tuple[Listing, tuple[str, ...]
     return sorted(listing, key=lambda each: PurePosixPath(each[0]).name), (*val.notes, *notes)
 
 
-def _flat_labels(val: Part) -> tuple[list[str], list[str]]:
+def _flat_labels(val: ImageFolder) -> tuple[list[str], list[str]]:
     """Return the wnid of each image that lies in no class folder, and notes."""
     root, files = val.root, val.images
     candidates = (f"{place}{name}" for name in LABEL_FILES for place in _PLACES)
@@ -111,7 +111,7 @@ def _stem(path: str) -> str:
     return composed(PurePosixPath(path).stem)
 
 
-def _by_number(val: Part, name: str) -> list[str]:
+def _by_number(val: ImageFolder, name: str) -> list[str]:
     """Return the wnid of each loose image by the development kit's file `name`: a line for every image, by name."""
     lines, files = read_lines(val.root, name), sorted(val.images, key=lambda path: PurePosixPath(path).name)
     if len(lines) != len(files):

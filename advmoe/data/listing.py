@@ -1,4 +1,4 @@
-"""Which image files a data set consists of: class folders and what lies in them, found but not read.
+"""Which image files a data set consists of: class folders and the files in them, listed but not read.
 
 Every image that is seen is used, refused, or counted in a note that names the rule.
 """
@@ -31,8 +31,8 @@ Listing = list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """The images in a folder of `root`, before anything is known of their classes."""
+class ImageFolder:
+    """The images in a folder of `root`, whose classes are not known yet."""
 
     root: Path
     name: str
@@ -60,8 +60,8 @@ class Part:
         return f" in {self.name}" if self.name else ""
 
 
-def scan(root: Path, name: str = "") -> Part:
-    """Find the images in the folder `root/name`, or in `root` itself. Links are followed, but for those to a folder
+def scan(root: Path, name: str = "") -> ImageFolder:
+    """List the images in the folder `root/name`, or in `root` itself. Links are followed, but for those to a folder
     that they lie in.
 
     Raises:
@@ -82,7 +82,7 @@ def scan(root: Path, name: str = "") -> Part:
             _walk(root, path, True, above, unused)
         else:
             folders.setdefault(composed(entry.name), []).extend(_walk(root, path, False, above, unused))
-    return Part(
+    return ImageFolder(
         root,
         name,
         {each: sorted(folders[each]) for each in sorted(folders)},
@@ -91,7 +91,7 @@ def scan(root: Path, name: str = "") -> Part:
     )
 
 
-def class_names(part: Part) -> list[str]:
+def class_names(part: ImageFolder) -> list[str]:
     """Return the names of the class folders, sorted; each must hold an image, and no image may lie beside them."""
     if part.loose:
         rule = f"hold the images of {part.name or 'root'} in class folders"
@@ -102,14 +102,14 @@ def class_names(part: Part) -> list[str]:
     return list(part.folders)
 
 
-def require_filled(part: Part, folders: Iterable[str]) -> None:
+def require_filled(part: ImageFolder, folders: Iterable[str]) -> None:
     """Raise `ValueError` where one of these class folders is missing or holds no image."""
     if (empty := next((name for name in folders if not part.folders.get(name)), None)) is not None:
         rule = f"hold at least one image in {PurePosixPath(part.name, empty)}"
         raise InputError(f"data.root must {rule}, got none in {str(part.root / part.name / empty)!r}")
 
 
-def by_class(part: Part, classes: Sequence[str]) -> Listing:
+def by_class(part: ImageFolder, classes: Sequence[str]) -> Listing:
     """Return the images of the class folders, sorted by class and path; classes may be missing."""
     if unknown := next(iter(sorted(set(part.folders) - set(classes))), None):
         rule = f"have only classes of train in {part.name}"
@@ -137,7 +137,7 @@ def _ending(name: str) -> str:
 
 
 def left_out(part: str, number: int, what: str, rule: str, shown: Iterable[str] = ()) -> str:
-    """A note: so many images or files of a part are not used, by which rule, and some of them."""
+    """A note: how many images or files of a part are not used, by which rule, and the names of a few."""
     told = few(shown)
     return f"{part}: {number} {what}{'s' * (number != 1)} left out ({rule}){': ' if told else ''}{told}"
 
@@ -161,26 +161,26 @@ def read_lines(root: Path, name: str) -> list[str]:
 
 @dataclass
 class _Unused:
-    """What was come by and left out."""
+    """Files that are seen and not used."""
 
     hidden: list[str] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
 
     def notes(self, part: str) -> tuple[str, ...]:
-        found = []
+        notes = []
         if self.hidden:
             rule = "a file's or a folder's name begins with a dot"
-            found.append(left_out(part, len(self.hidden), "image", rule, map(repr, sorted(self.hidden))))
+            notes.append(left_out(part, len(self.hidden), "image", rule, map(repr, sorted(self.hidden))))
         if self.endings:
             rule = f"the name's ending is none of {', '.join(sorted(EXTENSIONS))}"
             kinds = [f"{count} {repr(ending) if ending else 'without'}" for ending, count in self.endings.most_common()]
-            found.append(left_out(part, self.endings.total(), "file", rule, kinds))
-        return tuple(found)
+            notes.append(left_out(part, self.endings.total(), "file", rule, kinds))
+        return tuple(notes)
 
 
 def _walk(root: Path, folder: str, hidden: bool, above: tuple[tuple[int, int], ...], unused: _Unused) -> list[str]:
     """Return the images in `folder` and below; `above` identifies the folders that it lies in."""
-    found: list[str] = []
+    images: list[str] = []
     pending = [(folder, hidden, above)]
     while pending:
         here, hidden, above = pending.pop()
@@ -191,12 +191,12 @@ def _walk(root: Path, folder: str, hidden: bool, above: tuple[tuple[int, int], .
             if _is(entry.is_dir):
                 pending.append((path, dotted, (*above, identity)))
             else:
-                _sort(entry, path, dotted, found, unused)
-    return found
+                _sort(entry, path, dotted, images, unused)
+    return images
 
 
 def _sort(entry: os.DirEntry[str], path: str, hidden: bool, images: list[str], unused: _Unused) -> None:
-    """Put what is no folder where it belongs."""
+    """Add a file to `images` or to `unused`."""
     ending = _ending(entry.name)
     if hidden:
         if ending in EXTENSIONS:

@@ -74,7 +74,7 @@ class FileSet:
         if isinstance(index, Tensor):
             index = index.cpu()
         chosen = torch.arange(len(self))[index]
-        images = _unpacked(_Decoder(self.root, self.image_size)[self._job(chosen)])
+        images = _unpacked(_Decoder(self.root, self.image_size)[self._files(chosen)])
         return images.to(self.labels.device).to(torch.float32).div_(255)
 
     def batches(self, plan: Iterable[Tensor], variation: Variation | None = None) -> Generator[tuple[Tensor, Tensor]]:
@@ -94,11 +94,11 @@ class FileSet:
         device = self.labels.device
         # A daemonic process, as evaluations start them, may have no children.
         workers = 0 if multiprocessing.current_process().daemon else min(self.workers, len(plan))
-        loader: DataLoader[_Answer] = DataLoader(
+        loader: DataLoader[_Decoded] = DataLoader(
             _Decoder(self.root, self.image_size),
             batch_size=None,
             # Made as they are sent.
-            sampler=(self._job(index, variation, place) for place, index in enumerate(plan)),
+            sampler=(self._files(index, variation, place) for place, index in enumerate(plan)),
             num_workers=workers,
             multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_start,
@@ -106,17 +106,17 @@ class FileSet:
             generator=torch.Generator(),  # or the loader would draw from PyTorch's global one
         )
         with _without_main():
-            answers = iter(loader)
+            batches = iter(loader)
         try:
             for index in plan:
                 try:
-                    answer = next(answers)
+                    batch = next(batches)
                 except (RuntimeError, EOFError, OSError) as error:  # each by another way for a process to end
                     rule = "a number of processes that can run (0 decodes in this one; they need shared memory)"
                     raise InputError(f"data.workers must be {rule}, got {self.workers}: {one_line(error)}") from error
-                yield _unpacked(answer).to(device, non_blocking=True), self.labels[index.to(device)]
+                yield _unpacked(batch).to(device, non_blocking=True), self.labels[index.to(device)]
         finally:
-            del answers  # which ends the processes, even where a traceback keeps this frame
+            del batches  # which ends the processes, even where a traceback keeps this frame
 
     def digest(self) -> str:
         """Return what changes with a file's name, size or time of change, with a class, or with the size of images."""
@@ -130,12 +130,12 @@ class FileSet:
             digest.update(path + f"\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
-    def _job(self, index: Tensor, variation: Variation | None = None, place: int = 0) -> _Job:
+    def _files(self, index: Tensor, variation: Variation | None = None, place: int = 0) -> _BatchFiles:
         paths = tuple(self.paths[index.numpy()].tolist())
         if variation is None:
-            return _Job(paths, None, False)
+            return _BatchFiles(paths, None, False)
         seeds = tuple(seed_for(*variation.purpose, place, image) for image in index.tolist())
-        return _Job(paths, seeds, variation.flip)
+        return _BatchFiles(paths, seeds, variation.flip)
 
 
 def file_set(root: Path, listing: Sequence[tuple[str, int]], *, image_size: int, workers: int) -> FileSet:
@@ -145,8 +145,8 @@ def file_set(root: Path, listing: Sequence[tuple[str, int]], *, image_size: int,
     return FileSet(root, paths, labels, image_size, workers)
 
 
-class _Job(NamedTuple):
-    """A batch to be decoded: all that it depends on, so that the processes know nothing of the set."""
+class _BatchFiles(NamedTuple):
+    """A batch to be decoded, and all that it depends on: the processes do not have the set."""
 
     paths: tuple[bytes, ...]
     seeds: tuple[int, ...] | None
@@ -154,35 +154,35 @@ class _Job(NamedTuple):
     flip: bool
 
 
-_Answer = Tensor | ValueError
+_Decoded = Tensor | ValueError
 """A batch, or what was wrong with a file: as a value, since PyTorch would wrap what is raised in pages of text."""
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset[_Answer]):
-    """Decodes batches, in whatever process it is."""
+class _Decoder(Dataset[_Decoded]):
+    """Decodes batches, in this process or in one of the loader's."""
 
     root: Path
     image_size: int
 
-    def __getitem__(self, job: _Job) -> _Answer:
+    def __getitem__(self, batch: _BatchFiles) -> _Decoded:
         """Return images (B, C, H, W) uint8, channels-last: the order in which they are decoded."""
-        batch = np.empty((len(job.paths), self.image_size, self.image_size, 3), dtype=np.uint8)
-        prepare = central_crop(self.image_size)
+        images = np.empty((len(batch.paths), self.image_size, self.image_size, 3), dtype=np.uint8)
+        crop = central_crop(self.image_size)
         try:
-            for i, path in enumerate(job.paths):
-                if job.seeds is not None:
-                    prepare = random_crop(self.image_size, job.seeds[i], flip=job.flip)
-                batch[i] = decode(self.root / os.fsdecode(path), prepare)
+            for i, path in enumerate(batch.paths):
+                if batch.seeds is not None:
+                    crop = random_crop(self.image_size, batch.seeds[i], flip=batch.flip)
+                images[i] = decode(self.root / os.fsdecode(path), crop)
         except ValueError as error:
             return InputError(str(error))
-        return torch.from_numpy(batch).permute(0, 3, 1, 2)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _unpacked(answer: _Answer) -> Tensor:
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
+def _unpacked(batch: _Decoded) -> Tensor:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
 
 
 def _start_method() -> BaseContext:
@@ -200,9 +200,9 @@ def _start_method() -> BaseContext:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Keep processes that are started from running the caller's script again, as they would to find what is in it.
+    """Inside, processes start without running the caller's script again.
 
-    They need nothing of it, it may take seconds, and a script without `if __name__ == "__main__":` would fail.
+    They need nothing of it, running it may take seconds, and without `if __name__ == "__main__":` it would fail.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -1,4 +1,7 @@
-"""Tiny ImageNet (Stanford CS231N) in its official layout, at 64x64 or whatever size it is found in, held in memory."""
+"""Tiny ImageNet (Stanford CS231N) in its official layout, at 64x64 or whatever size its files have, held in memory.
+
+Axes: `N` images, `H` their side in pixels.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from advmoe.data.cache import load_decoded
-from advmoe.data.listing import Listing, Part, composed, left_out, read_lines, require_filled, scan
+from advmoe.data.listing import ImageFolder, Listing, composed, left_out, read_lines, require_filled, scan
 from advmoe.data.types import Request, Source
 from advmoe.errors import InputError
 from advmoe.text import few
@@ -54,7 +57,7 @@ def load_tiny_imagenet(request: Request) -> Source:
     return Source(train=parts["train"], test=parts["test"], classes=classes, flip=True, notes=notes)
 
 
-def _of_wnids(train: Part, wnids: list[str]) -> Listing:
+def _of_wnids(train: ImageFolder, wnids: list[str]) -> Listing:
     """Return the images of the folders that `wnids.txt` names, by class."""
     require_filled(train, wnids)
     if train.loose:
@@ -63,7 +66,7 @@ def _of_wnids(train: Part, wnids: list[str]) -> Listing:
     return [(file, label) for label, wnid in enumerate(wnids) for file in train.folders[wnid]]
 
 
-def _unlisted(train: Part, index: dict[str, int]) -> list[str]:
+def _unlisted(train: ImageFolder, index: dict[str, int]) -> list[str]:
     """A note of folders of `train` that are no class."""
     names = [name for name, files in train.folders.items() if files and name not in index]
     number = sum(len(train.folders[name]) for name in names)
@@ -72,7 +75,7 @@ def _unlisted(train: Part, index: dict[str, int]) -> list[str]:
     )
 
 
-def _annotated(root: Path, val: Part, index: dict[str, int]) -> Listing:
+def _annotated(root: Path, val: ImageFolder, index: dict[str, int]) -> Listing:
     """Return the images of `val`, each with the class that the annotations give its name."""
     wnid_of: dict[str, str] = {}
     for line in read_lines(root, _ANNOTATIONS):

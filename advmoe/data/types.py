@@ -1,6 +1,6 @@
 """Image sets in memory, data sets, and what is done to a whole set: hold-out split, channel statistics, resizing.
 
-Axes: `N` images, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
+Axes: `N` images, `B` batch, `C` channels, `H W` size. Images are uint8; pixels handed to a model are float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ Images = ImageSet | FileSet
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a reader is asked for; each reader says which of it has no effect there."""
+    """What a reader is asked for; each reader says which fields have no effect there."""
 
     root: Path
     """Where the images lie, or where downloads go."""
@@ -104,7 +104,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a reader of one kind of data returns: the two given parts, before anything is held out."""
+    """What a reader of one kind of data returns: training and test set, before anything is held out."""
 
     train: Images
     test: Images
@@ -129,9 +129,9 @@ class Dataset:
     train: Images
     """Images to train on."""
     val: Images
-    """Images held out of the given training set; may be empty."""
+    """Images held out of the training set; may be empty."""
     test: Images
-    """The given test set, whole."""
+    """The whole test set."""
     classes: tuple[str, ...]
     """Class names, in the order of the labels."""
     mean: tuple[float, ...]
@@ -222,9 +222,9 @@ def part_of(labels: Tensor, fraction: float, seed: int) -> Tensor:
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     first = counts.cumsum(0) - counts
     rank = torch.arange(n) - first[labels[by_class]]
-    drawn = torch.zeros(n, dtype=torch.bool)
-    drawn[by_class] = rank < take[labels[by_class]]
-    return drawn
+    held_out = torch.zeros(n, dtype=torch.bool)
+    held_out[by_class] = rank < take[labels[by_class]]
+    return held_out
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

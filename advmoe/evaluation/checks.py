@@ -1,4 +1,4 @@
-"""Checks made before a model is attacked: does what the attacks rely on hold for this model and these data?
+"""Checks before a model is attacked: does what the attacks rely on hold for this model and these data?
 
 Axes: `N` images, `C` channels, `H W` size, `K` classes, `L` MoE layers, `E` experts. Pixels are in [0, 1].
 
@@ -25,7 +25,7 @@ from advmoe.moe.routing import Routing, route
 from advmoe.text import one_line
 
 CHECKS = ("pixels", "labels", "logits", "deterministic", "batch-independent", "gradients")
-"""The checks by name, in the order in which they are made."""
+"""The checks by name, in their order."""
 ALLOWABLE = CHECKS[2:]
 """Those that a user may allow to fail: a number about such a model still means something. With bad data none does."""
 
@@ -39,26 +39,28 @@ BATCH_LIMIT = 1e-4
 """Largest difference of an image's logits between batches: other batch sizes take other kernels, which round apart."""
 SUM_LIMIT = 1e-5
 """How far from 1 probabilities may sum (and from 0 the log of the sum of log-probabilities' exponentials lie)."""
+CHECKED = 128
+"""Images that are looked at before an attack."""
 ALONE = 12
 """Images that are classified alone, spread evenly over the batch."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     """One of `CHECKS`."""
     passed: bool
     value: float
-    """What was measured; see `check` for what that is."""
+    """The number measured: `check` says which."""
     detail: str
-    """The finding in words, one line."""
+    """The result in words, one line."""
     fatal: bool = False
     """Whether no number could mean anything: never to be allowed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The record for a JSON file; no `value` if infinite, and no `fatal`: what fails so is not evaluated."""
+        """The record for a JSON file: no infinite `value`, and no `fatal`, as what fails so is not evaluated."""
         value = self.value if math.isfinite(self.value) else None
         return {"name": self.name, "passed": self.passed, "value": value, "detail": self.detail}
 
@@ -71,9 +73,9 @@ def check(predict: Predict, x: Tensor, y: Tensor, *, num_classes: int | None = N
         x: images, (N, C, H, W) floating-point in [0, 1]. y: their classes, (N,) integers.
         num_classes: how many classes the data have, if known; the logits must have as many.
 
-    Returns the checks in the order of `CHECKS`. One that cannot be made, because an earlier one failed fatally, is left
-    out: bad pixels are not shown to the model, and without logits of a usable shape or proper labels nothing rests on
-    them. By name, what is demanded, and what `value` holds:
+    Returns the checks in the order of `CHECKS`. After a fatal failure those that need what has failed are left out: bad
+    pixels are not shown to the model, and nothing is computed from logits of an unusable shape or from bad labels. By
+    name, what is demanded, and what `value` means:
 
     - `pixels`: finite and in [0, 1]; the images at fault.
     - `labels`: integers in 0..K-1, K from the logits; the images at fault.
@@ -97,16 +99,16 @@ def check(predict: Predict, x: Tensor, y: Tensor, *, num_classes: int | None = N
     n, pixels = len(x), _check_pixels(x)
     if not pixels.passed:
         return [pixels, _check_labels(y, n, num_classes)]
-    given = x.clone()
-    with answering(given):
-        logits, routing = _forward(predict, given)
-    shown = _check_logits(logits, n, num_classes)
-    labels = _check_labels(y, n, num_classes if shown.fatal else logits.shape[1])
-    checks = [pixels, labels, shown]
-    if not torch.equal(given, x):
+    shown = x.clone()
+    with answering(shown):
+        logits, routing = _forward(predict, shown)
+    usable = _check_logits(logits, n, num_classes)
+    labels = _check_labels(y, n, num_classes if usable.fatal else logits.shape[1])
+    checks = [pixels, labels, usable]
+    if not torch.equal(shown, x):
         detail = "the model must leave the pixels that it is given as they are, got a change in place"
         checks.append(Check("deterministic", False, math.inf, detail, fatal=True))
-    elif not shown.fatal:
+    elif not usable.fatal:
         checks += [_check_repeat(predict, x, logits, routing), _check_batch(predict, x, logits, routing)]
         if labels.passed:
             checks.append(_check_gradients(predict, x, y))
@@ -119,7 +121,7 @@ def check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
     Args:
         images: (N, C, H, W), uint8 or floating-point pixels in [0, 1]. labels: (N,) integers in 0..num_classes-1.
 
-    Raises `ValueError`: one line naming what must hold, and the first image at fault or the range found.
+    Raises `ValueError`: one line naming what must hold, and the first image at fault or the range of the values.
     """
     if len(images) == 0 or len(images) != len(labels):
         counts = f"{len(images)} images, {len(labels)} labels"
@@ -142,7 +144,7 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
         allow: names of checks that may fail, of `ALLOWABLE`. Bad data are in no case allowed (`pixels`, `labels`), nor
             are logits that attacks cannot be run on (no tensor of shape (N, K), fewer classes than the data have).
 
-    Raises `ValueError`: one line with what each failed check found and how to go on, or with the names that there are.
+    Raises `ValueError`: one line with what each failed check says and how to go on, or with the names to choose from.
     """
     allowed = {allow} if isinstance(allow, str) else set(allow)
     for name in sorted(allowed.difference(ALLOWABLE)):
@@ -151,11 +153,11 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
     failed = [each for each in checks if not each.passed and (each.fatal or each.name not in allowed)]
     if not failed:
         return
-    found = "; ".join(f"{each.name}: {each.detail}" for each in failed)
+    faults = "; ".join(f"{each.name}: {each.detail}" for each in failed)
     hint = "this must be mended first"
     if not any(each.fatal for each in failed):
         hint = f"to go on all the same: {' '.join(f'--allow {each.name}' for each in failed)}"
-    raise InputError(f"model and data must pass the checks made before an attack, got {found}; {hint}")
+    raise InputError(f"model and data must pass the checks made before an attack, got {faults}; {hint}")
 
 
 def _check_pixels(x: Tensor) -> Check:
@@ -267,14 +269,14 @@ def _check_batch(predict: Predict, x: Tensor, logits: Tensor, routing: Routing) 
     apart, changed = 0.0, dict[int, float]()
     for batch in batches:
         try:
-            found, taken = _forward(predict, x[batch[0]][None] if len(batch) == 1 else x.flip(0))
+            answer, taken = _forward(predict, x[batch[0]][None] if len(batch) == 1 else x.flip(0))
         except (RuntimeError, ValueError) as error:  # batch norm in train mode, say, refuses a single image
             detail = f"the model must take every batch, got an error for one of {len(batch)}: {one_line(error)}"
             return Check("batch-independent", False, math.inf, detail)
-        if not isinstance(found, Tensor) or found.shape != (len(batch), logits.shape[1]):
-            detail = f"logits must be (N, K) for every batch, got {_described(found)} for one of {len(batch)}"
+        if not isinstance(answer, Tensor) or answer.shape != (len(batch), logits.shape[1]):
+            detail = f"logits must be (N, K) for every batch, got {_described(answer)} for one of {len(batch)}"
             return Check("batch-independent", False, math.inf, detail)
-        apart = max(apart, _distance(logits[batch], found))
+        apart = max(apart, _distance(logits[batch], answer))
         changed |= _changed(routing, batch, taken)
     detail = f"logits alone and in the batch differ by {apart:.3g} (limit {BATCH_LIMIT:g}){_named(changed)}"
     return Check("batch-independent", apart <= BATCH_LIMIT and not changed, apart, detail)
@@ -284,20 +286,21 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _distance(expected: Tensor, found: Tensor) -> float:
+def _distance(expected: Tensor, actual: Tensor) -> float:
     """Largest difference, relative to each row's largest finite |logit| above 1; infinite for other shapes, or NaN."""
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         return math.inf
-    expected, found = _wide(expected), _wide(found)
-    same = (expected == found) | (expected.isnan() & found.isnan())
+    expected, actual = _wide(expected), _wide(actual)
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
     scale = expected.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True).clamp(min=1)
-    apart = ((expected - found).abs() / scale).nan_to_num(math.inf, math.inf)
+    apart = ((expected - actual).abs() / scale).nan_to_num(math.inf, math.inf)
     return apart.masked_fill(same, 0).max().item()
 
 
 def _changed(routing: Routing, batch: list[int], taken: Routing) -> dict[int, float]:
-    """Images of `batch` (positions in `routing`'s pass) whose pathway in `taken` is another, with how far apart the two
-    experts' scores were in `routing` where they first part.
+    """Images of `batch` (positions in `routing`'s pass) whose pathway in `taken` is another.
+
+    With each, how far apart the two experts' scores were in `routing`, in the first layer where the pathways differ.
     """
     if routing.choices.keys() != taken.choices.keys():
         return dict.fromkeys(batch, math.inf)

@@ -1,6 +1,7 @@
 """What one inference costs: multiply-accumulates of what really runs, parameters, memory, and measured time.
 
-Of a sparse model its compacted form is measured, which is what runs where it is used.
+A sparse model is measured in its compacted form, which is what runs in use.
+Axes: `N` images, `C` channels, `H W` size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def example_input(model: Classifier, batch: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class _Dispatched:
-    """What `_Seen` inherits: for a mode's own `__torch_dispatch__` PyTorch imports its compiler, two seconds of it."""
+class _Dispatch:
+    """The base of `_OperatorWatch`: for a mode's own `__torch_dispatch__` PyTorch imports its compiler, two seconds."""
 
     def __init__(self, see: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _Dispatched:
         return out
 
 
-class _Seen(_Dispatched, TorchDispatchMode):
+class _OperatorWatch(_Dispatch, TorchDispatchMode):
     """Inside, `see(operator, result, args, kwargs)` is called after every operator."""
 
 
@@ -71,9 +72,9 @@ class _Counter:
 def gmacs(model: Classifier) -> float:
     """Multiply-accumulates (10^9) of one image's pathway, routers included, counted on the operators that run."""
     model = deployed(model)
-    # Of fused attention kernels the counter knows some, and on the CPU none: matrix products it knows.
+    # The counter knows matrix products, but not every fused attention kernel, and none on the CPU.
     attention = sdpa_kernel(SDPBackend.MATH)
-    with frozen(model), torch.no_grad(), attention, _Seen((counter := _Counter()).see):
+    with frozen(model), torch.no_grad(), attention, _OperatorWatch((counter := _Counter()).see):
         model(example_input(model, 1))
     return int(counter.flops) / 2e9
 
@@ -88,7 +89,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def timing(*models: nn.Module) -> Iterator[None]:
-    """How passes are timed: eval mode, frozen parameters, no gradients, full fp32, whatever is set outside."""
+    """Inside, passes can be timed: eval mode, frozen parameters, no gradients, full fp32, whatever is set outside."""
     with ExitStack() as stack:
         stack.enter_context(full_fp32())
         for kind in {each.device.type for model in models for each in model.parameters()}:
@@ -122,8 +123,8 @@ def milliseconds_per_image(model: Classifier, batch: int = 128, repeats: int = 7
     return 1000 * statistics.median(times) / batch
 
 
-class _Live:
-    """Follows the memory that operators' results take while they are alive; `peak` bytes were most at once."""
+class _LiveMemory:
+    """Follows the memory of operators' results while they are alive: at most `peak` bytes at once."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         self.peak = 0
@@ -131,7 +132,7 @@ class _Live:
         self._alive: dict[StorageWeakRef, int] = {}
 
     def see(self, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count what is alive: the operator's results, and what whoever called it still holds."""
+        """Count what is alive: the operator's results, and earlier ones that something still refers to."""
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             if (reference := StorageWeakRef(storage)) not in self._known:
@@ -165,10 +166,10 @@ def activation_bytes(model: nn.Module, x: Tensor) -> int:
             model(x)
             torch.cuda.synchronize(x.device)
             return int(torch.cuda.max_memory_allocated(x.device) - before)
-        live = _Live([x, *model.parameters(), *model.buffers()])
-        with _Seen(live.see):
+        memory = _LiveMemory([x, *model.parameters(), *model.buffers()])
+        with _OperatorWatch(memory.see):
             model(x)
-    return live.peak
+    return memory.peak
 
 
 def in_turn(
@@ -176,8 +177,8 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Milliseconds per image of every timed pass of `x` (N, C, H, W), by side; the sides take turns.
 
-    After two rounds that do not count, as many as fit in `seconds`: at least 3 and at most 50. The sides must be as
-    they are meant to run (see `timing`).
+    Two rounds come first and do not count, then as many as fit in `seconds`: at least 3 and at most 50. The caller
+    prepares the sides (see `timing`).
     """
 
     def lap(side: Callable[[Tensor], object]) -> float:
@@ -200,12 +201,12 @@ def in_turn(
 
 
 def setting(device: torch.device) -> dict[str, Any]:
-    """What times on `device` depend on beside it: CPU threads and, of a CPU, whose kernels."""
+    """What times on `device` depend on: CPU threads and, on a CPU, whose kernels run."""
     return {"threads": torch.get_num_threads(), "kernels": kernels_used() if device.type == "cpu" else None}
 
 
 def cost(model: Classifier, batch: int = 128) -> dict[str, Any]:
-    """All of it as one dictionary, with the setting that the time was measured in."""
+    """GMACs, parameters and time per image, with the setting that the time was measured in."""
     stored, active = parameters(model)
     device = next(model.parameters()).device
     return {

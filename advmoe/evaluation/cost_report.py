@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from advmoe.config import ModelKind
 from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import placed, positive
+from advmoe.evaluation.accuracy import Execution, placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
 from advmoe.evaluation.images import input_shape, random_images, run_images
+from advmoe.evaluation.subject import Options, options_of
 from advmoe.models import Classifier, create_model, find_backbone
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
@@ -38,8 +39,8 @@ _FITTED = 64
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is measured, and on which images."""
+class CostSubject:
+    """The models whose cost is measured, and the images that measure it."""
 
     name: str
     models: dict[str, Classifier]
@@ -54,14 +55,13 @@ class Measured:
 
 def cost_report(
     target: str | Path,
+    options: Options | None = None,
     *,
     batches: Sequence[int] = BATCHES,
-    device: str = "cpu",
-    threads: int | None = None,
     seconds: float = 10.0,
-    source: str | None = None,
-    overrides: dict[str, dict[str, Any]] | None = None,
+    device: str | None = None,
     model: Mapping[str, Any] | None = None,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """GMACs, parameters, activation memory and time of a run's model, or of a new MoE model of a backbone, beside the
     Dense and S-Dense forms of its backbone: all in this process, timed in turn, fp32, eval mode, channels-last.
@@ -71,65 +71,69 @@ def cost_report(
             random sample, where they can be read; a name with new weights, whose batch norms are fitted to random
             images first. Where the images are not the run's the result says so; in both cases it holds the experts'
             loads, on which an MoE's time depends.
-        batches: batch sizes. device: `cpu` or `cuda`. threads: CPU threads, None for PyTorch's number.
-        seconds: of timing for each batch size (see `cost.in_turn`).
-        source, overrides: of a run, as of `Options`. A network of the user's own has no S-Dense form, and as its
+        options, keywords: see `Options`, of which `source`, `overrides`, `accelerator` (usually `cpu`) and `threads`
+            count. `source` and `overrides` are of a run: a network of the user's own has no S-Dense form, and as its
             Dense form itself before it was converted.
+        batches: batch sizes. seconds: of timing for each batch size (see `cost.in_turn`).
+        device: another word for `accelerator`.
         model: of a name, arguments of `create_model`: `input_size` (32), `num_classes` (10), `width`, `router`, ...
 
     Raises `ValueError` for whatever cannot be used; an unknown target's says what is known.
     """
+    if device is not None:
+        keywords["accelerator"] = device
+    options = options_of(options, keywords, accelerator="cpu")
     for batch in batches:
         positive("batch", batch)
-    if device == "cuda" and not torch.cuda.is_available():
+    if options.accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("device must be cpu where no CUDA device is present, got 'cuda'")
     if not 0 <= seconds < math.inf:
         raise InputError(f"seconds must be >= 0 and finite, got {seconds!r}")
     number = max(batches)
-    with threads_set(threads):
+    with threads_set(options.threads):
         if (Path(target) / MODEL).is_file():
             if model:
                 raise InputError(f"{', '.join(model)} must be left out for a run, which has its model, got {target!s}")
-            given = _run(target, number, source, overrides or {})
-        elif overrides or source is not None:
+            subject = _run(target, number, options)
+        elif options.overrides or options.source is not None:
             raise InputError(f"data and --model must be left out for a backbone (random images), got {target!s}")
         else:
-            given = _backbone(str(target), number, model or {})
-        return _report(given, batches, torch.device(device), seconds)
+            subject = _backbone(str(target), number, model or {})
+        return _report(subject, batches, Execution(accelerator=options.accelerator).devices()[0], seconds)
 
 
 # What is measured
 
 
-def _run(target: str | Path, number: int, source: str | None, overrides: dict[str, dict[str, Any]]) -> Measured:
+def _run(target: str | Path, number: int, options: Options) -> CostSubject:
+    source = options.source
     own = load_run(target, source)
     input_shape(own)  # the ways to time it need one
     models = _with_references(own)
     models[own.spec["kind"]] = deployed(own)
     if source is not None and "dense" not in models:
         models["dense"] = Classifier(own.normalize, load_module(source), None, own.spec | {"kind": "dense"}).eval()
-    images, which = run_images(target, own, number, source=source, overrides=overrides)
+    images, which = run_images(target, own, number, source=source, overrides=options.overrides)
     repeated = images.repeat(-(-number // len(images)), 1, 1, 1)[:number]
-    return Measured(str(target), models, "the run's", repeated, which)
+    return CostSubject(str(target), models, "the run's", repeated, which)
 
 
-def _backbone(name: str, number: int, model: Mapping[str, Any]) -> Measured:
+def _backbone(name: str, number: int, model: Mapping[str, Any]) -> CostSubject:
     try:
         find_backbone(name)
     except ValueError:
         if name.startswith("wrn-"):  # a Wide ResNet that cannot be, which that error explains
             raise
-        names = f"{BACKBONES.known()}"
-        rule = f"a run directory (one that holds a model.json) or a backbone, one of {names}"
+        rule = f"a run directory (one that holds a model.json) or a backbone, one of {BACKBONES.known()}"
         raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
     settings = {"num_classes": 10, "input_size": 32, **model}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = create_model(name, kind="moe", **settings)
-    images = random_images(input_shape(made), max(number, _FITTED))
-    fit_norms(made, images[:_FITTED])
+        moe = create_model(name, kind="moe", **settings)
+    images = random_images(input_shape(moe), max(number, _FITTED))
+    fit_norms(moe, images[:_FITTED])
     weights = "new, batch norms fitted to the images, routers untrained"
-    return Measured(name, _with_references(made), weights, images[:number], "random images")
+    return CostSubject(name, _with_references(moe), weights, images[:number], "random images")
 
 
 @torch.no_grad()
@@ -168,18 +172,18 @@ def _with_references(own: Classifier) -> dict[str, Classifier]:
 # Measuring
 
 
-def _report(given: Measured, batches: Sequence[int], device: torch.device, seconds: float) -> dict[str, Any]:
-    models = {kind: _on(model, device) for kind, model in given.models.items()}
+def _report(subject: CostSubject, batches: Sequence[int], device: torch.device, seconds: float) -> dict[str, Any]:
+    models = {kind: _on(model, device) for kind, model in subject.models.items()}
     kind, own = next(iter(models.items()))
-    images = given.images.to(device).contiguous(memory_format=torch.channels_last)
-    chosen = torch.cat([pathway(own, part) for part in images.split(128)])
+    images = subject.images.to(device).contiguous(memory_format=torch.channels_last)
+    pathways = torch.cat([pathway(own, part) for part in images.split(128)])
     spec = {name: value for name, value in own.spec.items() if name not in ("mean", "std")} | {"kind": kind}
     return {
-        "target": given.name,
+        "target": subject.name,
         "model": spec,
-        "weights": given.weights,
+        "weights": subject.weights,
         DIGEST: None if own.origin is None else own.origin.digest,
-        "images": given.which,
+        "images": subject.which,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         **setting(device),
         "torch": torch.__version__,
@@ -187,7 +191,7 @@ def _report(given: Measured, batches: Sequence[int], device: torch.device, secon
         "activations": "peak bytes of live tensors" if device.type == "cpu" else "peak of the CUDA allocator",
         "models": {kind: _counts(model) for kind, model in models.items()},
         "batches": [
-            _timed(models, images[:batch], seconds) | _loads(chosen[:batch], spec.get("num_experts", 1))
+            _timed(models, images[:batch], seconds) | _loads(pathways[:batch], spec.get("num_experts", 1))
             for batch in batches
         ],
     }
@@ -224,11 +228,11 @@ def _timed(models: Mapping[str, Classifier], x: Tensor, seconds: float) -> dict[
     }
 
 
-def _loads(chosen: Tensor, experts: int) -> dict[str, Any]:
-    """The share of the images (or tokens) that each expert gets, per MoE layer, from choices (N, L) or (N, L, T)."""
-    if chosen.shape[1] == 0:
+def _loads(pathways: Tensor, experts: int) -> dict[str, Any]:
+    """The share of images, or tokens, that each expert gets, per MoE layer. `pathways`: (N, L) or (N, L, T)."""
+    if pathways.shape[1] == 0:
         return {}
-    layers = chosen.transpose(0, 1).flatten(1)
+    layers = pathways.transpose(0, 1).flatten(1)
     loads = [[(layer == expert).float().mean().item() for expert in range(experts)] for layer in layers]
     busiest = statistics.mean(max(shares) for shares in loads)
     return {"loads": [[round(share, 4) for share in shares] for shares in loads], "busiest": round(busiest, 4)}

@@ -1,18 +1,20 @@
 """What an attack broke: the prediction, the routing, both or neither (Zhang et al., 2023, sec. 4, figs. 4 and 5).
 
-Axes: `N` examples, `C` channels, `H W` size, `L` MoE layers, `E` experts. Fractions, except in `Dissection.table`.
+Axes: `N` examples, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `E` experts. Shares are fractions, except in
+`Dissection.table`.
 
-    category                clean image's pathway kept in all layers    prediction right
-    1 both survive          yes                                         yes
-    2 only routing fails    no                                          yes
-    3 only prediction fails yes                                         no
-    4 both fail             no                                          no
+    category                clean image's pathway in all layers    prediction right
+    1 both survive          yes                                    yes
+    2 only routing fails    no                                     yes
+    3 only prediction fails yes                                    no
+    4 both fail             no                                     no
 
 1 + 3 is the routers' robustness, 1 + 2 the model's. An example that is wrong without an attack counts as wrong, also
-where the attack happens to put it right: so 1 + 2 over all examples is the robust accuracy. As it has lost its
-prediction before any attack, the categories are given twice, over all examples and over those that are right clean.
+where the attack happens to put it right: so 1 + 2 over all examples is the robust accuracy. As such an example has lost
+its prediction before any attack, the categories are counted twice: over all examples, and over those that are right
+clean.
 
-Where tokens are routed one by one, pathways are (N, L, T): a layer's choice is kept where every token's is.
+Where tokens are routed one by one, pathways are (N, L, T): a layer's choice survives where every token's does.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ CATEGORIES = ("both_survive", "only_routing_fails", "only_prediction_fails", "bo
 
 @dataclass(frozen=True, eq=False)
 class Dissection:
-    """The outcome of an attack per example, and what follows from it. Parts over batches join by `merge`.
+    """The outcome of an attack per example, and what follows from it. `merge` joins the dissections of batches.
 
     Raises `ValueError` for tensors of unequal length, no example, no MoE layer, or an expert outside 0 ... E - 1.
     """
@@ -116,10 +118,10 @@ class Dissection:
 
     def shares(self, among: Tensor | None = None) -> dict[str, float] | None:
         """The share of each category, by name, of all examples or those in `among`, (N,) booleans; None of none."""
-        found = self.categories if among is None else self.categories[among.bool()]
-        if len(found) == 0:
+        categories = self.categories if among is None else self.categories[among.bool()]
+        if len(categories) == 0:
             return None
-        return {name: _share(found == number) for number, name in enumerate(CATEGORIES, start=1)}
+        return {name: _share(categories == number) for number, name in enumerate(CATEGORIES, start=1)}
 
     def per_class(self) -> list[dict[str, Any]]:
         """The shares of each class that occurs, over its own examples; empty without labels."""
@@ -161,17 +163,17 @@ class Dissection:
 
     def table(self) -> str:
         """The dissection as aligned lines for a terminal, in percent."""
-        found = self.to_dict()
-        pathways, counts = found["distinct_pathways"], found["flipped_layers"]
+        result = self.to_dict()
+        pathways, counts = result["distinct_pathways"], result["flipped_layers"]
         spread = ", ".join(f"{flips}: {percent(share)}" for flips, share in enumerate(counts) if share > 0)
         return "\n".join(
             [
-                f"{found['num_examples']} images, {found['num_clean_correct']} of them right clean; "
-                f"{found['num_layers']} MoE layers of {self.num_experts} experts",
+                f"{result['num_examples']} images, {result['num_clean_correct']} of them right clean; "
+                f"{result['num_layers']} MoE layers of {self.num_experts} experts",
                 "",
-                *_category_lines(found),
+                *_category_lines(result),
                 "",
-                *_layer_lines(found),
+                *_layer_lines(result),
                 "",
                 *textwrap.wrap(f"layers flipped (% images) {spread}", 100, subsequent_indent=26 * " "),
                 f"distinct pathways         clean {pathways['clean']}, adversarial {pathways['adversarial']}",
@@ -190,8 +192,8 @@ def expert_load(pathways: Tensor, num_experts: int) -> list[list[float]]:
     return [[count / layer.numel() for count in each] for layer, each in zip(layers, counts, strict=True)]
 
 
-def _category_lines(found: dict[str, Any]) -> list[str]:
-    columns = found["categories"], found["categories_of_clean_correct"]
+def _category_lines(result: dict[str, Any]) -> list[str]:
+    columns = result["categories"], result["categories_of_clean_correct"]
     sums: dict[str, tuple[str, ...]] = {
         f"{number} {name.replace('_', ' ')}": (name,) for number, name in enumerate(CATEGORIES, start=1)
     }
@@ -204,12 +206,12 @@ def _category_lines(found: dict[str, Any]) -> list[str]:
     return aligned(rows, "<>")
 
 
-def _layer_lines(found: dict[str, Any]) -> list[str]:
+def _layer_lines(result: dict[str, Any]) -> list[str]:
     loads = [
-        [" ".join(f"{percent(e):>5}" for e in layer) for layer in found["load"][k]] for k in ("clean", "adversarial")
+        [" ".join(f"{percent(e):>5}" for e in layer) for layer in result["load"][k]] for k in ("clean", "adversarial")
     ]
     rows = [("layer", "flipped", "clean load (%)", "adversarial load (%)")]
-    for layer, (rate, clean, adversarial) in enumerate(zip(found["flip_rate"], *loads, strict=True)):
+    for layer, (rate, clean, adversarial) in enumerate(zip(result["flip_rate"], *loads, strict=True)):
         rows.append((str(layer), f"{percent(rate)} %", clean, adversarial))
     return aligned(rows, ">><")
 
@@ -219,9 +221,9 @@ def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: 
 
     Args:
         model: routed, (N, C, H, W) pixels -> logits; run under hard routing, in eval mode and fp32, and restored.
-        x: clean images, (N, C, H, W) in [0, 1]. x_adv: an adversarial image for each, made by the caller, of the same
-            shape. An image left as it is, because it is wrong without an attack, counts as routing that survived: for
-            shares over all images attack those too; the shares of images right clean do not depend on it.
+        x: clean images, (N, C, H, W) in [0, 1]. x_adv: the caller's adversarial image for each, of the same shape. An
+            image left as it is, because it is wrong without an attack, counts as routing that survived: for shares over
+            all images attack those too. The shares of images right clean do not depend on it.
         y: true classes, (N,).
         batch_size: images per pass.
 

@@ -1,6 +1,6 @@
-"""Distributions of the IoU: what was measured in numbers, and what chance alone gives, exactly.
+"""Distributions of the IoU: measured values put into numbers, and what chance alone gives, exactly.
 
-Axes: `L` MoE layers, `E` experts, `M` rows of a layer's bank, `B` bins. Values are fractions.
+Axes: `N` values, `L` MoE layers, `E` experts, `M` rows of a layer's bank, `B` bins. Values are fractions.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def random_pathways(units: Units, others: Units) -> dict[str, Any]:
 
 
 def random_masks(units: Units, masks: Units) -> dict[str, Any]:
-    """The `summary` of the IoU of a pathway with random masks that keep as many rows of each layer as `masks`, any set
-    of them alike: what is shared in a layer is hypergeometric, whatever the pathway.
+    """The `summary` of the IoU of a pathway with random masks, of as many rows in each layer as `masks`.
+
+    Every set of rows is as likely, so the number shared in a layer is hypergeometric, whatever the pathway.
     """
     layers = [
         _hypergeometric(size([unit]), size([mask]), mask.shape[1]) for unit, mask in zip(units, masks, strict=True)
@@ -77,16 +78,18 @@ def random_masks(units: Units, masks: Units) -> dict[str, Any]:
     return _summed(layers, size(units) + size(masks))
 
 
-def _hypergeometric(used: int, kept: int, rows: int) -> Numbers:
-    """The probability that 0, 1, ... of the `used` rows are among the `kept` ones of `rows`."""
-    total = math.comb(rows, kept)
-    counts = range(min(used, kept) + 1)
-    return np.array([math.comb(used, both) * math.comb(rows - used, kept - both) / total for both in counts])
+def _hypergeometric(used: int, drawn: int, rows: int) -> Numbers:
+    """The probability that 0, 1, ... of the `used` rows are among `drawn` ones, drawn of `rows` at random."""
+    total = math.comb(rows, drawn)
+    counts = range(min(used, drawn) + 1)
+    return np.array([math.comb(used, both) * math.comb(rows - used, drawn - both) / total for both in counts])
 
 
 def _summed(layers: Sequence[Numbers], whole: int) -> dict[str, Any]:
-    """The `summary` of the IoU, where `layers` are the distributions of the units shared in each, independent of one
-    another, and `whole` is how many units the two use together, those shared counted twice.
+    """The `summary` of the IoU, from the distribution of the number of units shared in each layer.
+
+    Args: layers: one distribution each, independent of one another. whole: the units that the two use, those shared
+    counted twice.
     """
     weights = np.ones(1)
     for layer in layers:

@@ -1,8 +1,10 @@
-"""Attacks over a data set: in batches that are tasks of their own, kept as they finish, shared by processes.
+"""Attacks over a data set: each batch is a task, whose result is stored when it is done; processes share the tasks.
 
-Axes: `N` examples. A batch is fixed by the position of its first example and draws its seeds from it, so that neither
-the number of processes nor an interruption changes a result. (The threads of a process may: convolutions of small
-batches round differently, and an attack's signs amplify it.)
+Axes: `N` examples, `C` channels, `H W` size.
+
+A batch's seeds follow from the position of its first example, so that neither the number of processes nor an
+interruption changes a result. (The number of threads may: convolutions of small batches round differently, and an
+attack's signs amplify it.)
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from advmoe.rundir import EVALUATION, read_result, require_plain, write_result
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
 Result = dict[str, Any]
-"""What one task found, as plain values."""
+"""The result of one task, as plain values."""
 
 
 @dataclass(frozen=True)
-class Task:
+class BatchTask:
     """One attack on one batch."""
 
     attack: str
@@ -47,7 +49,7 @@ class Task:
 
     @property
     def file(self) -> str:
-        """The name that its result is kept under."""
+        """The name of the file of its result."""
         return f"{re.sub('[^a-z0-9-]', '_', self.attack)}.{self.first}.json"
 
 
@@ -61,15 +63,15 @@ class Job:
     seed: int
     plan: RoutedPlan | None = None
 
-    def tasks(self, names: Iterable[str]) -> Iterator[Task]:
+    def tasks(self, names: Iterable[str]) -> Iterator[BatchTask]:
         """Every task of the attacks `names`, one attack after another."""
-        return (Task(name, first) for name in names for first in range(0, size(self.data), self.batch_size))
+        return (BatchTask(name, first) for name in names for first in range(0, size(self.data), self.batch_size))
 
-    def examples(self, task: Task) -> slice:
+    def examples(self, task: BatchTask) -> slice:
         """The positions of a task's examples."""
         return slice(task.first, task.first + self.batch_size)
 
-    def run(self, task: Task, predict: Predict, x: Tensor, y: Tensor) -> tuple[Result, Outcome]:
+    def run(self, task: BatchTask, predict: Predict, x: Tensor, y: Tensor) -> tuple[Result, Outcome]:
         """Do one task, on its images `x` (N, C, H, W) of classes `y`. The model must be as `measuring` sets it."""
         counted = Counted(predict)
         attack = build(task.attack, counted, self.setting, self.plan)
@@ -84,17 +86,17 @@ class Job:
 
 @dataclass
 class Journal:
-    """Results by task: in memory, and in a directory where there is one, each file written whole."""
+    """Results by task: in memory and, where there is a directory, in a file each, written whole."""
 
     path: Path | None = None
-    kept: dict[Task, Result] = field(default_factory=dict)
-    _held: Hold | None = field(init=False, default=None)
+    results: dict[BatchTask, Result] = field(default_factory=dict)
+    _lock: Hold | None = field(init=False, default=None)
 
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
-        """Begin, or with `resume` continue what an interrupted evaluation left here.
+        """Begin an evaluation, or with `resume` continue the interrupted one whose results are here.
 
-        Returns the plan that was stored with it, if any. Raises `OtherSettings` where it had other settings, and
-        `InputError` where another process is at it.
+        Returns what is stored beside these results, None for an evaluation that begins. Raises `OtherSettings` where
+        the interrupted one had other settings, and `InputError` where another process is at it.
         """
         if self.path is None:
             return None
@@ -130,33 +132,33 @@ class Journal:
             head = self.path / EVALUATION
             write_result(head, read_result(head) | values)
 
-    def get(self, task: Task) -> Result | None:
+    def get(self, task: BatchTask) -> Result | None:
         """The result of a task, if it is done; one that is damaged is not."""
-        if task not in self.kept and self.path is not None and (file := self.path / task.file).exists():
+        if task not in self.results and self.path is not None and (file := self.path / task.file).exists():
             try:
-                self.kept[task] = read_result(file, required=True)
+                self.results[task] = read_result(file, required=True)
             except ValueError as error:
-                tell(f"{error}; done again")
-        return self.kept.get(task)
+                tell(f"note  {error}; done again")
+        return self.results.get(task)
 
-    def holds(self, task: Task) -> bool:
+    def holds(self, task: BatchTask) -> bool:
         """Whether there is a file of the task's, sound or not."""
         return self.path is not None and (self.path / task.file).exists()
 
-    def put(self, task: Task, result: Result) -> None:
-        """Keep a result."""
-        self.kept[task] = result
+    def put(self, task: BatchTask, result: Result) -> None:
+        """Store a result."""
+        self.results[task] = result
         if self.path is not None:
             write_result(self.path / task.file, result, indent=None)
 
     def close(self) -> None:
-        """Let others continue or replace what is here."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        """Let other processes continue or replace the evaluation."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def remove(self) -> None:
-        """Delete the directory, once the results stand elsewhere or are not wanted, but for that of another process."""
+        """Delete the directory, unless another process is at it."""
         if self.path is not None and self.path.exists():
             require_plain(self.path, itself=True)
         if self.path is not None and self.path.exists() and self._hold():
@@ -164,27 +166,28 @@ class Journal:
             self.close()
 
     def _hold(self) -> bool:
-        """Make the directory this object's alone until `close`, or the process's end; whether no other one has it."""
+        """Lock the directory until `close`, or the process's end; False where another process has locked it."""
         assert self.path is not None
-        if self._held is None:
-            self._held = hold(self.path, folder=True)
-        return self._held is not None
+        if self._lock is None:
+            self._lock = hold(self.path, folder=True)
+        return self._lock is not None
 
 
 def run_tasks(
     job: Job, names: Iterable[str], predict: Predict, journal: Journal, device: torch.device,
     helpers: Helpers | None = None,
 ) -> None:  # fmt: skip
-    """Do the tasks that `journal` lacks, in this process, which has the classifier `predict` on `device`, and in those
-    of its `helpers`.
+    """Do the tasks of the attacks `names` that `journal` lacks.
+
+    They are done in this process, which has the classifier `predict` on `device`, and in those of its `helpers`.
     """
     tasks = [task for task in job.tasks(names) if journal.get(task) is None]
     with bar("attack", len(tasks), unit="batch") as drawn:
 
-        def begin(task: Task) -> None:
+        def begin(task: BatchTask) -> None:
             drawn.set_description(task.attack)
 
-        def keep(task: Task, result: Result) -> None:
+        def keep(task: BatchTask, result: Result) -> None:
             journal.put(task, result)
             drawn.update()
 
@@ -202,8 +205,10 @@ def run_tasks(
 
 
 class Helpers:
-    """Processes that each `load` the classifier, at one of `places`, and share the tasks `names` of `job`, or those of
-    them that are left to do, with this one. To start takes them seconds, which this process need not wait for.
+    """Processes that share the tasks of the attacks `names` of `job` with this one.
+
+    Each runs at one of `places` and loads the classifier by `load`. Starting takes them seconds, for which this process
+    need not wait.
     """
 
     def __init__(self, load: Load, places: Sequence[Place], job: Job, names: Sequence[str]) -> None:
@@ -223,13 +228,13 @@ class Helpers:
         self.pool.close()
 
     def share(
-        self, job: Job, tasks: list[Task], predict: Predict, device: torch.device, begin: Callable[[Task], None],
-        keep: Callable[[Task, Result], None],
+        self, job: Job, tasks: list[BatchTask], predict: Predict, device: torch.device,
+        begin: Callable[[BatchTask], None], keep: Callable[[BatchTask, Result], None],
     ) -> None:  # fmt: skip
         """Do `tasks`, with the plan of `job`, in this process, which has `predict` on `device`, and in the others.
 
-        `begin` hears of what this one begins, `keep` gets all results as they come. What a process that dies has not
-        finished is done by another; an error in one is raised.
+        `begin` is called with each task that this process begins, `keep` with every result. A task that a process has
+        not finished when it dies is done by another. Raises the error of any process.
         """
         shared = _Shared(tasks, keep)
         desk = _Desk(self, job.plan, shared)
@@ -246,23 +251,23 @@ class Helpers:
 
 
 class _Shared:
-    """Tasks that several processes do: those that none has, and those that one is at."""
+    """Tasks that several processes do: those that wait, and those that have begun."""
 
-    def __init__(self, tasks: Iterable[Task], keep: Callable[[Task, Result], None]) -> None:
-        self.waiting, self.begun = deque(tasks), set[Task]()
+    def __init__(self, tasks: Iterable[BatchTask], keep: Callable[[BatchTask, Result], None]) -> None:
+        self.waiting, self.begun = deque(tasks), set[BatchTask]()
         self.keep, self.changed = keep, threading.Condition()
         self.error: Exception | None = None
 
-    def next(self) -> Task | None:
-        """The next task, once there is one; None once all are done. Raises the error of another process."""
+    def next(self) -> BatchTask | None:
+        """Wait for a task and take it; None once all are done. Raises the error of another process."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or not self.begun or self.error)
             if self.error is not None:
                 raise self.error
             return self.taken()
 
-    def taken(self) -> Task | None:
-        """A task that none has, or None where there is none."""
+    def taken(self) -> BatchTask | None:
+        """Take a waiting task, None where there is none."""
         with self.changed:
             if not self.waiting:
                 return None
@@ -270,15 +275,15 @@ class _Shared:
             self.begun.add(task)
             return task
 
-    def done(self, task: Task, result: Result) -> None:
-        """Keep what was found."""
+    def done(self, task: BatchTask, result: Result) -> None:
+        """Store the result of a task."""
         with self.changed:
             self.keep(task, result)
             self.begun.remove(task)
             self.changed.notify()
 
-    def lost(self, task: Task) -> None:
-        """Have a task done by another process than the one that was at it."""
+    def lost(self, task: BatchTask) -> None:
+        """Put a task back, as the process that was at it has died."""
         with self.changed:
             self.begun.remove(task)
             self.waiting.appendleft(task)
@@ -292,7 +297,7 @@ class _Shared:
 
 
 class _Desk(threading.Thread):
-    """Gives the other processes their tasks and keeps what they find, while this one is at work, until `stopped`."""
+    """Gives the other processes their tasks and stores their results, while this one is at work, until `stopped`."""
 
     def __init__(self, helpers: Helpers, plan: RoutedPlan | None, shared: _Shared) -> None:
         super().__init__(daemon=True)
@@ -318,19 +323,19 @@ class _Desk(threading.Thread):
         except Exception as problem:  # an error in another process; a full disk
             shared.failed(problem)
 
-    def _lost(self, task: Task | None, died: Died) -> None:
+    def _lost(self, task: BatchTask | None, died: Died) -> None:
         if task is None:
             return
         if died.exit_code:
-            tell(f"a worker process died (exit code {died.exit_code}): what it had not finished is done again")
+            tell(f"note  a worker process died (exit code {died.exit_code}): what it had not finished is done again")
         self.shared.lost(task)
 
 
 @contextmanager
 def _attacking(
-    place: Place, load: Load, job: Job, tasks: list[Task]
+    place: Place, load: Load, job: Job, tasks: list[BatchTask]
 ) -> Iterator[Callable[[tuple[RoutedPlan | None, int]], Result]]:  # pragma: no cover - runs in a process of its own
-    """What does a task, by its number, with a plan."""
+    """In a process of its own: the function that does a task, by its number, with a plan."""
     device = torch.device(place.device)
     predict = load(device)
     with measuring(predict, device):

@@ -5,6 +5,7 @@ Axes: `N` images, `C` channels, `H W` size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch.nn import functional as F
 
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import take
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import open_subject
 from advmoe.models import Classifier
 from advmoe.rundir import CONFIG
 from advmoe.seeding import generator_for
 
 
 def random_images(shape: tuple[int, ...], number: int = 100) -> Tensor:
-    """Pixels (number, C, H, W) in [0, 1] that differ in brightness, colour and coarse shapes, and so in pathway; the
-    same at every call.
+    """Pixels (number, C, H, W) in [0, 1], the same at every call.
+
+    They differ in brightness, colour and coarse shapes, and so in pathway.
     """
     channels, height, width = shape
     generator = generator_for("export", "images")
@@ -46,7 +48,7 @@ def run_images(
     number: int,
     *,
     source: str | None = None,
-    overrides: dict[str, dict[str, Any]] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, str]:
     """At most `number` test images (N, C, H, W) of the run, or that many random ones; and what they are, in words.
 
@@ -57,11 +59,11 @@ def run_images(
     try:
         if not (Path(run) / CONFIG).is_file():
             raise InputError("the run has no config.yaml")
-        given = subject(run, source=source, overrides=overrides, num_examples=number, seed=0, kept=False)
-        images, _ = take(given.data, slice(0, number), torch.device("cpu"))
+        subject = open_subject(run, source=source, overrides=overrides, num_examples=number, seed=0, writes=False)
+        images, _ = take(subject.data, slice(0, number), torch.device("cpu"))
         if (size := model.spec["input_size"]) not in (None, images.shape[-1]):
             raise InputError(f"the model takes images of {size} x {size}, got {tuple(images.shape[2:])}")
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         return random_images(input_shape(model), number), f"random images, not the run's ({reason})"
-    return images, f"test images of {given.data_name}"
+    return images, f"test images of {subject.data_name}"

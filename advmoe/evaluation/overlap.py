@@ -1,10 +1,12 @@
 """How much pathways have in common: the intersection over union (IoU) of the units that they use.
 
-Axes: `N` examples, `L` MoE layers, `T` tokens, `E` experts, `M` rows of a layer's bank, `K` classes.
+Axes: `N` examples, `D` distinct pathways, `L` MoE layers, `T` tokens, `E` experts, `M` rows of a layer's bank, `K`
+classes.
 
-A unit is (layer, row). A pathway uses the rows of the experts that it chooses, a static mask those that it keeps; with
-`experts="subset"` a row is an output channel of the Dense layer, so that the two compare (Zhang et al., 2023, fig. 6).
-`Units` hold per layer which rows each expert uses, (E, M) booleans; a mask is a layer's only expert, (1, M).
+A unit is (layer, row). A pathway uses the rows of the experts that it chooses, a static mask the rows that it does not
+prune. With `experts="subset"` a row is an output channel of the Dense layer, so that the two can be compared (Zhang et
+al., 2023, fig. 6). `Units` say per layer which rows each expert uses, (E, M) booleans; a mask is a layer's only expert,
+(1, M).
 
 Where tokens are routed one by one, pathways are (N, L, T) and a unit is (layer, token, row).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +42,19 @@ def units_of(model: nn.Module) -> list[Tensor]:
     layers = {module.layer: module for module in model.modules() if isinstance(module, MoELayer)}
     if not layers:
         raise InputError(f"model must have MoE layers, got {type(model).__name__} with none")
-    found = []
+    units = []
     for _, layer in sorted(layers.items()):
-        units = torch.zeros(layer.num_experts, layer.bank_rows, dtype=torch.bool)
+        used = torch.zeros(layer.num_experts, layer.bank_rows, dtype=torch.bool)
         for expert, rows in enumerate(layer.rows):
-            units[expert, rows] = True
-        found.append(units)
-    return found
+            used[expert, rows] = True
+        units.append(used)
+    return units
 
 
 def read_masks(path: Path) -> list[Tensor]:
-    """The static mask that a sparse run keeps in `masks.json`, as units: L of (1, M) booleans.
+    """The static mask in a sparse run's `masks.json`, as units: L of (1, M) booleans.
 
-    Raises `ValueError`, which names the file, for one that holds no masks.
+    Raises `ValueError`, which names the file, for one without masks.
     """
     try:
         layers = read_object(path).get("layers")
@@ -88,12 +91,12 @@ def iou(pathway: Tensor, other: Tensor, units: Units, others: Units) -> Tensor:
     """The IoU of each example's pathway with its other one, (N,) float64.
 
     Args:
-        pathway, other: (N, L), or both (N, L, T); of a mask, zeros. units, others: of the model, or mask, of each.
+        pathway, other: (N, L), or both (N, L, T); zeros for a mask. units, others: of the model, or mask, of each.
     """
     choices, units = _columns(pathway, units)
-    theirs, others = _columns(other, others)
-    tables = zip(_tables(units, others), choices.T, theirs.T, strict=True)
-    shared = torch.stack([table[mine, yours] for table, mine, yours in tables]).sum(0).double()
+    other_choices, others = _columns(other, others)
+    layers = zip(_shared_rows(units, others), choices.T, other_choices.T, strict=True)
+    shared = torch.stack([table[choice, other_choice] for table, choice, other_choice in layers]).sum(0).double()
     return shared / (size(units) + size(others) - shared)
 
 
@@ -115,7 +118,8 @@ def class_overlap(pathway: Tensor, labels: Tensor, units: Units, count: int) -> 
     Args: pathway: (N, L) or (N, L, T). labels: (N,) of 0 ... K - 1. count: K.
     """
     sizes = torch.bincount(labels, minlength=count).double()
-    sums = _pair_sums(pathway, pathway, units, units, labels, labels, count) - sizes.diag()
+    groups = _grouped(pathway, units, labels)
+    sums = _pair_sums(groups, groups, count) - sizes.diag()
     pairs = sizes[:, None] * sizes - sizes.diag()
     same = torch.eye(count, dtype=torch.bool)
     return ClassOverlap(
@@ -124,13 +128,14 @@ def class_overlap(pathway: Tensor, labels: Tensor, units: Units, count: int) -> 
 
 
 def mean_of_others(pathway: Tensor, other: Tensor, units: Units, others: Units) -> float | None:
-    """The mean IoU, args as of `iou`, of an example's pathway with the other one of each different example; None of
-    one example. The mean of `iou` exceeds it where the two agree about examples, not just about how often they choose
+    """The mean IoU of an example's pathway with the other one of each different example; None of one example.
+
+    Args: as of `iou`, whose mean exceeds this where the two agree about examples, not just about how often they choose
     each expert.
     """
     n = len(pathway)
     together = torch.zeros(n, dtype=torch.long)
-    every = _pair_sums(pathway, other, units, others, together, together, 1)
+    every = _pair_sums(_grouped(pathway, units, together), _grouped(other, others, together), 1)
     own = iou(pathway, other, units, others).sum()
     return _ratio(every - own, torch.tensor(n * (n - 1)))
 
@@ -139,26 +144,40 @@ def _ratio(sums: Tensor, pairs: Tensor) -> float | None:
     return float(sums.sum() / pairs.sum()) if pairs.sum() > 0 else None
 
 
-def _pair_sums(
-    pathway: Tensor, other: Tensor, units: Units, others: Units, groups: Tensor, other_groups: Tensor, count: int
-) -> Tensor:
-    """The sums of the IoU over all pairs of a pathway and an other one, by their groups 0 ... `count` - 1: (K, K)."""
+class _Groups(NamedTuple):
+    """The distinct pathways of each group of examples."""
+
+    choices: Tensor
+    """(D, L), or (D, L * T) where tokens are routed one by one."""
+    units: list[Tensor]
+    """Of each column of `choices`."""
+    groups: Tensor
+    """The group of each pathway, (D,)."""
+    counts: Tensor
+    """How often each pathway occurs in its group, (D,) float64."""
+
+
+def _grouped(pathway: Tensor, units: Units, groups: Tensor) -> _Groups:
+    """The distinct pathways, (N, L) or (N, L, T), by the group of their examples, (N,)."""
     choices, units = _columns(pathway, units)
-    theirs, others = _columns(other, others)
-    whole = size(units) + size(others)
-    mine, my_groups, my_weights = _distinct(choices, groups)
-    yours, your_groups, your_weights = _distinct(theirs, other_groups)
+    distinct, counts = torch.cat([groups[:, None], choices], 1).unique(dim=0, return_counts=True)
+    return _Groups(distinct[:, 1:], units, distinct[:, 0], counts.double())
+
+
+def _pair_sums(mine: _Groups, theirs: _Groups, count: int) -> Tensor:
+    """The sums of the IoU over all pairs of pathways, by their groups 0 ... `count` - 1: (count, count)."""
+    whole = size(mine.units) + size(theirs.units)
     # What a choice shares with each of the other's experts, layer by layer: its product with a one-hot choice counts.
-    tables = zip(_tables(units, others), mine.T, strict=True)
-    shared_with = torch.cat([table[choice].double() for table, choice in tables], 1)
+    layers = zip(_shared_rows(mine.units, theirs.units), mine.choices.T, strict=True)
+    shared_with = torch.cat([table[choice].double() for table, choice in layers], 1)
     sums = torch.zeros(count, count, dtype=torch.float64)
-    for part in torch.arange(len(yours)).split(max(1, _PAIRS // len(mine))):
-        columns = zip(others, yours[part].T, strict=True)
+    for part in torch.arange(len(theirs.choices)).split(max(1, _PAIRS // len(mine.choices))):
+        columns = zip(theirs.units, theirs.choices[part].T, strict=True)
         chosen = torch.cat([one_hot(choice, len(unit)).double() for unit, choice in columns], 1)
         shared = shared_with @ chosen.T
-        found = shared / (whole - shared) * my_weights[:, None] * your_weights[part]
-        rows = torch.zeros(count, len(part), dtype=torch.float64).index_add_(0, my_groups, found)
-        sums.index_add_(1, your_groups[part], rows)
+        weighted = shared / (whole - shared) * mine.counts[:, None] * theirs.counts[part]
+        rows = torch.zeros(count, len(part), dtype=torch.float64).index_add_(0, mine.groups, weighted)
+        sums.index_add_(1, theirs.groups[part], rows)
     return sums
 
 
@@ -172,20 +191,14 @@ def _columns(pathway: Tensor, units: Units) -> tuple[Tensor, list[Tensor]]:
 
 
 def size(units: Units) -> int:
-    """How many units a pathway uses. Raises `ValueError` where that depends on the pathway."""
+    """The number of units that a pathway uses. Raises `ValueError` where that depends on the pathway."""
     sizes = [unit.sum(1).unique().tolist() for unit in units]
-    for layer, found in enumerate(sizes):
-        if len(found) != 1:
-            raise InputError(f"experts of a layer must use equally many rows, got {found} in layer {layer}")
-    return sum(found for (found,) in sizes)
+    for layer, rows in enumerate(sizes):
+        if len(rows) != 1:
+            raise InputError(f"experts of a layer must use equally many rows, got {rows} in layer {layer}")
+    return sum(rows for (rows,) in sizes)
 
 
-def _tables(units: Units, others: Units) -> list[Tensor]:
+def _shared_rows(units: Units, others: Units) -> list[Tensor]:
     """Per layer, how many rows each expert shares with each of the other's, (E, E')."""
     return [unit.long() @ other.long().T for unit, other in zip(units, others, strict=True)]
-
-
-def _distinct(choices: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct pathways of each group, (D, L), their groups (D,), and how often each occurs there (D,)."""
-    found, counts = torch.cat([groups[:, None], choices], 1).unique(dim=0, return_counts=True)
-    return found[:, 1:], found[:, 0], counts.double()

@@ -33,7 +33,7 @@ from advmoe.evaluation.overlap import (
     units_of,
 )
 from advmoe.evaluation.scoring import take
-from advmoe.evaluation.subject import Options, digest_of, options_of, subject
+from advmoe.evaluation.subject import Options, digest_of, open_subject, options_of, require_pgd
 from advmoe.files import write_arrays
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
@@ -48,8 +48,8 @@ EXAMPLES = "pathways-examples.npz"
 FREQUENT = 10
 """Pathways that are listed."""
 
-Other = tuple[Units, Dissection | None]
-"""What pathways are compared with: a mask, or the units of another model and its choices on the same images."""
+Reference = tuple[Units, Dissection | None]
+"""What pathways are compared with: a mask's units, or another model's and its choices on the same images."""
 
 
 def pathway_statistics(
@@ -92,13 +92,13 @@ def pathway_statistics(
 
     Raises `ValueError` for a model without MoE layers, data that do not match, or other banks than the model's.
     """
-    found = dissect(model, x, x_adv, y, batch_size=batch_size)
-    other: Other | None = None
+    choices = dissect(model, x, x_adv, y, batch_size=batch_size)
+    reference: Reference | None = None
     if against is not None:
         units = _comparable(model, against, x[:1])
         theirs = dissect(against, x, x_adv, y, batch_size=batch_size) if isinstance(against, nn.Module) else None
-        other = units, theirs
-    return statistics(found, units_of(model), num_classes=num_classes, other=other)
+        reference = units, theirs
+    return statistics(choices, units_of(model), num_classes=num_classes, other=reference)
 
 
 def _comparable(model: nn.Module, against: nn.Module | str | Path, x: Tensor) -> Units:
@@ -113,59 +113,58 @@ def _comparable(model: nn.Module, against: nn.Module | str | Path, x: Tensor) ->
 
 
 def statistics(
-    found: Dissection, units: Units, *, num_classes: int | None = None, other: Other | None = None
+    choices: Dissection, units: Units, *, num_classes: int | None = None, other: Reference | None = None
 ) -> dict[str, Any]:
     """What `pathway_statistics` returns, of choices that are known already.
 
-    Args: found: with labels. units: of the model, as of `overlap.units_of`. num_classes: K. other: of the same banks.
+    Args: choices: with labels. units: of the model, as of `overlap.units_of`. num_classes: K. other: of the same banks.
     """
-    assert found.labels is not None
-    highest = int(found.labels.max())
+    labels = choices.labels
+    assert labels is not None
+    highest = int(labels.max())
     num_classes = highest + 1 if num_classes is None else num_classes
-    if highest >= num_classes or int(found.labels.min()) < 0:
-        got = f"{int(found.labels.min())} ... {highest}"
-        raise InputError(f"y must lie in 0 ... {num_classes - 1}, got {got}")
-    kinds = {"clean": found.clean_pathway, "adversarial": found.adv_pathway}
-    kept = int((~found.flipped.any(1)).sum()) / len(found.labels)
+    if highest >= num_classes or int(labels.min()) < 0:
+        raise InputError(f"y must lie in 0 ... {num_classes - 1}, got {int(labels.min())} ... {highest}")
+    kinds = {"clean": choices.clean_pathway, "adversarial": choices.adv_pathway}
     return {
-        "num_examples": len(found.labels),
+        "num_examples": len(labels),
         "num_classes": num_classes,
-        "num_layers": found.clean_pathway.shape[1],
-        "num_experts": found.num_experts,
-        "tokens": found.clean_pathway.shape[2] if found.clean_pathway.dim() == 3 else None,
-        **{kind: _of_kind(chosen, found.labels, units, num_classes) for kind, chosen in kinds.items()},
+        "num_layers": choices.clean_pathway.shape[1],
+        "num_experts": choices.num_experts,
+        "tokens": choices.clean_pathway.shape[2] if choices.clean_pathway.dim() == 3 else None,
+        **{kind: _of_kind(pathways, labels, units, num_classes) for kind, pathways in kinds.items()},
         "attack": {
-            "unchanged": kept,
-            "iou": summary(iou(found.clean_pathway, found.adv_pathway, units, units).numpy()),
+            "unchanged": int((~choices.flipped.any(1)).sum()) / len(labels),
+            "iou": summary(iou(choices.clean_pathway, choices.adv_pathway, units, units).numpy()),
         },
         "against": None if other is None else _compared(kinds, units, *other),
     }
 
 
-def _of_kind(chosen: Tensor, labels: Tensor, units: Units, num_classes: int) -> dict[str, Any]:
-    """What is said of the clean pathways, (N, L) or (N, L, T), and of the adversarial ones alike."""
-    experts, tokens = max(map(len, units)), chosen[0, 0].numel()
-    _, inverse, counts = chosen.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
-    shares = counts.double() / len(chosen)
+def _of_kind(pathways: Tensor, labels: Tensor, units: Units, num_classes: int) -> dict[str, Any]:
+    """The statistics of the clean or the adversarial pathways, (N, L) or (N, L, T)."""
+    experts, tokens = max(map(len, units)), pathways[0, 0].numel()
+    _, inverse, counts = pathways.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+    shares = counts.double() / len(pathways)
     most = tokens * sum(math.log2(len(unit)) for unit in units)
-    overlap = class_overlap(chosen, labels, units, num_classes)
-    members = [chosen[labels == each] for each in range(num_classes)]
+    overlap = class_overlap(pathways, labels, units, num_classes)
+    members = [pathways[labels == each] for each in range(num_classes)]
     return {
         "distinct": len(counts),
         "entropy": float(-(shares * shares.log2()).sum().clamp(max=0)),
-        "max_entropy": min(most, math.log2(len(chosen))),
-        "frequent": _frequent(chosen, labels, inverse, counts) if chosen.dim() == 2 else [],
-        "load": expert_load(chosen, experts),
+        "max_entropy": min(most, math.log2(len(pathways))),
+        "frequent": _frequent(pathways, labels, inverse, counts) if pathways.dim() == 2 else [],
+        "load": expert_load(pathways, experts),
         "class_shares": [expert_load(own, experts) if len(own) else None for own in members],
-        "flows": _flows(chosen, experts),
+        "flows": _flows(pathways, experts),
         "class_iou": [[None if math.isnan(v) else round(v, 6) for v in row] for row in overlap.means.tolist()],
         "iou_within_classes": overlap.within,
         "iou_between_classes": overlap.between,
     }
 
 
-def _frequent(chosen: Tensor, labels: Tensor, inverse: Tensor, counts: Tensor) -> list[dict[str, Any]]:
-    """The pathways that occur most, given which distinct one each image takes, (N,), and how often each occurs."""
+def _frequent(pathways: Tensor, labels: Tensor, inverse: Tensor, counts: Tensor) -> list[dict[str, Any]]:
+    """The most frequent pathways. `inverse`: the distinct one of each image, (N,). `counts`: how often each occurs."""
     listed = []
     for which in counts.argsort(descending=True, stable=True)[:FREQUENT].tolist():
         among, count = inverse == which, int(counts[which])
@@ -174,15 +173,15 @@ def _frequent(chosen: Tensor, labels: Tensor, inverse: Tensor, counts: Tensor) -
         of_class = torch.bincount(labels[among])
         order = of_class.argsort(descending=True, stable=True)[: int((of_class > 0).sum())].tolist()
         listed.append({
-            "pathway": chosen[among][0].tolist(), "count": count, "share": count / len(chosen),
+            "pathway": pathways[among][0].tolist(), "count": count, "share": count / len(pathways),
             "classes": [{"class": each, "share": int(of_class[each]) / count} for each in order],
         })  # fmt: skip
     return listed
 
 
-def _flows(chosen: Tensor, experts: int) -> list[list[list[float]]]:
-    """The share of `chosen`, (N, L) or (N, L, T), that goes from each expert of a layer to each of the next."""
-    pairs = (chosen[:, :-1] * experts + chosen[:, 1:]).unbind(1)
+def _flows(pathways: Tensor, experts: int) -> list[list[list[float]]]:
+    """The share of `pathways`, (N, L) or (N, L, T), that goes from each expert of a layer to each of the next."""
+    pairs = (pathways[:, :-1] * experts + pathways[:, 1:]).unbind(1)
     counts = [torch.bincount(pair.flatten(), minlength=experts**2) for pair in pairs]
     return [
         (count.double() / pair.numel()).view(experts, -1).tolist() for count, pair in zip(counts, pairs, strict=True)
@@ -190,12 +189,12 @@ def _flows(chosen: Tensor, experts: int) -> list[list[list[float]]]:
 
 
 def _compared(kinds: dict[str, Tensor], units: Units, others: Units, theirs: Dissection | None) -> dict[str, Any]:
-    """What the pathways have in common with a mask, or with another model's on the same images."""
+    """The IoU of pathways with a mask, or with another model's pathways on the same images, and what chance gives."""
     if theirs is None:
         zeros = torch.zeros_like(kinds["clean"])
-        measured = {kind: summary(iou(chosen, zeros, units, others).numpy()) for kind, chosen in kinds.items()}
+        overlap = {kind: summary(iou(each, zeros, units, others).numpy()) for kind, each in kinds.items()}
         chance = {"random_pathways": random_pathways(units, others), "random_masks": random_masks(units, others)}
-        return {"kind": "mask", **measured, **chance}
+        return {"kind": "mask", **overlap, **chance}
     pairs = {"clean": (kinds["clean"], theirs.clean_pathway), "adversarial": (kinds["adversarial"], theirs.adv_pathway)}
     return {
         "kind": "pathways",
@@ -215,45 +214,42 @@ def pathways_run(
             shown the same images, clean and attacked.
         options, keywords: see `Options`; of attacks one of PGD's, as in `suite`.
 
-    Every image is attacked, those that are wrong without an attack too. Writes `pathways.json`, and returns where that
-    is and its content: that of `pathway_statistics`, with `classes` (K names), `attack.name`, `threat`, `seed`, `data`,
-    and `against.run`. Raises `InputError` for a model without MoE layers and whatever else cannot be used.
+    Every image is attacked, those that are wrong without an attack too. Writes `pathways.json`; returns its folder and
+    its content: that of `pathway_statistics`, with `classes` (K names), `attack.name`, `threat`, `seed`, `data`, and
+    `against.run`. Raises `InputError` for a model without MoE layers and whatever else cannot be used.
     """
-    given = subject(target, options := options_of(options, keywords))
-    attack = given.routed_under_pgd("trace")
-    device, predict, names = attack.device, attack.predict, attack.names
-    if len(names) != 1:
-        raise InputError(f"attacks to trace must be a single one, got {', '.join(names)}")
+    subject = open_subject(target, options := options_of(options, keywords))
+    attacked = subject.routed_under_pgd("trace")
+    device, predict, names = attacked.device, attacked.predict, attacked.names
+    require_pgd("trace", names, single=True)
     if not isinstance(predict, nn.Module):
         raise InputError(f"a model to trace must be a torch.nn.Module, got {type(predict).__name__}")
-    units, opened = (
-        units_of(predict),
-        None if against is None else _opened(Path(against), options.source, predict, device),
-    )
-    compared = None if opened is None else _comparable(predict, opened, take(given.data, slice(0, 1), device)[0])
+    units = units_of(predict)
+    other = None if against is None else _reference(Path(against), options.source, predict, device)
+    compared = None if other is None else _comparable(predict, other, take(subject.data, slice(0, 1), device)[0])
     mine, theirs = [], []
     with threads_set(options.threads):
-        attack.check(options.allow)
-        for batch in attack.images(names[0]):
+        attacked.check(options.allow)
+        for batch in attacked.images(names[0]):
             mine.append(dissect(predict, *batch, batch_size=options.batch_size))
-            if isinstance(opened, nn.Module):
-                theirs.append(dissect(opened, *batch, batch_size=options.batch_size))
-        other = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
-        found = Dissection.merge(mine)
-        result = statistics(found, units, num_classes=len(given.classes), other=other)
-    result["classes"] = list(given.classes)
+            if isinstance(other, nn.Module):
+                theirs.append(dissect(other, *batch, batch_size=options.batch_size))
+        reference = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
+        choices = Dissection.merge(mine)
+        result = statistics(choices, units, num_classes=len(subject.classes), other=reference)
+    result["classes"] = list(subject.classes)
     result["attack"]["name"] = names[0]
-    result |= {"threat": asdict(given.threat), "seed": given.seed, **given.described}
+    result |= {"threat": asdict(subject.threat), "seed": subject.seed, **subject.described}
     if against is not None:
         result["against"]["run"] = str(against)
-        result["against"][DIGEST] = digest_of(opened) if isinstance(opened, nn.Module) else None
-    given.home.mkdir(parents=True, exist_ok=True)
-    kept = (found.clean_pathway == found.adv_pathway).flatten(1).all(1)
-    write_arrays(given.home / EXAMPLES, {"index": given.index.numpy(), "unchanged": kept.cpu().numpy()})
-    return given.home, write_result(given.home / PATHWAYS, result, indent=None)
+        result["against"][DIGEST] = digest_of(other) if isinstance(other, nn.Module) else None
+    subject.home.mkdir(parents=True, exist_ok=True)
+    unchanged = ~choices.flipped.any(1)
+    write_arrays(subject.home / EXAMPLES, {"index": subject.index.numpy(), "unchanged": unchanged.cpu().numpy()})
+    return subject.home, write_result(subject.home / PATHWAYS, result, indent=None)
 
 
-def _opened(path: Path, source: str | None, predict: Predict, device: torch.device) -> nn.Module | Path:
+def _reference(path: Path, source: str | None, predict: Predict, device: torch.device) -> nn.Module | Path:
     """The masks of a sparse run, or the model of a routed one. Raises `ValueError` for a run that is neither."""
     require_plain(path)
     if (path / MASKS).is_file():
@@ -262,20 +258,20 @@ def _opened(path: Path, source: str | None, predict: Predict, device: torch.devi
     if not model.routed:
         raise InputError(f"against must be a sparse run (one that holds a {MASKS}) or a routed one, got {str(path)!r}")
     if isinstance(predict, Classifier):
-        shown, own = ([each.spec[name] for name in ("in_channels", "input_size")] for each in (predict, model))
-        if shown != own:
-            raise InputError(f"against must take the run's images, of (channels, size) {shown}, got {own}")
+        ours, theirs = ([each.spec[name] for name in ("in_channels", "input_size")] for each in (predict, model))
+        if ours != theirs:
+            raise InputError(f"against must take the run's images, of (channels, size) {ours}, got {theirs}")
     placed(model, device)
     return model
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `pathways_run` found as aligned lines for a terminal; shares in percent."""
+    """A result of `pathways_run` as aligned lines for a terminal; shares in percent."""
     clean, adversarial, attack = result["clean"], result["adversarial"], result["attack"]
     per = f", of {result['tokens']} tokens routed one by one" if result["tokens"] else ""
     rows = [
         ("", "clean", "adversarial"),
-        *((title, *(_shown(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()),
+        *((title, *(_text(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()),
     ]
     quantiles = ", ".join(f"{name} {value:.3f}" for name, value in attack["iou"]["quantiles"].items())
     return "\n".join([
@@ -300,7 +296,7 @@ _ROWS = {
 }
 
 
-def _shown(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
@@ -310,9 +306,9 @@ def _frequent_lines(result: dict[str, Any]) -> list[str]:
         return []
     lines = ["", "most frequent clean pathways (an expert per layer), and the classes of their images (%)"]
     for each in listed:
-        path = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
-        names = (f"{result['classes'][one['class']]}: {percent(one['share'], 0)}" for one in each["classes"][:4])
-        lines.append(f"{percent(each['share']):>5} %  {path}  {', '.join(names)}")
+        pathway = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
+        shares = (f"{result['classes'][k['class']]}: {percent(k['share'], 0)}" for k in each["classes"][:4])
+        lines.append(f"{percent(each['share']):>5} %  {pathway}  {', '.join(shares)}")
     return lines
 
 
@@ -327,6 +323,6 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
         values = [each["mean"], each["std"], *each["quantiles"].values()]
         rows.append([name.replace("_", " "), *(f"{value:.3f}" for value in values)])
     for kind, value in against.get("other_images", {}).items():
-        rows.append([f"{kind}, of different images", _shown(value), *[""] * (len(heads) - 1)])
+        rows.append([f"{kind}, of different images", _text(value), *[""] * (len(heads) - 1)])
     what = "the mask of" if against["kind"] == "mask" else "the pathways of"
     return ["", f"IoU with {what} {against['run']}", *aligned(rows, "<>")]

@@ -1,6 +1,6 @@
-"""How numbers are taken: by the model as deployed, in eval mode and fp32, on images brought back into the threat model.
+"""How numbers are taken: by the model as deployed, in eval mode and fp32, on images projected into the threat model.
 
-Axes: `N` examples, `C` channels, `H W` size, `K` classes, `L` MoE layers. Pixels are in [0, 1].
+Axes: `N` examples, `B` batch, `C` channels, `H W` size, `K` classes, `L` MoE layers. Pixels are in [0, 1].
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EvaluationData = Images | tuple[Tensor, Tensor]
 
 @contextmanager
 def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
-    """Eval mode, frozen parameters, hard routing, full fp32 while numbers are taken; restores what was set before."""
+    """Inside: eval mode, frozen parameters, hard routing, full fp32. Restores what was set before."""
     with full_fp32(), frozen(predict), route(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -143,7 +143,7 @@ class Outcome:
     x_adv: Tensor
     """The adversarial images, (N, C, H, W); clean where an example was not attacked."""
     parts: list[dict[str, int | str]] = field(default_factory=list)
-    """Per part, its name, how many examples it was given and how many it broke."""
+    """Per part, its name, how many examples it attacked and how many it broke."""
     flags: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -157,10 +157,11 @@ def run_attack(
     threat: ThreatModel,
     purpose: tuple[int | str, ...],
 ) -> Outcome:
-    """Attack `x` (N, C, H, W) of classes `y` and score what comes of it by `predict`, whatever the attack claims.
+    """Attack `x` (N, C, H, W) of classes `y`, and score what the attack returns by `predict`, whatever it claims.
 
-    Every proposal is projected into the threat model first; pixels that are not finite become the clean image's. Only
-    examples that are right without an attack, and that no earlier part has broken, are attacked. `purpose` seeds it.
+    Every adversarial image is projected into the threat model first; pixels that are not finite become the clean
+    image's. Only examples that are right without an attack, and that no earlier part has broken, are attacked. The
+    attack's seed follows from `purpose`.
     """
     started = time.perf_counter()
     with torch.no_grad():
@@ -170,15 +171,15 @@ def run_attack(
         left = outcome.robust.nonzero()[:, 0]
         broken = 0
         if len(left):
-            found = part.run(x[left], y[left], seed_for(*purpose, attack.name, part.name))
-            x_adv = torch.where(found.x_adv.isfinite(), found.x_adv.detach().to(x.dtype), x[left])
+            proposal = part.run(x[left], y[left], seed_for(*purpose, attack.name, part.name))
+            x_adv = torch.where(proposal.x_adv.isfinite(), proposal.x_adv.detach().to(x.dtype), x[left])
             x_adv = threat.project(x_adv, x[left]).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 logits = predict(x_adv)
-            held = correct(logits, y[left])
-            outcome.x_adv[left], outcome.predicted[left], outcome.robust[left] = x_adv, logits.argmax(1), held
-            broken = int((~held).sum())
-            outcome.flags += [flag for flag in found.flags if flag not in outcome.flags]
+            robust = correct(logits, y[left])
+            outcome.x_adv[left], outcome.predicted[left], outcome.robust[left] = x_adv, logits.argmax(1), robust
+            broken = int((~robust).sum())
+            outcome.flags += [flag for flag in proposal.flags if flag not in outcome.flags]
         outcome.parts.append({"name": part.name, "attempted": len(left), "broken": broken})
     outcome.seconds = time.perf_counter() - started
     return outcome

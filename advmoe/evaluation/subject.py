@@ -1,6 +1,6 @@
 """What is measured, opened once: a run or a user's own classifier, the images that measure it, and how to attack it.
 
-Axes: `N` examples, `B` batch.
+Axes: `N` examples, `B` batch, `C` channels, `H W` size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from advmoe.attacks.pgd import Predict
 from advmoe.config import Config
 from advmoe.data import Images, load_dataset
 from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import Plan, checked, make_job, placed, positive
+from advmoe.evaluation.accuracy import Execution, checked, placed, positive
 from advmoe.evaluation.harness import Job, Load
+from advmoe.evaluation.outcomes import Measurement, make_job
 from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.suite import build
 from advmoe.evaluation.targets import home_of, is_source
@@ -69,21 +70,21 @@ def options_of(options: Options | None, keywords: Mapping[str, Any], **usual: An
 
 
 @dataclass(frozen=True)
-class _Loader:
+class _ClassifierLoader:
     """Makes the classifier of a run or a source; each process calls it once."""
 
     target: str
     weights: str | None
     source: str | None
     digest: str | None = None
-    """The digest that it must have: a run may be trained on, and a factory draw other weights, meanwhile."""
+    """What the classifier's must be: a run may be trained on, and a factory draw other weights, meanwhile."""
 
     def __call__(self, device: torch.device) -> Predict:
         """The classifier on `device`; of a sparse model the compacted form, which costs less. Raises `ValueError`."""
         predict = load_classifier(self.target, self.weights) if is_source(self.target) else self._run()
-        if self.digest is not None and (found := digest_of(predict)) != self.digest:
+        if self.digest is not None and (loaded := digest_of(predict)) != self.digest:
             rule = f"make the same weights every time it is loaded (SHA-256 {self.digest[:16]})"
-            raise InputError(f"{self.target} must {rule}, got {str(found)[:16]}: it changed meanwhile")
+            raise InputError(f"{self.target} must {rule}, got {str(loaded)[:16]}: it changed meanwhile")
         return placed(predict, device)
 
     def _run(self) -> Classifier:
@@ -91,8 +92,8 @@ class _Loader:
 
 
 def digest_of(predict: Predict) -> str | None:
-    """The digest of what results are of: a loaded model's as its weights file has it, another module's own; None of
-    any other callable.
+    """The digest by which results name their model: of a loaded model that in its weights file, of another module its
+    own; None for any other callable.
     """
     if isinstance(predict, Classifier) and predict.origin is not None:
         return predict.origin.digest
@@ -123,7 +124,7 @@ class Subject:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What every result says of what it is of."""
+        """What every result says of its model and data."""
         left_out = {"notes": list(self.notes)} if self.notes else {}
         return {DIGEST: self.digest, "data": {"name": self.data_name, "split": "test", **left_out}}
 
@@ -135,28 +136,32 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """The first device to compute on."""
-        return Plan(accelerator=self.options.accelerator).devices()[0]
+        return Execution(accelerator=self.options.accelerator).devices()[0]
+
+    def measurement(self, usual: Sequence[str] | None = None) -> Measurement:
+        """The attacks that the options name, else the `usual` ones, in batches and by the seed of the options."""
+        options = self.options
+        return Measurement(
+            threat=self.threat, attack=self.config.attack, batch_size=options.batch_size, seed=self.seed,
+            attacks=usual if options.attacks is None else options.attacks,
+        )  # fmt: skip
 
     def under_attack(self, usual: Sequence[str] | None = None) -> UnderAttack:
         """The classifier on its device, to be attacked as the options name it, else in the `usual` ways."""
-        attacks = usual if self.options.attacks is None else self.options.attacks
-        predict = self.load(device := self.device)
-        job, names = make_job(
-            predict, self.data, device, self.threat, self.config.attack, attacks, self.options.batch_size, self.seed
-        )
-        return UnderAttack(device, predict, job, names)
+        predict = self.load(self.device)
+        job, names = make_job(predict, self.data, self.measurement(usual), self.device)
+        return UnderAttack(self.device, predict, job, names)
 
     def routed_under_pgd(self, purpose: str) -> UnderAttack:
-        """As `under_attack`, of a routed model and PGD, by default as configured. Raises `InputError` for anything
-        else.
+        """As `under_attack`, by default by PGD as configured.
+
+        Raises `InputError` for a model without MoE layers, and for another attack than PGD.
         """
-        opened = self.under_attack(["pgd"])
-        if not opened.job.setting.routed:
+        attacked = self.under_attack(["pgd"])
+        if not attacked.job.setting.routed:
             raise InputError(f"a model to {purpose} must have MoE layers, got {self.target!r} without")
-        for name in opened.names:
-            if not name.startswith("pgd-"):
-                raise InputError(f"attacks to {purpose} must be PGD's, got {name!r}")
-        return opened
+        require_pgd(purpose, attacked.names)
+        return attacked
 
 
 @dataclass(frozen=True)
@@ -170,12 +175,16 @@ class UnderAttack:
     """The attacks' full names."""
 
     def check(self, allow: Collection[str], names: Sequence[str] | None = None) -> None:
-        """Raise `InputError` where a check fails that is not in `allow`, or `names` (all) cannot be made."""
+        """Make the checks that precede an attack.
+
+        Raises `InputError` where one fails that is not in `allow`, or where an attack of `names` (all) cannot be made.
+        """
         checked(self.predict, self.job, self.device, allow, self.names if names is None else names)
 
     def images(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every image under PGD called `name`, those that are wrong without an attack too: in batches, pixels
-        (B, C, H, W), their adversarial ones, and classes (B,).
+        """Batches of all images under the PGD called `name`: pixels (B, C, H, W), adversarial pixels, and classes (B,).
+
+        Images that are wrong without an attack are attacked too.
         """
         predict, job, device = self.predict, self.job, self.device
         (part,) = build(name, predict, job.setting, None).parts
@@ -187,12 +196,23 @@ class UnderAttack:
                 yield x, job.setting.threat.project(x_adv, x), y
 
 
-def subject(target: str | Path, options: Options | None = None, *, kept: bool = True, **keywords: Any) -> Subject:
-    """What a run directory, or a user's own `FILE.py:FACTORY`, and the settings given with it describe.
+def require_pgd(purpose: str, names: Sequence[str], *, single: bool = False) -> None:
+    """Raise `InputError` for attacks that are not PGD's, and with `single` for more than one."""
+    for name in names:
+        if not name.startswith("pgd-"):
+            raise InputError(f"attacks to {purpose} must be PGD's, got {name!r}")
+    if single and len(names) != 1:
+        raise InputError(f"attacks to {purpose} must be a single one, got {', '.join(names)}")
+
+
+def open_subject(
+    target: str | Path, options: Options | None = None, *, writes: bool = True, **keywords: Any
+) -> Subject:
+    """Open a run directory, or a user's own `FILE.py:FACTORY`, with the images that the options name.
 
     Args:
         keywords: `Options` by name, in place of `options` or of theirs.
-        kept: whether results go to the options' `out` at all, so that it must be writable.
+        writes: whether results will be written, so that the options' `out` must be writable.
 
     Raises `InputError` for a run, model, data or setting that cannot be used.
     """
@@ -200,7 +220,7 @@ def subject(target: str | Path, options: Options | None = None, *, kept: bool = 
     if options.num_examples is not None:
         positive("num_examples", options.num_examples)
     load, home = _loader(target, options), home_of(target, options.out)
-    if kept:
+    if writes:
         require_writable("out", home)
     config = _config(target, options)
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
@@ -208,15 +228,15 @@ def subject(target: str | Path, options: Options | None = None, *, kept: bool = 
         config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
         val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed,
     )  # fmt: skip
-    there = data.num_classes, data.in_channels
-    expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else there
-    if any(wanted not in (None, got) for wanted, got in zip(expected, there, strict=True)):
-        raise InputError(f"data must have the model's (classes, channels) {expected}, got {there}")
+    shape = data.num_classes, data.in_channels
+    expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else shape
+    if any(wanted not in (None, got) for wanted, got in zip(expected, shape, strict=True)):
+        raise InputError(f"data must have the model's (classes, channels) {expected}, got {shape}")
     if isinstance(model, Classifier) and (names := tuple(model.spec.get("classes", data.classes))) != data.classes:
         ours, theirs = next(pair for pair in zip(names, data.classes, strict=True) if pair[0] != pair[1])
         raise InputError(f"data must have the model's classes in their order, got {theirs!r} for {ours!r}")
     seed = config.training.seed if options.seed is None else options.seed
-    index = _drawn(len(data.test), options.num_examples, seed)
+    index = _sampled(len(data.test), options.num_examples, seed)
     load = replace(load, digest=digest_of(model))
     return Subject(
         target=target, options=options, load=load, data=data.test.subset(index), index=index, config=config, home=home,
@@ -224,7 +244,7 @@ def subject(target: str | Path, options: Options | None = None, *, kept: bool = 
     )  # fmt: skip
 
 
-def _loader(target: str, options: Options) -> _Loader:
+def _loader(target: str, options: Options) -> _ClassifierLoader:
     own = is_source(target)
     if not own:
         require_plain(Path(target))
@@ -232,7 +252,7 @@ def _loader(target: str, options: Options) -> _Loader:
         raise InputError(f"weights must go with FILE.py:FACTORY (a run has its own), got {options.weights!r}")
     if own and options.source is not None:
         raise InputError(f"--model must go with a run (FILE.py:FACTORY is one itself), got {options.source!r}")
-    return _Loader(target, options.weights, options.source)
+    return _ClassifierLoader(target, options.weights, options.source)
 
 
 def _config(target: str, options: Options) -> Config:
@@ -243,7 +263,7 @@ def _config(target: str, options: Options) -> Config:
     return Config.from_dict(settings)
 
 
-def _drawn(images: int, number: int | None, seed: int) -> Tensor:
+def _sampled(images: int, number: int | None, seed: int) -> Tensor:
     """The positions of `number` of so many `images`, in their order."""
     if number is None or number >= images:
         return torch.arange(images)

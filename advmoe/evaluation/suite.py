@@ -11,17 +11,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from advmoe.attacks.autoattack import autoattack_attack, official_library
-from advmoe.attacks.base import Attack, Found, Part
+from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import LOSSES, Predict, pgd
-from advmoe.attacks.routed import Budget, RoutedPlan, routed_attack
+from advmoe.attacks.routed import Budget, RoutedPlan, RoutedTarget, routed_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
@@ -41,6 +41,15 @@ class Setting:
     """Whether the model has MoE layers."""
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What the attacks take their steps from, ready for JSON."""
+        attack = self.attack
+        return {
+            "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
+            "pathways": attack.pathways, "queries": attack.queries,
+        }  # fmt: skip
+
+    @property
     def budget(self) -> Budget:
         """Of `routed`, in the run's own steps."""
         steps, size = self.attack.steps, float(self.attack.step_size)
@@ -50,8 +59,8 @@ class Setting:
         )  # fmt: skip
 
 
-class Form(Protocol):
-    """An attack as it is asked for by name."""
+class NamedAttack(Protocol):
+    """What a name among `--attacks` means."""
 
     @property
     def for_routed(self) -> bool:
@@ -59,7 +68,7 @@ class Form(Protocol):
 
     @property
     def least_classes(self) -> int:
-        """Classes that its loss needs."""
+        """The fewest classes that its loss can do with."""
 
     def named(self, setting: Setting) -> str:
         """Its full name. Raises `InputError` for a model that has no use for it, or where an extra is missing."""
@@ -98,9 +107,9 @@ class _Pgd:
         threat, size, restarts = setting.threat, float(setting.attack.step_size), setting.attack.restarts
         surrogate, steps = soft_routing(predict) if self.soft else None, self.steps(setting)
 
-        def run(x: Tensor, y: Tensor, seed: int) -> Found:
+        def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
             generator = torch.Generator().manual_seed(seed)
-            return Found(
+            return Proposals(
                 pgd(predict, x, y, threat=threat, steps=steps, step_size=size, restarts=restarts, loss=self.loss,
                     surrogate=surrogate, generator=generator)
             )  # fmt: skip
@@ -108,7 +117,7 @@ class _Pgd:
         reach = steps * size
         short = f"{steps} steps of {size:.4g} cannot cross the ball from its centre to its edge, {threat.eps:.4g}"
         settings = {"steps": steps, "step_size": size, "restarts": restarts, "loss": self.loss}
-        return Attack(self.named(setting), (Part("pgd", run),), settings, (short,) if reach < threat.eps else ())
+        return Attack(self.named(setting), (AttackPart("pgd", run),), settings, (short,) if reach < threat.eps else ())
 
 
 @dataclass(frozen=True)
@@ -149,16 +158,48 @@ class _Routed:
 
     def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
         assert plan is not None
-        return routed_attack(OpenRouting(predict), predict, plan, threat=setting.threat, budget=setting.budget)
+        return routed_attack(RoutedTarget(OpenRouting(predict), predict, setting.threat), plan, setting.budget)
 
 
-def _pgd(name: str) -> Form | None:
+@dataclass(frozen=True)
+class FunctionAttack:
+    """An attack that is a function `(predict, x, y, *, threat, seed) -> adversarial x`."""
+
+    name: str
+    function: Callable[..., Tensor]
+    for_routed: bool = False
+    least_classes: int = 2
+
+    def steps(self, setting: Setting) -> int:
+        """Those of the setting: how far the function goes is its own affair."""
+        return setting.attack.steps
+
+    def named(self, setting: Setting) -> str:
+        """Its name. Raises `InputError` for a model that has no use for it."""
+        if self.for_routed and not setting.routed:
+            raise InputError(f"attacks must suit a model without MoE layers, got {self.name!r}")
+        return self.name
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        """The attack on `predict`."""
+
+        def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
+            adversarial = self.function(predict, x, y, threat=setting.threat, seed=seed)
+            if not isinstance(adversarial, Tensor) or adversarial.shape != x.shape:
+                got = getattr(adversarial, "shape", type(adversarial).__name__)
+                raise InputError(f"the attack {self.name} must return images {tuple(x.shape)}, got {got}")
+            return Proposals(adversarial.detach().to(x))
+
+        return Attack(self.name, (AttackPart(self.name, run),), {}, ())
+
+
+def _pgd(name: str) -> NamedAttack | None:
     losses = "|".join(loss for loss in LOSSES if loss != "ce")
     match = re.fullmatch(rf"pgd(?:-([1-9][0-9]{{0,4}}))?(?:-({losses}))?(-soft)?", name)
     return match and _Pgd(int(match[1]) if match[1] else None, match[2] or "ce", match[3] is not None)
 
 
-def _custom(name: str) -> Form | None:
+def _custom(name: str) -> NamedAttack | None:
     if (match := re.fullmatch(r"autoattack:([a-z+-]+)", name)) is None:
         return None
     parts = tuple(match[1].split("+"))
@@ -169,7 +210,7 @@ def _custom(name: str) -> Form | None:
 
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
-ATTACKS: Table[Form] = Table(
+ATTACKS: Table[NamedAttack] = Table(
     "attacks",
     {
         "routed": _Routed(),

@@ -1,10 +1,10 @@
-"""Robust accuracy against the attack's radius (fig. 2 of Zhang et al., 2023), and what gives masked gradients away.
+"""Robust accuracy against the attack's radius (fig. 2 of Zhang et al., 2023), and how masked gradients show in it.
 
 Axes: `N` examples. `eps` is in pixels of [0, 1]; accuracies are fractions.
 
-A ball holds every smaller ball, so a perfect attack breaks at a radius all that it breaks at a smaller one, and at a
-radius that reaches every image it breaks everything. Where that fails by more than chance, it is the attack that
-failed: the model likely masks its gradients (Athalye et al., ICML 2018; Carlini et al., 2019, sec. 4). Two rules:
+A ball contains every smaller ball. So a perfect attack breaks at a radius all that it breaks at a smaller one, and
+breaks everything at a radius that reaches every image. Where that fails by more than chance, the attack has failed: the
+model likely masks its gradients (Athalye et al., ICML 2018; Carlini et al., 2019, sec. 4). Two rules:
 
 - Probe: at a radius that reaches every image, robust accuracy must be at most 1% or one example, whichever is more.
 - Rise: for any two radii, let `regained` examples be broken at the smaller and robust at the larger, and `lost` the
@@ -47,16 +47,16 @@ def sweep(
     Args:
         robust_at: radius -> whether each example is still classified right, (N,) booleans, the same examples in the
             same order each time. Called once per radius, in ascending order.
-        epsilons: radii, sorted here, each taken once; 0 (clean accuracy) where given.
-        probe: a radius that reaches every image from every other: default 1 in linf; in l2 the square root of the
-            number of pixel values, C H W, which the caller must give.
+        epsilons: radii in any order, each measured once; at 0 the accuracy is the clean one.
+        probe: a radius that reaches every image from every other: default 1 in linf; in l2 it must be named: the square
+            root of the number of pixel values, C H W.
 
     Returns, ready for JSON: `norm`, `num_examples`, `points` (per radius `eps`, `robust_accuracy`, its 95% `interval`,
     the counts `broken` and `regained`: robust here, though broken at a smaller radius), `probe` (one more point) and
     `masking` (`suspected` and a list of `reasons`, a sentence each).
     Raises `ValueError` for radii or a probe that cannot be used, or answers that are not (N,) booleans.
     """
-    radii, probe = _checked(epsilons, norm, probe)
+    radii, probe = _checked_radii(epsilons, norm, probe)
     outcomes: dict[float, Tensor] = {}
     for eps in tracked(sorted({*radii, probe}), "radii", unit="radius"):
         expected = next((len(known) for known in outcomes.values()), None)
@@ -73,7 +73,7 @@ def sweep(
     }
 
 
-def _checked(epsilons: Iterable[float], norm: str, probe: float | None) -> tuple[list[float], float]:
+def _checked_radii(epsilons: Iterable[float], norm: str, probe: float | None) -> tuple[list[float], float]:
     if norm not in ("linf", "l2"):
         raise InputError(f"norm must be linf or l2, got {norm!r}")
     radii = sorted({float(eps) for eps in epsilons})
@@ -128,7 +128,7 @@ def _probe_reasons(point: dict[str, Any], count: int, norm: str) -> list[str]:
 def _rise_reasons(outcomes: dict[float, Tensor], norm: str) -> list[str]:
     """A sentence on the least likely of the rises that chance does not explain, if there is one."""
     pairs = list(combinations(outcomes, 2))
-    found = []
+    rises = []
     for small, large in pairs:
         regained = int((outcomes[large] & ~outcomes[small]).sum())
         lost = int((outcomes[small] & ~outcomes[large]).sum())
@@ -136,10 +136,10 @@ def _rise_reasons(outcomes: dict[float, Tensor], norm: str) -> list[str]:
             continue
         chance = rise_by_chance(regained, lost)
         if chance * len(pairs) <= RISE_LEVEL:
-            found.append((chance, small, large, regained, lost))
-    if not found:
+            rises.append((chance, small, large, regained, lost))
+    if not rises:
         return []
-    chance, small, large, regained, lost = min(found)
+    chance, small, large, regained, lost = min(rises)
     return [
         f"gradient masking suspected: robust accuracy rises from {_accuracy(outcomes[small])} at eps "
         f"{radius(small, norm)} to {_accuracy(outcomes[large])} at eps {radius(large, norm)} "

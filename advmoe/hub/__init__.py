@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.hub.checkpoint import LIBRARY, Checkpoint
+from advmoe.hub.checkpoint import LIBRARY, PublishedModel
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 
@@ -40,10 +40,10 @@ def save_pretrained(
     `config.yaml`, `manifest.json` and `evaluation.json`. Raises `ValueError` for a run that cannot be read or a folder
     that holds something else.
     """
-    checkpoint, folder = Checkpoint.of(model, source, license), Path(folder)
+    published, folder = PublishedModel.of(model, source, license), Path(folder)
     if not _can_be_filled(folder):
         raise InputError(f"folder must be new, empty or one that save_pretrained filled, got {str(folder)!r}")
-    checkpoint.write(folder)
+    published.write(folder)
     return folder
 
 
@@ -75,7 +75,7 @@ def from_pretrained(
         source: `FILE.py:FACTORY` of the network, where it is one of its author's own: a file of yours, executed.
         revision: branch, tag or commit of the repository; by default `main`.
         token: of the Hub, by default the one that `hf auth login` stored; False sends none.
-        cache_dir: where downloads are kept, by default the Hub's own cache. local_files_only: use nothing but those.
+        cache_dir: the folder of downloads, by default the Hub's own cache. local_files_only: use nothing but those.
 
     Runs no code from what it loads. Raises `ValueError` of one line for a file that is missing or damaged, a repository
     or revision that cannot be had, or a missing extra.
@@ -87,10 +87,10 @@ def from_pretrained(
     _require_repo_id("name", name)
     mixin = _mixin()
     with _client_errors(f"{name} cannot be had from the Hub"):
-        found = mixin.from_pretrained(
+        loaded = mixin.from_pretrained(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, source=source
         )
-    return found.checkpoint.model
+    return loaded.published.model
 
 
 def push_to_hub(
@@ -107,16 +107,16 @@ def push_to_hub(
     """Upload what `save_pretrained` writes, in one commit, and return its URL. Needs the extra `hub`.
 
     Args:
-        model, source, license: as of `save_pretrained`. repo_id: `owner/name`; made if there is none.
-        private: of a repository that is made here. token: by default the one that `hf auth login` stored.
+        model, source, license: as of `save_pretrained`. repo_id: `owner/name`; a new repository if there is none.
+        private: of a new repository. token: by default the one that `hf auth login` stored.
         branch: to commit to, by default `main`.
 
     Raises `ValueError` of one line for a run that cannot be read, a missing extra, or what the Hub refuses.
     """
     _require_repo_id("repo_id", repo_id)
-    mixin, checkpoint = _mixin(), Checkpoint.of(model, source, license, repo_id)
+    mixin, published = _mixin(), PublishedModel.of(model, source, license, repo_id)
     with _client_errors(f"{repo_id} cannot be pushed to the Hub"):
-        url = mixin(checkpoint).push_to_hub(
+        url = mixin(published).push_to_hub(
             repo_id, private=private, token=token, branch=branch, commit_message=commit_message
         )
     return str(url)

@@ -1,6 +1,6 @@
 """The model card: what a run directory's files say about its model, for people and (front matter) for the Hub.
 
-Nothing else is said: what no file records, the card calls unknown.
+What no file records, the card calls unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
 
 RECORDED = (CONFIG, MANIFEST, EVALUATION, MASKS)
-"""The files of a run directory that a card tells, and that travel with the weights."""
+"""The files of a run directory that a card tells of, and that travel with the weights."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Record:
 
     @staticmethod
     def read(run: Path, digest: str | None = None) -> Record:
-        """The record in `run` of the model with this digest: an evaluation of another one is left out. Raises
-        `ValueError` naming a file that is damaged; any may be missing.
+        """The record in `run` of the model with this digest; an evaluation of another model is left out.
+
+        Any file may be missing. Raises `ValueError`, which names the file, for a damaged one.
         """
         require_plain(run)
         texts = {}
@@ -69,20 +70,18 @@ class Record:
 
 
 def _without_places(config: Config) -> bool:
-    """Have `config` name no place of this machine alone, which tells others nothing but what they need not know;
-    whether it did.
-    """
-    found = False
+    """Cut the folders of this machine off the paths in `config`; whether there were any."""
+    changed = False
     for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
         value = getattr(getattr(config, group), name)
         if value is not None and (short := portable(value)) != value:
             setattr(getattr(config, group), name, short)
-            found = True
-    return found
+            changed = True
+    return changed
 
 
 def portable(word: str) -> str:
-    """A word without the folders of a path that begins at a root or at home."""
+    """A word of a command line; of a path that begins at a root or at home, its last part."""
     option, equals, value = word.rpartition("=")
     local = PurePath(value).is_absolute() or value.startswith("~")
     return f"{option}{equals}{PurePath(value).name}" if local else word
@@ -94,10 +93,10 @@ def _json(path: Path, text: str | None) -> dict[str, Any] | None:
     return parse_object(text, str(path))
 
 
-def _check_evaluation(found: Mapping[str, Any], path: Path) -> None:
-    """The numbers that every evaluation holds must be there: a card must not call a damaged file unevaluated."""
-    robust, threat, number = found.get("robust_accuracy"), found.get("threat"), found.get("num_examples")
-    accuracies = [found.get("clean_accuracy"), found.get("worst_case")]
+def _check_evaluation(evaluation: Mapping[str, Any], path: Path) -> None:
+    """Raise `ValueError` for an evaluation without its numbers: a card must not call a damaged file unevaluated."""
+    robust, threat, number = evaluation.get("robust_accuracy"), evaluation.get("threat"), evaluation.get("num_examples")
+    accuracies = [evaluation.get("clean_accuracy"), evaluation.get("worst_case")]
     accuracies += robust.values() if isinstance(robust, dict) else [None]
     sound = all(isinstance(value, int | float) and 0 <= value <= 1 for value in accuracies)
     sound = sound and isinstance(threat, dict) and {"norm", "eps"} <= set(threat)
@@ -282,34 +281,35 @@ def _provenance(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _robustness(record: Record) -> str:
-    found = record.evaluation
-    if found is None:
+    evaluation = record.evaluation
+    if evaluation is None:
         reason = record.note or "No evaluation of this model is recorded."
         unknown = "Neither its clean nor its robust accuracy is known."
         return f"## Accuracy and robustness\n\n**Not evaluated.** {reason} {unknown}"
-    data, reports, number = found.get("data", {}), found.get("attacks", {}), int(found["num_examples"])
+    data, threat = evaluation.get("data", {}), _threat(evaluation["threat"])
+    reports, number = evaluation.get("attacks", {}), int(evaluation["num_examples"])
     count = f"{number:,} images of `{data.get('name', 'unknown')}` ({data.get('split', 'test')})"
-    named = {"none (clean, SA)": found["clean_accuracy"]}
-    named |= {f"{name} (RA)": value for name, value in found["robust_accuracy"].items()}
-    named["worst case over all of them"] = found["worst_case"]
+    named = {"none (clean, SA)": evaluation["clean_accuracy"]}
+    named |= {f"{name} (RA)": value for name, value in evaluation["robust_accuracy"].items()}
+    named["worst case over all of them"] = evaluation["worst_case"]
     rows = [[name, percent(value), _interval(value, number)] for name, value in named.items()]
     lines = [
         "## Accuracy and robustness",
         "",
-        f"Measured on {count}, threat model {_threat(found['threat'])}; an image counts as robust in the worst case "
-        "only if every attack failed on it.",
+        f"Measured on {count}, threat model {threat}; an image counts as robust in the worst case only if every attack "
+        "failed on it.",
         "",
         _table(["attack", "accuracy, %", "95% interval (Wilson)"], rows),
         "",
     ]
-    if found.get("masking_gap") is not None:
-        gap = f"{100 * found['masking_gap']:.1f} points"
+    if evaluation.get("masking_gap") is not None:
+        gap = f"{100 * evaluation['masking_gap']:.1f} points"
         lines.append(f"- Masking gap (straight-through PGD less the worst case): {gap}.")
     lines += [f"- `{name}` was skipped: {r['skipped']}." for name, r in reports.items() if "skipped" in r]
-    lines += _flags(found, reports)
+    lines += _flags(evaluation, reports)
     lines += [
         f"- A check made before attacking failed: {check.get('name')}."
-        for check in found.get("checks", [])
+        for check in evaluation.get("checks", [])
         if not check.get("passed")
     ]
     return "\n".join(lines)
@@ -321,9 +321,9 @@ def _interval(share: float, number: int) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def _flags(found: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:
+def _flags(evaluation: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:
     """AutoAttack's warnings: raised, none, or no AutoAttack."""
-    run = [name for name in found["robust_accuracy"] if name.startswith("autoattack")]
+    run = [name for name in evaluation["robust_accuracy"] if name.startswith("autoattack")]
     if not run:
         return ["- AutoAttack was not run: these figures are upper bounds that a stronger attack may lower."]
     lines = []

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, as files."""
+"""The files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from advmoe.rundir import MODEL
 
 
 def _recorded(model: Classifier) -> Record:
-    """What the run that a model was loaded from says of it; nothing where it has been changed since."""
+    """The record of the run that a model was loaded from; an empty one where it has been changed since."""
     origin = model.origin
     if origin is None or origin.run is None or not origin.run.is_dir() or digest(model) != origin.digest:
         return Record()
@@ -31,8 +31,8 @@ LIBRARY = "advmoe"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model, what is known about it, and how it is called."""
+class PublishedModel:
+    """A model with the record of its run, as a folder or a repository holds them."""
 
     model: Classifier
     record: Record
@@ -46,14 +46,14 @@ class Checkpoint:
         source: str | None = None,
         license: str | None = None,
         repo_id: str | None = None,
-    ) -> Checkpoint:
-        """The checkpoint of a run directory (`source`: see `load_run`), or of a model, with what its run says of it as
-        long as it is what was loaded from there. Raises `ValueError` else.
+    ) -> PublishedModel:
+        """The model of a run directory (`source`: see `load_run`), or a model, which has a record unless it has been
+        changed since it was loaded from its run. Raises `ValueError` for anything else.
         """
         if isinstance(model, str | Path) and Path(model).is_dir():
             model = load_run(model, source)
         if isinstance(model, Classifier):
-            return Checkpoint(model, _recorded(model), license, repo_id)
+            return PublishedModel(model, _recorded(model), license, repo_id)
         got = repr(str(model)) if isinstance(model, str | Path) else f"an object of type {type(model).__name__}"
         raise InputError(f"model must be a run directory or a model of advmoe's, got {got}")
 

@@ -9,15 +9,13 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 
 from advmoe.errors import InputError
 from advmoe.hub.card import Record
-from advmoe.hub.checkpoint import Checkpoint
+from advmoe.hub.checkpoint import PublishedModel
 from advmoe.models import load_files
 from advmoe.models.sources import load_module
 from advmoe.rundir import MODEL, WEIGHTS
 
 LOADED = (MODEL, WEIGHTS)
-"""The files that loading takes of a repository, whatever else lies there: in the client's cache they are links of its
-own.
-"""
+"""The files of a repository that loading downloads. In the client's cache they are links of the client's own."""
 
 
 class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
@@ -26,20 +24,20 @@ class HubCheckpoint(ModelHubMixin, library_name="advmoe"):
     # Not None: the mixin then makes no configuration of the constructor's arguments, which are no JSON.
     _hub_mixin_config: Any = {}  # noqa: RUF012
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, published: PublishedModel) -> None:
+        self.published = published
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self.checkpoint.write(save_directory)
+        self.published.write(save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, source: str | None = None, **kwargs: Any) -> HubCheckpoint:
-        """Both files of one commit, even if another is made meanwhile."""
-        options = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        wanted = {name: kwargs[name] for name in options}
-        folder = Path(snapshot_download(model_id, allow_patterns=list(LOADED), **wanted))
+        """Load both files from one commit, even if another is pushed meanwhile."""
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        options = {name: kwargs[name] for name in names}
+        folder = Path(snapshot_download(model_id, allow_patterns=list(LOADED), **options))
         try:
             module = None if source is None else load_module(source)
-            return cls(Checkpoint(load_files(folder / MODEL, folder / WEIGHTS, module), Record()))
+            return cls(PublishedModel(load_files(folder / MODEL, folder / WEIGHTS, module), Record()))
         except ValueError as error:
             raise InputError(f"{model_id}: {error}") from error

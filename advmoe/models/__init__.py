@@ -1,5 +1,7 @@
 """Backbones by name, as Dense, S-Dense, Sparse-CNN and MoE-CNN, and the model files that rebuild one with nothing
 else.
+
+Axes: `C` channels, `H W` size, `K` classes, `E` experts.
 """
 
 from __future__ import annotations
@@ -77,30 +79,30 @@ def create_model(
         name: backbone (`find_backbone`). num_classes: K. input_size: side of the images in pixels. in_channels: their
         channels. kind: `moe`, the `dense` backbone, `s-dense`, whose every layer has `scale` times the channels, or
         `sparse`: the Dense backbone (no transformer) under masks that keep `scale` of every layer's channels.
-        scale: r, in (0, 1]. num_experts: N. router, route_per, experts, experts_init: see `config.ModelConfig`.
+        scale: r, in (0, 1]. num_experts: E. router, route_per, experts, experts_init: see `config.ModelConfig`.
         width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
         WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
         the model. classes: their K names, for `predict`. cut: how a picture of any shape becomes one of the model's
-        size, `middle-square` (the default) or ImageNet's `central-crop`. most_parameters: a model of more is refused
-        before it is made.
+        size, `middle-square` (the default) or ImageNet's `central-crop`. most_parameters: a larger model is refused
+        before it is built.
 
     Raises `ValueError` that names the argument, the rule and the value.
     """
-    found = find_backbone(name)
+    entry = find_backbone(name)
     for argument, hint, value in (
         ("num_classes", Classes, num_classes), ("input_size", Side, input_size), ("in_channels", Channels, in_channels),
     ):  # fmt: skip
         typed(argument, hint, value)
-    Within(found.min_size, 4096).require("input_size", input_size)
+    Within(entry.min_size, 4096).require("input_size", input_size)
     config = ModelConfig(
         name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, route_per=route_per,
         experts=experts, experts_init=experts_init, width=width,
     )  # fmt: skip
-    if route_per == "token" and not found.tokens:
+    if route_per == "token" and not entry.tokens:
         able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
         rule = f"image for backbones without tokens (with: {able})"
         raise InputError(f"model.route_per must be {rule}, got {route_per!r}")
-    if kind == "sparse" and found.tokens:
+    if kind == "sparse" and entry.tokens:
         raise InputError(f"model.name must be a CNN when model.kind is sparse, got {name!r}")
     mean = [0.5] * in_channels if mean is None else list(mean)
     std = [0.25] * in_channels if std is None else list(std)
@@ -111,8 +113,8 @@ def create_model(
     if not 0 < min(std) <= max(std) < math.inf:
         raise InputError(f"std must be > 0 in every channel, got {show(std)}")
     layers = LayerFactory(config, most_parameters)
-    config.width = wide = config.width or found.width
-    build = partial(found.build, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
+    config.width = wide = config.width or entry.width
+    build = partial(entry.build, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
     try:
         if wide > 256 or num_experts > 16:  # tried without memory first: it may be more than there is
             with torch.device("meta"), Undrawn():
@@ -149,7 +151,7 @@ class _Misfit(InputError):
 
 
 def _require_described(spec: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `ValueError` unless the model of `spec` has these `shapes`; it is made without memory for its weights, and
+    """Raise `ValueError` unless the model of `spec` has these `shapes`. It is built without memory for its weights, and
     no further than there are values.
     """
     try:
@@ -165,11 +167,11 @@ def _require_described(spec: dict[str, Any], shapes: Mapping[str, tuple[int, ...
 
 def _layer_of(network: nn.Module, channels: int) -> str | None:
     """The name of the first layer that makes as many channels."""
-    made = (
+    layers = (
         (name, getattr(each, "out_channels", getattr(each, "out_features", 0)))
         for name, each in network.named_modules()
     )
-    return next((name for name, number in made if number == channels), None)
+    return next((name for name, number in layers if number == channels), None)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -183,16 +185,16 @@ def save_model(model: Classifier, folder: Path) -> None:
     """Write `model.safetensors` and `model.json`, which rebuild the model with no other file (but the code of a network
     of the user's own), each whole or not at all. The weights' header holds the digest of both.
     """
-    weights, known = savable(model.state_dict()), {DIGEST: digest(model)}
-    write_whole(folder / WEIGHTS, lambda path: write_tensors(path, weights, known))
+    weights, header = savable(model.state_dict()), {DIGEST: digest(model)}
+    write_whole(folder / WEIGHTS, lambda path: write_tensors(path, weights, header))
     write_text(folder / MODEL, json.dumps(model.spec, indent=2) + "\n")
 
 
 def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     """The model that `save_model` wrote, in eval mode on the CPU. Runs no code from the files, and follows no link.
 
-    `module` is what the model was made of where that was a network of the user's own (`to_moe`), new from its factory;
-    it is taken over. Raises `ValueError` naming the file that is missing or damaged, or where `module` is needed.
+    `module` is the user's own network, new from its factory, where the model is one (`to_moe`); it is taken over.
+    Raises `ValueError` naming the file that is missing or damaged, or where `module` is needed.
     """
     require_plain(folder)
     model = load_files(folder / MODEL, folder / WEIGHTS, module)
@@ -229,8 +231,8 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
         raise InputError(f"{description} must be {rule}, got {one_line(error)}") from error
     if model is None:
-        made = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
-        raise InputError(f"{folder} holds {made}: to open it name that, with --model FILE.py:FACTORY or source=...")
+        network = f"a network of somebody's own ({spec['source'] or spec.get('name')}), whose code is never run unasked"
+        raise InputError(f"{folder} holds {network}: to open it name that, with --model FILE.py:FACTORY or source=...")
     if not own and module is not None:
         raise InputError(f"{folder} must be opened without --model or source=...: its model is not of your own code")
     try:
@@ -238,11 +240,11 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
     except (SafetensorError, RuntimeError) as error:
         reason = one_line(error)
         raise InputError(f"{weights} must hold the weights that {description.name} describes, got {reason}") from error
-    found, known = digest(model), stored_digest(weights)
-    if known not in (None, found):
-        rule = f"be as they were written together (SHA-256 {str(known)[:64]})"
-        raise InputError(f"{weights} and {description.name} must {rule}, got {found}: one of them is damaged")
-    model.origin = Origin(found)
+    actual, stored = digest(model), stored_digest(weights)
+    if stored not in (None, actual):
+        rule = f"be as they were written together (SHA-256 {str(stored)[:64]})"
+        raise InputError(f"{weights} and {description.name} must {rule}, got {actual}: one of them is damaged")
+    model.origin = Origin(actual)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Which channels of a network must be kept or dropped together.
+"""Which channels of a network must stay or be dropped together.
 
 Layers whose outputs are added up (all that write to a residual stream, its projection shortcuts included) share their
 channels; concatenated feature maps keep their own. Channels that belong together are a *group*, and a tensor's channels
@@ -37,24 +37,27 @@ class Layout:
     sizes: tuple[int, ...]
     """Channels of each group."""
     outputs: Mapping[str, Axis]
-    """What each convolution, linear layer and batch norm makes, by its name."""
+    """The output channels of each convolution, linear layer and batch norm, by its name."""
     inputs: Mapping[str, Axis]
-    """What each convolution and linear layer reads."""
+    """The input channels of each convolution and linear layer, by its name."""
 
-    def slices(self, kept: list[Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Per layer, the kept (rows, columns) of its tensors, None for all, where `kept` are each group's channels."""
+    def slices(self, surviving: list[Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Per layer, the (rows, columns) of its tensors that survive, None for all; `surviving` are each group's
+        channels.
+        """
+
+        def index(axis: Axis) -> Tensor | None:
+            if not axis.groups:
+                return None
+            starts = [sum(self.sizes[g] for g in axis.groups[:i]) for i in range(len(axis.groups))]
+            channels = torch.cat([surviving[g] + start for g, start in zip(axis.groups, starts, strict=True)])
+            entries = torch.arange(axis.repeat, device=channels.device)
+            return (channels[:, None] * axis.repeat + entries).flatten()
+
         return {
-            name: (self._index(axis, kept), self._index(self.inputs[name], kept) if name in self.inputs else None)
+            name: (index(axis), index(self.inputs[name]) if name in self.inputs else None)
             for name, axis in self.outputs.items()
         }
-
-    def _index(self, axis: Axis, kept: list[Tensor]) -> Tensor | None:
-        if not axis.groups:
-            return None
-        starts = [sum(self.sizes[g] for g in axis.groups[:i]) for i in range(len(axis.groups))]
-        channels = torch.cat([kept[g] + start for g, start in zip(axis.groups, starts, strict=True)])
-        entries = torch.arange(axis.repeat, device=channels.device)
-        return (channels[:, None] * axis.repeat + entries).flatten()
 
 
 class _Tracer(fx.Tracer):
@@ -66,24 +69,24 @@ class _Tracer(fx.Tracer):
 
 def channel_layout(network: nn.Module) -> Layout:
     """The groups of a network of convolutions, batch norms, linear layers, sums and concatenations, by its graph."""
-    union, made = _Union(), dict[fx.Node, tuple[int, ...]]()
+    union, groups = _Union(), dict[fx.Node, tuple[int, ...]]()
     outputs, inputs = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
     for node in _Tracer().trace(network).nodes:
-        sources = [made[source] for source in node.all_input_nodes]
+        sources = [groups[source] for source in node.all_input_nodes]
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, _READERS):
             inputs[node.target] = sources[0]
             size = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            outputs[node.target] = made[node] = (union.new(size),)
+            outputs[node.target] = groups[node] = (union.new(size),)
         elif isinstance(module, nn.BatchNorm2d):
-            outputs[node.target] = made[node] = sources[0]
+            outputs[node.target] = groups[node] = sources[0]
         elif node.target is torch.cat:
-            made[node] = tuple(chain(*(made[part] for part in cast(tuple[fx.Node, ...], node.args[0]))))
+            groups[node] = tuple(chain(*(groups[part] for part in cast(tuple[fx.Node, ...], node.args[0]))))
         else:
-            made[node] = sources[0] if sources else ()
+            groups[node] = sources[0] if sources else ()
             for other in sources[1:]:
-                union.join(made[node], other)
-    (logits,) = made[node]  # of the last one, the graph's output
+                union.join(groups[node], other)
+    (logits,) = groups[node]  # of the last one, the graph's output
     return _numbered(network, union, logits, outputs, inputs)
 
 
@@ -118,7 +121,7 @@ def _numbered(
     outputs: Mapping[str, tuple[int, ...]],
     inputs: Mapping[str, tuple[int, ...]],
 ) -> Layout:
-    """The layout, its groups numbered as they are made, the logits' left out."""
+    """The layout, its groups numbered in the order of the graph, the logits' left out."""
     roots = [root for root in dict.fromkeys(map(union.root, range(len(union.parents)))) if root != union.root(logits)]
     number = {root: index for index, root in enumerate(roots)}
     sizes = tuple(union.sizes[root] for root in roots)

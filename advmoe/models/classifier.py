@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from advmoe.models.predictions import Picture, predict
 from advmoe.moe.repeats import unrecorded
-from advmoe.moe.routers import ImageRouter
+from advmoe.moe.routers import RouterOwner
 from advmoe.moe.routing import forward_scope, keep, route
 from advmoe.ops import heard
 
@@ -32,7 +32,7 @@ class Origin:
     """The run directory, or the folder of a checkpoint."""
 
 
-class Classifier(nn.Module):
+class Classifier(RouterOwner):
     """[0, 1] pixels (N, C, H, W) -> logits (N, K): normalisation, the router that sees the image if any, the backbone.
 
     `spec` holds what rebuilds it: the arguments of `create_model`, or for a module of the user's own those of `to_moe`.
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, normalize: nn.Module, backbone: nn.Module, router: ImageRouter | None, spec: dict[str, Any]
+        self, normalize: nn.Module, backbone: nn.Module, router: nn.Module | None, spec: dict[str, Any]
     ) -> None:
         super().__init__()
         self.normalize, self.backbone, self.router, self.spec = normalize, backbone, router, spec

@@ -28,9 +28,9 @@ Folded = tuple[Tensor, Tensor, ops.Packed | None]
 
 @dataclass
 class Folds:
-    """What has been folded, by norm, each with what it was made of: a change of that makes it anew."""
+    """The folded filters of each norm, with the state of what they were computed from: a change of it folds anew."""
 
-    made: dict[nn.Module, tuple[tuple[object, ...], Folded]] = field(default_factory=dict)
+    by_norm: dict[nn.Module, tuple[tuple[object, ...], Folded]] = field(default_factory=dict)
 
     def of(self, conv: nn.Conv2d | MoEConv2d, norm: BatchNorm2d, dtype: torch.dtype) -> Folded:
         """The filters of `conv` followed by `norm`, in `dtype`."""
@@ -39,9 +39,9 @@ class Folds:
         assert mean is not None and var is not None
         sources = (filters, norm.weight, norm.bias, mean, var)
         state = (dtype, norm.eps, *((each.data_ptr(), each._version) for each in sources))
-        known = self.made.get(norm)
+        known = self.by_norm.get(norm)
         if known is None or known[0] != state:
-            # Made outside inference mode, as a later pass may want gradients.
+            # Computed outside inference mode, as a later pass may want gradients.
             with torch.inference_mode(False), torch.no_grad():
                 scale = norm.weight * (var + norm.eps).rsqrt()
                 shift = norm.bias - mean * scale
@@ -49,7 +49,7 @@ class Folds:
                 each = (filters * scale.repeat(experts).view(-1, 1, 1, 1), shift.repeat(experts))
                 folded = each[0].to(dtype), each[1].to(dtype)
                 packed = conv.packed(*folded) if isinstance(conv, MoEConv2d | Projection) else None
-                known = self.made[norm] = state, (*folded, packed)
+                known = self.by_norm[norm] = state, (*folded, packed)
         return known[1]
 
 
@@ -70,9 +70,10 @@ def folding() -> Iterator[None]:
 
 
 def folded(conv: nn.Module, norm: nn.Module, x: Tensor) -> Folded | None:
-    """`conv` and the `norm` after it as one convolution of `x` (N, C, H, W), where that is the same: inside `folding`
-    (or where it pays for a single pass), in eval mode, with nothing to learn and nobody's hooks. The reference
-    (`masked`), and what is compiled or exported, stay as they are written: None.
+    """`conv` and the `norm` after it as one convolution of `x` (N, C, H, W); None where that is not the same.
+
+    It is the same in eval mode, with nothing to learn and no hooks; it is done inside `folding`, or where it pays for a
+    single pass. The reference (`masked`), and what is compiled or exported, stay as they are written.
     """
     if torch.compiler.is_compiling():
         return None

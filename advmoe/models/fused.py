@@ -3,8 +3,8 @@
     y = conv_norm_act(self.conv1, self.norm1, self.relu, x)
     return conv_norm_act(self.conv2, self.norm2, self.relu, y, self.shortcut(fork(x)))
 
-Each is what its modules compute one after another, in whatever mode they are. What one block knows and the next one
-needs (the mean over pixels that a router begins with, an activation's second use) is kept by the pass's `Routing`.
+Each computes what its modules compute one after another, in whatever mode they are. The pass's `Routing` hands on what
+one block knows and the next one needs: the mean over pixels that a router begins with, an activation's second use.
 
 Axes: `N` batch, `C` channels, `H W` size.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from advmoe import ops
 from advmoe.models.folding import Folded, convolution, folded
 from advmoe.models.norm import BatchNorm2d
-from advmoe.models.rectifier import Rectifier, kept
+from advmoe.models.rectifier import Rectifier, registered
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routers import LayerRouter
 from advmoe.moe.routing import active_routing, keep
@@ -46,7 +46,7 @@ def conv_norm_act(
     if fold is not None:
         y = _in_one_pass(conv, fold[2], act, x, shortcut)
         if y is None:
-            y = kept(ops.norm_act(_convolved(conv, x, fold), None, act, shortcut, pool=act.pools))
+            y = registered(ops.norm_act(_convolved(conv, x, fold), None, act, shortcut, pool=act.pools))
     elif type(conv) is MoEConv2d and not ops.listened(conv) and not torch.compiler.is_compiling():
         y = _finished(conv.output(x, Weights(conv.banks())), norm, act, shortcut)
     else:
@@ -63,7 +63,7 @@ class Steps(nn.Sequential):
     """Modules in sequence, of which a convolution, the batch norm after it and its rectifier run as one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> what the last step makes."""
+        """(N, C, H, W) -> the last step's output."""
         steps, done = list(self), 0
         while done < len(steps):
             step, (norm, act) = steps[done], (*steps[done + 1 : done + 3], None, None)[:2]
@@ -80,7 +80,7 @@ def _finished(y: Output, norm: nn.Module, act: Rectifier, shortcut: Tensor | Non
     if type(norm) is not BatchNorm2d or torch.compiler.is_compiling():
         out: Tensor = act(norm(y.merged()), shortcut)
         return out
-    return kept(ops.norm_act(y, norm, act, shortcut, pool=act.pools))
+    return registered(ops.norm_act(y, norm, act, shortcut, pool=act.pools))
 
 
 def _convolved(conv: nn.Module, x: Tensor, fold: Folded) -> Output:
@@ -92,7 +92,7 @@ def _convolved(conv: nn.Module, x: Tensor, fold: Folded) -> Output:
 
 
 def _remembered(conv: nn.Module, y: Tensor) -> Tensor:
-    """`y`, which holds the pass's routing from now on if an MoE layer made it."""
+    """`y`; where an MoE layer computed it, the pass's routing stays known as long as the graph of `y` is there."""
     if isinstance(conv, MoEConv2d):
         keep(y)
     return y
@@ -112,8 +112,8 @@ def _in_one_pass(
     if pooled is None or ops.listened(router) or ops.listened(act):
         return None
     parts = router.norm, router.hidden, router.scores
-    made = ops.whole_layer(parts, pooled, filters, x, shortcut, pool=act.pools)
-    if made is None:
+    output = ops.whole_layer(parts, pooled, filters, x, shortcut, pool=act.pools)
+    if output is None:
         return None
-    routing.scores[conv.layer], routing.choices[conv.layer] = made.scores, made.choice
-    return kept(ops.Rectified(made.y, made.pooled))
+    routing.scores[conv.layer], routing.choices[conv.layer] = output.scores, output.choice
+    return registered(ops.Rectified(output.y, output.pooled))

@@ -1,6 +1,8 @@
 """The one place where a backbone's layers become Dense, S-Dense or MoE.
 
 Backbones are written once, in the channels of the dense network; they ask a `LayerFactory` for their layers.
+
+Axes: `N` batch, `C` channels, `H W` size, `T` tokens, `D` embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from advmoe.errors import InputError
 from advmoe.models.rectifier import Rectifier
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.mlp import MoEMLP
-from advmoe.tables import ROUTERS
+from advmoe.tables import KINDS, ROUTERS
 
 MOST_PARAMETERS = 10_000_000_000
 """Of a new model: 40 GB in fp32."""
@@ -27,7 +29,7 @@ class TooLarge(InputError):
 
 
 class TooNarrow(InputError):
-    """A layer that `model.scale` leaves no whole channel of its `channels`."""
+    """A layer of so many `channels` that `model.scale` leaves it no whole one."""
 
     def __init__(self, scale: float, channels: int, layer: str | None = None) -> None:
         where = "" if layer is None else f" of {layer}"
@@ -68,13 +70,14 @@ class Projection(nn.Conv2d):
 
 
 class LayerFactory:
-    """Makes the layers of one model. `num_moe_layers` counts the MoE layers made, in order of the forward pass.
+    """Makes the layers of one model. `num_moe_layers` counts its MoE layers so far, in order of the forward pass.
 
-    Before it makes more than `most` weights it raises `TooLarge`.
+    Raises `TooLarge` before the model has more than `most` weights.
     """
 
     def __init__(self, config: ModelConfig, most: int = MOST_PARAMETERS) -> None:
         self.config, self.left, self.most = config, most, most
+        self.kind, self.router = KINDS[config.kind], ROUTERS[config.router]
         self.num_moe_layers = 0
 
     def _take(self, weights: int) -> None:
@@ -96,13 +99,11 @@ class LayerFactory:
         """Channels between layers: r times the backbone's (`narrowed`), except in Dense and under a sparse model's
         masks.
         """
-        return (
-            dense_channels if self.config.kind in ("dense", "sparse") else narrowed(dense_channels, self.config.scale)
-        )
+        return narrowed(dense_channels, self.config.scale) if self.kind.narrow else dense_channels
 
     def rectifier(self) -> Rectifier:
-        """A ReLU, of which MoE layers with routers of their own take what these pool."""
-        return Rectifier(pools=self.config.kind == "moe" and ROUTERS[self.config.router].in_layers)
+        """A ReLU, which pools for the routers of MoE layers that have their own."""
+        return Rectifier(pools=self.kind.routed and self.router.in_layers)
 
     def plain_conv(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Module:
         """A convolution that stays plain in every kind (stem, projection shortcut). Takes actual channels."""
@@ -122,7 +123,7 @@ class LayerFactory:
         network's channels to make.
         """
         config, narrow_out = self.config, self.channels(c_out)
-        if config.kind != "moe":
+        if not self.kind.routed:
             return self.plain_conv(c_in, narrow_out, kernel_size, stride, padding)
         self.num_moe_layers += 1
         rows = self._bank(c_out, narrow_out)
@@ -136,7 +137,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=ROUTERS[config.router].in_layers,
+            make_router=self.router.layer,
             shared_init=config.experts_init == "shared",
         )
 
@@ -147,7 +148,7 @@ class LayerFactory:
         config = self.config
         narrow = self.channels(hidden)
         self._take(2 * dim * narrow)
-        if config.kind != "moe":
+        if not self.kind.routed:
             return nn.Sequential(linear(dim, narrow), nn.GELU(), linear(narrow, dim))
         self.num_moe_layers += 1
         rows = self._bank(hidden, narrow)
@@ -158,7 +159,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            own_router=ROUTERS[config.router].in_layers,
+            make_router=self.router.layer,
             per_token=config.route_per == "token",
             shared_init=config.experts_init == "shared",
         )

@@ -31,7 +31,7 @@ def frozen(model: object) -> Iterator[None]:
     """Eval mode and no parameter gradients inside: what an attack on the current model needs. Restores both.
 
     Anything that is no module (a plain callable) is left alone. Batch norms are folded into the convolutions ahead of
-    them (`folding`), anew after every change of either that is not made through `.data`.
+    them (`folding`), anew after every change of either but through `.data`.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
@@ -51,7 +51,7 @@ def frozen(model: object) -> Iterator[None]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside, modules are made without drawing their weights, which are to come from elsewhere: they are 0, as some
+    """Inside, modules are built without drawing their weights, which are to come from elsewhere. They are 0: some
     initialisations draw again what is out of range.
     """
 

@@ -1,4 +1,7 @@
-"""Input normalisation as part of the model, so that attacked models take [0, 1] pixels and eps keeps its unit."""
+"""Input normalisation as part of the model, so that attacked models take [0, 1] pixels and eps keeps its unit.
+
+Axes: `N` batch, `C` channels, `H W` size.
+"""
 
 from __future__ import annotations
 

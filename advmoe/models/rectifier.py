@@ -1,4 +1,4 @@
-"""ReLU behind a residual sum, of which the router behind it takes the pool.
+"""ReLU of a residual sum, and the mean over its pixels, with which the next layer's router begins.
 
 Axes: `N` batch, `C` channels, `H W` size.
 """
@@ -12,8 +12,8 @@ from advmoe.ops import Rectified, rectify
 
 
 class Rectifier(nn.ReLU):
-    """ReLU, in place, of what nothing else needs as it was; with `pools`, an MoE layer's router stands behind it, which
-    begins with the mean over pixels.
+    """ReLU, in place: nothing else needs its input. With `pools` it also takes the mean over pixels, with which the
+    router of the MoE layer behind it begins.
     """
 
     def __init__(self, *, pools: bool = False) -> None:
@@ -22,12 +22,12 @@ class Rectifier(nn.ReLU):
 
     def forward(self, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """max(y + shortcut, 0) for `y` (N, C, H, W), which it overwrites."""
-        return kept(rectify(y, shortcut, pool=self.pools))
+        return registered(rectify(y, shortcut, pool=self.pools))
 
 
-def kept(made: Rectified) -> Tensor:
-    """What was rectified; the rest of it is known to this pass from now on (`Routing.keep_beside`)."""
-    x, pooled, again = made
+def registered(rectified: Rectified) -> Tensor:
+    """The activations (N, C, H, W); the pass's routing takes in their pool and second use (`Routing.keep_beside`)."""
+    x, pooled, again = rectified
     if pooled is not None or again is not None:
         active_routing().keep_beside(x, pooled, again)
     return x

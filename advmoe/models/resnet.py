@@ -5,7 +5,6 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -73,6 +72,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Four stages of `depths` blocks each, channels doubling from `width`; the stem follows the images' size."""
 
+    block: ClassVar[type[BasicBlock | Bottleneck]] = BasicBlock
+
     def __init__(
         self,
         layers: LayerFactory,
@@ -82,7 +83,6 @@ class ResNet(nn.Module):
         in_channels: int,
         num_classes: int,
         input_size: int,
-        block: type[BasicBlock | Bottleneck] = BasicBlock,
     ) -> None:
         super().__init__()
         self.stem = stem(layers, in_channels, width, input_size)
@@ -92,8 +92,8 @@ class ResNet(nn.Module):
         for stage, depth in enumerate(depths):
             channels = width * 2**stage
             for each in range(depth):
-                blocks.append(block(layers, c_in, channels, 2 if stage and not each else 1))
-                c_in = block.expansion * channels
+                blocks.append(self.block(layers, c_in, channels, 2 if stage and not each else 1))
+                c_in = self.block.expansion * channels
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(layers.channels(c_in), num_classes)
 
@@ -103,4 +103,7 @@ class ResNet(nn.Module):
         return logits
 
 
-BottleneckResNet = partial(ResNet, block=Bottleneck)
+class BottleneckResNet(ResNet):
+    """A ResNet of bottleneck blocks, as from ResNet-50 on."""
+
+    block = Bottleneck

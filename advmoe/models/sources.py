@@ -2,6 +2,8 @@
 
 Loading executes that file, as running it would: it is for the user's own code. Weights are data alone: safetensors,
 never a pickle.
+
+Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
     Args:
         spec: a Python file, and a function or class in it that takes no arguments and returns a `torch.nn.Module` or
             another callable, (N, C, H, W) pixels in [0, 1] -> (N, K) logits. The file may import what lies beside it,
-            as `import layers` or `from .layers import Block`; imports made later, in `forward`, do not find it.
+            as `import layers` or `from .layers import Block`, but not later, in `forward`.
         weights: a `.safetensors` file with the module's whole state dict.
 
     Files of the same name, or with neighbours of the same name, do not clash. The random state of PyTorch's CPU
     generator and `sys.path` are left as they were.
 
-    Raises `ValueError`: one line naming the file or name, the rule and what was found, the file's own errors included.
+    Raises `ValueError`: one line naming the file or name, the rule and the value, the file's own errors included.
     """
     file, name = _parsed(spec)
     path = Path(weights).expanduser() if weights is not None else None
@@ -60,7 +62,7 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
         _require_weights_file(path)
     folder = _folder(file.parent)
     with torch.random.fork_rng(devices=[]), _importable(file.parent, folder):
-        model = _made(_factory(_executed(file, folder), name, spec), file, spec)
+        model = _instance(_factory(_executed(file, folder), name, spec), file, spec)
     if isinstance(model, nn.Module):
         if path is not None:
             _load_weights(model, path)
@@ -100,7 +102,7 @@ class _Source:
     content: bytes
     module: ModuleType
     seeded: Tensor | None
-    """PyTorch's random state afterwards, where the file set a seed: each instance is made from there."""
+    """PyTorch's random state afterwards, where the file set a seed: each instance starts from there."""
 
 
 @dataclass
@@ -217,11 +219,11 @@ def _factory(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
         own = [known for known in public if getattr(vars(module)[known], "__module__", None) == module.__name__]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it defines {few(own) or 'nothing'}"
         raise InputError(f"{spec} must name something in the file ({hint}), got {name!r}")
-    found = getattr(module, name)
-    if not callable(found) or isinstance(found, nn.Module):
-        kind = type(found).__name__
+    value = getattr(module, name)
+    if not callable(value) or isinstance(value, nn.Module):
+        kind = type(value).__name__
         raise InputError(f"{spec} must be a function or class that makes the classifier, got an object of type {kind}")
-    factory: Callable[[], Any] = found
+    factory: Callable[[], Any] = value
     try:
         signature = inspect.signature(factory)
     except (ValueError, TypeError):  # some built-in callables have none
@@ -233,7 +235,7 @@ def _factory(module: ModuleType, name: str, spec: str) -> Callable[[], Any]:
     return factory
 
 
-def _made(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
+def _instance(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
@@ -255,21 +257,22 @@ def _require_weights_file(path: Path) -> None:
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Load `model`'s whole state from `path`, or name up to 3 entries that do not fit."""
     try:
-        found = load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} must be an undamaged safetensors file, got {one_line(error)}") from error
     state = model.state_dict()
     differing = [
-        f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
+        f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
         for name, value in state.items()
-        if name in found and isinstance(value, Tensor) and not is_lazy(value) and found[name].shape != value.shape
+        if name in weights and isinstance(value, Tensor) and not is_lazy(value) and weights[name].shape != value.shape
     ]
-    missing, unexpected = [name for name in state if name not in found], [name for name in found if name not in state]
+    missing = [name for name in state if name not in weights]
+    unexpected = [name for name in weights if name not in state]
     for kind, names in (("no", missing), ("unexpected", unexpected), ("other shapes:", differing)):
         if names:
             raise InputError(f"{path} must hold the weights of {type(model).__name__}, got {kind} {few(names)}")
     try:
-        model.load_state_dict(found)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
 

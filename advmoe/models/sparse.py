@@ -1,9 +1,9 @@
 """Sparse-CNN: a Dense backbone of which learnt masks keep some channels, the same ones for every image.
 
-Every group of channels (see `channels`) has a score for each; the best `scale` of them, rounded as S-Dense rounds, are
-kept. A dropped channel is one that no layer reads: its columns of every reader's weights are multiplied by 0. What
-writes it goes on computing it, so that the gradient of its score says what reading it would do; were its own filter
-masked too, its batch norm would see a constant, and it could never come back.
+Every channel of a group (see `channels`) has a score. The best `scale` of a group, rounded as S-Dense rounds, survive.
+No layer reads a dropped channel: its columns of every reader's weights are multiplied by 0. It is still computed, so
+that the gradient of its score says what reading it would do. Were its own filter masked too, its batch norm would see
+a constant, and it could never come back.
 
 Axes: `N` batch, `C` channels, `H W` size, `K` classes.
 """
@@ -36,8 +36,8 @@ class SparseBackbone(nn.Module):
         """Score each channel by the norm of the weights that its mask multiplies, the largest of a group being
         sqrt(6 / C): HYDRA's scaled initialisation (Sehwag et al., NeurIPS 2020) of weights' scores, for channels.
 
-        Learning starts so from the mask of the largest weights, at scores that its steps can reorder. On the meta
-        device there are none.
+        So learning starts from the mask of the largest weights, at scores that its steps can reorder. On the meta
+        device nothing is scored.
         """
         if any(score.is_meta for score in self.scores):
             return
@@ -58,8 +58,8 @@ class SparseBackbone(nn.Module):
         """The layers that read masked channels, by name, and which ones."""
         return [(name, axis) for name, axis in self.layout.inputs.items() if axis.groups]
 
-    def kept(self) -> list[Tensor]:
-        """The channels that each group keeps, in order; of equal scores the first are taken."""
+    def surviving_channels(self) -> list[Tensor]:
+        """The channels of each group that its mask keeps, in order; of equal scores the first are taken."""
         best = (
             s.detach().argsort(descending=True, stable=True)[:k] for s, k in zip(self.scores, self.keep, strict=True)
         )
@@ -68,8 +68,8 @@ class SparseBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W). Gradients reach the scores straight through the masks."""
         masks = [
-            torch.zeros_like(score).index_fill(0, kept, 1) + (score - score.detach())
-            for score, kept in zip(self.scores, self.kept(), strict=True)
+            torch.zeros_like(score).index_fill(0, channels, 1) + (score - score.detach())
+            for score, channels in zip(self.scores, self.surviving_channels(), strict=True)
         ]
         weights = {}
         for name, axis in self._masked():

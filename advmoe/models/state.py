@@ -18,13 +18,13 @@ from advmoe.text import few
 
 def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state` on the CPU, contiguous, each in memory of its own: tied ones under each of their names."""
-    found, taken = dict[str, Tensor](), set[int]()
+    tensors, taken = dict[str, Tensor](), set[int]()
     for name, tensor in state.items():
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
-        found[name] = plain.clone() if place in taken else plain
+        tensors[name] = plain.clone() if place in taken else plain
         taken.add(place)
-    return found
+    return tensors
 
 
 def digest(module: nn.Module) -> str:

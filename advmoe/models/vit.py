@@ -92,7 +92,7 @@ class VisionTransformer(nn.Module):
         self.classifier = linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, K) of normalised images (N, C, H, W). Raises `ValueError` for a side it was not made for."""
+        """Logits (N, K) of normalised images (N, C, H, W). Raises `ValueError` for images of another side."""
         side = self.input_size
         if x.shape[2:] != (side, side):
             raise InputError(

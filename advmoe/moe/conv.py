@@ -16,7 +16,7 @@ from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import LayerRouter, MakeRouter
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -26,7 +26,7 @@ class MoEConv2d(MoELayer):
 
     Args:
         c_in, c_out: channels of one pathway. The rest is as of `torch.nn.Conv2d` and `MoELayer`.
-        own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
+        make_router: makes the layer's own router; None where scores are made ahead of all layers.
         shared_init: whether the experts start as copies of one another.
 
     Raises `ValueError` for a setting that no convolution can have.
@@ -47,14 +47,14 @@ class MoEConv2d(MoELayer):
         groups: int = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
-        own_router: bool = True,
+        make_router: MakeRouter | None = LayerRouter,
         shared_init: bool = False,
     ) -> None:
         if groups < 1 or c_in % groups or c_out % groups:
             raise InputError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
         if padding_mode not in PADDING_MODES:
             raise InputError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        router = LayerRouter(c_in, num_experts) if own_router else None
+        router = make_router(c_in, num_experts) if make_router else None
         super().__init__(
             bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router
         )  # fmt: skip
@@ -65,7 +65,7 @@ class MoEConv2d(MoELayer):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.transposed, self.output_padding = False, (0, 0)
         sides = _padded_sides(kernel, _pair(stride), padding, _pair(dilation))
-        # Zeros are the convolution's own affair; what else stands around the image is put there first.
+        # The convolution pads with zeros itself; any other padding is a step before it.
         self.padding_mode, self.sides = padding_mode, None if padding_mode == "zeros" else sides
         self.bank = nn.Parameter(torch.empty(bank_rows, c_in // groups, *kernel))
         # The backbone's own initialisation: fan-out of one pathway, as in S-Dense.
@@ -83,11 +83,11 @@ class MoEConv2d(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's filters (C_out, C_in / G, k, k)."""
+        """Type, place and shape of one expert's filters (C_out, C_in / G, k, k)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
-        """Filters (M, C_in, k, k) and, if there are, biases (M,), as `ops.pack` has them, if it does; see there."""
+        """Filters (M, C_in, k, k) and biases (M,), if there are any, packed by `ops.pack`; None where it packs none."""
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
             return None
@@ -108,7 +108,7 @@ class MoEConv2d(MoELayer):
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Where there are few filters, and grouping the samples would cost more (`ops.experts`)."""
+        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`)."""
         if self.pointwise:
             return ops.pointwise(x, choice, banks, self.row_index)
         if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):
@@ -124,9 +124,9 @@ class MoEConv2d(MoELayer):
             outputs = self.compute(x, *together).unflatten(1, (self.num_experts, self.c_out))
             return outputs
         # A group's filters must lie side by side: (G, E, C_out / G) of them, and of the channels that they make.
-        apart = self.c_out // self.groups
-        by_group = [torch.stack([part.unflatten(0, (-1, apart)) for part in parts], 1).flatten(0, 2) for parts in each]
-        y = self.compute(x, *by_group).unflatten(1, (self.groups, self.num_experts, apart))
+        share = self.c_out // self.groups
+        by_group = [torch.stack([part.unflatten(0, (-1, share)) for part in parts], 1).flatten(0, 2) for parts in each]
+        y = self.compute(x, *by_group).unflatten(1, (self.groups, self.num_experts, share))
         outputs = y.transpose(1, 2).flatten(2, 3)
         return outputs
 

@@ -1,4 +1,4 @@
-"""What a network may know of a parameter that it does not compute with.
+"""Type, place and shape of a parameter without its values: what a network may ask of a layer that became an MoE layer.
 
 Axes: `R` rows of one expert.
 """
@@ -44,8 +44,8 @@ _KNOWN: frozenset[Any] = frozenset(
 class Described:
     """A parameter (R, ...) of a layer that an MoE layer has replaced, of which each expert has its own.
 
-    It has a type, a place and a shape, and others can be made like it. Raises `ValueError`, or `AttributeError` for
-    what is none of these, where its values are asked for.
+    It has a type, a place and a shape, and tensors can be made like it. Asking for its values raises `ValueError`; for
+    any other attribute, `AttributeError`.
     """
 
     def __init__(self, like: Tensor, rows: int, name: str) -> None:
@@ -75,11 +75,11 @@ class Described:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Others made like it; nothing else."""
-        given = [*args, *(kwargs or {}).values()]
-        if not asks_no_values(func, args) or (isinstance(given[0], cls) and func in (Tensor.to, Tensor.type_as)):
-            flat = [part for each in given for part in (each if isinstance(each, list | tuple) else [each])]
-            ours = next((each for each in flat if isinstance(each, cls)), None)
-            rule = "a parameter of an MoE layer must not be read" if ours is None else ours._rule()
+        arguments = [*args, *(kwargs or {}).values()]
+        if not asks_no_values(func, args) or (isinstance(arguments[0], cls) and func in (Tensor.to, Tensor.type_as)):
+            flat = [part for each in arguments for part in (each if isinstance(each, list | tuple) else [each])]
+            described = next((each for each in flat if isinstance(each, cls)), None)
+            rule = "a parameter of an MoE layer must not be read" if described is None else described._rule()
             raise InputError(f"{rule}, got {getattr(func, '__name__', func)}")
         return func(*map(_plain, args), **{name: _plain(each) for name, each in (kwargs or {}).items()})
 

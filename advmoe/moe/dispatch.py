@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples go to which expert: `members[i]` (n_e,) are the batch positions of expert `experts[i]`.
+    """Which samples go to which expert: `members[i]` (n_e,) are the positions in the batch of expert `experts[i]`'s.
 
     Experts without a sample are left out; where one expert has them all, nothing is moved and `members` is empty.
     """
@@ -22,7 +22,7 @@ class Plan:
     experts: tuple[int, ...]
     members: tuple[Tensor, ...]
     beside: tuple[int, ...] = ()
-    """Other numbers of the device that came along."""
+    """Other numbers that came from the device in the same transfer."""
 
     @staticmethod
     def of(choice: Tensor, num_experts: int, beside: Tensor | None = None) -> Plan:
@@ -36,13 +36,13 @@ class Plan:
             beside = choice[:0]
         if on_host(choice):
             chosen, others = choice.numpy(), tuple(beside.tolist())
-            places = {e: found for e in range(num_experts) if len(found := np.flatnonzero(chosen == e))}
-            if len(places) < 2:
-                return Plan((next(iter(places), 0),), (), others)
-            return Plan(tuple(places), tuple(map(torch.from_numpy, places.values())), others)
+            members = {e: where for e in range(num_experts) if len(where := np.flatnonzero(chosen == e))}
+            if len(members) < 2:
+                return Plan((next(iter(members), 0),), (), others)
+            return Plan(tuple(members), tuple(map(torch.from_numpy, members.values())), others)
         # One wait for the device; `bincount` would add two.
-        counted = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0)
-        numbers: list[int] = torch.cat([counted, beside.to(choice.device)]).tolist()
+        per_expert = (choice[:, None] == torch.arange(num_experts, device=choice.device)).sum(0)
+        numbers: list[int] = torch.cat([per_expert, beside.to(choice.device)]).tolist()
         counts, others = numbers[:num_experts], tuple(numbers[num_experts:])
         used = tuple(e for e, n in enumerate(counts) if n) or (0,)
         if len(used) == 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advmoe import ops
 from advmoe.errors import InputError
 from advmoe.moe.repeats import unrecorded
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import RouterOwner
 from advmoe.moe.routing import Routing, active_routing, keep
 from advmoe.moe.ways import WAYS, Decision, Output, Weights
 
@@ -27,11 +27,11 @@ def windows(bank_rows: int, expert_rows: int, num_experts: int) -> list[list[int
     return [sorted((start + i) % bank_rows for i in range(expert_rows)) for start in starts]
 
 
-class MoELayer(nn.Module, ABC):
+class MoELayer(RouterOwner, ABC):
     """A layer of which every sample computes one expert, chosen by a router (Zhang et al., 2023, sec. 3).
 
-    A kind of layer says which parameters are `banks`, whose first axis the experts share out by the same windows of
-    rows, and how to `compute` with one expert's rows of each.
+    A subclass says which parameters are its `banks`, and how to `compute` with one expert's rows of them. The experts
+    share out the first axis of every bank by the same windows of rows.
 
     Args:
         bank_rows: M, the rows that the experts' windows share (`experts="subset"`), or E * R for experts with no row in
@@ -43,7 +43,7 @@ class MoELayer(nn.Module, ABC):
     row_index: Tensor
 
     def __init__(
-        self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: LayerRouter | None
+        self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: nn.Module | None
     ) -> None:
         super().__init__()
         self.num_experts, self.layer, self.bank_rows, self.expert_rows = num_experts, layer, bank_rows, expert_rows
@@ -58,7 +58,7 @@ class MoELayer(nn.Module, ABC):
         self.title = f"MoE layer {layer}"
         """What errors call it."""
         self.copies = False
-        """Whether the output is a copy, which may be changed in place; else the router's gradient needs it as it is."""
+        """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 
     @abstractmethod
     def banks(self) -> tuple[Tensor, ...]:
@@ -74,11 +74,11 @@ class MoELayer(nn.Module, ABC):
         return torch.stack(each, 1)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Each sample's own expert's output, (N, ...), in one call that moves no sample, or None to group them."""
+        """The output (N, ...), each sample by its own expert, in one call that moves no sample; None to group them."""
         return None
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
-        """A convolution's `banks` that do not learn, as `ops.pack` has them, which see for `once`; else None."""
+        """`banks` that do not learn, packed for kernels (`ops.pack`, which says what `once` is), or None."""
         return None
 
     def of_expert(self, expert: int, bank: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ class MoELayer(nn.Module, ABC):
 
     def copy_first_expert(self) -> None:
         """Make every expert a copy of the first (`experts_init="shared"`). Raises `ValueError` where they overlap."""
-        taken = [row for rows in self.rows for row in rows]
+        every = [row for rows in self.rows for row in rows]
         same = all(rows == self.rows[0] for rows in self.rows)
-        if not same and len(set(taken)) < len(taken):
+        if not same and len(set(every)) < len(every):
             raise InputError(
                 f"model.experts_init must be independent where experts overlap (scale * num_experts > 1), got 'shared' "
                 f"with {self.num_experts} experts of {self.expert_rows} of {self.bank_rows} channels"
@@ -116,7 +116,7 @@ class MoELayer(nn.Module, ABC):
         return y
 
     def output(self, x: Tensor, weights: Weights) -> Output:
-        """The output for `x` (N, ...) with `weights`, not yet put together: for what follows to do that."""
+        """The output for `x` (N, ...) with `weights`, which the operation that follows merges or computes."""
         decision = self.decide(x)
         if decision.scores.dim() == 2:
             return self._computed(x, decision, weights)
@@ -147,23 +147,23 @@ class MoELayer(nn.Module, ABC):
         return WAYS[mode](self, x, decision, weights)
 
     def _scores(self, x: Tensor, routing: Routing) -> Tensor:
-        """The router's scores of `x`, (N, E) or (N, T, E); of a layer that has run in this pass, those that it had."""
+        """The router's scores of `x`, (N, E) or (N, T, E). A layer that runs again in a pass keeps its first scores."""
         if routing.one_pass and self.layer in routing.scores:
-            scores = routing.scores[self.layer]
+            scores: Tensor = routing.scores[self.layer]
             if torch.is_grad_enabled():
                 routing.again[self.layer] = scores.detach().requires_grad_(scores.requires_grad)
             return scores
         if self.router is None:
             return routing.shared[self.layer]
         if routing.repeats is None:
-            made: Tensor = self.router(x)
-            return made
+            scores = self.router(x)
+            return scores
         with unrecorded(self.router):
-            known = routing.repeats.again.get(self.layer)
-            if known is not None:  # the run that is repeated may be a later one
+            later = routing.repeats.again.get(self.layer)
+            if later is not None:  # the layer ran more than once: this may repeat a run after the first
                 with torch.no_grad():
                     first = self.router(x)
-                if first.shape != known.shape or not torch.allclose(first, known, 1e-3, 1e-5):
-                    return known
-            repeated: Tensor = self.router(x)
-            return repeated
+                if first.shape != later.shape or not torch.allclose(first, later, 1e-3, 1e-5):
+                    return later
+            scores = self.router(x)
+            return scores

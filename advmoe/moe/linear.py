@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import LayerRouter, MakeRouter
 
 
 class MoELinear(MoELayer):
@@ -32,10 +32,10 @@ class MoELinear(MoELayer):
         num_experts: int,
         layer: int,
         bias: bool = True,
-        own_router: bool = True,
+        make_router: MakeRouter | None = LayerRouter,
         shared_init: bool = False,
     ) -> None:
-        router = LayerRouter(c_in, num_experts) if own_router else None
+        router = make_router(c_in, num_experts) if make_router else None
         super().__init__(bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router)
         self.c_in, self.c_out = c_in, c_out
         self.in_features, self.out_features = c_in, c_out  # as a `Linear` calls them
@@ -53,7 +53,7 @@ class MoELinear(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's rows (C_out, C_in)."""
+        """Type, place and shape of one expert's rows (C_out, C_in)."""
         return Described(self.bank, self.c_out, f"the weight of {self.title}")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe.moe.layer import MoELayer
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import LayerRouter, MakeRouter
 
 
 class MoEMLP(MoELayer):
@@ -23,7 +23,7 @@ class MoEMLP(MoELayer):
 
     Args:
         dim: D. hidden: R, the hidden units of one pathway. The rest is as of `MoELayer`.
-        own_router: whether the layer has its router (`router="layer"`) or takes the scores made ahead of all layers.
+        make_router: makes the layer's own router; None where scores are made ahead of all layers.
         per_token: whether its router chooses for each token rather than for each image.
         shared_init: whether the experts start as copies of one another.
     """
@@ -36,11 +36,11 @@ class MoEMLP(MoELayer):
         bank_rows: int,
         num_experts: int,
         layer: int,
-        own_router: bool = True,
+        make_router: MakeRouter | None = LayerRouter,
         per_token: bool = False,
         shared_init: bool = False,
     ) -> None:
-        router = LayerRouter(dim, num_experts, per_token=per_token) if own_router else None
+        router = make_router(dim, num_experts, per_token=per_token) if make_router else None
         super().__init__(bank_rows=bank_rows, expert_rows=hidden, num_experts=num_experts, layer=layer, router=router)
         self.dim, self.hidden = dim, hidden
         self.in_features = self.out_features = dim  # as `Linear` layers call them

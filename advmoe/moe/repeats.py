@@ -1,8 +1,8 @@
 """Which forward pass a layer repeats where a backward pass runs it again (activation checkpointing).
 
-Autograd numbers the nodes of its graph in the order in which a thread makes them. A stretch of forward passes is thus
-a range of numbers; and a backward pass, in whatever thread it runs a layer again, is at a node of the pass that it
-repeats: one that needs what was not kept.
+Autograd numbers the nodes of its graph in the order in which a thread makes them, so a stretch of forward passes is a
+range of numbers. A backward pass that runs a layer again, in whatever thread, does so at a node of the pass that it
+repeats: a node that needs an activation which was not stored. Its number says which stretch that was.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def moment() -> Moment | None:
 
 @dataclass(eq=False)
 class Stretch(Generic[T]):
-    """The nodes made from `first` on, before `last`, in a thread; and `what` holds for what runs in it."""
+    """The nodes that a thread makes from number `first` on, before `last`."""
 
     what: T
+    """The routing that the forward passes in it have."""
     around: Stretch[T] | None
-    """The one that it is part of: as long as this one is needed, so is that one."""
+    """The stretch that it is part of, which lives as long as this one."""
     first: int
     last: float = inf
     thread: int = field(default_factory=threading.get_ident)

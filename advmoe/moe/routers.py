@@ -6,7 +6,7 @@ the precision of the backbone: a choice must not depend on rounding to 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,22 @@ class ImageRouter(nn.Module):
         return list(scores.unflatten(1, (self.num_layers, self.num_experts)).unbind(1))
 
 
+class RouterOwner(nn.Module):
+    """What may have a router: an MoE layer of its own, a classifier one that sees the image."""
+
+    router: nn.Module | None
+
+
 def routers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Every router in `model`: the modules whose parameters and buffers are phi."""
-    return (module for module in model.modules() if isinstance(module, LayerRouter | ImageRouter))
+    """Every router in `model`, outermost modules only: those whose parameters and buffers are phi."""
+    owned, inside = set[int](), set[int]()
+    for module in model.modules():  # an owner comes before its router, a router before its parts
+        if isinstance(module, RouterOwner):
+            owned.add(id(module.router))
+        if id(module) not in inside and (id(module) in owned or isinstance(module, LayerRouter | ImageRouter)):
+            inside.update(map(id, module.modules()))
+            yield module
+
+
+MakeRouter = Callable[..., nn.Module]
+"""`(channels, num_experts, *, per_token=False)` -> the router of a layer (as `LayerRouter`)."""

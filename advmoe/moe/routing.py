@@ -37,7 +37,7 @@ from advmoe.precision import full_fp32
 
 RoutingMode = Literal["hard", "soft", "masked", "gathered"]
 _Beside = tuple["weakref.ref[Tensor]", int, Tensor | None, Tensor | None]
-"""An activation and its version then; its mean over pixels; itself for a second use."""
+"""An activation and its version when it was remembered; its mean over pixels; its values for a second use."""
 
 
 @dataclass
@@ -78,9 +78,9 @@ class Routing:
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Record `scores` of `layer`, (N, E) or (N, T, E), and return the choice, (N,) or (N, T)."""
-        kept = None if self.repeats is None else self.repeats.choices.get(layer)
-        if kept is not None and kept.shape == scores.shape[:-1]:
-            choice = kept
+        first = None if self.repeats is None else self.repeats.choices.get(layer)
+        if first is not None and first.shape == scores.shape[:-1]:
+            choice = first
         elif self.forced is None:
             choice = scores.argmax(-1)
         else:
@@ -123,7 +123,7 @@ class Routing:
         return torch.cat([each.amin(1), each.amax(1)])
 
     def _look(self, ends: Sequence[int]) -> None:
-        """Refuse what is `forced` beyond the experts that there are, `ends` being what `_beside` gave."""
+        """Raise `InputError` where `forced` names an expert that there is not; `ends` are the values of `_beside`."""
         if ends:
             layers = len(ends) // 2
             self._ends = list(zip(ends[:layers], ends[layers:], strict=True))
@@ -138,13 +138,13 @@ class Routing:
             raise InputError(f"forced must hold experts from 0 to {experts - 1}, got {least} to {largest}")
 
     def settle(self) -> None:
-        """Look at what is `forced`, where a layer has been computed without a wait for the device."""
+        """Check what is `forced` where no layer's dispatch has waited for the device, which the check needs."""
         beside = self._beside()
         if beside is not None:
             self._look(beside.tolist())
 
     def part(self) -> Routing:
-        """The routing of what a backward pass runs again of this finished pass."""
+        """The routing of the part of this finished pass that a backward pass runs again."""
         leaves = {id(scores): _leaf(scores) for scores in self.shared}
         shared = [leaves[id(scores)] for scores in self.shared]
         return replace(self, scores={}, choices={}, shared=shared, repeats=self, _plans=[], _beside_of={})
@@ -162,9 +162,9 @@ class Routing:
         return plan
 
     def keep_beside(self, x: Tensor, pooled: Tensor | None, again: Tensor | None) -> None:
-        """Let the rest of this pass know the mean of `x` (N, C, H, W) over its pixels, `pooled` (N, C), and `x` for a
-        second use, `again`; if nobody listens to it: who asks for a gradient of `x` itself must get all of it, not what
-        is left beside the other two's.
+        """Remember for the rest of this pass the mean of `x` (N, C, H, W) over its pixels, `pooled` (N, C), and another
+        tensor of the values of `x` for its second use, `again`. Not where somebody may ask for the gradient of `x`
+        itself: what flows through the other two would be missing in it.
         """
         if self.shares and not x.is_inference():
             key, known = id(x), self._beside_of
@@ -175,12 +175,12 @@ class Routing:
         return self._known(x)[0]
 
     def fork(self, x: Tensor) -> Tensor:
-        """`x`, for a second use, whose gradient what made `x` adds to that of `x` where it needs both."""
+        """`x` for a second use. Its gradient is added to that of the first use by the operation that made `x`."""
         again = self._known(x)[1]
         return x if again is None else again
 
     def _known(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What is kept beside `x`, each None where there is none, `x` has changed since, or no gradient comes back."""
+        """What is remembered of `x`, each None where there is none, it is out of date, or lacks a gradient it needs."""
         known = self._beside_of.get(id(x))
         if known is None or known[0]() is not x or known[1] != x._version:
             return None, None
@@ -196,7 +196,7 @@ class Routing:
 
 
 def _leaf(scores: Tensor) -> Tensor:
-    """`scores` for use in another graph, whose gradient goes on to those that made them."""
+    """`scores` as a leaf of another graph; its gradient is passed on to the graph that made them."""
     leaf = scores.detach()
     if scores.requires_grad:
         # More than one part of a pass may be run again, each with a gradient of its own.
@@ -206,7 +206,7 @@ def _leaf(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Open:
-    """A routing that is in force where the backward pass, if there is one, is `at` the same node as when it began."""
+    """An open routing. It counts while the backward pass, if there is one, is `at` the node where it was opened."""
 
     routing: Routing
     at: Moment | None
@@ -215,44 +215,46 @@ class _Open:
 
 _active: ContextVar[_Open | None] = ContextVar("advmoe_routing", default=None)
 _repeated: dict[tuple[int, Moment], Routing] = {}
-"""What is run again at this time, by thread and moment."""
+"""The routings of what backward passes are running again, by thread and moment."""
 
 
 def active_routing() -> Routing:
     """The routing of the forward pass under way, or that a backward pass runs again; plain hard routing where there is
     none.
     """
-    held, at = _active.get(), moment()
-    if held is not None and held.at == at:
-        return held.routing
-    return (None if at is None else _again(at)) or Routing()
+    current, at = _active.get(), moment()
+    if current is not None and current.at == at:
+        return current.routing
+    return (None if at is None else _repeated_at(at)) or Routing()
 
 
-def _again(at: Moment) -> Routing | None:
-    """The routing of what is run again at a moment of a backward pass, if it has one."""
+def _repeated_at(at: Moment) -> Routing | None:
+    """The routing of the layer that a backward pass runs again at this moment; None where it runs none again."""
     thread = threading.get_ident()
     known = _repeated.get((thread, at))
     if known is not None:
         return known
     # What runs again may itself hold checkpoints, whose own backward passes run within this one.
     around = [each for (other, (backward, _)), each in list(_repeated.items()) if other == thread and backward < at[0]]
-    found = [stretch.what for stretch in stretches_of(at[1], here=bool(around))]
-    if around and not found:
-        found = [around[-1].repeats or around[-1]]
-    if not found:
+    routings = [stretch.what for stretch in stretches_of(at[1], here=bool(around))]
+    if around and not routings:
+        routings = [around[-1].repeats or around[-1]]
+    if not routings:
         return None
-    known = _repeated[thread, at] = _one_of(found).part()
+    known = _repeated[thread, at] = _common(routings).part()
     torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget(at[0]))
     return known
 
 
-def _one_of(found: list[Routing]) -> Routing:
-    """The routing of passes that several threads made at once, which cannot be told apart in another thread."""
-    if len(found) == 1:
-        return found[0]
-    first = found[0]
-    if any((each.mode, each.temperature) != (first.mode, first.temperature) for each in found) or any(
-        each.forced is not first.forced or each.shared for each in found
+def _common(routings: list[Routing]) -> Routing:
+    """What the routings of passes have in common that several threads made at once: which of the passes is repeated
+    cannot be told in another thread. Raises `RuntimeError` where they differ.
+    """
+    first = routings[0]
+    if len(routings) == 1:
+        return first
+    if any((each.mode, each.temperature) != (first.mode, first.temperature) for each in routings) or any(
+        each.forced is not first.forced or each.shared for each in routings
     ):
         raise RuntimeError("passes of several threads must have one routing where a backward pass runs layers again")
     return Routing(first.mode, first.temperature, first.forced, one_pass=first.one_pass, shares=first.shares)
@@ -264,17 +266,17 @@ def _forget(backward: int) -> None:
 
 
 def _forget_here() -> None:
-    """What backward passes that ended in an error have left behind in this thread, which is in none now."""
+    """Forget what backward passes of this thread left behind that ended in an error; none is under way."""
     for key in list(_repeated):
         if key[0] == threading.get_ident():
             _repeated.pop(key, None)
 
 
 def keep(y: Tensor) -> None:
-    """Let the routing under way be found again for as long as the graph of `y`, made by it, is there."""
-    held = _active.get()
-    if held is not None and held.stretch is not None and held.at == moment():
-        held.stretch.keep(y)
+    """Remember the routing under way for as long as the graph of `y`, an output of its pass, exists."""
+    current = _active.get()
+    if current is not None and current.stretch is not None and current.at == moment():
+        current.stretch.keep(y)
 
 
 @contextmanager
@@ -294,25 +296,25 @@ def opened(routing: Routing) -> Iterator[Routing]:
 @contextmanager
 def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
     """The active routing, emptied for a new forward pass; a fresh one where none is open. `shares`: see `Routing`."""
-    held, at = _active.get(), moment()
-    if held is None or held.at != at:
-        repeated = None if at is None else _again(at)
+    current, at = _active.get(), moment()
+    if current is None or current.at != at:
+        repeated = None if at is None else _repeated_at(at)
         settings = Routing() if repeated is None else Routing(repeated.mode, repeated.temperature, repeated.forced)
         if at is None:
             _forget_here()
-        held = _Open(replace(settings, repeats=None if repeated is None else settings), at, None)
-    routing = held.routing
-    # New ones: a finished pass is remembered by its own.
+        current = _Open(replace(settings, repeats=None if repeated is None else settings), at, None)
+    routing = current.routing
+    # New dictionaries and lists: those of a finished pass may be remembered.
     routing.scores, routing.choices, routing.again, routing.shared, routing._plans = {}, {}, {}, [], []
     before = routing.one_pass, routing.shares, routing._beside_of
     routing.one_pass, routing.shares, routing._beside_of = True, shares, {}
-    with stretching(routing, held.stretch, lasting=False) as stretch:
+    with stretching(routing, current.stretch, lasting=False) as stretch:
         token = _active.set(_Open(routing, at, stretch))
         try:
             yield routing
         finally:
             _active.reset(token)
-            if stretch.has_nodes():  # what is remembered of it holds no graph
+            if stretch.has_nodes():  # remembered without the graph
                 stretch.what = replace(routing, scores={}, repeats=None, _plans=[], _beside_of={})
             routing.one_pass, routing.shares, routing._beside_of = before
 

@@ -1,7 +1,7 @@
-"""The ways to compute a routed layer once its experts are chosen. `masked` is the definition; the others agree with it,
-but for `soft`, which is a differentiable surrogate.
+"""The ways to compute a routed layer once its experts are chosen. `masked` is the definition. `hard` and `gathered`
+agree with it; `soft` is a differentiable surrogate.
 
-Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
+Axes: `N` batch, `M` rows of a bank, `E` experts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
 
 
 Output = ops.Grouped | ops.Convolved
-"""A layer's output (N, ...), `merged` when it is asked for or by what follows."""
+"""A layer's output (N, ...), until it is `merged`: on demand, or by the operation that follows."""
 
 
 def masked(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
@@ -75,15 +75,15 @@ def gathered(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -
 
 
 def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
-    """Each sample's chosen expert alone: in one call that moves no sample, where there is one, or expert by expert."""
+    """Each sample's chosen expert alone: in one call that moves no sample, if that is faster, or expert by expert."""
     scores, choice, routing = decision
     banks, filters = weights.banks, weights.filters
     gate = ops.chosen_probability(scores, choice) if torch.is_grad_enabled() and scores.requires_grad else None
-    # Of y = W x + b the gate's gradient is <dL/dy, W x> = <dL/dx, x>, which leaves y free to be changed and is had
-    # where gradients are brought back in order.
+    # The gate can scale x instead of y = W x + b: <dL/dy, W x> = <dL/dx, x>. So y may be overwritten, and the product
+    # is taken in the pass that puts the samples' gradients back in order.
     ahead, behind = (gate, None) if weights.affine or (layer.linear and x.requires_grad) else (None, gate)
-    learnt = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
-    if filters is None and not learnt:
+    learns = torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
+    if filters is None and not learns:
         filters = layer.packed(*banks, once=x)
     y: Output | None = ops.convolved(x, ahead, choice, filters)
     if y is None and len(x) > 1:
@@ -106,7 +106,8 @@ def _expert_by_expert(
 ) -> Output:
     plan = decision.routing.plan(decision.scores, decision.choice)
     if layer.apart and len(plan.experts) > 1:
-        # One node of autograd for all experts, whose gradients it puts side by side: a slice each adds zeros.
+        # One node of autograd splits each bank and puts the experts' gradients side by side; a slice each would add
+        # up gradients as large as the bank.
         shares = [bank.split(layer.expert_rows) for bank in banks]
         rows = [tuple(share[e] for share in shares) for e in plan.experts]
     else:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
-from advmoe.moe.routers import LayerRouter
+from advmoe.moe.routers import LayerRouter, MakeRouter
 
 
 class MoEWrapped(MoELayer):
@@ -28,7 +28,9 @@ class MoEWrapped(MoELayer):
         c_in: channels or features that it takes. The rest is as of `MoEConv2d`.
     """
 
-    def __init__(self, inner: nn.Module, c_in: int, *, num_experts: int, layer: int, own_router: bool = True) -> None:
+    def __init__(
+        self, inner: nn.Module, c_in: int, *, num_experts: int, layer: int, make_router: MakeRouter | None = LayerRouter
+    ) -> None:
         own = dict(inner.named_parameters(recurse=False))
         shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
         rows = {shape[:1] for shape in shapes.values()}
@@ -39,7 +41,7 @@ class MoEWrapped(MoELayer):
             rule = "inner must have no buffers, and no parameters but its own"
             raise InputError(f"{rule}, got a {type(inner).__name__}")
         (((count),),) = rows
-        router = LayerRouter(c_in, num_experts) if own_router else None
+        router = make_router(c_in, num_experts) if make_router else None
         super().__init__(
             bank_rows=num_experts * count, expert_rows=count, num_experts=num_experts, layer=layer, router=router
         )
@@ -64,14 +66,14 @@ class MoEWrapped(MoELayer):
 
     @property
     def weight(self) -> Described:
-        """What may be known of one expert's weight (R, ...)."""
+        """Type, place and shape of one expert's weight (R, ...)."""
         bank = self._parameters["bank_weight"]
         assert bank is not None
         return Described(bank, self.expert_rows, f"the weight of {self.title}")
 
     @property
     def bias(self) -> Described | None:
-        """What may be known of one expert's bias (R,), if there is one."""
+        """Type, place and shape of one expert's bias (R,), if there is one."""
         bank = self._parameters.get("bank_bias")
         return None if bank is None else Described(bank, self.expert_rows, f"the bias of {self.title}")
 

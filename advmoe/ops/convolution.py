@@ -27,9 +27,10 @@ def pack(
     rows: Tensor | None = None,
     once: Tensor | None = None,
 ) -> Packed | None:
-    """Fixed `filters` (M, C_in, k, k) and `biases` (M,) of `experts` as kernels read them, or None where none is better
-    than PyTorch. `rows` (E, C_out) says which are whose, unless they lie one after another; where all this is for one
-    pass over `once` (N, C_in, H, W), that must be worth it.
+    """Fixed `filters` (M, C_in, k, k) and `biases` (M,) of `experts` for kernels; None where PyTorch is faster.
+
+    `rows` (E, C_out) says which filters are an expert's, unless the experts lie one after another. `once`: the only
+    images (N, C_in, H, W) that the result is for, if so; None too where packing takes longer than it saves there.
     """
     if once is not None and not _worthwhile(once):
         return None
@@ -44,7 +45,7 @@ def pack(
 
 
 def worth_packing(filters: Tensor, x: Tensor, experts: int) -> bool:
-    """Whether one pass over `x` without gradients gains by what is made of `filters` for it alone (see `pack`)."""
+    """Whether packing `filters` (`pack`) for one pass over `x`, without gradients, takes less time than it saves."""
     return not torch.is_grad_enabled() and _worthwhile(x) and Packed.suits(filters, experts)
 
 
@@ -53,8 +54,8 @@ def _worthwhile(x: Tensor) -> bool:
 
 
 class Convolved(NamedTuple):
-    """A layer's output (N, C_out, H', W') that is yet to be computed: `x` (N, C_in, H, W), `straight_through` the
-    `gate` (N,) if there is one, by the filters of the expert in `choice` (N,), `F.conv2d` for each. Moves no sample.
+    """A convolution yet to be computed: each sample of `x` (N, C_in, H, W) by the filters of its expert, `choice` (N,),
+    to (N, C_out, H', W'). If there is a `gate` (N,), `x` goes through `straight_through` first. No sample is moved.
     """
 
     x: Tensor
@@ -71,7 +72,7 @@ class Convolved(NamedTuple):
 
 
 def convolved(x: Tensor, gate: Tensor | None, choice: Tensor, filters: Packed | None) -> Convolved | None:
-    """`Convolved`, or None where there are no such `filters`, kernels do not take `x`, or it is one sample alone."""
+    """`Convolved`; None where there are no `filters`, the kernels do not take `x`, or it is a single sample."""
     if filters is None or len(x) < 2 or filters.dtype != x.dtype or not raw.suits(x):
         return None
     return Convolved(x, gate, choice.long().contiguous(), filters)
@@ -91,8 +92,8 @@ def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
     """
     if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and raw.eager():
-        kept: Tensor = _Kept.apply(x, stride)  # type: ignore[no-untyped-call]
-        return kept
+        strided: Tensor = _Strided.apply(x, stride)  # type: ignore[no-untyped-call]
+        return strided
     return _strided(x, stride)
 
 
@@ -117,8 +118,8 @@ class _Convolution(torch.autograd.Function):
         return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None
 
 
-class _Kept(torch.autograd.Function):
-    """The pixels of a stride, whose gradient is spread in one go: autograd's own takes an axis at a time."""
+class _Strided(torch.autograd.Function):
+    """Every stride-th pixel. Its gradient is spread over both axes in one go; autograd takes one axis at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Each sample by its own expert's few filters, where to group the samples by expert would cost more.
+"""Each sample by its own expert, for layers of so few filters that grouping the samples by expert would cost more.
 
 Axes: `N` batch, `C` channels, `H W` size, `M` rows of a bank, `R` rows of one expert, `E` experts.
 """
@@ -13,7 +13,7 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def chosen(every: Tensor, choice: Tensor) -> Tensor:
-    """every[n, choice[n]] for each sample, (N, C, H, W), of what all experts made, `every` (N, E, C, H, W)."""
+    """every[n, choice[n]] for each sample, (N, C, H, W), of all experts' outputs `every` (N, E, C, H, W)."""
     y, *others = every.unbind(1)
     for expert, other in enumerate(others, 1):
         # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
@@ -22,8 +22,8 @@ def chosen(every: Tensor, choice: Tensor) -> Tensor:
 
 
 def fits_a_vector(x: Tensor, channels: int) -> bool:
-    """Whether all experts' `channels` together take a convolution of `x` the time of one expert's: few filters side by
-    side in one vector unit, and a choice among results that are few too (`chosen`). In DenseNet-BC-40 (24 channels to
+    """Whether all experts' `channels` together fit a CPU's vector: then all their outputs take a convolution of `x` the
+    time of one expert's, and there are few to choose from (`chosen`). In DenseNet-BC-40 (24 channels to
     6, batch 64, two threads) a layer takes 2.4 ms so and 2.8 ms grouped; one expert for all 2.1 ms.
     """
     # As many as there are lanes take a sixth longer.

@@ -15,7 +15,7 @@ from advmoe.ops.rows import row_products
 
 
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
-    """What softmax over `scores` (N, E) gives each sample's `choice` (N,): (N,)."""
+    """The softmax probability, by `scores` (N, E), of each sample's `choice` (N,): (N,)."""
     if scores.dtype == torch.float32 and raw.suits(scores):
         probability: Tensor = _Chosen.apply(scores, choice.long().contiguous())  # type: ignore[no-untyped-call]
         return probability

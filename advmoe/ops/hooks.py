@@ -1,4 +1,4 @@
-"""Whether somebody listens to a module: what is heard must be computed as it is written."""
+"""Whether modules have hooks: what a hook sees must be computed as the modules say, not fused with other things."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import nn
 
 
 def listened(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's own calls."""
+    """Whether the module itself has hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def heard(model: nn.Module) -> bool:
-    """Whether somebody listens to a part of `model`, and so may hold of its activations."""
+    """Whether any part of `model` has hooks, so that somebody may hold one of its activations."""
     waiting = [model]
     while waiting:
         module = waiting.pop()

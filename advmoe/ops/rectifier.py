@@ -1,9 +1,9 @@
-"""ReLU, and what stands around it in a network with MoE layers, in as few passes over activations as can be.
+"""ReLU and its neighbours in a network with MoE layers, in as few passes over activations as can be.
 
-Ahead of it stand a batch norm, the putting together of experts' outputs and a residual block's sum; behind it the next
-MoE layer, whose router begins with a mean over pixels, and the next block's shortcut. On a CPU with kernels one pass
-does all of this, and one brings all the gradients back. A batch norm in train mode takes one more each way; a
-convolution whose filters are fixed takes none: the rest is done to each sample as it comes and goes.
+Before it come a batch norm, the merging of experts' outputs and a residual block's sum. After it come the next MoE
+layer, whose router begins with a mean over pixels, and the next block's shortcut. With kernels a CPU does all of this
+in one pass, and all the gradients in another. A batch norm in train mode takes one more each way. After a convolution
+by fixed filters there is no pass at all: each sample is finished while it is in the cache.
 
 Axes: `N` batch, `C` channels, `H W` size.
 """
@@ -24,14 +24,14 @@ from advmoe.ops.rows import split_rows
 
 
 class Rectified(NamedTuple):
-    """What became of a layer's output."""
+    """A layer's output after its rectifier."""
 
     x: Tensor
     """(N, C, H, W)."""
     pooled: Tensor | None = None
-    """The mean of `x` over its pixels, (N, C) in fp32, where it was made too."""
+    """The mean of `x` over its pixels, (N, C) in fp32, where it was asked for and cheap."""
     again: Tensor | None = None
-    """`x` for a second use, whose gradient is added to that of `x` where both are needed; None where there is none."""
+    """The values of `x` as another tensor, for a second use: the backward pass adds up both gradients as it goes."""
 
 
 def rectify(y: Tensor, shortcut: Tensor | None = None, *, pool: bool = False) -> Rectified:
@@ -62,8 +62,8 @@ def norm_act(
     """
     silent = not listened(act)
     if isinstance(y, Convolved):
-        if silent and norm is None and (made := _convolution_rectify(y, shortcut, pool=pool)) is not None:
-            return made
+        if silent and norm is None and (output := _convolution_rectify(y, shortcut, pool=pool)) is not None:
+            return output
         y = Grouped((y.merged(),))
     parts, members = y
     fused = silent and type(parts[0]) is Tensor
@@ -72,16 +72,16 @@ def norm_act(
             return Rectified(*_Rectify.apply(shortcut, pool, members, *parts))  # type: ignore[no-untyped-call]
     elif fused and norm.training and _suits(parts, shortcut) and _normalises(norm, parts):
         arguments = (shortcut, pool, norm.weight, norm.bias, norm.eps, members)
-        *made_, mean, variance = _NormRectify.apply(*arguments, *parts)  # type: ignore[no-untyped-call]
+        *outputs, mean, variance = _NormRectify.apply(*arguments, *parts)  # type: ignore[no-untyped-call]
         if norm.track_running_stats:
             _record(norm, mean, variance, sum(part.numel() for part in parts) // parts[0].shape[1])
-        return Rectified(*made_)
+        return Rectified(*outputs)
     x = y.merged()
     return Rectified(act(x if norm is None else norm(x), shortcut))
 
 
 def _convolution_rectify(y: Convolved, shortcut: Tensor | None, *, pool: bool) -> Rectified | None:
-    """max(y + shortcut, 0) as the convolution is made, or None where there is more to it."""
+    """max(y + shortcut, 0), each sample rectified as it is convolved; None where the kernels cannot do that."""
     others = () if shortcut is None else (shortcut,)
     shape = y.filters.made_of(y.x.shape)
     if type(y.x) is not Tensor or shape[1] % raw.LANES or not raw.suits(y.x, *others):
@@ -123,8 +123,8 @@ def _record(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) ->
 
 
 class _Rectify(torch.autograd.Function):
-    """max(y + shortcut, 0) of a batch in parts, its mean over pixels, which is None unless `pool`, and the same once
-    more for a second use; in place of y, and with no second, where y is one part.
+    """max(y + shortcut, 0) of a batch in parts; its mean over pixels, if `pool`; and the result as another tensor, for
+    a second use. Where y is one part it is overwritten, and there is no such tensor.
     """
 
     @staticmethod
@@ -144,15 +144,15 @@ class _Rectify(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        given, members = _given(x, *gradients), ctx.members
+        upstream, members = _upstream(x, *gradients), ctx.members
         if ctx.summed or not members:
-            (whole,) = raw.unrectify(x, given, raw.Parts((torch.empty_like(x),)))
+            (whole,) = raw.unrectify(x, upstream, raw.Parts((torch.empty_like(x),)))
             rows = split_rows(whole, members) if members else (whole,)
             return whole if ctx.summed else None, None, None, *rows
         into = tuple(
             torch.empty(len(m), *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_LAST) for m in members
         )
-        return None, None, None, *raw.unrectify(x, given, raw.Parts(into, members))
+        return None, None, None, *raw.unrectify(x, upstream, raw.Parts(into, members))
 
 
 class _NormRectify(torch.autograd.Function):
@@ -171,12 +171,12 @@ class _NormRectify(torch.autograd.Function):
         members: tuple[Tensor, ...],
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        made = raw.norm_rectify(raw.Parts(rows, members), weight, bias, eps, shortcut, pool=pool)
+        normed = raw.norm_rectify(raw.Parts(rows, members), weight, bias, eps, shortcut, pool=pool)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(made.mean, made.variance)
-        ctx.save_for_backward(weight, made.x, made.mean, made.variance, *rows)
+        ctx.mark_non_differentiable(normed.mean, normed.variance)
+        ctx.save_for_backward(weight, normed.x, normed.mean, normed.variance, *rows)
         ctx.summed, ctx.eps, ctx.members = shortcut is not None, eps, members
-        return made.x, made.pooled, made.x.detach(), made.mean, made.variance
+        return normed.x, normed.pooled, normed.x.detach(), normed.mean, normed.variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -184,10 +184,11 @@ class _NormRectify(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         weight, x, mean, variance, *rows = ctx.saved_tensors
-        y, made = raw.Parts(tuple(rows), ctx.members), raw.Normed(x, None, mean, variance)
-        given = _given(x, grad, pooled, branch)
-        dy, weight_grad, bias_grad, kept = raw.unnorm_rectify(y, made, weight, ctx.eps, given, shortcut=ctx.summed)
-        return kept, None, weight_grad, bias_grad, None, None, *dy
+        y, normed = raw.Parts(tuple(rows), ctx.members), raw.Normed(x, None, mean, variance)
+        upstream = _upstream(x, grad, pooled, branch)
+        dy, *others = raw.unnorm_rectify(y, normed, weight, ctx.eps, upstream, shortcut=ctx.summed)
+        weight_grad, bias_grad, shortcut_grad = others
+        return shortcut_grad, None, weight_grad, bias_grad, None, None, *dy
 
 
 class _ConvolutionRectify(torch.autograd.Function):
@@ -218,17 +219,20 @@ class _ConvolutionRectify(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, choice, y, _ = ctx.saved_tensors
-        x, y = x.contiguous(memory_format=_LAST), y.contiguous(memory_format=_LAST)  # whoever kept them
-        given = _given(y, grad, pooled, branch)
+        x, y = (
+            x.contiguous(memory_format=_LAST),
+            y.contiguous(memory_format=_LAST),
+        )  # hooks on saved tensors may change it
+        upstream = _upstream(y, grad, pooled, branch)
         gated = ctx.gate_dtype is not None
-        dx, products, kept = ctx.filters.unrectified(y, given, x, choice, products=gated, shortcut=ctx.summed)
-        return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None, kept, None
+        dx, products, dshortcut = ctx.filters.unrectified(y, upstream, x, choice, products=gated, shortcut=ctx.summed)
+        return dx, products.to(ctx.gate_dtype) if products is not None else None, None, None, dshortcut, None
 
 
 _LAST = torch.channels_last
 
 
-def _given(x: Tensor, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None) -> raw.Gradients:
+def _upstream(x: Tensor, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None) -> raw.Gradients:
     """The gradients of `x`, of its mean and of its second use, as the kernels take them."""
     each = [g.to(x.dtype).contiguous(memory_format=_LAST) for g in (grad, branch) if g is not None]
     first = each[0] if each else torch.zeros_like(x)

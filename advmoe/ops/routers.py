@@ -66,7 +66,7 @@ def whole_layer(
     shortcut: Tensor | None,
     *,
     pool: bool,
-) -> raw.Layer | None:
+) -> raw.LayerOutput | None:
     """max(conv(x) + shortcut, 0) for `x` (N, C, H, W) and its mean `pooled` (N, C), each sample by the one of `filters`
     that the `router`'s parts (see `router_scores`) rate highest, without gradients; None where no kernel does it all.
     """
@@ -82,8 +82,8 @@ def whole_layer(
 
 
 def _scorer(pooled: Tensor, norm: nn.BatchNorm1d, hidden: nn.Linear, last: nn.Linear) -> raw.Scorer | None:
-    """What does by kernels what these do to `pooled` (N, C) in eval mode; None where something learns, or somebody
-    listens to a part or changed it.
+    """These three as kernels compute them on `pooled` (N, C) in eval mode; None where a parameter learns, a part has
+    hooks, or is of another class.
     """
     if type(norm) is not nn.BatchNorm1d or type(hidden) is not nn.Linear or type(last) is not nn.Linear:
         return None

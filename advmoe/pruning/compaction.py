@@ -88,7 +88,7 @@ def adopt(model: Classifier, start: Classifier) -> None:
 
 def _tensors(masked: SparseBackbone) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor | None]]:
     """The Dense backbone's tensors by name, with the rows and columns that the masks keep of each, None for all."""
-    slices = masked.layout.slices(masked.kept())
+    slices = masked.layout.slices(masked.surviving_channels())
     for name, value in masked.dense.state_dict().items():
         rows, columns = slices[name.rpartition(".")[0]]
         yield name, value, rows if value.dim() else None, columns if value.dim() > 1 else None

@@ -17,7 +17,7 @@ from advmoe.rundir import MASKS
 
 def masks(model: Classifier) -> list[dict[str, Any]]:
     """The output channels that a sparse model keeps of each layer that is an MoE layer in the MoE form of its backbone,
-    in a pathway's order: {"layer": index, "of": channels of the Dense layer, "rows": those kept}.
+    in a pathway's order: {"layer": index, "of": channels of the Dense layer, "rows": those that survive}.
 
     Raises `ValueError` for a model of another kind.
     """
@@ -26,12 +26,12 @@ def masks(model: Classifier) -> list[dict[str, Any]]:
     with torch.device("meta"):
         routed = create_model(**{**model.spec, **plain})
     layers = {name: layer for name, layer in routed.backbone.named_modules() if isinstance(layer, MoELayer)}
-    slices, found = masked.layout.slices(masked.kept()), list[dict[str, Any]]()
+    slices, surviving = masked.layout.slices(masked.surviving_channels()), list[dict[str, Any]]()
     for name, layer in sorted(layers.items(), key=lambda item: item[1].layer):
         rows, _ = slices[name]
         assert rows is not None, "an MoE layer's channels are of a group"
-        found.append({"layer": layer.layer, "of": layer.bank_rows, "rows": rows.tolist()})
-    return found
+        surviving.append({"layer": layer.layer, "of": layer.bank_rows, "rows": rows.tolist()})
+    return surviving
 
 
 def write_masks(model: Classifier, folder: Path) -> None:

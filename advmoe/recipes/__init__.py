@@ -38,7 +38,7 @@ _PARTS = {
     f"{setting}-{method}": (setting, method)
     for setting, (_, backbone) in SETTINGS.items()
     for method in METHODS
-    if not (method == "at-sparse" and backbone == "deit-tiny")
+    if not (method == "at-sparse" and backbone and BACKBONES.find(backbone).tokens)
 }
 
 
@@ -59,6 +59,14 @@ def recipe(name: str) -> dict[str, Any]:
     if backbone:
         layers = [_read("settings", "paper"), {"model": {"name": backbone}}, *layers]
     return merged(*layers)
+
+
+def describe(name: str) -> str:
+    """One line on the recipe `name`. Raises `ValueError` for an unknown one."""
+    if name not in _PARTS:
+        raise InputError(f"a recipe must be a setting and a method (see `advmoe recipes`), got {name!r}")
+    setting, method = _PARTS[name]
+    return f"{name}: {describe_method(method)}; {describe_setting(setting)}"
 
 
 def describe_setting(setting: str) -> str:

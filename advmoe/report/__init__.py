@@ -1,1 +1,1 @@
-"""Results, as dictionaries or JSON, made into figures."""
+"""Figures and pages of results, which come as dictionaries or JSON."""

@@ -1,4 +1,4 @@
-"""What a picture shows, in words, for those who cannot see it: made from its data alone, a function for each kind.
+"""Pictures in words, for those who cannot see them: a function for each kind, of its data alone.
 
 Each takes the data and the options that the picture is drawn with.
 """

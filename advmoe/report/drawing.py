@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from advmoe.errors import InputError
 from advmoe.files import write_whole
-from advmoe.report.fonts import found
+from advmoe.report.fonts import fallback_fonts
 from advmoe.text import printable
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def drawn(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         content = io.BytesIO()
-        with found(figure):
+        with fallback_fonts(figure):
             figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
 

@@ -274,17 +274,18 @@ def histogram_figure(
 def coarser(
     series: Mapping[str, Mapping[str, Sequence[float]]], bins: int | None
 ) -> Mapping[str, Mapping[str, Sequence[float]]]:
-    """Distributions on one grid, as `histogram_figure` takes them, on one of at most `bins` bins: those that hold
-    something, joined equally many at a time. Unchanged where `bins` is None or their edges differ.
+    """Join the bins of distributions, equally many at a time, until at most `bins` of them are drawn.
+
+    Empty bins at both ends are left out. Unchanged where `bins` is None, all bins are empty, or the edges differ.
     """
     if bins is not None and bins < 1:
         raise InputError(f"bins must be >= 1, got {bins}")
     grids = {tuple(each["edges"]) for each in series.values()}
-    held = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
-    if bins is None or len(grids) > 1 or not held:
+    filled = [at for each in series.values() for at, share in enumerate(each["shares"]) if share > 1e-4]
+    if bins is None or len(grids) > 1 or not filled:
         return series
     (edges,) = grids
-    low, high, whole = min(held), max(held) + 1, len(edges) - 1
+    low, high, whole = min(filled), max(filled) + 1, len(edges) - 1
     least = next(step for step in range(1, whole + 1) if -(-high // step) - low // step <= bins)
     step = next(
         (step for step in range(least, 2 * least) if whole % step == 0), least

@@ -43,7 +43,7 @@ class Band:
     end: float
     """Upper end where it arrives."""
     source: int | None
-    """The expert that it leaves; None for what is drawn as one."""
+    """The expert that it leaves; None for thin flows drawn as one."""
     left: float
     """Where it leaves, in layers."""
     right: float

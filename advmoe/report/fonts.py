@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 _LATIN = "\u024f"
 """The last character up to which matplotlib's own font has all of them."""
 _EMPTY = "Last Resort"
-"""What the names of fonts begin with that have a box for every character, and nothing else."""
+"""The names of fonts that have nothing but a box for every character begin so."""
 
 
 @contextmanager
-def found(figure: Figure) -> Iterator[None]:
-    """Inside, every text of `figure` can be drawn without a warning: by a font of this machine that has its characters,
-    or with boxes, of which one note tells.
+def fallback_fonts(figure: Figure) -> Iterator[None]:
+    """Give every text of `figure` fonts of this machine that have its characters, and silence warnings inside.
+
+    Characters that no font has are drawn as boxes; one note says so.
     """
     import warnings
 
@@ -57,11 +58,13 @@ def _fallbacks(characters: str) -> tuple[tuple[str, ...], str]:
     """The fewest fonts, by family, that have what the usual one lacks of `characters`; and what none of them has."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager
 
-    missing = set(map(ord, characters)) - _held(findfont(FontProperties()))
+    missing = set(map(ord, characters)) - _characters(findfont(FontProperties()))
     if not missing:
         return (), ""
     plain = [each for each in fontManager.ttflist if each.style == "normal" and not each.name.startswith(_EMPTY)]
-    fonts = {each.name: _held(each.fname) for each in sorted(plain, key=lambda each: abs(int(each.weight) - 400))[::-1]}
+    fonts = {
+        each.name: _characters(each.fname) for each in sorted(plain, key=lambda each: abs(int(each.weight) - 400))[::-1]
+    }
     families = []
     while missing:
         best = max(sorted(fonts), key=lambda name: len(fonts[name] & missing), default=None)
@@ -73,7 +76,7 @@ def _fallbacks(characters: str) -> tuple[tuple[str, ...], str]:
 
 
 @cache
-def _held(path: str) -> frozenset[int]:
+def _characters(path: str) -> frozenset[int]:
     """The characters that the font in a file can draw at any size."""
     from matplotlib.ft2font import FT2Font
 

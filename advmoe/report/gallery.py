@@ -1,4 +1,4 @@
-"""The gallery: images before and after an attack, what the model made of each, and how its pathway changed.
+"""The gallery: images before and after an attack, the prediction on each, and how its pathway changed.
 
 Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens. Pixels and eps are in [0, 1].
 """
@@ -23,48 +23,48 @@ _IN_A_ROW = 20
 """MoE layers: more would be too small to read on a phone."""
 
 
-def gallery(found: Arrays) -> Html:
+def gallery(arrays: Arrays) -> Html:
     """The cards of all images of a gallery, as `advmoe report` keeps it in a run directory."""
-    threat = of_threat({"eps": float(found["eps"]), "norm": str(found["norm"])})
-    cards = [_card(found, at) for at in range(len(found["labels"]))]
+    threat = of_threat({"eps": float(arrays["eps"]), "norm": str(arrays["norm"])})
+    cards = [_card(arrays, at) for at in range(len(arrays["labels"]))]
     about = (
-        f"{len(cards)} test images under {found['attack']} ({threat}), drawn from those that the model "
+        f"{len(cards)} test images under {arrays['attack']} ({threat}), drawn from those that the model "
         "classifies right without an attack, as far as there are any: they show what the attack does and nothing of "
         "accuracy. In the middle the perturbation: grey is no change, and full colour the largest change in the image."
     )
-    if found["clean_pathway"].shape[1:2] != (0,):
+    if arrays["clean_pathway"].shape[1:2] != (0,):
         about += " Below, the expert chosen in each MoE layer, before and after; a framed cell is a changed choice."
     return joined(element("p", about), element("ul", cards, class_="gallery"))
 
 
-def _card(found: Arrays, at: int) -> Html:
-    names = found["classes"]
+def _card(arrays: Arrays, at: int) -> Html:
+    names = arrays["classes"]
     label, before, after = (
-        _name(names, found[k][at]) for k in ("labels", "clean_prediction", "adversarial_prediction")
+        _name(names, arrays[k][at]) for k in ("labels", "clean_prediction", "adversarial_prediction")
     )
-    sure = [percent(float(found[f"{kind}_confidence"][at]), 0) for kind in ("clean", "adversarial")]
-    right = [int(found[f"{kind}_prediction"][at]) == int(found["labels"][at]) for kind in ("clean", "adversarial")]
+    sure = [percent(float(arrays[f"{kind}_confidence"][at]), 0) for kind in ("clean", "adversarial")]
+    right = [int(arrays[f"{kind}_prediction"][at]) == int(arrays["labels"][at]) for kind in ("clean", "adversarial")]
     verdict = {
         (True, True): ("holds", "The prediction survives"),
         (True, False): ("fails", "The prediction is broken"),
         (False, False): ("neutral", "Wrong before and after"),
         (False, True): ("neutral", "Wrong before, right after"),
     }[right[0], right[1]]
-    clean, adversarial = (found[kind][at].astype(np.float32) for kind in ("clean", "adversarial"))
+    clean, adversarial = (arrays[kind][at].astype(np.float32) for kind in ("clean", "adversarial"))
     change = adversarial - clean
     largest = float(np.abs(change).max()) or 1.0
     pictures = [
-        _picture(clean, "clean", f"Test image {found['index'][at]}, class {label}"),
+        _picture(clean, "clean", f"Test image {arrays['index'][at]}, class {label}"),
         _picture(0.5 + change / (2 * largest), "perturbation", "The perturbation, enlarged in strength"),
         _picture(adversarial, "adversarial", "The image with the perturbation added"),
     ]
     return element(
         "li",
-        element("h4", label, element("span", f" test image {found['index'][at]}", class_="quiet")),
+        element("h4", label, element("span", f" test image {arrays['index'][at]}", class_="quiet")),
         element("div", pictures, class_="pictures"),
         element("p", element("span", verdict[1], class_=f"verdict {verdict[0]}")),
         element("p", f"{before} ({sure[0]} %) \N{RIGHTWARDS ARROW} {after} ({sure[1]} %)"),
-        _pathways(found["clean_pathway"][at], found["adversarial_pathway"][at]),
+        _pathways(arrays["clean_pathway"][at], arrays["adversarial_pathway"][at]),
         class_="card",
     )
 
@@ -96,10 +96,9 @@ def _pathways(before: _Pixels, after: _Pixels) -> Html | None:
     if layers == 0:
         return None
     changed = np.flatnonzero((before != after).reshape(layers, -1).any(1)).tolist()
-    what = "choice of a token " if before.ndim == 2 else ""
-    said = f"{len(changed)} of {layers} layers changed {what}" if changed else f"None of {layers} layers changed {what}"
-    said = said.rstrip() + (f": {', '.join(map(str, changed))}" if changed else "")
-    words = element("p", f"Pathway: {said}.", class_="quiet")
+    what = " choice of a token" if before.ndim == 2 else ""
+    which = f": {', '.join(map(str, changed))}" if changed else ""
+    words = element("p", f"Pathway: {len(changed) or 'None'} of {layers} layers changed{what}{which}.", class_="quiet")
     if before.ndim == 2:
         return words
     rows = [range(first, min(first + _IN_A_ROW, layers)) for first in range(0, layers, _IN_A_ROW)]

@@ -38,12 +38,12 @@ def element(name: str, /, *content: Content, **attributes: str | int | float | b
 
 def joined(*content: Content) -> Html:
     """Parts in a row, without an element around them."""
-    found: list[str] = []
+    parts: list[str] = []
     for part in content:
         if isinstance(part, Html):
-            found.append(part)
+            parts.append(part)
         elif isinstance(part, str | int | float):
-            found.append(html.escape(str(part), quote=False))
+            parts.append(html.escape(str(part), quote=False))
         elif part is not None:
-            found.append(joined(*part))
-    return Html("".join(found))
+            parts.append(joined(*part))
+    return Html("".join(parts))

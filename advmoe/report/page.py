@@ -70,7 +70,7 @@ def figures_of(path: Path) -> Path:
 
 
 def _publish(page: str, path: Path, drawn: Path, folder: Path) -> None:
-    """Put page and figures in their places: prepared beside them, where one file system holds both."""
+    """Move page and figures to their places by renames: both are prepared beside them, on the same file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as place:
         fresh, whole = Path(place) / "figures", Path(place) / "page"
@@ -90,11 +90,11 @@ def _title(results: Sequence[RunFolder | StudyFolder]) -> str:
         (only,) = results
         return only.title if isinstance(only, StudyFolder) else f"{only.method}, {only.label}"
     runs, studies = (sum(isinstance(each, kind) for each in results) for kind in (RunFolder, StudyFolder))
-    found = [
+    counts = [
         f"{runs} run{'s' * (runs > 1)}" if runs else "",
         f"{studies} stud{'ies' if studies > 1 else 'y'}" if studies else "",
     ]
-    return " and ".join(each for each in found if each)
+    return " and ".join(each for each in counts if each)
 
 
 def _page(results: Sequence[RunFolder | StudyFolder], album: Album, title: str, made_by: str, folder: str) -> str:

@@ -18,17 +18,18 @@ from advmoe.report.results import RunFolder
 from advmoe.report.tables import Cell, number, percent, table
 from advmoe.rundir import PATHWAYS
 
-Found = Mapping[str, Any]
+PathwaysResult = Mapping[str, Any]
+"""The content of `pathways.json`."""
 
 KINDS = ("clean", "adversarial")
 _BINS = 40
 _SHOWN_CLASSES = 3
 
 
-def draw_pictures(found: Found, folder: Path) -> list[Path]:
+def draw_pictures(result: PathwaysResult, folder: Path) -> list[Path]:
     """Draw each picture of `pathways.json` into `folder` as `pathways-NAME.svg`. Raises `ValueError` as figures do."""
     paths = []
-    for picture in pictures(found):
+    for picture in pictures(result):
         path = folder / f"pathways-{picture.name}.svg"
         picture.draw(path, title=picture.title)
         paths.append(path)
@@ -36,20 +37,20 @@ def draw_pictures(found: Found, folder: Path) -> list[Path]:
 
 
 def pathways(run: RunFolder, album: Album) -> Content:
-    """How many pathways there are, who takes which, and what they share; None without `pathways.json`."""
-    found = run.pathways
-    if not found:
+    """How many pathways there are, which classes take which, and what they share; None without `pathways.json`."""
+    result = run.pathways
+    if not result:
         return None
     drawn: dict[bool, list[Content]] = {True: [], False: []}
-    for each in pictures(found):
+    for each in pictures(result):
         drawn[each.wide].append(album.draw(each, f"{run.label}-pathways"))
-    name, kept = found["attack"].get("name", "The attack"), percent(found["attack"]["unchanged"])
-    said = f"{name} leaves the pathways of {kept} % of {found['num_examples']} test images as they are."
+    attack, unchanged = result["attack"].get("name", "The attack"), percent(result["attack"]["unchanged"])
+    sentence = f"{attack} leaves the pathways of {unchanged} % of {result['num_examples']} test images as they are."
     return [
-        element("p", said),
-        _numbers(run, found),
-        _frequent(run, found),
-        _against(run, found),
+        element("p", sentence),
+        _numbers(run, result),
+        _frequent(run, result),
+        _against(run, result),
         element("div", drawn[True], class_="figures wide"),
         element("div", drawn[False], class_="figures"),
     ]
@@ -58,61 +59,61 @@ def pathways(run: RunFolder, album: Album) -> Content:
 # Pictures
 
 
-def pictures(found: Found) -> Iterator[Picture]:
+def pictures(result: PathwaysResult) -> Iterator[Picture]:
     """What `pathways.json` shows. Raises `ValueError` for something else."""
-    require_fields(found, ("num_experts", "clean", "adversarial", "attack", "against"), PATHWAYS)
-    names = _class_names(found)
-    if found["clean"]["flows"]:
-        yield _flow(found)
+    require_fields(result, ("num_experts", "clean", "adversarial", "attack", "against"), PATHWAYS)
+    names = _class_names(result)
+    if result["clean"]["flows"]:
+        yield _flow(result)
     for kind in KINDS:
-        yield _by_class(found, kind, names)
+        yield _by_class(result, kind, names)
     for kind in KINDS:
-        yield _between(found, kind, names)
-    series = {"clean to adversarial": found["attack"]["iou"]["histogram"]}
+        yield _between(result, kind, names)
+    series = {"clean to adversarial": result["attack"]["iou"]["histogram"]}
     yield _overlap(
         "attack", series, "IoU of each image's two pathways", "1 is a pathway that the attack left as it is."
     )
-    if found["against"] is not None:
-        shown = [name for name in (*KINDS, "random_pathways", "random_masks") if name in found["against"]]
-        series = {name.replace("_", " "): found["against"][name]["histogram"] for name in shown}
-        what, caption = _compared_with(found["against"])
+    if result["against"] is not None:
+        shown = [name for name in (*KINDS, "random_pathways", "random_masks") if name in result["against"]]
+        series = {name.replace("_", " "): result["against"][name]["histogram"] for name in shown}
+        what, caption = _compared_with(result["against"])
         yield _overlap("against", series, f"IoU with {what}", caption)
 
 
-def _flow(found: Found) -> Picture:
-    panels = {kind: {name: found[kind][name] for name in ("load", "flows")} for kind in KINDS}
+def _flow(result: PathwaysResult) -> Picture:
+    panels = {kind: {name: result[kind][name] for name in ("load", "flows")} for kind in KINDS}
     grey = f", and of flows under {100 * THIN:.0f} % in grey where there are more than {FEW}"
     caption = (
-        f"A column is a layer, a node an expert, as high as its share of the {_unit(found)}; bands have the colour of "
-        f"the expert that they leave{grey if found['num_experts'] > 2 else ''}."
+        f"A column is a layer, a node an expert, as high as its share of the {_unit(result)}; bands have the colour of "
+        f"the expert that they leave{grey if result['num_experts'] > 2 else ''}."
     )
-    return Picture("flow", "flow", f"Flow of {_unit(found)} through the experts", panels, caption=caption, wide=True)
+    return Picture("flow", "flow", f"Flow of {_unit(result)} through the experts", panels, caption=caption, wide=True)
 
 
-def _unit(found: Found) -> str:
-    return "tokens" if found.get("tokens") else "images"
+def _unit(result: PathwaysResult) -> str:
+    return "tokens" if result.get("tokens") else "images"
 
 
-def _by_class(found: Found, kind: str, names: Sequence[str]) -> Picture:
-    experts, layers = found["num_experts"], [str(layer) for layer in range(len(found[kind]["load"]))]
+def _by_class(result: PathwaysResult, kind: str, names: Sequence[str]) -> Picture:
+    experts, layers = result["num_experts"], [str(layer) for layer in range(len(result[kind]["load"]))]
     unknown = [[None] * experts] * len(layers)
-    values = [[share for layer in shares or unknown for share in layer] for shares in found[kind]["class_shares"]]
+    values = [[share for layer in shares or unknown for share in layer] for shares in result[kind]["class_shares"]]
     members = [f"expert {expert}" for expert in range(experts)]
     return Picture(
         "heatmap", f"classes-{kind}", f"Experts by class, {kind} images",
         {"rows": names, "columns": layers, "members": members, "values": values},
         {"xlabel": "MoE layer", "ylabel": "class"},
-        f"Share of a class's {_unit(found)} that a layer sends to an expert; in each layer, experts 0 to {experts - 1} "
-        "from left to right.",
+        f"Share of a class's {_unit(result)} that a layer sends to an expert; in each layer, experts 0 to "
+        f"{experts - 1} from left to right.",
         wide=experts * len(layers) > 20,
     )  # fmt: skip
 
 
-def _between(found: Found, kind: str, names: Sequence[str]) -> Picture:
-    within, between = (number(found[kind][f"iou_{which}_classes"]) for which in ("within", "between"))
+def _between(result: PathwaysResult, kind: str, names: Sequence[str]) -> Picture:
+    within, between = (number(result[kind][f"iou_{which}_classes"]) for which in ("within", "between"))
     return Picture(
         "heatmap", f"class-iou-{kind}", f"IoU of pathways by class, {kind} images",
-        {"rows": names, "columns": names, "values": found[kind]["class_iou"]},
+        {"rows": names, "columns": names, "values": result[kind]["class_iou"]},
         {"xlabel": "class", "ylabel": "class", "spread": True},
         f"Mean over all pairs of two images; {within} within a class, {between} between classes.",
     )  # fmt: skip
@@ -124,7 +125,7 @@ def _overlap(name: str, series: Mapping[str, Any], title: str, caption: str) -> 
     )
 
 
-def _compared_with(against: Found) -> tuple[str, str]:
+def _compared_with(against: Mapping[str, Any]) -> tuple[str, str]:
     """What the pathways are compared with, and how to read the picture of it."""
     if against["kind"] == "mask":
         random = "random choices of experts, and random masks of the same size, as they would be by chance"
@@ -134,18 +135,18 @@ def _compared_with(against: Found) -> tuple[str, str]:
     return f"the pathways of {against.get('run', 'another model')}", caption
 
 
-def _class_names(found: Found) -> list[str]:
-    return [str(name) for name in found.get("classes") or range(found["num_classes"])]
+def _class_names(result: PathwaysResult) -> list[str]:
+    return [str(name) for name in result.get("classes") or range(result["num_classes"])]
 
 
 # Tables
 
 
-def _numbers(run: RunFolder, found: Found) -> Content:
+def _numbers(run: RunFolder, result: PathwaysResult) -> Content:
     rows: list[list[Cell | Content]] = [
         [
-            kind, found[kind]["distinct"], found[kind]["entropy"], found[kind]["max_entropy"],
-            found[kind]["iou_within_classes"], found[kind]["iou_between_classes"],
+            kind, result[kind]["distinct"], result[kind]["entropy"], result[kind]["max_entropy"],
+            result[kind]["iou_within_classes"], result[kind]["iou_between_classes"],
         ]
         for kind in KINDS
     ]  # fmt: skip
@@ -153,14 +154,14 @@ def _numbers(run: RunFolder, found: Found) -> Content:
         "Images", "Distinct pathways", "Their entropy, bits", "At most, bits", "IoU within a class",
         "IoU between classes",
     ]  # fmt: skip
-    return table(f"Pathways of {run.label}, {found['num_examples']} test images", columns, rows)
+    return table(f"Pathways of {run.label}, {result['num_examples']} test images", columns, rows)
 
 
-def _frequent(run: RunFolder, found: Found) -> Content:
-    names = _class_names(found)
+def _frequent(run: RunFolder, result: PathwaysResult) -> Content:
+    names = _class_names(result)
     rows: list[list[Cell | Content]] = []
-    for each in found["clean"]["frequent"]:
-        path = ("" if found["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
+    for each in result["clean"]["frequent"]:
+        path = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
         classes = [f"{names[one['class']]}: {percent(one['share'], 0)} %" for one in each["classes"][:_SHOWN_CLASSES]]
         more = f" and {extra} more" if (extra := len(each["classes"]) - _SHOWN_CLASSES) > 0 else ""
         rows.append([element("code", path), Cell(percent(each["share"]), each["share"]), f"{', '.join(classes)}{more}"])
@@ -168,8 +169,8 @@ def _frequent(run: RunFolder, found: Found) -> Content:
     return table(f"Most frequent pathways of {run.label}", columns, rows) if rows else None
 
 
-def _against(run: RunFolder, found: Found) -> Content:
-    against = found["against"]
+def _against(run: RunFolder, result: PathwaysResult) -> Content:
+    against = result["against"]
     if against is None:
         return None
     shown = [name for name in (*KINDS, "random_pathways", "random_masks") if name in against]

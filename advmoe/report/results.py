@@ -1,4 +1,4 @@
-"""Results as they lie on disk: run directories and studies, read without the code that made them.
+"""Results on disk: run directories and studies, read without the code that writes them.
 
 Axes: `N` images, `C` channels, `H W` size, `L` MoE layers, `T` tokens, `K` classes.
 """
@@ -31,12 +31,10 @@ from advmoe.rundir import (
     stale,
     unsealed,
 )
-from advmoe.tables import METHODS
+from advmoe.tables import KINDS, METHODS
 from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
-
-KINDS = {"moe": "MoE", "dense": "Dense", "s-dense": "S-Dense", "sparse": "Sparse"}
 
 _ARRAYS = (
     "index", "labels", "clean", "adversarial", "clean_prediction", "adversarial_prediction", "clean_confidence",
@@ -68,10 +66,10 @@ class ResultState:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run directory: what is there; None, or empty, is what is not."""
+    """The contents of a run directory; what is missing is None or empty."""
 
     path: Path
-    """As it was named: commands shown to the reader name it so too."""
+    """As the user named it: commands on the page name it so too."""
     label: str
     """Tells it from the other runs of the page."""
     config: dict[str, Any]
@@ -98,10 +96,11 @@ class RunFolder:
     def method(self) -> str:
         """What it is called in the paper."""
         method, kind = self.field("training", "method"), str(self.field("model", "kind"))
+        network = KINDS[kind].label if kind in KINDS else kind
         if method == "at":
-            return f"AT ({KINDS.get(kind, kind)})"
+            return f"AT ({network})"
         shown = METHODS[str(method)].label if str(method) in METHODS else str(method)
-        return shown if method in ("advmoe", "sparse") or kind == "moe" else f"{shown} ({KINDS.get(kind, kind)})"
+        return shown if method in ("advmoe", "sparse") or kind == "moe" else f"{shown} ({network})"
 
     @property
     def model(self) -> str:
@@ -121,8 +120,8 @@ class RunFolder:
         layers = self.epochs[-1].get("layers") if self.epochs else None
         return self.field("model", "kind") == "moe" or bool(layers) or bool(self.field("model", "to_moe"))
 
-    def made(self) -> list[ResultState]:
-        """Every result that there may be of it."""
+    def result_states(self) -> list[ResultState]:
+        """Every result that the run can have, with how far it is and its command."""
         run = shlex.quote(str(self.path))
         source = self.field("model", "source")
         own = f" --model {shlex.quote(str(source))}" if source is not None else ""
@@ -140,13 +139,13 @@ class RunFolder:
         return [
             self._trained(own),
             *(
-                ResultState(title, "there" if found else "missing", f"advmoe {command}")
-                for title, found, command in wanted
+                ResultState(title, "there" if result else "missing", f"advmoe {command}")
+                for title, result, command in wanted
             ),
         ]
 
     def _trained(self, own: str) -> ResultState:
-        """Its training, to be continued where it has not finished."""
+        """The state of its training, with the command that continues it where it is unfinished."""
         run, config = (shlex.quote(str(path)) for path in (self.path, self.path / CONFIG))
         if self.manifest and not self.manifest.get("finished"):
             return ResultState("training", f"{len(self.epochs)} epochs so far", f"advmoe train --resume {run}{own}")
@@ -157,9 +156,9 @@ class RunFolder:
         return ResultState("training", "there" if self.epochs else "missing", again)
 
     def _evaluated(self) -> str:
-        found = self.evaluation
-        attacks = found.get("attacks") or found.get("robust_accuracy") or ()
-        return self._options(attacks, found.get("num_examples"), found)
+        evaluation = self.evaluation
+        attacks = evaluation.get("attacks") or evaluation.get("robust_accuracy") or ()
+        return self._options(attacks, evaluation.get("num_examples"), evaluation)
 
     def _swept(self) -> str:
         curves = self.sweep.get("curves") or {}
@@ -175,18 +174,18 @@ class RunFolder:
         return self._options(self.dissection, first.get("num_examples"), setting)
 
     def _traced(self) -> str:
-        found = self.pathways
-        attacks = [name] if (name := (found.get("attack") or {}).get("name")) is not None else []
-        setting = {"threat": found.get("threat"), "attack": {"seed": found.get("seed")}}
-        against = (found.get("against") or {}).get("run")
+        pathways = self.pathways
+        attacks = [name] if (name := (pathways.get("attack") or {}).get("name")) is not None else []
+        setting = {"threat": pathways.get("threat"), "attack": {"seed": pathways.get("seed")}}
+        against = (pathways.get("against") or {}).get("run")
         compared = "" if against is None else f" --against {shlex.quote(str(against))}"
-        return compared + self._options(attacks, found.get("num_examples"), setting)
+        return compared + self._options(attacks, pathways.get("num_examples"), setting)
 
-    def _options(self, attacks: Iterable[str], count: int | None, found: Mapping[str, Any]) -> str:
-        """The options of the measurement that is there, where they are not the run's own."""
+    def _options(self, attacks: Iterable[str], count: int | None, result: Mapping[str, Any]) -> str:
+        """The options that make `result` again, where they differ from the run's own settings."""
         words = ["--attacks", ",".join(attacks)] if attacks else []
         words += [] if count is None else ["--num-examples", str(count)]
-        threat, attack = found.get("threat") or {}, dict(found.get("attack") or {})
+        threat, attack = result.get("threat") or {}, dict(result.get("attack") or {})
         seed, size = attack.pop("seed", None), attack.pop("batch_size", None)
         for group, fields in (("threat", threat), ("attack", attack)):
             for name, value in fields.items():
@@ -197,7 +196,7 @@ class RunFolder:
             words += ["--seed", str(seed)]
         if size not in (None, _BATCH):
             words += ["--batch-size", str(size)]
-        if failed := [str(each["name"]) for each in found.get("checks") or () if not each.get("passed")]:
+        if failed := [str(each["name"]) for each in result.get("checks") or () if not each.get("passed")]:
             words += ["--allow", ",".join(failed)]
         return "".join(f" {shlex.quote(word)}" for word in words)
 
@@ -215,8 +214,8 @@ class StudyFolder:
     def title(self) -> str:
         """Its title, or its name where it has none, its scale and its label: a study may be there several times."""
         title = str(self.content.get("title") or self.content.get("study") or self.path.name)
-        told = [str(each) for each in (self.content.get("scale"), self.label) if each is not None]
-        return f"{title} ({', '.join(told)})" if told else title
+        which = [str(each) for each in (self.content.get("scale"), self.label) if each is not None]
+        return f"{title} ({', '.join(which)})" if which else title
 
 
 def load_results(paths: Sequence[str | Path]) -> list[RunFolder | StudyFolder]:
@@ -253,13 +252,13 @@ def _load_run(path: Path, label: str) -> RunFolder:
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
     digest, epochs = digest_at(path), Epochs.read(path / METRICS, strict=True)
-    found = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
-    found["dissection"] = {
+    results = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
+    results["dissection"] = {
         attack: unsealed(each, f"{path / 'dissection.json'}: {attack}") if isinstance(each, dict) else each
-        for attack, each in found["dissection"].items()
+        for attack, each in results["dissection"].items()
     }
-    others = [name for name, result in found.items() if any(stale(each, digest) for each in _parts(result))]
-    found |= {name: {} for name in others}
+    others = [name for name, result in results.items() if any(stale(each, digest) for each in _parts(result))]
+    results |= {name: {} for name in others}
     return RunFolder(
         path=path,
         label=label,
@@ -267,10 +266,10 @@ def _load_run(path: Path, label: str) -> RunFolder:
         config_text=text,
         manifest=_json(path / MANIFEST),
         epochs=epochs.lines,
-        evaluation=found["evaluation"],
-        sweep=found["sweep"],
-        dissection=found["dissection"],
-        pathways=found["pathways"],
+        evaluation=results["evaluation"],
+        sweep=results["sweep"],
+        dissection=results["dissection"],
+        pathways=results["pathways"],
         notes=(*epochs.problems, *(f"{name}.json is of other weights than these, and left out" for name in others)),
         gallery=_current_gallery(path),
     )
@@ -288,8 +287,8 @@ def with_gallery(run: RunFolder, reason: str | None = None) -> RunFolder:
 
 def _current_gallery(path: Path) -> Arrays | None:
     """The gallery in a run directory; None where there is none, or one of other weights than are there now."""
-    found, digest = load_gallery(path / GALLERY), digest_at(path)
-    return None if found is None or (digest is not None and str(found[DIGEST]) != digest) else found
+    arrays, digest = load_gallery(path / GALLERY), digest_at(path)
+    return None if arrays is None or (digest is not None and str(arrays[DIGEST]) != digest) else arrays
 
 
 def load_gallery(path: Path) -> Arrays | None:
@@ -297,9 +296,9 @@ def load_gallery(path: Path) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        found = read_arrays(path, (*_ARRAYS, DIGEST), _MOST_GALLERY)
-        arrays = {name: found[name] for name in _ARRAYS}
-        arrays[DIGEST] = found.get(DIGEST, np.array(""))  # of a gallery made long ago
+        content = read_arrays(path, (*_ARRAYS, DIGEST), _MOST_GALLERY)
+        arrays = {name: content[name] for name in _ARRAYS}
+        arrays[DIGEST] = content.get(DIGEST, np.array(""))  # an old gallery has none
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} must be a gallery, got {type(error).__name__}: {error}") from None
     _require_kinds(arrays, path)
@@ -333,7 +332,7 @@ def _labels(paths: Sequence[Path]) -> dict[Path, str]:
     """The shortest ends of the paths, all of one length, that tell them apart."""
     longest = max((len(path.parts) for path in paths), default=1)
     ends = ({path: "/".join(path.parts[-length:]) for path in paths} for length in range(1, longest + 1))
-    return next(found for found in ends if len(set(found.values())) == len(found))
+    return next(labels for labels in ends if len(set(labels.values())) == len(labels))
 
 
 def _same(value: str | float, own: Any) -> bool:

@@ -33,22 +33,22 @@ def run_section(run: RunFolder, album: Album, number_: int, *, alone: bool) -> S
         Subsection("dissection", "The attack, dissected", dissection(run, album)),
         Subsection("pathways", "Pathways", pathways(run, album)),
         Subsection("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
-        Subsection("made", "Commands and configuration", made(run)),
+        Subsection("made", "Commands and configuration", commands(run)),
     ]
     return section(ident, run.label, intro, parts=parts)
 
 
 def introduction(run: RunFolder, ident: str) -> Content:
-    """What it is, its main numbers, and what of it is not there; `ident`: its section's identifier."""
-    absent = [each.title for each in run.made() if each.state != "there"]
+    """The run in a sentence, its main numbers, and which results are missing. `ident`: its section's identifier."""
+    absent = [each.title for each in run.result_states() if each.state != "there"]
     notes: list[Content] = []
     if absent:
         link = element("a", "commands that make them", href=f"#{ident}-made")
         notes.append(element("p", f"Missing or unfinished: {', '.join(absent)}. See the ", link, "."))
     notes += [element("p", f"{each}.") for each in run.notes]
     if isinstance(left_out := run.manifest.get("data_notes"), list) and left_out:
-        said = [element("li", str(each)) for each in left_out]
-        notes.append([element("p", "Files that were not used:"), element("ul", said)])
+        files = [element("li", str(each)) for each in left_out]
+        notes.append([element("p", "Files that were not used:"), element("ul", files)])
     if run.gallery is None and run.no_gallery:
         notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
     return [
@@ -64,17 +64,17 @@ def _data(run: RunFolder) -> str:
 
 
 def tiles(run: RunFolder) -> Html | None:
-    """The few numbers one looks for first."""
-    found = run.evaluation
-    if not found:
+    """The main numbers of an evaluation as tiles; None without one."""
+    evaluation = run.evaluation
+    if not evaluation:
         return None
-    cost, reports = found.get("cost") or {}, found.get("attacks") or {}
-    items = [("Clean accuracy (SA)", f"{percent(found.get('clean_accuracy'))} %", "")]
-    for name, share in list((found.get("robust_accuracy") or {}).items())[:3]:
+    cost, reports = evaluation.get("cost") or {}, evaluation.get("attacks") or {}
+    items = [("Clean accuracy (SA)", f"{percent(evaluation.get('clean_accuracy'))} %", "")]
+    for name, share in list((evaluation.get("robust_accuracy") or {}).items())[:3]:
         low, high = (reports.get(name) or {}).get("interval") or (None, None)
         note = "" if low is None else f"95 % interval {percent(low)} to {percent(high)}"
         items.append((f"Robust, {name}", f"{percent(share)} %", note))
-    items.append(("Robust, worst case", f"{percent(found.get('worst_case'))} %", "over all attacks at once"))
+    items.append(("Robust, worst case", f"{percent(evaluation.get('worst_case'))} %", "over all attacks at once"))
     if "gmacs" in cost:
         of = "selected pathway, routers included" if run.routed else ""
         items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", of))
@@ -91,12 +91,12 @@ def tiles(run: RunFolder) -> Html | None:
 
 def accuracy(run: RunFolder) -> Content:
     """A row for each attack, what its parts broke, and what was warned of."""
-    found = run.evaluation
-    if not found:
+    evaluation = run.evaluation
+    if not evaluation:
         return None
-    reports = found.get("attacks") or {}
-    rows: list[list[Cell | Content]] = [["none (clean)", share_cell(found["clean_accuracy"]), None, None, None]]
-    for name, share in (found.get("robust_accuracy") or {}).items():
+    reports = evaluation.get("attacks") or {}
+    rows: list[list[Cell | Content]] = [["none (clean)", share_cell(evaluation["clean_accuracy"]), None, None, None]]
+    for name, share in (evaluation.get("robust_accuracy") or {}).items():
         report = reports.get(name) or {}
         low, high = report.get("interval") or (None, None)
         parts = list((report.get("parts") or {}).values())
@@ -106,21 +106,22 @@ def accuracy(run: RunFolder) -> Content:
             Cell(f"{broken} of {tried}", broken) if parts else None,
             Cell(seconds(report.get("seconds")), report.get("seconds")),
         ])  # fmt: skip
-    rows.append(["worst case", share_cell(found.get("worst_case")), None, None, None])
-    caption = f"{run.label} on {found.get('num_examples')} test images, {words.of_threat(found.get('threat') or {})}."
+    rows.append(["worst case", share_cell(evaluation.get("worst_case")), None, None, None])
+    threat = words.of_threat(evaluation.get("threat") or {})
+    caption = f"{run.label} on {evaluation.get('num_examples')} test images, {threat}."
     columns = ["Attack", "Accuracy, %", "95 % interval", "Broken of attacked", "Time"]
-    gap = found.get("masking_gap")
-    said = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points."
+    gap = evaluation.get("masking_gap")
+    masking = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points."
     return [
         table(caption, columns, rows),
-        None if gap is None else element("p", said),
+        None if gap is None else element("p", masking),
         _parts(run.label, reports),
-        _warnings(reports, found.get("checks") or ()),
+        _warnings(reports, evaluation.get("checks") or ()),
     ]
 
 
 def _parts(label: str, reports: Mapping[str, Any]) -> Content:
-    """What each part broke of attacks that have several: a part is given what the ones before it left."""
+    """Of attacks that have several parts: what each broke. A part attacks the images that the ones before it left."""
     rows: list[list[Cell | Content]] = [
         [part, attack, each["attempted"], each["broken"]]
         for attack, report in reports.items()
@@ -134,20 +135,20 @@ def _parts(label: str, reports: Mapping[str, Any]) -> Content:
 
 
 def _warnings(reports: Mapping[str, Any], checks: Iterable[Mapping[str, Any]]) -> Content:
-    said = [f"{name}: {flag}" for name, report in reports.items() for flag in report.get("flags") or ()]
-    said += [f"{name} was skipped: {report['skipped']}" for name, report in reports.items() if "skipped" in report]
-    said += [f"check {check['name']} failed: {check['detail']}" for check in checks if not check["passed"]]
-    if not said:
+    warnings = [f"{name}: {flag}" for name, report in reports.items() for flag in report.get("flags") or ()]
+    warnings += [f"{name} was skipped: {report['skipped']}" for name, report in reports.items() if "skipped" in report]
+    warnings += [f"check {check['name']} failed: {check['detail']}" for check in checks if not check["passed"]]
+    if not warnings:
         return None
     title = element("p", element("b", "Warnings"))
-    return element("div", title, element("ul", [element("li", each) for each in said]), class_="note")
+    return element("div", title, element("ul", [element("li", each) for each in warnings]), class_="note")
 
 
 def training(run: RunFolder, album: Album) -> Content:
     """Losses and accuracies by epoch, and in MoE layers the experts' load."""
     if not run.epochs:
         return None
-    found = [_losses(run, album), _validation(run, album), _busiest(run, album)]
+    figures = [_losses(run, album), _validation(run, album), _busiest(run, album)]
     rate = [each["images_per_second"] for each in run.epochs if each.get("images_per_second")]
     spent = sum(each.get("seconds") or 0 for each in run.epochs)
     about = f"{len(run.epochs)} epochs in {seconds(spent)}"
@@ -155,7 +156,7 @@ def training(run: RunFolder, album: Album) -> Content:
     dead = sorted({each["layer"] for each in run.epochs[-1].get("layers") or () if each.get("dead_experts")})
     if dead:
         about += f" In the last epoch some expert was chosen for no image in layers {', '.join(map(str, dead))}."
-    return [element("p", about), element("div", found, class_="figures")]
+    return [element("p", about), element("div", figures, class_="figures")]
 
 
 def _losses(run: RunFolder, album: Album) -> Content:
@@ -225,17 +226,17 @@ def dissection(run: RunFolder, album: Album) -> Content:
     ] or None
 
 
-def _dissected(run: RunFolder, album: Album, name: str, found: Mapping[str, Any]) -> Html:
+def _dissected(run: RunFolder, album: Album, name: str, result: Mapping[str, Any]) -> Html:
     rows = {
-        f"right clean (n = {found['num_clean_correct']})": found["categories_of_clean_correct"],
-        f"all images (n = {found['num_examples']})": found["categories"],
+        f"right clean (n = {result['num_clean_correct']})": result["categories_of_clean_correct"],
+        f"all images (n = {result['num_examples']})": result["categories"],
     }
     titles = words.CATEGORIES.items()
     shares = {row: {title: each[key] for key, title in titles} for row, each in rows.items() if each is not None}
-    changed = {str(layer): {"changed": {"y": 100 * rate}} for layer, rate in enumerate(found["flip_rate"])}
+    changed = {str(layer): {"changed": {"y": 100 * rate}} for layer, rate in enumerate(result["flip_rate"])}
     loads = {
-        f"expert {expert}, {kind}": [layer[expert] for layer in found["load"][kind]]
-        for expert in range(found["num_experts"])
+        f"expert {expert}, {kind}": [layer[expert] for layer in result["load"][kind]]
+        for expert in range(result["num_experts"])
         for kind in ("clean", "adversarial")
     }
     table_of_loads = {"rows": list(loads), "columns": list(changed), "values": list(loads.values())}
@@ -255,7 +256,7 @@ def _dissected(run: RunFolder, album: Album, name: str, found: Mapping[str, Any]
     return element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
 
 
-def made(run: RunFolder) -> Content:
+def commands(run: RunFolder) -> Content:
     """The command behind every result, the configuration, and the manifest."""
     lines = [
         element(
@@ -265,9 +266,9 @@ def made(run: RunFolder) -> Content:
             element("span", each.state, class_="verdict holds" if each.state == "there" else "verdict neutral"),
             element("pre", element("code", each.command)),
         )
-        for each in run.made()
+        for each in run.result_states()
     ]
-    return [element("ul", lines, class_="made"), _settings(run)]
+    return [element("ul", lines, class_="commands"), _settings(run)]
 
 
 def _settings(run: RunFolder) -> Content:

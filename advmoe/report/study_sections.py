@@ -23,38 +23,38 @@ _VERDICTS = {
 
 
 def study_section(study: StudyFolder, album: Album, number_: int) -> Section:
-    """Everything a study found: claims, tables, figures, and the runs behind them."""
-    found = study.content
-    made = [
-        element("pre", element("code", str(found["command"]))) if found.get("command") else None,
+    """A study's claims, tables and figures, and the runs behind them."""
+    content = study.content
+    commands = [
+        element("pre", element("code", str(content["command"]))) if content.get("command") else None,
         _runs(study),
-        _settings(found),
+        _settings(content),
     ]
     return section(
         f"study-{number_}",
         study.title,
-        element("p", found.get("shows"), class_="lead") if found.get("shows") else None,
-        element("p", _about(found)),
+        element("p", content.get("shows"), class_="lead") if content.get("shows") else None,
+        element("p", _about(content)),
         parts=[
-            Subsection("claims", "Claims", claims(found.get("claims") or [])),
-            Subsection("tables", "Tables", _tables(found.get("tables") or [])),
+            Subsection("claims", "Claims", claims(content.get("claims") or [])),
+            Subsection("tables", "Tables", _tables(content.get("tables") or [])),
             Subsection("figures", "Figures", _figures(study, album)),
-            Subsection("notes", "Notes", _notes(found.get("notes") or [])),
-            Subsection("made", "Commands and settings", made),
+            Subsection("notes", "Notes", _notes(content.get("notes") or [])),
+            Subsection("made", "Commands and settings", commands),
         ],
     )
 
 
-def _about(found: Mapping[str, Any]) -> str:
-    seeds = found.get("seeds") or []
-    words = [f"Scale {found.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
-    words += [str(found["size"])] if found.get("size") else []
-    made = found.get("made_on") or {}
-    words += [flat(made[name]) for name in ("cpu", "device") if made.get(name)]
-    if made.get("threads"):
-        words.append(f"{' or '.join(map(str, made['threads']))} threads a process")
-    if found.get("seconds") is not None:
-        words.append(f"{seconds(found['seconds'])} in all")
+def _about(content: Mapping[str, Any]) -> str:
+    seeds = content.get("seeds") or []
+    words = [f"Scale {content.get('scale', 'unknown')}", f"seeds {', '.join(map(str, seeds)) or 'unknown'}"]
+    words += [str(content["size"])] if content.get("size") else []
+    machine = content.get("made_on") or {}
+    words += [flat(machine[name]) for name in ("cpu", "device") if machine.get(name)]
+    if machine.get("threads"):
+        words.append(f"{' or '.join(map(str, machine['threads']))} threads a process")
+    if content.get("seconds") is not None:
+        words.append(f"{seconds(content['seconds'])} in all")
     return f"{'; '.join(words)}."
 
 
@@ -74,28 +74,28 @@ def _claim(claim: Mapping[str, Any]) -> Html:
     )
 
 
-def _judged(found: Mapping[str, Any]) -> Html:
+def _judged(entry: Mapping[str, Any]) -> Html:
     """A verdict under one measure: in words, what was compared, by which test."""
-    p = found.get("p_value")
-    said = [element("b", str(found.get("measure"))), " ", verdict(found.get("verdict")).content]
-    below = [str(found[name]) for name in ("test", "note") if found.get(name)]
+    p = entry.get("p_value")
+    judged = [element("b", str(entry.get("measure"))), " ", verdict(entry.get("verdict")).content]
+    below = [str(entry[name]) for name in ("test", "note") if entry.get(name)]
     return element(
         "div",
-        element("p", said, None if p is None else [" p\N{NON-BREAKING HYPHEN}value ", p_value(p).content]),
-        element("ul", [element("li", _compared(name, each)) for name, each in (found.get("numbers") or {}).items()]),
+        element("p", judged, None if p is None else [" p\N{NON-BREAKING HYPHEN}value ", p_value(p).content]),
+        element("ul", [element("li", _compared(name, each)) for name, each in (entry.get("numbers") or {}).items()]),
         [element("p", text, class_="quiet") for text in below],
         class_="judged",
     )
 
 
-def _compared(name: str, found: Any) -> str:
+def _compared(name: str, numbers: Any) -> str:
     """The two means, and by how much they differ for each seed."""
-    if not isinstance(found, Mapping) or "test" not in found:
-        return f"{name}: {flat(found)}"
-    if "mean_less" not in found:
-        return f"{name}: not compared, {found['test'].removeprefix('none: ')}"
-    points = ", ".join(f"{100 * each:+.1f}" for each in found["differences"].values())
-    less, more = (f"{percent(found[name])}\N{NO-BREAK SPACE}%" for name in ("mean_less", "mean_more"))
+    if not isinstance(numbers, Mapping) or "test" not in numbers:
+        return f"{name}: {flat(numbers)}"
+    if "mean_less" not in numbers:
+        return f"{name}: not compared, {numbers['test'].removeprefix('none: ')}"
+    points = ", ".join(f"{100 * each:+.1f}" for each in numbers["differences"].values())
+    less, more = (f"{percent(numbers[name])}\N{NO-BREAK SPACE}%" for name in ("mean_less", "mean_more"))
     return f"{name}: {less} against {more}, by seed {points} points"
 
 
@@ -107,7 +107,7 @@ def verdict(word: Any) -> Cell:
 
 
 def p_value(p: float | None) -> Cell:
-    """A p-value as it is read."""
+    """A p-value with three decimals, or `< 0.001`."""
     return Cell(DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
@@ -190,26 +190,26 @@ def _runs(study: StudyFolder) -> Content:
         for each in entries
     ]  # fmt: skip
     bad = [each for each in entries if each.get("status") != "finished"]
-    said = f"{len(entries)} runs, {len(entries) - len(bad)} of them finished."
+    sentence = f"{len(entries)} runs, {len(entries) - len(bad)} of them finished."
     if bad:
-        said += " The numbers above are without the others: " + ", ".join(
+        sentence += " The numbers above are without the others: " + ", ".join(
             f"{each.get('name') or each.get('key')}, seed {each.get('seed')} ({each.get('status')})" for each in bad[:8]
         ) + (f" and {len(bad) - 8} more." if len(bad) > 8 else ".")  # fmt: skip
     listing = table(f"Runs of {study.title}", ["Run", "Seed", "Status", "Time", "Directory", "Error"], rows)
-    return [element("p", said), element("details", element("summary", f"All {len(entries)} runs"), listing)]
+    return [element("p", sentence), element("details", element("summary", f"All {len(entries)} runs"), listing)]
 
 
-def _settings(found: Mapping[str, Any]) -> Content:
-    rows = [(str(name), flat(value)) for name, value in (found.get("settings") or {}).items()]
-    given: Mapping[str, Any] = found.get("shown_by") or {}
+def _settings(content: Mapping[str, Any]) -> Content:
+    rows = [(str(name), flat(value)) for name, value in (content.get("settings") or {}).items()]
+    shown_by: Mapping[str, Any] = content.get("shown_by") or {}
     parts = {
         "What all runs share": rows,
-        "What runs and measurements were made on": _rows(found.get("made_on") or {}),
-        "What this was put together by": _rows({**given, "created": found.get("created")}),
+        "What runs and measurements were made on": _rows(content.get("made_on") or {}),
+        "What this was put together by": _rows({**shown_by, "created": content.get("created")}),
     }
     shown = [pairs(title, each) for title, each in parts.items() if each]
     return element("details", element("summary", "Settings, versions, hardware"), shown) if shown else None
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(name).replace("_", " "), flat(value)) for name, value in found.items() if value]
+def _rows(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name).replace("_", " "), flat(value)) for name, value in fields.items() if value]

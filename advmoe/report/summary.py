@@ -16,7 +16,7 @@ from advmoe.report.tables import Cell, Column, share_cell, table
 
 
 def summary(results: Sequence[RunFolder | StudyFolder], album: Album) -> Section:
-    """What a reader looks for first."""
+    """The first section: the verdicts of studies, then one run's numbers or several runs side by side."""
     runs = [each for each in results if isinstance(each, RunFolder)]
     studies = [each for each in results if isinstance(each, StudyFolder)]
     parts: list[Content] = []
@@ -63,13 +63,13 @@ def _side_by_side(runs: Sequence[RunFolder], album: Album) -> Content:
 
 
 def _row(run: RunFolder, attacks: Sequence[str]) -> list[Cell | Content]:
-    found = run.evaluation
-    cost, robust = found.get("cost") or {}, found.get("robust_accuracy") or {}
+    evaluation = run.evaluation
+    cost, robust = evaluation.get("cost") or {}, evaluation.get("robust_accuracy") or {}
     return [
         run.label, Cell([run.method, element("small", run.model, class_="below")], run.method),
-        share_cell(found.get("clean_accuracy")), *(share_cell(robust.get(name)) for name in attacks),
-        share_cell(found.get("worst_case")), cost.get("gmacs"), cost.get("ms_per_image"), cost.get("parameters"),
-        found.get("num_examples"),
+        share_cell(evaluation.get("clean_accuracy")), *(share_cell(robust.get(name)) for name in attacks),
+        share_cell(evaluation.get("worst_case")), cost.get("gmacs"), cost.get("ms_per_image"), cost.get("parameters"),
+        evaluation.get("num_examples"),
     ]  # fmt: skip
 
 
@@ -109,13 +109,13 @@ def _compared(runs: Sequence[RunFolder], attacks: Sequence[str], album: Album) -
 
 def _bar(run: RunFolder, name: str) -> dict[str, float | None]:
     """A run's accuracy under one attack, `clean` or in the `worst case`, in percent."""
-    found = run.evaluation
+    evaluation = run.evaluation
     shares = {
-        "clean": found.get("clean_accuracy"),
-        "worst case": found.get("worst_case"),
-        **(found.get("robust_accuracy") or {}),
+        "clean": evaluation.get("clean_accuracy"),
+        "worst case": evaluation.get("worst_case"),
+        **(evaluation.get("robust_accuracy") or {}),
     }
-    low, high = ((found.get("attacks") or {}).get(name) or {}).get("interval") or (None, None)
+    low, high = ((evaluation.get("attacks") or {}).get(name) or {}).get("interval") or (None, None)
     bar = {"y": shares[name], "low": low, "high": high}
     return {end: None if share is None else 100 * share for end, share in bar.items()}
 

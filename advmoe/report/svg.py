@@ -37,7 +37,7 @@ class Drawing(NamedTuple):
 
     html: Html
     width: float
-    """Points at which its text has the size that it was drawn in."""
+    """Its natural width in points: at it, text has the size that it was drawn in."""
 
 
 def inlined(text: str, *, prefix: str, title: str, description: str) -> Drawing:

@@ -13,7 +13,8 @@ from advmoe.report.html import Content, Html, element
 DASH = "\N{EN DASH}"
 _LONG = 30
 """Characters: a longer name of a row gets a wider column."""
-Better = Literal["higher", "lower"] | None
+Better = Literal["higher", "lower"]
+"""Which end of a column is the good one."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Cell:
     order: float | str | None = None
     """None stands below everything else, whichever way the column is sorted."""
     shade: bool = False
-    """Whether it is somebody else's number, shown more quietly."""
+    """Whether it is another's published number, shown more quietly."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Column:
     """A column's title and how to read it."""
 
     title: str
-    better: Better = None
-    """Which end of the column is the good one; the best cell of several is printed in bold."""
+    better: Better | None = None
+    """Where it is given, the best cell of several is printed in bold."""
 
 
 def table(caption: str, columns: Sequence[Column | str], rows: Sequence[Sequence[Cell | Content]]) -> Html:
@@ -91,7 +92,7 @@ def _order(value: float | str | None) -> str:
     return str(value) if isinstance(value, str) else repr(float(value))
 
 
-def _best(better: Better, orders: Sequence[float | str | None]) -> float | None:
+def _best(better: Better | None, orders: Sequence[float | str | None]) -> float | None:
     numbers = [order for order in orders if isinstance(order, int | float) and not math.isnan(order)]
     if better is None or len(numbers) < 2:
         return None

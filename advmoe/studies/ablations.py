@@ -8,29 +8,12 @@ from typing import Any
 
 from advmoe.config import Pixels
 from advmoe.report.pictures import Picture
-from advmoe.studies.comparisons import (
-    measured,
-    ordering,
-)
-from advmoe.studies.results import (
-    Results,
-    RunResults,
-    best_validation,
-)
+from advmoe.studies.comparisons import measured, ordering
+from advmoe.studies.results import Results, RunResults, best_validation
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    RA,
-    SA,
-    SECONDS,
-    WORST,
-    Column,
-    by_method,
-    mean_series,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Quantity, by_method, mean_series, table, with_points
 
 
 def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
@@ -51,10 +34,10 @@ def _attack_steps_show(scale: Scale, results: Results) -> StudyFindings:
     figures = [
         Picture(
             "lines", f"attack-steps-{id}", f"Training with K attack steps: {title}",
-            with_points(by_method(results, "K", column.value)),
+            with_points(by_method(results, "K", quantity.value)),
             {"xlabel": "attack steps K in training", "ylabel": f"robust accuracy, {title} (%)"}, caption,
         )
-        for column, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
+        for quantity, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
     claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
     return StudyFindings(
@@ -71,8 +54,8 @@ def _trades(part: str) -> Callable[[RunResults], list[float | None]]:
     """TRADES' loss of a level in each epoch."""
 
     def of(run: RunResults) -> list[float | None]:
-        found = [line["train"].get(part) for line in run.epochs]
-        return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in found]
+        losses = [line["train"].get(part) for line in run.epochs]
+        return [None if each is None else each["ce"] + each.get("kl", 0.0) for each in losses]
 
     return of
 
@@ -89,28 +72,28 @@ def _accurate(part: str) -> Callable[[RunResults], list[float | None]]:
 
 
 def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
-    loss: dict[str, list[dict[str, Any]]] = {}
-    right: dict[str, list[dict[str, Any]]] = {}
-    held: dict[str, list[dict[str, Any]]] = {}
+    losses: dict[str, list[dict[str, Any]]] = {}
+    accuracies: dict[str, list[dict[str, Any]]] = {}
+    validation: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         method = str(row.labels["method"])
         for part in _LEVELS[method]:
             name = f"{method}: {part}" if len(_LEVELS[method]) > 1 else method
-            loss[name] = mean_series([row], _trades(part))
-            right[name] = mean_series([row], _accurate(part), 100)
-        held[method] = mean_series([row], _validated, 100)
+            losses[name] = mean_series([row], _trades(part))
+            accuracies[name] = mean_series([row], _accurate(part), 100)
+        validation[method] = mean_series([row], _validated, 100)
     caption = "Mean over seeds; the range over seeds where there are several."
     drawn = [
-        ("loss", "TRADES' loss of each level", loss, "training loss"),
-        ("accuracy", "Clean accuracy in training, of each level", right, "training accuracy (%)"),
-        ("validation", "Robust accuracy on the validation split", held, "robust accuracy (%)"),
+        ("loss", "TRADES' loss of each level", losses, "training loss"),
+        ("accuracy", "Clean accuracy in training, of each level", accuracies, "training accuracy (%)"),
+        ("validation", "Robust accuracy on the validation split", validation, "robust accuracy (%)"),
     ]
     figures = [
         Picture("lines", f"convergence-{id}", title, with_points(series), {"xlabel": "epoch", "ylabel": unit}, caption)
         for id, title, series, unit in drawn
     ]
-    columns = [Column("val", "best validation RA %", "higher", best_validation, 100), SECONDS]
-    return StudyFindings(tables=[table("After training", results, ["method"], columns)], figures=figures)
+    validated = Quantity("val", "best validation RA %", "higher", best_validation, 100)
+    return StudyFindings(tables=[table("After training", results, ["method"], [validated, SECONDS])], figures=figures)
 
 
 _LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}

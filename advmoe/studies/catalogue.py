@@ -12,6 +12,7 @@ from advmoe.studies.paper_tables import TABLE1, TABLE2, TABLE3
 from advmoe.studies.recipe_search import RECIPES
 from advmoe.studies.section4 import FIG3, FIG4, FIG5
 from advmoe.studies.study import Study
+from advmoe.text import nearest
 
 STUDIES: Mapping[str, Study] = {
     study.name: study
@@ -25,5 +26,5 @@ STUDIES: Mapping[str, Study] = {
 def study_named(name: str) -> Study:
     """The study of that name. Raises `ValueError`, which lists those there are."""
     if name not in STUDIES:
-        raise InputError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}")
+        raise InputError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}{nearest(name, STUDIES)}")
     return STUDIES[name]

@@ -38,19 +38,21 @@ class Comparison:
     of_less: ImageOutcomes
 
 
-def compare(given: Comparison) -> dict[str, Any]:
+def compare(comparison: Comparison) -> dict[str, Any]:
     """The numbers of one comparison: means, differences per seed, p-values both ways, and which test decides."""
-    seeds = sorted(given.of_more.keys() & given.of_less.keys())
-    found: dict[str, Any] = {"more": given.more, "less": given.less, "seeds": seeds, "p": 1.0, "p_opposite": 1.0}
+    seeds = sorted(comparison.of_more.keys() & comparison.of_less.keys())
+    result: dict[str, Any] = {
+        "more": comparison.more, "less": comparison.less, "seeds": seeds, "p": 1.0, "p_opposite": 1.0,
+    }  # fmt: skip
     if not seeds:
-        return {**found, "test": "none: no seed has both"}
+        return {**result, "test": "none: no seed has both"}
     differences, images = {}, dict[int, int]()
     totals = [0.0, 0.0]
     for seed in seeds:
-        more, less = given.of_more[seed], given.of_less[seed]
+        more, less = comparison.of_more[seed], comparison.of_less[seed]
         common = sorted(more.keys() & less.keys())
         if not common:
-            return {**found, "test": "none: no image in common"}
+            return {**result, "test": "none: no image in common"}
         for image in common:
             images[image] = images.get(image, 0) + int(more[image]) - int(less[image])
         shares = [sum(side[image] for image in common) / len(common) for side in (more, less)]
@@ -58,7 +60,7 @@ def compare(given: Comparison) -> dict[str, Any]:
         totals = [total + share for total, share in zip(totals, shares, strict=True)]
     values, counts = list(differences.values()), list(images.values())
     opposite = [-each for each in values], [-each for each in counts]
-    found |= {
+    result |= {
         "mean_more": totals[0] / len(seeds), "mean_less": totals[1] / len(seeds),
         "differences": {str(seed): each for seed, each in differences.items()}, "images": len(images),
         "p_seeds": sign_flip(values), "p_seeds_opposite": sign_flip(opposite[0]),
@@ -66,36 +68,38 @@ def compare(given: Comparison) -> dict[str, Any]:
     }  # fmt: skip
     if len(seeds) >= ENOUGH_SEEDS:
         return {
-            **found, "p": found["p_seeds"], "p_opposite": found["p_seeds_opposite"],
+            **result, "p": result["p_seeds"], "p_opposite": result["p_seeds_opposite"],
             "test": f"exact sign-flip test over {len(seeds)} seeds",
         }  # fmt: skip
     test = f"exact sign-flip test over {len(images)} images"
     if len(seeds) < FEWEST_SEEDS:
-        return {**found, "test": f"none: {len(seeds)} of at least {FEWEST_SEEDS} seeds"}
+        return {**result, "test": f"none: {len(seeds)} of at least {FEWEST_SEEDS} seeds"}
     return {
-        **found, "p": found["p_images"] if all(each > 0 for each in values) else 1.0,
-        "p_opposite": found["p_images_opposite"] if all(each < 0 for each in values) else 1.0,
+        **result, "p": result["p_images"] if all(each > 0 for each in values) else 1.0,
+        "p_opposite": result["p_images_opposite"] if all(each < 0 for each in values) else 1.0,
         "test": f"{test}, where all {len(seeds)} seeds agree in sign (over seeds alone p >= {0.5 ** len(seeds):g})",
     }  # fmt: skip
 
 
 def verdict(measure: str, comparisons: Sequence[Comparison], note: str = "") -> dict[str, Any]:
-    """What `comparisons`, all of which the claim needs, say under one measure; as in `study.json`."""
-    found = [compare(each) for each in comparisons]
-    holds, fails = max(each["p"] for each in found), bonferroni([each["p_opposite"] for each in found])
-    said, p_value = "undecided", holds
+    """The verdict of a claim that needs all of `comparisons`, under one measure; as in `study.json`."""
+    results = [compare(each) for each in comparisons]
+    holds, fails = max(each["p"] for each in results), bonferroni([each["p_opposite"] for each in results])
+    judgement, p_value = "undecided", holds
     if holds < LEVEL:
-        said = "holds"
+        judgement = "holds"
     elif fails < LEVEL:
-        said, p_value = "does not hold", fails
-    tests = list(dict.fromkeys(each["test"] for each in found))
-    missing = [f"{each['less']} < {each['more']}: {each['test']}" for each in found if each["test"].startswith("none")]
+        judgement, p_value = "does not hold", fails
+    tests = list(dict.fromkeys(each["test"] for each in results))
+    missing = [
+        f"{each['less']} < {each['more']}: {each['test']}" for each in results if each["test"].startswith("none")
+    ]
     return {
         "measure": measure,
-        "verdict": said,
-        "p_value": None if len(missing) == len(found) else p_value,
+        "verdict": judgement,
+        "p_value": None if len(missing) == len(results) else p_value,
         "test": "; ".join(tests),
-        "numbers": {f"{each['less']} < {each['more']}": each for each in found},
+        "numbers": {f"{each['less']} < {each['more']}": each for each in results},
         "note": " ".join([*([f"Too little data: {'; '.join(missing)}."] if missing else []), note]).strip(),
     }
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    RunResults,
-    outcomes,
-    point,
-)
+from advmoe.studies.results import PGD, Results, RunNumber, outcomes, point
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
-from advmoe.studies.tables import (
-    Column,
-    table,
-    with_heights,
-)
+from advmoe.studies.tables import Quantity, table, with_heights
 
 MEASURED: dict[str, str | None] = {"PGD": PGD, "worst case": None}
 """How a claim is judged: as the paper measures, and in the worst case over all attacks that were run."""
@@ -40,13 +30,13 @@ def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Mea
 def compared(
     results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", **labels: Any
 ) -> Comparison:
-    """That one method is right more often than another, all else alike."""
+    """The comparison that the method `more` is right more often than `less`, all else alike."""
     sides = [outcomes(results.one(method=name, **labels), attack, measure) for name in (more, less)]
     return Comparison(more, less, *sides)
 
 
 def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> dict[str, Any]:
-    """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: what the attack is called that stands for AutoAttack."""
+    """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: the name of the attack that stands for AutoAttack."""
     ways: dict[str, tuple[str | None, str]] = {name: (attack, "accuracy") for name, attack in MEASURED.items()}
     if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
         ways[strong] = ("autoattack.*", "autoattack")
@@ -64,25 +54,24 @@ def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", *
 
 
 def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
-    """One for each data set and backbone."""
-    found = []
+    """The claim of `ordering` for each data set and backbone."""
+    claims = []
     for dataset in results.distinct("dataset"):
         for backbone in results.select(dataset=dataset).distinct("backbone"):
-            found.append(
+            claims.append(
                 ordering(results, f", {backbone}, {dataset}", strong=strong, dataset=dataset, backbone=backbone)
             )
-    return found
+    return claims
 
 
-def overview(title: str, results: Results, columns: Sequence[Column], paper_table: str) -> dict[str, Any]:
+def overview(title: str, results: Results, quantities: Sequence[Quantity], paper_table: str) -> dict[str, Any]:
     """A row for each data set, backbone and method, beside the paper's."""
+    labels = ["dataset", "backbone", "method"]
     caption = "Mean and standard deviation over seeds; the paper's numbers are of its own settings."
-    return table(title, results, ["dataset", "backbone", "method"], columns, caption=caption, paper_table=paper_table)
+    return table(title, results, labels, quantities, caption=caption, paper_table=paper_table)
 
 
-def method_bars(
-    id: str, title: str, results: Results, value: Callable[[RunResults], float | None], unit: str
-) -> Picture:
+def method_bars(id: str, title: str, results: Results, value: RunNumber, unit: str) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
     for dataset in results.distinct("dataset"):

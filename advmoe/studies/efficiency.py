@@ -8,17 +8,17 @@ from typing import Any
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import LEVEL, Comparison, claim, compare
 from advmoe.studies.comparisons import MEASURED, measured, named
-from advmoe.studies.results import Results, RowResults, RunResults, outcomes, point
+from advmoe.studies.results import Results, RunResults, outcomes, point
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import RA, SA, SECONDS, WORST, Column, table, with_points
+from advmoe.studies.tables import RA, SA, SECONDS, WORST, Quantity, table, with_points
 
 PRICE = 1.3
 """The most that an epoch of the default may take, in epochs of AT (MoE)."""
 LOST = 0.01
-"""The mean accuracy that a variant may lose to the paper's AdvMoE and still be said to lose nothing, where no test
-finds that it lost."""
+"""A variant that loses no more than this mean accuracy to the paper's AdvMoE counts as losing nothing, unless a test
+shows a loss."""
 
 VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-3", "every-4", "shared-every-2", "warm-start")
 """Values of `training.alternation`; the first is the paper's."""
@@ -26,10 +26,10 @@ VARIANTS = ("both", "shared-attack", "by-iteration", "every-2", "every-3", "ever
 
 def price(run: RunResults) -> float | None:
     """Seconds of an epoch in those of the run that it was timed against, in the same process."""
-    return (run.found("pace") or {}).get("ratio")
+    return (run.measurement("pace") or {}).get("ratio")
 
 
-RATIO = Column("ratio", "s/epoch, of AT (MoE)", "lower", price)
+RATIO = Quantity("ratio", "s/epoch, of AT (MoE)", "lower", price)
 
 
 def _rows(scale: Scale, _: Results) -> list[Row]:
@@ -52,24 +52,19 @@ def _losses(results: Results, variant: str) -> dict[str, dict[str, Any]]:
 
 
 def loses_nothing(losses: dict[str, dict[str, Any]]) -> bool:
-    """Whether no measure finds that the variant lost: neither a test nor more than `LOST` on average."""
+    """Whether, by each measure, no test shows a loss and the mean loss is at most `LOST`."""
     most = LOST + 1e-9  # a loss of just so many images must not fall to rounding
     return all(each["mean_more"] - each["mean_less"] <= most and each["p"] >= LEVEL for each in losses.values())
 
 
-def _mean_price(row: RowResults | None) -> float | None:
-    found = list(row.values(price).values()) if row is not None else []
-    return sum(found) / len(found) if found else None
-
-
 def _cheapest(prices: Mapping[str, float | None]) -> str:
-    kept = {variant: cost for variant, cost in prices.items() if cost is not None}
+    lossless = {variant: cost for variant, cost in prices.items() if cost is not None}
     if not prices:
         return "Too little data to say of any variant that it loses nothing."
-    if not kept:
+    if not lossless:
         return "No variant loses nothing at this size: the paper's alternation stays the cheapest that does."
-    variant = min(kept, key=lambda name: kept[name])
-    return f"The cheapest variant that loses nothing at this size: {variant}, {kept[variant]:.2f} of AT (MoE)."
+    variant = min(lossless, key=lambda name: lossless[name])
+    return f"The cheapest variant that loses nothing at this size: {variant}, {lossless[variant]:.2f} of AT (MoE)."
 
 
 def _show(scale: Scale, results: Results) -> StudyFindings:
@@ -79,20 +74,20 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
         row = results.one(method="AdvMoE", variant=variant)
         if row is None:
             continue
-        cost, losses = _mean_price(row), _losses(results, variant)
-        said = "undecided"
+        cost, losses = row.mean(price), _losses(results, variant)
+        judgement = "undecided"
         if cost is not None and not any(each["test"].startswith("none") for each in losses.values()):
             sound = loses_nothing(losses)
-            said = "holds" if sound and cost <= PRICE else "does not hold"
+            judgement = "holds" if sound and cost <= PRICE else "does not hold"
             prices[variant] = cost if sound else None
         verdicts.append({
-            "measure": variant, "verdict": said, "p_value": None,
+            "measure": variant, "verdict": judgement, "p_value": None,
             "test": f"at most {PRICE} of AT (MoE)'s time; at most {100 * LOST:g} point lost on average and no loss "
             "significant at 5 %, under PGD and in the worst case",
-            "numbers": {"price": cost, **losses}, "note": "Too little data." if said == "undecided" else "",
+            "numbers": {"price": cost, **losses}, "note": "Too little data." if judgement == "undecided" else "",
         })  # fmt: skip
     series = {
-        named(row.labels): [point(row, WORST.value, cost)] for row in results if (cost := _mean_price(row)) is not None
+        named(row.labels): [point(row, WORST.value, cost)] for row in results if (cost := row.mean(price)) is not None
     }
     return StudyFindings(
         tables=[

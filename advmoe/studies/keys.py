@@ -53,7 +53,7 @@ def run_key(config: Config, start: str | None = None) -> str:
 
 
 _DEFAULTS = Config.from_dict({"training": {"alternation": "both"}})
-"""What keys leave out: the defaults of when keys were first made. One that changes later changes no key."""
+"""The defaults that keys leave out: those of the first version that had keys. One that changes later changes no key."""
 
 
 def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:

@@ -11,22 +11,22 @@ from typing import Any
 @cache
 def reported() -> dict[str, Any]:
     """All of `paper.json`: `source`, `rows` of tables 1 to 3, `figures`. Percent, and GMACs."""
-    found: dict[str, Any] = json.loads((files(__package__) / "paper.json").read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads((files(__package__) / "paper.json").read_text(encoding="utf-8"))
+    return content
 
 
 def numbers(table: str, dataset: str | None, backbone: str | None, method: str | None) -> dict[str, float]:
-    """What a table of the paper reports of one row, empty where there is none; of table 2, table 1's SA and RA too."""
-    found: dict[str, float] = {}
+    """One row of a table of the paper, empty where there is none; of table 2 with table 1's SA and RA."""
+    cells: dict[str, float] = {}
     for source in ("table1", "table2") if table == "table2" else (table,):
         for row in reported()["rows"]:
             cited = row["method"].partition(", ref.")[0]  # table 3's AT (MoE) is another paper's
             if (row["table"], row["dataset"], row["backbone"], cited) == (source, dataset, backbone, method):
-                found |= {name: value for name, value in row.items() if isinstance(value, int | float)}
-    return found
+                cells |= {name: value for name, value in row.items() if isinstance(value, int | float)}
+    return cells
 
 
 def figure(number: int) -> dict[str, Any]:
-    """What the text says about a figure (percent), empty where it says nothing."""
-    found: dict[str, Any] = reported()["figures"].get(f"figure{number}", {})
-    return found
+    """The numbers of a figure that the text states (percent); empty where there are none."""
+    percentages: dict[str, Any] = reported()["figures"].get(f"figure{number}", {})
+    return percentages

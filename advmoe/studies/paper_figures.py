@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import (
-    RA_LABEL,
-    measured,
-    ordering,
-    scales_of,
-)
-from advmoe.studies.results import (
-    Results,
-    RowResults,
-    RunResults,
-    kept_pathways,
-)
+from advmoe.studies.comparisons import RA_LABEL, measured, ordering, scales_of
+from advmoe.studies.results import Results, RowResults, RunNumber, RunResults, unchanged_pathways
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    GMACS,
-    RA,
-    SA,
-    WORST,
-    Column,
-    by_method,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import GMACS, RA, SA, WORST, Quantity, by_method, table, with_points
 
 
 def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
@@ -41,11 +21,11 @@ def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _curve(row: RowResults, curve: str) -> list[dict[str, Any]]:
     """Mean robust accuracy (%) of a sweep at each radius, in 1/255."""
-    found = [sweep for run in row.by_seed.values() if (sweep := run.found("sweep")) is not None]
-    names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in found]
+    sweeps = [sweep for run in row.by_seed.values() if (sweep := run.measurement("sweep")) is not None]
+    names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in sweeps]
     points = [
         {p["eps"]: 100 * p["robust_accuracy"] for p in each["curves"][name]["points"]}
-        for each, name in zip(found, names, strict=True)
+        for each, name in zip(sweeps, names, strict=True)
     ]
     radii = sorted({eps for each in points for eps in each})
     series = []
@@ -73,7 +53,7 @@ def _fig2_show(scale: Scale, results: Results) -> StudyFindings:
         f"Gradient masking suspected in {row.name}, seed {seed}: {reason}"
         for row in results
         for seed, run in row.by_seed.items()
-        for curve in ((run.found("sweep") or {}).get("curves") or {}).values()
+        for curve in ((run.measurement("sweep") or {}).get("curves") or {}).values()
         for reason in curve["masking"]["reasons"]
     ]
     claims = [ordering(results)]
@@ -91,51 +71,51 @@ def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
     return [*rows, measured(scale, mask)]
 
 
-def _of_pathways(*path: str) -> Callable[[RunResults], float | None]:
+def _of_pathways(*path: str) -> RunNumber:
     """A number of `pathways.json`, by the names that lead to it."""
 
     def value(run: RunResults) -> float | None:
-        found: Any = run.found("pathways")
+        entry: Any = run.measurement("pathways")
         for name in path:
-            found = found.get(name) if isinstance(found, dict) else None
-        return found if isinstance(found, int | float) else None
+            entry = entry.get(name) if isinstance(entry, dict) else None
+        return entry if isinstance(entry, int | float) else None
 
     return value
 
 
 _FIG6 = [
-    Column("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
-    Column("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
-    Column("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
-    Column("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
-    Column("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
-    Column("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
-    Column("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
+    Quantity("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
+    Quantity("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
+    Quantity("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
+    Quantity("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
+    Quantity("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
+    Quantity("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
+    Quantity("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
 ]
 
 
 def _histogram(row: RowResults, kind: str) -> dict[str, list[float]] | None:
     """The distribution of the IoU with the mask, mean over seeds."""
-    found = [each for run in row.by_seed.values() if (each := run.found("pathways")) and each.get("against")]
-    if not found:
+    results = [each for run in row.by_seed.values() if (each := run.measurement("pathways")) and each.get("against")]
+    if not results:
         return None
-    shares = [each["against"][kind]["histogram"]["shares"] for each in found]
+    shares = [each["against"][kind]["histogram"]["shares"] for each in results]
     mean = [sum(column) / len(column) for column in zip(*shares, strict=True)]
-    return {"edges": found[0]["against"][kind]["histogram"]["edges"], "shares": mean}
+    return {"edges": results[0]["against"][kind]["histogram"]["edges"], "shares": mean}
 
 
 def _fig6_show(scale: Scale, results: Results) -> StudyFindings:
     caption = "Mean over seeds. The mask is that of AT (Sparse), trained from AT (Dense) of the same seed."
     figures: list[Picture] = []
     for row in results:
-        series = {kind: found for kind in ("clean", "adversarial") if (found := _histogram(row, kind))}
+        series = {kind: histogram for kind in ("clean", "adversarial") if (histogram := _histogram(row, kind))}
         if series:
             method = str(row.labels["method"])
             title = f"Pathways against the static mask: {method}"
             options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
             figures.append(Picture("histogram", f"fig6-{len(figures) + 1}", title, series, options, caption))
     moe, advmoe = (results.one(method=name) for name in ("AT (MoE)", "AdvMoE"))
-    fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(kept_pathways(row) for row in (advmoe, moe)))
+    fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(unchanged_pathways(row) for row in (advmoe, moe)))
     note = "Whether the attack leaves every choice as it was."
     claims = [
         claim(
@@ -166,19 +146,26 @@ def _fig7_rows(scale: Scale, _: Results) -> list[Row]:
     return rows
 
 
+def _of_dense(results: Results, value: RunNumber) -> list[list[Any]]:
+    """The dashed line of AT (Dense): its mean over seeds (%); none where it was not measured."""
+    row = results.one(method="AT (Dense)")
+    mean = None if row is None else row.mean(value)
+    return [] if mean is None else [["AT (Dense)", 100 * mean]]
+
+
 def _fig7_show(scale: Scale, results: Results) -> StudyFindings:
     moe = results.select(method="AdvMoE")
     caption = (
         "AdvMoE; mean over seeds. The dashed line is AT (Dense), which is what r = 1 is for any number of experts."
     )
     figures = []
-    for column, id in ((RA, "fig7-ra"), (WORST, "fig7-worst")):
-        dense = [value for row in results.select(method="AT (Dense)") for value in row.values(column.value).values()]
-        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
-        series = {f"N = {n}": p for n, p in by_method(moe, "scale", column.value, series="experts").items()}
-        title = "Experts and their size: " + ("PGD" if column is RA else "worst case")
-        label = f"robust accuracy, {'PGD' if column is RA else 'worst case'} (%)"
-        options = {"xlabel": "model scale r", "ylabel": label, "references": references}
+    for quantity, id, attack in ((RA, "fig7-ra", "PGD"), (WORST, "fig7-worst", "worst case")):
+        series = {f"N = {n}": p for n, p in by_method(moe, "scale", quantity.value, series="experts").items()}
+        options = {
+            "xlabel": "model scale r", "ylabel": f"robust accuracy, {attack} (%)",
+            "references": _of_dense(results, quantity.value),
+        }  # fmt: skip
+        title = f"Experts and their size: {attack}"
         figures.append(Picture("lines", id, title, with_points(series), options, caption))
     return StudyFindings(
         tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
@@ -202,13 +189,11 @@ def _fig8_show(scale: Scale, results: Results) -> StudyFindings:
     figures: list[Picture] = []
     for backbone in results.distinct("backbone"):
         rows = results.select(backbone=backbone)
-        dense = [value for row in rows.select(method="AT (Dense)") for value in row.values(RA.value).values()]
-        references = [["AT (Dense)", 100 * sum(dense) / len(dense)]] if dense else []
         figures.append(
             Picture(
                 "lines", f"fig8-{len(figures) + 1}", f"Methods by model scale, {backbone}",
                 with_points(by_method(rows, "scale", RA.value)),
-                {"xlabel": "model scale r", "ylabel": RA_LABEL, "references": references},
+                {"xlabel": "model scale r", "ylabel": RA_LABEL, "references": _of_dense(rows, RA.value)},
                 "Mean over seeds, with one standard deviation to each side.",
             )
         )  # fmt: skip

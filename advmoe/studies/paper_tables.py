@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from advmoe.studies import paper
-from advmoe.studies.comparisons import (
-    measured,
-    method_bars,
-    orderings,
-    overview,
-)
-from advmoe.studies.results import (
-    Results,
-    of_evaluation,
-)
+from advmoe.studies.comparisons import measured, method_bars, orderings, overview
+from advmoe.studies.results import Results, of_evaluation
 from advmoe.studies.rows import Row, TrainingRun
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    GMACS,
-    MS,
-    RA,
-    SA,
-    WORST,
-    Column,
-)
+from advmoe.studies.tables import GMACS, MS, RA, SA, WORST, Quantity
 
 
 def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[TrainingRun]:
@@ -66,9 +51,9 @@ def _table2_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _table2_show(scale: Scale, results: Results) -> StudyFindings:
     title, value = scale.autoattack[0], of_evaluation("worst_case", "autoattack")
-    column = Column("ra_aa", title, "higher", value, 100, "ra_autoattack")
+    under_autoattack = Quantity("ra_aa", title, "higher", value, 100, "ra_autoattack")
     return StudyFindings(
-        tables=[overview("Under AutoAttack", results, [RA, column, WORST, SA, GMACS, MS], "table2")],
+        tables=[overview("Under AutoAttack", results, [RA, under_autoattack, WORST, SA, GMACS, MS], "table2")],
         figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
         claims=orderings(results, scale.strong),
     )
@@ -84,12 +69,12 @@ def _table3_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _table3_show(scale: Scale, results: Results) -> StudyFindings:
     reported = {row["method"]: row for row in paper.reported()["rows"] if row["table"] == "table3"}
-    said = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
+    rows = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
     return StudyFindings(
         tables=[overview("A vision transformer", results, [RA, WORST, SA, GMACS, MS], "table3")],
         figures=[method_bars("table3-ra", "A vision transformer", results, RA.value, "robust accuracy under PGD (%)")],
         notes=[
-            f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {said}.",
+            f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {rows}.",
             "Its 0.27 GMACs are not those of DeiT-Tiny at 224 pixels (about 1.25 Dense): here what runs is counted.",
         ],
     )

@@ -44,21 +44,21 @@ class PlannedRun:
             finished = read_object(self.path / MANIFEST).get("finished") is not None
         except (OSError, ValueError):
             finished = False
-        if finished and not damaged(self.path):  # weights that are made again from its best checkpoint
+        if finished and not damaged(self.path):  # a damaged one is continued from its best checkpoint
             return "finished"
         return "interrupted" if self.path.exists() else "missing"
 
     def require_same(self) -> None:
-        """Raise `ValueError` where what lies there was trained otherwise: with other defaults, say; or holds links."""
+        """Raise `ValueError` where another run lies there (trained with other defaults, say), or links do."""
         require_plain(self.path, itself=True)
         file = self.path / CONFIG
         if not file.is_file():
             return
         config = Config.load(file)
         config.data.root = self.config["data"]["root"]  # images that were moved are still the same
-        if (found := run_key(config, None if self.start is None else self.start.key)) != self.key:
+        if (key := run_key(config, None if self.start is None else self.start.key)) != self.key:
             raise InputError(
-                f"{self.path} must hold the run {self.key}, got {found} (with other defaults?): move it away"
+                f"{self.path} must hold the run {self.key}, got {key} (with other defaults?): move it away"
             )
 
 
@@ -111,7 +111,7 @@ class PlannedMeasure:
 ALONE = ("cost", "pace")
 """Measurements of time."""
 
-Task = PlannedRun | PlannedMeasure
+StudyTask = PlannedRun | PlannedMeasure
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class Planner:
 
     def run(self, run: TrainingRun, seed: int) -> PlannedRun:
         """The run of this seed. Raises `ValueError` for settings that cannot be."""
-        found = self._known.get((run, seed))
-        if found is not None:
-            return found
+        known = self._known.get((run, seed))
+        if known is not None:
+            return known
         start = None if run.start is None else self.run(run.start, seed)
         training = {"seed": seed, "init_from": None if start is None else str(start.path)}
         config = Config.from_dict(merged(run.settings, {"training": training}))
@@ -149,7 +149,7 @@ class Planner:
         """The measurement of a planned run."""
         against = None if measure.against is None else self.run(measure.against, on.seed)
         options = dict(measure.options)
-        if measure.kind not in ALONE:  # how a run is attacked is no part of its key: here it is said
+        if measure.kind not in ALONE:  # a run's key leaves its attack out, a measurement's must not
             options["overrides"] = merged({"attack": on.config["attack"]}, options.get("overrides", {}))
         key = measure_key(measure.kind, options, None if against is None else against.key)
         return PlannedMeasure(on, measure.kind, options, against, key)
@@ -159,7 +159,7 @@ class Planner:
         planned = []
         for row in rows:
             runs = {seed: self.run(row.run, seed) for seed in self.seeds}
-            found = {
+            measures = {
                 seed: {
                     name: self.measure(each, run)
                     for name, each in row.measures.items()
@@ -167,17 +167,17 @@ class Planner:
                 }
                 for seed, run in runs.items()
             }
-            planned.append(PlannedRow(row, runs, found))
+            planned.append(PlannedRow(row, runs, measures))
         return planned
 
-    def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, Task]:
+    def tasks(self, rows: Iterable[PlannedRow]) -> dict[str, StudyTask]:
         """All tasks of `rows` and of the runs that they start from, each once and after those that it needs."""
-        found: dict[str, Task] = {}
+        tasks: dict[str, StudyTask] = {}
 
         def add(run: PlannedRun) -> None:
             if run.start is not None:
                 add(run.start)
-            found.setdefault(run.id, run)
+            tasks.setdefault(run.id, run)
 
         for row in rows:
             for seed, run in row.runs.items():
@@ -185,14 +185,14 @@ class Planner:
                 for measure in row.measures[seed].values():
                     if measure.against is not None:
                         add(measure.against)
-                    found.setdefault(measure.id, measure)
-        return found
+                    tasks.setdefault(measure.id, measure)
+        return tasks
 
 
 def only(rows: Iterable[Row], wanted: Sequence[str]) -> list[Row]:
     """The rows whose run's name holds one of `wanted`, in any case; of `a+b` both. All where nothing is wanted."""
 
-    def holds(name: str, words: str) -> bool:
+    def matches(name: str, words: str) -> bool:
         return all(word.strip().lower() in name.lower() for word in words.split("+"))
 
-    return [row for row in rows if not wanted or any(holds(row.run.name, words) for words in wanted)]
+    return [row for row in rows if not wanted or any(matches(row.run.name, words) for words in wanted)]

@@ -17,7 +17,7 @@ from advmoe.studies.results import Results, best_validation, of_evaluation, outc
 from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import RA, SA, WORST, Column, table, with_heights
+from advmoe.studies.tables import RA, SA, WORST, Quantity, table, with_heights
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _single(scale: Scale, _: Results) -> list[Row]:
 
 def chosen(results: Results) -> list[str]:
     """The changes that are combined: of each thing changed the best one, the `MOST` best that beat the base."""
-    scores = {}
-    for row in results.select(method="AdvMoE"):
-        found = row.values(best_validation)
-        if found:
-            scores[row.labels["variant"]] = sum(found.values()) / len(found)
+    scores = {
+        row.labels["variant"]: score
+        for row in results.select(method="AdvMoE")
+        if (score := row.mean(best_validation)) is not None
+    }
     best: dict[str, str] = {}
     for name in sorted((name for name in scores if name in CHANGES), key=lambda name: -scores[name]):
         best.setdefault(CHANGES[name].of, name)
@@ -103,13 +103,14 @@ def _together(scale: Scale, results: Results) -> list[Row]:
 
 
 def _show(scale: Scale, results: Results) -> StudyFindings:
-    routed = [row for row in results.select(method="AdvMoE") if row.values(best_validation)]
-    validated = Column("val", "validation RA (worst of two) %", "higher", best_validation, 100)
-    gap = Column("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
+    routed = results.select(method="AdvMoE")
+    scored = [(score, row) for row in routed if (score := row.mean(best_validation)) is not None]
+    validated = Quantity("val", "validation RA (worst of two) %", "higher", best_validation, 100)
+    gap = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
     shown = table("Changes to the recipe", results, ["method", "variant"], [validated, RA, WORST, gap, SA])
     groups = {
         str(row.labels["variant"]) if row.labels["method"] == "AdvMoE" else named(row.labels): {
-            column.title: point(row, column.value, 0) for column in (RA, WORST)
+            each.title: point(row, each.value, 0) for each in (RA, WORST)
         }
         for row in results
     }
@@ -117,14 +118,10 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
     figure = Picture(
         "bars", "recipes", "Changes to the recipe", with_heights(groups), {"ylabel": "robust accuracy (%)"}, caption
     )
-    if not routed:
+    if not scored:
         return StudyFindings(tables=[shown], figures=[figure], notes=["No routed model was trained."])
 
-    def mean(row: Any) -> float:
-        found = list(row.values(best_validation).values())
-        return float(sum(found) / len(found))
-
-    best = max(routed, key=mean)
+    _, best = max(scored, key=lambda each: each[0])
     label = str(best.labels["variant"])
     baselines = results.select(method="AT (S-Dense)").rows
     verdicts = []
@@ -136,13 +133,13 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
         if compared:
             verdicts.append(verdict(name, compared))
     statement = f"The recipe best on validation images ({label}) is more robust than AT (S-Dense)."
-    said = {each["measure"]: each["verdict"] for each in verdicts}
-    told = {
+    judgements = {each["measure"]: each["verdict"] for each in verdicts}
+    sentences = {
         "holds": " In the worst case it is above AT (S-Dense) at this size.",
         "does not hold": " In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
         "undecided": " In the worst case it is not told apart from AT (S-Dense) at this size.",
     }
-    note = f"The best recipe by validation: {label}." + (told[said["worst case"]] if said else "")
+    note = f"The best recipe by validation: {label}." + (sentences[judgements["worst case"]] if judgements else "")
     source = "beyond the paper"
     return StudyFindings(
         tables=[shown], figures=[figure], claims=[claim("worst-case-recipe", statement, verdicts, source)], notes=[note]

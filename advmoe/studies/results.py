@@ -1,4 +1,4 @@
-"""What the runs of a study found, as its tables, figures and claims read it. Imports no torch.
+"""The results of a study's runs, as its tables, figures and claims read them. Imports no torch.
 
 Axes: `N` images.
 """
@@ -35,19 +35,23 @@ class RunResults:
         """The lines of `metrics.jsonl`."""
         return Epochs.read(self.run.path / METRICS, strict=True).lines
 
-    def found(self, measure: str) -> dict[str, Any] | None:
+    def measurement(self, measure: str) -> dict[str, Any] | None:
         """The content of a measurement's JSON file; None where there is none."""
-        planned = self.measures.get(measure)
-        if planned is None or planned.state() != "finished":
-            return None
-        return read_result(planned.result)
+        planned = self._finished(measure)
+        return None if planned is None else read_result(planned.result)
 
     def arrays(self, measure: str, file: str) -> dict[str, NDArray[Any]]:
         """The arrays of an .npz file of a measurement; none where it is not there."""
+        planned = self._finished(measure)
+        return {} if planned is None or not (path := planned.path / file).is_file() else read_arrays(path)
+
+    def _finished(self, measure: str) -> PlannedMeasure | None:
         planned = self.measures.get(measure)
-        if planned is None or planned.state() != "finished" or not (path := planned.path / file).is_file():
-            return {}
-        return read_arrays(path)
+        return None if planned is None or planned.state() != "finished" else planned
+
+
+RunNumber = Callable[[RunResults], float | None]
+"""A number of a run; None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +62,33 @@ class RowResults:
     labels: Mapping[str, Any]
     by_seed: Mapping[int, RunResults]
 
-    def values(self, value: Callable[[RunResults], float | None]) -> dict[int, float]:
-        """A number of each run that has it."""
+    def values(self, value: RunNumber) -> dict[int, float]:
+        """A number of each run that has it, by seed."""
         numbers = {seed: value(run) for seed, run in self.by_seed.items()}
         return {seed: number for seed, number in numbers.items() if number is not None}
+
+    def mean(self, value: RunNumber) -> float | None:
+        """A number's mean over seeds; None where no run has it."""
+        numbers = self.values(value).values()
+        return sum(numbers) / len(numbers) if numbers else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of a study, in its order; with `select`, those that have the labels asked for."""
+    """The rows of a study, in its order."""
 
     rows: Sequence[RowResults] = ()
 
     @staticmethod
-    def read(rows: Iterable[PlannedRow]) -> Results:
-        """What there is of the planned rows."""
-        found = []
-        for row in rows:
+    def read(planned: Iterable[PlannedRow]) -> Results:
+        """What is finished of the planned rows."""
+        rows = []
+        for row in planned:
             runs = {
                 seed: RunResults(run, row.measures[seed]) for seed, run in row.runs.items() if run.state() == "finished"
             }
-            found.append(RowResults(row.row.run.name, row.row.run.labels, runs))
-        return Results(found)
+            rows.append(RowResults(row.row.run.name, row.row.run.labels, runs))
+        return Results(rows)
 
     def select(self, **labels: Any) -> Results:
         """The rows with these labels."""
@@ -100,31 +109,31 @@ class Results:
 # Numbers of one run
 
 
-def accuracy_under(attack: str, measure: str = "accuracy") -> Callable[[RunResults], float | None]:
+def accuracy_under(attack: str, measure: str = "accuracy") -> RunNumber:
     """Robust accuracy under the attack whose full name matches the expression `attack`."""
 
     def value(run: RunResults) -> float | None:
-        robust = (run.found(measure) or {}).get("robust_accuracy", {})
+        robust = (run.measurement(measure) or {}).get("robust_accuracy", {})
         return next((share for name, share in robust.items() if re.fullmatch(attack, name)), None)
 
     return value
 
 
-def of_evaluation(name: str, measure: str = "accuracy") -> Callable[[RunResults], float | None]:
+def of_evaluation(name: str, measure: str = "accuracy") -> RunNumber:
     """`clean_accuracy`, `worst_case` or `masking_gap` of an evaluation."""
-    return lambda run: (run.found(measure) or {}).get(name)
+    return lambda run: (run.measurement(measure) or {}).get(name)
 
 
-def of_cost(name: str) -> Callable[[RunResults], float | None]:
+def of_cost(name: str) -> RunNumber:
     """`gmacs` or `ms_per_image` of a run's model, from `cost`; GMACs from the evaluation where there is no other."""
 
     def value(run: RunResults) -> float | None:
-        found = run.found("cost")
-        if found is None:
-            cost: Mapping[str, Any] = (run.found("accuracy") or {}).get("cost", {})
-            return cost.get("gmacs") if name == "gmacs" else None
-        kind = next(iter(found["models"]))
-        number: float = found["models"][kind][name] if name == "gmacs" else found["batches"][-1][name][kind]
+        cost = run.measurement("cost")
+        if cost is None:
+            evaluated: Mapping[str, Any] = (run.measurement("accuracy") or {}).get("cost", {})
+            return evaluated.get("gmacs") if name == "gmacs" else None
+        kind = next(iter(cost["models"]))
+        number: float = cost["models"][kind][name] if name == "gmacs" else cost["batches"][-1][name][kind]
         return number
 
     return value
@@ -137,9 +146,9 @@ def seconds_per_epoch(run: RunResults) -> float | None:
 
 
 def best_validation(run: RunResults) -> float | None:
-    """Robust accuracy on the validation split of the epoch that was kept: of routed models, in the worst of two."""
-    found = [line["val"]["robust_accuracy"] for line in run.epochs if line["val"] is not None]
-    return max(found, default=None)
+    """Robust accuracy on the validation split of the best epoch: of routed models, in the worst of two."""
+    accuracies = [line["val"]["robust_accuracy"] for line in run.epochs if line["val"] is not None]
+    return max(accuracies, default=None)
 
 
 PGD = r"pgd-\d+"
@@ -151,39 +160,42 @@ PGD = r"pgd-\d+"
 
 def outcomes(row: RowResults | None, attack: str | None, measure: str = "accuracy") -> ImageOutcomes:
     """Per seed, whether each image was classified right under `attack`, or in the worst case over all (None)."""
-    found: ImageOutcomes = {}
-    for seed, run in (row.by_seed if row is not None else {}).items():
-        arrays = run.arrays(measure, EXAMPLES)
+    by_seed: ImageOutcomes = {}
+    for seed, arrays in _arrays_by_seed(row, measure, EXAMPLES):
         names = [name for name in arrays if name.startswith("robust/")]
         if attack is not None:
             names = [name for name in names if re.fullmatch(attack, name.removeprefix("robust/"))][:1]
         if names:
             right = np.logical_and.reduce([arrays["clean_correct"], *(arrays[name] for name in names)])
-            found[seed] = dict(zip(arrays["index"].tolist(), right.tolist(), strict=True))
-    return found
+            by_seed[seed] = dict(zip(arrays["index"].tolist(), right.tolist(), strict=True))
+    return by_seed
 
 
 def categories(
     row: RowResults | None, attack: str, wanted: Sequence[int], measure: str = "dissection"
 ) -> ImageOutcomes:
     """Per seed, whether each image fell into one of the categories 1 to 4 of a dissection."""
-    found: ImageOutcomes = {}
-    for seed, run in (row.by_seed if row is not None else {}).items():
-        arrays = run.arrays(measure, "dissection-examples.npz")
+    by_seed: ImageOutcomes = {}
+    for seed, arrays in _arrays_by_seed(row, measure, "dissection-examples.npz"):
         name = next((name for name in arrays if re.fullmatch(attack, name)), None)
         if name is not None:
-            found[seed] = dict(enumerate(np.isin(arrays[name], wanted).tolist()))
-    return found
+            by_seed[seed] = dict(enumerate(np.isin(arrays[name], wanted).tolist()))
+    return by_seed
 
 
-def kept_pathways(row: RowResults | None, measure: str = "pathways") -> ImageOutcomes:
+def unchanged_pathways(row: RowResults | None, measure: str = "pathways") -> ImageOutcomes:
     """Per seed, whether an attack left each image's pathway as it was."""
-    found: ImageOutcomes = {}
+    return {
+        seed: dict(zip(arrays["index"].tolist(), arrays["unchanged"].tolist(), strict=True))
+        for seed, arrays in _arrays_by_seed(row, measure, "pathways-examples.npz")
+    }
+
+
+def _arrays_by_seed(row: RowResults | None, measure: str, file: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """The arrays of a measurement's file, of each seed that has it."""
     for seed, run in (row.by_seed if row is not None else {}).items():
-        arrays = run.arrays(measure, "pathways-examples.npz")
-        if arrays:
-            found[seed] = dict(zip(arrays["index"].tolist(), arrays["unchanged"].tolist(), strict=True))
-    return found
+        if arrays := run.arrays(measure, file):
+            yield seed, arrays
 
 
 # Cells
@@ -191,7 +203,7 @@ def kept_pathways(row: RowResults | None, measure: str = "pathways") -> ImageOut
 
 def cell(
     row: RowResults,
-    value: Callable[[RunResults], float | None],
+    value: RunNumber,
     factor: float = 1.0,
     paper: Mapping[str, float] | None = None,
     paper_name: str = "",
@@ -205,9 +217,7 @@ def cell(
     return {"mean": mean, "std": std, "n": len(numbers), **reported}
 
 
-def point(
-    row: RowResults, value: Callable[[RunResults], float | None], x: float, factor: float = 100.0
-) -> dict[str, Any]:
+def point(row: RowResults, value: RunNumber, x: float, factor: float = 100.0) -> dict[str, Any]:
     """A figure's point: the mean over seeds, and one standard deviation to each side."""
     numbers = [factor * number for number in row.values(value).values()]
     if not numbers:

@@ -1,4 +1,4 @@
-"""What a study is made of: rows, each a training run and what is measured on it.
+"""The rows of a study, each a training run and what is measured on it.
 
 Nothing here computes; imports no torch.
 """

@@ -15,29 +15,30 @@ from typing import Any, TypeVar
 
 from advmoe.config import Pixels, merged, require
 from advmoe.recipes import recipe
-from advmoe.studies.labels import of_backbone, of_data, other_folder, same_threat
+from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
 
 T = TypeVar("T")
 
-PARTS = ("method", "experts", "scale", "K", "variant")
-"""Labels that make up a run's name, before backbone and data; `scale` and so on only where they are given."""
-
 
 @dataclass(frozen=True)
-class Method:
-    """A way to make a model: what is trained, how, and from what other method's model."""
+class PaperMethod:
+    """A method as the paper compares it: the kind of model, how it is trained, and from what other method's model."""
 
     settings: Settings
     start: str | None = None
-    routed: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether its models have routers."""
+        return bool(self.settings["model"]["kind"] == "moe")
 
 
-def _method(kind: str, method: str, start: str | None = None, **training: Any) -> Method:
-    return Method({"model": {"kind": kind}, "training": {"method": method, **training}}, start, kind == "moe")
+def _method(kind: str, method: str, start: str | None = None, **training: Any) -> PaperMethod:
+    return PaperMethod({"model": {"kind": kind}, "training": {"method": method, **training}}, start)
 
 
-METHODS: Mapping[str, Method] = {
+PAPER_METHODS: Mapping[str, PaperMethod] = {
     "AT (Dense)": _method("dense", "at"),
     "AT (S-Dense)": _method("s-dense", "at"),
     "AT (Sparse)": _method("sparse", "sparse", "AT (Dense)"),
@@ -104,11 +105,12 @@ class Scale:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
 
         Args:
-            more: settings over those of the scale, the parts and the method; a run that it starts from has those of the
-                model and the data too. labels: what varies, for tables and in the name.
+            more: settings over those of the scale, data, backbone and method; a run that it starts from has those of
+                the model, the data and the threat too.
+            labels: what the study varies, for its tables and figures; the run's name has them in this order.
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
-        data, net, how, more = self.datasets[dataset], self.backbones[backbone], METHODS[method], more or {}
+        data, net, how, more = self.datasets[dataset], self.backbones[backbone], PAPER_METHODS[method], more or {}
         if how.settings["model"]["kind"] == "dense":
             labels.pop("scale", None)  # r says nothing about a Dense model, the start of sparse ones of any r
         start = None
@@ -119,13 +121,13 @@ class Scale:
         settings = merged(usual, self.overrides)
         elsewhere = other_folder(usual, settings)
         comparable = elsewhere is None and same_threat(usual, settings)
+        name = [method, *(in_name(label, value) for label, value in labels.items())]
         every = {
             "method": method, **labels, "dataset": of_data(elsewhere or data.label, settings),
             "backbone": of_backbone(net.label, settings), "paper_dataset": data.paper if comparable else None,
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
-        words = [_word(part, every[part]) for part in PARTS if part in every]
-        return TrainingRun(", ".join([*words, every["backbone"], every["dataset"]]), settings, every, start)
+        return TrainingRun(", ".join([*name, every["backbone"], every["dataset"]]), settings, every, start)
 
     # What is measured
 
@@ -166,18 +168,13 @@ class Scale:
 
     @property
     def strong(self) -> str:
-        """What the attack is called that stands for AutoAttack: it need not be all of it."""
+        """The name of the attack that stands for AutoAttack, which may be a part of it."""
         return self.autoattack[0].removeprefix("RA ").removesuffix(" %")
 
     @staticmethod
     def eps(run: TrainingRun) -> float:
         """The radius of a run's threat."""
         return float(Pixels(run.settings["threat"]["eps"]))
-
-
-def _word(part: str, value: Any) -> str:
-    symbol = {"experts": "N", "scale": "r"}.get(part, part)
-    return str(value) if part in ("method", "variant") else f"{symbol} = {value}"
 
 
 def scale_named(name: str) -> Scale:
@@ -223,7 +220,7 @@ _SMOKE = Scale(
     examples=40,
     autoattack=("RA APGD-CE (of AutoAttack one part) %", "autoattack:apgd-ce", 20),
     timed={"batches": [64], "seconds": 0.2},
-    paced={"rounds": 2},
+    paced={"rounds": 1},
 )
 
 _CPU = Scale(
@@ -258,9 +255,9 @@ _CPU = Scale(
 
 def _paper_part(data: str, label: str) -> DataOrBackbone:
     """A data set as the paper's recipes have it."""
-    found = recipe(f"{data}-resnet18-at-dense")
-    settings = {group: found[group] for group in ("data", "threat", "attack")}
-    return DataOrBackbone(label, {**settings, "training": {"step_size": found["training"]["step_size"]}}, label)
+    whole = recipe(f"{data}-resnet18-at-dense")
+    settings = {group: whole[group] for group in ("data", "threat", "attack")}
+    return DataOrBackbone(label, {**settings, "training": {"step_size": whole["training"]["step_size"]}}, label)
 
 
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")

@@ -8,34 +8,18 @@ from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import (
-    MEASURED,
-    RA_LABEL,
-    compared,
-    measured,
-    scales_of,
-)
-from advmoe.studies.results import (
-    PGD,
-    Results,
-    categories,
-)
+from advmoe.studies.comparisons import MEASURED, RA_LABEL, compared, measured, scales_of
+from advmoe.studies.results import PGD, Results, categories
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import (
-    RA,
-    SA,
-    WORST,
-    by_method,
-    table,
-    with_points,
-)
+from advmoe.studies.tables import RA, SA, WORST, by_method, table, with_points
 
 THETA, THETA2, M1, M2, M3 = (
     "router-robustified MoE", "router-robustified MoE, then its experts", "standard MoE", "AT (S-Dense)",
     "robust mask of standard Dense",
 )  # fmt: skip
+"""Methods by the paper's symbols: theta-bar, theta-double-bar, and what fig. 3 compares them with."""
 
 
 def _fig3_rows(scale: Scale, _: Results) -> list[Row]:
@@ -44,7 +28,7 @@ def _fig3_rows(scale: Scale, _: Results) -> list[Row]:
 
 
 def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
-    said = paper.figure(3)
+    reported = paper.figure(3)
     names = {
         THETA: "router_robustified_moe", M1: "standard_moe_M1", M2: "at_s_dense_M2", M3: "sparse_mask_M3",
     }  # fmt: skip
@@ -58,7 +42,8 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
         "Robustifying routers improves robustness over the standard MoE, but not as far as AT (S-Dense), at r = 0.5."
     )
     shown = table("By model scale", results, ["scale", "method"], [RA, WORST, SA])
-    caption = f"Mean over seeds. The paper, percent at r = 0.5: {_percents({k: said[v] for k, v in names.items()})}."
+    percents = ", ".join(f"{method} {reported[name]:g}" for method, name in names.items())
+    caption = f"Mean over seeds. The paper, percent at r = 0.5: {percents}."
     return StudyFindings(
         tables=[shown],
         figures=[
@@ -75,23 +60,19 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
     )
 
 
-def _percents(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
-
-
 def _dissections(results: Results, title: str, id: str, caption: str) -> tuple[dict[str, Any], Picture]:
     """The table and the bars of dissected rows: shares of all images, mean over seeds."""
     rows: list[dict[str, Any]] = []
     shares: dict[str, dict[str, float]] = {}
     for row in results:
-        runs = [found for run in row.by_seed.values() if (found := run.found("dissection")) is not None]
-        for attack in dict.fromkeys(name for found in runs for name in found):
-            each = [found[attack]["categories"] for found in runs]
-            mean = {part: sum(one[part] for one in each) / len(each) for part in CATEGORIES}
+        dissections = [each for run in row.by_seed.values() if (each := run.measurement("dissection")) is not None]
+        for attack in dict.fromkeys(name for each in dissections for name in each):
+            by_run = [each[attack]["categories"] for each in dissections]
+            mean = {part: sum(each[part] for each in by_run) / len(by_run) for part in CATEGORIES}
             name = f"{row.labels['method']}: {attack}"
             shares[name] = {title: mean[part] for part, title in CATEGORIES.items()}
             rows.append({
-                "method": row.labels["method"], "attack": attack, "n": len(each),
+                "method": row.labels["method"], "attack": attack, "n": len(by_run),
                 **{part: 100 * share for part, share in mean.items()},
                 "model": 100 * (mean["both_survive"] + mean["only_routing_fails"]),
                 "routers": 100 * (mean["both_survive"] + mean["only_prediction_fails"]),
@@ -113,10 +94,10 @@ def _fig4_rows(scale: Scale, _: Results) -> list[Row]:
 
 
 def _fig4_show(scale: Scale, results: Results) -> StudyFindings:
-    said = paper.figure(4)
+    reported = paper.figure(4)
     caption = (
-        f"The paper (r = 0.5, percent): category 1 {said['unsuccessful_on_both_1']:g}, "
-        f"1 + 3 {said['unsuccessful_on_routers_1_plus_3']:g}. Every test image is attacked."
+        f"The paper (r = 0.5, percent): category 1 {reported['unsuccessful_on_both_1']:g}, "
+        f"1 + 3 {reported['unsuccessful_on_routers_1_plus_3']:g}. Every test image is attacked."
     )
     shown, figure = _dissections(results, "What fails where routers alone are robust", "fig4", caption)
     theta = results.one(method=THETA)
@@ -157,13 +138,13 @@ def _fig5_show(scale: Scale, results: Results) -> StudyFindings:
     for (name, attack), (dissected, title) in zip(
         MEASURED.items(), ((PGD, "PGD"), (f"{PGD}-soft", "PGD through soft routing")), strict=True
     ):
-        kept = Comparison(
+        routers = Comparison(
             "routers robust before",
             "routers robust after",
             *(categories(row, dissected, [1, 3]) for row in (first, second)),
         )
         note = f"The routers' robustness is that under {title}."
-        verdicts.append(verdict(name, [compared(results, THETA2, THETA, attack), kept], note))
+        verdicts.append(verdict(name, [compared(results, THETA2, THETA, attack), routers], note))
     statement = (
         "Robustifying experts after routers makes the model more robust, while the routers' robustness drops: the two "
         "do not adapt to each other."

@@ -1,6 +1,7 @@
-"""A study run: its rows planned, trained and measured, and the file of what was found written.
+"""A study, run: its rows are planned, trained and measured, and its results written.
 
-Runs lie side by side under one folder, by key, so that studies share them; a study's own folder holds what it shows.
+Runs lie side by side under one folder, by key, so that studies share them. A study's own folder has `study.json` and
+its figures.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from advmoe.files import require_writable
 from advmoe.rundir import require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.exact_tests import MOST_SEEDS
-from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, Task, only
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
 from advmoe.studies.results import Results
 from advmoe.studies.rows import Settings
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
-from advmoe.studies.task_pool import OnProgress, run_tasks
+from advmoe.studies.task_pool import OnProgress, TaskWorkers, run_tasks
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
@@ -35,8 +36,8 @@ FIXED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a study is run. Raises `ValueError` for what cannot be, by the names that the command gives it."""
+class StudyOptions:
+    """How a study is run. Raises `ValueError`, which names the command's option, for a value that cannot be."""
 
     scale: str = "smoke"
     """`smoke`, `cpu` or `paper`."""
@@ -67,6 +68,10 @@ class Options:
         require((self.seeds or 1) <= MOST_SEEDS, "--seeds", f"<= {MOST_SEEDS}", self.seeds)
         require(self.root.is_dir() or not self.root.exists(), "--out", "a folder, or new", str(self.root))
 
+    def workers(self) -> TaskWorkers:
+        """The processes that do the tasks."""
+        return TaskWorkers(jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.root / "logs")
+
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""
         scale = scale_named(self.scale)
@@ -81,7 +86,7 @@ class Session:
     """A study at one size: what is planned so far, and what became of it."""
 
     study: Study
-    options: Options
+    options: StudyOptions
     scale: Scale = field(init=False)
     planner: Planner = field(init=False)
     errors: dict[str, str] = field(default_factory=dict)
@@ -93,17 +98,17 @@ class Session:
         self.planner = Planner(self.options.root / "runs", range(self.scale.seeds))
 
     def stages(self) -> Iterator[list[PlannedRow]]:
-        """The planned rows up to each stage; those of a later stage depend on what the ones before it found.
+        """The planned rows up to each stage; those of a later stage depend on the results of the ones before it.
 
-        Raises `ValueError` for settings that cannot be, for a run that lies there and was trained otherwise, and where
-        `only` leaves nothing.
+        Raises `ValueError` for settings that cannot be, for another run in the place of one, and where `only` leaves
+        no row.
         """
         rows: list[PlannedRow] = []
         for number, stage in enumerate(self.study.stages):
-            found = stage(self.scale, Results.read(rows))
-            wanted = only(found, self.options.only)
+            stage_rows = stage(self.scale, Results.read(rows))
+            wanted = only(stage_rows, self.options.only)
             if number == 0 and not wanted:
-                names = "; ".join(row.run.name for row in found)
+                names = "; ".join(row.run.name for row in stage_rows)
                 raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(self.options.only)}")
             rows = [*rows, *self.planner.rows(wanted)]
             for task in self.planner.tasks(rows).values():
@@ -113,7 +118,7 @@ class Session:
 
     @property
     def home(self) -> Path:
-        """The study's folder; a part of the study has its own, and leaves what the whole one found."""
+        """The study's folder. A part of it, chosen by `only`, has one of its own and leaves this one alone."""
         part = re.sub(r"[^\w+.-]+", "_", "".join(f"-{word}" for word in self.options.only))
         return self.options.root / f"{self.study.name}-{self.scale.name}{part}"
 
@@ -125,10 +130,10 @@ def _require_free(study: Study, overrides: Settings) -> None:
                 raise InputError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
 
 
-def plan_study(name: str, options: Options) -> dict[str, Task]:
+def plan_study(name: str, options: StudyOptions) -> dict[str, StudyTask]:
     """The tasks of a study, those of later stages too where the earlier ones are finished; nothing is run."""
     session = Session(study_named(name), options)
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, StudyTask] = {}
     for rows in session.stages():
         tasks = session.planner.tasks(rows)
         if any(task.state() != "finished" for task in tasks.values()):
@@ -136,7 +141,9 @@ def plan_study(name: str, options: Options) -> dict[str, Task]:
     return tasks
 
 
-def run_study(name: str, options: Options, told: OnProgress = lambda word, task: None) -> tuple[Path, dict[str, Any]]:
+def run_study(
+    name: str, options: StudyOptions, told: OnProgress = lambda word, task: None
+) -> tuple[Path, dict[str, Any]]:
     """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
 
     Finished runs and measurements are reused, interrupted runs continued, failed ones reported and what needs them
@@ -150,21 +157,18 @@ def run_study(name: str, options: Options, told: OnProgress = lambda word, task:
     for number, rows in enumerate(session.stages()):
         if number == 0:
             _require_images(session.planner.tasks(rows))
-        session.errors = run_tasks(
-            session.planner.tasks(rows), session.errors, jobs=options.jobs, threads=options.threads,
-            accelerator=options.accelerator, logs=options.root / "logs", told=told,
-        )  # fmt: skip
-    study, outcome = session.study, session.study.show(session.scale, Results.read(rows))
+        session.errors = run_tasks(session.planner.tasks(rows), session.errors, options.workers(), told)
+    study, findings = session.study, session.study.show(session.scale, Results.read(rows))
     about = {
         "study": study.name, "title": study.title, "shows": study.shows, "scale": session.scale.name,
         "seeds": list(session.planner.seeds), "command": shlex.join(options.command or ()) or None,
     }  # fmt: skip
     tasks = session.planner.tasks(rows)
-    return session.home, write_study_file(session.home, about, rows, tasks, session.errors, outcome)
+    return session.home, write_study_file(session.home, about, rows, tasks, session.errors, findings)
 
 
-def _require_images(tasks: Mapping[str, Task]) -> None:
-    """Read the images that `tasks` need: a mistake shows before anything is made, and workers find them decoded.
+def _require_images(tasks: Mapping[str, StudyTask]) -> None:
+    """Read the images that `tasks` need: a mistake shows before anything is trained, and workers get them decoded.
 
     Raises `ValueError` for images that cannot be read.
     """

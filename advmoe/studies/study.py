@@ -1,4 +1,4 @@
-"""What a study is: the rows that it needs, and what is made of their results.
+"""What a study is: the rows that it needs, and the tables, figures and claims that it makes of their results.
 
 Nothing here computes; imports no torch. Accuracies are fractions until a table or figure shows them in percent.
 """
@@ -17,7 +17,7 @@ from advmoe.studies.scales import Scale
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFindings:
-    """What a study makes of its results."""
+    """What a study shows of its results."""
 
     tables: Sequence[Mapping[str, Any]] = ()
     figures: Sequence[Picture] = ()
@@ -26,7 +26,7 @@ class StudyFindings:
 
 
 Stage = Callable[[Scale, Results], list[Row]]
-"""The rows of one stage, given the results of the stages before; on the same results always the same rows."""
+"""From a scale and the results of the stages before to the rows of this one: a pure function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Study:
     shows: str
     """One sentence."""
     stages: tuple[Stage, ...]
-    """Most studies have one. The rows of a later one depend on what the earlier ones found."""
+    """Most studies have one. The rows of a later one depend on the results of the earlier ones."""
     show: Callable[[Scale, Results], StudyFindings]
     """A pure function of the results."""
     varies: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""`study.json` and its figures: what a study found, written for reports.
+"""`study.json` and its figures: a study's findings, written for reports.
 
 Imports no torch until it writes.
 """
@@ -15,14 +15,14 @@ from typing import Any
 from advmoe.files import read_object, write_text
 from advmoe.rundir import DONE, MANIFEST, STUDY
 from advmoe.studies.labels import field_of, shared
-from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Task
+from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, StudyTask
 from advmoe.studies.rows import Settings
 from advmoe.studies.study import StudyFindings
 
 
 def write_study_file(
-    home: Path, about: Mapping[str, Any], rows: Sequence[PlannedRow], tasks: Mapping[str, Task],
-    errors: Mapping[str, str], outcome: StudyFindings,
+    home: Path, about: Mapping[str, Any], rows: Sequence[PlannedRow], tasks: Mapping[str, StudyTask],
+    errors: Mapping[str, str], findings: StudyFindings,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `study.json` into the folder `home`, after the figures that it names; returns its content.
 
@@ -37,8 +37,8 @@ def write_study_file(
     folder = home / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     size = of_size(rows)
-    drawn, notes = [], [*outcome.notes, *_left_out(rows)]
-    for figure in outcome.figures:
+    drawn, notes = [], [*findings.notes, *_left_out(rows)]
+    for figure in findings.figures:
         if not figure.data:
             notes.append(f"Nothing was measured for the figure {figure.title!r}.")
             continue
@@ -49,10 +49,10 @@ def write_study_file(
             "caption": _with_size(figure.caption, size),
             "svg": f"figures/{figure.name}.svg", "png": f"figures/{figure.name}.png",
         })  # fmt: skip
-    tables = [{**each, "caption": _with_size(each["caption"] or f"{each['title']}.", size)} for each in outcome.tables]
+    tables = [{**each, "caption": _with_size(each["caption"] or f"{each['title']}.", size)} for each in findings.tables]
     machine = describe(name="", seed=0, device=torch.device("cpu"), devices=1, command=None)
     content = {
-        **about, "size": size, "tables": tables, "figures": drawn, "claims": list(outcome.claims), "notes": notes,
+        **about, "size": size, "tables": tables, "figures": drawn, "claims": list(findings.claims), "notes": notes,
         "runs": _runs(tasks, errors), "settings": shared([row.row.run.settings for row in rows]),
         "seconds": round(math.fsum(_seconds(task) or 0.0 for task in tasks.values()), 1),
         "made_on": _made_on(tasks.values()), "shown_by": {name: machine[name] for name in ("versions", "git_commit")},
@@ -69,44 +69,44 @@ def _with_size(caption: str, size: str) -> str:
 
 def _left_out(rows: Iterable[PlannedRow]) -> list[str]:
     """Which images the runs left out, each line once."""
-    found = [note for row in rows for run in row.runs.values() for note in _noted(run).get("data_notes") or ()]
-    return [f"Images: {note}" for note in dict.fromkeys(found)]
+    notes = [note for row in rows for run in row.runs.values() for note in _manifest(run).get("data_notes") or ()]
+    return [f"Images: {note}" for note in dict.fromkeys(notes)]
 
 
-def _runs(tasks: Mapping[str, Task], errors: Mapping[str, str]) -> list[dict[str, Any]]:
+def _runs(tasks: Mapping[str, StudyTask], errors: Mapping[str, str]) -> list[dict[str, Any]]:
     """What became of each run, those that others start from included."""
-    found = []
+    entries = []
     for run in (task for task in tasks.values() if isinstance(task, PlannedRun)):
         measures = [t for t in tasks.values() if isinstance(t, PlannedMeasure) and t.run.key == run.key]
-        parts: list[Task] = [run, *measures]
+        parts: list[StudyTask] = [run, *measures]
         failed = [error for task in parts if (error := errors.get(task.id))]
-        found.append({
+        entries.append({
             "name": run.name, "key": run.key, "seed": run.seed, "path": str(run.path), "seconds": _seconds(run),
             "status": "failed" if failed else run.state(), "error": failed[0] if failed else None,
         })  # fmt: skip
-    return found
+    return entries
 
 
-def _made_on(tasks: Iterable[Task]) -> dict[str, list[Any]]:
-    """What the runs and their measurements were made with, each thing once: they may come from several machines."""
-    found: dict[str, dict[Any, None]] = {"cpu": {}, "device": {}, "threads": {}, "torch": {}, "git_commit": {}}
-    for noted in map(_noted, tasks):
-        for each in (noted, *noted.get("resumed", ())):
+def _made_on(tasks: Iterable[StudyTask]) -> dict[str, list[Any]]:
+    """Hardware and versions behind the runs and measurements, each once: they may come from several machines."""
+    facts: dict[str, dict[Any, None]] = {"cpu": {}, "device": {}, "threads": {}, "torch": {}, "git_commit": {}}
+    for manifest in map(_manifest, tasks):
+        for each in (manifest, *manifest.get("resumed", ())):
             known = {**each, "torch": (each.get("versions") or {}).get("torch")}
-            for name, values in found.items():
+            for name, values in facts.items():
                 if known.get(name) is not None:
                     values[known[name]] = None
-    return {name: list(values) for name, values in found.items()}
+    return {name: list(values) for name, values in facts.items()}
 
 
-def _seconds(task: Task) -> float | None:
-    """What a run or a measurement took, as was noted there when it was made."""
-    seconds: float | None = _noted(task).get("wall_seconds" if isinstance(task, PlannedRun) else "seconds")
+def _seconds(task: StudyTask) -> float | None:
+    """The wall time of a run or a measurement, as its own file says; None where it does not."""
+    seconds: float | None = _manifest(task).get("wall_seconds" if isinstance(task, PlannedRun) else "seconds")
     return seconds
 
 
-def _noted(task: Task) -> dict[str, Any]:
-    """What a run or a measurement says of how it was made; nothing where it is not there."""
+def _manifest(task: StudyTask) -> dict[str, Any]:
+    """A run's manifest, or a measurement's `done.json`; empty where it is not there."""
     try:
         return read_object(task.path / (MANIFEST if isinstance(task, PlannedRun) else DONE))
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def _noted(task: Task) -> dict[str, Any]:
 
 
 def of_size(rows: Iterable[PlannedRow]) -> str:
-    """The size of a study in a sentence: what its runs and measurements share of what no label tells."""
+    """The size of a study in a sentence: epochs, images, threat, attacks and the like, where all runs share them."""
     rows = list(rows)
     configs = [run.config for row in rows for run in row.runs.values()]
     attacked = [each for each in configs if each["training"]["method"] != "standard"]
@@ -147,12 +147,12 @@ def of_size(rows: Iterable[PlannedRow]) -> str:
 
 
 def _told(configs: Iterable[Settings], group: str, name: str, words: str, none: str = "") -> list[str]:
-    """A field in words, where all have the same; `none` where that is None."""
+    """A field in words, if all configurations have one value of it; `none`: the words for None."""
     values = {field_of(each, group, name) for each in configs}
     if len(values) != 1:
         return []
     (value,) = values
     if value is None:
         return [none]
-    told = words.format(value)
-    return [told.removesuffix("s") if value == 1 else told]
+    text = words.format(value)
+    return [text.removesuffix("s") if value == 1 else text]

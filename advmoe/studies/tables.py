@@ -1,16 +1,19 @@
-"""Results as tables and figures: what the studies have in common in how they show what they found. Imports no torch."""
+"""Results as tables and figures: what all studies show alike. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from advmoe.report.tables import Better
 from advmoe.studies import paper
+from advmoe.studies.labels import title_of
 from advmoe.studies.results import (
     PGD,
     Results,
     RowResults,
+    RunNumber,
     RunResults,
     accuracy_under,
     cell,
@@ -21,48 +24,41 @@ from advmoe.studies.results import (
 )
 from advmoe.text import aligned
 
-Better = Literal["higher", "lower"]
-
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a table: a number of each run."""
+class Quantity:
+    """A number of each run, and how a table shows it: a column with mean and standard deviation over seeds."""
 
     key: str
     title: str
     better: Better | None
-    value: Callable[[RunResults], float | None]
+    value: RunNumber
     factor: float = 1.0
     paper: str = ""
     """The number's name in the paper's tables."""
 
 
-RA = Column("ra_pgd", "RA PGD %", "higher", accuracy_under(PGD), 100, "ra_pgd50")
-WORST = Column("worst", "RA worst case %", "higher", of_evaluation("worst_case"), 100)
-SA = Column("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
-GMACS = Column("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
-MS = Column("ms", "ms/image", "lower", of_cost("ms_per_image"))
-SECONDS = Column("seconds", "s/epoch", "lower", seconds_per_epoch)
-
-LABELS = {
-    "dataset": "Data", "backbone": "Backbone", "method": "Method", "scale": "r", "experts": "N", "K": "K",
-    "variant": "Variant",
-}  # fmt: skip
+RA = Quantity("ra_pgd", "RA PGD %", "higher", accuracy_under(PGD), 100, "ra_pgd50")
+WORST = Quantity("worst", "RA worst case %", "higher", of_evaluation("worst_case"), 100)
+SA = Quantity("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
+GMACS = Quantity("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
+MS = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
+SECONDS = Quantity("seconds", "s/epoch", "lower", seconds_per_epoch)
 
 
 def table(
-    title: str, results: Results, labels: Sequence[str], columns: Sequence[Column], *, caption: str = "",
+    title: str, results: Results, labels: Sequence[str], quantities: Sequence[Quantity], *, caption: str = "",
     paper_table: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """One row for each of `results`: its labels, then a cell for each column."""
+    """One row for each of `results`: its labels, then a cell for each of `quantities`."""
     rows = []
     for row in results:
         reported = _reported(paper_table, row)
-        cells = {column.key: cell(row, column.value, column.factor, reported, column.paper) for column in columns}
+        cells = {each.key: cell(row, each.value, each.factor, reported, each.paper) for each in quantities}
         shown = {label: str(row.labels.get(label, "")) for label in labels}
         rows.append({**shown, **cells})
-    heads: list[Mapping[str, Any]] = [{"key": label, "title": LABELS[label], "better": None} for label in labels]
-    heads += [{"key": column.key, "title": column.title, "better": column.better} for column in columns]
+    heads: list[Mapping[str, Any]] = [{"key": label, "title": title_of(label), "better": None} for label in labels]
+    heads += [{"key": each.key, "title": each.title, "better": each.better} for each in quantities]
     return {"title": title, "caption": caption, "columns": heads, "rows": rows}
 
 
@@ -87,25 +83,25 @@ def with_heights(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
 def by_method(
     results: Results,
     x: str,
-    value: Callable[[RunResults], float | None],
+    value: RunNumber,
     *,
     series: str = "method",
     factor: float = 100.0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """A series for each value of a label, its points by another label, a number."""
-    found = {}
+    """A line for each value of the label `series`; its points lie at the numbers of the label `x`."""
+    lines = {}
     for name in results.distinct(series):
         rows = [row for row in results.select(**{series: name}) if x in row.labels]
         points = sorted((point(row, value, float(row.labels[x]), factor) for row in rows), key=lambda each: each["x"])
         if points:
-            found[str(name)] = points
-    return found
+            lines[str(name)] = points
+    return lines
 
 
 def mean_series(
     rows: Iterable[RowResults], of: Callable[[RunResults], Sequence[float | None]], factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The mean over seeds of something that each run has for every epoch, from 1."""
+    """A line over epochs, from 1, of what each run has for every epoch: the mean over runs, and their range."""
     runs = [of(run) for row in rows for run in row.by_seed.values()]
     points = []
     for epoch in range(max((len(each) for each in runs), default=0)):

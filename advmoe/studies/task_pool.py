@@ -1,6 +1,6 @@
 """A study's tasks, done by several processes, each after those that it needs.
 
-A failed one is reported, and what needs it skipped.
+Where a task fails, that is reported, and those that need it are skipped.
 
 A worker imports PyTorch once and takes task after task. Each has one thread unless asked otherwise, as the number of
 threads changes rounding: so results do not depend on how many processes share the work.
@@ -11,51 +11,68 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 from advmoe.errors import BugElsewhere, of_machine
 from advmoe.pool import Answer, Died, Place, Pool
 from advmoe.progress import bar
-from advmoe.studies.plan import PlannedMeasure, Task
+from advmoe.studies.plan import PlannedMeasure, StudyTask
 from advmoe.text import cut, one_line
 
-OnProgress = Callable[[str, Task], None]
+OnProgress = Callable[[str, StudyTask], None]
 """Called with `starts`, `done` or an error's text, and the task, as it happens."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskWorkers:
+    """The processes that do a study's tasks."""
+
+    jobs: int
+    """How many there are at most."""
+    threads: int
+    """CPU threads of each."""
+    accelerator: str
+    """`auto`, `cpu` or `cuda`; GPUs are shared out in turn."""
+    logs: Path
+    """Folder of their output."""
+
+    def places(self, number: int) -> list[Place]:
+        """Where the first `number` of them run, as far as there are so many."""
+        cards = _cards(self.accelerator)
+        return [
+            Place(self.threads, only_card=cards[at % len(cards)] if cards else None, log=self.logs / f"worker-{at}.log")
+            for at in range(min(number, self.jobs))
+        ]
+
+
 class MachineFailed(str):
-    """What went wrong with a task, where the machine is to blame: done again once that is mended, it may go well."""
+    """The error of a task that failed by the machine's fault: tried again, it may succeed."""
 
 
 class Skipped(str):
-    """That a task was not tried, as one that it needs failed, by this `cause`."""
+    """The error of a task that was not tried, as one that it needs failed; `cause` is that one's error."""
 
     def __new__(cls, error: str) -> Skipped:
         """Of a task that needs one that ended with `error`."""
         cause = error.cause if isinstance(error, Skipped) else error
-        made = super().__new__(cls, f"skipped, as what it needs failed: {cause}")
-        made.cause = cause
-        return made
+        skipped = super().__new__(cls, f"skipped, as what it needs failed: {cause}")
+        skipped.cause = cause
+        return skipped
 
     cause: str
 
 
 def run_tasks(
-    tasks: Mapping[str, Task],
-    errors: Mapping[str, str],
-    *,
-    jobs: int,
-    threads: int,
-    accelerator: str,
-    logs: Path,
-    told: OnProgress,
+    tasks: Mapping[str, StudyTask], errors: Mapping[str, str], workers: TaskWorkers, told: OnProgress
 ) -> dict[str, str]:
-    """Do those of `tasks` that are not finished, `jobs` at a time; those that must run alone come last, one by one.
+    """Do those of `tasks` that are not finished; those that must run alone come last, one by one.
 
     Args:
-        tasks: by id. errors: of tasks that failed before, by id: not tried again.
-        threads: of each process. logs: folder of the workers' output.
+        tasks: by id.
+        errors: of tasks that failed before, by id: not tried again.
+        told: called as tasks start and end.
 
     Returns `errors` with those of the tasks that failed now, or were skipped; see `MachineFailed`.
     """
@@ -63,27 +80,22 @@ def run_tasks(
     todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
     alone = {name: task for name, task in todo.items() if isinstance(task, PlannedMeasure) and task.alone}
     together = {name: task for name, task in todo.items() if name not in alone}
-    cards = _cards(accelerator)
-    with bar("study", len(todo), unit="task") as drawn:
+    with bar("study", len(todo), unit="task") as progress:
 
-        def counted(word: str, task: Task) -> None:
+        def counted(word: str, task: StudyTask) -> None:
             told(word, task)
             if word != "starts":
-                drawn.update()
+                progress.update()
 
-        for part, number in ((together, jobs), (alone, 1)):
+        for part, number in ((together, len(together)), (alone, 1)):
             if part:
-                logs.mkdir(parents=True, exist_ok=True)
-                places = [
-                    Place(threads, only_card=cards[at % len(cards)] if cards else None, log=logs / f"worker-{at}.log")
-                    for at in range(min(number, len(part)))
-                ]
-                with closing(Pool(_doing, (threads, accelerator), places)) as pool:
+                workers.logs.mkdir(parents=True, exist_ok=True)
+                with closing(Pool(_doing, (workers.threads, workers.accelerator), workers.places(number))) as pool:
                     _run(part, errors, pool, counted)
     return errors
 
 
-def _run(tasks: Mapping[str, Task], errors: dict[str, str], pool: Pool, told: OnProgress) -> None:
+def _run(tasks: Mapping[str, StudyTask], errors: dict[str, str], pool: Pool, told: OnProgress) -> None:
     """Do `tasks` in the workers of `pool`, in their order as far as what they need is done."""
     order = TopologicalSorter({name: [need for need in task.needs if need in tasks] for name, task in tasks.items()})
     order.prepare()
@@ -120,7 +132,7 @@ def _run(tasks: Mapping[str, Task], errors: dict[str, str], pool: Pool, told: On
 
 
 def _failure(answer: Answer) -> str | None:
-    """What went wrong, in one line."""
+    """The error of a task in one line; None where it went well."""
     error = answer.error
     if error is None:
         return None
@@ -142,8 +154,8 @@ def _cards(accelerator: str) -> list[str]:
 
 
 @contextmanager
-def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[Task], None]]:
-    """What does a task."""
+def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[StudyTask], None]]:
+    """The function that does a task, in a worker."""
     from advmoe.studies.tasks import do
 
     yield lambda task: do(task, threads=threads, accelerator=accelerator)

@@ -1,4 +1,4 @@
-"""One task of a study, done: a run trained or continued, a measurement made. What a worker process does.
+"""One task of a study, done in a worker process: a run is trained or continued, or something measured on it.
 
 A task whose result is there already is not done again; of two processes that want the same one, the second waits.
 """
@@ -13,16 +13,16 @@ from typing import Any
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
-from advmoe.locks import held
+from advmoe.locks import exclusive
 from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
-from advmoe.studies.plan import PlannedMeasure, PlannedRun, Task
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
 
-def do(task: Task, *, threads: int, accelerator: str) -> None:
+def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
-    # Measurements come after their run: several of one may be made at the same time.
+    # A measurement's lock is its own: several of one run may be made at the same time.
     run = task.run if isinstance(task, PlannedMeasure) else task
-    with held(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
+    with exclusive(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):
@@ -60,21 +60,21 @@ def _here(accelerator: str) -> dict[str, Any]:
     from advmoe.training.manifest import describe
 
     device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    made = describe(name="", seed=0, device=device, devices=1, command=None)
-    return {name: made[name] for name in ("cpu", "device", "versions", "git_commit")}
+    machine = describe(name="", seed=0, device=device, devices=1, command=None)
+    return {name: machine[name] for name in ("cpu", "device", "versions", "git_commit")}
 
 
 def _overrides(task: PlannedMeasure) -> dict[str, dict[str, Any]]:
-    """The settings of the measurement, and where the images lie now."""
+    """The measurement's overrides, with the folder where the images lie now."""
     data = {name: task.run.config["data"][name] for name in ("root", "workers")}
-    given: Mapping[str, Any] = task.options.get("overrides", {})
-    return {**given, "data": {**data, **given.get("data", {})}}
+    overrides: Mapping[str, Any] = task.options.get("overrides", {})
+    return {**overrides, "data": {**data, **overrides.get("data", {})}}
 
 
 def _arguments(task: PlannedMeasure, threads: int, accelerator: str) -> dict[str, Any]:
     # One seed for all: methods and seeds are compared on the same images.
-    found = {"seed": 0, **task.options, "overrides": _overrides(task)}
-    return {**found, "out": task.path, "threads": threads, "accelerator": accelerator}
+    options = {"seed": 0, **task.options, "overrides": _overrides(task)}
+    return {**options, "out": task.path, "threads": threads, "accelerator": accelerator}
 
 
 def _evaluate(task: PlannedMeasure, threads: int, accelerator: str) -> None:
@@ -96,8 +96,8 @@ def _sweep(task: PlannedMeasure, threads: int, accelerator: str) -> None:
 def _dissect(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     from advmoe.evaluation.runs import dissect_run
 
-    _, found = dissect_run(task.run.path, **_arguments(task, threads, accelerator))
-    write_arrays(task.path / "dissection-examples.npz", {n: each.categories.numpy() for n, each in found.items()})
+    _, dissections = dissect_run(task.run.path, **_arguments(task, threads, accelerator))
+    write_arrays(task.path / "dissection-examples.npz", {n: each.categories.numpy() for n, each in dissections.items()})
 
 
 def _pathways(task: PlannedMeasure, threads: int, accelerator: str) -> None:
@@ -113,10 +113,10 @@ def _cost(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     from advmoe.evaluation.cost_report import cost_report
 
     device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    found = cost_report(
+    report = cost_report(
         task.run.path, device=device, threads=threads, overrides={"data": _overrides(task)["data"]}, **task.options
     )
-    write_result(task.result, found)
+    write_result(task.result, report)
 
 
 def _pace(task: PlannedMeasure, threads: int, accelerator: str) -> None:
@@ -124,8 +124,8 @@ def _pace(task: PlannedMeasure, threads: int, accelerator: str) -> None:
 
     assert task.against is not None
     configs = {"ours": Config.from_dict(task.run.config), "against": Config.from_dict(task.against.config)}
-    found = pace(configs, accelerator=accelerator, threads=threads, **task.options)
-    write_result(task.result, found)
+    result = pace(configs, accelerator=accelerator, threads=threads, **task.options)
+    write_result(task.result, result)
 
 
 _MEASURES = {

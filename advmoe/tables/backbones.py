@@ -52,5 +52,5 @@ BACKBONES: Table[Backbone] = Table(
         "densenet40": Backbone(lazily("advmoe.models.densenet:DenseNet", depths=(6, 6, 6)), 24, "DenseNet-BC-40"),
         "deit-tiny": Backbone(lazily("advmoe.models.vit:VisionTransformer", depth=12), 192, "DeiT-Tiny", tokens=True),
     },
-    Family("wrn-D-K (as in wrn-28-10)", _wide_resnet),
+    Family("wrn-D-K (as in wrn-28-10)", _wide_resnet, example="wrn-10-1"),
 )

@@ -115,7 +115,8 @@ def _every(shared: bool) -> Family[Alternation]:
             return None
         return Alternation((Level("routers", every=every), Level("experts", batch=0 if shared else 1)))
 
-    return Family(f"{prefix}every-K{' (K a whole number >= 2 and <= 10000)' if shared else ''}", read)
+    spelling = f"{prefix}every-K{' (K a whole number >= 2 and <= 10000)' if shared else ''}"
+    return Family(spelling, read, example=f"{prefix}every-2")
 
 
 ALTERNATIONS: Table[Alternation] = Table(

@@ -11,11 +11,15 @@ from advmoe.tables.table import Table, lazily
 
 @dataclass(frozen=True)
 class Router:
-    """Where choices of experts are made."""
+    """Where choices of experts are made: ahead of all MoE layers, or in each of them."""
 
     build: Callable[..., Any] | None = None
     """`(in_channels, width, num_layers, num_experts, *, pool) -> module`, which scores normalised images for all MoE
-    layers; None where each layer has a router of its own, which sees the layer's input.
+    layers; None where each layer has a router of its own.
+    """
+    layer: Callable[..., Any] | None = None
+    """`(channels, num_experts, *, per_token=False) -> module`, which scores a layer's input; None where scores are made
+    ahead.
     """
     apart: bool = True
     """Whether layers are chosen for apart; else one choice holds for all."""
@@ -23,15 +27,15 @@ class Router:
     @property
     def in_layers(self) -> bool:
         """Whether each MoE layer has a router of its own."""
-        return self.build is None
+        return self.layer is not None
 
 
-_IMAGE = "advmoe.moe.routers:ImageRouter"
+_LAYER, _IMAGE = "advmoe.moe.routers:LayerRouter", "advmoe.moe.routers:ImageRouter"
 
 ROUTERS: Table[Router] = Table(
     "model.router",
     {
-        "layer": Router(),
+        "layer": Router(layer=lazily(_LAYER)),
         "embedding": Router(lazily(_IMAGE, shared=False)),
         "image": Router(lazily(_IMAGE, shared=True), apart=False),
     },

@@ -9,7 +9,8 @@ from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 from advmoe.errors import InputError
-from advmoe.text import show
+from advmoe.tables.plugins import discover
+from advmoe.text import nearest, show
 
 Entry = TypeVar("Entry")
 
@@ -22,6 +23,8 @@ class Family(Generic[Entry]):
     """How their names are spelt, as messages say it."""
     read: Callable[[str], Entry | None]
     """The entry of a name; None where the name is not of the family, `InputError` where its numbers do not do."""
+    example: str = ""
+    """A name of the family, for the tests that try every entry: the cheapest."""
 
 
 class Table(MutableMapping[str, Entry]):
@@ -48,17 +51,29 @@ class Table(MutableMapping[str, Entry]):
 
     def known(self) -> str:
         """The names that there are, families by their spelling, separated by commas."""
+        discover()
         return ", ".join([*self, *(family.spelling for family in self.families)])
 
+    def examples(self) -> list[str]:
+        """The names that there are, and one of each family that gives an example."""
+        return [*self, *(family.example for family in self.families if family.example)]
+
     def find(self, name: Any, field: str | None = None) -> Entry:
-        """The entry called `name`. Raises `InputError`, which names the field and lists what there is."""
+        """The entry called `name`, of a plugin where no other has it. Raises `InputError`, which names the field and
+        lists what there is.
+        """
         if isinstance(name, str):
+            if (entry := self._named(name)) is not None:
+                return entry
+            discover()
             if name in self._entries:
                 return self._entries[name]
-            for family in self.families:
-                if (entry := family.read(name)) is not None:
-                    return entry
-        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}")
+        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}{nearest(name, self)}")
+
+    def _named(self, name: str) -> Entry | None:
+        if name in self._entries:
+            return self._entries[name]
+        return next((entry for family in self.families if (entry := family.read(name)) is not None), None)
 
     def require(self, field: str, value: Any) -> None:
         """Raise the `InputError` of `find` unless there is an entry called `value`."""
@@ -66,7 +81,7 @@ class Table(MutableMapping[str, Entry]):
 
     def add(self, name: str, entry: Entry) -> None:
         """Add an entry. Raises `InputError` where the name is taken."""
-        if name in self._entries or any(family.read(name) is not None for family in self.families):
+        if self._named(name) is not None:
             raise InputError(f"{self.field} has {show(name)} already")
         self._entries[name] = entry
 

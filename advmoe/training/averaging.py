@@ -55,6 +55,6 @@ class WeightAverage:
 
     def _exchange(self, model: nn.Module) -> None:
         for name, current in floats(model).items():
-            kept = current.clone()
+            weights = current.clone()
             current.copy_(self.state[name])
-            self.state[name].copy_(kept)
+            self.state[name].copy_(weights)

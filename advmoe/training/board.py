@@ -2,6 +2,8 @@
 
 Every epoch has an event file of its own, written whole and named after the epoch, so that an epoch that is trained
 again replaces what it had shown.
+
+Axes: `N` images, `C` channels, `H W` size.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class DamagedCheckpoint(InputError):
 
 
 @dataclass
-class Checkpoint:
-    """Everything that a run needs to go on: `weights` and buffers, `optimizers` states, `progress` counters, and `more`
+class TrainingState:
+    """What a run needs to go on: `weights` and buffers, `optimizers` states, `progress` counters, and `more`
     tensors that the way of training remembers.
     """
 
@@ -46,7 +46,7 @@ class Checkpoint:
     more: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep_previous: bool = True) -> None:
+def save(folder: Path, checkpoint: TrainingState, *, keep_previous: bool = True) -> None:
     """Write `checkpoint` to `folder`; what stood there moves to `<folder>-previous` (or goes, without `keep_previous`).
 
     At every instant at least one complete checkpoint stands under one of the two names.
@@ -97,17 +97,17 @@ def _verified(folder: Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} must exist, got nothing")
-        if (found := checksum(path)) != expected.get(name):
-            raise DamagedCheckpoint(f"{path} must have checksum {expected.get(name)}, got {found}: it is damaged")
+        if (actual := checksum(path)) != expected.get(name):
+            raise DamagedCheckpoint(f"{path} must have checksum {expected.get(name)}, got {actual}: it is damaged")
     return expected
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path) -> TrainingState:
     """The checkpoint in `folder`. Raises `DamagedCheckpoint` naming the file that is missing or damaged."""
     more = _MORE in _verified(folder)
     optimizers, progress = _state(folder / "state.pt")
     remembered = load_file(folder / _MORE) if more else {}
-    return Checkpoint(load_file(folder / WEIGHTS), optimizers, progress, remembered)
+    return TrainingState(load_file(folder / WEIGHTS), optimizers, progress, remembered)
 
 
 def _state(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -127,7 +127,7 @@ def candidates(folder: Path) -> list[Path]:
     return [each for each in (folder, folder.with_name(f"{folder.name}-previous")) if each.exists()]
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path) -> TrainingState | None:
     """The newest sound checkpoint of `folder` and `<folder>-previous`; None where neither exists.
 
     Warns, naming the file, about one that is damaged. Raises `DamagedCheckpoint` if all that exist are.

@@ -1,4 +1,4 @@
-"""The processes of a run: started here, ended together, heard one by one.
+"""The processes of a run: started here, heard one by one, ended together.
 
 Whoever calls says how many there are. What schedulers and other launchers leave in the environment (of SLURM, LSF, MPI,
 torchrun) says nothing of this run: Fabric, which would adopt it, is told its place instead.
@@ -75,7 +75,7 @@ class _Place(ClusterEnvironment):
 
 @dataclass(frozen=True)
 class Engine:
-    """What Fabric is made of, in every process alike."""
+    """The settings of Fabric, the same in every process."""
 
     accelerator: str
     devices: int
@@ -94,8 +94,8 @@ class Engine:
 def undisturbed() -> Iterator[None]:
     """Inside, no other launcher's variables are seen, and Fabric's hints are not shown."""
     log = logging.getLogger("lightning_fabric")
-    level, kept = log.level, dict(os.environ)
-    for name in kept:
+    level, environment = log.level, dict(os.environ)
+    for name in environment:
         if name in _LEFT or name.startswith(_LEFT_PREFIXES):
             del os.environ[name]
     log.setLevel(logging.ERROR)
@@ -105,7 +105,7 @@ def undisturbed() -> Iterator[None]:
         log.setLevel(level)
         for name in _LEFT:
             os.environ.pop(name, None)
-        os.environ.update({name: kept[name] for name in kept if name not in os.environ})
+        os.environ.update({name: environment[name] for name in environment if name not in os.environ})
 
 
 def launch(work: Callable[[Fabric], None], engine: Engine) -> None:
@@ -136,9 +136,9 @@ def launch(work: Callable[[Fabric], None], engine: Engine) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
     return port
 
 

@@ -25,7 +25,7 @@ def startable(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Delete the leftovers in `folder`, which must be `startable`, but for the claim of whoever holds it."""
+    """Delete the leftovers in `folder`, which must be `startable`, but for the claim of whoever trains there."""
     # The manifest last: it is by this that the others are known as ours.
     for each in sorted(folder.iterdir(), key=lambda each: each.name == MANIFEST):
         if each.name == CLAIM:
@@ -63,7 +63,7 @@ def _is_unfinished(manifest: Path) -> bool:
     if manifest.is_symlink() or not manifest.is_file():
         return False
     try:
-        found = read_object(manifest)
+        content = read_object(manifest)
     except ValueError:
         return False
-    return {"name", "command", "devices", "threads"} <= found.keys() and found.get("finished") is None
+    return {"name", "command", "devices", "threads"} <= content.keys() and content.get("finished") is None

@@ -17,7 +17,7 @@ from advmoe.errors import InputError
 from advmoe.files import read_object, write_text
 from advmoe.ops import kernels_used
 from advmoe.precision import fp32_on
-from advmoe.rundir import MANIFEST
+from advmoe.rundir import CONFIG_DIGEST, MANIFEST
 
 
 def _cpu_name() -> str:
@@ -89,3 +89,33 @@ def read(run_dir: Path) -> dict[str, Any]:
     if missing := [name for name in ("name", "command", "devices", "threads") if name not in manifest]:
         raise InputError(f"{path} must hold what a run is resumed by, got no {', '.join(missing)}")
     return manifest
+
+
+def noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with what of `resumption` may differ from how the run began: versions, machine, code, time."""
+    machine = ("versions", "platform", "cpu", "device", "devices", "fp32", "threads", "kernels", "omp_wait_policy")
+    names = (*machine, "git_commit", "source_sha256", "data_notes", CONFIG_DIGEST, "started")
+    earlier = manifest.get("resumed") or []
+    return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
+
+
+_SHAPES_BITS = {
+    "kernels": "kernels", "torch": "PyTorch", "advmoe": "advmoe", "git_commit": "code", "cpu": "CPU",
+    "device": "device", "devices": "devices", "threads": "threads",
+}  # fmt: skip
+"""What the bits of a run's weights depend on besides its configuration, and the words for it."""
+
+
+def differing(manifest: dict[str, Any], resumption: dict[str, Any]) -> str | None:
+    """What differs between how a run goes on and how it went so far, in words; None where nothing does."""
+
+    def of(part: dict[str, Any], name: str) -> Any:
+        return part.get("versions", {}).get(name) if name in ("torch", "advmoe") else part.get(name)
+
+    differences = []
+    for name, called in _SHAPES_BITS.items():
+        now = of(resumption, name)
+        before = [of(part, name) for part in (manifest, *(manifest.get("resumed") or []))]
+        if other := [each for each in before if each != now]:
+            differences.append(f"{called} ({other[-1]}, now {now})")
+    return ", ".join(differences) or None

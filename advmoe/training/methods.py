@@ -1,4 +1,7 @@
-"""What a level of `tables.methods` runs on, and which parameters it moves."""
+"""What a level of `tables.methods` runs on, and which parameters it moves.
+
+Axes: `B` batch.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ from advmoe.moe.routers import routers_of
 from advmoe.tables import Level, Part
 from advmoe.training.schedule import batches
 
-Run = list[tuple[Tensor, tuple[Level, ...]]]
-"""What one iteration runs: its batches in turn, as indices (B,) of images, each with the levels on it."""
+Iteration = list[tuple[Tensor, tuple[Level, ...]]]
+"""The batches of an iteration in turn, as indices (B,) of images, each with the levels that run on it."""
 
 
-def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[Run]:
-    """What each iteration of `epoch` (from 0) runs of `levels`, whose batches are those of `schedule.batches`."""
+def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[Iteration]:
+    """The iterations of `epoch` (from 0), each with the `levels` that are due, on batches of `schedule.batches`."""
     plan = batches(num_images, batch_size, seed=seed, epoch=epoch, levels=1 + max(level.batch for level in levels))
-    runs = []
+    iterations = []
     for iteration, indices in enumerate(plan, epoch * len(plan)):
         due = [level for level in levels if iteration % level.every == level.turn]
-        runs.append([(indices[batch], tuple(on)) for batch, on in groupby(due, key=lambda level: level.batch)])
-    return runs
+        iterations.append([(indices[batch], tuple(on)) for batch, on in groupby(due, key=lambda level: level.batch)])
+    return iterations
 
 
 def parts_of(model: nn.Module) -> dict[Part, list[nn.Parameter]]:
@@ -47,10 +50,10 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
     """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
     Without `record` no buffer moves at all.
 
-    Fixed batch norms go on normalising by the batch, without recording it: under their running statistics, which lag
-    behind fast early weights, the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against
-    1.6). Under scores that learn, weights are fixed but statistics are not: those of the dense network do not fit what
-    its masks let through, and attacks and measurements go by them.
+    Fixed batch norms go on normalising by the batch, without recording it. Running statistics lag behind fast early
+    weights: by them the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6). While
+    `scores` learn, weights are fixed but statistics move: the dense network's do not fit what its masks let through,
+    and attacks and measurements go by them.
     """
     parts = parts_of(model)
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
@@ -63,7 +66,7 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
     # What moves its buffers in its own way (instance norms, spectral norms) gets them back.
     moving = (module for module in modules if not _is_batch_norm(module) and fixed(module))
     others = [buffer for module in moving for buffer in module.buffers(recurse=False)]
-    kept = [buffer.clone() for buffer in others]
+    values = [buffer.clone() for buffer in others]
     modes = [module.training for module in modules]
     wanted = [(p, p.requires_grad) for parameters in parts.values() for p in parameters]
     recording = [norm.track_running_stats for norm in norms]
@@ -83,5 +86,5 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
         for norm, records in zip(norms, recording, strict=True):
             norm.track_running_stats = records
         with torch.no_grad():
-            for buffer, value in zip(others, kept, strict=True):
+            for buffer, value in zip(others, values, strict=True):
                 buffer.copy_(value)

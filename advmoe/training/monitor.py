@@ -1,4 +1,4 @@
-"""What an epoch leaves behind for its reader: mean losses, and how each MoE layer used its experts.
+"""An epoch in numbers: mean losses, and how each MoE layer used its experts.
 
 Axes: `E` experts, `L` MoE layers, `N` samples (tokens, where those are routed one by one).
 """
@@ -57,7 +57,7 @@ class LayerUse:
 
 
 class EpochMeans:
-    """Sample-weighted means of named numbers, by level, kept on the device until the epoch ends."""
+    """Sample-weighted means of named numbers, by level; they stay on the device until the epoch ends."""
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}

@@ -1,6 +1,6 @@
 """What is minimised: named terms, so that a log or an error can say which one went wrong.
 
-Axes: `N` batch, `C` channels, `H W` size, `E` experts, `L` MoE layers.
+Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Terms = dict[str, Tensor]
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
-    """Standard training's loss on clean images; also the routing and logits it saw."""
+    """Standard training's loss on clean images `x` (N, C, H, W) of classes `y` (N,); the routing, and logits (N, K)."""
     with route() as routing:
         logits = model(x).float()
     return {"ce": F.cross_entropy(logits, y)}, routing, logits
@@ -41,8 +41,8 @@ def trades(
     """CE(f(x), y) + beta * KL(f(x) || f(x_adv)) (Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta =
     1/lambda).
 
-    Gradient flows through both arguments of the KL term. Returns the terms, the routing of the clean and of the
-    adversarial pass, and the clean logits.
+    `x` and `x_adv` are (N, C, H, W), `y` is (N,). Gradient flows through both arguments of the KL term. Returns the
+    terms, the routing of the clean and of the adversarial pass, and the clean logits (N, K).
     """
     terms, clean_routing, logits = cross_entropy(model, x, y)
     with route() as adversarial_routing:
@@ -67,7 +67,7 @@ def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:
 
 
 def _scores(routing: Routing) -> Tensor:
-    """The scores of all MoE layers, (L, N, E), as the dictionaries of `routing` have them."""
+    """The scores of all MoE layers, (L, N, E), in the order in which `routing` lists them."""
     return torch.stack([scores.flatten(0, -2).float() for scores in routing.scores.values()])
 
 
@@ -81,7 +81,7 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
 
 
 def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:
-    """The table (num_classes, L) of each class's codeword: one expert per MoE layer.
+    """The table (K, L) of each class's codeword: one expert per MoE layer.
 
     `mod`: class modulo N in every layer. `random`: every column a balanced random assignment, so that the pathway is an
     error-correcting code of the class.

@@ -28,7 +28,7 @@ def pace(
 ) -> dict[str, Any]:
     """Time `ITERATIONS` iterations of each configuration's training in turn, `rounds` times after one that warms up.
 
-    The configurations train new models on the first images of their data; nothing is kept. An epoch must be as many
+    The configurations train new models on the first images of their data; nothing is saved. An epoch must be as many
     iterations in each, as it is where they differ in the method alone.
 
     Args:

@@ -19,8 +19,8 @@ from advmoe.training.processes import total
 class Perturbations:
     """Perturbations of images in memory, in the images' own coordinates, so that crops and flips are followed.
 
-    They are held on the images' device as float16: 2 bytes for each value, twice what the images take; a value within
-    eps is rounded by at most eps * 2^-11. All processes of a run hold the same ones. 0 where there was none yet.
+    They are stored on the images' device as float16: 2 bytes for each value, twice what the images take; a value within
+    eps is rounded by at most eps * 2^-11. All processes of a run store the same ones. They are 0 before the first.
 
     Raises `ValueError` for images in files.
     """
@@ -30,22 +30,22 @@ class Perturbations:
             rule = "of images held in memory when training.alternation is warm-start"
             raise InputError(f"data.name must be {rule}, got a {type(images).__name__}")
         self.fabric, self.mine = fabric, slice(fabric.global_rank, None, fabric.world_size)
-        self.held = torch.zeros(images.images.shape, dtype=torch.float16, device=images.images.device)
+        self.stored = torch.zeros(images.images.shape, dtype=torch.float16, device=images.images.device)
 
     def take(self, index: Tensor, view: View | None) -> Tensor:
-        """Those of this process's share of the images at `index` (the share has B), as `view` shows them: (B, C, H, W)
-        float32, channels-last. The share is every `world_size`-th from `global_rank` on.
+        """The perturbations of this process's share of the images at `index`, as `view` shows them: (B, C, H, W)
+        float32, channels-last, B being the share's size. The share is every `world_size`-th image from `global_rank`.
         """
-        held = self.held[index[self.mine].to(self.held.device)].float()
-        return (held if view is None else view.of(held)).contiguous(memory_format=torch.channels_last)
+        own = self.stored[index[self.mine].to(self.stored.device)].float()
+        return (own if view is None else view.of(own)).contiguous(memory_format=torch.channels_last)
 
     def keep(self, index: Tensor, view: View | None, perturbations: Tensor) -> None:
-        """Hold `perturbations` (B, C, H, W) of this process's share of the images at `index`, and what the other
-        processes have for theirs. Pixels that `view` does not show keep what they had.
+        """Store `perturbations` (B, C, H, W) of this process's share of the images at `index`, and the other processes'
+        of theirs. Pixels that `view` does not show keep their old ones.
         """
-        index = index.to(self.held.device)
+        index = index.to(self.stored.device)
         if view is not None:
-            perturbations = view.back(perturbations, self.held[index[self.mine]].float())
-        fresh = torch.zeros_like(self.held[index])
+            perturbations = view.back(perturbations, self.stored[index[self.mine]].float())
+        fresh = torch.zeros_like(self.stored[index])
         fresh[self.mine] = perturbations.half()
-        self.held[index] = total(self.fabric, fresh)
+        self.stored[index] = total(self.fabric, fresh)

@@ -32,11 +32,11 @@ class Phase:
     """A stretch of a run."""
 
     name: str | None
-    """None of a method that has but one."""
+    """None where the method has one phase."""
     first: int
     """Epochs of the run before it."""
     config: Config
-    """What its trainer goes by."""
+    """The settings of its trainer."""
 
     @property
     def end(self) -> int:
@@ -53,16 +53,16 @@ def phases(config: Config) -> tuple[Phase, ...]:
     t = config.training
     if t.method != "sparse":
         return (Phase(None, 0, config),)
-    found, first = list[Phase](), 0
+    plan, first = list[Phase](), 0
     for name, epochs in t.phase_epochs().items():
         if epochs == 0:
             continue
         kind, method = _FORMS[name]
         seed = t.seed if name == "pretrain" else seed_for(t.seed, name) % 2**32
         training = replace(t, method=method, epochs=epochs, seed=seed, init_from=None)
-        found.append(Phase(name, first, replace(config, model=replace(config.model, kind=kind), training=training)))
+        plan.append(Phase(name, first, replace(config, model=replace(config.model, kind=kind), training=training)))
         first += epochs
-    return tuple(found)
+    return tuple(plan)
 
 
 def phase_at(plan: tuple[Phase, ...], epoch: int) -> Phase:
@@ -71,7 +71,7 @@ def phase_at(plan: tuple[Phase, ...], epoch: int) -> Phase:
 
 
 def enter(phase: Phase, run: Trainer) -> Trainer:
-    """A new trainer for `phase`; `run` holds the model of the whole run, as earlier phases left it."""
+    """A new trainer for `phase`; that of the `run` has the whole run's model, as earlier phases left it."""
     if phase.name is None:
         return run
     model, whole = run.model, None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ from advmoe.models import save_model
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.models.sources import file_of
 from advmoe.pool import threads_set
-from advmoe.progress import BRIEF, bar, shown, tell
-from advmoe.pruning import write_masks
+from advmoe.progress import shown
 from advmoe.rundir import (
     BEST,
     BOARD,
@@ -32,182 +29,23 @@ from advmoe.rundir import (
     CONFIG_DIGEST,
     LAST,
     MANIFEST,
-    METRICS,
-    Epochs,
     config_note,
     digest_at,
     require_plain,
 )
-from advmoe.tables import METHODS
-from advmoe.text import one_line
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
-from advmoe.training.board import Board, examples, require_tensorboard
+from advmoe.training.board import Board, require_tensorboard
 from advmoe.training.launch import Engine, launch
 from advmoe.training.leftovers import START_ANEW, begun, clear, startable
-from advmoe.training.phases import Phase, enter, leave, phase_at, phases
-from advmoe.training.schedule import batches, cosine
-from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
-
-
-def fit(
-    trainer: Trainer,
-    run_dir: Path,
-    manifest: dict[str, Any],
-    board: Board | None = None,
-    resumption: dict[str, Any] | None = None,
-) -> None:
-    """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
-    model, and show every epoch on `board`.
-
-    What `resumption` tells of this process is noted in the manifest, unless nothing is left to do. A phase's successor
-    starts from the best checkpoint of it, and is what `last` holds once it is over.
-    """
-    run, plan = trainer, phases(trainer.config)
-    fabric, t = run.fabric, run.config.training
-    phase, trainer, progress = _begin(run, plan, run_dir, board)
-    epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
-    if resumption is not None and progress["epoch"] < epochs:
-        other = _differing(manifest, resumption)
-        if fabric.is_global_zero and progress["epoch"] and other is not None:
-            rule = "the weights need not be those, bit by bit, of a run that was never interrupted"
-            print(f"note  the run goes on with other {other}: {rule}", flush=True)
-        manifest = _noted(manifest, resumption)
-        if fabric.is_global_zero:
-            manifests.write(run_dir, manifest)
-    with bar("train", epochs * iterations, unit="it", done=progress["epoch"] * iterations) as drawn:
-        for epoch in range(progress["epoch"], epochs):
-            started = time.perf_counter()
-            drawn.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
-            with _named(phase):
-                trainer.train_epoch(epoch - phase.first, drawn)
-            seconds = time.perf_counter() - started
-            with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
-                measured = _measured(trainer, epoch)
-            line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
-            score = _score(t.method, measured)
-            known = progress["best"]
-            better = known is None or score is None or score >= known["score"]
-            progress = {
-                "epoch": epoch + 1,
-                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else known,
-                "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
-            }
-            if fabric.is_global_zero:
-                _log(trainer, run_dir, line, board)
-                if better:
-                    _keep_best(trainer, run_dir, progress)
-            if epoch + 1 == phase.end < epochs:
-                fabric.barrier()
-                best = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
-                leave(phase, trainer, run, best.weights)
-                phase = phase_at(plan, epoch + 1)
-                trainer = enter(phase, run)
-                progress["best"] = None
-            if fabric.is_global_zero:
-                checkpoints.save(run_dir / LAST, trainer.state(progress))
-            fabric.barrier()
-    if fabric.is_global_zero:
-        _finish(trainer, run_dir, manifest, progress)
-
-
-def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
-    """Tell of an epoch in `metrics.jsonl` and on the board."""
-    known = Epochs.read(run_dir / METRICS)
-    Epochs([*known.lines, line]).write(run_dir / METRICS)
-    if board is not None:
-        board.write(line, examples(trainer))
-
-
-def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
-    """Write the weights that were measured, as the best checkpoint and as the run's model."""
-    with trainer.averaged():
-        checkpoints.save(run_dir / BEST, replace(trainer.state(progress), more={}), keep_previous=False)
-        save_model(trainer.as_saved(), run_dir)
-
-
-def _begin(
-    run: Trainer, plan: tuple[Phase, ...], run_dir: Path, board: Board | None
-) -> tuple[Phase, Trainer, dict[str, Any]]:
-    """The phase under way, its trainer, and how far it is: as the last checkpoint has it, or at the start."""
-    found = checkpoints.load_latest(run_dir / LAST)
-    start: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
-    progress = start if found is None else found.progress
-    phase = phase_at(plan, progress["epoch"])
-    trainer = enter(phase, run)
-    if found is not None:
-        try:
-            trainer.restore(found)
-        except (RuntimeError, ValueError) as error:
-            rule = "hold weights of the model that its config.yaml, and --model, describe"
-            raise InputError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
-    if run.fabric.is_global_zero:
-        logged = Epochs.read(run_dir / METRICS).upto(progress["epoch"])
-        for problem in logged.problems:
-            tell(f"note  {problem}")
-        if (run_dir / METRICS).exists():
-            logged.write(run_dir / METRICS)
-        if board is not None:
-            board.follow(logged.lines)
-    return phase, trainer, progress
-
-
-@contextmanager
-def _named(phase: Phase) -> Iterator[None]:
-    """What diverges inside says in which phase."""
-    try:
-        yield
-    except TrainingDiverged as error:
-        raise (error if phase.name is None else TrainingDiverged(f"{phase.name}: {error}")) from None
-
-
-def _measured(trainer: Trainer, epoch: int) -> dict[str, float] | None:
-    """What `validate` finds after `epoch` (from 0); what diverged by then says so."""
-    try:
-        return trainer.validate()
-    except TrainingDiverged as error:
-        raise TrainingDiverged(f"after epoch {epoch + 1}: {error}") from None
-
-
-def _score(method: str, measured: dict[str, float] | None) -> float | None:
-    """What the best checkpoint is chosen by; None (the last one is best) without a validation split."""
-    if measured is None:
-        return None
-    return measured["robust_accuracy" if METHODS[method].adversarial else "clean_accuracy"]
-
-
-def _epoch_line(
-    trainer: Trainer, phase: Phase, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
-) -> dict[str, Any]:
-    t = trainer.config.training
-    seen = sum(trainer.means.counts.values()) * trainer.fabric.world_size
-    return {
-        "epoch": epoch + 1,
-        **({} if phase.name is None else {"phase": phase.name}),
-        "lr": t.lr * cosine((epoch - phase.first) * iterations, t.epochs * iterations),
-        "train": trainer.means.report(trainer.fabric),
-        "val": measured,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(seen / seconds, 1),
-        "layers": trainer.use.report(trainer.fabric),
-    }
-
-
-def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
-    best = checkpoints.load_latest(run_dir / BEST)
-    if best is not None:
-        trainer.load(best.weights)
-    save_model(model := trainer.as_saved(), run_dir)
-    if model.spec["kind"] == "sparse":
-        write_masks(model, run_dir)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    sound = {name: value for name, value in manifest.items() if name != "diverged"}  # as it may have, earlier
-    manifests.write(run_dir, {**sound, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})
+from advmoe.training.loop import fit
+from advmoe.training.model import build_model
+from advmoe.training.trainer import Trainer, TrainingDiverged
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """What each process of a run is told."""
+    """What each process of a run starts from."""
 
     config: Config
     run_dir: Path
@@ -219,7 +57,7 @@ class _Launch:
     fresh: bool
     tensorboard: bool
     notes: Sequence[str] = ()
-    """What is said once the run can begin."""
+    """Lines to print once the run can begin."""
 
     def resumed(self) -> bool:
         """Whether the weights come from a checkpoint of the run itself."""
@@ -227,14 +65,14 @@ class _Launch:
 
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
-    """One process of a run, of which the first shows how far it is."""
+    """One process of a run; the first shows how far it is."""
     with threads_set(threads), shown(fabric.is_global_zero), ExitStack() as alone:
         _train(fabric, launch, alone)
 
 
 def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
-    """What each process does. The directory is made once data and model are known to be good; while `alone` is open
-    no other run fills it.
+    """Train in one process. The directory is made once data and model are known to be good; while `alone` is open no
+    other run fills it.
     """
     config, folder = launch.config, launch.run_dir
     if fabric.is_global_zero and not launch.fresh:
@@ -242,20 +80,11 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     dataset = load_data(config)
     if dataset.chosen_size is not None:  # whatever pictures are added later
         config = replace(config, data=replace(config.data, image_size=dataset.chosen_size))
+        launch = replace(launch, config=config)
     _require_shares(config, dataset, fabric.world_size)
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
-    described = manifests.describe(
-        name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
-        command=launch.command,
-    )  # fmt: skip
-    described[CONFIG_DIGEST] = config.digest()
-    if dataset.notes:
-        described["data_notes"] = list(dataset.notes)
-    if config.training.init_from is not None and launch.fresh:
-        described["init_from_sha256"] = digest_at(Path(config.training.init_from))
-    if config.model.source is not None:
-        described["source_sha256"] = checksum(file_of(config.model.source))
+    described = _described(fabric, launch, dataset)
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
@@ -286,12 +115,29 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         raise (TrainingDiverged(f"{error}; what it started from is kept") if started_from else error) from None
 
 
+def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, Any]:
+    """The manifest of this process, with digests of the run's settings and of what they name."""
+    config = launch.config
+    described = manifests.describe(
+        name=launch.name, seed=config.training.seed, device=fabric.device, devices=fabric.world_size,
+        command=launch.command,
+    )  # fmt: skip
+    described[CONFIG_DIGEST] = config.digest()
+    if dataset.notes:
+        described["data_notes"] = list(dataset.notes)
+    if config.training.init_from is not None and launch.fresh:
+        described["init_from_sha256"] = digest_at(Path(config.training.init_from))
+    if config.model.source is not None:
+        described["source_sha256"] = checksum(file_of(config.model.source))
+    return described
+
+
 def _claim(folder: Path, alone: ExitStack) -> None:
     """Make `folder` this process's, as long as `alone` is open. Raises `ValueError` where another one has it."""
-    held = hold(folder.resolve(), folder=True)  # which the user may name by a link
-    if held is None:
+    lock = hold(folder.resolve(), folder=True)  # which the user may name by a link
+    if lock is None:
         raise InputError(f"run_dir must be free of other processes, got {str(folder)!r}: one is training there")
-    alone.callback(held.close)
+    alone.callback(lock.close)
     for left in folder.glob(".*.partial"):  # by a process that was killed
         if left.is_file():
             left.unlink()
@@ -314,7 +160,7 @@ def _require_shares(config: Config, dataset: Dataset, devices: int) -> None:
 
 
 def _notes(config: Config, images: int) -> list[str]:
-    """What the number of training images makes of the settings."""
+    """What the settings come to with so many training `images`, where that may surprise."""
     t, lines = config.training, list[str]()
     if t.batch_size > images:
         lines.append(f"training.batch_size {t.batch_size} is more than the training images: batches are of {images}")
@@ -322,36 +168,6 @@ def _notes(config: Config, images: int) -> list[str]:
     if max(level.every for level in t.levels()) > total:
         lines.append(f"training.alternation {t.alternation} trains the routers once: the run has {total} iterations")
     return lines
-
-
-def _noted(manifest: dict[str, Any], resumption: dict[str, Any]) -> dict[str, Any]:
-    """The manifest that tells what the run went on with, which may be other than what it began with."""
-    machine = ("versions", "platform", "cpu", "device", "devices", "fp32", "threads", "kernels", "omp_wait_policy")
-    names = (*machine, "git_commit", "source_sha256", "data_notes", CONFIG_DIGEST, "started")
-    earlier = manifest.get("resumed") or []
-    return manifest | {"resumed": [*earlier, {name: resumption[name] for name in names if name in resumption}]}
-
-
-_TELLING = {
-    "kernels": "kernels", "torch": "PyTorch", "advmoe": "advmoe", "git_commit": "code", "cpu": "CPU",
-    "device": "device", "devices": "devices", "threads": "threads",
-}  # fmt: skip
-"""What the bits of a run's weights depend on besides its configuration, and what it is called."""
-
-
-def _differing(manifest: dict[str, Any], resumption: dict[str, Any]) -> str | None:
-    """What differs between how a run goes on and how it went so far, in words; None where nothing does."""
-
-    def of(part: dict[str, Any], name: str) -> Any:
-        return part.get("versions", {}).get(name) if name in ("torch", "advmoe") else part.get(name)
-
-    found = []
-    for name, called in _TELLING.items():
-        now = of(resumption, name)
-        before = [of(part, name) for part in (manifest, *(manifest.get("resumed") or []))]
-        if other := [each for each in before if each != now]:
-            found.append(f"{called} ({other[-1]}, now {now})")
-    return ", ".join(found) or None
 
 
 def load_data(config: Config) -> Dataset:
@@ -369,26 +185,26 @@ def load_data(config: Config) -> Dataset:
     )
 
 
-def _start(wanted: _Launch) -> Path:
-    devices, batch_size = wanted.devices, wanted.config.training.batch_size
+def _start(run: _Launch) -> Path:
+    devices, batch_size = run.devices, run.config.training.batch_size
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise InputError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     present = torch.cuda.device_count()
-    if present < devices and (wanted.accelerator == "cuda" or (wanted.accelerator == "auto" and present)):
+    if present < devices and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise InputError(f"devices must be {rule}, got {devices!r}")
-    require_writable("run_dir", wanted.run_dir)
+    require_writable("run_dir", run.run_dir)
     if devices > 1:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
-            build_model(wanted.config, load_data(wanted.config), resumed=wanted.resumed())
-    threads = wanted.threads or max(1, torch.get_num_threads() // devices)
+            build_model(run.config, load_data(run.config), resumed=run.resumed())
+    threads = run.threads or max(1, torch.get_num_threads() // devices)
     launch(
-        partial(_process, launch=wanted, threads=threads),
-        Engine(wanted.accelerator, devices, wanted.config.training.precision),
+        partial(_process, launch=run, threads=threads),
+        Engine(run.accelerator, devices, run.config.training.precision),
     )
-    return wanted.run_dir
+    return run.run_dir
 
 
 def train(
@@ -422,8 +238,12 @@ def train(
     _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()
-    given: dict[str, Any] = {"fresh": True, "tensorboard": tensorboard, "notes": notes}
-    return _start(_Launch(config, run_dir, name, devices, accelerator, threads, command, **given))
+    return _start(
+        _Launch(
+            config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard,
+            notes=notes,
+        )
+    )  # fmt: skip
 
 
 def resume(

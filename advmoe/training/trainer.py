@@ -1,6 +1,6 @@
 """One process's part of training: a method's levels on batches, epoch by epoch, and the measurement after each.
 
-Axes: `N` batch, `C` channels, `H W` size.
+Axes: `N` batch, `C` channels, `H W` size, `K` classes, `L` MoE layers.
 """
 
 from __future__ import annotations
@@ -14,31 +14,27 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
-from advmoe.errors import InputError
-from advmoe.evaluation.accuracy import Clean, classified, make_job, outcomes, summary
-from advmoe.models import Classifier, create_model, labels
+from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
+from advmoe.models import Classifier
 from advmoe.models.compiled import compile_model
-from advmoe.models.convert import own_classifier
 from advmoe.models.modes import frozen
-from advmoe.models.runs import load_run
-from advmoe.models.sources import load_module
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
-from advmoe.progress import shown
-from advmoe.pruning import adopt, compact, expand
+from advmoe.progress import postfix, shown
+from advmoe.pruning import compact, expand
 from advmoe.seeding import generator_for, seed_for
-from advmoe.tables import METHODS, Level
-from advmoe.text import one_line
+from advmoe.tables import Level
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
-from advmoe.training.checkpoint import Checkpoint
+from advmoe.training.checkpoint import TrainingState
 from advmoe.training.methods import epoch_plan, learning, parts_of
+from advmoe.training.model import build_model
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import (
     Terms,
@@ -54,83 +50,18 @@ from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.schedule import cosine
 
 _GLANCED = 64
-"""Training images that are looked at where there are none to validate with."""
+"""Training images whose logits must be finite, where there are none to validate with."""
 
 
 class TrainingDiverged(RuntimeError):
     """A loss, a weight or a logit became NaN or infinite."""
 
 
-def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> Classifier:
-    """The model that `config` describes for `dataset`, its weights drawn from the run's seed or taken from
-    `training.init_from`, which is not read for a run that is `resumed`: its checkpoint holds all weights. Executes
-    `model.source`, if that is given.
-    """
-    init_from = None if resumed else config.training.init_from
-    start = None if init_from is None else load_run(init_from, config.model.source)
-    # A plain network of the user's own, trained already, is converted with the weights that it has.
-    upcycled = start.backbone if start is not None and config.model.to_moe and not start.routed else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        if config.model.source is not None:
-            model = _own_model(config, dataset, upcycled or load_module(config.model.source))
-        else:
-            model = create_model(
-                **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
-                in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
-            )  # fmt: skip
-    model.spec |= labels(dataset.num_classes, dataset.classes, dataset.cut)
-    if start is not None and upcycled is None:
-        try:
-            if config.model.kind == "sparse":
-                adopt(model, start)
-            else:
-                model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
-            raise InputError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
-    return model
-
-
-def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifier:
-    """The user's network as the model to train, tried on images of the data's shape."""
-    method, size, source = config.training.method, dataset.image_size, config.model.source
-    # Three, as few axes of something else are 3 long.
-    example = torch.rand(3, dataset.in_channels, size, size, generator=generator_for(config.training.seed, "example"))
-    try:
-        model = own_classifier(module, config.model, example)
-    except ValueError as error:
-        raise InputError(f"model.source {source}: {error}") from error
-    if (classes := model.spec["num_classes"]) != dataset.num_classes:
-        raise InputError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
-    _require_train_mode(model, example, source)
-    t = config.training
-    reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
-    if METHODS[method].apart:
-        reasons.append(f"training.method is {method}")
-    if reasons and not model.routed:
-        rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
-        raise InputError(f"model.source must be {rule}, got {source!r} without")
-    return model
-
-
-def _require_train_mode(model: Classifier, example: Tensor, source: str | None) -> None:
-    """Some networks make more than logits in train mode, or fail in it. Raises `ValueError` for these."""
-    rule = f"model.source {source}: module must make logits (N, K) in train mode too"
-    try:
-        with torch.no_grad(), learning(model, "all", record=False):
-            made = model(example)
-    except Exception as error:
-        raise InputError(f"{rule}, got {one_line(error)}") from error
-    if not isinstance(made, Tensor) or made.shape != (len(example), model.spec["num_classes"]):
-        raise InputError(f"{rule}, got {tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__}")
-
-
 @dataclass
 class Trainer:
     """One process's view of a run: the model, an optimiser per part, and what they are trained on.
 
-    A user's own loop can call `step` alone; `fit` is the whole run.
+    A user's own loop can call `step` alone; `loop.fit` is the whole run.
     """
 
     config: Config
@@ -142,7 +73,9 @@ class Trainer:
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
+    """Of the method, in the order in which an iteration runs those that are due."""
     table: Tensor | None = field(init=False, default=None)
+    """The classes' codewords, (K, L) for L MoE layers, where routers learn these."""
     average: WeightAverage | None = field(init=False, default=None)
     perturbations: Perturbations | None = field(init=False, default=None)
 
@@ -164,7 +97,7 @@ class Trainer:
         self.levels = t.levels()
         if t.ema > 0:
             self.average = WeightAverage(self.model, t.ema)
-        if any(level.warm for level in self.levels):
+        if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         if t.compile:
             compile_model(self.model)
@@ -172,36 +105,38 @@ class Trainer:
         # A network of the user's own may hold infinities on purpose, in a mask say.
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
-    def attack(self, x: Tensor, generator: torch.Generator, held: Tensor | None = None) -> Tensor:
-        """The inner maximisation on the current model, in eval mode; (N, C, H, W). From `held`, where earlier
-        perturbations are given, it takes one step.
+    def attack(self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None) -> Tensor:
+        """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
+
+        With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these.
         """
         t = self.config.training
         search = partial(
-            trades_attack, threat=self.threat, steps=t.attack_steps if held is None else 1,
+            trades_attack, threat=self.threat, steps=t.attack_steps if earlier is None else 1,
             step_size=float(t.step_size), generator=generator,
         )  # fmt: skip
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.model, x, held=held)
+                return search(self.model, x, held=earlier)
             soft = soft_routing(self.model)
             if t.attack_routing == "soft":
-                return search(soft, x, held=held)
+                return search(soft, x, held=earlier)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
             for predict, chosen in ((self.model, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
-                    x_adv[index] = search(predict, part, held=None if held is None else held[index])
+                    x_adv[index] = search(predict, part, held=None if earlier is None else earlier[index])
             return x_adv
 
     def step(
         self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
     ) -> Terms:
-        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,); the loss terms whose gradient
-        it followed: those of the weights before it or, with `training.awp`, of these perturbed.
+        """One update of `level`'s part on images `x` (N, C, H, W) and classes `y` (N,).
 
-        An adversarial level attacks the images, unless `x_adv` (N, C, H, W) holds what an attack has made of them.
+        An adversarial level attacks the images, unless their adversarial ones are passed as `x_adv` (N, C, H, W).
+        Returns the loss terms whose gradient the update followed: those of the weights before it or, with
+        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite.
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator)
@@ -284,9 +219,10 @@ class Trainer:
                     x, x_adv = self._prepared(levels[0], index, images, varied, generator)
                     for level in levels:
                         try:
-                            self.step(level, x, y, generator, x_adv)
+                            losses = self.step(level, x, y, generator, x_adv)
                         except TrainingDiverged as error:
                             raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                    postfix(bar, partial(_terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
@@ -302,20 +238,20 @@ class Trainer:
     def _prepared(
         self, level: Level, index: Tensor, images: Tensor, varied: Variation | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Pixels (N, C, H, W) of a batch and, for an adversarial `level`, what its attack makes of them.
+        """Pixels (N, C, H, W) of a batch and, for an adversarial `level`, the adversarial images.
 
-        `images` are this process's share of those at `index`; where perturbations are held they are yet to be varied.
+        `images` are this process's share of those at `index`; where perturbations are stored they are yet to be varied.
         """
-        view, held = None, self.perturbations
-        if held is not None and varied is not None:
+        view, stored = None, self.perturbations
+        if stored is not None and varied is not None:
             view = varied.view(images)
             images = view.of(images)
         x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
         if not level.adversarial:
             return x, None
-        x_adv = self.attack(x, generator, None if held is None else held.take(index, view))
-        if held is not None:
-            held.keep(index, view, x_adv - x)
+        x_adv = self.attack(x, generator, None if stored is None else stored.take(index, view))
+        if stored is not None:
+            stored.keep(index, view, x_adv - x)
         return x, x_adv
 
     @property
@@ -338,11 +274,9 @@ class Trainer:
         sums = torch.zeros(3, device=device)
         with self.averaged():
             if len(share):
-                found = outcomes(
-                    self.model, share, threat=self.threat, attack=self.val_attack, seed=t.seed, device=device,
-                    accept=self._require_sound,
-                )  # fmt: skip
-                numbers = summary(found)
+                measurement = Measurement(threat=self.threat, attack=self.val_attack, seed=t.seed)
+                robust = outcomes(self.model, share, measurement, device=device, accept=self._require_sound)
+                numbers = summary(robust)
                 shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
                 sums = len(share) * torch.tensor(shares, device=device)
             else:
@@ -353,19 +287,20 @@ class Trainer:
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
 
     def _glance(self) -> Clean:
-        """What the model does with a few training images, where there are none to validate with."""
+        """The clean pass on a few training images, where there are none to validate with."""
         count, place = min(_GLANCED, len(self.train_set)), self.train_set.labels.device
         few = self.train_set.subset(torch.arange(count, device=place))
         seed, device = self.config.training.seed, self.fabric.device
-        job, _ = make_job(self.model, few, device, self.threat, self.val_attack, None, _GLANCED, seed)
+        measurement = Measurement(threat=self.threat, attack=self.val_attack, batch_size=_GLANCED, seed=seed)
+        job, _ = make_job(self.model, few, measurement, device)
         return classified(self.model, job, device)
 
     def _require_sound(self, clean: Clean | None) -> None:
-        """Raise `TrainingDiverged`, on every process, where weights, their average or the logits that `clean` tells of
-        are NaN or infinite on one: such a model is neither measured nor kept.
+        """Raise `TrainingDiverged`, on every process, where the weights of one, their average or the logits of `clean`
+        are NaN or infinite: such a model is neither measured nor saved.
         """
-        held = [floats(self.model)] if self.average is None else [floats(self.model), self.average.state]
-        sound = torch.stack([tensors[name].isfinite().all() for tensors in held for name in self._finite]).all()
+        states = [floats(self.model)] if self.average is None else [floats(self.model), self.average.state]
+        sound = torch.stack([weights[name].isfinite().all() for weights in states for name in self._finite]).all()
         sure = clean is None or bool(clean.finite.all())
         broken = total(self.fabric, torch.stack([~sound, torch.tensor(not sure, device=sound.device)]).float()).tolist()
         if any(broken):
@@ -374,7 +309,7 @@ class Trainer:
             raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads}")
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the model has the weights that are measured and kept: their average, if one is taken, or its own."""
+        """Inside, the model has the weights that are measured and saved: their average, if one is taken, or its own."""
         return nullcontext() if self.average is None else self.average.applied(self.model)
 
     def as_saved(self) -> Classifier:
@@ -389,22 +324,29 @@ class Trainer:
             self.whole.load_state_dict(weights)
             self.model.load_state_dict(compact(self.whole).state_dict())
 
-    def state(self, progress: dict[str, Any]) -> Checkpoint:
-        """Everything that a later process needs to go on from here."""
+    def state(self, progress: dict[str, Any]) -> TrainingState:
+        """What a later process needs to go on from here, with the `progress` counters."""
         states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
         more = {}
         if self.average is not None:
             more = {f"average.{name}": tensor for name, tensor in self.average.state.items()}
         if self.perturbations is not None:
-            more["perturbations"] = self.perturbations.held
-        return Checkpoint(self.as_saved().state_dict(), states, progress, more)
+            more["perturbations"] = self.perturbations.stored
+        return TrainingState(self.as_saved().state_dict(), states, progress, more)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to `checkpoint`."""
+    def restore(self, checkpoint: TrainingState) -> None:
+        """Go back to the state in `checkpoint`."""
         self.load(checkpoint.weights)
         for optimizer, state in zip(self.optimizers.values(), checkpoint.optimizers, strict=True):
             optimizer.load_state_dict(state)
         if self.average is not None:
             self.average.load({name.removeprefix("average."): tensor for name, tensor in checkpoint.more.items()})
         if self.perturbations is not None:
-            self.perturbations.held.copy_(checkpoint.more["perturbations"])
+            self.perturbations.stored.copy_(checkpoint.more["perturbations"])
+
+
+__all__ = ["Trainer", "TrainingDiverged", "build_model"]
+
+
+def _terms_line(losses: Terms) -> str:
+    return " ".join(f"{name} {value.item():.3g}" for name, value in losses.items())

@@ -159,20 +159,35 @@ def test_trades_attack_is_the_loop_written_out(threat):
     assert ((got - x).abs().amax((1, 2, 3)) > 0.05).all()
 
 
+def test_ascent_by_hand():
+    # The objective rises with pixel 0 and falls with pixel 1; the third step ends at the edge of the ball.
+    x, seen = pixels([0.5, 0.5]), []
+    x_adv = ascend(
+        lambda z: (z.flatten(1) @ torch.tensor([3.0, -2.0])).sum(), x, x, threat=LINF, step_sizes=[0.06, 0.03, 0.05],
+        visit=lambda step, z: seen.append((step, z.flatten().tolist())),
+    )  # fmt: skip
+    assert [step for step, _ in seen] == [0, 1, 2] and not x_adv.requires_grad
+    for (_, visited), expected in zip(seen, ([0.5, 0.5], [0.56, 0.44], [0.59, 0.41]), strict=True):
+        assert visited == pytest.approx(expected)
+    assert x_adv.flatten().tolist() == pytest.approx([0.6, 0.4])
+    assert torch.equal(ascend(lambda z: torch.zeros(()), x, x, threat=LINF, step_sizes=[0.1] * 2), x)  # no gradient
+
+
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
 def test_trades_attack_goes_on_from_what_is_held(threat):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
     x, settings = torch.rand(6, 3, 2, 2), {"threat": threat, "steps": 1, "step_size": 0.02}
-    held = 0.3 * torch.rand(x.shape) - 0.15
-    held[:2] = 0
-    got = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5), held=held)
-    # Where nothing is held this is the attack from noise, image by image.
+    earlier = 0.3 * torch.rand(x.shape) - 0.15
+    earlier[:2] = 0
+    got = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5), held=earlier)
+    # Where there was no earlier one this is the attack from noise, image by image.
     fresh = trades_attack(model, x, **settings, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(got[:2], fresh[:2], atol=1e-6, rtol=0)
-    # Elsewhere it is one step from there, as a longer attack would take it; what is held is projected first.
-    start = threat.project(x + held, x)[2:]
-    loop = ascend(model, x[2:], start, kl_loss(model(x[2:])), **settings)
+    # Elsewhere it is one step from there, as a longer attack would take it, projected first.
+    start = threat.project(x + earlier, x)[2:]
+    kl = kl_loss(model(x[2:]))
+    loop = ascend(lambda z: kl(model(z)), x[2:], start, threat=threat, step_sizes=[0.02])
     torch.testing.assert_close(got[2:], loop, atol=1e-6, rtol=0)
     assert ((got - x)[2:] - (start - x[2:])).abs().max() <= 0.02 + 1e-6
     assert ((got - fresh)[2:].abs().amax((1, 2, 3)) > 0.05).all()

@@ -14,6 +14,7 @@ from advmoe.attacks.routed import (
     Combination,
     Pass,
     RoutedPlan,
+    RoutedTarget,
     along_pathway,
     combined,
     plan_attack,
@@ -104,6 +105,11 @@ def no_straight_through(monkeypatch):
     monkeypatch.setattr("advmoe.ops.straight_through", lambda y, gate: y)
 
 
+def opened(model, threat=LINF):
+    """The model as its attacker sees it."""
+    return RoutedTarget(OpenRouting(model), model, threat)
+
+
 def assessed(model, data, *, threat=LINF, attacks=("pgd-20", "routed"), allow=(), steps=8, queries=0, **kwargs):
     attack = AttackConfig(steps=steps, step_size=Pixels("2/255"), queries=queries, pathways=2)
     return assess(lambda _: model, data, threat=threat, attack=attack, attacks=attacks, allow=allow, **kwargs).result
@@ -118,8 +124,8 @@ def counts(result):
 
 def test_router_margins_by_hand():
     scores = (torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([[5.0, 1.0], [1.0, 4.0]]))
-    found = router_margins(scores, torch.tensor([[0, 1], [1, 0]]))
-    assert found.tolist() == [[3 - 1, 1 - 5], [2 - 0, 1 - 4]]
+    margins = router_margins(scores, torch.tensor([[0, 1], [1, 0]]))
+    assert margins.tolist() == [[3 - 1, 1 - 5], [2 - 0, 1 - 4]]
     three = (torch.tensor([[1.0, 4.0, 6.0]]),)
     assert [router_margins(three, torch.tensor([[e]])).item() for e in range(3)] == [1 - 6, 4 - 6, 6 - 4]
 
@@ -144,6 +150,13 @@ def test_steps_too_short_to_cross_the_ball_are_lengthened():
     assert stride(0.01, 10, 1.0) == 0.25
 
 
+def test_a_budget_s_step_sizes():
+    budget = Budget(step_size=0.01)
+    assert budget.sizes(20, 0.02) == [0.01] * 20
+    assert budget.sizes(10, 1.0) == [0.25] * 10  # 2.5 times the radius in all
+    assert budget.sizes(4, 0.1, "cosine") == step_sizes("cosine", 4, 0.0625, 0.1)
+
+
 BAND = (0.435, 0.465)
 
 
@@ -166,13 +179,13 @@ def iterates(x, steps):
 def test_the_first_iterate_that_fools_is_kept(how, seen):
     x, y = torch.full((40, 1, 1, 1), 0.5), torch.zeros(40, dtype=torch.long)
     toy = Toy(lambda z: against_zero(in_band(z)), lambda z: against_zero(0 * z[:, 0, 0] - 1))
-    arguments, settings = (toy, lambda z: toy(z).logits, x, y), {"threat": WIDE, "steps": 10, "step_size": 0.01}
+    arguments, sizes = (RoutedTarget(toy, lambda z: toy(z).logits, WIDE), x, y), [0.01] * 10
     if "pathway" in how:
         forced = torch.full((40, 1), int(how == "other pathway"))
-        x_adv, fooled = along_pathway(*arguments, forced, **settings, generator=seeded())
+        x_adv, fooled = along_pathway(*arguments, forced, sizes, seeded())
     else:
         combination = Combination(temperature=None if how == "hard" else 1.0)
-        x_adv, fooled = combined(*arguments, combination, **settings, generator=seeded())
+        x_adv, fooled = combined(*arguments, combination, sizes, seeded())
     path = iterates(x, 10)[list(seen)]
     hits = (path > BAND[0]) & (path < BAND[1])
     expected = torch.where(hits.any(0), path[hits.int().argmax(0), torch.arange(40)], path[-1])
@@ -184,21 +197,18 @@ def test_the_first_iterate_that_fools_is_kept(how, seen):
 def test_only_the_deployed_model_decides():
     x, y = torch.full((4, 1, 1, 1), 0.5), torch.zeros(4, dtype=torch.long)
     wrong = Toy(lambda z: against_zero(1 + z[:, 0, 0, 0]), lambda z: against_zero(z[:, 0, 0]))
-    settings = {"threat": WIDE, "steps": 3, "step_size": 0.01}
-    right = lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2)  # noqa: E731
-    assert combined(wrong, right, x, y, Combination(), **settings)[1].tolist() == [False] * 4
+    target = RoutedTarget(wrong, lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2), WIDE)
+    assert combined(target, x, y, Combination(), [0.01] * 3)[1].tolist() == [False] * 4
     forced = torch.zeros(4, 1, dtype=torch.long)
-    assert along_pathway(wrong, right, x, y, forced, **settings)[1].tolist() == [False] * 4
+    assert along_pathway(target, x, y, forced, [0.01] * 3)[1].tolist() == [False] * 4
 
 
 def test_a_router_is_pulled_no_further_than_it_must():
     # Channel 0 moves the router alone, which chooses expert 1 above 0.53; channel 1 the classifier alone, which holds.
     x, y = pixels([0.5] * 20, [0.5] * 20), torch.ones(20, dtype=torch.long)
     toy = Toy(lambda z: against_zero(z[:, 1, 0, 0] + 1), lambda z: against_zero(z[:, 0, 0] - 0.53))
-    settings = {"threat": WIDE, "steps": 12, "step_size": 0.02}
-    x_adv, fooled = along_pathway(
-        toy, lambda z: toy(z).logits, x, y, torch.ones(20, 1, dtype=torch.long), **settings, generator=seeded()
-    )
+    target = RoutedTarget(toy, lambda z: toy(z).logits, WIDE)
+    x_adv, fooled = along_pathway(target, x, y, torch.ones(20, 1, dtype=torch.long), [0.02] * 12, seeded())
     start = WIDE.random_start(x, seeded())[:, 0, 0, 0]
     missing = ((0.53 - start) / 0.02).ceil().clamp_min(0)
     torch.testing.assert_close(x_adv[:, 0, 0, 0], start + 0.02 * missing)
@@ -212,10 +222,8 @@ def test_routers_are_pushed_off_the_anchor(anchor, ends):
     # the edge, pushed off the current one they turn back at the threshold. The classifier knows nothing of pixels.
     x, y = torch.full((20, 1, 1, 1), 0.5), torch.zeros(20, dtype=torch.long)
     toy = Toy(lambda z: against_zero(0 * z[:, 0, 0, 0] - 1), lambda z: against_zero(z[:, 0, 0] - 0.51))
-    x_adv, _ = combined(
-        toy, lambda z: toy(z).logits, x, y, Combination(weight=1.0, anchor=anchor), threat=WIDE, steps=11,
-        step_size=0.02, generator=seeded(),
-    )  # fmt: skip
+    target = RoutedTarget(toy, lambda z: toy(z).logits, WIDE)
+    x_adv, _ = combined(target, x, y, Combination(weight=1.0, anchor=anchor), [0.02] * 11, seeded())
     assert bool(((x_adv >= ends[0] - 1e-6) & (x_adv <= ends[1] + 1e-6)).all())
 
 
@@ -227,11 +235,10 @@ def test_scales_of_logits_and_scores_change_nothing(loss):
 
     def attacked(logits, scores):
         toy = Toy(lambda z: logits * z.flatten(1) @ w, lambda z: (scores * z.flatten(1) @ r).unflatten(1, (2, 3)))
-        settings = {"threat": WIDE, "steps": 5, "step_size": 0.03, "generator": seeded()}
-        predict = lambda z: toy(z).logits  # noqa: E731
+        target, sizes, generator = RoutedTarget(toy, lambda z: toy(z).logits, WIDE), [0.03] * 5, seeded()
         forced = torch.tensor([[0, 1]]).expand(5, 2)
-        mixed = combined(toy, predict, x, y, Combination(loss=loss, weight=0.3), **settings)
-        return torch.cat([*mixed[:1], along_pathway(toy, predict, x, y, forced, **settings)[0]])
+        mixed = combined(target, x, y, Combination(loss=loss, weight=0.3), sizes, generator)
+        return torch.cat([*mixed[:1], along_pathway(target, x, y, forced, sizes, generator)[0]])
 
     expected = attacked(1, 1)
     for logits, scores in ((2**14, 1), (1, 2**14), (2**-10, 2**6)):  # powers of two scale without rounding
@@ -244,7 +251,8 @@ def test_pathways_in_order():
     x, y = torch.full((2, 1, 1, 1), 0.5), torch.zeros(2, dtype=torch.long)
     toy = Toy(lambda z: against_zero(0 * z[:, 0, 0, 0] - 1), lambda z: scores + 0 * z.view(-1, 1, 1))
     plan = RoutedPlan(Combination(), (), 0, 3, ((0, 1), (2, 2)))
-    attack = routed_attack(toy, lambda z: toy(z).logits, plan, threat=WIDE, budget=Budget(pathway_steps=2, queries=0))
+    target = RoutedTarget(toy, lambda z: toy(z).logits, WIDE)
+    attack = routed_attack(target, plan, Budget(pathway_steps=2, queries=0))
     next(part for part in attack.parts if part.name == "pathways").run(x, y, 0)
     expected = [
         [[0, 1], [0, 1]],  # reached
@@ -266,7 +274,7 @@ SMALL = Budget(steps=4, search_steps=4, pathway_steps=4, queries=0, temperatures
 def test_the_search_is_greedy(no_straight_through):
     x, y = planted_images()
     model = Planted(steepness=1e5).requires_grad_(False)
-    arguments, settings = (OpenRouting(model), model, x, y), {"threat": LINF, "budget": SMALL, "seed": 3}
+    arguments, settings = (opened(model), x, y), {"budget": SMALL, "seed": 3}
     best, tried = search(*arguments, **settings)
     # Saturated routers leave soft routing without a gradient, and no loss of the classifier moves them. The first of
     # the router losses breaks all; what follows is tried with it. Two classes leave out dlr.
@@ -281,10 +289,9 @@ def test_the_search_is_greedy(no_straight_through):
     assert search(*arguments, **settings) == (best, tried)
     # What is reported is what another pass finds.
     for each in tried:
-        x_adv, _ = combined(
-            *arguments, each.combination, threat=LINF, steps=4, step_size=stride(SMALL.step_size, 4, LINF.eps),
-            generator=seeded(3),
-        )  # fmt: skip
+        schedule = each.combination.schedule
+        sizes = step_sizes(schedule, 4, stride(SMALL.step_size, 4, LINF.eps), LINF.eps)
+        x_adv, _ = combined(*arguments, each.combination, sizes, seeded(3))
         logits = model(x_adv)
         assert each.broken == (logits.argmax(1) != y).sum()
         margin = logits.gather(1, 1 - y[:, None]) - logits.gather(1, y[:, None])
@@ -294,7 +301,8 @@ def test_the_search_is_greedy(no_straight_through):
 def test_ties_go_to_the_first_tried():
     flat = Toy(lambda z: torch.tensor([[2.0, 1.0, 0.0]]).expand(len(z), 3), lambda z: torch.zeros(len(z), 2, 2))
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.long)
-    best, tried = search(flat, lambda z: flat(z).logits, x, y, threat=WIDE, budget=Budget(search_steps=1), seed=0)
+    target = RoutedTarget(flat, lambda z: flat(z).logits, WIDE)
+    best, tried = search(target, x, y, budget=Budget(search_steps=1), seed=0)
     assert best == Combination() and {(each.broken, each.margin) for each in tried} == {(0, -1.0)}
     # 1 + 3 temperatures + 2 other losses (three classes: with dlr) + 3 weights x 2 anchors + 1 schedule.
     assert len(tried) == 13 and "dlr" in {each.combination.loss for each in tried}
@@ -304,14 +312,14 @@ def test_the_plan_takes_the_most_frequent_pathways_and_survives_json(no_straight
     model, (x, y) = Planted().requires_grad_(False), planted_images(4)
     reached = torch.tensor([[1, 1], [0, 1], [1, 0], [1, 1]])
     budget = replace(SMALL, pathways=2)
-    plan = plan_attack(OpenRouting(model), model, x, y, reached, threat=LINF, budget=budget, seed=0)
+    plan = plan_attack(opened(model), x, y, reached, budget=budget, seed=0)
     assert plan.pathways == ((1, 1), (0, 1)) and plan.reached == 3 and plan.examples == 4
     assert RoutedPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     told = json.loads(json.dumps(plan.to_dict()))
     assert told["pathways"] == {"reached": 3, "attacked": 2}
     assert told["search"]["best"] == str(plan.best) in [each["combination"] for each in told["search"]["tried"]]
 
-    none = plan_attack(OpenRouting(model), model, x[:0], y[:0], reached, threat=LINF, budget=budget, seed=0)
+    none = plan_attack(opened(model), x[:0], y[:0], reached, budget=budget, seed=0)
     assert none == RoutedPlan(Combination(), (), 0, 3, ((1, 1), (0, 1)))
     assert RoutedPlan.from_json(json.loads(json.dumps(none.to_json()))) == none
 
@@ -327,17 +335,17 @@ def test_a_combination_in_words():
 NAMES = ["soft T=0.3", "soft T=3", "routers w=0.1", "routers w=10", "pathways", "strongest"]
 
 
-def made(model, *, threat, budget=SMALL):
+def attack_on(model, *, threat, budget=SMALL):
     best = Combination(weight=1.0, schedule="cosine")
     plan = RoutedPlan(best, (), 0, 2, ((0,), (1,)))
-    return routed_attack(OpenRouting(model), model, plan, threat=threat, budget=budget)
+    return routed_attack(opened(model, threat), plan, budget)
 
 
 def test_parts_in_order():
-    attack = made(Planted(), threat=LINF)
+    attack = attack_on(Planted(), threat=LINF)
     assert [part.name for part in attack.parts] == NAMES
     assert attack.flags == ("the black-box part is left out (0 queries)",)
-    attack = made(Planted(), threat=LINF, budget=replace(SMALL, queries=10))
+    attack = attack_on(Planted(), threat=LINF, budget=replace(SMALL, queries=10))
     assert [part.name for part in attack.parts] == [*NAMES, "square"] and attack.flags == ()
 
 
@@ -350,11 +358,11 @@ def test_proposals_are_in_the_threat_model_and_follow_from_the_seed(threat):
     model.layer.bank[:, 2] = 0  # sign steps end in the same corner from any start, but here there is nothing to climb
     x = torch.rand(6, 3, 8, 8).round(decimals=1).contiguous(memory_format=torch.channels_last)  # some at 0 and 1
     y = model(x).argmax(1)
-    for part in made(model, threat=threat).parts:
+    for part in attack_on(model, threat=threat).parts:
         first, again, other = (part.run(x, y, seed).x_adv for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
         inside(first, x, threat)
-    outcome = run_attack(made(model, threat=threat), model, x, y, threat=threat, purpose=(0,))
+    outcome = run_attack(attack_on(model, threat=threat), model, x, y, threat=threat, purpose=(0,))
     inside(outcome.x_adv, x, threat)
     assert torch.equal(model(outcome.x_adv).argmax(1), outcome.predicted)
     assert torch.equal(outcome.predicted == y, outcome.robust)
@@ -370,15 +378,15 @@ def inside(x_adv, x, threat):
 def test_what_one_pathway_breaks_the_next_leaves_alone(no_straight_through):
     model, (x, y) = Planted(steepness=1e5).requires_grad_(False), planted_images()
     plan = RoutedPlan(Combination(), (), 0, 2, ((1,), (0,)))  # the first leads to the wrong class, the second does not
-    opened, tried = OpenRouting(model), []
+    open_routing, tried = OpenRouting(model), []
 
     def recorded(x, *, temperature=None, forced=None):
         tried.extend([] if forced is None else forced[:, 0].tolist())
-        return opened(x, temperature=temperature, forced=forced)
+        return open_routing(x, temperature=temperature, forced=forced)
 
-    attack = routed_attack(recorded, model, plan, threat=LINF, budget=SMALL)
-    found = next(part for part in attack.parts if part.name == "pathways").run(x, y, 0)
-    assert torch.equal(model(found.x_adv).argmax(1), 1 - y)
+    attack = routed_attack(RoutedTarget(recorded, model, LINF), plan, SMALL)
+    proposals = next(part for part in attack.parts if part.name == "pathways").run(x, y, 0)
+    assert torch.equal(model(proposals.x_adv).argmax(1), 1 - y)
     assert tried == [1] * 12 * SMALL.pathway_steps
 
 
@@ -461,12 +469,11 @@ def test_masked_routing_is_found(no_straight_through, steepness):
     own, other = (torch.full((12, 1), expert) for expert in (0, 1))
     assert pathway(model, x).tolist() == own.tolist()
     # Each kind of part does it alone: the routers' margins, and the pathway that no clean image takes.
-    settings = {"threat": LINF, "steps": 20, "step_size": 2 / 255}
-    arguments = (OpenRouting(model), model, x, y)
-    assert combined(*arguments, Combination(weight=1.0), **settings)[1].all()
-    assert along_pathway(*arguments, other, **settings)[1].all()
-    assert not along_pathway(*arguments, own, **settings)[1].any()
-    soft = combined(*arguments, Combination(temperature=1.0), **settings)[1]
+    arguments, sizes = (opened(model), x, y), [2 / 255] * 20
+    assert combined(*arguments, Combination(weight=1.0), sizes)[1].all()
+    assert along_pathway(*arguments, other, sizes)[1].all()
+    assert not along_pathway(*arguments, own, sizes)[1].any()
+    soft = combined(*arguments, Combination(temperature=1.0), sizes)[1]
     assert soft.all() if steepness == 1 else not soft.any()
 
 
@@ -477,9 +484,7 @@ def test_losses_that_pull_apart(no_straight_through, scale):
     x, y = x[y == 1], y[y == 1]
     model = Planted(looks_at=1, threshold=0.815, scale=scale).requires_grad_(False)
     for weight in (0.1, 1.0, 10.0):
-        _, fooled = combined(
-            OpenRouting(model), model, x, y, Combination(weight=weight), threat=LINF, steps=20, step_size=2 / 255
-        )
+        _, fooled = combined(opened(model), x, y, Combination(weight=weight), [2 / 255] * 20)
         assert fooled.all()
 
 
@@ -494,9 +499,9 @@ def test_square_finds_what_has_no_gradient():
     model = Planted()
     model.layer.router = Steps()
     result = assessed(model, planted_images(), queries=300)
-    found = counts(result)
-    assert list(found)[-1] == "square" and found["square"] == (12, 12)
-    assert all(each == (12, 0) for name, each in found.items() if name != "square")
+    broken = counts(result)
+    assert list(broken)[-1] == "square" and broken["square"] == (12, 12)
+    assert all(each == (12, 0) for name, each in broken.items() if name != "square")
     assert result["robust_accuracy"] == {"pgd-20": 1, "routed": 0}
     assert result["attacks"]["routed"]["flags"] == {}
 

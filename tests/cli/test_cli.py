@@ -13,14 +13,11 @@ from advmoe import cli
 from advmoe.config import Config
 from advmoe.recipes import METHODS, SETTINGS
 
-ROOT = str(Path(__file__).parents[2])
-
 
 def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The command as users run it, in a process and a working directory of its own."""
-    environment = {**os.environ, "PYTHONPATH": ROOT}
     command = [sys.executable, "-m", "advmoe", *args]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -95,6 +92,7 @@ MORE_MISTAKES = [
     ([*TRAIN, "--devices", "0"], ["--devices must be >= 1, got 0"]),
     ([*TRAIN, "--accelerator", "tpu"], ["--accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
     (["train", "--config", "absent.yaml"], ["--config must be", "'absent.yaml'"]),
+    (["train", "--config", "cifar10-resnet18-advmoe", "--data.root", "nowhere"], ["data.root must ", "nowhere"]),
     (["train", "--resume", "full", "--training.lr", "1"], ["--resume must be without", "'full'"]),
     (["evaluate", "full", "--num-examples", "some"], ["--num-examples must be a whole number, got 'some'"]),
     (["evaluate", "full", "--training.lr", "1"], ["--training.lr is no option of evaluate"]),
@@ -132,12 +130,6 @@ def test_more_mistakes(
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_a_missing_dataset_is_one_line_and_creates_nothing(tmp_path: Path) -> None:
-    done = run(tmp_path, "train", "--config", "cifar10-resnet18-advmoe", "--data.root", "nowhere")
-    assert_refused(done, "nowhere")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("before", "unbuffered", "code"),
     [
@@ -156,7 +148,7 @@ def test_a_reader_that_has_seen_enough_leaves_no_traceback(
     ours, theirs = os.pipe()
     os.close(ours)  # as `head` does once it has its lines
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": unbuffered},
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=theirs,
         stderr=subprocess.PIPE, timeout=120, check=False,
     )  # fmt: skip
@@ -180,7 +172,7 @@ def test_what_a_terminal_cannot_show_is_printed_with_escapes() -> None:
         "raise SystemExit(cli.main(['recipes']))"
     )
     for encoding, shown in (("ascii", rb"caf\xe9 \u732b \udce9"), ("utf-8", "café 猫 ".encode() + rb"\udce9")):
-        environment = os.environ | {"PYTHONPATH": ROOT, "PYTHONIOENCODING": encoding}
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
         assert (done.returncode, done.stdout.strip(), done.stderr) == (0, shown, b"")
 
@@ -189,14 +181,13 @@ def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     command = [sys.executable, "-c", "from advmoe.progress import tell; tell('a'); print('done')"]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     assert done.stdout == b"done\n"
 
 
 def test_no_room_for_bytecode_leaves_every_module_whole(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": ROOT, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1)); "
     start = "from advmoe import cli; raise SystemExit(cli.main({}))"
@@ -216,6 +207,20 @@ def test_no_room_for_bytecode_leaves_every_module_whole(tmp_path: Path) -> None:
     assert modules() == before
     assert ended(start.format(["report", "none"])) == refused
     assert refused[0] == 2 and modules() > before
+
+
+def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (450 * 2**20, -1)); "
+        "from advmoe import cli; raise SystemExit(cli.main({}))"
+    )
+    environment = dict(os.environ)
+    for args, expected in ((["train", "--config", "digits-advmoe"], 3), (["recipes"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(args)], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == expected and done.stderr.count("\n") == (expected != 0), done
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recipes_and_version(tmp_path: Path) -> None:
@@ -246,9 +251,7 @@ def test_answers_without_importing_torch(tmp_path: Path, args: list[str]) -> Non
         "sys.exit(bool({'torch', 'numpy', 'lightning_fabric'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 0
 
 
@@ -259,3 +262,44 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cli.recipes, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["recipes"])
+
+
+def test_help_of_a_command(tmp_path: Path) -> None:
+    asked, usual = run(tmp_path, "help", "train"), run(tmp_path, "train", "--help")
+    assert (asked.returncode, asked.stdout) == (0, usual.stdout)
+    assert run(tmp_path, "help").stdout == run(tmp_path, "--help").stdout
+    assert_refused(run(tmp_path, "help", "trian"), "did you mean train?")
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["evalute", "full"], "evaluate"),
+        (["study", "table-1"], "table1"),
+        (["train", "--config", "digit-advmoe"], "digits-advmoe"),
+        ([*TRAIN, "--model.name", "resnet81"], "resnet18"),
+        ([*TRAIN, "--training.method", "advmo"], "advmoe"),
+    ],
+)
+def test_a_slip_of_the_fingers_gets_the_nearest_name(
+    workplace: Path, args: list[str], meant: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert cli.main(args) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str, capsys: Any) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--completion", shell])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*cli.COMMANDS, "num-examples", "training.lr"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_completion_for_another_shell_is_refused(tmp_path: Path) -> None:
+    assert_refused(run(tmp_path, "--completion", "cmd"), "--completion must be one of bash, zsh, fish, got 'cmd'")

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from advmoe import cli
 from advmoe.config import Config
-
-ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +39,9 @@ def bare(tmp_path):
     Config().dump(tmp_path / "bare" / "config.yaml")
 
 
-def test_a_trained_run_gets_its_gallery_once(trained, tmp_path):
-    command = [sys.executable, "-m", "advmoe", "report", str(trained), "-o", "out/page.html", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "written to out/page.html, its figures to out/page-figures\n"
+def test_a_trained_run_gets_its_gallery_once(trained, report, tmp_path):
+    told = report(str(trained), "-o", "out/page.html", "--threads", "1")
+    assert told == (0, "written to out/page.html, its figures to out/page-figures\n", "")
     text = (tmp_path / "out" / "page.html").read_text()
     assert text.count('<li class="card">') == 8
     assert f"advmoe report {trained} -o out/page.html --threads 1" in text

@@ -1,9 +1,7 @@
 """CIFAR archives and their download from a server on this machine."""
 
 import hashlib
-import io
 import re
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,39 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import CIFAR_IMAGES as COUNT
+from layouts import cifar_archive, tarball
+from layouts import cifar_members as members_of
 
 from advmoe.data import load_dataset
-from advmoe.data.cifar import ARCHIVES, Archive
+from advmoe.data.cifar import ARCHIVES
 from advmoe.data.download import TRIES, fetch
-
-COUNT = 6
-"""Images in each member of the small archives."""
-
-
-def records(label_bytes: int, classes: int, seed: int) -> bytes:
-    """Records with random pixels, random first labels, and last labels that count up modulo `classes`."""
-    data = np.random.default_rng(seed).integers(0, 256, (COUNT, label_bytes + 3072), dtype=np.uint8)
-    data[:, label_bytes - 1] = np.arange(COUNT) % classes
-    return data.tobytes()
-
-
-def tarball(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(f"cifar/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def members_of(name: str) -> dict[str, bytes]:
-    """Members of a small archive, in an order that differs from the one they are wanted in."""
-    archive = ARCHIVES[name]
-    wanted = sorted([*archive.train, *archive.test], reverse=True)
-    data = {m: records(archive.label_bytes, archive.num_classes, seed) for seed, m in enumerate(wanted)}
-    names = "\n".join(f"class{i}" for i in range(archive.num_classes)) + "\n\n"
-    return {"readme.html": b"<p>", "old_" + wanted[0]: b"x"} | data | {archive.names: names.encode()}
 
 
 @pytest.fixture
@@ -52,18 +24,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace an entry of the table by one for the given file."""
 
     def put(name: str, content: bytes, url: str = "http://127.0.0.1:9/none") -> None:
-        real = ARCHIVES[name]
-        small = Archive(
-            file=real.file,
-            url=url,
-            md5=hashlib.md5(content).hexdigest(),
-            label_bytes=real.label_bytes,
-            train=dict.fromkeys(real.train, COUNT),
-            test=dict.fromkeys(real.test, COUNT),
-            names=real.names,
-            num_classes=real.num_classes,
-        )
-        monkeypatch.setitem(ARCHIVES, name, small)
+        monkeypatch.setitem(ARCHIVES, name, cifar_archive(name, content, url))
 
     return put
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layouts import lay_out_folder
 from PIL import Image
 
 from advmoe.data import cache, load_dataset
@@ -37,10 +38,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of two classes, and a cache folder of the user's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "images"
-    for i in range(3):
-        save(root / "train" / "cat" / f"{i}.png", (i, 0, 0))
-        save(root / "train" / "ant" / f"{i}.png", (i, 100, 0))
-    save(root / "test" / "cat" / "0.png", (7, 0, 0))
+    lay_out_folder(root)
     return root
 
 

@@ -6,36 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from layouts import IMAGENET_VAL as VAL
+from layouts import IMAGENET_WNIDS as WNIDS
+from layouts import imagenet_val_name as name_of
+from layouts import label_imagenet as two_columns
+from layouts import lay_out_imagenet
+from layouts import save_imagenet as save
 
 from advmoe.data import Dataset, FileSet, load_dataset
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data" / "imagenet-samples.tar"
-# Sorted wnids, so classes 0, 1, 2; their ILSVRC2012 ids are 2, 3, 1.
-WNIDS = ("n01000000", "n02000000", "n03000000")
+# In the order of the wnids.
 IDS = {"n01000000": 2, "n02000000": 3, "n03000000": 1}
-# The class of each validation image, in the order of their names.
-VAL = ("n03000000", "n01000000", "n02000000", "n01000000")
-
-
-def save(path: Path, colour: tuple[int, int, int] = (0, 0, 0)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 16), colour).save(path, format="png")
-
-
-def name_of(number: int) -> str:
-    return f"ILSVRC2012_val_{number + 1:08d}"
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three classes of four images whose red tells the class, and a flat `val` without labels."""
     root = tmp_path / "imagenet"
-    for red, wnid in enumerate(WNIDS):
-        for i in range(4):
-            save(root / "train" / wnid / f"{wnid}_{i}.JPEG", (red, i, 0))
-    for number, wnid in enumerate(VAL):
-        save(root / "val" / f"{name_of(number)}.JPEG", (WNIDS.index(wnid), 0, 0))
+    lay_out_imagenet(root)
     return root
 
 
@@ -70,11 +58,6 @@ def class_folders(root: Path) -> None:
     for number, wnid in enumerate(VAL):
         (root / "val" / wnid).mkdir(exist_ok=True)
         (root / "val" / f"{name_of(number)}.JPEG").rename(root / "val" / wnid / f"{name_of(number)}.JPEG")
-
-
-def two_columns(root: Path) -> None:
-    lines = [f"{name_of(number)}.JPEG {wnid}\n" for number, wnid in enumerate(VAL)]
-    (root / "val_labels.txt").write_text("".join(reversed(lines)))
 
 
 def kaggle(root: Path) -> None:

@@ -5,34 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from layouts import TINY_WNIDS as WNIDS
+from layouts import lay_out_tiny_imagenet
+from layouts import save_png as save
 
 from advmoe.data import cache, load_dataset
 from advmoe.decode import Bytes
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "tiny-imagenet-32.tar.xz"
-WNIDS = ("n02000000", "n01000000")
-
-
-def save(path: Path, colour: tuple[int, int, int] = (0, 0, 0), size: int = 8) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (size, size), colour).save(path, format="png")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes of two images, and three validation images; red tells the class, green the image."""
     root = tmp_path / "tiny-imagenet-200"
-    for red, wnid in enumerate(WNIDS):
-        for green in range(2):
-            save(root / "train" / wnid / "images" / f"{wnid}_{green}.JPEG", (red, green, 0))
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("box\n")
-    (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
-    (root / "words.txt").write_text("n00000001\tentity\nn01000000\tcat, true cat\nn02000000\tdog\n")
-    for green, red in enumerate([1, 0, 1]):
-        save(root / "val" / "images" / f"val_{green}.JPEG", (red, green, 200))
-    lines = [f"val_{i}.JPEG\t{WNIDS[red]}\t0\t32\t44\t62\n" for i, red in enumerate([1, 0, 1])]
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    root.mkdir()
+    lay_out_tiny_imagenet(root)
     return root
 
 
@@ -56,7 +43,7 @@ def test_classes_are_sorted_wnids_called_by_their_words(root: Path, inside: bool
 
 def test_any_size_and_resized(root: Path) -> None:
     for file in root.rglob("*.JPEG"):
-        save(file, size=64)
+        save(file, size=(64, 64))
     assert load_dataset("tiny-imagenet", root=root).image_size == 64
     assert load_dataset("tiny-imagenet", root=root, image_size=32).test.images.shape == (3, 3, 32, 32)
 

@@ -17,7 +17,6 @@ import yaml
 
 import advmoe
 from advmoe.cli import COMMANDS, main
-from advmoe.cli.arguments import given_fields, grouped
 from advmoe.config import Config, field_names
 from advmoe.models import create_model, save_model
 from advmoe.recipes import recipe_names
@@ -149,13 +148,16 @@ def require_command(words: list[str], capsys) -> None:
     assert words[0] in COMMANDS, words
     found, unknown = COMMANDS[words[0]].parser().parse_known_args(words[1:])
     assert not unknown, words
-    options = grouped(vars(found))
-    if words[0] == "train" and "resume" not in options:
+    if words[0] == "train" and "resume" not in found:
         assert main([*words, "--print_config"]) == 0, f"{words}: {capsys.readouterr().err}"
-    elif words[0] == "study" and options["name"] != "list":
-        study_named(options["name"])
-    if words[0] in ("evaluate", "sweep-eps", "dissect", "pathways", "study"):
-        Config.from_dict(given_fields(options))
+    elif words[0] == "study" and found.name != "list":
+        study_named(found.name)
+    fields: dict = {}
+    for name, text in vars(found).items():
+        group, dot, field = name.partition(".")
+        if dot and words[0] in ("evaluate", "sweep-eps", "dissect", "pathways", "study"):
+            fields.setdefault(group, {})[field] = yaml.safe_load(text)
+    Config.from_dict(fields)
 
 
 FEWER = {

@@ -43,9 +43,9 @@ def failing(predict, x=X, y=Y, **kwargs):
 
 
 def test_a_healthy_classifier_passes_with_these_values():
-    found = check(Threshold(), X, Y, num_classes=2)
-    assert [(each.name, each.passed, each.value) for each in found] == [(name, True, 0) for name in CHECKS]
-    assert [each.detail for each in found] == [
+    checks = check(Threshold(), X, Y, num_classes=2)
+    assert [(each.name, each.passed, each.value) for each in checks] == [(name, True, 0) for name in CHECKS]
+    assert [each.detail for each in checks] == [
         "from 0.2 to 0.9",
         "2 classes in 3 images",
         "2 classes, from -0.4 to 0.4",
@@ -60,10 +60,10 @@ def test_healthy_models_of_ours_pass(make_routed, make_images, kwargs):
     model = make_routed(**kwargs) if "router" in kwargs else _dense()
     x = make_images(16, seed=3)
     before, state = x.clone(), torch.get_rng_state()
-    found = check(model, x, torch.arange(16) % 5, num_classes=5)
-    assert [each.name for each in found] == list(CHECKS)
-    assert all(each.passed for each in found), found
-    require_passed(found)
+    checks = check(model, x, torch.arange(16) % 5, num_classes=5)
+    assert [each.name for each in checks] == list(CHECKS)
+    assert all(each.passed for each in checks), checks
+    require_passed(checks)
     assert torch.equal(x, before) and not x.requires_grad and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -95,9 +95,9 @@ def test_a_plain_function_and_bf16_logits_are_checked_too():
     ],
 )
 def test_bad_pixels_are_not_shown_to_the_model(x, wrong, detail):
-    found = check(lambda x: pytest.fail("the model ran"), x, Y)
-    assert [each.name for each in found] == ["pixels", "labels"]
-    assert found[0] == Check("pixels", False, wrong, detail, fatal=True)
+    checks = check(lambda x: pytest.fail("the model ran"), x, Y)
+    assert [each.name for each in checks] == ["pixels", "labels"]
+    assert checks[0] == Check("pixels", False, wrong, detail, fatal=True)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_bad_pixels_are_not_shown_to_the_model(x, wrong, detail):
     ],
 )
 def test_bad_labels(y, wrong, detail):
-    found = checked(Threshold(), y=torch.tensor(y))
-    assert found["labels"] == Check("labels", False, wrong, detail, fatal=True)
-    assert list(found) == list(CHECKS[:-1])  # no cross-entropy without classes
+    checks = checked(Threshold(), y=torch.tensor(y))
+    assert checks["labels"] == Check("labels", False, wrong, detail, fatal=True)
+    assert list(checks) == list(CHECKS[:-1])  # no cross-entropy without classes
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -172,17 +172,17 @@ def test_a_whole_data_set_at_fault(pixels, labels, message):
     ],
 )
 def test_logits_of_no_use_end_the_checks(change, got):
-    found = checked(Threshold(change=change))
-    assert list(found) == ["pixels", "labels", "logits"]
-    assert found["logits"].fatal
-    assert found["logits"].detail == f"logits must be floating-point of shape (3, K), K >= 2, got {got}"
+    checks = checked(Threshold(change=change))
+    assert list(checks) == ["pixels", "labels", "logits"]
+    assert checks["logits"].fatal
+    assert checks["logits"].detail == f"logits must be floating-point of shape (3, K), K >= 2, got {got}"
 
 
 def test_probabilities_are_no_logits():
-    found = checked(Threshold(change=lambda logits: logits.softmax(1)))
+    checks = checked(Threshold(change=lambda logits: logits.softmax(1)))
     detail = "logits must be taken before the softmax, got probabilities that sum to 1"
-    assert found["logits"] == Check("logits", False, 3, detail)
-    assert [each.name for each in found.values() if not each.passed] == ["logits"]
+    assert checks["logits"] == Check("logits", False, 3, detail)
+    assert [each.name for each in checks.values() if not each.passed] == ["logits"]
 
 
 def test_logits_that_happen_to_sum_to_1_are_no_probabilities():
@@ -191,26 +191,26 @@ def test_logits_that_happen_to_sum_to_1_are_no_probabilities():
 
 
 def test_log_probabilities_are_noted_and_pass():
-    found = checked(Threshold(change=lambda logits: logits.log_softmax(1)))
-    assert all(each.passed for each in found.values())
-    assert found["logits"].detail.endswith("(log-probabilities, as good as logits)")
+    checks = checked(Threshold(change=lambda logits: logits.log_softmax(1)))
+    assert all(each.passed for each in checks.values())
+    assert checks["logits"].detail.endswith("(log-probabilities, as good as logits)")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_logits_that_are_not_finite(value):
     # Logits are -+0.3, -+0.1 and -+0.4: the last image alone has one above 0.35.
-    found = checked(Threshold(change=lambda logits: logits.masked_fill(logits > 0.35, value)))
-    assert found["logits"] == Check("logits", False, 1, "logits must be finite, got NaN or inf for 1 of 3 images")
-    assert [found[name].value for name in CHECKS[3:]] == [0, 0, 1 / 3]  # twice the same NaN is no difference
-    assert not found["gradients"].passed
+    checks = checked(Threshold(change=lambda logits: logits.masked_fill(logits > 0.35, value)))
+    assert checks["logits"] == Check("logits", False, 1, "logits must be finite, got NaN or inf for 1 of 3 images")
+    assert [checks[name].value for name in CHECKS[3:]] == [0, 0, 1 / 3]  # twice the same NaN is no difference
+    assert not checks["gradients"].passed
 
 
 @pytest.mark.parametrize(("num_classes", "fatal"), [(3, True), (None, False), (1, False)])
 def test_the_number_of_classes(num_classes, fatal):
-    found = checked(Threshold(), num_classes=num_classes)
-    assert found["logits"].passed == (num_classes is None) and found["logits"].fatal == fatal
+    checks = checked(Threshold(), num_classes=num_classes)
+    assert checks["logits"].passed == (num_classes is None) and checks["logits"].fatal == fatal
     if num_classes is not None:
-        assert found["logits"].detail == f"logits must have the data's {num_classes} classes, got 2"
+        assert checks["logits"].detail == f"logits must have the data's {num_classes} classes, got 2"
 
 
 # Determinism
@@ -229,25 +229,25 @@ class Drifting(nn.Module):
 
 
 def test_a_second_pass_with_other_logits():
-    found = checked(Drifting())
-    assert not found["deterministic"].passed and found["deterministic"].value == 0.25
-    assert found["deterministic"].detail == "logits of two equal passes differ by 0.25 (limit 0)"
+    checks = checked(Drifting())
+    assert not checks["deterministic"].passed and checks["deterministic"].value == 0.25
+    assert checks["deterministic"].detail == "logits of two equal passes differ by 0.25 (limit 0)"
     # The image at 1/2 has logits of 8: differences count relative to it.
     assert checked(Drifting(8), images(0.5, 0.5))["labels"].fatal
     assert checked(Drifting(8), images(0.5, 0.5), Y[:2])["deterministic"].value == 0.25 / 8
 
 
 def test_noise_in_eval_mode():
-    found = checked(Threshold(change=lambda logits: logits + 1e-5 * torch.randn_like(logits)))
-    assert not found["deterministic"].passed and 0 < found["deterministic"].value < 1e-3
+    checks = checked(Threshold(change=lambda logits: logits + 1e-5 * torch.randn_like(logits)))
+    assert not checks["deterministic"].passed and 0 < checks["deterministic"].value < 1e-3
 
 
 def test_a_model_that_writes_into_its_input():
     x = X.clone()
-    found = checked(lambda x: Threshold()(x.sub_(0.1)), x)
+    checks = checked(lambda x: Threshold()(x.sub_(0.1)), x)
     assert torch.equal(x, X)
-    assert list(found) == [*CHECKS[:3], "deterministic"] and found["deterministic"].fatal
-    assert "leave the pixels that it is given as they are" in found["deterministic"].detail
+    assert list(checks) == [*CHECKS[:3], "deterministic"] and checks["deterministic"].fatal
+    assert "leave the pixels that it is given as they are" in checks["deterministic"].detail
 
 
 # Independence of the batch
@@ -255,15 +255,15 @@ def test_a_model_that_writes_into_its_input():
 
 def test_a_mean_over_the_batch():
     # First pixels less 0.5, and less their mean in the batch: -0.3, -0.1, 0.4; alone all are 0.
-    found = checked(Threshold(change=lambda logits: logits - logits.mean(0)))
-    assert not found["batch-independent"].passed and found["deterministic"].passed
-    assert found["batch-independent"].value == pytest.approx(0.4)
+    checks = checked(Threshold(change=lambda logits: logits - logits.mean(0)))
+    assert not checks["batch-independent"].passed and checks["deterministic"].passed
+    assert checks["batch-independent"].value == pytest.approx(0.4)
 
 
 def test_the_batch_reversed():
     # Logits grow by the place in the batch: image 0 goes from place 0 to 2, and its own are below 1.
-    found = checked(Threshold(change=lambda logits: logits + torch.arange(len(logits))[:, None]))
-    assert found["batch-independent"].value == 2
+    checks = checked(Threshold(change=lambda logits: logits + torch.arange(len(logits))[:, None]))
+    assert checks["batch-independent"].value == 2
     # Places 0 and 24 of 25 differ, and no image that is classified alone shows it: those are 0, 2, 4, ..., 22.
     place = lambda logits: logits + (torch.arange(len(logits)) == 24)[:, None]  # noqa: E731
     x = images(*torch.linspace(0.1, 0.9, 25).tolist())
@@ -282,14 +282,14 @@ def test_batch_norm_in_train_mode():
 
 
 def test_logits_squeezed_when_alone():
-    found = checked(Threshold(change=lambda logits: logits.squeeze()))["batch-independent"]
-    assert found.detail == "logits must be (N, K) for every batch, got torch.float32 of shape (2,) for one of 1"
-    assert found.to_dict()["value"] is None
+    independence = checked(Threshold(change=lambda logits: logits.squeeze()))["batch-independent"]
+    assert independence.detail == "logits must be (N, K) for every batch, got torch.float32 of shape (2,) for one of 1"
+    assert independence.to_dict()["value"] is None
 
 
 def test_one_image_has_no_other_batch():
-    found = checked(Threshold(), X[:1], Y[:1])["batch-independent"]
-    assert found.passed and found.detail == "1 image: no other batch to compare with"
+    independence = checked(Threshold(), X[:1], Y[:1])["batch-independent"]
+    assert independence.passed and independence.detail == "1 image: no other batch to compare with"
 
 
 # Routing
@@ -305,21 +305,21 @@ def test_a_pathway_that_depends_on_the_batch_alone(shared):
     model, x, y = shared
     assert failing(model, x, y) == []
     model.router.register_forward_hook(lambda module, args, scores: [each - each.mean(0) for each in scores])
-    found = checked(model, x, y)
-    assert [name for name in CHECKS if not found[name].passed] == ["batch-independent"]
-    assert found["batch-independent"].value < 1e-4
+    checks = checked(model, x, y)
+    assert [name for name in CHECKS if not checks[name].passed] == ["batch-independent"]
+    assert checks["batch-independent"].value < 1e-4
     # Alone, all scores are 0 and expert 0 is chosen; in the batch each head sends some images to expert 1.
-    assert "; images that take another pathway: 12 (router scores up to " in found["batch-independent"].detail
+    assert "; images that take another pathway: 12 (router scores up to " in checks["batch-independent"].detail
 
 
 def test_a_pathway_that_is_drawn_anew(shared):
     model, x, y = shared
     torch.manual_seed(0)
     model.router.register_forward_hook(lambda module, args, scores: [torch.randn_like(each) for each in scores])
-    found = checked(model, x, y)
-    assert [name for name in CHECKS if not found[name].passed] == ["deterministic", "batch-independent"]
-    assert found["deterministic"].value < 1e-4
-    assert "images that take another pathway: 16 " in found["deterministic"].detail
+    checks = checked(model, x, y)
+    assert [name for name in CHECKS if not checks[name].passed] == ["deterministic", "batch-independent"]
+    assert checks["deterministic"].value < 1e-4
+    assert "images that take another pathway: 16 " in checks["deterministic"].detail
 
 
 def test_the_distance_of_scores_where_pathways_part(shared):
@@ -348,9 +348,9 @@ def test_the_distance_of_scores_where_pathways_part(shared):
 def test_saturated_logits(saturated, passed):
     # Logits 320 apart leave the wrong class a probability of exactly 0; logits 8 apart do not.
     x = images(*[0.9] * saturated, *[0.51] * (20 - saturated))
-    found = checked(Threshold(400), x, torch.ones(20, dtype=torch.long))["gradients"]
-    assert (found.passed, found.value) == (passed, saturated / 20)
-    assert found.detail.startswith(f"{saturated} of 20 images have a gradient of exactly 0, 0 one of NaN or inf")
+    gradients = checked(Threshold(400), x, torch.ones(20, dtype=torch.long))["gradients"]
+    assert (gradients.passed, gradients.value) == (passed, saturated / 20)
+    assert gradients.detail.startswith(f"{saturated} of 20 images have a gradient of exactly 0, 0 one of NaN or inf")
     # Saturated on the wrong class, the cross-entropy still has its gradient.
     assert checked(Threshold(400), x, torch.zeros(20, dtype=torch.long))["gradients"].value == 0
 
@@ -358,22 +358,22 @@ def test_saturated_logits(saturated, passed):
 def test_gradients_that_are_not_finite():
     x = X.clone()
     x[1, 0, 1, 1] = 0  # where the square root is infinitely steep
-    found = checked(lambda x: Threshold()(x) * x[:, 0, 1, 1, None].sqrt().add(1), x)["gradients"]
-    assert (found.passed, found.value) == (False, 1 / 3)
-    assert found.detail.startswith("0 of 3 images have a gradient of exactly 0, 1 one of NaN or inf")
+    gradients = checked(lambda x: Threshold()(x) * x[:, 0, 1, 1, None].sqrt().add(1), x)["gradients"]
+    assert (gradients.passed, gradients.value) == (False, 1 / 3)
+    assert gradients.detail.startswith("0 of 3 images have a gradient of exactly 0, 1 one of NaN or inf")
 
 
 @pytest.mark.parametrize("change", [lambda logits: logits.detach(), lambda logits: F.one_hot(logits.argmax(1)) * 9.0])
 def test_no_gradient_at_all(change):
-    found = checked(Threshold(change=change))
-    assert (found["gradients"].passed, found["gradients"].value) == (False, 1)
-    assert found["gradients"].detail == "no gradient reaches the pixels: the model must be differentiable"
+    checks = checked(Threshold(change=change))
+    assert (checks["gradients"].passed, checks["gradients"].value) == (False, 1)
+    assert checks["gradients"].detail == "no gradient reaches the pixels: the model must be differentiable"
 
 
 def test_gradients_of_parameters_alone_are_none_either():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    found = checked(lambda x: model(x.detach()))
-    assert found["gradients"].value == 1 and model[1].weight.grad is None
+    checks = checked(lambda x: model(x.detach()))
+    assert checks["gradients"].value == 1 and model[1].weight.grad is None
 
 
 # Going on
@@ -440,9 +440,9 @@ def test_a_model_that_takes_no_pixels_with_a_gradient():
     def by_numpy(x):
         return torch.from_numpy(Threshold()(x).numpy())
 
-    found = checked(by_numpy)["gradients"]
+    gradients = checked(by_numpy)["gradients"]
     start = "where they require a gradient, model must take images (3, 1, 2, 2) without an error, got RuntimeError: "
-    assert (found.passed, found.value) == (False, 1) and found.detail.startswith(start)
+    assert (gradients.passed, gradients.value) == (False, 1) and gradients.detail.startswith(start)
     with pytest.raises(ValueError, match=r"^model and data must pass the checks .*--allow gradients$"):
         evaluate(by_numpy, (X, Y), steps=1)
 

@@ -56,27 +56,27 @@ def router_macs(router, width, r, *, experts=2, size=32, in_channels=3):
 
 @pytest.mark.parametrize(("kind", "r"), [("dense", 1.0), ("s-dense", 0.5)])
 def test_plain_backbones(kind, r):
-    made = model(kind=kind)
-    assert gmacs(made) == pytest.approx(backbone_macs(64, r) / 1e9, rel=1e-9)
+    classifier = model(kind=kind)
+    assert gmacs(classifier) == pytest.approx(backbone_macs(64, r) / 1e9, rel=1e-9)
     # The paper's 0.56 and 0.14 G, to three digits.
-    assert round(gmacs(made), 3) == {"dense": 0.555, "s-dense": 0.139}[kind]
+    assert round(gmacs(classifier), 3) == {"dense": 0.555, "s-dense": 0.139}[kind]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_routed_model_costs_s_dense_and_its_routers(router):
-    made = model(router=router)
+    classifier = model(router=router)
     expected = backbone_macs(64, 0.5) + router_macs(router, 64, 0.5)
-    assert gmacs(made) == pytest.approx(expected / 1e9, rel=1e-9)
-    assert 1 < gmacs(made) / gmacs(model(kind="s-dense")) < 1.08
+    assert gmacs(classifier) == pytest.approx(expected / 1e9, rel=1e-9)
+    assert 1 < gmacs(classifier) / gmacs(model(kind="s-dense")) < 1.08
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "wrn-16-4", "vgg16", "densenet40", "deit-tiny"])
 def test_pytorch_counts_the_same(backbone):
-    made = create_model(backbone, num_classes=10, width=32, input_size=16)
-    x = example_input(made, 1)
-    with frozen(made), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        made(x)
-    assert gmacs(made) == counter.get_total_flops() / 2e9 > 0
+    classifier = create_model(backbone, num_classes=10, width=32, input_size=16)
+    x = example_input(classifier, 1)
+    with frozen(classifier), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        classifier(x)
+    assert gmacs(classifier) == counter.get_total_flops() / 2e9 > 0
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])
@@ -91,33 +91,33 @@ def test_parameters():
     dense, narrow = parameters(model(kind="dense")), parameters(model(kind="s-dense"))
     assert dense[0] == dense[1] == 11_173_962  # published as 11.17 M
     for kwargs in ({}, {"num_experts": 4, "experts": "independent"}, {"num_experts": 3}, {"scale": 1.0}):
-        made = model(**kwargs)
-        stored, active = parameters(made)
-        assert stored == sum(p.numel() for p in made.parameters())
-        routers = sum(p.numel() for name, p in made.named_parameters() if "router" in name)
+        classifier = model(**kwargs)
+        stored, active = parameters(classifier)
+        assert stored == sum(p.numel() for p in classifier.parameters())
+        routers = sum(p.numel() for name, p in classifier.named_parameters() if "router" in name)
         assert active - routers == (dense if kwargs.get("scale") else narrow)[0]
 
 
 def test_measuring_leaves_the_model_as_it_was():
-    made = model(width=8, input_size=16, in_channels=1)
-    made.backbone.stem.eval()
-    modes = [m.training for m in made.modules()]
-    state = {name: value.clone() for name, value in made.state_dict().items()}
-    figures = cost(made, batch=4)
-    assert [m.training for m in made.modules()] == modes
-    assert all(p.requires_grad for p in made.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
-    assert figures["gmacs"] == pytest.approx(gmacs(made), abs=1e-6)
-    assert (figures["parameters"], figures["active_parameters"]) == parameters(made)
+    classifier = model(width=8, input_size=16, in_channels=1)
+    classifier.backbone.stem.eval()
+    modes = [m.training for m in classifier.modules()]
+    state = {name: value.clone() for name, value in classifier.state_dict().items()}
+    figures = cost(classifier, batch=4)
+    assert [m.training for m in classifier.modules()] == modes
+    assert all(p.requires_grad for p in classifier.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())
+    assert figures["gmacs"] == pytest.approx(gmacs(classifier), abs=1e-6)
+    assert (figures["parameters"], figures["active_parameters"]) == parameters(classifier)
     assert (figures["batch"], figures["device"], figures["threads"]) == (4, "cpu", torch.get_num_threads())
     assert 0 < figures["ms_per_image"] < 1000
 
 
 def test_the_example_is_an_image_of_the_model():
-    made = model(width=8, input_size=16, in_channels=1)
-    x = example_input(made, 4)
+    classifier = model(width=8, input_size=16, in_channels=1)
+    x = example_input(classifier, 4)
     assert x.shape == (4, 1, 16, 16) and x.min() >= 0 and x.max() <= 1
-    assert milliseconds_per_image(made, 4, repeats=1) > 0
+    assert milliseconds_per_image(classifier, 4, repeats=1) > 0
 
 
 class Branch(nn.Module):
@@ -152,14 +152,14 @@ def test_activations_are_what_is_alive_at_once(net, expected):
 @pytest.mark.parametrize("experts", [2, 3, 8])
 def test_activations_of_one_expert_are_at_most_three_copies_more_than_s_dense_s(experts):
     torch.manual_seed(0)
-    made = model(width=8, input_size=16, num_experts=experts, experts="independent")
-    x = example_input(made, 16)
+    classifier = model(width=8, input_size=16, num_experts=experts, experts="independent")
+    x = example_input(classifier, 16)
     largest = 16 * 4 * 16 * 16 * 4  # bytes of a batch between layers of the first stage, in fp32
-    alone, sparse = activation_bytes(model(width=8, input_size=16, kind="s-dense"), x), activation_bytes(made, x)
+    alone, sparse = activation_bytes(model(width=8, input_size=16, kind="s-dense"), x), activation_bytes(classifier, x)
     # The images sorted by expert, what the experts make of them, and that in order; and some numbers of routers.
     assert alone <= sparse <= alone + 3.1 * largest
     with route("masked"):
-        every = activation_bytes(made, x)
+        every = activation_bytes(classifier, x)
     # Of few experts the results that are not wanted weigh no more than the copies.
     assert sparse < every or experts < 8
 
@@ -170,6 +170,6 @@ def test_sides_take_turns_for_as_long_as_was_asked(monkeypatch):
     sides = {name: lambda x, name=name: calls.append((name, len(x))) for name in ("a", "b")}
     for seconds, rounds in ((10, 5), (0, 3), (1000, 50)):
         calls.clear()
-        found = in_turn(sides, torch.zeros(4, 1), seconds=seconds)
-        assert found == {"a": rounds * [250.0], "b": rounds * [250.0]}  # milliseconds per image
+        times = in_turn(sides, torch.zeros(4, 1), seconds=seconds)
+        assert times == {"a": rounds * [250.0], "b": rounds * [250.0]}  # milliseconds per image
         assert calls == (2 + rounds) * [("a", 4), ("b", 4)]

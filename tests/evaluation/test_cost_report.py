@@ -1,8 +1,8 @@
 """What a run or a backbone costs beside its Dense and S-Dense forms."""
 
+import io
 import json
-import subprocess
-import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from advmoe import cli, to_moe
 from advmoe.config import Config
 from advmoe.evaluation.cost import activation_bytes, gmacs, parameters
 from advmoe.evaluation.cost_report import cost_report, fit_norms, random_images, table
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import Options, open_subject
 from advmoe.models import BACKBONES, create_model, save_model
 from advmoe.moe import pathway, routers_of
 from advmoe.ops import kernels_used
@@ -48,13 +48,13 @@ def test_every_backbone(name):
     report = cost_report(name, model=SMALL, **QUICK)
     check(report, ["moe", "s-dense", "dense"])
     for kind, figures in report["models"].items():
-        made = create_model(name, kind=kind, num_classes=10, **SMALL)
-        assert figures["gmacs"] == pytest.approx(gmacs(made), abs=1e-6)
-        assert (figures["parameters"], figures["active_parameters"]) == parameters(made)
+        model = create_model(name, kind=kind, num_classes=10, **SMALL)
+        assert figures["gmacs"] == pytest.approx(gmacs(model), abs=1e-6)
+        assert (figures["parameters"], figures["active_parameters"]) == parameters(model)
         if kind != "moe":  # whose take depends on the routing
             x = torch.rand(MANY, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-            made = made.to(memory_format=torch.channels_last)
-            assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(made, x)
+            model = model.to(memory_format=torch.channels_last)
+            assert report["batches"][1]["activation_bytes"][kind] == activation_bytes(model, x)
     assert (report["precision"], report["kernels"]) == ("fp32, channels-last, eval mode", kernels_used())
     assert "kernels: " in table(report)
     assert report["images"] == "random images" and "untrained" in report["weights"]
@@ -92,7 +92,7 @@ def test_a_run_is_timed_on_its_own_images(tmp_path):
     check(report, ["moe", "s-dense", "dense"])
     assert (report["weights"], report["images"]) == ("the run's", "test images of digits")
     assert report["model"]["num_experts"] == 3
-    images = subject(tmp_path / "run", num_examples=MANY, seed=0).data.pixels(slice(0, MANY))
+    images = open_subject(tmp_path / "run", num_examples=MANY, seed=0).data.pixels(slice(0, MANY))
     chosen = pathway(model, images)
     expected = [[(layer == expert).float().mean().item() for expert in range(3)] for layer in chosen.T]
     for shares, counted in zip(report["batches"][1]["loads"], expected, strict=True):
@@ -146,6 +146,14 @@ def test_a_network_of_the_users_own_is_timed_beside_itself(tmp_path):
         cost_report(tmp_path, **QUICK)
 
 
+def test_options_are_those_of_every_measurement():
+    report = cost_report("vgg16", Options(accelerator="cpu", threads=1), batches=[1, MANY], seconds=0, model=SMALL)
+    check(report, ["moe", "s-dense", "dense"])
+    assert (report["device"], report["threads"]) == ("cpu", 1)
+    with pytest.raises(ValueError, match="data and --model must be left out for a backbone"):
+        cost_report("vgg16", Options(source="net.py:net"), model=SMALL)
+
+
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     command = ["cost", "vgg16", "--width", "8", "--input-size", "16", "--batch", f"1,{MANY}", "--seconds", "0"]
     words = [
@@ -159,10 +167,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
         "--out",
         str(tmp_path / "a" / "b.json"),
     ]
-    done = subprocess.run([sys.executable, "-m", "advmoe", *words], capture_output=True, text=True, check=True)
+    with redirect_stdout(io.StringIO()) as out:
+        assert cli.main(words) == 0
     report = json.loads((tmp_path / "a" / "b.json").read_text())
     check(report, ["moe", "s-dense", "dense"])
-    assert done.stdout == f"{table(report)}\nwritten to {tmp_path / 'a' / 'b.json'}\n"
+    assert out.getvalue() == f"{table(report)}\nwritten to {tmp_path / 'a' / 'b.json'}\n"
     assert (report["model"]["router"], report["model"]["num_classes"], report["threads"]) == ("image", 7, 1)
 
 

@@ -88,10 +88,10 @@ def test_batches_merge():
 
 
 def test_nothing_right_clean():
-    found = Dissection(*[torch.zeros(2, 1).long()] * 2, *[torch.zeros(2).bool()] * 2, 2)
-    assert found.to_dict()["categories_of_clean_correct"] is None
-    assert found.to_dict()["per_class"] == []
-    assert ["4", "both", "fail", "0.0", "%", "-"] in [line.split() for line in found.table().splitlines()]
+    dissection = Dissection(*[torch.zeros(2, 1).long()] * 2, *[torch.zeros(2).bool()] * 2, 2)
+    assert dissection.to_dict()["categories_of_clean_correct"] is None
+    assert dissection.to_dict()["per_class"] == []
+    assert ["4", "both", "fail", "0.0", "%", "-"] in [line.split() for line in dissection.table().splitlines()]
 
 
 @st.composite
@@ -105,12 +105,12 @@ def dissections(draw):
 
 @settings(deadline=None, max_examples=60)
 @given(dissections())
-def test_the_shares_add_up(found):
-    values = found.to_dict()
+def test_the_shares_add_up(dissection):
+    values = dissection.to_dict()
     for shares in (values["categories"], *(each["categories"] for each in values["per_class"])):
         assert sum(shares.values()) == pytest.approx(1)
     one, two, three, _ = values["categories"].values()
-    survived = found.clean_correct & found.adv_correct
+    survived = dissection.clean_correct & dissection.adv_correct
     assert one + two == pytest.approx(values["robust_accuracy"]) == pytest.approx(survived.double().mean().item())
     assert one + three == pytest.approx(values["router_robustness"]) == pytest.approx(values["flipped_layers"][0])
     assert sum(i * share for i, share in enumerate(values["flipped_layers"])) == pytest.approx(sum(values["flip_rate"]))
@@ -130,14 +130,14 @@ def test_a_routed_model(make_routed, make_images, router):
     with torch.no_grad():
         y, adversarial = model(x).argmax(1), model(x_adv).argmax(1)
     y[0] = (y[0] + 1) % 5
-    found = dissect(model, x, x_adv, y, batch_size=4)
-    assert found.num_experts == 2
-    assert torch.equal(found.clean_pathway, pathway(model, x))
-    assert torch.equal(found.adv_pathway, pathway(model, x_adv))
-    assert found.clean_correct.tolist() == [False] + [True] * 9
-    assert torch.equal(found.adv_correct, adversarial == y)
-    assert torch.equal(found.labels, y)
-    assert found.to_dict() == dissect(model, x, x_adv, y).to_dict()
+    dissection = dissect(model, x, x_adv, y, batch_size=4)
+    assert dissection.num_experts == 2
+    assert torch.equal(dissection.clean_pathway, pathway(model, x))
+    assert torch.equal(dissection.adv_pathway, pathway(model, x_adv))
+    assert dissection.clean_correct.tolist() == [False] + [True] * 9
+    assert torch.equal(dissection.adv_correct, adversarial == y)
+    assert torch.equal(dissection.labels, y)
+    assert dissection.to_dict() == dissect(model, x, x_adv, y).to_dict()
 
 
 def test_no_attack_breaks_nothing_and_the_model_is_left_as_it_was(make_routed, make_images):

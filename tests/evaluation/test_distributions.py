@@ -20,26 +20,26 @@ OTHERS = units((4, [(0,), (3,)]), (5, [(0, 1), (3, 4)]))
 MASK = units((4, [(0, 2, 3)]), (5, [(1, 4)]))
 
 
-def filled(found):
+def filled(distribution):
     """The bins that hold something."""
-    shares, edges = found["histogram"]["shares"], found["histogram"]["edges"]
+    shares, edges = distribution["histogram"]["shares"], distribution["histogram"]["edges"]
     return {edges[at]: share for at, share in enumerate(shares) if share > 0}
 
 
 def test_a_summary_by_hand():
-    found = summary(np.array([0.5, 0.25, 1.0, 0.25]))
-    assert found["mean"] == 0.5 and found["std"] == pytest.approx(np.sqrt(0.375 / 4))
-    assert found["quantiles"] == {"p5": 0.25, "p25": 0.25, "p50": 0.25, "p75": 0.5, "p95": 1.0}
-    assert filled(found) == {0.25: 0.5, 0.5: 0.25, 1 - 1 / BINS: 0.25}  # the last bin holds 1
-    edges = found["histogram"]["edges"]
+    distribution = summary(np.array([0.5, 0.25, 1.0, 0.25]))
+    assert distribution["mean"] == 0.5 and distribution["std"] == pytest.approx(np.sqrt(0.375 / 4))
+    assert distribution["quantiles"] == {"p5": 0.25, "p25": 0.25, "p50": 0.25, "p75": 0.5, "p95": 1.0}
+    assert filled(distribution) == {0.25: 0.5, 0.5: 0.25, 1 - 1 / BINS: 0.25}  # the last bin holds 1
+    edges = distribution["histogram"]["edges"]
     assert len(edges) == BINS + 1 and edges[0] == 0 and edges[-1] == 1
 
 
 def test_weights_count():
-    found = summary(np.array([0.75, 0.0]), np.array([0.9, 0.1]))
-    assert found["mean"] == pytest.approx(0.675) and found["std"] == pytest.approx(0.225)
-    assert found["quantiles"] == {"p5": 0.0, "p25": 0.75, "p50": 0.75, "p75": 0.75, "p95": 0.75}
-    assert filled(found) == {0.0: pytest.approx(0.1), 0.75: pytest.approx(0.9)}
+    distribution = summary(np.array([0.75, 0.0]), np.array([0.9, 0.1]))
+    assert distribution["mean"] == pytest.approx(0.675) and distribution["std"] == pytest.approx(0.225)
+    assert distribution["quantiles"] == {"p5": 0.0, "p25": 0.75, "p50": 0.75, "p75": 0.75, "p95": 0.75}
+    assert filled(distribution) == {0.0: pytest.approx(0.1), 0.75: pytest.approx(0.9)}
 
 
 @pytest.mark.parametrize("count", [3, 7, 10, 49])
@@ -69,19 +69,19 @@ def test_random_pathways_are_all_pathways(others):
 
 
 def test_random_masks_are_all_masks():
-    kept = [list(combinations(range(mask.shape[1]), int(mask.sum()))) for mask in MASK]
-    masks = [units((4, [first]), (5, [second])) for first, second in product(*kept)]
+    choices = [list(combinations(range(mask.shape[1]), int(mask.sum()))) for mask in MASK]
+    masks = [units((4, [first]), (5, [second])) for first, second in product(*choices)]
     zeros = torch.zeros(1, 2, dtype=torch.long)
     for pathway in (zeros, torch.tensor([[1, 2]])):
         values = np.array([iou(pathway, zeros, UNITS, mask).item() for mask in masks])
         assert_same(random_masks(UNITS, MASK), summary(values))
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     for name in ("mean", "std"):
-        assert found[name] == pytest.approx(expected[name])
-    assert found["quantiles"] == pytest.approx(expected["quantiles"])
-    assert filled(found) == pytest.approx(filled(expected))
+        assert actual[name] == pytest.approx(expected[name])
+    assert actual["quantiles"] == pytest.approx(expected["quantiles"])
+    assert filled(actual) == pytest.approx(filled(expected))
 
 
 def test_wide_layers():
@@ -89,9 +89,9 @@ def test_wide_layers():
     halves = [(range(1024), range(1024, 2048))] * 3
     wide = units(*((2048, experts) for experts in halves))
     mask = units(*((2048, [range(0, 2048, 2)]) for _ in range(3)))
-    for found in (random_pathways(wide, mask), random_masks(wide, mask)):
-        assert sum(found["histogram"]["shares"]) == pytest.approx(1)
-        assert found["mean"] == pytest.approx(1 / 3, abs=1e-3)
+    for distribution in (random_pathways(wide, mask), random_masks(wide, mask)):
+        assert sum(distribution["histogram"]["shares"]) == pytest.approx(1)
+        assert distribution["mean"] == pytest.approx(1 / 3, abs=1e-3)
     # Every expert shares exactly 512 rows with this mask, so that chance has no say.
     assert random_pathways(wide, mask)["std"] == pytest.approx(0)
     # Hypergeometric: 3 * 1024 * 1/2 * 1/2 * 1024 / 2047 = 384.2 of variance around 1536 of 4608 units.

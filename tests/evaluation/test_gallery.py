@@ -8,7 +8,7 @@ import torch
 
 from advmoe.evaluation import gallery
 from advmoe.evaluation.gallery import gallery_run
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import Options, open_subject
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.report.results import load_gallery
@@ -25,23 +25,23 @@ def run_dir(make_digits_run, tmp_path_factory):
 def test_what_it_says_is_what_the_model_says(run_dir):
     path = gallery_run(run_dir, number=6, accelerator="cpu", threads=1)
     assert path == run_dir / GALLERY
-    found = load_gallery(path)
-    data = subject(run_dir).data
-    clean, adversarial = (torch.from_numpy(found[kind]).float() for kind in ("clean", "adversarial"))
+    arrays = load_gallery(path)
+    data = open_subject(run_dir).data
+    clean, adversarial = (torch.from_numpy(arrays[kind]).float() for kind in ("clean", "adversarial"))
     # The images are those of the test set, and the attack stays in its ball, but for what float16 rounds.
-    assert torch.allclose(clean, data.pixels(torch.from_numpy(found["index"])), atol=5e-4)
-    assert found["labels"].tolist() == data.labels[torch.from_numpy(found["index"])].tolist()
+    assert torch.allclose(clean, data.pixels(torch.from_numpy(arrays["index"])), atol=5e-4)
+    assert arrays["labels"].tolist() == data.labels[torch.from_numpy(arrays["index"])].tolist()
     change = (adversarial - clean).abs().amax((1, 2, 3))
     assert change.max() <= EPS + 1e-3 and change.min() > 0.5 * EPS
-    assert (str(found["attack"]), str(found["norm"]), float(found["eps"])) == ("pgd-2", "linf", EPS)
-    assert found["classes"].tolist() == [str(digit) for digit in range(10)] and int(found["num_experts"]) == 2
+    assert (str(arrays["attack"]), str(arrays["norm"]), float(arrays["eps"])) == ("pgd-2", "linf", EPS)
+    assert arrays["classes"].tolist() == [str(digit) for digit in range(10)] and int(arrays["num_experts"]) == 2
     model = load_run(run_dir)
     for kind, x in (("clean", clean), ("adversarial", adversarial)):
         with torch.no_grad():
             confidence, prediction = model(x).softmax(1).max(1)
-        assert found[f"{kind}_prediction"].tolist() == prediction.tolist()
-        assert found[f"{kind}_confidence"] == pytest.approx(confidence.numpy(), abs=0.01)
-        assert (found[f"{kind}_pathway"] == pathway(model, x).numpy()).mean() > 0.95  # of pixels rounded to float16
+        assert arrays[f"{kind}_prediction"].tolist() == prediction.tolist()
+        assert arrays[f"{kind}_confidence"] == pytest.approx(confidence.numpy(), abs=0.01)
+        assert (arrays[f"{kind}_pathway"] == pathway(model, x).numpy()).mean() > 0.95  # of pixels rounded to float16
 
 
 def test_the_seed_draws(run_dir):
@@ -73,22 +73,30 @@ def drawn(wrong, labels, number):
         return torch.nn.functional.one_hot(told, 3).float()
 
     data = Data(torch.arange(len(labels)))
-    return gallery._drawn(predict, data, number, 0, torch.device("cpu")).tolist()
+    return gallery._sampled(predict, data, number, 0, torch.device("cpu")).tolist()
 
 
 def test_classes_take_turns_and_the_wrong_come_last():
     labels = [0, 0, 0, 0, 0, 1, 1, 2]
-    found = drawn([1, 5], labels, 8)
-    assert sorted(found) == list(range(8)) and set(found[6:]) == {1, 5}
-    assert [labels[at] for at in found] == [0, 1, 2, 0, 0, 0, 0, 1]
-    assert drawn([1, 5], labels, 3) == found[:3]
+    positions = drawn([1, 5], labels, 8)
+    assert sorted(positions) == list(range(8)) and set(positions[6:]) == {1, 5}
+    assert [labels[at] for at in positions] == [0, 1, 2, 0, 0, 0, 0, 1]
+    assert drawn([1, 5], labels, 3) == positions[:3]
     assert Counter(labels[at] for at in drawn([], labels, 5)) == {0: 2, 1: 2, 2: 1}
 
 
 def test_a_plain_run_has_no_pathways(make_digits_run, tmp_path):
-    found = load_gallery(gallery_run(make_digits_run(tmp_path / "plain", kind="dense"), number=2, accelerator="cpu"))
-    assert found["clean_pathway"].shape == found["adversarial_pathway"].shape == (2, 0)
-    assert int(found["num_experts"]) == 0
+    arrays = load_gallery(gallery_run(make_digits_run(tmp_path / "plain", kind="dense"), number=2, accelerator="cpu"))
+    assert arrays["clean_pathway"].shape == arrays["adversarial_pathway"].shape == (2, 0)
+    assert int(arrays["num_experts"]) == 0
+
+
+def test_options_are_those_of_every_measurement(run_dir, tmp_path):
+    options = Options(attacks=["pgd-3-margin"], out=tmp_path / "elsewhere", accelerator="cpu", num_examples=5, seed=3)
+    path = gallery_run(run_dir, options, number=8)
+    arrays = load_gallery(path)
+    assert path == tmp_path / "elsewhere" / GALLERY and str(arrays["attack"]) == "pgd-3-margin"
+    assert sorted(arrays["index"]) == open_subject(run_dir, num_examples=5, seed=3).index.tolist()
 
 
 def test_mistakes_leave_nothing(make_digits_run, tmp_path):
@@ -98,4 +106,6 @@ def test_mistakes_leave_nothing(make_digits_run, tmp_path):
         gallery_run(folder, number=0)
     with pytest.raises(ValueError, match=r"eps must be .*got 2"):
         gallery_run(folder, overrides={"threat": {"eps": "2"}})
+    with pytest.raises(ValueError, match="attacks to show must be a single one, got pgd-2, pgd-3"):
+        gallery_run(folder, attacks=["pgd-2", "pgd-3"])
     assert sorted(folder.iterdir()) == before

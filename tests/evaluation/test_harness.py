@@ -14,11 +14,12 @@ from torch import nn
 
 from advmoe.config import AttackConfig
 from advmoe.errors import BugElsewhere
-from advmoe.evaluation.accuracy import Plan, assess
-from advmoe.evaluation.harness import Journal, Task
+from advmoe.evaluation.accuracy import Execution, assess
+from advmoe.evaluation.harness import BatchTask, Journal
+from advmoe.evaluation.outcomes import Measurement
 from advmoe.threat import ThreatModel
 
-TASK, RESULT = Task("pgd-4", 0), {"robust": [1, 0]}
+TASK, RESULT = BatchTask("pgd-4", 0), {"robust": [1, 0]}
 
 
 @pytest.fixture
@@ -142,11 +143,13 @@ def assessed(marks, what, workers=2):
     marks.mkdir()
     (marks / what).touch()
     x = torch.linspace(0, 1, 12).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    attack = AttackConfig(steps=2)
     return assess(
-        partial(load, marks), (x, (x[:, 0, 0, 0] > 0.5).long()), threat=ThreatModel("linf", 0.1),
-        attack=AttackConfig(steps=2), attacks=["pgd-2"], batch_size=1,
-        plan=Plan(workers=workers, threads=1, journal=marks / "journal"),
-    )  # fmt: skip
+        partial(load, marks),
+        (x, (x[:, 0, 0, 0] > 0.5).long()),
+        Measurement(threat=ThreatModel("linf", 0.1), attack=attack, attacks=["pgd-2"], batch_size=1),
+        execution=Execution(workers=workers, threads=1, journal=marks / "journal"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +162,12 @@ def alone(tmp_path_factory):
     [("exit-0", 2, None), ("exit-7", 2, 7), ("first-killed", 3, -9), ("first-at-start", 3, None)],
 )
 def test_what_a_process_did_not_finish_is_done_again(tmp_path, alone, capsys, what, workers, code):
-    found = assessed(tmp_path / "marks", what, workers)
-    assert found.result["robust_accuracy"] == alone.result["robust_accuracy"] and 0 < found.result["worst_case"] < 1
+    evaluation = assessed(tmp_path / "marks", what, workers)
+    assert evaluation.result["robust_accuracy"] == alone.result["robust_accuracy"]
+    assert 0 < evaluation.result["worst_case"] < 1
     for name, values in alone.examples.items():
-        assert found.examples[name].tolist() == values.tolist()
-    said = f"a worker process died (exit code {code}): what it had not finished is done again\n"
+        assert evaluation.examples[name].tolist() == values.tolist()
+    said = f"note  a worker process died (exit code {code}): what it had not finished is done again\n"
     assert capsys.readouterr().err == ("" if code is None else said)
 
 

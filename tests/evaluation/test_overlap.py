@@ -22,13 +22,13 @@ from advmoe.moe.layer import windows
 
 def units(*layers):
     """Per layer, (rows of the bank, rows of each expert)."""
-    found = []
+    tables = []
     for count, experts in layers:
         table = torch.zeros(len(experts), count, dtype=torch.bool)
         for expert, rows in enumerate(experts):
             table[expert, list(rows)] = True
-        found.append(table)
-    return found
+        tables.append(table)
+    return tables
 
 
 # Two disjoint halves of 4 rows, then three overlapping pairs of 3.
@@ -71,8 +71,8 @@ def models(draw):
     for _ in range(draw(st.integers(1, 3))):
         rows = draw(st.integers(2, 7))
         for layers in both:
-            kept = draw(st.integers(1, rows))
-            layers.append((rows, windows(rows, kept, draw(st.integers(1, 4)))))
+            used = draw(st.integers(1, rows))
+            layers.append((rows, windows(rows, used, draw(st.integers(1, 4)))))
     return [units(*layers) for layers in both]
 
 
@@ -107,12 +107,12 @@ def test_classes_are_compared_pair_by_pair(data):
         value = plain_iou(pathway[i].tolist(), pathway[j].tolist(), ours, ours)
         by_pair.setdefault((int(labels[i]), int(labels[j])), []).append(value)
         (within if labels[i] == labels[j] else between).append(value)
-    found = class_overlap(pathway, labels, ours, 4)
+    overlap = class_overlap(pathway, labels, ours, 4)
     for i, j in product(range(4), repeat=2):
         values = by_pair.get((i, j))
-        assert found.means[i, j].isnan() if values is None else found.means[i, j] == pytest.approx(mean_of(values))
-    assert found.within == (pytest.approx(mean_of(within)) if within else None)
-    assert found.between == (pytest.approx(mean_of(between)) if between else None)
+        assert overlap.means[i, j].isnan() if values is None else overlap.means[i, j] == pytest.approx(mean_of(values))
+    assert overlap.within == (pytest.approx(mean_of(within)) if within else None)
+    assert overlap.between == (pytest.approx(mean_of(between)) if between else None)
 
 
 def mean_of(values):
@@ -132,15 +132,15 @@ def test_pairs_in_parts_are_all_pairs(monkeypatch):
 @pytest.mark.parametrize("experts", ["subset", "independent"])
 def test_units_are_the_rows_of_the_layers(make_routed, experts):
     model = make_routed(num_experts=3, experts=experts)
-    found = units_of(model)
-    assert len(found) == 16  # of ResNet-18, all convolutions but the stem and the shortcuts
+    layers = units_of(model)
+    assert len(layers) == 16  # of ResNet-18, all convolutions but the stem and the shortcuts
     # 8 channels in the first stage: three windows of half of them, from 0, 2 and 5; or 3 times 4 rows of their own.
     rows = {
         "subset": (8, [(0, 1, 2, 3), (2, 3, 4, 5), (0, 5, 6, 7)]),
         "independent": (12, [range(4), range(4, 8), range(8, 12)]),
     }[experts]
-    assert torch.equal(found[0], units(rows)[0])
-    assert found[-1].shape == (3, 96 if experts == "independent" else 64)
+    assert torch.equal(layers[0], units(rows)[0])
+    assert layers[-1].shape == (3, 96 if experts == "independent" else 64)
 
 
 def test_a_plain_model_has_no_units():
@@ -151,8 +151,8 @@ def test_a_plain_model_has_no_units():
 def test_masks_are_read(tmp_path):
     content = {"layers": [{"layer": 0, "of": 4, "rows": [0, 2, 3]}, {"layer": 1, "of": 3, "rows": [1]}]}
     (tmp_path / "masks.json").write_text(json.dumps(content))
-    found = read_masks(tmp_path / "masks.json")
-    assert all(torch.equal(one, two) for one, two in zip(found, MASK, strict=True))
+    masks = read_masks(tmp_path / "masks.json")
+    assert all(torch.equal(one, two) for one, two in zip(masks, MASK, strict=True))
 
 
 LAYER = {"layer": 0, "of": 4, "rows": [0, 2]}

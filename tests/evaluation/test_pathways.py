@@ -17,7 +17,7 @@ from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.overlap import iou, units_of
 from advmoe.evaluation.pathways import pathways_run, statistics, table
 from advmoe.evaluation.scoring import take
-from advmoe.evaluation.subject import subject
+from advmoe.evaluation.subject import open_subject
 from advmoe.models import create_model, save_model
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
@@ -42,10 +42,10 @@ def third(*values):
 
 
 def test_planted_pathways():
-    found = statistics(planted(), HALVES, num_classes=3)
-    assert [found[name] for name in ("num_examples", "num_classes", "num_layers", "num_experts")] == [5, 3, 2, 2]
-    assert found["tokens"] is None and found["against"] is None
-    clean = found["clean"]
+    result = statistics(planted(), HALVES, num_classes=3)
+    assert [result[name] for name in ("num_examples", "num_classes", "num_layers", "num_experts")] == [5, 3, 2, 2]
+    assert result["tokens"] is None and result["against"] is None
+    clean = result["clean"]
     assert clean["distinct"] == 3
     # Shares 2/5, 2/5 and 1/5: 0.8 log2 (5/2) + 0.2 log2 5.
     assert clean["entropy"] == pytest.approx(0.8 * math.log2(2.5) + 0.2 * math.log2(5))
@@ -66,64 +66,64 @@ def test_planted_pathways():
 
 
 def test_planted_attack():
-    found = statistics(planted(), HALVES)
-    assert found["num_classes"] == 2
-    assert found["attack"]["unchanged"] == 3 / 5
+    result = statistics(planted(), HALVES)
+    assert result["num_classes"] == 2
+    assert result["attack"]["unchanged"] == 3 / 5
     # 1, 1/3, 0, 1, 1
-    assert found["attack"]["iou"]["mean"] == pytest.approx((3 + 1 / 3) / 5)
-    assert found["attack"]["iou"]["quantiles"]["p25"] == pytest.approx(1 / 3)
-    adversarial = found["adversarial"]
+    assert result["attack"]["iou"]["mean"] == pytest.approx((3 + 1 / 3) / 5)
+    assert result["attack"]["iou"]["quantiles"]["p25"] == pytest.approx(1 / 3)
+    adversarial = result["adversarial"]
     assert adversarial["distinct"] == 4 and adversarial["flows"] == [[[1 / 5, 1 / 5], [1 / 5, 2 / 5]]]
     assert [each["pathway"] for each in adversarial["frequent"]] == [[1, 1]]  # no other occurs twice
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_planted_mask():
     mask = [torch.tensor([[True, True, True, False]]), torch.tensor([[False, False, False, True]])]
-    found = statistics(planted(), HALVES, other=(mask, None))["against"]
-    assert found["kind"] == "mask" and "other_images" not in found
+    result = statistics(planted(), HALVES, other=(mask, None))["against"]
+    assert result["kind"] == "mask" and "other_images" not in result
     # Both have 4 units. Shared: 2 or 1 in layer 0, 0 or 1 in layer 1: 00 -> 2/6, 01 -> 3/5, 11 -> 2/6, 10 -> 1/7.
-    assert found["clean"]["mean"] == pytest.approx((4 / 3 + 3 / 5) / 5)
-    assert found["adversarial"]["mean"] == pytest.approx((1 + 3 / 5 + 1 / 7) / 5)
-    assert found["random_pathways"]["mean"] == pytest.approx((2 / 3 + 3 / 5 + 1 / 7) / 4)
+    assert result["clean"]["mean"] == pytest.approx((4 / 3 + 3 / 5) / 5)
+    assert result["adversarial"]["mean"] == pytest.approx((1 + 3 / 5 + 1 / 7) / 5)
+    assert result["random_pathways"]["mean"] == pytest.approx((2 / 3 + 3 / 5 + 1 / 7) / 4)
     # Layer 0 of a random mask shares 1 or 2 alike, layer 1 shares 0 or 1 alike.
-    assert found["random_masks"]["mean"] == pytest.approx((1 / 7 + 2 * 2 / 6 + 3 / 5) / 4)
+    assert result["random_masks"]["mean"] == pytest.approx((1 / 7 + 2 * 2 / 6 + 3 / 5) / 4)
 
 
 def test_planted_pathways_of_another():
     theirs = planted(CLEAN[::-1], CLEAN)
-    found = statistics(planted(), HALVES, other=(HALVES, theirs))["against"]
-    assert found["kind"] == "pathways" and "random_masks" not in found
-    assert found["clean"]["mean"] == pytest.approx((0 + 0 + 1 + 0 + 0) / 5)
-    assert found["adversarial"]["mean"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1) / 5)
+    result = statistics(planted(), HALVES, other=(HALVES, theirs))["against"]
+    assert result["kind"] == "pathways" and "random_masks" not in result
+    assert result["clean"]["mean"] == pytest.approx((0 + 0 + 1 + 0 + 0) / 5)
+    assert result["adversarial"]["mean"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1) / 5)
     # All 25 pairs of 00, 00, 01, 11, 11 with themselves have 4 + 4 + 1 ones and 8 thirds; the 5 in order, one 1.
-    assert found["other_images"]["clean"] == pytest.approx((9 + 8 / 3 - 1) / 20)
-    assert found["random_pathways"]["mean"] == pytest.approx((1 + 2 / 3) / 4)
+    assert result["other_images"]["clean"] == pytest.approx((9 + 8 / 3 - 1) / 20)
+    assert result["random_pathways"]["mean"] == pytest.approx((1 + 2 / 3) / 4)
 
 
 def test_one_image():
-    found = statistics(
+    result = statistics(
         planted(CLEAN[:1], ADVERSARIAL[:1], [0]), HALVES, other=(HALVES, planted([[0, 1]], [[0, 1]], [0]))
     )
-    clean = found["clean"]
+    clean = result["clean"]
     assert (clean["distinct"], clean["entropy"], clean["max_entropy"], clean["frequent"]) == (1, 0, 0, [])
     assert clean["class_iou"] == [[None]] and clean["iou_within_classes"] is None
-    assert found["against"]["other_images"] == {"clean": None, "adversarial": None}
-    assert "-" in table({**found, "classes": ["a"], "against": None, "attack": {**found["attack"], "name": "pgd-1"}})
+    assert result["against"]["other_images"] == {"clean": None, "adversarial": None}
+    assert "-" in table({**result, "classes": ["a"], "against": None, "attack": {**result["attack"], "name": "pgd-1"}})
 
 
 def test_tokens_count_one_by_one():
     clean = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 1]]])  # (N, L, T)
     right = torch.ones(2).bool()
-    found = statistics(Dissection(clean, clean, right, right, 2, torch.tensor([0, 1])), HALVES)
-    assert found["tokens"] == 2 and found["clean"]["frequent"] == []
-    assert found["clean"]["load"] == [[3 / 4, 1 / 4], [1 / 4, 3 / 4]]
+    result = statistics(Dissection(clean, clean, right, right, 2, torch.tensor([0, 1])), HALVES)
+    assert result["tokens"] == 2 and result["clean"]["frequent"] == []
+    assert result["clean"]["load"] == [[3 / 4, 1 / 4], [1 / 4, 3 / 4]]
     # Tokens go 0 -> 1, 1 -> 1, 0 -> 0, 0 -> 1.
-    assert found["clean"]["flows"] == [[[1 / 4, 2 / 4], [0, 1 / 4]]]
-    assert found["clean"]["class_shares"] == [[[1 / 2, 1 / 2], [0, 1]], [[1, 0], [1 / 2, 1 / 2]]]
-    assert found["clean"]["max_entropy"] == 1 and found["clean"]["entropy"] == 1
-    assert found["clean"]["iou_between_classes"] == pytest.approx(4 / 12)  # of 8 units each, 2 + 2 in common
-    assert found["attack"] == {"unchanged": 1.0, "iou": found["attack"]["iou"]}
+    assert result["clean"]["flows"] == [[[1 / 4, 2 / 4], [0, 1 / 4]]]
+    assert result["clean"]["class_shares"] == [[[1 / 2, 1 / 2], [0, 1]], [[1, 0], [1 / 2, 1 / 2]]]
+    assert result["clean"]["max_entropy"] == 1 and result["clean"]["entropy"] == 1
+    assert result["clean"]["iou_between_classes"] == pytest.approx(4 / 12)  # of 8 units each, 2 + 2 in common
+    assert result["attack"] == {"unchanged": 1.0, "iou": result["attack"]["iou"]}
 
 
 @pytest.mark.parametrize(("classes", "labels"), [(1, [0, 1, 0, 0, 0]), (2, [0, -1, 0, 0, 0])])
@@ -135,20 +135,20 @@ def test_classes_out_of_range(classes, labels):
 def test_a_routed_model(make_routed, make_images, tmp_path):
     model, other = make_routed(), make_routed(router="embedding")
     x, x_adv, y = make_images(10, seed=5), make_images(10, seed=6), torch.arange(10) % 5
-    found = pathway_statistics(model, x, x_adv, y, batch_size=4)
+    result = pathway_statistics(model, x, x_adv, y, batch_size=4)
     paths = pathway(model, x)
-    assert found["clean"]["distinct"] == len(paths.unique(dim=0)) > 1
-    assert found["num_classes"] == 5 and found["against"] is None
-    for layer, load in enumerate(found["clean"]["load"]):
+    assert result["clean"]["distinct"] == len(paths.unique(dim=0)) > 1
+    assert result["num_classes"] == 5 and result["against"] is None
+    for layer, load in enumerate(result["clean"]["load"]):
         assert load == [pytest.approx((paths[:, layer] == expert).double().mean().item()) for expert in (0, 1)]
     # Flows leave a layer as its load says, and arrive as the next one's does.
     for kind in ("clean", "adversarial"):
-        for at, flows in enumerate(found[kind]["flows"]):
-            assert [sum(row) for row in flows] == [pytest.approx(v) for v in found[kind]["load"][at]]
-            assert [sum(column) for column in zip(*flows, strict=True)] == third(*found[kind]["load"][at + 1])
+        for at, flows in enumerate(result[kind]["flows"]):
+            assert [sum(row) for row in flows] == [pytest.approx(v) for v in result[kind]["load"][at]]
+            assert [sum(column) for column in zip(*flows, strict=True)] == third(*result[kind]["load"][at + 1])
     units = units_of(model)
     expected = iou(paths, pathway(model, x_adv), units, units).mean().item()
-    assert found["attack"]["iou"]["mean"] == pytest.approx(expected)
+    assert result["attack"]["iou"]["mean"] == pytest.approx(expected)
     # Another model of the same banks sees the same images; the model itself has all in common.
     against = pathway_statistics(model, x, x_adv, y, against=other)["against"]
     assert against["adversarial"]["mean"] == pytest.approx(
@@ -177,8 +177,8 @@ def test_tokens_of_a_transformer(tmp_path):
     with torch.no_grad():
         model = create_model("deit-tiny", route_per="token", **settings).eval()
     x, y = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
-    found = pathway_statistics(model, x, x, y)
-    assert found["tokens"] == pathway(model, x).shape[2] and found["attack"]["unchanged"] == 1
+    result = pathway_statistics(model, x, x, y)
+    assert result["tokens"] == pathway(model, x).shape[2] and result["attack"]["unchanged"] == 1
     write_masks(tmp_path, model)
     for against in (model, tmp_path / "masks.json"):
         with pytest.raises(ValueError, match="against must be left out where tokens are routed one by one"):
@@ -224,23 +224,25 @@ def test_a_run_is_traced_as_a_user_does(runs, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads((tmp_path / "found" / "pathways.json").read_text())
-    assert table(found) in done.stdout and f"written to {tmp_path / 'found' / 'pathways.json'} and 7 fig" in done.stdout
+    result = json.loads((tmp_path / "found" / "pathways.json").read_text())
+    assert (
+        table(result) in done.stdout and f"written to {tmp_path / 'found' / 'pathways.json'} and 7 fig" in done.stdout
+    )
     drawn = {path.stem for path in (tmp_path / "found").glob("*.svg")}
     kinds = ("classes-clean", "classes-adversarial", "class-iou-clean", "class-iou-adversarial")
     assert drawn == {f"pathways-{name}" for name in ("flow", *kinds, "iou-attack", "iou-against")}
-    assert found["num_examples"] == 40 and found["classes"] == [str(digit) for digit in range(10)]
-    assert found["attack"]["name"] == "pgd-2" and found["threat"] == {"norm": "linf", "eps": 0.1}
-    assert found["data"] == {"name": "digits", "split": "test"} and found["against"]["run"] == str(runs / "sparse")
-    assert found["clean"]["distinct"] > 1
+    assert result["num_examples"] == 40 and result["classes"] == [str(digit) for digit in range(10)]
+    assert result["attack"]["name"] == "pgd-2" and result["threat"] == {"norm": "linf", "eps": 0.1}
+    assert result["data"] == {"name": "digits", "split": "test"} and result["against"]["run"] == str(runs / "sparse")
+    assert result["clean"]["distinct"] > 1
     # The mask is expert 0 of every layer: in disjoint halves s of 16 layers shared, weighed by their rows.
-    assert found["against"]["clean"]["mean"] == pytest.approx(zero_share(runs, found))
+    assert result["against"]["clean"]["mean"] == pytest.approx(zero_share(runs, result))
 
 
-def zero_share(runs, found):
+def zero_share(runs, result):
     """The mean IoU of the run's pathways with expert 0 everywhere, from its images."""
-    given, model = subject(runs / "run", num_examples=found["num_examples"]), load_run(runs / "run")
-    x, _ = take(given.data, slice(0, 40), torch.device("cpu"))
+    subject, model = open_subject(runs / "run", num_examples=result["num_examples"]), load_run(runs / "run")
+    x, _ = take(subject.data, slice(0, 40), torch.device("cpu"))
     chosen, sizes = pathway(model, x), torch.tensor([unit.sum(1)[0] for unit in units_of(model)])
     shared = ((chosen == 0) * sizes).sum(1).double()
     return (shared / (2 * sizes.sum() - shared)).mean().item()
@@ -248,14 +250,14 @@ def zero_share(runs, found):
 
 def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
     options = {"num_examples": 30, "accelerator": "cpu", "threads": 1}
-    home, found = pathways_run(runs / "run", against=runs / "other", out=tmp_path / "a", **options)
-    assert home == tmp_path / "a" and json.loads((home / "pathways.json").read_text()) == found
-    assert found["against"]["kind"] == "pathways"
+    home, result = pathways_run(runs / "run", against=runs / "other", out=tmp_path / "a", **options)
+    assert home == tmp_path / "a" and json.loads((home / "pathways.json").read_text()) == result
+    assert result["against"]["kind"] == "pathways"
     with np.load(home / "pathways-examples.npz") as examples:
-        assert examples["unchanged"].mean() == pytest.approx(found["attack"]["unchanged"])
-        assert examples["index"].tolist() == subject(runs / "run", num_examples=30).index.tolist()
+        assert examples["unchanged"].mean() == pytest.approx(result["attack"]["unchanged"])
+        assert examples["index"].tolist() == open_subject(runs / "run", num_examples=30).index.tolist()
     # The numbers are those of the attack's images, however they are cut into batches of the same attack.
-    opened = subject(runs / "run", num_examples=30, accelerator="cpu").routed_under_pgd("trace")
+    opened = open_subject(runs / "run", num_examples=30, accelerator="cpu").routed_under_pgd("trace")
     (batch,) = opened.images(*opened.names)
     assert (batch[1] - batch[0]).abs().max() == pytest.approx(0.1, abs=1e-6)
     ours, theirs = dissect(opened.predict, *batch), dissect(load_run(runs / "other"), *batch)
@@ -263,7 +265,7 @@ def test_another_run_sees_the_same_images(runs, tmp_path, capsys):
     for kind, one, two in (
         ("clean", ours.clean_pathway, theirs.clean_pathway), ("adversarial", ours.adv_pathway, theirs.adv_pathway)
     ):  # fmt: skip
-        assert found["against"][kind]["mean"] == pytest.approx(iou(one, two, units, units).mean().item())
+        assert result["against"][kind]["mean"] == pytest.approx(iou(one, two, units, units).mean().item())
     # And with itself a run has all in common; without figures none is drawn.
     words = ["pathways", runs / "run", "--against", runs / "run", "--out", tmp_path / "b", *SMALL, "--no-figure"]
     assert cli.main([str(word) for word in words]) == 0
@@ -326,7 +328,7 @@ def test_a_module_of_the_user_s_own(tmp_path):
         "    return torch.nn.Sequential(model)\n"
     )
     overrides = {"data": {"name": "digits", "image_size": 8}, "attack": {"steps": 1}}
-    home, found = pathways_run(
+    home, result = pathways_run(
         f"{tmp_path / 'own.py'}:make", overrides=overrides, num_examples=5, accelerator="cpu", out=tmp_path / "out"
     )
-    assert found["num_layers"] == 16 and (home / "pathways.json").is_file()
+    assert result["num_layers"] == 16 and (home / "pathways.json").is_file()

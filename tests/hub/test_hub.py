@@ -71,9 +71,9 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, kwargs: dict[str, Any]) 
     model(torch.rand(8, model.spec["in_channels"], 16, 16))  # statistics of its own
     folder = advmoe.save_pretrained(model, tmp_path / "saved")
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.json", "model.safetensors"]
-    found = advmoe.from_pretrained(str(folder))
-    assert_same(model, found)
-    assert not any(module.training for module in found.modules())
+    loaded = advmoe.from_pretrained(str(folder))
+    assert_same(model, loaded)
+    assert not any(module.training for module in loaded.modules())
     hub = json.loads((folder / "config.json").read_text())
     assert (hub["library_name"], hub["model"]) == ("advmoe", json.loads((folder / "model.json").read_text()))
 
@@ -105,8 +105,8 @@ def test_places_of_this_machine_do_not_travel(run: Path, tmp_path: Path) -> None
         assert b"somebody" not in file.read_bytes() and b"somewhere" not in file.read_bytes(), file
     config = Config.load(folder / "config.yaml")
     assert (config.data.root, config.training.init_from) == ("acme", "start")
-    found = json.loads((folder / "manifest.json").read_text())
-    assert found == manifest | {"command": ["advmoe", "train", "--data.root", "acme", "--run-dir=run"]}
+    manifest_there = json.loads((folder / "manifest.json").read_text())
+    assert manifest_there == manifest | {"command": ["advmoe", "train", "--data.root", "acme", "--run-dir=run"]}
     assert "read from `acme`" in (folder / "README.md").read_text()
 
 
@@ -266,7 +266,7 @@ def rows(card: str) -> dict[str, list[str]]:
 
 def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
     folder = advmoe.save_pretrained(TABLE, tmp_path / "table-advmoe", license="apache-2.0")
-    card, found = (folder / "README.md").read_text(), json.loads((TABLE / "evaluation.json").read_text())
+    card, evaluation = (folder / "README.md").read_text(), json.loads((TABLE / "evaluation.json").read_text())
     data = ModelCard(card).data  # as the Hub's own reader takes it
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "advmoe", "image-classification")
     assert {"advmoe", "adversarial-robustness", "mixture-of-experts", "resnet18"} == set(data.tags)
@@ -285,7 +285,7 @@ def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
     assert table["none (clean, SA)"][0] == "43.5" and table["pgd-50 (RA)"][0] == "24.6"
     # 490 of 2000 images: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), worked by hand.
     assert table["worst case over all of them"] == ["24.5", "22.7 to 26.4"]
-    assert table["parameters stored"] == [f"{found['cost']['parameters']:,}"] == ["354,314"]
+    assert table["parameters stored"] == [f"{evaluation['cost']['parameters']:,}"] == ["354,314"]
     assert table["parameters that one image uses"] == ["182,666"]
     assert table["GMACs of one image's pathway, routers included"] == ["0.008878"]
     assert table["ms per image (batch 128, cpu, 2 threads)"] == ["0.9687"]
@@ -307,14 +307,14 @@ def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
 def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> None:
     run = Path(shutil.copytree(TABLE, tmp_path / "run"))
     shutil.copy(ATTACKED, run)
-    found = json.loads(ATTACKED.read_text())
+    evaluation = json.loads(ATTACKED.read_text())
     card = (advmoe.save_pretrained(run, tmp_path / "saved") / "README.md").read_text()
     table = rows(card)
-    for name, report in found["attacks"].items():
+    for name, report in evaluation["attacks"].items():
         low, high = report["interval"]
         shown = f"{100 * report['robust_accuracy']:.1f}"
         assert table[f"{name} (RA)"] == [shown, f"{100 * low:.1f} to {100 * high:.1f}"]
-    (flag,) = found["attacks"]["autoattack"]["flags"]
+    (flag,) = evaluation["attacks"]["autoattack"]["flags"]
     assert f"AutoAttack's flag (`autoattack`): {flag}" in card
     assert "AutoAttack was not run" not in card and "raised no flag" not in card
     assert "Masking gap (straight-through PGD less the worst case): 2.5 points." in card
@@ -480,11 +480,11 @@ def hub() -> Iterator[Hub]:
 
 def client(hub: Hub, home: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process whose Hub is `hub`, and whose cache and token are its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
     extra |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **environment}
     words = [sys.executable, *command]
-    return subprocess.run(words, env=kept | extra, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(words, env=inherited | extra, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_push_sends_every_file_and_the_hub_gives_the_model_back(run: Path, tmp_path: Path, hub: Hub) -> None:

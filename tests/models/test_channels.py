@@ -43,10 +43,10 @@ def test_a_small_network_by_hand():
 
 
 def test_slices_by_hand():
-    kept = [torch.tensor(channels) for channels in ([1, 3], [0], [1], [2, 5])]
-    slices = channel_layout(Small()).slices(kept)
-    found = {name: [None if part is None else part.tolist() for part in both] for name, both in slices.items()}
-    assert found == {
+    surviving = [torch.tensor(channels) for channels in ([1, 3], [0], [1], [2, 5])]
+    slices = channel_layout(Small()).slices(surviving)
+    indices = {name: [None if part is None else part.tolist() for part in both] for name, both in slices.items()}
+    assert indices == {
         "stem": [[1, 3], None], "norm": [[1, 3], None], "inner": [[0], [1, 3]], "outer": [[1, 3], [0]],
         "grown": [[1], [1, 3]],
         "after": [[1, 3, 5], None],  # the second of the two that follow four

@@ -111,7 +111,7 @@ class Attention(nn.Module):
 NETS = {"plain": (Plain, ()), "timm style": (TimmStyle, ("mlp",)), "attention": (Attention, ("mlp",))}
 
 
-def made(kind, seed=0):
+def make(kind, seed=0):
     torch.manual_seed(seed)
     return kind()
 
@@ -134,14 +134,14 @@ def spread(model):
     return model
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["example", "structure alone"])
+@pytest.mark.parametrize("by_example", [True, False], ids=["example", "structure alone"])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(("kind", "linear"), NETS.values(), ids=NETS)
-def test_the_converted_network_computes_the_same(kind, linear, router, given):
-    net = made(kind)
+def test_the_converted_network_computes_the_same(kind, linear, router, by_example):
+    net = make(kind)
     state = copy.deepcopy(net.state_dict())
     torch.manual_seed(1)
-    model = to_moe(net, 3, router, linear=linear, example=images(3) if given else None)
+    model = to_moe(net, 3, router, linear=linear, example=images(3) if by_example else None)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert model.routed and model.training and len(model.conversion.converted) >= 3
     x = images()
@@ -152,10 +152,10 @@ def test_the_converted_network_computes_the_same(kind, linear, router, given):
         expected = net(x)
         torch.manual_seed(2)
         with route() as routing:
-            found = model(x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            logits = model(x)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         # In training too, with what is changed in place between layers.
-        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(found.sum(), list(split_parameters(model)[0])))
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(logits.sum(), list(split_parameters(model)[0])))
         assert routing.pathway().shape == (12, len(model.conversion.converted))
         for mode in ("soft", "masked"):
             torch.manual_seed(2)
@@ -170,7 +170,7 @@ def test_the_converted_network_computes_the_same(kind, linear, router, given):
 
 @pytest.mark.parametrize(("kind", "linear"), NETS.values(), ids=NETS)
 def test_experts_learn_apart_and_hard_agrees_with_masked(kind, linear):
-    model = spread(to_moe(made(kind), linear=linear, example=images(3)))
+    model = spread(to_moe(make(kind), linear=linear, example=images(3)))
     generator = torch.Generator().manual_seed(3)
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -178,20 +178,20 @@ def test_experts_learn_apart_and_hard_agrees_with_masked(kind, linear):
                 bank.data += 0.1 * torch.randn(bank.shape, generator=generator)
     model.double()
     x = images().double().requires_grad_()
-    found = []
+    passes = []
     for mode in ("hard", "masked"):
         with route(mode) as routing:
             logits = model(x)
         gradients = torch.autograd.grad(F.cross_entropy(logits, torch.arange(12) % 5), [x, *model.parameters()])
-        found.append((logits.detach(), gradients, routing.pathway()))
-    assert torch.equal(found[0][2], found[1][2]) and len(found[0][2].unique(dim=0)) > 1
-    torch.testing.assert_close(found[0][0], found[1][0])
-    for name, hard, masked in zip(["x", *dict(model.named_parameters())], found[0][1], found[1][1], strict=True):
+        passes.append((logits.detach(), gradients, routing.pathway()))
+    assert torch.equal(passes[0][2], passes[1][2]) and len(passes[0][2].unique(dim=0)) > 1
+    torch.testing.assert_close(passes[0][0], passes[1][0])
+    for name, hard, masked in zip(["x", *dict(model.named_parameters())], passes[0][1], passes[1][1], strict=True):
         torch.testing.assert_close(hard, masked, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_what_is_converted_and_what_is_not():
-    model = to_moe(made(Plain), example=images(3))
+    model = to_moe(make(Plain), example=images(3))
     # In the order in which they run; without an example in that of `named_modules`.
     assert model.conversion.converted == ("conv1", "block.a", "block.b", "down")
     assert model.conversion.skipped == {"block.depth": "depthwise"}
@@ -202,11 +202,11 @@ def test_what_is_converted_and_what_is_not():
     bank = model.backbone.block["a"].bank
     assert bank.shape == (32, 2, 3, 3) and torch.equal(bank[:16], bank[16:])
     assert isinstance(model.backbone.head[1], nn.Linear) and type(model.backbone.block["depth"]) is nn.Conv2d
-    assert to_moe(made(Plain), depthwise=True).conversion.skipped == {}
+    assert to_moe(make(Plain), depthwise=True).conversion.skipped == {}
 
 
 def test_subclasses_keep_their_forward_and_named_linear_layers_are_converted():
-    model = to_moe(made(TimmStyle), linear=["mlp"], example=images(3))
+    model = to_moe(make(TimmStyle), linear=["mlp"], example=images(3))
     kinds = {name: type(model.backbone.get_submodule(name)) for name in model.conversion.converted}
     assert kinds == {
         "conv_stem": MoEWrapped, "blocks.0": MoEWrapped, "se.0": MoEConv2d, "se.2": MoEConv2d, "mlp.0": MoELinear,
@@ -233,7 +233,7 @@ def net_with(change):
         def forward(self, x):
             return self.fc(self.c(self.b(self.a(x))).mean((2, 3)))
 
-    return made(Net)
+    return make(Net)
 
 
 def shared_module(net):
@@ -317,7 +317,7 @@ def test_a_network_may_read_the_attributes_of_a_layer(read, kind):
         def forward(self, x):
             return self.fc(self.b(read(self.b, self.a(x))).mean((2, 3)))
 
-    net = made(Net).eval()
+    net = make(Net).eval()
     for example in (None, images(3)):
         model = to_moe(net, example=example).eval()
         assert model.conversion.skipped == {}
@@ -345,7 +345,7 @@ def test_a_layer_whose_weight_the_network_computes_with_stays_plain(computed):
             x = self.a(x)
             return self.fc((self.b(x) + computed(self.b, x)).mean((2, 3)))
 
-    net = made(Net).eval()
+    net = make(Net).eval()
     model = to_moe(net, example=images(3))
     assert model.conversion.skipped == {"b": "the network reads its weight"}
     torch.testing.assert_close(model(images()), net(images()))
@@ -367,18 +367,18 @@ def test_a_method_that_no_moe_layer_has_is_an_error_that_names_the_layer():
             return self.fc(self.a.doubled(x).mean((2, 3)))
 
     with pytest.raises(ValueError, match=r"'doubled' \(asked of MoE layer 0 \(a\)\)"):
-        to_moe(made(Net).eval(), example=images(3))
+        to_moe(make(Net).eval(), example=images(3))
 
 
 def test_layers_are_skipped_by_name_pattern_or_the_module_around_them():
     def plain(**kwargs):
-        return set(to_moe(made(Plain), **kwargs).conversion.skipped) - {"block.depth"}
+        return set(to_moe(make(Plain), **kwargs).conversion.skipped) - {"block.depth"}
 
     assert plain(skip=["conv1"]) == {"conv1"}
     assert plain(skip="block") == {"block.a", "block.b"}
     assert plain(skip=("*.b", "down")) == {"block.b", "down"}
-    assert to_moe(made(Plain), skip=["conv1"]).conversion.skipped["conv1"] == "named in skip"
-    assert to_moe(made(TimmStyle), linear=["mlp.*"], skip="mlp.2").conversion.skipped == {"mlp.2": "named in skip"}
+    assert to_moe(make(Plain), skip=["conv1"]).conversion.skipped["conv1"] == "named in skip"
+    assert to_moe(make(TimmStyle), linear=["mlp.*"], skip="mlp.2").conversion.skipped == {"mlp.2": "named in skip"}
 
 
 class Watched(nn.Module):
@@ -397,7 +397,7 @@ class Watched(nn.Module):
 
 
 def test_an_example_shows_the_order_and_what_does_not_run():
-    net = made(Watched).eval()
+    net = make(Watched).eval()
     model = to_moe(net, example=images(3))
     assert model.conversion.converted == ("again", "first", "late")
     assert model.conversion.skipped == {
@@ -413,13 +413,13 @@ def test_without_an_example_a_pass_says_what_is_wrong():
     with pytest.raises(
         ValueError, match=r"MoE layer 0 \(folded\) must get one row for each of the 12 images, got shape \(24, 3"
     ):
-        to_moe(made(Watched), router="image").eval()(images())
+        to_moe(make(Watched), router="image").eval()(images())
     rule = "every MoE layer must make one choice per image .* got of 12 images"
     with pytest.raises(ValueError, match=f"{rule} folded with 24, idle with 0"):
-        to_moe(made(Watched)).eval()(images())
+        to_moe(make(Watched)).eval()(images())
     with pytest.raises(ValueError, match=f"{rule} idle with 0"):
-        to_moe(made(Watched), skip=["folded"]).eval()(images())
-    assert to_moe(made(Watched), skip=["folded", "idle"]).conversion.converted == ("late", "again", "first")
+        to_moe(make(Watched), skip=["folded"]).eval()(images())
+    assert to_moe(make(Watched), skip=["folded", "idle"]).conversion.converted == ("late", "again", "first")
 
 
 def test_a_layer_that_runs_again_keeps_its_choice():
@@ -431,7 +431,7 @@ def test_a_layer_that_runs_again_keeps_its_choice():
         def forward(self, x):
             return self.fc(self.conv(-4 * self.conv(x)).mean((2, 3)))
 
-    model = spread(to_moe(made(Twice), example=images(3)))
+    model = spread(to_moe(make(Twice), example=images(3)))
     conv = model.backbone.conv
     conv.bank.data += torch.randn(conv.bank.shape, generator=torch.Generator().manual_seed(0))
     asked = []
@@ -452,14 +452,14 @@ def test_a_layer_that_runs_again_keeps_its_choice():
 
 
 def test_precision_frozen_layers_modes_and_the_copy():
-    net = made(Plain).double().eval()
+    net = make(Plain).double().eval()
     net.block["a"].weight.requires_grad_(False)
     model = to_moe(net, example=images(3))
     assert not model.training
     assert model.backbone.conv1.bank.dtype == model.backbone.conv1.router.hidden.weight.dtype == torch.double
     assert not model.backbone.block["a"].bank.requires_grad and model.backbone.block["a"].bias.requires_grad
     torch.testing.assert_close(model(images().double()), net(images().double()))
-    half = to_moe(made(Plain).bfloat16().eval())
+    half = to_moe(make(Plain).bfloat16().eval())
     assert half.backbone.conv1.bank.dtype == torch.bfloat16
     assert half.backbone.conv1.router.hidden.weight.dtype == torch.float32
     assert half(images().bfloat16()).dtype == torch.bfloat16
@@ -467,7 +467,7 @@ def test_precision_frozen_layers_modes_and_the_copy():
 
 
 def test_normalisation_goes_inside():
-    net = made(Plain).eval()
+    net = make(Plain).eval()
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 1.0]
     model = to_moe(net, mean=mean, std=std, example=images(3))
     x = images()
@@ -500,12 +500,12 @@ def test_a_lazy_network_takes_its_shape_from_the_example(tmp_path):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_saved_model_is_rebuilt_from_the_same_network(tmp_path, router):
-    model = to_moe(made(TimmStyle), 3, router, linear=["mlp"], example=images(3), mean=[0.5] * 3, std=[0.2] * 3)
+def test_a_saved_model_is_rebuilt_from_the_same_make(tmp_path, router):
+    model = to_moe(make(TimmStyle), 3, router, linear=["mlp"], example=images(3), mean=[0.5] * 3, std=[0.2] * 3)
     model(images())
     model.eval()
     save_model(model, tmp_path)
-    again = made(TimmStyle, seed=5)
+    again = make(TimmStyle, seed=5)
     before = torch.get_rng_state()
     loaded = load_model(tmp_path, again)
     assert torch.equal(torch.get_rng_state(), before)
@@ -523,7 +523,7 @@ def test_tied_weights_are_saved_and_loaded(tmp_path):
 
 
 def test_a_saved_model_is_not_opened_without_its_network_or_with_another(tmp_path):
-    model = to_moe(made(Plain), example=images(3))
+    model = to_moe(make(Plain), example=images(3))
     model.spec["source"] = "their/model.py:net"
     save_model(model, tmp_path)
 
@@ -537,16 +537,16 @@ def test_a_saved_model_is_not_opened_without_its_network_or_with_another(tmp_pat
     assert "holds a network of somebody's own (their/model.py:net), whose code is never run unasked" in text
     assert "--model FILE.py:FACTORY" in text
     got = "got module must have the layers that were converted"
-    assert f"of a model made of this TimmStyle, {got}" in message(made(TimmStyle))
-    wider = made(Plain)
+    assert f"of a model made of this TimmStyle, {got}" in message(make(TimmStyle))
+    wider = make(Plain)
     wider.down = nn.Conv2d(8, 9, 1)
     assert "model.safetensors must hold the weights that model.json describes" in message(wider)
     spec = json.loads((tmp_path / "model.json").read_text())
     del spec["layers"], spec["num_classes"]
     (tmp_path / "model.json").write_text(json.dumps(spec))
-    assert str(tmp_path) in message(made(Plain))
+    assert str(tmp_path) in message(make(Plain))
     save_model(create_model("resnet18", width=4, num_classes=5), tmp_path)
-    assert "must be opened without --model or source=..." in message(made(Plain))
+    assert "must be opened without --model or source=..." in message(make(Plain))
 
 
 # Mistakes
@@ -578,28 +578,28 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: to_moe(made(Plain), 0), "num_experts must be a whole number >= 1 and <= 1024, got 0"),
-        (lambda: to_moe(made(Plain), True), "num_experts must be a whole number >= 1 and <= 1024, got True"),
-        (lambda: to_moe(made(Plain), router="none"), "router must be one of layer, embedding, image, got 'none'"),
-        (lambda: to_moe(made(Plain), skip=["conv2"]), "skip must name layers to convert of the network (did you mean "
+        (lambda: to_moe(make(Plain), 0), "num_experts must be a whole number >= 1 and <= 1024, got 0"),
+        (lambda: to_moe(make(Plain), True), "num_experts must be a whole number >= 1 and <= 1024, got True"),
+        (lambda: to_moe(make(Plain), router="none"), "router must be one of layer, embedding, image, got 'none'"),
+        (lambda: to_moe(make(Plain), skip=["conv2"]), "skip must name layers to convert of the network (did you mean "
          "conv1?), got 'conv2'"),
-        (lambda: to_moe(made(Plain), linear=["mlp"]), "linear must name Linear layers of the network (there are head.1"
+        (lambda: to_moe(make(Plain), linear=["mlp"]), "linear must name Linear layers of the network (there are head.1"
          "), got 'mlp'"),
         (lambda: to_moe(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))), "module must have a Conv2d to convert, got "
          "Sequential with 0 (depthwise)"),
         (lambda: to_moe(nn.Linear(3, 4)), "module must have a Conv2d to convert, got Linear with none"),
-        (lambda: to_moe(to_moe(made(Plain))), "module must have no MoE layers yet, got one with a MoEConv2d"),
-        (lambda: to_moe(made(Plain), mean=[0.5]), "mean and std must both have one entry per channel, std > 0"),
-        (lambda: to_moe(made(Plain), mean=[0.5], std=[0.0]), "mean and std must both have one entry per channel"),
-        (lambda: to_moe(made(Plain), example=images(1)), "example must be floating-point images (N, C, H, W) with N >="
+        (lambda: to_moe(to_moe(make(Plain))), "module must have no MoE layers yet, got one with a MoEConv2d"),
+        (lambda: to_moe(make(Plain), mean=[0.5]), "mean and std must both have one entry per channel, std > 0"),
+        (lambda: to_moe(make(Plain), mean=[0.5], std=[0.0]), "mean and std must both have one entry per channel"),
+        (lambda: to_moe(make(Plain), example=images(1)), "example must be floating-point images (N, C, H, W) with N >="
          " 2, got torch.float32 of shape (1, 3, 12, 12)"),
-        (lambda: to_moe(made(Plain), example=3), "got a int"),
-        (lambda: to_moe(made(Plain), example=torch.rand(3, 1, 12, 12)), "module must take images (3, 1, 12, 12) without"
+        (lambda: to_moe(make(Plain), example=3), "got a int"),
+        (lambda: to_moe(make(Plain), example=torch.rand(3, 1, 12, 12)), "module must take images (3, 1, 12, 12) without"
          " an error, got RuntimeError: "),
         (lambda: to_moe(Wrong(lambda y: y), example=images(3)), "module must make logits (N, K) of images (3, 3, 12, 12"
          "), got torch.float32 of shape (3, 5, 12, 12)"),
         (lambda: to_moe(Wrong(lambda y: [y]), example=images(3)), "got a list"),
-        (lambda: to_moe(made(Reads), example=images(3)), "module must compute the same when its layers are replaced "
+        (lambda: to_moe(make(Reads), example=images(3)), "module must compute the same when its layers are replaced "
          "(deterministic, layers called as they are), got logits 1 apart"),
         (lambda: to_moe(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), router="image", linear="1"), "router must be "
          "layer for a network without Conv2d, got 'image'"),
@@ -612,7 +612,7 @@ def test_mistakes_name_argument_rule_and_value(make, message):
 
 
 def test_small_roundings_are_no_mistake_and_real_differences_are():
-    net = made(Reads)
+    net = make(Reads)
     net.scale = 0.5 * SAME
     assert to_moe(net, example=images(3)).routed
     net.scale = 2 * SAME
@@ -642,4 +642,4 @@ def test_what_can_be_wrapped(inner, message):
 
 def test_the_public_name():
     assert advmoe.to_moe is to_moe and "to_moe" in dir(advmoe) and "to_moe" in advmoe.__all__
-    assert issubclass(type(advmoe.to_moe(made(Plain))), Classifier)
+    assert issubclass(type(advmoe.to_moe(make(Plain))), Classifier)

@@ -74,23 +74,23 @@ def test_folded_and_unfolded_agree_in_outputs_and_input_gradients(name, kwargs, 
         unfolded = len(normed)
         with frozen(model):
             normed.clear()
-            found = passed(model, x, mode, forced)
+            fused = passed(model, x, mode, forced)
             with torch.no_grad(), route(mode, forced=forced):
                 torch.testing.assert_close(model(x), expected[0])
         assert len(normed) < 2 * unfolded
-        torch.testing.assert_close(found[0], expected[0])
-        torch.testing.assert_close(found[1], expected[1])
-        assert found[1].abs().max() > 0
+        torch.testing.assert_close(fused[0], expected[0])
+        torch.testing.assert_close(fused[1], expected[1])
+        assert fused[1].abs().max() > 0
 
 
 def test_the_routers_feel_the_same_gradient(make_routed, make_images):
     model, x = make_routed().double().requires_grad_(False), make_images(16).double()
     with frozen(model):
-        found = passed(model, x)
+        fused = passed(model, x)
     expected = passed(model, x)
     reference = passed(model, x, "masked")
-    assert len(found[2].unique()) > 1
-    for ours, plain, masked in zip(found, expected, reference, strict=True):
+    assert len(fused[2].unique()) > 1
+    for ours, plain, masked in zip(fused, expected, reference, strict=True):
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(ours, masked)
 
@@ -192,8 +192,8 @@ def test_unusual_convolutions_are_computed_right(kind, kwargs):
         nn.init.normal_(conv.bias)
     run, x = steps_of(conv, norm), torch.rand(4, 4, 6, 6)
     with folding():
-        found = run(x)
-    torch.testing.assert_close(found, run(x), atol=1e-5, rtol=1e-5)
+        logits = run(x)
+    torch.testing.assert_close(logits, run(x), atol=1e-5, rtol=1e-5)
 
 
 def test_steps_are_a_sequence():

@@ -41,14 +41,14 @@ NETWORKS = [
 
 def finished(rectifier, y, norm=None, shortcut=None):
     """What becomes of a layer's output."""
-    return fused.kept(norm_act(y, norm, rectifier, shortcut, pool=rectifier.pools))
+    return fused.registered(norm_act(y, norm, rectifier, shortcut, pool=rectifier.pools))
 
 
 def pooled_before(x):
     return active_routing().pooled(x)
 
 
-def made(name, kwargs):
+def network(name, kwargs):
     torch.manual_seed(0)
     model = create_model(name, num_classes=5, input_size=16, **{"width": 16, **kwargs}).to(memory_format=LAST)
     for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
@@ -67,12 +67,12 @@ def passed(model, x, choices):
     return {"logits": logits.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}
 
 
-def assert_alike(found, expected, rounding):
-    assert found.keys() == expected.keys()
+def assert_alike(fused, expected, rounding):
+    assert fused.keys() == expected.keys()
     for name, wanted in expected.items():
         # Some gradients are the differences of far larger sums, as those of what a norm takes out again.
         scale = wanted.double().square().mean().sqrt().item() + 1e-4
-        error = (found[name].double() - wanted.double()).square().mean().sqrt().item()
+        error = (fused[name].double() - wanted.double()).square().mean().sqrt().item()
         assert error <= rounding * scale, f"{name}: {error:g} of {scale:g}"
 
 
@@ -81,7 +81,7 @@ def assert_alike(found, expected, rounding):
 @pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
 @pytest.mark.parametrize(("name", "kwargs"), NETWORKS, ids=str)
 def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch):
-    model, x = made(name, kwargs).train(mode == "train"), make_images(20)
+    model, x = network(name, kwargs).train(mode == "train"), make_images(20)
     layers = sum(hasattr(module, "num_experts") for module in model.modules())
     choices = torch.arange(20)[:, None].expand(-1, layers) % 2 if layers else None
     called = []
@@ -105,7 +105,7 @@ def test_kernels_and_pytorch_agree(name, kwargs, mode, make_images, monkeypatch)
 @needs_kernels
 @pytest.mark.parametrize(("name", "kwargs"), NETWORKS, ids=str)
 def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_images, monkeypatch):
-    model, x = made(name, kwargs), make_images(20)
+    model, x = network(name, kwargs), make_images(20)
     model.train()
     with torch.no_grad():
         for _ in range(5):
@@ -129,7 +129,7 @@ def test_without_gradients_they_choose_and_compute_the_same(name, kwargs, make_i
 @needs_kernels
 @pytest.mark.parametrize(("name", "kwargs"), [each for each in NETWORKS if each[1]["kind"] == "moe"], ids=str)
 def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
-    model, images = made(name, kwargs), make_images(12)
+    model, images = network(name, kwargs), make_images(12)
     model.train()(images)
     results, mixed = [], []
     mix = raw.mixed
@@ -147,7 +147,7 @@ def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):
-    model = made("resnet18", {"kind": "moe", "width": 16 if mode == "train" else 64})
+    model = network("resnet18", {"kind": "moe", "width": 16 if mode == "train" else 64})
     for _ in range(3):
         model.train()(make_images(20, seed=9))
     if mode == "frozen":  # but for the routers, so that there are gradients to compare
@@ -187,10 +187,10 @@ def test_both_uses_and_the_mean_bring_their_gradients_back(parts):
     assert fused.fork(x) is x and pooled_before(x) is None  # outside of the pass
     weights = torch.randn(3, 6, 8, 4, 4)
     sums = (x * weights[0]).sum() + (twice * weights[1]).sum() + (pooled * weights[2, :, :, 0, 0]).sum()
-    found = torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias))
+    gradients = torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias))
     plain = (F.batch_norm(y, None, None, norm.weight, norm.bias, training=True) + shortcut).relu()
     sums = (plain * (weights[0] + weights[1])).sum() + (plain.mean((2, 3)) * weights[2, :, :, 0, 0]).sum()
-    for ours, wanted in zip(found, torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias)), strict=True):
+    for ours, wanted in zip(gradients, torch.autograd.grad(sums, (y, shortcut, norm.weight, norm.bias)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
     mean, var = y.detach().mean((0, 2, 3)), y.detach().var((0, 2, 3))
     torch.testing.assert_close(norm.running_mean, 0.1 * mean)
@@ -219,8 +219,8 @@ def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
 def test_what_a_gradient_needs_is_not_overwritten_unnoticed(layout):
-    given = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    y = given.exp()  # whose gradient needs it as it is
+    leaf = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    y = leaf.exp()  # whose gradient needs it as it is
     with torch.no_grad():
         Rectifier()(y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -239,7 +239,7 @@ def test_a_leaf_is_not_overwritten(layout):
 def test_who_listens_to_a_module_hears_it(make_routed, make_images, hooked, training):
     model, heard = copy.deepcopy(make_routed()).train(training), []
     block = model.backbone.blocks[0]
-    getattr(block, hooked).register_forward_hook(lambda module, given, made: heard.append(tuple(made.shape)))
+    getattr(block, hooked).register_forward_hook(lambda module, inputs, output: heard.append(tuple(output.shape)))
     with frozen(model) if not training else torch.enable_grad():
         model(make_images(4))
     assert heard == [(4, 4, 16, 16)] * (2 if hooked == "relu" else 1)
@@ -269,13 +269,13 @@ def resnet(kind="dense"):
 
 def gradients(run, x):
     """Of what `run` makes of `x`, for `x`, with kernels and without."""
-    found = []
+    gradients = []
     for kernels in (True, False):
         with contextlib.nullcontext() if kernels else raw.without_kernels():
             leaf = x.clone().requires_grad_()
             run(leaf).backward()
-            found.append(leaf.grad)
-    return found
+            gradients.append(leaf.grad)
+    return gradients
 
 
 @pytest.mark.usefixtures("shallow_backbones")
@@ -303,11 +303,11 @@ def heard_of(module, way):
     """What a hook on `module` will get hold of, once the model has run."""
     seen = []
     if way == "input":
-        module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     elif way == "output":
-        module.register_forward_hook(lambda module, given, made: seen.append(made))
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     elif way == "retained":
-        module.register_forward_pre_hook(lambda module, given: seen.append(given[0]) or given[0].retain_grad())
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]) or inputs[0].retain_grad())
     return seen
 
 
@@ -322,7 +322,7 @@ def heard_of(module, way):
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way, make_images):
-    found = []
+    gradients = []
     for kernels in (True, False):
         model, x = resnet(kind).train(), make_images(20).requires_grad_()
         for _ in range(3):
@@ -333,14 +333,14 @@ def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way,
             frozen(model) if mode == "frozen" else contextlib.nullcontext(),
         ):
             logits = model(x)
-            found.append(torch.autograd.grad(logits.square().sum(), seen[0])[0])
-    assert_nearly(*found)
+            gradients.append(torch.autograd.grad(logits.square().sum(), seen[0])[0])
+    assert_nearly(*gradients)
 
 
 @pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_blocks_called_by_hand_share_nothing(kind, make_images):
-    found = []
+    gradients = []
     for kernels in (True, False):
         model, x = resnet(kind).train(), make_images(6)
         first, *rest = model.backbone.blocks
@@ -349,8 +349,8 @@ def test_blocks_called_by_hand_share_nothing(kind, make_images):
             for block in rest:
                 y = block(y)
             logits = model.backbone.classifier(y.mean((2, 3)))
-            found.append(torch.autograd.grad(logits.square().sum(), feature)[0])
-    assert_nearly(*found)
+            gradients.append(torch.autograd.grad(logits.square().sum(), feature)[0])
+    assert_nearly(*gradients)
 
 
 def fixed_layer(channels=8):
@@ -366,7 +366,7 @@ def fixed_layer(channels=8):
 def test_a_frozen_network_s_convolutions_are_rectified_as_they_are_made(bf16, make_images, monkeypatch):
     if bf16 and not raw.Packed.suits(torch.ones(32, 32, 1, 1, dtype=torch.bfloat16), 1):
         pytest.skip("a CPU without tiles")
-    model, x = made("resnet18", {"kind": "moe", "width": 64}), make_images(20).requires_grad_()
+    model, x = network("resnet18", {"kind": "moe", "width": 64}), make_images(20).requires_grad_()
     dtypes = []
     for name in ("rectified", "unrectified"):
         run = getattr(raw.Packed, name)
@@ -398,17 +398,17 @@ def test_a_shortcut_that_kernels_cannot_read_is_added_by_pytorch():
 
 @needs_kernels
 def test_filters_of_another_precision_are_not_used():
-    layer = MoEConv2d(8, 8, 3, padding=1, bank_rows=16, num_experts=2, layer=0, own_router=False)
+    layer = MoEConv2d(8, 8, 3, padding=1, bank_rows=16, num_experts=2, layer=0, make_router=None)
     x, filters = torch.randn(20, 8, 6, 6).bfloat16().contiguous(memory_format=LAST), layer.bank.detach()
-    shifts, made = torch.randn(16), []
+    shifts, outputs = torch.randn(16), []
     fixed = layer.packed(filters, shifts)
     assert fixed is not None and fixed.dtype == torch.float32
-    for given in (fixed, None):
+    for packed in (fixed, None):
         with torch.no_grad(), route() as routing:
             routing.shared = [torch.arange(40.0).view(20, 2).sin()]
-            weights = Weights((filters.bfloat16(), shifts.bfloat16()), affine=True, filters=given)
-            made.append(layer.output(x, weights).merged())
-    assert torch.equal(*made)
+            weights = Weights((filters.bfloat16(), shifts.bfloat16()), affine=True, filters=packed)
+            outputs.append(layer.output(x, weights).merged())
+    assert torch.equal(*outputs)
 
 
 @needs_kernels
@@ -425,15 +425,15 @@ def test_filters_that_change_before_the_gradient_are_noticed(rectified):
 @needs_kernels
 @pytest.mark.parametrize("rectified", [False, True])
 def test_what_was_kept_in_another_layout_gives_the_same_gradient(rectified):
-    found = []
-    for kept in (lambda t: t, lambda t: t.contiguous()):
+    gradients = []
+    for layout in (lambda t: t, lambda t: t.contiguous()):
         filters, x, choice = fixed_layer()
         gate = torch.ones(20, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, kept):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, layout):
             y = Convolved(x, gate, choice, filters)
             y = finished(Rectifier(), y) if rectified else y.merged()
-            found.append(torch.autograd.grad(y.square().sum(), (x, gate)))
-    for ours, wanted in zip(*found, strict=True):
+            gradients.append(torch.autograd.grad(y.square().sum(), (x, gate)))
+    for ours, wanted in zip(*gradients, strict=True):
         assert torch.equal(ours, wanted)
 
 

@@ -103,13 +103,13 @@ def test_any_callable_will_do(write):
 )
 def test_files_beside_it_can_be_imported(write, statement):
     text = f"{statement}\n{NET}".replace("classes=3", "classes=SIZE")
-    found = []
+    widths = []
     for folder, size in (("a", 5), ("b", 6)):
         write(f"SIZE = {size}", f"{folder}/layers.py")
         write("", f"{folder}/parts/__init__.py")
         write(f"SIZE = {size}", f"{folder}/parts/sizes.py")
-        found.append(load_classifier(f"{write(text, f'{folder}/model.py')}:Net")(torch.rand(1, 4)).shape[1])
-    assert found == [5, 6]
+        widths.append(load_classifier(f"{write(text, f'{folder}/model.py')}:Net")(torch.rand(1, 4)).shape[1])
+    assert widths == [5, 6]
     assert not {"layers", "parts", "parts.sizes"} & set(sys.modules)
 
 
@@ -162,13 +162,13 @@ def test_a_file_is_executed_once_and_its_factory_each_time(write, runs, statemen
 @pytest.mark.parametrize("seeds", ["", "torch.manual_seed(7)", "torch.rand(3)"])
 def test_instances_start_alike_though_the_file_runs_once(write, seeds):
     """As they do in another process, which executes the file itself."""
-    spec, found = f"{write(NET + seeds)}:Net", []
+    spec, heads = f"{write(NET + seeds)}:Net", []
     for entry in (1, 1, 2):
         torch.manual_seed(entry)
-        found.append(load_classifier(spec).head.weight)
+        heads.append(load_classifier(spec).head.weight)
         assert torch.initial_seed() == entry
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2]) == ("seed" in seeds)
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], heads[2]) == ("seed" in seeds)
 
 
 def test_a_file_that_has_changed_is_executed_anew(write):

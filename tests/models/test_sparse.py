@@ -32,11 +32,11 @@ class Two(nn.Module):
 
 
 def two(scale=0.5):
-    made = Two()
+    network = Two()
     with torch.no_grad():
-        made.reader.weight.copy_(torch.tensor([[3.0, 0, 2, 1], [0, 0, 0, 1]])[..., None, None])
-        made.logits.weight.copy_(torch.tensor([[1.0, 2, 4, 0, 0, 1], [0, 0, 0, 0.5, 0, 1]]))
-    return SparseBackbone(made, scale)
+        network.reader.weight.copy_(torch.tensor([[3.0, 0, 2, 1], [0, 0, 0, 1]])[..., None, None])
+        network.logits.weight.copy_(torch.tensor([[1.0, 2, 4, 0, 0, 1], [0, 0, 0, 0.5, 0, 1]]))
+    return SparseBackbone(network, scale)
 
 
 def test_scores_start_as_norms_of_what_is_read():
@@ -46,7 +46,7 @@ def test_scores_start_as_norms_of_what_is_read():
     norms = torch.tensor([5, 0.5, 2, 2])
     torch.testing.assert_close(masked.scores[0].data, math.sqrt(6 / 4) * norms / 5)
     torch.testing.assert_close(masked.scores[1].data, math.sqrt(6 / 2) * torch.tensor([0.5, 1]))
-    assert [kept.tolist() for kept in masked.kept()] == [[0, 2], [1]]  # of equal scores the first
+    assert [channels.tolist() for channels in masked.surviving_channels()] == [[0, 2], [1]]  # of equal scores the first
 
 
 def test_weights_of_zero_make_scores_of_zero():
@@ -55,7 +55,7 @@ def test_weights_of_zero_make_scores_of_zero():
     nn.init.zeros_(masked.dense.logits.weight)
     masked.reset_scores()
     assert all(torch.equal(score, torch.zeros_like(score)) for score in masked.scores)
-    assert [kept.tolist() for kept in masked.kept()] == [[0, 1], [0]]
+    assert [channels.tolist() for channels in masked.surviving_channels()] == [[0, 1], [0]]
 
 
 def test_dropped_channels_are_read_as_zero():

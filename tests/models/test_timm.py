@@ -95,5 +95,5 @@ def test_it_is_converted_or_says_why_not_and_computes_the_same(timm, network):
     assert {*conversion.converted, *conversion.skipped} == there
     assert conversion.converted and all(conversion.skipped.values())
     with torch.no_grad():
-        found = model(x)
-    torch.testing.assert_close(found, expected, atol=float(1e-3 * expected.abs().max()), rtol=0)
+        logits = model(x)
+    torch.testing.assert_close(logits, expected, atol=float(1e-3 * expected.abs().max()), rtol=0)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from advmoe import ops
 from advmoe.models import create_model
 from advmoe.moe import MoEConv2d, route
-from advmoe.moe.layer import windows
 
 
 def layer(c_in=3, c_out=4, *, bank_rows=8, num_experts=2, **kwargs):
@@ -26,21 +25,6 @@ def layer(c_in=3, c_out=4, *, bank_rows=8, num_experts=2, **kwargs):
 
 def images(n=12, channels=3):
     return torch.rand(n, channels, 1, 1) * torch.rand(n, channels, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("bank", "window", "experts", "expected"),
-    [
-        (8, 4, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # r = 1/2: disjoint halves
-        (6, 6, 2, [[0, 1, 2, 3, 4, 5]] * 2),  # r = 1: all the same
-        (8, 4, 3, [[0, 1, 2, 3], [2, 3, 4, 5], [0, 5, 6, 7]]),  # starts 0, 8/3, 16/3; the last wraps around
-        (9, 6, 3, [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [0, 1, 2, 6, 7, 8]]),
-        (8, 2, 2, [[0, 1], [4, 5]]),  # r N < 1: some rows belong to nobody
-        (4, 4, 1, [[0, 1, 2, 3]]),
-    ],
-)
-def test_windows_by_hand(bank, window, experts, expected):
-    assert windows(bank, window, experts) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,7 +213,7 @@ def test_hard_and_masked_agree_whatever_the_convolution(kwargs):
 def test_few_filters_of_all_experts_at_once_give_each_sample_its_own(experts, c_out, monkeypatch):
     torch.manual_seed(0)
     conv = MoEConv2d(
-        4, c_out, 3, 1, 1, bank_rows=experts * c_out, num_experts=experts, layer=0, bias=True, own_router=False
+        4, c_out, 3, 1, 1, bank_rows=experts * c_out, num_experts=experts, layer=0, bias=True, make_router=None
     )
     torch.nn.init.normal_(conv.bias)
     x, forced = torch.rand(9, 4, 6, 5), torch.arange(9)[:, None] % experts

@@ -35,7 +35,7 @@ def tokens(n=12, t=3, dim=5):
 
 def test_two_experts_by_hand():
     # gelu(x) = x Phi(x): gelu(0) = 0, gelu(1) = 0.8413447, gelu(2) = 2 * 0.9772499.
-    made = MoEMLP(2, 1, bank_rows=2, num_experts=2, layer=0, own_router=False)
+    made = MoEMLP(2, 1, bank_rows=2, num_experts=2, layer=0, make_router=None)
     with torch.no_grad():
         made.fc1_weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         made.fc1_bias.copy_(torch.tensor([0.0, 1.0]))

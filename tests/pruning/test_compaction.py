@@ -33,6 +33,7 @@ def pruned(name="resnet18", seed=0, **kwargs):
     return model.eval()
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize(("name", "width", "scale", "size"), CASES)
 def test_compacted_logits_shapes_and_cost(name, width, scale, size):
     model = pruned(name, width=width, scale=scale, input_size=size)

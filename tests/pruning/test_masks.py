@@ -33,7 +33,7 @@ def test_one_mask_for_each_layer_of_the_moe_form(tmp_path, name):
     require_same_banks("masks", others, units)
     assert [int(mask.sum()) for mask in units] == [int(unit[0].sum()) for unit in others]
     # The rows kept of a layer are those that its own scores keep.
-    slices = model.backbone.layout.slices(model.backbone.kept())
+    slices = model.backbone.layout.slices(model.backbone.surviving_channels())
     layers = {m.layer: path for path, m in routed.backbone.named_modules() if isinstance(m, MoELayer)}
     found = json.loads((tmp_path / "masks.json").read_text())["layers"]
     assert found == masks(model)

@@ -49,7 +49,7 @@ class Parsed(HTMLParser):
 
     def attributes(self, tag: str, name: str) -> list[str]:
         """The values of an attribute that elements of a name have."""
-        return [at[name] or "" for found, at, _ in self.elements if found == tag and name in at]
+        return [at[name] or "" for element, at, _ in self.elements if element == tag and name in at]
 
 
 def _is(attributes: dict[str, str | None], kind: str | None) -> bool:

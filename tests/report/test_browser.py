@@ -38,7 +38,7 @@ const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => v <= 0.040
   : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
 const behind = (node) => { for (; node; node = node.parentElement) {
   const colour = seen(getComputedStyle(node).backgroundColor); if (colour[3] !== 0) return colour; } };
-const found = (node, colour) => { const [a, b] = [light(seen(colour)), light(behind(node))].sort((a, b) => b - a);
+const contrast = (node, colour) => { const [a, b] = [light(seen(colour)), light(behind(node))].sort((a, b) => b - a);
   return [(a + 0.05) / (b + 0.05), node.textContent.slice(0, 40)]; };
 const shown = (node) => node.checkVisibility() && node.textContent.trim();
 """
@@ -49,7 +49,7 @@ class Browser:
 
     def __init__(self, driver: subprocess.Popen[str], folder: Path) -> None:
         lines = iter(driver.stdout.readline, "")
-        port = next(found[1] for line in lines if (found := re.search(r"successfully on port (\d+)", line)))
+        port = next(match[1] for line in lines if (match := re.search(r"successfully on port (\d+)", line)))
         self.root = f"http://127.0.0.1:{port}/session"
         options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
@@ -95,9 +95,9 @@ def traced():
     clean, right = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]]), torch.ones(4).bool()
     halves = torch.tensor([[True, True, False, False], [False, False, True, True]])
     chosen = Dissection(clean, clean.roll(2, 0), right, right, 2, torch.tensor([0, 0, 1, 1]))
-    found = statistics(chosen, [halves, halves], num_classes=2, other=None)
-    found["attack"]["name"] = "pgd-10"
-    return found
+    result = statistics(chosen, [halves, halves], num_classes=2, other=None)
+    result["attack"]["name"] = "pgd-10"
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +168,11 @@ return Array.from(document.querySelectorAll('figure, .strip, .pictures img'), (e
 @pytest.mark.parametrize("width", [1280, 360])
 def test_every_figure_is_visible(browser, page, width):
     browser.size(width, 740, mobile=width < 500)
-    found = browser.js(VISIBLE)
-    figures = [each for each in found if each["name"] == "FIGURE"]
+    images = browser.js(VISIBLE)
+    figures = [each for each in images if each["name"] == "FIGURE"]
     assert len(figures) == len(list((page.parent / "report-figures").glob("*.svg"))) == 19
-    assert [each["name"] for each in found if each["name"] != "FIGURE"] == ["IMG"] * 3 + ["svg"] + ["IMG"] * 3 + ["svg"]
-    for each in found:
+    assert [each["name"] for each in images if each["name"] != "FIGURE"] == [*["IMG"] * 3, "svg"] * 2
+    for each in images:
         assert each["shown"] and each["within"] and each["width"] > 60 and each["height"] > 10, each
         assert each["pixels"] == 8 if each["name"] == "IMG" else each["parts"] >= 4, each
 
@@ -198,7 +198,7 @@ def test_tables_sort_by_a_click_and_by_the_keyboard(browser):
 
 
 def test_numbers_sort_as_numbers(browser):
-    made = """
+    script = """
       const table = document.querySelector('table.data'), body = table.tBodies[0], row = body.rows[0];
       const orders = ['10.0', '9.5', '', '-1.0', '1e-05'];
       body.replaceChildren(...orders.map((order) => { const copy = row.cloneNode(true);
@@ -208,7 +208,7 @@ def test_numbers_sort_as_numbers(browser):
       table.tHead.rows[0].cells[1].firstChild.click();
       return [up, [...body.rows].map((each) => each.cells[1].dataset.order)];
     """
-    assert browser.js(made) == [["-1.0", "1e-05", "9.5", "10.0", ""], ["10.0", "9.5", "1e-05", "-1.0", ""]]
+    assert browser.js(script) == [["-1.0", "1e-05", "9.5", "10.0", ""], ["10.0", "9.5", "1e-05", "-1.0", ""]]
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
@@ -216,15 +216,14 @@ def test_text_stands_out_in_either_scheme(browser, scheme, dark):
     browser.media(scheme=scheme)
     page = f"{CONTRASTS} return light(behind(document.querySelector('main > section')))"
     assert (browser.js(page) < 0.05) if dark else (browser.js(page) > 0.9)
-    words = (
-        f"return [...document.querySelectorAll('{TEXT}')].filter(shown).map((n) => found(n, getComputedStyle(n).color))"
-    )
-    found = browser.js(CONTRASTS + words)
-    assert len(found) > 200 and min(found)[0] >= 4.5, min(found)
+    words = f"""return [...document.querySelectorAll('{TEXT}')].filter(shown)
+      .map((n) => contrast(n, getComputedStyle(n).color));"""
+    contrasts = browser.js(CONTRASTS + words)
+    assert len(contrasts) > 200 and min(contrasts)[0] >= 4.5, min(contrasts)
     drawn = """return [...document.querySelectorAll('.drawing text')].filter((n) => !/^[0-9.]+$/.test(n.textContent))
-      .map((n) => found(n.closest('figure'), getComputedStyle(n).fill));"""
-    found = browser.js(CONTRASTS + drawn)
-    assert len(found) > 40 and min(found)[0] >= 4.5, min(found)
+      .map((n) => contrast(n.closest('figure'), getComputedStyle(n).fill));"""
+    contrasts = browser.js(CONTRASTS + drawn)
+    assert len(contrasts) > 40 and min(contrasts)[0] >= 4.5, min(contrasts)
 
 
 def test_on_a_phone_only_boxes_scroll_and_text_is_large_enough(browser):
@@ -234,8 +233,8 @@ def test_on_a_phone_only_boxes_scroll_and_text_is_large_enough(browser):
       && node.getBoundingClientRect().right > 361 && !node.closest('.scroll')).map((n) => n.outerHTML.slice(0, 80))"""
     assert browser.js(wide) == []
     boxes = "return [...document.querySelectorAll('.scroll')].map((b) => [b.scrollWidth > b.clientWidth, b.tabIndex])"
-    found = browser.js(boxes)
-    assert {tuple(each) for each in found} == {(True, 0), (False, -1)}  # the keyboard stops where there is a way to go
+    states = browser.js(boxes)
+    assert {tuple(each) for each in states} == {(True, 0), (False, -1)}  # the keyboard stops where there is a way to go
     sizes = """return [...document.querySelectorAll('.drawing text, .strip text')].map((node) =>
       parseFloat(getComputedStyle(node).fontSize) * Math.hypot(node.getScreenCTM().a, node.getScreenCTM().b))"""
     assert min(browser.js(sizes)) >= 6.5

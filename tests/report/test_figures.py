@@ -205,10 +205,10 @@ def grid(count, **shares):
 
 
 def test_bins_are_joined_where_something_is():
-    found = coarser(grid(12, a={3: 0.5, 6: 0.5}, b={7: 1.0}), 3)
+    joined = coarser(grid(12, a={3: 0.5, 6: 0.5}, b={7: 1.0}), 3)
     # 3 to 7 of 12 are five bins: in pairs from an even one they are three.
-    assert found["a"] == {"edges": [2 / 12, 4 / 12, 6 / 12, 8 / 12], "shares": [0.5, 0, 0.5]}
-    assert found["b"]["shares"] == [0, 0, 1] and found["b"]["edges"] == found["a"]["edges"]
+    assert joined["a"] == {"edges": [2 / 12, 4 / 12, 6 / 12, 8 / 12], "shares": [0.5, 0, 0.5]}
+    assert joined["b"]["shares"] == [0, 0, 1] and joined["b"]["edges"] == joined["a"]["edges"]
     assert coarser(grid(12, a={3: 0.5, 7: 0.5}), 2)["a"] == {"edges": [0.25, 0.5, 0.75], "shares": [0.5, 0.5]}
     assert coarser(grid(12, a={11: 1.0}), 2)["a"] == {"edges": [11 / 12, 1], "shares": [1]}
     # 7 does not divide into joined bins: the last is what is left.
@@ -219,9 +219,9 @@ def test_bins_are_joined_where_something_is():
 
 
 def test_tails_of_next_to_nothing_go_to_the_ends():
-    found = coarser(grid(10, a={0: 5e-5, 4: 0.4, 5: 0.6 - 1e-4, 9: 5e-5}), 2)["a"]
-    assert found["edges"] == [0.4, 0.5, 0.6]
-    assert found["shares"] == pytest.approx([0.4 + 5e-5, 0.6 - 5e-5]) and sum(found["shares"]) == pytest.approx(1)
+    joined = coarser(grid(10, a={0: 5e-5, 4: 0.4, 5: 0.6 - 1e-4, 9: 5e-5}), 2)["a"]
+    assert joined["edges"] == [0.4, 0.5, 0.6]
+    assert joined["shares"] == pytest.approx([0.4 + 5e-5, 0.6 - 5e-5]) and sum(joined["shares"]) == pytest.approx(1)
 
 
 def test_bins_of_different_grids_stay():

@@ -15,8 +15,8 @@ GAP = 0.025
 
 def test_bands_by_hand():
     flows = [[0.5, 0.25], [0.0, 0.25]]
-    found = list(bands([0.75, 0.25], [0.5, 0.5], flows, ENDS))
-    assert found == [
+    drawn = list(bands([0.75, 0.25], [0.5, 0.5], flows, ENDS))
+    assert drawn == [
         Band(0.5, 0, 0, 0, *ENDS),
         Band(0.25, 0.5, 0.5 + GAP, 0, *ENDS),  # below what goes to expert 0, and under the first node and its gap
         Band(0.25, 0.75 + GAP, 0.75 + GAP, 1, *ENDS),  # below what arrives from expert 0
@@ -25,8 +25,8 @@ def test_bands_by_hand():
 
 def test_a_few_thin_flows_stay_as_they_are():
     flows = [[0.97, 0.01], [0.01, 0.01]]
-    found = list(bands([0.98, 0.02], [0.98, 0.02], flows, ENDS))
-    assert [band.source for band in found] == [0, 0, 1, 1] and len(found) == FEW + 1
+    drawn = list(bands([0.98, 0.02], [0.98, 0.02], flows, ENDS))
+    assert [band.source for band in drawn] == [0, 0, 1, 1] and len(drawn) == FEW + 1
 
 
 def test_many_thin_flows_run_through_a_bundle():
@@ -60,12 +60,12 @@ def layers(draw):
 def test_every_image_leaves_its_node_and_arrives_at_one(flows):
     experts = range(len(flows))
     load, following = [sum(row) for row in flows], [sum(column) for column in zip(*flows, strict=True)]
-    found = list(bands(load, following, flows, ENDS))
+    drawn = list(bands(load, following, flows, ENDS))
     thin = [share for row in flows for share in row if 0 < share < THIN]
-    assert len({band.source is None for band in found}) == 1 or len(thin) > FEW
+    assert len({band.source is None for band in drawn}) == 1 or len(thin) > FEW
     for shares, at, start in ((load, ENDS[0], lambda band: (band.left, band.start)),
                               (following, ENDS[1], lambda band: (band.right, band.end))):  # fmt: skip
-        ends = sorted((start(band)[1], band.share) for band in found if start(band)[0] == at)
+        ends = sorted((start(band)[1], band.share) for band in drawn if start(band)[0] == at)
         assert math.fsum(share for _, share in ends) == pytest.approx(1)
         # Together the bands cover each node from its upper end to its lower one, once.
         tops = [sum(shares[:expert]) + GAP * expert for expert in experts]

@@ -37,16 +37,16 @@ def font(tmp_path):
         (pen.lineTo if k else pen.moveTo)(point)
     pen.closePath()
     square = pen.glyph()
-    made = FontBuilder(1000, isTTF=True)
-    made.setupGlyphOrder([".notdef", "cat"])
-    made.setupCharacterMap({ord(CAT): "cat"})
-    made.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": square})
-    made.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
-    made.setupHorizontalHeader(ascent=800, descent=-200)
-    made.setupNameTable({"familyName": "Of Cats", "styleName": "Regular"})
-    made.setupOS2()
-    made.setupPost()
-    made.save(tmp_path / "cats.ttf")
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord(CAT): "cat"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": square})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Of Cats", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "cats.ttf")
     fontManager.addfont(tmp_path / "cats.ttf")
     return "Of Cats"
 
@@ -73,19 +73,19 @@ def test_characters_that_no_font_has_are_boxes_and_one_note(tmp_path, capsys, su
 
 
 def test_a_font_that_has_them_is_found_for_the_texts_that_need_it(tmp_path, capsys, font):
-    found = families(draw(tmp_path / "a.svg", CAT, HOUSE, "plain"))
-    assert font in found[CAT] and font not in found[HOUSE] and font not in found["plain"]
+    styles = families(draw(tmp_path / "a.svg", CAT, HOUSE, "plain"))
+    assert font in styles[CAT] and font not in styles[HOUSE] and font not in styles["plain"]
     boxes = draw(tmp_path / "b.png", DOG).read_bytes()
     assert draw(tmp_path / "c.png", CAT).read_bytes() != boxes
     assert len(capsys.readouterr().err.splitlines()) == 1  # of the dog
 
 
 def test_usual_names_are_drawn_as_ever(tmp_path, capsys, font):
-    found = families(draw(tmp_path / "a.svg", "cat", "café", "l∞ ± …"))
-    assert not any(font in style for style in found.values())
+    styles = families(draw(tmp_path / "a.svg", "cat", "café", "l∞ ± …"))
+    assert not any(font in style for style in styles.values())
     assert capsys.readouterr().err == ""
 
 
 def test_names_that_are_no_text_are_drawn_with_escapes(tmp_path):
-    found = families(draw(tmp_path / "a.svg", "chat-\udce9", "bell\x07", "line\nend"))
-    assert {r"chat-\xe9", r"bell\x07", r"line\nend"} <= set(found)
+    styles = families(draw(tmp_path / "a.svg", "chat-\udce9", "bell\x07", "line\nend"))
+    assert {r"chat-\xe9", r"bell\x07", r"line\nend"} <= set(styles)

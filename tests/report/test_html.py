@@ -12,14 +12,14 @@ def test_text_is_escaped_and_html_is_not():
 
 
 def test_attributes_are_escaped_and_cannot_be_left():
-    made = element("a", href=HOSTILE)
-    assert made == ('<a href="&lt;script&gt;alert(&#x27;1 &amp; &quot;2&quot;&#x27;)&lt;/script&gt;"></a>')
-    assert isinstance(made, Html)
+    html = element("a", href=HOSTILE)
+    assert html == ('<a href="&lt;script&gt;alert(&#x27;1 &amp; &quot;2&quot;&#x27;)&lt;/script&gt;"></a>')
+    assert isinstance(html, Html)
 
 
 def test_names_of_attributes():
-    made = element("td", class_="number", aria_sort="none", hidden=True, title=None, lang=False, colspan=2)
-    assert made == '<td class="number" aria-sort="none" hidden colspan="2"></td>'
+    html = element("td", class_="number", aria_sort="none", hidden=True, title=None, lang=False, colspan=2)
+    assert html == '<td class="number" aria-sort="none" hidden colspan="2"></td>'
 
 
 def test_elements_without_content_are_not_closed():

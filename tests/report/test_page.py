@@ -33,12 +33,12 @@ def test_links_lead_somewhere_and_identifiers_are_there_once(make_run, make_stud
     paths = [make_run("a", only={"metrics", "evaluation", "sweep"}), make_run("b", only={"gallery"}), make_study()]
     write_report(load_results(paths), tmp_path / "r.html")
     page = parsed(tmp_path / "r.html")
-    found = [at["id"] for _, at, _ in page.elements if "id" in at]
-    assert len(found) == len(set(found))
+    identifiers = [at["id"] for _, at, _ in page.elements if "id" in at]
+    assert len(identifiers) == len(set(identifiers))
     links = page.attributes("a", "href")
-    assert len(links) > 12 and all(link[0] == "#" and link[1:] in found for link in links)
+    assert len(links) > 12 and all(link[0] == "#" and link[1:] in identifiers for link in links)
     named = [word for _, at, _ in page.elements for word in (at.get("aria-labelledby") or "").split()]
-    assert len(named) > 8 and set(named) <= set(found)
+    assert len(named) > 8 and set(named) <= set(identifiers)
 
 
 def test_nothing_is_fetched_and_only_the_pages_own_script_runs(make_run, tmp_path, parsed):

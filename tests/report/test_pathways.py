@@ -25,20 +25,20 @@ def planted(against=None, clean=CLEAN, classes=("cat", "<dog>", "newt")):
     right = torch.ones(5).bool()
     chosen = Dissection(clean, clean.roll(1, 0), right, right, 2, torch.tensor([0, 0, 0, 1, 1]))
     other = {None: None, "mask": (MASK, None), "pathways": (HALVES, chosen)}[against]
-    found = statistics(chosen, HALVES[: clean.shape[1]], num_classes=3, other=other)
-    found |= {"classes": list(classes)}
-    found["attack"]["name"] = "pgd-7"
+    result = statistics(chosen, HALVES[: clean.shape[1]], num_classes=3, other=other)
+    result |= {"classes": list(classes)}
+    result["attack"]["name"] = "pgd-7"
     if against is not None:
-        found["against"]["run"] = "runs/<other>"
-    return found
+        result["against"]["run"] = "runs/<other>"
+    return result
 
 
-def section(found, folder, tmp_path):
+def section(result, folder, tmp_path):
     """The page's part, of a run directory with this `pathways.json`."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("model: {kind: moe}\n")
-    (run / "pathways.json").write_text(json.dumps(found))
+    (run / "pathways.json").write_text(json.dumps(result))
     (loaded,) = load_results([run])
     folder.mkdir()
     return joined(pathways(loaded, Album(folder)))
@@ -78,31 +78,31 @@ def test_without_results_there_is_no_section(tmp_path):
 
 
 def test_pictures_in_words():
-    found = {each.name: each for each in pictures(planted("mask"))}
-    assert list(found) == [
+    by_name = {each.name: each for each in pictures(planted("mask"))}
+    assert list(by_name) == [
         "flow", "classes-clean", "classes-adversarial", "class-iou-clean", "class-iou-adversarial", "iou-attack",
         "iou-against",
     ]  # fmt: skip
     # Of equal flows the one between the higher experts is told.
-    assert "clean: layer 0 expert 1 to 1 (40 %); adversarial: layer 0 expert 1 to 1 (40 %)" in found["flow"].alt
-    classes = found["classes-clean"]
+    assert "clean: layer 0 expert 1 to 1 (40 %); adversarial: layer 0 expert 1 to 1 (40 %)" in by_name["flow"].alt
+    classes = by_name["classes-clean"]
     assert classes.data["values"][0] == pytest.approx([1, 0, 2 / 3, 1 / 3])
     assert classes.data["values"][2] == [None] * 4
     assert "from 0 (class cat, MoE layer 0, expert 1) to 1 (class cat, MoE layer 0, expert 0)" in classes.alt
-    assert "0.667 within a class, 0.111 between classes" in found["class-iou-clean"].caption
-    assert "random masks of the same size" in found["iou-against"].caption
-    assert "grey" not in found["flow"].caption  # of two experts no flow is joined to others
+    assert "0.667 within a class, 0.111 between classes" in by_name["class-iou-clean"].caption
+    assert "random masks of the same size" in by_name["iou-against"].caption
+    assert "grey" not in by_name["flow"].caption  # of two experts no flow is joined to others
 
 
 def test_a_single_layer_has_no_flow():
-    found = planted(clean=[[0], [0], [0], [1], [1]])
-    assert [each.name for each in pictures(found)][:2] == ["classes-clean", "classes-adversarial"]
+    result = planted(clean=[[0], [0], [0], [1], [1]])
+    assert [each.name for each in pictures(result)][:2] == ["classes-clean", "classes-adversarial"]
 
 
 def test_names_of_classes_may_be_unknown():
-    found = planted()
-    del found["classes"]
-    (classes,) = (each for each in pictures(found) if each.name == "classes-clean")
+    result = planted()
+    del result["classes"]
+    (classes,) = (each for each in pictures(result) if each.name == "classes-clean")
     assert classes.data["rows"] == ["0", "1", "2"]
 
 

@@ -12,11 +12,11 @@ def loaded(path):
 
 
 def commands(run):
-    return {each.title: each.command for each in run.made()}
+    return {each.title: each.command for each in run.result_states()}
 
 
 def states(run):
-    return {each.title: each.state for each in run.made()}
+    return {each.title: each.state for each in run.result_states()}
 
 
 def test_a_run_with_everything(make_run):
@@ -41,12 +41,12 @@ def test_a_run_with_nothing_but_its_configuration(make_run):
     run = loaded(path)
     assert run.evaluation == run.manifest == {} and run.epochs == [] and run.gallery is None
     assert set(states(run).values()) == {"missing"}
-    made = commands(run)
-    assert made["training"] == f"advmoe train --config {path}/config.yaml --run-dir {path}-again"
-    assert made["accuracy under attack"] == f"advmoe evaluate {path}"
-    assert made["sweep over eps"] == f"advmoe sweep-eps {path} --eps 0,2/255,4/255,8/255,16/255"
-    assert made["dissection of the attack"] == f"advmoe dissect {path}"
-    assert made["gallery"] == f"advmoe report {path}"
+    shown = commands(run)
+    assert shown["training"] == f"advmoe train --config {path}/config.yaml --run-dir {path}-again"
+    assert shown["accuracy under attack"] == f"advmoe evaluate {path}"
+    assert shown["sweep over eps"] == f"advmoe sweep-eps {path} --eps 0,2/255,4/255,8/255,16/255"
+    assert shown["dissection of the attack"] == f"advmoe dissect {path}"
+    assert shown["gallery"] == f"advmoe report {path}"
 
 
 def test_a_run_in_progress_is_continued(make_run):
@@ -62,21 +62,20 @@ def test_a_run_in_progress_is_continued(make_run):
 def test_commands_repeat_the_measurements_that_are_there(make_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run("a run")
-    made = commands(loaded("runs/a run"))
-    assert made["training"] == "advmoe train --run-dir 'runs/a run'"
-    assert made["accuracy under attack"] == "advmoe evaluate 'runs/a run' --attacks pgd-10,routed --num-examples 40"
-    assert (
-        made["sweep over eps"] == "advmoe sweep-eps 'runs/a run' --eps 0,4/255,8/255 --attacks pgd-10 --num-examples 40"
-    )
-    assert made["dissection of the attack"] == "advmoe dissect 'runs/a run' --attacks pgd-10 --num-examples 40"
+    shown = commands(loaded("runs/a run"))
+    assert shown["training"] == "advmoe train --run-dir 'runs/a run'"
+    assert shown["accuracy under attack"] == "advmoe evaluate 'runs/a run' --attacks pgd-10,routed --num-examples 40"
+    eps = "--eps 0,4/255,8/255"
+    assert shown["sweep over eps"] == f"advmoe sweep-eps 'runs/a run' {eps} --attacks pgd-10 --num-examples 40"
+    assert shown["dissection of the attack"] == "advmoe dissect 'runs/a run' --attacks pgd-10 --num-examples 40"
 
 
 def test_the_command_of_pathways(make_run):
-    found = {
+    result = {
         "attack": {"name": "pgd-10"}, "num_examples": 20, "threat": {"norm": "linf", "eps": 0.1}, "seed": 3,
         "against": {"run": "runs/a mask"},
     }  # fmt: skip
-    run = loaded(make_run("a", pathways=found))
+    run = loaded(make_run("a", pathways=result))
     options = "--against 'runs/a mask' --attacks pgd-10 --num-examples 20 --threat.eps 0.1 --seed 3"
     assert commands(run)["pathways"] == f"advmoe pathways {run.path} {options}"
     assert set(states(run).values()) == {"there"}
@@ -122,9 +121,9 @@ def test_studies_of_one_name_are_told_apart(make_study):
 def test_labels_tell_directories_apart_and_each_is_there_once(make_run, tmp_path):
     paths = [make_run(name, only=set()) for name in ("x/seed-0", "y/seed-0")]
     (tmp_path / "link").symlink_to(paths[0])
-    found = load_results([paths[0], paths[1], f"{paths[1]}/.", tmp_path / "link"])
-    assert [each.label for each in found] == ["x/seed-0", "y/seed-0"]
-    assert [each.path for each in found] == paths
+    results = load_results([paths[0], paths[1], f"{paths[1]}/.", tmp_path / "link"])
+    assert [each.label for each in results] == ["x/seed-0", "y/seed-0"]
+    assert [each.path for each in results] == paths
 
 
 def test_a_gallery_that_was_made_in_the_meantime(make_run):

@@ -2,7 +2,7 @@ import pytest
 
 from advmoe.report.html import joined
 from advmoe.report.results import load_results
-from advmoe.report.run_sections import accuracy, dissection, introduction, made, run_section, sweep, tiles, training
+from advmoe.report.run_sections import accuracy, commands, dissection, introduction, run_section, sweep, tiles, training
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_warnings_of_attacks_and_checks(load, parsed):
         {"name": "pixels", "passed": True, "detail": "from 0 to 1"},
         {"name": "gradients", "passed": False, "detail": "40 of 40 are 0"},
     ]
-    found = {"clean_accuracy": 0.5, "robust_accuracy": {"pgd-10": 0.25}, "attacks": attacks, "checks": checks}
-    page = parsed(*accuracy(load(only={"evaluation"}, evaluation=found)))
+    evaluation = {"clean_accuracy": 0.5, "robust_accuracy": {"pgd-10": 0.25}, "attacks": attacks, "checks": checks}
+    page = parsed(*accuracy(load(only={"evaluation"}, evaluation=evaluation)))
     assert page.texts("li") == [
         "pgd-10: 5 steps cannot <cross> the ball",
         "routed was skipped: the model has no MoE layers",
@@ -135,7 +135,7 @@ def test_a_dissection_where_nothing_is_right_clean(load, album, parsed):
 
 def test_what_made_it(load, parsed):
     run = load(only={"metrics", "manifest"})
-    page = parsed(*made(run))
+    page = parsed(*commands(run))
     assert page.texts("b")[:2] == ["training", "accuracy under attack"]
     assert page.texts("span", "verdict") == ["there", *["missing"] * 5]
     assert page.texts("code")[:2] == ["advmoe train --run-dir runs/advmoe", f"advmoe evaluate {run.path}"]
@@ -144,7 +144,7 @@ def test_what_made_it(load, parsed):
 
 
 def test_without_a_manifest(load, parsed):
-    assert "There is no manifest.json" in parsed(*made(load(only={"metrics"}))).texts("p")[0]
+    assert "There is no manifest.json" in parsed(*commands(load(only={"metrics"}))).texts("p")[0]
 
 
 def test_what_is_missing_is_named(load, parsed):
@@ -171,23 +171,23 @@ def test_why_there_is_no_gallery(make_run, parsed):
 
 
 def test_a_whole_section(load, album, parsed):
-    made = run_section(load(), album, 2, alone=False)
-    assert (made.ident, made.title) == ("run-2", "advmoe")
+    section = run_section(load(), album, 2, alone=False)
+    assert (section.ident, section.title) == ("run-2", "advmoe")
     titles = [
         "Robust accuracy", "Training", "Robustness against the attack's strength", "The attack, dissected", "Gallery",
         "Commands and configuration",
     ]  # fmt: skip
-    assert [title for _, title in made.parts] == titles
-    page = parsed(made.html)
+    assert [title for _, title in section.parts] == titles
+    page = parsed(section.html)
     assert page.texts("h3") == titles
-    assert page.attributes("h3", "id") == [ident for ident, _ in made.parts]
+    assert page.attributes("h3", "id") == [ident for ident, _ in section.parts]
     assert page.texts("p", "lead") != []
 
 
 def test_alone_on_the_page_it_is_introduced_by_the_summary(load, album, parsed):
-    made = run_section(load(only=set()), album, 1, alone=True)
-    assert parsed(made.html).texts("p", "lead") == []
-    assert [title for _, title in made.parts] == ["Commands and configuration"]
+    section = run_section(load(only=set()), album, 1, alone=True)
+    assert parsed(section.html).texts("p", "lead") == []
+    assert [title for _, title in section.parts] == ["Commands and configuration"]
 
 
 def test_strings_of_a_run_are_escaped(load, album, parsed):

@@ -87,8 +87,8 @@ def test_ours_beside_the_papers(parsed):
     ("std", "text"), [(0.0, f"0.139 {PM} 0"), (1e-5, f"0.139 {PM} 0"), (0.02, f"0.139 {PM} 0.020"), (None, "0.139")]
 )
 def test_a_spread_has_the_decimals_of_its_mean(parsed, std, text):
-    made = table("T.", *beside_paper([{"key": "m"}, {"key": "g"}], [{"m": "AT", "g": {"mean": 0.139, "std": std}}]))
-    assert parsed(made).texts("td") == [text]
+    html = table("T.", *beside_paper([{"key": "m"}, {"key": "g"}], [{"m": "AT", "g": {"mean": 0.139, "std": std}}]))
+    assert parsed(html).texts("td") == [text]
 
 
 def test_tables_sort_by_the_mean(shown):
@@ -156,6 +156,6 @@ def test_strings_of_a_study_are_escaped(make_study, album, parsed):
                   "data": {hostile: [{"x": 1, "y": 2}]}, "options": {"xlabel": hostile, "ylabel": hostile}}],
     )  # fmt: skip
     (study,) = load_results([path])
-    made = study_section(study, album, 1).html
-    assert "<img" not in made and made.count("&lt;img src=x onerror=alert(1)&gt;") >= 17
-    assert parsed(made).texts("h2") == [f"{hostile} (smoke)"]
+    html = study_section(study, album, 1).html
+    assert "<img" not in html and html.count("&lt;img src=x onerror=alert(1)&gt;") >= 17
+    assert parsed(html).texts("h2") == [f"{hostile} (smoke)"]

@@ -29,18 +29,18 @@ def test_identifiers_and_what_refers_to_them_get_the_prefix():
         '<defs><clipPath id="c"/></defs><use xlink:href="#c"/><g clip-path="url(#c)"/>'
         '<g style="clip-path: url(#c); stroke-width: 2"/>'
     )
-    made = inside(body)
-    assert '<clipPath id="f1-c" />' in made and '<use href="#f1-c" />' in made
-    assert '<g clip-path="url(#f1-c)" />' in made
-    assert '<g style="clip-path: url(#f1-c); stroke-width: 2" />' in made
+    html = inside(body)
+    assert '<clipPath id="f1-c" />' in html and '<use href="#f1-c" />' in html
+    assert '<g clip-path="url(#f1-c)" />' in html
+    assert '<g style="clip-path: url(#f1-c); stroke-width: 2" />' in html
 
 
 def test_colours_that_stand_for_the_pages_own():
     body = '<path style="fill: #FFFFFF; stroke: #000000"/><path fill="#000000" stroke="#d9d9d9"/><path fill="#0072b2"/>'
-    made = inside(body)
-    assert '<path style="fill: none; stroke: currentColor" />' in made
-    assert '<path fill="currentColor" stroke="var(--grid)" />' in made
-    assert '<path fill="#0072b2" />' in made
+    html = inside(body)
+    assert '<path style="fill: none; stroke: currentColor" />' in html
+    assert '<path fill="currentColor" stroke="var(--grid)" />' in html
+    assert '<path fill="#0072b2" />' in html
 
 
 def test_pictures_stay():

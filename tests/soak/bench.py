@@ -137,8 +137,10 @@ def last_line(text: str) -> str:
 
 
 def require_line(ended: Ended, rule: str = "") -> str:
-    """The one line on stderr that a refused or failed command says. Raises `Failure` for anything else."""
-    lines = ended.err.strip().splitlines()
+    """The one line on stderr that a refused or failed command says, below its notes. Raises `Failure` for anything
+    else.
+    """
+    lines = [line for line in ended.err.strip().splitlines() if not line.startswith("note  ")]
     if len(lines) != 1:
         raise Failure(f"exit code {ended.code} with {len(lines)} lines on stderr{rule}: {last_line(ended.err)}")
     if len(lines[0]) > LONGEST:

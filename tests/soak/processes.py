@@ -77,6 +77,7 @@ def run(
     hook = (kill.operation, kill.signal) if kill is not None and kill.after is None else (0, 0)
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "COLUMNS": "120", "HF_HUB_OFFLINE": "1",
+        "ADVMOE_LOG_FORMAT": "quiet",
         "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", **(env or {}),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH", "")])),
         "SOAK_HOOK": f"{hook[0]} {hook[1]} {cwd}/ {notes}", "SOAK_MARK": mark.partition("=")[2],

@@ -74,27 +74,27 @@ def record(write_weights: Callable[[Path], None]) -> Callable[..., None]:
     return write
 
 
-Made = tuple[str, dict[str, Any], dict[str, Mapping[str, Any]]]
+Measured = tuple[str, dict[str, Any], dict[str, Mapping[str, Any]]]
 """A measurement: its kind, content, and arrays by file."""
 
 
 @pytest.fixture(scope="session")
-def evaluated() -> Callable[..., Made]:
+def evaluated() -> Callable[..., Measured]:
     """Makes an evaluation from strings of `1` (right) and `0` for the images: without an attack, and by attack."""
 
-    def make(clean: str, attacks: Mapping[str, str], *, first: int = 0, **content: Any) -> Made:
+    def make(clean: str, attacks: Mapping[str, str], *, first: int = 0, **content: Any) -> Measured:
         right = {name: [mark == "1" for mark in marks] for name, marks in {"": clean, **attacks}.items()}
-        held = {name: [a and b for a, b in zip(marks, right[""], strict=True)] for name, marks in right.items()}
-        worst = [all(each) for each in zip(*held.values(), strict=True)]
-        shares = {name: sum(marks) / len(marks) for name, marks in held.items()}
+        robust = {name: [a and b for a, b in zip(marks, right[""], strict=True)] for name, marks in right.items()}
+        worst = [all(each) for each in zip(*robust.values(), strict=True)]
+        shares = {name: sum(marks) / len(marks) for name, marks in robust.items()}
         clean_share = shares.pop("")
-        found = {
+        evaluation = {
             "clean_accuracy": clean_share, "robust_accuracy": shares, "worst_case": sum(worst) / len(worst),
             "masking_gap": 0.0, **content,
         }  # fmt: skip
         arrays = {"index": list(range(first, first + len(clean))), "clean_correct": right[""]}
-        arrays |= {f"robust/{name}": held[name] for name in attacks}
-        return "evaluate", found, {"evaluation_examples": arrays}
+        arrays |= {f"robust/{name}": robust[name] for name in attacks}
+        return "evaluate", evaluation, {"evaluation_examples": arrays}
 
     return make
 
@@ -105,18 +105,18 @@ def row(tmp_path: Path, record: Callable[..., None]) -> Callable[..., RowResults
     numbers = itertools.count()
 
     def make(labels: Mapping[str, Any], by_seed: Mapping[int, Mapping[str, Any]]) -> RowResults:
-        found = {}
-        for seed, given in by_seed.items():
+        results = {}
+        for seed, measurements in by_seed.items():
             key = f"run-{next(numbers)}"
             run = PlannedRun(key, key, seed, {}, tmp_path / key, None)
-            record(run, given.get("epochs", []))
+            record(run, measurements.get("epochs", []))
             measures = {}
-            for name, made in given.items():
+            for name, measurement in measurements.items():
                 if name != "epochs":
-                    kind, content, arrays = made
+                    kind, content, arrays = measurement
                     measures[name] = PlannedMeasure(run, kind, {}, None, f"{kind}-{name}")
                     record(measures[name], content, **arrays)
-            found[seed] = RunResults(run, measures)
-        return RowResults(", ".join(map(str, labels.values())), labels, found)
+            results[seed] = RunResults(run, measures)
+        return RowResults(", ".join(map(str, labels.values())), labels, results)
 
     return make

@@ -47,11 +47,11 @@ def test_convergence_is_the_loss_of_both_levels_epoch_by_epoch(row):
         [row({"method": "AdvMoE"}, {0: {"epochs": epochs}}), row({"method": "AT (MoE)"}, {0: {"epochs": plain}})]
     )
     outcome = STUDIES["convergence"].show(scale_named("smoke"), results)
-    loss, right, held = outcome.figures
+    loss, right, validation = outcome.figures
     heights = {name: [point["y"] for point in series] for name, series in loss.data.items()}
     assert heights == {"AdvMoE: routers": [2.5, None], "AdvMoE: experts": [1.75, 0.75], "AT (MoE)": [2.0]}
     assert [point["y"] for point in right.data["AdvMoE: experts"]] == [20.0, 40.0]
-    assert [point["y"] for point in held.data["AdvMoE"]] == [10.0, 30.0]
+    assert [point["y"] for point in validation.data["AdvMoE"]] == [10.0, 30.0]
     first, second = outcome.tables[0]["rows"]
     assert (first["val"]["mean"], first["seconds"]["mean"]) == (30.0, 3.0)
     assert (second["val"]["mean"], second["seconds"]["mean"]) == (20.0, 2.0)

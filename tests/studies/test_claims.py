@@ -17,8 +17,8 @@ def versus(of_more, of_less):
 
 
 def judged(*comparisons):
-    found = verdict("PGD", comparisons)
-    return found["verdict"], found["p_value"]
+    result = verdict("PGD", comparisons)
+    return result["verdict"], result["p_value"]
 
 
 ALL, NONE = side("111111"), side("000000")
@@ -29,22 +29,22 @@ def three(marks):
 
 
 def test_the_numbers_of_a_comparison():
-    found = compare(versus(side("1111", "1100", "0110"), side("0011", "0000", "1000")))
-    assert found["seeds"] == [0, 1, 2] and found["images"] == 4
-    assert found["differences"] == {"0": 0.5, "1": 0.5, "2": 0.25}
-    assert found["mean_more"] == pytest.approx((1 + 0.5 + 0.5) / 3)
-    assert found["mean_less"] == pytest.approx((0.5 + 0 + 0.25) / 3)
-    assert found["p_seeds"] == 1 / 8 and found["p_seeds_opposite"] == 1.0
+    result = compare(versus(side("1111", "1100", "0110"), side("0011", "0000", "1000")))
+    assert result["seeds"] == [0, 1, 2] and result["images"] == 4
+    assert result["differences"] == {"0": 0.5, "1": 0.5, "2": 0.25}
+    assert result["mean_more"] == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert result["mean_less"] == pytest.approx((0.5 + 0 + 0.25) / 3)
+    assert result["p_seeds"] == 1 / 8 and result["p_seeds_opposite"] == 1.0
     # Images 0 to 3, summed over seeds: 1 + 1 - 1, 1 + 1 + 1, 0 + 0 + 1, 0: signs of 1, 3 and 1 reach 5 once in 8.
-    assert found["p_images"] == 1 / 8 and found["p_images_opposite"] == 1.0
-    assert found["p"] == 1 / 8  # every seed agrees in sign, so the images decide
+    assert result["p_images"] == 1 / 8 and result["p_images_opposite"] == 1.0
+    assert result["p"] == 1 / 8  # every seed agrees in sign, so the images decide
 
 
 def test_one_seed_decides_nothing_however_clear():
     assert judged(versus(ALL, NONE)) == ("undecided", None)
-    found = verdict("PGD", [versus(ALL, NONE)], "A note.")
-    assert found["note"] == "Too little data: less < more: none: 1 of at least 3 seeds. A note."
-    numbers = found["numbers"]["less < more"]
+    result = verdict("PGD", [versus(ALL, NONE)], "A note.")
+    assert result["note"] == "Too little data: less < more: none: 1 of at least 3 seeds. A note."
+    numbers = result["numbers"]["less < more"]
     assert (numbers["mean_more"], numbers["mean_less"], numbers["p"]) == (1.0, 0.0, 1.0)
     assert numbers["p_images"] == 1 / 64  # said, though it decides nothing
 
@@ -57,9 +57,9 @@ def test_three_seeds_need_one_sign_and_significant_images():
     # A seed that is level, or the other way: undecided, whatever the images say.
     assert judged(versus(side("111111", "111111", "000000"), three("000000"))) == ("undecided", 1.0)
     assert judged(versus(side("111111", "111111", "000000"), side("000000", "000000", "100000"))) == ("undecided", 1.0)
-    found = verdict("worst case", [versus(three("111110"), three("000000"))])
-    assert found["measure"] == "worst case" and found["note"] == ""
-    assert found["test"] == (
+    result = verdict("worst case", [versus(three("111110"), three("000000"))])
+    assert result["measure"] == "worst case" and result["note"] == ""
+    assert result["test"] == (
         "exact sign-flip test over 6 images, where all 3 seeds agree in sign (over seeds alone p >= 0.125)"
     )
 
@@ -98,9 +98,9 @@ def test_a_claim_of_several_comparisons_falls_with_one_at_the_price_of_having_lo
 def test_only_seeds_and_images_that_both_have_are_compared():
     more = {0: {1: True, 2: True, 9: False}, 1: {1: True}, 7: {1: True}}
     less = {0: {1: False, 2: True, 5: True}, 1: {1: True}, 8: {1: True}}
-    found = compare(versus(more, less))
-    assert found["seeds"] == [0, 1] and found["differences"] == {"0": 0.5, "1": 0.0} and found["images"] == 2
-    assert (found["mean_more"], found["mean_less"]) == (1.0, 0.75)
+    result = compare(versus(more, less))
+    assert result["seeds"] == [0, 1] and result["differences"] == {"0": 0.5, "1": 0.0} and result["images"] == 2
+    assert (result["mean_more"], result["mean_less"]) == (1.0, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -112,19 +112,19 @@ def test_only_seeds_and_images_that_both_have_are_compared():
     ],
 )
 def test_where_nothing_can_be_compared_nothing_is_decided(more, less, why):
-    found = verdict("PGD", [versus(more, less)])
-    assert (found["verdict"], found["p_value"], found["test"]) == ("undecided", None, why)
-    assert found["note"] == f"Too little data: less < more: {why}."
-    assert "mean_more" not in found["numbers"]["less < more"]
+    result = verdict("PGD", [versus(more, less)])
+    assert (result["verdict"], result["p_value"], result["test"]) == ("undecided", None, why)
+    assert result["note"] == f"Too little data: less < more: {why}."
+    assert "mean_more" not in result["numbers"]["less < more"]
 
 
 def test_a_missing_comparison_leaves_the_rest_able_to_refute_but_not_to_confirm():
     missing = Comparison("a", "b", {}, {})
     assert judged(versus(three("111111"), three("000000")), missing) == ("undecided", 1.0)
-    found = verdict("PGD", [versus(three("000000"), three("111111")), missing])
-    assert (found["verdict"], found["p_value"]) == ("does not hold", 2 / 64)
-    assert found["note"] == "Too little data: b < a: none: no seed has both."
-    assert set(found["numbers"]) == {"less < more", "b < a"}
+    result = verdict("PGD", [versus(three("000000"), three("111111")), missing])
+    assert (result["verdict"], result["p_value"]) == ("does not hold", 2 / 64)
+    assert result["note"] == "Too little data: b < a: none: no seed has both."
+    assert set(result["numbers"]) == {"less < more", "b < a"}
 
 
 def test_a_claim_s_shape():

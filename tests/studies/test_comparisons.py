@@ -9,16 +9,16 @@ from advmoe.studies.tables import RA
 
 
 @pytest.fixture
-def made(row, evaluated):
+def row_of(row, evaluated):
     """Makes a row of three seeds, each with the same outcomes under PGD and under a second attack."""
 
     def make(method, pgd, second=None, autoattack=None, **labels):
         attacks = {"pgd-10": pgd, "pgd-10-margin": second or pgd}
-        given = {"accuracy": evaluated("1" * len(pgd), attacks)}
+        measurements = {"accuracy": evaluated("1" * len(pgd), attacks)}
         if autoattack:
-            given["autoattack"] = evaluated("1" * len(pgd), {"autoattack:apgd-ce": autoattack})
+            measurements["autoattack"] = evaluated("1" * len(pgd), {"autoattack:apgd-ce": autoattack})
         where = {"dataset": "digits", "backbone": "ResNet-18", **labels}
-        return row({"method": method, **where}, dict.fromkeys(range(3), given))
+        return row({"method": method, **where}, dict.fromkeys(range(3), measurements))
 
     return make
 
@@ -30,9 +30,9 @@ def verdicts(claim):
     return {each["measure"]: each["verdict"] for each in claim["verdicts"]}
 
 
-def test_the_ordering_is_judged_under_pgd_and_in_the_worst_case(made):
+def test_the_ordering_is_judged_under_pgd_and_in_the_worst_case(row_of):
     # Under the second attack the routed models fall behind.
-    results = Results([made("AT (MoE)", LOW), made("AT (S-Dense)", MIDDLE), made("AdvMoE", HIGH, second=LOW)])
+    results = Results([row_of("AT (MoE)", LOW), row_of("AT (S-Dense)", MIDDLE), row_of("AdvMoE", HIGH, second=LOW)])
     claim = ordering(results)
     assert (claim["name"], claim["statement"]) == (
         "ordering", "AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy.",
@@ -44,24 +44,24 @@ def test_the_ordering_is_judged_under_pgd_and_in_the_worst_case(made):
     assert pgd["numbers"]["AT (S-Dense) < AdvMoE"]["mean_more"] == 1.0
 
 
-def test_the_ordering_is_judged_under_autoattack_where_that_was_run(made):
-    rows = [made("AT (MoE)", LOW, autoattack=LOW), made("AT (S-Dense)", MIDDLE, autoattack=MIDDLE)]
-    assert verdicts(ordering(Results([*rows, made("AdvMoE", HIGH, autoattack=HIGH)])))["AutoAttack"] == "holds"
-    assert verdicts(ordering(Results([*rows, made("AdvMoE", HIGH)])))["AutoAttack"] == "undecided"
+def test_the_ordering_is_judged_under_autoattack_where_that_was_run(row_of):
+    rows = [row_of("AT (MoE)", LOW, autoattack=LOW), row_of("AT (S-Dense)", MIDDLE, autoattack=MIDDLE)]
+    assert verdicts(ordering(Results([*rows, row_of("AdvMoE", HIGH, autoattack=HIGH)])))["AutoAttack"] == "holds"
+    assert verdicts(ordering(Results([*rows, row_of("AdvMoE", HIGH)])))["AutoAttack"] == "undecided"
 
 
-def test_an_ordering_for_each_data_set_and_backbone(made):
+def test_an_ordering_for_each_data_set_and_backbone(row_of):
     methods = {"AT (MoE)": LOW, "AT (S-Dense)": MIDDLE, "AdvMoE": HIGH}
-    rows = [made(method, marks) for method, marks in methods.items()]
-    rows += [made(method, LOW, backbone="VGG-16") for method in methods]
+    rows = [row_of(method, marks) for method, marks in methods.items()]
+    rows += [row_of(method, LOW, backbone="VGG-16") for method in methods]
     claims = orderings(Results(rows))
     assert [claim["name"] for claim in claims] == ["ordering, ResNet-18, digits", "ordering, VGG-16, digits"]
     assert [verdicts(claim)["PGD"] for claim in claims] == ["holds", "undecided"]
     assert ordering(Results(rows), " here", backbone="VGG-16")["name"] == "ordering here"
 
 
-def test_bars_and_overview_have_a_place_for_each_method(made):
-    results = Results([made("AT (MoE)", LOW), made("AdvMoE", HIGH), made("AdvMoE", MIDDLE, backbone="VGG-16")])
+def test_bars_and_overview_have_a_place_for_each_method(row_of):
+    results = Results([row_of("AT (MoE)", LOW), row_of("AdvMoE", HIGH), row_of("AdvMoE", MIDDLE, backbone="VGG-16")])
     figure = method_bars("f", "Title", results, RA.value, "RA (%)")
     heights = {group: {name: bar["y"] for name, bar in each.items()} for group, each in figure.data.items()}
     assert heights == {
@@ -81,7 +81,7 @@ def test_rows_scales_and_names():
     assert {name: each.kind for name, each in row.measures.items()} == {
         "accuracy": "evaluate", "cost": "cost", "sweep": "sweep",
     }  # fmt: skip
-    found = scales_of(scale, smoke=(0.5,), cpu=(0.2, 0.8), paper=())
-    assert found == [(0.5, {"model": {"scale": 0.5, "experts_init": "independent"}})]
+    choices = scales_of(scale, smoke=(0.5,), cpu=(0.2, 0.8), paper=())
+    assert choices == [(0.5, {"model": {"scale": 0.5, "experts_init": "independent"}})]
     assert named({"method": "AdvMoE", "variant": "EMA", "scale": 1}) == "AdvMoE, EMA"
     assert named({"method": "AT (S-Dense)"}) == "AT (S-Dense)"

@@ -12,15 +12,15 @@ FULL = "1" * 200
 
 
 @pytest.fixture
-def made(row, evaluated):
+def row_of(row, evaluated):
     """Makes a row of a variant: its price, how many of 200 images it is wrong on, and how many seeds it has."""
 
     def make(variant, price, wrong=0, seeds=3):
-        given = {"accuracy": evaluated(FULL, {"pgd-10": "0" * wrong + "1" * (200 - wrong)})}
+        measurements = {"accuracy": evaluated(FULL, {"pgd-10": "0" * wrong + "1" * (200 - wrong)})}
         if price is not None:
-            given["pace"] = ("pace", {"ratio": price}, {})
+            measurements["pace"] = ("pace", {"ratio": price}, {})
         labels = {"method": "AdvMoE", "variant": variant} if variant else {"method": "AT (MoE)"}
-        return row(labels, dict.fromkeys(range(seeds), given))
+        return row(labels, dict.fromkeys(range(seeds), measurements))
 
     return make
 
@@ -34,10 +34,10 @@ def verdicts(outcome):
     return {each["measure"]: each["verdict"] for each in claim["verdicts"]}
 
 
-def test_the_cheapest_that_loses_nothing(made):
+def test_the_cheapest_that_loses_nothing(row_of):
     outcome = show(
-        made("", 1.0), made("both", 2.0), made("shared-attack", 1.4), made("by-iteration", 1.0, wrong=20),
-        made("every-2", 1.2, wrong=2), made("every-4", 1.1, wrong=3),
+        row_of("", 1.0), row_of("both", 2.0), row_of("shared-attack", 1.4), row_of("by-iteration", 1.0, wrong=20),
+        row_of("every-2", 1.2, wrong=2), row_of("every-4", 1.1, wrong=3),
     )  # fmt: skip
     # Too dear; loses; a point and no more, on images that no test tells from none; a point and a half.
     assert verdicts(outcome) == {
@@ -58,11 +58,11 @@ def test_a_small_loss_that_a_test_finds_is_one():
     assert not loses_nothing({"PGD": {**small, "p": 0.9}, "worst case": small})
 
 
-def test_with_too_little_data_no_variant_is_called_the_cheapest(made):
+def test_with_too_little_data_no_variant_is_called_the_cheapest(row_of):
     few = "Too little data to say of any variant that it loses nothing."
     for rows in (
-        (made("both", 2.0, seeds=1), made("every-2", 1.2, seeds=1)),
-        (made("both", 2.0), made("every-2", None)),
+        (row_of("both", 2.0, seeds=1), row_of("every-2", 1.2, seeds=1)),
+        (row_of("both", 2.0), row_of("every-2", None)),
     ):
         outcome = show(*rows)
         assert verdicts(outcome) == {"every-2": "undecided"} and outcome.notes == [few]
@@ -70,8 +70,8 @@ def test_with_too_little_data_no_variant_is_called_the_cheapest(made):
     assert show().notes == [few]
 
 
-def test_where_every_variant_loses_the_paper_s_stays(made):
-    outcome = show(made("both", 2.0), made("every-2", 1.2, wrong=50))
+def test_where_every_variant_loses_the_paper_s_stays(row_of):
+    outcome = show(row_of("both", 2.0), row_of("every-2", 1.2, wrong=50))
     assert verdicts(outcome) == {"every-2": "does not hold"}
     assert outcome.notes[0].startswith("No variant loses nothing at this size: the paper's alternation stays")
 

@@ -46,8 +46,8 @@ def test_fig2_is_robust_accuracy_over_the_radius_in_steps_of_a_pixel(row):
 def test_radii_of_a_sweep_are_whole_pixels_in_the_figure(row):
     scale = scale_named("cpu")
     radii = scale.sweep(scale.run("AdvMoE")).options["epsilons"]
-    made = row({"method": "AdvMoE"}, {0: {"sweep": swept({255 * eps: 0.5 for eps in radii})}})
-    assert [point["x"] for point in show("fig2", made).figures[0].data["AdvMoE"]] == [0, 2, 4, 6, 8, 12, 16]
+    sweep_row = row({"method": "AdvMoE"}, {0: {"sweep": swept({255 * eps: 0.5 for eps in radii})}})
+    assert [point["x"] for point in show("fig2", sweep_row).figures[0].data["AdvMoE"]] == [0, 2, 4, 6, 8, 12, 16]
 
 
 def traced(shares, unchanged):
@@ -57,12 +57,12 @@ def traced(shares, unchanged):
         kind: {"mean": each[1], "std": 0.1, "histogram": {"edges": [0, 0.5, 1], "shares": each}}
         for kind, each in kinds.items()
     }
-    kept = {"index": list(range(len(unchanged))), "unchanged": [mark == "1" for mark in unchanged]}
+    arrays = {"index": list(range(len(unchanged))), "unchanged": [mark == "1" for mark in unchanged]}
     content = {
         "clean": {"distinct": 3, "entropy": 1.5}, "against": against,
         "attack": {"unchanged": unchanged.count("1") / len(unchanged)},
     }  # fmt: skip
-    return "pathways", content, {"pathways_examples": kept}
+    return "pathways", content, {"pathways_examples": arrays}
 
 
 def test_fig6_is_the_mean_distribution_and_whose_pathways_survive(row):
@@ -90,7 +90,7 @@ def test_fig6_is_the_mean_distribution_and_whose_pathways_survive(row):
 
 
 @pytest.fixture
-def made(row, evaluated):
+def row_of(row, evaluated):
     """Makes a row of one seed that is right on so many of ten images, on one less in the worst case."""
 
     def make(method, right, **labels):
@@ -101,9 +101,9 @@ def made(row, evaluated):
     return make
 
 
-def test_fig7_is_a_line_for_each_number_of_experts_beside_dense(made):
-    moe = [made("AdvMoE", right, experts=n, scale=r) for n, r, right in ((2, 0.5, 4), (2, 0.8, 5), (4, 0.5, 6))]
-    outcome = show("fig7", made("AT (Dense)", 7), *moe)
+def test_fig7_is_a_line_for_each_number_of_experts_beside_dense(row_of):
+    moe = [row_of("AdvMoE", right, experts=n, scale=r) for n, r, right in ((2, 0.5, 4), (2, 0.8, 5), (4, 0.5, 6))]
+    outcome = show("fig7", row_of("AT (Dense)", 7), *moe)
     pgd, worst = outcome.figures
     assert points(pgd.data) == {"N = 2": [(0.5, 40), (0.8, 50)], "N = 4": [(0.5, 60)]}
     assert points(worst.data) == {"N = 2": [(0.5, 30), (0.8, 40)], "N = 4": [(0.5, 50)]}
@@ -112,10 +112,10 @@ def test_fig7_is_a_line_for_each_number_of_experts_beside_dense(made):
     assert show("fig7", *moe).figures[0].options["references"] == []
 
 
-def test_fig8_is_a_figure_for_each_backbone(made):
+def test_fig8_is_a_figure_for_each_backbone(row_of):
     def rows(backbone, more):
-        dense = made("AT (Dense)", 7 + more, backbone=backbone)
-        return [dense, *(made(name, 3 + more, backbone=backbone, scale=0.5) for name in ("AT (S-Dense)", "AdvMoE"))]
+        dense = row_of("AT (Dense)", 7 + more, backbone=backbone)
+        return [dense, *(row_of(name, 3 + more, backbone=backbone, scale=0.5) for name in ("AT (S-Dense)", "AdvMoE"))]
 
     outcome = show("fig8", *rows("ResNet-18", 0), *rows("WRN", 1))
     first, second = outcome.figures

@@ -58,8 +58,8 @@ def test_runs_of_studies_are_shared():
     scale = scale_named("smoke")
     planner = Planner(Path("runs"), [0])
 
-    def key(method="AdvMoE", **given):
-        return planner.run(scale.run(method, **given), 0).key
+    def key(method="AdvMoE", **settings):
+        return planner.run(scale.run(method, **settings), 0).key
 
     assert key() == key(variant="both", more={"training": {"alternation": "both"}})
     assert key() == key(experts=2, scale=0.5, more={"model": {"num_experts": 2, "scale": 0.5}})
@@ -172,15 +172,15 @@ def test_only():
     names = ["AdvMoE, ResNet-18, digits", "AT (MoE), ResNet-18, digits", "AdvMoE, VGG-16, digits"]
     rows = [Row(TrainingRun(name, {})) for name in names]
 
-    def kept(*wanted):
+    def chosen(*wanted):
         return [names.index(row.run.name) for row in only(rows, wanted)]
 
-    assert kept() == [0, 1, 2]
-    assert kept("advmoe") == [0, 2]
-    assert kept("AT (MoE)", "vgg") == [1, 2]
-    assert kept("AdvMoE+VGG") == kept("vgg + advmoe") == [2]
-    assert kept("MoE", "digits") == [0, 1, 2]  # each once, in their order
-    assert kept("WRN", "AdvMoE+AT") == []
+    assert chosen() == [0, 1, 2]
+    assert chosen("advmoe") == [0, 2]
+    assert chosen("AT (MoE)", "vgg") == [1, 2]
+    assert chosen("AdvMoE+VGG") == chosen("vgg + advmoe") == [2]
+    assert chosen("MoE", "digits") == [0, 1, 2]  # each once, in their order
+    assert chosen("WRN", "AdvMoE+AT") == []
 
 
 def test_settings_that_cannot_be_name_the_field(planner, tiny_run):
@@ -190,12 +190,12 @@ def test_settings_that_cannot_be_name_the_field(planner, tiny_run):
 
 def test_results_read_what_is_finished_alone(planner, tiny_run, write_weights):
     rows = planner.rows([Row(replace(tiny_run("run"), labels={"method": "AT"}), {"cost": COST})])
-    (found,) = Results.read(rows)
-    assert (found.name, found.labels, found.by_seed) == ("run", {"method": "AT"}, {})
+    (result,) = Results.read(rows)
+    assert (result.name, result.labels, result.by_seed) == ("run", {"method": "AT"}, {})
     run = rows[0].runs[0]
     run.path.mkdir(parents=True)
     (run.path / "manifest.json").write_text(json.dumps({"finished": "now"}))
     write_weights(run.path)
-    (found,) = Results.read(rows)
-    assert list(found.by_seed) == [0] and found.by_seed[0].run is run
-    assert found.by_seed[0].found("cost") is None and found.by_seed[0].found("accuracy") is None
+    (result,) = Results.read(rows)
+    assert list(result.by_seed) == [0] and result.by_seed[0].run is run
+    assert result.by_seed[0].measurement("cost") is None and result.by_seed[0].measurement("accuracy") is None

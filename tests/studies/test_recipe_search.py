@@ -12,27 +12,27 @@ FIRST, SECOND = STUDIES["recipes"].stages
 
 
 @pytest.fixture
-def made(row, evaluated):
+def row_of(row, evaluated):
     """Makes a row of three seeds: its robust accuracy on validation images, and outcomes on test images."""
 
     def make(variant, validated, pgd=MIDDLE, soft=None, method="AdvMoE"):
         epochs = [{"seconds": 1.0, "val": {"robust_accuracy": share}} for share in (0.0, validated)]
-        given = {"epochs": epochs, "accuracy": evaluated(HIGH, {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
+        measurements = {"epochs": epochs, "accuracy": evaluated(HIGH, {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
         labels = {"method": method, **({"variant": variant} if variant else {})}
-        return row(labels, dict.fromkeys(range(3), given))
+        return row(labels, dict.fromkeys(range(3), measurements))
 
     return make
 
 
-def test_of_each_thing_changed_the_best_is_kept_if_it_beats_the_base(made):
+def test_of_each_thing_changed_the_best_is_kept_if_it_beats_the_base(row_of):
     scores = {
         "soft inner attack": 0.41, "mixed inner attack": 0.45, "image router": 0.39, "EMA": 0.5, "AWP": 0.42,
         "balance": 0.44,
     }  # fmt: skip
-    rows = [made(BASE, 0.4), *(made(name, score) for name, score in scores.items())]
+    rows = [row_of(BASE, 0.4), *(row_of(name, score) for name, score in scores.items())]
     assert chosen(Results(rows)) == ["EMA", "mixed inner attack", "balance"]  # AWP would be the fourth
     assert chosen(Results(rows[:3])) == ["mixed inner attack"]
-    assert chosen(Results([made(BASE, 0.6), *rows[1:]])) == []
+    assert chosen(Results([row_of(BASE, 0.6), *rows[1:]])) == []
     assert chosen(Results(rows[1:])) == []  # without the base nothing is known to beat it
     assert chosen(Results()) == []
 
@@ -44,9 +44,9 @@ def test_settings_of_several_changes_lie_over_one_another():
     }
 
 
-def test_the_best_are_trained_together_and_the_baseline_gets_what_helps_any_network(made):
+def test_the_best_are_trained_together_and_the_baseline_gets_what_helps_any_network(row_of):
     scale = scale_named("smoke")
-    rows = [made(BASE, 0.4), made("EMA", 0.5), made("soft inner attack", 0.45)]
+    rows = [row_of(BASE, 0.4), row_of("EMA", 0.5), row_of("soft inner attack", 0.45)]
     together, baseline = SECOND(scale, Results(rows))
     assert together.run.labels["variant"] == f"{BEST}: EMA, soft inner attack"
     assert together.run.settings["training"]["ema"] == 0.99
@@ -60,10 +60,10 @@ def test_the_best_are_trained_together_and_the_baseline_gets_what_helps_any_netw
     assert SECOND(scale, Results(rows[:1])) == SECOND(scale, Results()) == []
 
 
-def test_the_figure_tells_a_recipe_from_the_baseline_that_has_it_too(made):
+def test_the_figure_tells_a_recipe_from_the_baseline_that_has_it_too(row_of):
     rows = [
-        made(None, 0.3, LOW, method="AT (S-Dense)"), made(BASE, 0.4, MIDDLE), made("EMA", 0.5, HIGH),
-        made("EMA", 0.3, MIDDLE, method="AT (S-Dense)"),
+        row_of(None, 0.3, LOW, method="AT (S-Dense)"), row_of(BASE, 0.4, MIDDLE), row_of("EMA", 0.5, HIGH),
+        row_of("EMA", 0.3, MIDDLE, method="AT (S-Dense)"),
     ]  # fmt: skip
     outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows))
     (figure,) = outcome.figures
@@ -85,9 +85,9 @@ def test_every_change_changes_something(name, start):
         assert variants == [variant for variant in CHANGES if variant != other]
 
 
-def test_the_recipe_is_chosen_on_validation_images_and_judged_on_others(made):
+def test_the_recipe_is_chosen_on_validation_images_and_judged_on_others(row_of):
     rows = [
-        made(None, 0.3, MIDDLE, method="AT (S-Dense)"), made(BASE, 0.4, HIGH), made("EMA", 0.5, HIGH, soft=LOW),
+        row_of(None, 0.3, MIDDLE, method="AT (S-Dense)"), row_of(BASE, 0.4, HIGH), row_of("EMA", 0.5, HIGH, soft=LOW),
     ]  # fmt: skip
     outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows))
     (claim,) = outcome.claims
@@ -106,10 +106,10 @@ def test_the_recipe_is_chosen_on_validation_images_and_judged_on_others(made):
     ]
 
 
-def test_it_must_beat_every_baseline(made):
+def test_it_must_beat_every_baseline(row_of):
     rows = [
-        made(None, 0.3, LOW, method="AT (S-Dense)"), made("EMA", 0.3, HIGH, method="AT (S-Dense)"),
-        made(BASE, 0.4, MIDDLE),
+        row_of(None, 0.3, LOW, method="AT (S-Dense)"), row_of("EMA", 0.3, HIGH, method="AT (S-Dense)"),
+        row_of(BASE, 0.4, MIDDLE),
     ]  # fmt: skip
     (claim,) = STUDIES["recipes"].show(scale_named("smoke"), Results(rows)).claims
     first = claim["verdicts"][0]
@@ -117,6 +117,6 @@ def test_it_must_beat_every_baseline(made):
     assert first["verdict"] == "does not hold"
 
 
-def test_without_a_routed_model_there_is_nothing_to_claim(made):
-    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results([made(None, 0.3, method="AT (S-Dense)")]))
+def test_without_a_routed_model_there_is_nothing_to_claim(row_of):
+    outcome = STUDIES["recipes"].show(scale_named("smoke"), Results([row_of(None, 0.3, method="AT (S-Dense)")]))
     assert not outcome.claims and outcome.notes == ["No routed model was trained."]

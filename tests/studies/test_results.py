@@ -14,12 +14,12 @@ from advmoe.studies.results import (
     best_validation,
     categories,
     cell,
-    kept_pathways,
     of_cost,
     of_evaluation,
     outcomes,
     point,
     seconds_per_epoch,
+    unchanged_pathways,
 )
 
 ATTACKS = {"pgd-10-margin": "1100", "pgd-10": "1010", "pgd-10-soft": "1000", "routed": "1001"}
@@ -39,12 +39,12 @@ def epoch(seconds, robust):
 @pytest.fixture
 def run(row, evaluated):
     """A run with everything, of 4 images of which the third is wrong without an attack."""
-    made = {
+    measurements = {
         "accuracy": evaluated("1101", ATTACKS, cost={"gmacs": 0.2}, masking_gap=0.25),
         "cost": ("cost", COST, {}),
         "epochs": [epoch(3.0, 0.1), epoch(9.0, 0.4), epoch(2.0, 0.3)],
     }
-    return row({"method": "AT (MoE)"}, {0: made}).by_seed[0]
+    return row({"method": "AT (MoE)"}, {0: measurements}).by_seed[0]
 
 
 def test_numbers_of_a_run(run):
@@ -64,7 +64,7 @@ def test_numbers_of_a_run_that_was_measured_in_part(row, evaluated):
     bare = row({}, {0: {"epochs": [epoch(1.0, None), epoch(2.0, None)]}}).by_seed[0]
     assert best_validation(bare) is None and seconds_per_epoch(bare) == 1.5
     assert accuracy_under(PGD)(bare) is None and of_cost("gmacs")(bare) is None
-    assert bare.found("accuracy") is None and bare.arrays("accuracy", "evaluation-examples.npz") == {}
+    assert bare.measurement("accuracy") is None and bare.arrays("accuracy", "evaluation-examples.npz") == {}
     no_cost = row({}, {0: {"accuracy": evaluated("1", {}, cost={"gmacs": 0.2})}}).by_seed[0]
     assert of_cost("gmacs")(no_cost) == 0.2 and of_cost("ms_per_image")(no_cost) is None
     assert seconds_per_epoch(no_cost) is None
@@ -73,12 +73,12 @@ def test_numbers_of_a_run_that_was_measured_in_part(row, evaluated):
 def test_an_unfinished_measurement_is_as_none(run):
     planned: PlannedMeasure = run.measures["accuracy"]
     (planned.path / "done.json").unlink()
-    assert run.found("accuracy") is None and run.arrays("accuracy", "evaluation-examples.npz") == {}
+    assert run.measurement("accuracy") is None and run.arrays("accuracy", "evaluation-examples.npz") == {}
     assert of_cost("gmacs")(run) == 0.15
 
 
 def test_outcomes_of_images_under_one_attack_and_in_the_worst_case(row, evaluated):
-    found = row(
+    result = row(
         {},
         {
             3: {"accuracy": evaluated("1101", ATTACKS, first=7)},
@@ -87,38 +87,38 @@ def test_outcomes_of_images_under_one_attack_and_in_the_worst_case(row, evaluate
         },
     )
     # Positions in the test set; the attack's name is matched whole, and an image wrong without it is wrong.
-    assert outcomes(found, PGD) == {
+    assert outcomes(result, PGD) == {
         3: {7: True, 8: False, 9: False, 10: False},
         5: {7: False, 8: True, 9: True, 10: False},
     }
-    assert outcomes(found, rf"{PGD}-margin") == {3: {7: True, 8: True, 9: False, 10: False}}
+    assert outcomes(result, rf"{PGD}-margin") == {3: {7: True, 8: True, 9: False, 10: False}}
     # All attacks there are, which is PGD alone for the second seed.
-    assert outcomes(found, None) == outcomes(found, PGD)
-    assert outcomes(found, PGD, "autoattack") == {} and outcomes(None, PGD) == {}
+    assert outcomes(result, None) == outcomes(result, PGD)
+    assert outcomes(result, PGD, "autoattack") == {} and outcomes(None, PGD) == {}
 
 
 def test_categories_of_a_dissection(row):
     arrays = {"dissection_examples": {"pgd-10-soft": [4, 4, 4, 4], "pgd-10": [1, 2, 3, 1]}}
-    found = row({}, {0: {"dissection": ("dissect", {}, arrays)}, 1: {}})
-    assert categories(found, PGD, [1]) == {0: {0: True, 1: False, 2: False, 3: True}}
-    assert categories(found, PGD, [1, 3]) == {0: {0: True, 1: False, 2: True, 3: True}}
-    assert categories(found, rf"{PGD}-soft", [4]) == {0: dict.fromkeys(range(4), True)}
-    assert categories(found, "routed", [1]) == {} and categories(None, PGD, [1]) == {}
+    result = row({}, {0: {"dissection": ("dissect", {}, arrays)}, 1: {}})
+    assert categories(result, PGD, [1]) == {0: {0: True, 1: False, 2: False, 3: True}}
+    assert categories(result, PGD, [1, 3]) == {0: {0: True, 1: False, 2: True, 3: True}}
+    assert categories(result, rf"{PGD}-soft", [4]) == {0: dict.fromkeys(range(4), True)}
+    assert categories(result, "routed", [1]) == {} and categories(None, PGD, [1]) == {}
 
 
 def test_pathways_that_an_attack_left_alone(row):
     arrays = {"pathways_examples": {"index": [4, 9], "unchanged": [True, False]}}
-    found = row({}, {0: {"pathways": ("pathways", {}, arrays)}, 1: {}})
-    assert kept_pathways(found) == {0: {4: True, 9: False}}
-    assert kept_pathways(found, "others") == {} and kept_pathways(None) == {}
+    result = row({}, {0: {"pathways": ("pathways", {}, arrays)}, 1: {}})
+    assert unchanged_pathways(result) == {0: {4: True, 9: False}}
+    assert unchanged_pathways(result, "others") == {} and unchanged_pathways(None) == {}
 
 
 @pytest.fixture
 def three(row, evaluated):
     """Robust accuracies of 50, 75 and 25 % under PGD, of a fourth seed nothing."""
     attacks = {0: "1100", 1: "1110", 2: "1000"}
-    made = {seed: {"accuracy": evaluated("1111", {"pgd-10": marks})} for seed, marks in attacks.items()}
-    return row({"method": "AdvMoE"}, {**made, 3: {}})
+    measurements = {seed: {"accuracy": evaluated("1111", {"pgd-10": marks})} for seed, marks in attacks.items()}
+    return row({"method": "AdvMoE"}, {**measurements, 3: {}})
 
 
 def test_cells_hold_mean_and_deviation_beside_the_paper_s(three):
@@ -154,9 +154,9 @@ def test_points_reach_one_deviation_to_each_side(three):
 
 
 def test_rows_by_their_labels(row):
-    made = [row({"method": method, "scale": r}, {}) for r in (0.5, 0.8) for method in ("AT", "AdvMoE")]
-    results = Results([*made, row({"method": "AT"}, {})])
-    assert [found.labels for found in results.select(method="AT", scale=0.8)] == [{"method": "AT", "scale": 0.8}]
-    assert results.one(method="AdvMoE") is made[1] and results.one(method="none") is None
+    rows = [row({"method": method, "scale": r}, {}) for r in (0.5, 0.8) for method in ("AT", "AdvMoE")]
+    results = Results([*rows, row({"method": "AT"}, {})])
+    assert [each.labels for each in results.select(method="AT", scale=0.8)] == [{"method": "AT", "scale": 0.8}]
+    assert results.one(method="AdvMoE") is rows[1] and results.one(method="none") is None
     assert results.distinct("scale") == [0.5, 0.8] and results.distinct("method") == ["AT", "AdvMoE"]
-    assert list(results) == [*made, results.rows[-1]] and list(Results()) == []
+    assert list(results) == [*rows, results.rows[-1]] and list(Results()) == []

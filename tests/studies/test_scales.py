@@ -9,7 +9,7 @@ from advmoe.config import Config
 from advmoe.recipes import SETTINGS, recipe
 from advmoe.studies.catalogue import STUDIES
 from advmoe.studies.results import Results
-from advmoe.studies.scales import COMPARED, METHODS, scale_named
+from advmoe.studies.scales import COMPARED, PAPER_METHODS, scale_named
 
 NAMES = ("smoke", "cpu", "paper")
 # The names of recipes and those of the paper.
@@ -42,11 +42,11 @@ def test_the_paper_s_tables_are_all_its_settings_by_all_its_methods():
         for table in ("table1", "table3")
         for row in STUDIES[table].stages[0](scale_named("paper"), Results())
     ]
-    found = {(labels["paper_dataset"], labels["paper_backbone"], labels["method"]) for labels in rows}
+    settings = {(labels["paper_dataset"], labels["paper_backbone"], labels["method"]) for labels in rows}
     vision = {(*PAPER["imagenet-deit-tiny"], method) for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE")}
     convolutional = [where for setting, where in PAPER.items() if not setting.endswith("deit-tiny")]
-    assert found == vision | {(*where, method) for where in convolutional for method in COMPARED}
-    assert len(rows) == len(found)
+    assert settings == vision | {(*where, method) for where in convolutional for method in COMPARED}
+    assert len(rows) == len(settings)
 
 
 def test_names_say_what_varies_and_what_it_runs_on():
@@ -57,6 +57,7 @@ def test_names_say_what_varies_and_what_it_runs_on():
     assert run.settings["model"]["scale"] == 0.8 and run.settings["model"]["name"] == "wrn-10-1"
     assert scale.run("AdvMoE", K=5).name == "AdvMoE, K = 5, ResNet-18 of width 8, digits at 16 pixels"
     assert scale.run("AdvMoE", variant="EMA").name == "AdvMoE, EMA, ResNet-18 of width 8, digits at 16 pixels"
+    assert scale.run("AdvMoE", beta=3, K=5).name == "AdvMoE, beta = 3, K = 5, ResNet-18 of width 8, digits at 16 pixels"
     assert run.labels == {
         "method": "AdvMoE", "experts": 4, "scale": 0.8, "dataset": "digits at 16 pixels",
         "backbone": "WRN-10-1 of width 8", "routed": True, "paper_dataset": None, "paper_backbone": None,
@@ -82,10 +83,10 @@ def test_labels_tell_what_the_user_sets():
 
 
 def test_other_images_or_another_threat_are_not_set_beside_the_paper():
-    found = labels({"data": {"root": "/somewhere/food"}})
-    assert (found["dataset"], found["paper_dataset"]) == ("food", None)
-    found = labels({"data": {"root": "/somewhere/cifar10-jpeg/"}})
-    assert (found["dataset"], found["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
+    names = labels({"data": {"root": "/somewhere/food"}})
+    assert (names["dataset"], names["paper_dataset"]) == ("food", None)
+    names = labels({"data": {"root": "/somewhere/cifar10-jpeg/"}})
+    assert (names["dataset"], names["paper_dataset"]) == ("CIFAR-10 (JPEG)", "CIFAR-10")
     for threat in ({"eps": "4/255"}, {"norm": "l2"}):
         assert labels({"threat": threat})["paper_dataset"] is None
     assert labels({"threat": {"eps": 8 / 255}})["paper_dataset"] == "CIFAR-10"  # the same, spelt otherwise
@@ -152,10 +153,10 @@ def test_what_is_measured_fits_the_model(name):
 
 
 def test_every_method_has_a_start_that_there_is():
-    for name, method in METHODS.items():
+    for name, method in PAPER_METHODS.items():
         seen = {name}
         while method.start is not None:
             assert method.start not in seen  # no circle
             seen.add(method.start)
-            method = METHODS[method.start]
-    assert set(COMPARED) <= set(METHODS)
+            method = PAPER_METHODS[method.start]
+    assert set(COMPARED) <= set(PAPER_METHODS)

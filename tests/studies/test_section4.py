@@ -13,17 +13,17 @@ PARTS = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fa
 
 
 @pytest.fixture
-def made(row, evaluated):
+def row_of(row, evaluated):
     """Makes a row of three seeds: outcomes under PGD and through soft routing, and the category of each image."""
 
     def make(method, pgd, soft=None, categories=None, **labels):
-        given = {"accuracy": evaluated("1" * len(pgd), {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
+        measurements = {"accuracy": evaluated("1" * len(pgd), {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
         if categories is not None:
             shares = {part: categories.count(number) / len(categories) for number, part in enumerate(PARTS, start=1)}
             content = {name: {"categories": shares} for name in ("pgd-10", "pgd-10-soft")}
             arrays = {"dissection_examples": dict.fromkeys(content, categories)}
-            given["dissection"] = ("dissect", content, arrays)
-        return row({"method": method, **labels}, dict.fromkeys(range(3), given))
+            measurements["dissection"] = ("dissect", content, arrays)
+        return row({"method": method, **labels}, dict.fromkeys(range(3), measurements))
 
     return make
 
@@ -37,38 +37,38 @@ def verdicts(outcome):
     return {each["measure"]: each["verdict"] for each in claim["verdicts"]}
 
 
-def test_insight_1_is_between_the_standard_moe_and_s_dense(made):
+def test_insight_1_is_between_the_standard_moe_and_s_dense(row_of):
     at = {"scale": 0.5}
-    assert verdicts(show("fig3", made(THETA, MIDDLE, **at), made(M1, LOW, **at), made(M2, HIGH, **at))) == {
+    assert verdicts(show("fig3", row_of(THETA, MIDDLE, **at), row_of(M1, LOW, **at), row_of(M2, HIGH, **at))) == {
         "PGD": "holds", "worst case": "holds",
     }  # fmt: skip
-    above = show("fig3", made(THETA, HIGH, soft=MIDDLE, **at), made(M1, LOW, **at), made(M2, MIDDLE, **at))
+    above = show("fig3", row_of(THETA, HIGH, soft=MIDDLE, **at), row_of(M1, LOW, **at), row_of(M2, MIDDLE, **at))
     assert verdicts(above) == {"PGD": "does not hold", "worst case": "undecided"}  # in the worst case they are level
-    elsewhere = show("fig3", *(made(name, LOW, scale=0.8) for name in (THETA, M1, M2)))
+    elsewhere = show("fig3", *(row_of(name, LOW, scale=0.8) for name in (THETA, M1, M2)))
     assert verdicts(elsewhere) == {"PGD": "undecided", "worst case": "undecided"}
     assert "robustified_moe" not in above.figures[0].caption
     assert "router-robustified MoE 37.64, standard MoE 0, AT (S-Dense) 47.68" in above.figures[0].caption
 
 
-def test_insight_2_compares_categories_3_and_1(made):
+def test_insight_2_compares_categories_3_and_1(row_of):
     often_fooled, seldom_fooled = [3] * 9 + [1] * 1 + [2, 4], [1] * 9 + [3] * 1 + [2, 4]
-    standard = made(M1, LOW)
-    outcome = show("fig4", made(THETA, MIDDLE, categories=often_fooled), standard)
+    standard = row_of(M1, LOW)
+    outcome = show("fig4", row_of(THETA, MIDDLE, categories=often_fooled), standard)
     assert verdicts(outcome) == {"PGD": "holds", "worst case": "holds"}
     numbers = outcome.claims[0]["verdicts"][0]["numbers"]["1 both survive < 3 only prediction fails"]
     assert (numbers["mean_more"], numbers["mean_less"]) == (9 / 12, 1 / 12)
-    outcome = show("fig4", made(THETA, MIDDLE, categories=seldom_fooled), standard)
+    outcome = show("fig4", row_of(THETA, MIDDLE, categories=seldom_fooled), standard)
     assert verdicts(outcome) == {"PGD": "does not hold", "worst case": "does not hold"}
 
 
-def test_a_dissection_as_a_table_and_bars(made):
-    outcome = show("fig4", made(THETA, MIDDLE, categories=[1, 1, 1, 1, 2, 2, 3, 4, 4, 4]), made(M1, LOW))
+def test_a_dissection_as_a_table_and_bars(row_of):
+    outcome = show("fig4", row_of(THETA, MIDDLE, categories=[1, 1, 1, 1, 2, 2, 3, 4, 4, 4]), row_of(M1, LOW))
     lines = outcome.tables[0]["rows"]
     assert [(line["method"], line["attack"], line["n"]) for line in lines] == [
         (THETA, "pgd-10", 3), (THETA, "pgd-10-soft", 3),
     ]  # fmt: skip
-    found = {part: pytest.approx(share) for part, share in zip(PARTS, (40, 20, 10, 30), strict=True)}
-    assert {part: lines[0][part] for part in PARTS} == found
+    percents = {part: pytest.approx(share) for part, share in zip(PARTS, (40, 20, 10, 30), strict=True)}
+    assert {part: lines[0][part] for part in PARTS} == percents
     assert (lines[0]["model"], lines[0]["routers"]) == (pytest.approx(60), pytest.approx(50))  # 1 + 2, 1 + 3
     assert outcome.figures[0].data[f"{THETA}: pgd-10"] == {
         "1 both survive": pytest.approx(0.4), "2 only routing fails": pytest.approx(0.2),
@@ -77,14 +77,14 @@ def test_a_dissection_as_a_table_and_bars(made):
     assert "category 1 31.74, 1 + 3 76.27" in outcome.figures[0].caption
 
 
-def test_insight_3_wants_a_more_robust_model_of_less_robust_routers(made):
-    kept, lost = [1] * 6 + [3] * 6, [2] * 6 + [4] * 6
-    assert verdicts(show("fig5", made(THETA, LOW, categories=kept), made(THETA2, HIGH, categories=lost))) == {
+def test_insight_3_wants_a_more_robust_model_of_less_robust_routers(row_of):
+    survived, lost = [1] * 6 + [3] * 6, [2] * 6 + [4] * 6
+    assert verdicts(show("fig5", row_of(THETA, LOW, categories=survived), row_of(THETA2, HIGH, categories=lost))) == {
         "PGD": "holds", "worst case": "holds",
     }  # fmt: skip
-    assert verdicts(show("fig5", made(THETA, LOW, categories=lost), made(THETA2, HIGH, categories=kept))) == {
+    assert verdicts(show("fig5", row_of(THETA, LOW, categories=lost), row_of(THETA2, HIGH, categories=survived))) == {
         "PGD": "does not hold", "worst case": "does not hold",
     }  # fmt: skip
-    assert verdicts(show("fig5", made(THETA, HIGH, categories=kept), made(THETA2, LOW, categories=lost))) == {
+    assert verdicts(show("fig5", row_of(THETA, HIGH, categories=survived), row_of(THETA2, LOW, categories=lost))) == {
         "PGD": "does not hold", "worst case": "does not hold",
     }  # fmt: skip

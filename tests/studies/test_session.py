@@ -14,7 +14,7 @@ from advmoe.studies.comparisons import ordering
 from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import Results, best_validation, point
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.session import Options, Session, plan_study, run_study
+from advmoe.studies.session import Session, StudyOptions, plan_study, run_study
 from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import RA, SA, table
 
@@ -33,12 +33,12 @@ def first_stage(scale, _):
 
 def second_stage(scale, results):
     """One more run where the first has told how it went: robust routers, and so the standard MoE they start from."""
-    told = [found.values(best_validation) for found in results]
+    told = [row.values(best_validation) for row in results]
     return [Row(scale.run("router-robustified MoE"), {"accuracy": PGD})] if told and told[0] else []
 
 
 def show(scale, results):
-    series = {found.name: [point(found, RA.value, 1)] for found in results}
+    series = {row.name: [point(row, RA.value, 1)] for row in results}
     labels = {"xlabel": "x", "ylabel": "RA (%)"}
     figures = [
         Picture("lines", "tiny-ra", "RA", series, labels, "A caption."),
@@ -68,8 +68,8 @@ def studies():
         yield
 
 
-def options(root, **given):
-    return Options(root=root, accelerator="cpu", overrides=SMALL, command=["advmoe", "study", "tiny"], **given)
+def options(root, **changes):
+    return StudyOptions(root=root, accelerator="cpu", overrides=SMALL, command=["advmoe", "study", "tiny"], **changes)
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +111,18 @@ def test_study_json_holds_what_was_found_and_what_made_it(done):
     assert content["settings"]["training"]["epochs"] == 2 and content["settings"]["threat"]["eps"] == 0.1
     assert content["settings"]["model"]["width"] == 4
     assert "kind" not in content["settings"]["model"]  # what all runs share, and nothing else
-    made = content["made_on"]
-    assert made["torch"] == [content["shown_by"]["versions"]["torch"]] and made["device"] == ["cpu"]
-    assert made["threads"] == [1] and len(made["git_commit"]) <= 1
+    machine = content["made_on"]
+    assert machine["torch"] == [content["shown_by"]["versions"]["torch"]] and machine["device"] == ["cpu"]
+    assert machine["threads"] == [1] and len(machine["git_commit"]) <= 1
 
     (shown,) = content["tables"]
     assert [row["method"] for row in shown["rows"]] == ["AT (S-Dense)", "router-robustified MoE"]
     (evaluation,) = (
         task.result for word, task in heard if word == "done" and task.id.startswith(f"{key(content, DENSE)}/")
     )
-    found = json.loads(evaluation.read_text())
-    assert found["num_examples"] == 30 and list(found["robust_accuracy"]) == ["pgd-2"]
-    assert shown["rows"][0]["ra_pgd"]["mean"] == 100 * found["robust_accuracy"]["pgd-2"]
+    evaluated = json.loads(evaluation.read_text())
+    assert evaluated["num_examples"] == 30 and list(evaluated["robust_accuracy"]) == ["pgd-2"]
+    assert shown["rows"][0]["ra_pgd"]["mean"] == 100 * evaluated["robust_accuracy"]["pgd-2"]
 
     (figure,) = content["figures"]
     # From the settings, whatever the scale says; the routed run alone has experts.
@@ -154,9 +154,9 @@ def key(content, name):
 def test_what_is_finished_is_not_done_again(done):
     root, _, home, content = done
     heard = []
-    again, found = run_study("tiny", options(root), lambda word, task: heard.append(word))
+    again, second = run_study("tiny", options(root), lambda word, task: heard.append(word))
     assert (again, heard) == (home, [])
-    assert {**found, "created": 0} == {**content, "created": 0}
+    assert {**second, "created": 0} == {**content, "created": 0}
 
 
 def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_once(done, tmp_path):
@@ -172,7 +172,7 @@ def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_on
     (run / "manifest.json").write_text(json.dumps({**manifest, "finished": None}))
 
     heard = []
-    _, found = run_study(
+    _, second = run_study(
         "broken",
         options(tmp_path / "studies"),
         lambda word, task: heard.append((word if word in ("starts", "done") else "failed", task)),
@@ -187,11 +187,11 @@ def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_on
     again = load_file(run / "model.safetensors")
     assert again.keys() == whole.keys() and all(again[name].equal(whole[name]) for name in whole)
 
-    (failed,) = [each for each in found["runs"] if each["status"] != "finished"]
+    (failed,) = [each for each in second["runs"] if each["status"] != "finished"]
     assert (failed["name"], failed["status"]) == (DENSE, "failed")
     assert failed["error"].startswith("a model to dissect must have MoE layers")
     # It costs no other number.
-    assert found["tables"][0]["rows"][0] == content["tables"][0]["rows"][0]
+    assert second["tables"][0]["rows"][0] == content["tables"][0]["rows"][0]
 
 
 def test_a_plan_holds_later_stages_once_the_earlier_are_finished(done, tmp_path):
@@ -203,8 +203,8 @@ def test_a_plan_holds_later_stages_once_the_earlier_are_finished(done, tmp_path)
     assert key(content, DENSE) in fresh  # the same run, wherever it will lie
     part = options(root, only=["s-dense", "N = 2+r = 0.5"])
     assert Session(STUDIES["tiny"], part).home == root / "tiny-smoke-s-dense-N_2+r_0.5"  # beside the whole one's
-    kept = plan_study("tiny", options(root, only=["s-dense"]))
-    assert list(kept) == [name for name in tasks if name.split("/")[0] == key(content, DENSE)]
+    planned = plan_study("tiny", options(root, only=["s-dense"]))
+    assert list(planned) == [name for name in tasks if name.split("/")[0] == key(content, DENSE)]
 
 
 def test_a_run_that_lies_there_and_was_trained_otherwise_is_refused(done, tmp_path):
@@ -219,7 +219,7 @@ def test_a_run_that_lies_there_and_was_trained_otherwise_is_refused(done, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"scale": "huge"}, "--scale must be one of smoke, cpu, paper, got 'huge'"),
         ({"seeds": 0}, "--seeds must be >= 1, got 0"),
@@ -229,16 +229,16 @@ def test_a_run_that_lies_there_and_was_trained_otherwise_is_refused(done, tmp_pa
         ({"threads": -1}, "--threads must be >= 1, got -1"),
     ],
 )
-def test_options_that_cannot_be(given, message):
+def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError) as error:
-        Options(**given)
+        StudyOptions(**options)
     assert str(error.value) == message
 
 
 def test_results_go_to_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^--out must be a folder, or new, got '.*file'$"):
-        Options(root=tmp_path / "file")
+        StudyOptions(root=tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_results_go_to_a_folder(tmp_path):
 )  # fmt: skip
 def test_what_a_study_sets_or_varies_is_left_to_it(studies, tmp_path, group, field, value):
     with pytest.raises(ValueError) as error:
-        plan_study("tiny", Options(root=tmp_path, overrides={group: {field: value}}))
+        plan_study("tiny", StudyOptions(root=tmp_path, overrides={group: {field: value}}))
     assert str(error.value) == f"{group}.{field} must be left to the study tiny, got {value!r}"
 
 
@@ -262,12 +262,12 @@ def test_only_must_leave_something(studies, tmp_path):
 
 
 def test_a_study_is_sized_by_its_scale_and_its_user():
-    sized = Options(scale="cpu").sized()
+    sized = StudyOptions(scale="cpu").sized()
     assert (sized.seeds, sized.examples, sized.autoattack[2]) == (3, 500, 100)
-    sized = Options(scale="cpu", seeds=2, num_examples=7, overrides={"training": {"lr": 1.0}}).sized()
+    sized = StudyOptions(scale="cpu", seeds=2, num_examples=7, overrides={"training": {"lr": 1.0}}).sized()
     assert (sized.seeds, sized.examples, sized.autoattack) == (2, 7, ("RA AutoAttack %", "autoattack", 7))
     assert sized.overrides == {"training": {"lr": 1.0}}
     assert sized.accuracy(sized.run("AT (MoE)")).options["num_examples"] == 7
-    session = Session(TINY, Options(seeds=4))
+    session = Session(TINY, StudyOptions(seeds=4))
     assert list(session.planner.seeds) == [0, 1, 2, 3] and session.home.name == "tiny-smoke"
     assert Results.read([]).rows == []

@@ -14,18 +14,18 @@ def rows(tiny_run, *changes, measures=None):
 def test_what_all_runs_share_is_told(tiny_run, planner):
     routed = {"model": {"kind": "moe", "scale": 0.25}, "training": {"method": "at", "attack_steps": 3}}
     few = {"accuracy": Measure("evaluate", {"num_examples": 1500}), "strong": Measure("evaluate", {"num_examples": 20})}
-    found = of_size(planner.rows(rows(tiny_run, routed, {"data": {"train_examples": 1000}}, measures=few)))
+    size = of_size(planner.rows(rows(tiny_run, routed, {"data": {"train_examples": 1000}}, measures=few)))
     # How many images they are trained on differs, and so is not told; K, r and N are the routed run's.
-    assert found == (
+    assert size == (
         "1 epoch, linf, eps 0.1, K = 3, r = 0.25, N = 2; PGD of 2 steps, 1,500 test images (accuracy), "
         "20 test images (strong)"
     )
 
 
-@pytest.mark.parametrize(("given", "told"), [(None, "all training images"), (1000, "1,000 training images")])
-def test_numbers_of_images(tiny_run, planner, given, told):
-    found = of_size(planner.rows(rows(tiny_run, {"data": {"train_examples": given}})))
-    assert found == f"1 epoch, {told}, linf, eps 0.1; PGD of 2 steps"
+@pytest.mark.parametrize(("number", "images"), [(None, "all training images"), (1000, "1,000 training images")])
+def test_numbers_of_images(tiny_run, planner, number, images):
+    size = of_size(planner.rows(rows(tiny_run, {"data": {"train_examples": number}})))
+    assert size == f"1 epoch, {images}, linf, eps 0.1; PGD of 2 steps"
 
 
 def test_nothing_is_told_of_nothing():

@@ -3,7 +3,7 @@
 import pytest
 
 from advmoe.studies.results import PGD, Results, accuracy_under
-from advmoe.studies.tables import RA, SA, Column, by_method, mean_series, table, text, with_heights, with_points
+from advmoe.studies.tables import RA, SA, Quantity, by_method, mean_series, table, text, with_heights, with_points
 
 NOTHING = {"x": 0, "y": None, "low": None, "high": None}
 
@@ -38,10 +38,12 @@ def test_a_table_has_a_cell_for_each_row_and_number_beside_the_paper_s(results):
     assert second["ra_pgd"] == {"mean": 75.0, "std": None, "n": 1, "paper": 51.83, "paper_std": 0.12}
     assert third["sa"] == {"mean": None, "std": None, "n": 0, "paper": 78.84, "paper_std": 0.75}
     assert all(row["ra_pgd"]["paper"] is None for row in table("x", results, [], [RA])["rows"][:2])
+    own = table("x", results, ["experts", "beta"], [])["columns"]  # a label of a study's own is its own title
+    assert [column["title"] for column in own] == ["N", "beta"]
 
 
 def test_a_table_in_a_terminal(results):
-    ratio = Column("ratio", "ratio", "lower", lambda run: None)
+    ratio = Quantity("ratio", "ratio", "lower", lambda run: None)
     shown = table("Ours", results, ["method", "experts"], [RA, SA, ratio], paper_table="table1")
     assert text(shown).splitlines() == [
         "Ours",
@@ -89,8 +91,8 @@ def test_a_series_for_each_value_of_a_label_in_the_order_of_another(row, evaluat
 
 
 def test_a_series_over_epochs_is_the_mean_of_the_seeds_that_have_them(row):
-    found = row({}, {0: {"epochs": [{"a": 1.0}, {"a": 3.0}, {"a": 5.0}]}, 1: {"epochs": [{"a": 2.0}, {"a": None}]}})
-    points = mean_series([found], lambda run: [line["a"] for line in run.epochs], 10)
+    result = row({}, {0: {"epochs": [{"a": 1.0}, {"a": 3.0}, {"a": 5.0}]}, 1: {"epochs": [{"a": 2.0}, {"a": None}]}})
+    points = mean_series([result], lambda run: [line["a"] for line in run.epochs], 10)
     assert points == [
         {"x": 1, "y": 15.0, "low": 10.0, "high": 20.0}, {"x": 2, "y": 30.0, "low": None, "high": None},
         {"x": 3, "y": 50.0, "low": None, "high": None},

@@ -7,28 +7,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from advmoe.config import Config
 from advmoe.studies import task_pool
 from advmoe.studies.plan import PlannedRun
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.task_pool import run_tasks
+from advmoe.studies.task_pool import TaskWorkers, run_tasks
 
 ROOT = Path(__file__).parents[2]
-HOW = {"threads": 1, "accelerator": "cpu"}
 PATIENCE = 300
 """Seconds after which a test gives up on a process."""
-
-
-def until(true):
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
 
 
 def free(lock):
@@ -37,6 +29,10 @@ def free(lock):
     except BlockingIOError:
         return False
     return True
+
+
+def workers(logs, jobs=1):
+    return TaskWorkers(jobs=jobs, threads=1, accelerator="cpu", logs=logs)
 
 
 def kill_workers(*, wait=True):
@@ -59,7 +55,7 @@ def test_a_failed_task_is_reported_what_needs_it_skipped_and_the_rest_done(tmp_p
         kind = next((kind for kind in ("starts", "done", "skipped") if word.startswith(kind)), "failed")
         heard.append((kind, task.id))
 
-    errors = run_tasks(tasks, {}, jobs=1, logs=tmp_path / "logs", told=told, **HOW)
+    errors = run_tasks(tasks, {}, workers(tmp_path / "logs"), told)
 
     (cost,) = (task for task in tasks.values() if task.id.startswith(f"{ids['good']}/"))
     skipped = {ids["child"], *(name for name in tasks if name.startswith(f"{ids['child']}/"))}
@@ -82,7 +78,7 @@ def test_a_failed_task_is_reported_what_needs_it_skipped_and_the_rest_done(tmp_p
 
     # What failed before is not tried again, what is finished is not done again: no process starts.
     heard.clear()
-    assert run_tasks(tasks, errors, jobs=2, logs=tmp_path / "more", told=told, **HOW) == errors
+    assert run_tasks(tasks, errors, workers(tmp_path / "more", jobs=2), told) == errors
     assert heard == [] and not (tmp_path / "more").exists()
 
 
@@ -118,7 +114,7 @@ def test_a_killed_worker_costs_its_task_alone_and_ctrl_c_ends_them_all(tmp_path,
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner's processes may ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_tasks(tasks, {}, jobs=1, logs=tmp_path / "logs", told=told, **HOW)
+            run_tasks(tasks, {}, workers(tmp_path / "logs"), told)
     finally:
         signal.signal(signal.SIGINT, before)
     died = f"its process died (exit code {-signal.SIGKILL})"
@@ -135,14 +131,14 @@ DRIVER = """
 import sys
 from pathlib import Path
 from advmoe.studies.plan import PlannedRun
-from advmoe.studies.task_pool import run_tasks
+from advmoe.studies.task_pool import TaskWorkers, run_tasks
 from advmoe.config import Config
 
 folder = Path(sys.argv[1])
 config = Config.load(folder / "config.yaml").to_dict()
 run = PlannedRun("long", "long", 0, config, folder / "long", None)
-how = {"jobs": 1, "threads": 1, "accelerator": "cpu", "logs": folder / "logs"}
-run_tasks({run.id: run}, {}, told=lambda word, task: None, **how)
+workers = TaskWorkers(jobs=1, threads=1, accelerator="cpu", logs=folder / "logs")
+run_tasks({run.id: run}, {}, workers, told=lambda word, task: None)
 """
 
 

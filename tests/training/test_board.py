@@ -1,4 +1,4 @@
-"""What TensorBoard is given, read back from the event files."""
+"""What TensorBoard shows, read back from the event files."""
 
 import io
 import json
@@ -33,10 +33,10 @@ THREADS = {"accelerator": "cpu", "threads": 1}
 
 def events(run):
     """What TensorBoard reads: scalars as {tag: {step: value}}, and images as {tag: {step: their pixels}}."""
-    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
-    numbers = {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    numbers = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     pictures = {
-        tag: [(each.step, each.encoded_image_string) for each in found.Images(tag)] for tag in found.Tags()["images"]
+        tag: [(each.step, each.encoded_image_string) for each in events.Images(tag)] for tag in events.Tags()["images"]
     }
     return numbers, pictures
 
@@ -98,8 +98,8 @@ def test_a_resumed_run_goes_on_without_duplicates_and_trains_the_same(finished, 
     (run / ".tensorboard.partial" / "torn").touch()
     resume(run)
     numbers, pictures = events(run)
-    for found in (*numbers.values(), *pictures.values()):
-        assert [step for step, _ in found] == [1, 2, 3]
+    for entries in (*numbers.values(), *pictures.values()):
+        assert [step for step, _ in entries] == [1, 2, 3]
     alone = train(Config.from_dict(SMALL), run_dir=tmp_path / "alone", **THREADS)
     assert not (alone / "tensorboard").exists()
     for name in ("last/model.safetensors", "model.safetensors"):

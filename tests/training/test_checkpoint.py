@@ -10,23 +10,23 @@ import torch
 
 from advmoe.files import checksum
 from advmoe.training import checkpoint as checkpoints
-from advmoe.training.checkpoint import Checkpoint, DamagedCheckpoint
+from advmoe.training.checkpoint import DamagedCheckpoint, TrainingState
 
 
-def _checkpoint(value: float) -> Checkpoint:
+def _checkpoint(value: float) -> TrainingState:
     parameter = torch.nn.Parameter(torch.full((3,), float(value)))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     parameter.sum().backward()
     optimizer.step()
-    return Checkpoint({"w": torch.full((2, 2), float(value))}, [optimizer.state_dict()], {"epoch": int(value)})
+    return TrainingState({"w": torch.full((2, 2), float(value))}, [optimizer.state_dict()], {"epoch": int(value)})
 
 
 def test_round_trip_keeps_weights_optimizer_and_progress(tmp_path):
     checkpoints.save(tmp_path / "last", _checkpoint(3))
-    found = checkpoints.load(tmp_path / "last")
-    assert torch.equal(found.weights["w"], torch.full((2, 2), 3.0))
-    assert found.progress == {"epoch": 3}
-    assert torch.equal(found.optimizers[0]["state"][0]["momentum_buffer"], torch.ones(3))
+    state = checkpoints.load(tmp_path / "last")
+    assert torch.equal(state.weights["w"], torch.full((2, 2), 3.0))
+    assert state.progress == {"epoch": 3}
+    assert torch.equal(state.optimizers[0]["state"][0]["momentum_buffer"], torch.ones(3))
 
 
 def test_second_save_keeps_the_one_before(tmp_path):
@@ -56,8 +56,8 @@ def test_damaged_file_is_named_and_the_previous_checkpoint_used(tmp_path, name, 
     with pytest.raises(DamagedCheckpoint, match=name):
         checkpoints.load(tmp_path / "last")
     with pytest.warns(UserWarning, match=f"{name}.*going on from last-previous"):
-        found = checkpoints.load_latest(tmp_path / "last")
-    assert found.progress["epoch"] == 1
+        latest = checkpoints.load_latest(tmp_path / "last")
+    assert latest.progress["epoch"] == 1
 
 
 def test_all_damaged_is_an_error_that_names_both(tmp_path):
@@ -127,8 +127,8 @@ def test_checksums_that_are_no_object_are_damage(tmp_path):
         checkpoints.save(tmp_path / "last", _checkpoint(value))
     (tmp_path / "last" / "checksums.json").write_text("[]")
     with pytest.warns(UserWarning, match=r"last/checksums\.json must hold a JSON object, got a list; going on"):
-        found = checkpoints.load_latest(tmp_path / "last")
-    assert found is not None and found.progress == {"epoch": 1}
+        latest = checkpoints.load_latest(tmp_path / "last")
+    assert latest is not None and latest.progress == {"epoch": 1}
 
 
 def _deflated(path):

@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, alive, until
 
 ROOT = str(Path(__file__).parents[2])
-PATIENCE = 300
 
 SCRIPT = """
 import os, sys, time
@@ -65,20 +64,6 @@ def started(tmp_path, what, devices, **more):
     environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **more}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def until(true):
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
-
-
-def alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

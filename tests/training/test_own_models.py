@@ -245,8 +245,8 @@ def test_what_a_network_has_frozen_stays_so(place):
 def test_a_factory_that_converts_is_attacked_as_routed(place, capsys):
     data = ["--data.name", "digits", "--data.image_size", "8", "--threat.eps", "0.1", "--attacks", "pgd-2,routed"]
     assert cli.main(["evaluate", "own.py:ready", *data, *SMALL, "--workers", "1"]) == 0
-    found = json.loads(Path("evaluations/own-ready/evaluation.json").read_text())
-    assert "soft T=1" in found["attacks"]["routed"]["parts"] and found["cost"]["gmacs"] > 0
+    evaluation = json.loads(Path("evaluations/own-ready/evaluation.json").read_text())
+    assert "soft T=1" in evaluation["attacks"]["routed"]["parts"] and evaluation["cost"]["gmacs"] > 0
     assert cli.main(["dissect", "own.py:ready", *data[:-2], *SMALL, "--no-figure"]) == 0
     assert "3 MoE layers of 2 experts" in capsys.readouterr().out
 

@@ -23,11 +23,11 @@ def test_the_setting_stands_beside_the_times(monkeypatch):
     monkeypatch.setattr(module, "ITERATIONS", 2)
     configs = {"ours": config("advmoe"), "against": config("at", precision="bf16-mixed")}
     with threads_set(2):
-        found = pace(configs, rounds=1, accelerator="cpu", threads=1)
+        times = pace(configs, rounds=1, accelerator="cpu", threads=1)
         assert torch.get_num_threads() == 2
-    assert (found["threads"], found["device"], found["kernels"]) == (1, "cpu", kernels_used())
-    assert found["precision"] == {"ours": "fp32", "against": "bf16-mixed"}
-    assert found["batch_size"] == {"ours": 16, "against": 16}
-    for each in found["seconds"].values():
+    assert (times["threads"], times["device"], times["kernels"]) == (1, "cpu", kernels_used())
+    assert times["precision"] == {"ours": "fp32", "against": "bf16-mixed"}
+    assert times["batch_size"] == {"ours": 16, "against": 16}
+    for each in times["seconds"].values():
         assert 0 < each["least"] == each["median"] == each["most"]
-    assert found["ratio"] == found["seconds"]["ours"]["median"] / found["seconds"]["against"]["median"]
+    assert times["ratio"] == times["seconds"]["ours"]["median"] / times["seconds"]["against"]["median"]

@@ -165,16 +165,16 @@ def test_finetuning_leaves_masks_and_dropped_weights_as_they_were(finished):
     begun, after = (next(w for e, w in saved["last"] if e == epoch) for epoch in (4, 5))
     assert all(torch.equal(begun[f"backbone.scores.{i}"], after[f"backbone.scores.{i}"]) for i in range(12))
     model = advmoe.load_run(run)
-    kept = model.backbone.layout.slices(model.backbone.kept())
-    for name, (rows, columns) in kept.items():
+    slices = model.backbone.layout.slices(model.backbone.surviving_channels())
+    for name, (rows, columns) in slices.items():
         old, new = (state[f"backbone.dense.{name}.weight"] for state in (begun, after))
-        held = torch.zeros_like(old, dtype=torch.bool)
+        moved = torch.zeros_like(old, dtype=torch.bool)
         rows = torch.arange(len(old)) if rows is None else rows
         if columns is None:
-            held[rows] = True
+            moved[rows] = True
         else:
-            held[rows[:, None], columns] = True
-        assert torch.equal(old[~held], new[~held]) and not torch.equal(old[held], new[held])
+            moved[rows[:, None], columns] = True
+        assert torch.equal(old[~moved], new[~moved]) and not torch.equal(old[moved], new[moved])
 
 
 def test_the_model_is_the_best_of_the_last_phase(finished):
@@ -396,13 +396,13 @@ def test_it_is_measured_as_the_network_that_is_left(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     narrow = create_model("resnet18", kind="s-dense", num_classes=10, width=4, input_size=8, in_channels=1)
-    found = evaluate_run(run, num_examples=16, **ENGINE)
-    assert found["cost"]["gmacs"] == pytest.approx(gmacs(narrow), abs=1e-6)
+    evaluation = evaluate_run(run, num_examples=16, **ENGINE)
+    assert evaluation["cost"]["gmacs"] == pytest.approx(gmacs(narrow), abs=1e-6)
     stored = sum(p.numel() for p in narrow.parameters())
-    assert found["cost"]["active_parameters"] == found["cost"]["parameters"] == stored
-    assert 0 <= found["worst_case"] <= found["clean_accuracy"] <= 1
+    assert evaluation["cost"]["active_parameters"] == evaluation["cost"]["parameters"] == stored
+    assert 0 <= evaluation["worst_case"] <= evaluation["clean_accuracy"] <= 1
     _, swept = sweep_run(run, epsilons=[0.0, 0.1], num_examples=16, **THREADS)
-    assert swept["curves"]["worst case"]["points"][0]["robust_accuracy"] == pytest.approx(found["clean_accuracy"])
+    assert swept["curves"]["worst case"]["points"][0]["robust_accuracy"] == pytest.approx(evaluation["clean_accuracy"])
     report = cost_report(run, batches=[4], threads=1, seconds=0)
     assert list(report["models"]) == ["sparse", "s-dense", "dense"] and report["model"]["kind"] == "sparse"
     assert report["models"]["sparse"] == report["models"]["s-dense"] != report["models"]["dense"]

@@ -29,7 +29,14 @@ TINY = {
     "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": True},
     "threat": {"eps": "0.1"},
     # Both levels in each of the two iterations of an epoch.
-    "training": {"alternation": "both", "epochs": 3, "batch_size": 144, "step_size": 0.06, "val_attack_steps": 2},
+    "training": {
+        "alternation": "both",
+        "epochs": 3,
+        "batch_size": 144,
+        "attack_steps": 1,
+        "step_size": 0.06,
+        "val_attack_steps": 1,
+    },
 }
 THREADS = {"accelerator": "cpu", "threads": 1}
 
@@ -105,7 +112,13 @@ def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(weights(other).values(), weights(finished).values(), strict=True))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="kill -9"),
+        pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow),  # whose end test_signals has
+    ],
+)
 def test_interrupted_anywhere_and_resumed_ends_bit_identical(finished, tmp_path, how):
     run = tmp_path / "run"
     tiny().dump(tmp_path / "tiny.yaml")
@@ -253,18 +266,18 @@ def test_damaged_checkpoints_are_one_line_of_several_processes_too(finished, tmp
     command = [sys.executable, "-m", "advmoe", "train", "--resume", str(run), "--devices", "2", "--accelerator", "cpu"]
     done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 2, done.stderr
-    found = "; ".join(f"{run / name / 'state.pt'} must exist, got nothing" for name in ("last", "last-previous"))
+    problems = "; ".join(f"{run / name / 'state.pt'} must exist, got nothing" for name in ("last", "last-previous"))
     said = [line for line in done.stderr.splitlines() if line.startswith("advmoe: error: ")]
-    assert said == [f"advmoe: error: {found}"] and "Traceback" not in done.stderr
+    assert said == [f"advmoe: error: {problems}"] and "Traceback" not in done.stderr
 
 
 def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1}\n[]\n3\n{"lr": 1}\n{"epoch": null}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
-    found = Epochs.read(path).upto(2)
-    assert found.lines == [{"epoch": 1}, {"epoch": 2}]
-    assert found.problems == [f"{path} is damaged in line 2, 3, 8, left out"]
-    found.write(path)
+    epochs = Epochs.read(path).upto(2)
+    assert epochs.lines == [{"epoch": 1}, {"epoch": 2}]
+    assert epochs.problems == [f"{path} is damaged in line 2, 3, 8, left out"]
+    epochs.write(path)
     assert Epochs.read(path) == Epochs([{"epoch": 1}, {"epoch": 2}])
 
 
@@ -351,8 +364,8 @@ def test_a_run_of_which_no_epoch_went_well_holds_the_model_it_started_from(tmp_p
     monkeypatch.setattr(Trainer, "train_epoch", broken)
     with pytest.raises(TrainingDiverged, match=r"after epoch 1: .*; what it started from is kept"):
         train(tiny(), run_dir=tmp_path / "run", **THREADS)
-    kept = {name: tensor.contiguous() for name, tensor in seen[0].items()}
-    assert_same_weights(advmoe.load_run(tmp_path / "run").state_dict(), kept)
+    started_from = {name: tensor.contiguous() for name, tensor in seen[0].items()}
+    assert_same_weights(advmoe.load_run(tmp_path / "run").state_dict(), started_from)
     monkeypatch.undo()
     assert "diverged (after epoch 1" in str(diverged_note(tmp_path / "run"))
     train(tiny(training={"epochs": 1}), run_dir=tmp_path / "run", **THREADS)  # of which nothing stands in the way
@@ -383,8 +396,8 @@ def test_nothing_is_kept_of_a_model_that_an_update_broke(finished, tmp_path, mon
     with pytest.raises(TrainingDiverged, match=rf"after epoch 2: .*{what}.* must stay finite"):
         train(config, run_dir=tmp_path / "run", **THREADS)
     for name in ("last", "best"):
-        found = checkpoints.load(tmp_path / "run" / name)
-        assert found.progress["epoch"] == 1 and all(tensor.isfinite().all() for tensor in found.weights.values())
+        state = checkpoints.load(tmp_path / "run" / name)
+        assert state.progress["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state.weights.values())
     assert advmoe.load_run(tmp_path / "run")(torch.rand(2, 1, 8, 8)).isfinite().all()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"] is None
 

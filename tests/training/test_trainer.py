@@ -85,9 +85,9 @@ def watched(monkeypatch):
     attacks, updates = [], []
     attack, step = Trainer.attack, Trainer.step
 
-    def attacking(self, x, generator, held=None):
-        x_adv = attack(self, x, generator, held)
-        attacks.append((x, held, x_adv))
+    def attacking(self, x, generator, earlier=None):
+        x_adv = attack(self, x, generator, earlier)
+        attacks.append((x, earlier, x_adv))
         return x_adv
 
     def stepping(self, level, x, y, generator, x_adv=None):
@@ -113,8 +113,8 @@ def test_updates_and_attacks_of_an_epoch(watched, alternation, parts, attacked):
     assert "".join(part[0] for part, *_ in updates) == parts
     assert len(attacks) == attacked and bar.done == 3
     # Each update is against the attack on its own batch, the last one made; a shared one is the same tensor.
-    made = {id(x_adv): x for x, _, x_adv in attacks}
-    assert all(made[id(x_adv)] is x for _, x, x_adv in updates)
+    attacked_images = {id(x_adv): x for x, _, x_adv in attacks}
+    assert all(attacked_images[id(x_adv)] is x for _, x, x_adv in updates)
     assert len({id(x_adv) for *_, x_adv in updates}) == attacked
     seen = {part: sum(len(x) for each, x, _ in updates if each == part) for part in ("routers", "experts")}
     assert trainer.means.counts == seen
@@ -129,12 +129,12 @@ def test_a_warm_attack_is_one_step_from_the_last(watched, augment, monkeypatch):
     for epoch in range(2):
         trainer.train_epoch(epoch, Bar())
     assert steps == [1] * 12
-    assert not attacks[0][1].any() and all(held.any() for _, held, _ in attacks[6:])
+    assert not attacks[0][1].any() and all(earlier.any() for _, earlier, _ in attacks[6:])
     if augment:
         return
     last = {}
-    for x, held, x_adv in attacks:
-        for image, start, result in zip(x, held, x_adv, strict=True):
+    for x, earlier, x_adv in attacks:
+        for image, start, result in zip(x, earlier, x_adv, strict=True):
             key = image.numpy().tobytes()
             assert torch.equal(start, last.get(key, torch.zeros_like(start)))
             # A step of 0.06 twice in the same direction, say, is more than one attack could do.
@@ -156,10 +156,10 @@ def test_mixed_routing_attacks_each_image_one_way_or_the_other(monkeypatch):
     assert set(ways.tolist()) == {1, 2} and abs((ways == 1).sum() - 240) < 55
     assert [hard for hard, *_ in calls[:2]] == [True, False] and len(calls[0][1]) + len(calls[1][1]) == len(x)
     torch.testing.assert_close(trainer.attack(x, seeded(3)), trainer.attack(x, seeded(3)), rtol=0, atol=0)
-    # One image goes one way, the other part being empty, and what is held goes with its image.
+    # One image goes one way, the other part being empty, and an earlier perturbation goes with its image.
     assert trainer.attack(x[:1], seeded()).shape == x[:1].shape
     calls.clear()
-    trainer.attack(x, seeded(), held=x)
+    trainer.attack(x, seeded(), earlier=x)
     assert all(torch.equal(part, held) for _, part, held in calls)
 
 
@@ -211,7 +211,7 @@ def test_awp_takes_the_gradient_at_worse_weights_and_moves_one_part(level):
     psi, routers = split_parameters(model)
     mine = {"experts": psi, "routers": routers, "all": [*psi, *routers]}[level.part]
     moved = [p for p in mine if p.dim() > 1]
-    kept = [p.detach().clone() for p in moved]
+    weights = [p.detach().clone() for p in moved]
     with learning(model, level.part):
         sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
     model.load_state_dict({**before, **dict(model.named_parameters())})  # the ascent records no statistics
@@ -222,7 +222,7 @@ def test_awp_takes_the_gradient_at_worse_weights_and_moves_one_part(level):
     with learning(model, level.part):
         sum(trades(model, x, x_adv, y, beta)[0].values()).backward()
     with torch.no_grad():
-        for p, as_it_was in zip(moved, kept, strict=True):
+        for p, as_it_was in zip(moved, weights, strict=True):
             p.copy_(as_it_was)
     torch.optim.SGD(mine, lr=0.1, momentum=0.9, weight_decay=5e-4).step()
     after = model.state_dict()
@@ -286,17 +286,17 @@ def test_resumed_runs_end_bit_identical(tmp_path, training):
     assert (whole / more).exists() == (training is EVERYTHING) and not (whole / "best/more.safetensors").exists()
     for name in {*files, more} if training is EVERYTHING else files:
         assert_same(load_file(run / name), load_file(whole / name))
-    last, kept = load_file(whole / "last/model.safetensors"), load_file(whole / "model.safetensors")
-    assert_same(kept, load_file(whole / "best/model.safetensors"))
+    last, model = load_file(whole / "last/model.safetensors"), load_file(whole / "model.safetensors")
+    assert_same(model, load_file(whole / "best/model.safetensors"))
     if training is EVERYTHING:
         remembered = load_file(whole / more)
         assert remembered["perturbations"].shape == (64, 1, 8, 8) and remembered["perturbations"].any()
         epoch = torch.load(whole / "best/state.pt", weights_only=True)["progress"]["epoch"]
         averaged = {name.removeprefix("average."): t for name, t in remembered.items() if name != "perturbations"}
         assert averaged.keys() == {name for name, tensor in last.items() if tensor.is_floating_point()}
-        same = [torch.equal(kept[name], averaged[name]) for name in averaged]
+        same = [torch.equal(model[name], averaged[name]) for name in averaged]
         assert all(same) == (epoch == 3)
-        assert not all(torch.equal(kept[name], last[name]) for name in averaged)
+        assert not all(torch.equal(model[name], last[name]) for name in averaged)
         lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         assert all({"ce", "kl", "balance", "margin"} <= set(line["train"]["routers"]) for line in lines)
 

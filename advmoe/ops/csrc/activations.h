@@ -154,10 +154,10 @@ void norm_channels(const T* y, const float* scale, const float* shift, const T* 
 }
 
 // Per sample and channel, with r = g + branch + the mean's gradient where x is above 0: the sums of r and of
-// r * (y - centre). r is kept in `kept`, if that is given.
+// r * (y - centre). r, the gradient for the shortcut, is put into `dshortcut`, which may be null.
 template <int L, int B, class T>
 void unnorm_sums(const T* y, const T* x, const T* g, const T* branch, const float* mean, const float* centre, int64_t pixels,
-                 int64_t channels, T* kept, float* sums, float* products) {
+                 int64_t channels, T* dshortcut, float* sums, float* products) {
     Vector<L> sum[B] = {}, product[B] = {}, spread[B] = {}, from[B];
     for (int b = 0; b < B; ++b) {
         from[b] = load<L>(centre + b * L);
@@ -168,7 +168,7 @@ void unnorm_sums(const T* y, const T* x, const T* g, const T* branch, const floa
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
             const Vector<L> r = unrectified<L>(x, g, branch, spread[b], at);
-            if (kept) store<L>(r, kept + at);
+            if (dshortcut) store<L>(r, dshortcut + at);
             sum[b] += r;
             product[b] += r * (load<L>(y + at) - from[b]);
         }
@@ -178,10 +178,10 @@ void unnorm_sums(const T* y, const T* x, const T* g, const T* branch, const floa
     }
 }
 
-// dy = r * scale + (y - centre) * slope + offset. Where r was kept, `kept` holds it.
+// dy = r * scale + (y - centre) * slope + offset. Where r is stored, `dshortcut` holds it.
 template <int L, int B, class T>
-void unnorm_channels(const T* y, const T* x, const T* g, const T* branch, const float* mean, const T* kept, const float* centre,
-                     const float* scale, const float* slope, const float* offset, int64_t pixels, int64_t channels,
+void unnorm_channels(const T* y, const T* x, const T* g, const T* branch, const float* mean, const T* dshortcut,
+                     const float* centre, const float* scale, const float* slope, const float* offset, int64_t pixels, int64_t channels,
                      T* dy) {
     Vector<L> spread[B] = {}, from[B], factor[B], tilt[B], start[B];
     for (int b = 0; b < B; ++b) {
@@ -195,7 +195,7 @@ void unnorm_channels(const T* y, const T* x, const T* g, const T* branch, const 
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
             const int64_t at = p * channels + b * L;
-            const Vector<L> r = kept ? load<L>(kept + at) : unrectified<L>(x, g, branch, spread[b], at);
+            const Vector<L> r = dshortcut ? load<L>(dshortcut + at) : unrectified<L>(x, g, branch, spread[b], at);
             store<L>(r * factor[b] + (load<L>(y + at) - from[b]) * tilt[b] + start[b], dy + at);
         }
 }
@@ -275,7 +275,7 @@ void norm(const Places& places, const Size& s, const T* const* y, const float* w
 
 template <class T>
 void unnorm(const Places& places, const Size& s, const T* const* y, const T* x, const T* g, const T* branch,
-            const float* pooled, const float* weight, double eps, const double* mean, const double* variance, T* kept,
+            const float* pooled, const float* weight, double eps, const double* mean, const double* variance, T* dshortcut,
             T* const* dy, float* weight_gradient, float* bias_gradient, int threads) {
     const int64_t samples = places.samples();
     std::vector<float> sums(samples * s.channels), products(samples * s.channels), centre(mean, mean + s.channels),
@@ -285,7 +285,7 @@ void unnorm(const Places& places, const Size& s, const T* const* y, const T* x, 
             const int64_t at = n * s.row() + c, number = n * s.channels + c;
             unnorm_sums<lanes(), vectors()>(y[part] + i * s.row() + c, x + at, g + at, branch ? branch + at : nullptr,
                                             pooled ? pooled + number : nullptr, &centre[c], s.pixels, s.channels,
-                                            kept ? kept + at : nullptr, &sums[number], &products[number]);
+                                            dshortcut ? dshortcut + at : nullptr, &sums[number], &products[number]);
         });
     });
     const std::vector<double> sum = over_samples(sums, s.channels), product = over_samples(products, s.channels);
@@ -303,7 +303,7 @@ void unnorm(const Places& places, const Size& s, const T* const* y, const T* x, 
             const int64_t at = n * s.row() + c, there = i * s.row() + c;
             unnorm_channels<lanes(), vectors()>(y[part] + there, x + at, g + at, branch ? branch + at : nullptr,
                                                 pooled ? pooled + n * s.channels + c : nullptr,
-                                                kept ? kept + at : nullptr, &centre[c], &scale[c], &slope[c],
+                                                dshortcut ? dshortcut + at : nullptr, &centre[c], &scale[c], &slope[c],
                                                 &offset[c], s.pixels, s.channels, dy[part] + there);
         });
     });

@@ -31,7 +31,7 @@ struct Grid {
 struct Convolution {
     int rows, cols, c_in, c_out;   // of a sample, and the channels that are made
     int height, width, top, left;  // of the frame, and where the sample lies in it
-    int64_t made;                  // numbers that a sample becomes
+    int64_t outputs;               // numbers of a sample's output
     int taps;                      // of a filter
     std::vector<Grid> grids;
 
@@ -69,9 +69,9 @@ Convolution back(const Shape& s) {
     // Rows and columns of zeros around the gradient that a pixel at the edge may look at.
     const int top = -std::min(0, floor_divide(s.ph - s.kh + 1, s.sh)), left = -std::min(0, floor_divide(s.pw - s.kw + 1, s.sw));
     const int bottom = std::max(0, (s.h - 1 + s.ph) / s.sh - s.oh + 1), right = std::max(0, (s.w - 1 + s.pw) / s.sw - s.ow + 1);
-    Convolution made{s.oh, s.ow, s.c_out, s.c_in, s.oh + top + bottom, s.ow + left + right, top, left,
-                     static_cast<int64_t>(s.h) * s.w * s.c_in, s.kh * s.kw, {}};
-    const int64_t width = made.width;
+    Convolution result{s.oh, s.ow, s.c_out, s.c_in, s.oh + top + bottom, s.ow + left + right, top, left,
+                       static_cast<int64_t>(s.h) * s.w * s.c_in, s.kh * s.kw, {}};
+    const int64_t width = result.width;
     for (int py = 0; py < s.sh; ++py)
         for (int px = 0; px < s.sw; ++px) {
             Grid grid{(s.h - py + s.sh - 1) / s.sh, (s.w - px + s.sw - 1) / s.sw, width * s.c_out, s.c_out,
@@ -84,9 +84,9 @@ Convolution back(const Shape& s) {
                     grid.offset.push_back(((row + top) * width + col + left) * s.c_out);
                     grid.weight.push_back(ky * s.kw + kx);
                 }
-            made.grids.push_back(grid);
+            result.grids.push_back(grid);
         }
-    return made;
+    return result;
 }
 
 // Samples of one expert.
@@ -117,11 +117,11 @@ struct Groups {
 // Memory of a thread's own that begins where a cache line does, zeros at first.
 template <class T>
 struct Room {
-    std::vector<unsigned char> held;
+    std::vector<unsigned char> bytes;
     T* begin;
 
-    explicit Room(size_t numbers) : held(numbers * sizeof(T) + 64, 0) {
-        begin = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) & ~uintptr_t{63});
+    explicit Room(size_t numbers) : bytes(numbers * sizeof(T) + 64, 0) {
+        begin = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) & ~uintptr_t{63});
     }
 };
 
@@ -135,16 +135,16 @@ void convolve(const Convolution& c, const Units& units, const int64_t* choice, i
     {
         Room<T> frames(c.framed() * units.together() + units.beyond());
         typename Units::Own own(units);
-        std::vector<T*> made(units.together());
+        std::vector<T*> to(units.together());
 #pragma omp for schedule(static)
         for (size_t g = 0; g < groups.each.size(); ++g) {
             const Group& group = groups.each[g];
             for (int64_t i = 0; i < group.count; ++i) {
                 fill(group.samples[i], frames.begin + i * c.framed());
-                made[i] = out + group.samples[i] * c.made;
+                to[i] = out + group.samples[i] * c.outputs;
             }
-            units.run(own, frames.begin, group.expert, group.count, made.data());
-            for (int64_t i = 0; i < group.count; ++i) done(group.samples[i], made[i]);
+            units.run(own, frames.begin, group.expert, group.count, to.data());
+            for (int64_t i = 0; i < group.count; ++i) done(group.samples[i], to[i]);
         }
     }
 }
@@ -187,12 +187,12 @@ void vector_tile(const Grid& grid, const float* in, const float* filters, const 
     }
     for (int t = 0; t < count; ++t)
         for (int b = 0; b < B; ++b) {
-            const V made = sum[t][b];
+            const V value = sum[t][b];
             const int left = c_out - b * L;
             if (left >= L)
-                *reinterpret_cast<V*>(to[t] + b * L) = made;
+                *reinterpret_cast<V*>(to[t] + b * L) = value;
             else if (left > 0)
-                std::memcpy(to[t] + b * L, &made, left * sizeof(float));
+                std::memcpy(to[t] + b * L, &value, left * sizeof(float));
         }
 }
 

@@ -29,7 +29,7 @@ struct Finish {
 struct Unfinish {
     const void *y, *branch;
     const float* pooled;
-    void* kept;
+    void* dshortcut;
 };
 
 // Calls `run` with what computes convolutions of T.
@@ -55,11 +55,11 @@ void convolve_all(const Shape& s, const T* x, const int64_t* choice, const T* fi
     with_units(c, filters, bias, [&](const auto& units) {
         convolve(c, units, choice, s.n, s.experts, y, threads,
                  [&](int64_t n, T* framed) { c.frame(x + n * c.numbers(), framed); },
-                 [&](int64_t n, T* made) {
+                 [&](int64_t n, T* image) {
                      if (!finish.rectified) return;
                      by_channels(s.c_out, [&](auto vectors, auto lanes, int64_t at) {
-                         rectify_channels<lanes(), vectors()>(made + at, shortcut ? shortcut + n * c.made + at : nullptr,
-                                                              pixels, s.c_out, made + at,
+                         rectify_channels<lanes(), vectors()>(image + at, shortcut ? shortcut + n * c.outputs + at : nullptr,
+                                                              pixels, s.c_out, image + at,
                                                               finish.pooled ? finish.pooled + n * s.c_out + at : nullptr);
                      });
                  });
@@ -67,18 +67,18 @@ void convolve_all(const Shape& s, const T* x, const int64_t* choice, const T* fi
 }
 
 template <class T>
-void convolve_all_backward(const Shape& s, const T* g, const Unfinish& given, const int64_t* choice, const T* filters,
+void convolve_all_backward(const Shape& s, const T* g, const Unfinish& unfinish, const int64_t* choice, const T* filters,
                            const T* x, T* dx, float* dots, int threads) {
     const Convolution c = back(s);
     const int64_t pixels = static_cast<int64_t>(s.oh) * s.ow;
-    const T *y = static_cast<const T*>(given.y), *branch = static_cast<const T*>(given.branch);
-    T* kept = static_cast<T*>(given.kept);
+    const T *y = static_cast<const T*>(unfinish.y), *branch = static_cast<const T*>(unfinish.branch);
+    T* dshortcut = static_cast<T*>(unfinish.dshortcut);
     // The gradient of a row, or all rows, of what was rectified; `at` is its place among all numbers.
     const auto unfinished = [&](int64_t n, int64_t at, int64_t of, T* to) {
         by_channels(s.c_out, [&](auto vectors, auto lanes, int64_t channel) {
             const int64_t first = at + channel;
             unrectify_channels<lanes(), vectors()>(y + first, g + first, branch ? branch + first : nullptr,
-                                                   given.pooled ? given.pooled + n * s.c_out + channel : nullptr, pixels, of,
+                                                   unfinish.pooled ? unfinish.pooled + n * s.c_out + channel : nullptr, pixels, of,
                                                    s.c_out, to + channel);
         });
     };
@@ -87,12 +87,13 @@ void convolve_all_backward(const Shape& s, const T* g, const Unfinish& given, co
                  [&](int64_t n, T* framed) {
                      const int64_t at = n * c.numbers();
                      if (!y) return c.frame(g + at, framed);
-                     if (!kept) return c.by_rows([&](int64_t to, int64_t from) { unfinished(n, at + from, s.ow, framed + to); });
-                     unfinished(n, at, pixels, kept + at);
-                     c.frame(kept + at, framed);
+                     if (!dshortcut)
+                         return c.by_rows([&](int64_t to, int64_t from) { unfinished(n, at + from, s.ow, framed + to); });
+                     unfinished(n, at, pixels, dshortcut + at);
+                     c.frame(dshortcut + at, framed);
                  },
-                 [&](int64_t n, T* made) {
-                     if (dots) dots[n] = product(made, x + n * c.made, c.made);
+                 [&](int64_t n, T* image) {
+                     if (dots) dots[n] = product(image, x + n * c.outputs, c.outputs);
                  });
     });
 }
@@ -146,7 +147,7 @@ void advmoe_rectify_bf16(const Places* places, const Size* size, const Half* con
 }
 
 // The gradient for y (in its parts) and for the shortcut of the above, by that of its result x, which are two where x was
-// used twice (branch may be null), and of `pooled`, if that is given.
+// used twice (branch may be null), and of `pooled`, if that is unfinish.
 void advmoe_unrectify_fp32(const Places* places, const Size* size, const float* x, const float* g, const float* branch,
                            const float* pooled, float* const* dy, int threads) {
     unrectify(*places, *size, x, g, branch, pooled, dy, threads);
@@ -170,19 +171,19 @@ void advmoe_norm_bf16(const Places* places, const Size* size, const Half* const*
 }
 
 // The gradients of the above for y, weight and bias, by those of x (as above) and of `pooled`; that for the shortcut is put
-// into `kept`, which may be null.
+// into `dshortcut`, which may be null.
 void advmoe_unnorm_fp32(const Places* places, const Size* size, const float* const* y, const float* x, const float* g,
                         const float* branch, const float* pooled, const float* weight, double eps, const double* mean,
-                        const double* variance, float* kept, float* const* dy, float* weight_gradient,
+                        const double* variance, float* dshortcut, float* const* dy, float* weight_gradient,
                         float* bias_gradient, int threads) {
-    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, kept, dy, weight_gradient,
+    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, dshortcut, dy, weight_gradient,
            bias_gradient, threads);
 }
 void advmoe_unnorm_bf16(const Places* places, const Size* size, const Half* const* y, const Half* x, const Half* g,
                         const Half* branch, const float* pooled, const float* weight, double eps, const double* mean,
-                        const double* variance, Half* kept, Half* const* dy, float* weight_gradient,
+                        const double* variance, Half* dshortcut, Half* const* dy, float* weight_gradient,
                         float* bias_gradient, int threads) {
-    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, kept, dy, weight_gradient,
+    unnorm(*places, *size, y, x, g, branch, pooled, weight, eps, mean, variance, dshortcut, dy, weight_gradient,
            bias_gradient, threads);
 }
 
@@ -225,7 +226,7 @@ void advmoe_unmix_bf16(const Half* g, const Half* every, const float* weights, i
 }
 
 // Scores (n, experts) of pooled features (n, channels): a batch norm in eval mode, a linear layer, ReLU, whose result
-// (n, hidden) is kept, and a linear layer.
+// (n, hidden) is put out, and a linear layer.
 void advmoe_score(const Router* router, const float* pooled, int64_t n, float* hidden, float* scores, int threads) {
     score(*router, pooled, n, hidden, scores, threads);
 }
@@ -294,13 +295,13 @@ void advmoe_layer_bf16(const Router* router, const float* pooled, const Shape* s
 
 // The gradient for x of a convolution, and, where `dots` is given, its product with x: fp32 filters are (E, kh, kw, c_out,
 // c_in padded).
-void advmoe_convolve_backward_fp32(const Shape* shape, const float* g, const Unfinish* given, const int64_t* choice,
+void advmoe_convolve_backward_fp32(const Shape* shape, const float* g, const Unfinish* unfinish, const int64_t* choice,
                                    const float* filters, const float* x, float* dx, float* dots, int threads) {
-    convolve_all_backward(*shape, g, *given, choice, filters, x, dx, dots, threads);
+    convolve_all_backward(*shape, g, *unfinish, choice, filters, x, dx, dots, threads);
 }
-void advmoe_convolve_backward_bf16(const Shape* shape, const Half* g, const Unfinish* given, const int64_t* choice,
+void advmoe_convolve_backward_bf16(const Shape* shape, const Half* g, const Unfinish* unfinish, const int64_t* choice,
                                    const Half* filters, const Half* x, Half* dx, float* dots, int threads) {
-    convolve_all_backward(*shape, g, *given, choice, filters, x, dx, dots, threads);
+    convolve_all_backward(*shape, g, *unfinish, choice, filters, x, dx, dots, threads);
 }
 
 }  // extern "C"

@@ -18,10 +18,10 @@ struct Router {
     double eps;
 
     std::vector<float> scale() const {
-        std::vector<float> made(channels);
+        std::vector<float> factor(channels);
         for (int64_t c = 0; c < channels; ++c)
-            made[c] = static_cast<float>(norm_weight[c] / std::sqrt(variance[c] + eps));
-        return made;
+            factor[c] = static_cast<float>(norm_weight[c] / std::sqrt(variance[c] + eps));
+        return factor;
     }
 };
 

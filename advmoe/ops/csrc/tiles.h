@@ -46,41 +46,41 @@ int64_t filters_of(const Convolution& c) {
 #if defined(ADVMOE_TILES)
 
 TiledGrid tiled(const Convolution& c, const Grid& grid, int64_t filters) {
-    TiledGrid made{};
+    TiledGrid result{};
     const int pixels = grid.rows * grid.cols;
     const auto place = [&](int row, int col) { return grid.out_first + row * grid.out_row + col * grid.out_col; };
-    made.filters = filters;
-    made.apart = grid.in_col;
+    result.filters = filters;
+    result.apart = grid.in_col;
     const bool whole_blocks = c.c_in % kDepth == 0 && !grid.offset.empty() && pixels > 0;
     // From the first pixel of a row on, the frame's pixels may be gone through as if they were one row.
     const int pitch = static_cast<int>(grid.in_row / grid.in_col), through = (grid.rows - 1) * pitch + grid.cols;
     if (whole_blocks && grid.cols % kChannels == 0) {
-        made.straight = true;
+        result.straight = true;
         for (int row = 0; row < grid.rows; ++row)
             for (int col = 0; col < grid.cols; ++col) {
-                if (col % kChannels == 0) made.base.push_back(row * grid.in_row + col * grid.in_col);
-                made.to.push_back(place(row, col));
+                if (col % kChannels == 0) result.base.push_back(row * grid.in_row + col * grid.in_col);
+                result.to.push_back(place(row, col));
             }
     } else if (whole_blocks && grid.in_row % grid.in_col == 0 && 10 * pixels >= 7 * rounded_up(through, kChannels)) {
-        made.straight = true;
+        result.straight = true;
         for (int p = 0; p < rounded_up(through, kChannels); ++p) {
-            if (p % kChannels == 0) made.base.push_back(p * grid.in_col);
-            made.to.push_back(p < through && p % pitch < grid.cols ? place(p / pitch, p % pitch) : -1);
+            if (p % kChannels == 0) result.base.push_back(p * grid.in_col);
+            result.to.push_back(p < through && p % pitch < grid.cols ? place(p / pitch, p % pitch) : -1);
         }
     } else {
         for (int row = 0; row < grid.rows; ++row)
             for (int col = 0; col < grid.cols; ++col) {
-                made.base.push_back(row * grid.in_row + col * grid.in_col);
-                made.to.push_back(place(row, col));
+                result.base.push_back(row * grid.in_row + col * grid.in_col);
+                result.to.push_back(place(row, col));
             }
     }
-    made.positions = static_cast<int>(made.to.size());
-    if (made.straight)
+    result.positions = static_cast<int>(result.to.size());
+    if (result.straight)
         for (const int64_t offset : grid.offset)
-            for (int channel = 0; channel < c.c_in; channel += kDepth) made.at.push_back(offset + channel);
+            for (int channel = 0; channel < c.c_in; channel += kDepth) result.at.push_back(offset + channel);
     else
-        for (int64_t block = 0; block < blocks_of(c, grid.offset.size()); ++block) made.at.push_back(block * kDepth);
-    return made;
+        for (int64_t block = 0; block < blocks_of(c, grid.offset.size()); ++block) result.at.push_back(block * kDepth);
+    return result;
 }
 
 // The filters (c_out, kh, kw, c_in) of each expert as the units read them.
@@ -146,7 +146,7 @@ struct Tiles {
     }
     ~Tiles() { _tile_release(); }
 
-    void sums(const Operands& o, float* made) const {
+    void sums(const Operands& o, float* out) const {
         const int64_t apart = o.apart * sizeof(Half);
         constexpr int kApart = 2 * kChannels * sizeof(float);
         all_written();
@@ -160,8 +160,8 @@ struct Tiles {
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
             }
-            _tile_stored(0, made, kApart);
-            _tile_stored(1, made + kChannels, kApart);
+            _tile_stored(0, out, kApart);
+            _tile_stored(1, out + kChannels, kApart);
             return;
         }
         _tile_zero(2);
@@ -176,10 +176,10 @@ struct Tiles {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, made, kApart);
-        _tile_stored(1, made + kChannels, kApart);
-        _tile_stored(2, made + kRows * kChannels, kApart);
-        _tile_stored(3, made + kRows * kChannels + kChannels, kApart);
+        _tile_stored(0, out, kApart);
+        _tile_stored(1, out + kChannels, kApart);
+        _tile_stored(2, out + kRows * kChannels, kApart);
+        _tile_stored(3, out + kRows * kChannels + kChannels, kApart);
     }
 };
 
@@ -189,7 +189,7 @@ bool tiles_allowed() {
     return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 }
 
-// Of bf16 numbers: filters as `pack` made them, fp32 bias (E, c_out padded to 32) or null.
+// Of bf16 numbers: filters as `pack` writes them, fp32 bias (E, c_out padded to 32) or null.
 struct TileUnits {
     const Convolution& c;
     const Half* filters;
@@ -200,8 +200,8 @@ struct TileUnits {
     struct Own {
         Tiles tiles;
         Room<Half> panel;
-        Room<float> made;
-        explicit Own(const TileUnits& units) : tiles(), panel(units.panel), made(kRows * 2 * kChannels) {}
+        Room<float> results;
+        explicit Own(const TileUnits& units) : tiles(), panel(units.panel), results(kRows * 2 * kChannels) {}
     };
 
     TileUnits(const Convolution& convolution, const Half* f, const float* b)
@@ -295,17 +295,17 @@ struct TileUnits {
         const int64_t blocks = t.at.size(), column = blocks * kBlock;
         for (int64_t i = 0; i < columns; i += 2) {
             const Half* other = i + 1 < columns ? f + (i + 1) * column : f + i * column;
-            own.tiles.sums({{a.first, a.second}, {f + i * column, other}, apart, t.at.data(), blocks}, own.made.begin);
+            own.tiles.sums({{a.first, a.second}, {f + i * column, other}, apart, t.at.data(), blocks}, own.results.begin);
             const int64_t left = c.c_out - i * kChannels;
-            const __mmask32 kept = left >= 2 * kChannels ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+            const __mmask32 there = left >= 2 * kChannels ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
             const __m512 low = shift ? _mm512_loadu_ps(shift + i * kChannels) : _mm512_setzero_ps();
             const __m512 high = shift ? _mm512_loadu_ps(shift + (i + 1) * kChannels) : _mm512_setzero_ps();
             for (int r = 0; r < kRows; ++r) {
                 if (!to[r]) continue;
-                const float* row = own.made.begin + r * 2 * kChannels;
+                const float* row = own.results.begin + r * 2 * kChannels;
                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_load_ps(row + kChannels), high),
                                                           _mm512_add_ps(_mm512_load_ps(row), low));
-                _mm512_mask_storeu_epi16(to[r] + i * kChannels, kept, (__m512i)both);
+                _mm512_mask_storeu_epi16(to[r] + i * kChannels, there, (__m512i)both);
             }
         }
     }

@@ -22,14 +22,14 @@ from advmoe.ops.raw.activations import (
     unrectify,
     unsplit,
 )
-from advmoe.ops.raw.convolution import Layer, Packed, whole_layer
+from advmoe.ops.raw.convolution import LayerOutput, Packed, whole_layer
 from advmoe.ops.raw.routers import Scorer, chosen_probability, chosen_probability_backward
 from advmoe.ops.raw.tensors import LANES, available, eager, kernels_used, missing, suits, without_kernels
 
 __all__ = [
     "LANES",
     "Gradients",
-    "Layer",
+    "LayerOutput",
     "Normed",
     "Packed",
     "Parts",

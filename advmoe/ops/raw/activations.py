@@ -1,4 +1,7 @@
-"""Passes over activations: pools, rectifiers, batch norms, and the samples of experts that lie apart."""
+"""Passes over activations: pools, rectifiers, batch norms, and the samples of experts that lie apart.
+
+Axes: `N` batch, `n_e` samples of expert e, `C` channels, `H W` size, `E` experts.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +73,9 @@ def _run(name: str, parts: Parts, *arguments: Any) -> None:
     members = addresses(parts.members) if parts.members else None
     counts = (ctypes.c_int64 * len(parts.rows))(*map(len, parts.rows))
     places = _Places(len(parts.rows), members and ctypes.addressof(members), ctypes.addressof(counts))
-    given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+    pointers = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
     threads = threads_for(sum(map(len, parts.rows)))
-    built().functions[f"{name}_{NAMES[first.dtype]}"](ctypes.addressof(places), *given, threads)
+    built().functions[f"{name}_{NAMES[first.dtype]}"](ctypes.addressof(places), *pointers, threads)
 
 
 def _size(x: Tensor) -> Any:
@@ -93,7 +96,7 @@ def rectify(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of something rectified."""
+    """The gradients of a rectifier's output."""
 
     x: Tensor
     """(N, C, H, W), of the result."""
@@ -113,7 +116,7 @@ def unrectify(x: Tensor, gradients: Gradients, into: Parts) -> tuple[Tensor, ...
 
 @dataclass(frozen=True)
 class Normed:
-    """What `norm_rectify` made, and what its gradient needs."""
+    """The output of `norm_rectify`, and what its gradient needs."""
 
     x: Tensor
     """(N, C, H, W)."""
@@ -137,19 +140,19 @@ def norm_rectify(y: Parts, weight: Tensor, bias: Tensor, eps: float, shortcut: T
 
 
 def unnorm_rectify(
-    y: Parts, made: Normed, weight: Tensor, eps: float, gradients: Gradients, *, shortcut: bool
+    y: Parts, normed: Normed, weight: Tensor, eps: float, gradients: Gradients, *, shortcut: bool
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
     """The gradients of `norm_rectify` for `y`, in its parts, for weight and bias and, if there was one, for the
-    `shortcut`; by those of what it `made`.
+    `shortcut`. `normed` is what it returned, `gradients` those of that.
     """
-    x, into = made.x, y.like()
-    kept = torch.empty_like(x) if shortcut else None
+    x, into = normed.x, y.like()
+    shortcut_grad = torch.empty_like(x) if shortcut else None
     weight_grad, bias_grad = room(2, x.shape[1]).unbind()
     _run(
         "unnorm", y, _size(x), addresses(y.rows), x, gradients.x, gradients.branch, gradients.pooled, weight, eps,
-        made.mean, made.variance, kept, addresses(into.rows), weight_grad, bias_grad,
+        normed.mean, normed.variance, shortcut_grad, addresses(into.rows), weight_grad, bias_grad,
     )  # fmt: skip
-    return into.rows, weight_grad, bias_grad, kept
+    return into.rows, weight_grad, bias_grad, shortcut_grad
 
 
 def unsplit(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def built() -> Built:
 def _without(error: Exception) -> Built:
     reason = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())[:200]
     if parent_process() is None:  # said once, not by each worker
-        tell(f"no kernels, PyTorch computes everything: {reason} (ADVMOE_NATIVE=0 does without them)")
+        tell(f"note  no kernels, PyTorch computes everything: {reason} (ADVMOE_NATIVE=0 does without them)")
     return Built(None, reason)
 
 
@@ -125,10 +125,10 @@ def _compiler() -> list[str]:
     """The command of a C++ compiler: `CXX`, or the first of the usual ones."""
     if named := shlex.split(os.environ.get("CXX", "")):
         return named
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
         raise _Absent("no C++ compiler found")
-    return [found]
+    return [compiler]
 
 
 def _fingerprint(compiler: list[str]) -> str:
@@ -161,11 +161,11 @@ def _own_folder() -> Path | None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = folder.stat()
+        status = folder.stat()
         runs = not os.statvfs(folder).f_flag & os.ST_NOEXEC
     except OSError:
         return None
-    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return folder if private and runs else None
 
 
@@ -175,9 +175,9 @@ def _is_whole(file: Path) -> bool:
         # A FIFO is not waited for.
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as opened:
-            found = os.fstat(descriptor)
-            own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
-            if not own or not _DIGEST < found.st_size <= _LARGEST + _DIGEST:
+            status = os.fstat(descriptor)
+            own = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+            if not own or not _DIGEST < status.st_size <= _LARGEST + _DIGEST:
                 return False
             content = opened.read()
     except OSError:

@@ -1,4 +1,7 @@
-"""Convolutions by fixed filters, of which each sample uses its expert's, and what follows them in a network."""
+"""Convolutions by fixed filters, of which each sample uses its expert's, and what follows them in a network.
+
+Axes: `N` batch, `C` channels, `H W` size, `M` rows of a bank, `E` experts, `k` kernel.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class _Finish(ctypes.Structure):
 
 
 class _Unfinish(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("y", "branch", "pooled", "kept")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("y", "branch", "pooled", "dshortcut")]
 
 
 def _filled(x: Tensor, lanes: int) -> Tensor:
@@ -83,21 +86,21 @@ class Packed:
     def __post_init__(self) -> None:
         if self.dtype == torch.bfloat16 and not (available() and _tiles()):
             raise InputError("filters must be fp32 on this CPU, which has no tiles, got bf16")
-        self._ahead = self._made(backward=False)
+        self._ahead = self._packed(backward=False)
         lanes = LANES if self.dtype == torch.float32 else _DEPTH
         self._shift = None if self.bias is None else _filled(self.bias.float(), lanes)
 
-    def _made(self, *, backward: bool) -> Tensor:
-        """The filters for a direction."""
+    def _packed(self, *, backward: bool) -> Tensor:
+        """The filters as the kernels of one direction read them."""
         if self.dtype == torch.float32:
             return _filled(self.filters.permute((0, 3, 4, 1, 2) if backward else (0, 3, 4, 2, 1)), LANES)
         filters = self.filters.permute(0, 1, 3, 4, 2).contiguous()
         _, _, c_in, kh, kw = self.filters.shape
         shape, _, _ = self._shape(torch.Size((1, c_in, kh, kw)))
         pack, threads = built().functions["pack_bf16"], torch.get_num_threads()
-        given = ctypes.addressof(shape), backward, filters.data_ptr()
-        out = room(pack(*given, None, threads), dtype=torch.bfloat16)
-        pack(*given, out.data_ptr(), threads)
+        arguments = ctypes.addressof(shape), backward, filters.data_ptr()
+        out = room(pack(*arguments, None, threads), dtype=torch.bfloat16)
+        pack(*arguments, out.data_ptr(), threads)
         return out
 
     def _shape(self, x_shape: torch.Size) -> tuple[_Shape, int, int]:
@@ -151,28 +154,28 @@ class Packed:
         """The same of `rectified`, by the `gradients` of its result `y`, and the gradient for the `shortcut`, if there
         was one.
         """
-        kept = torch.empty_like(y) if shortcut else None
-        given = _Unfinish(*map(address, (y, gradients.branch, gradients.pooled, kept)))
-        return *self._unconvolved(gradients.x, x, choice, given, products), kept
+        shortcut_grad = torch.empty_like(y) if shortcut else None
+        unfinish = _Unfinish(*map(address, (y, gradients.branch, gradients.pooled, shortcut_grad)))
+        return *self._unconvolved(gradients.x, x, choice, unfinish, products), shortcut_grad
 
     def _unconvolved(
-        self, grad: Tensor, x: Tensor, choice: Tensor, given: _Unfinish, products: bool
+        self, grad: Tensor, x: Tensor, choice: Tensor, unfinish: _Unfinish, products: bool
     ) -> tuple[Tensor, Tensor | None]:
-        back = self._back  # held here, as another thread may have made its own by the time that the kernel reads it
+        back = self._back  # a reference of our own: another thread may replace it while the kernel reads it
         if back is None:
-            back = self._back = self._made(backward=True)
+            back = self._back = self._packed(backward=True)
         shape, _, _ = self._shape(x.shape)
         dx, dots = torch.empty_like(x), room(len(x)) if products else None
         built().functions[f"convolve_backward_{NAMES[self.dtype]}"](
-            ctypes.addressof(shape), grad.data_ptr(), ctypes.addressof(given), choice.data_ptr(),
+            ctypes.addressof(shape), grad.data_ptr(), ctypes.addressof(unfinish), choice.data_ptr(),
             back.data_ptr(), x.data_ptr(), dx.data_ptr(), address(dots), threads_for(len(x)),
         )  # fmt: skip
         return dx, dots
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What `whole_layer` made."""
+class LayerOutput:
+    """What `whole_layer` computes."""
 
     y: Tensor
     """(N, C_out, H', W')."""
@@ -186,7 +189,7 @@ class Layer:
 
 def whole_layer(
     scorer: Scorer, pooled: Tensor, filters: Packed, x: Tensor, shortcut: Tensor | None, *, pool: bool
-) -> Layer:
+) -> LayerOutput:
     """max(conv(x) + shortcut, 0) for `x` (N, C_in, H, W), which `suits`, and its mean over pixels `pooled` (N, C_in),
     each sample by the expert that `scorer` rates highest. C_out is of whole vectors, and a shortcut of the output's
     shape.
@@ -198,10 +201,10 @@ def whole_layer(
         raise InputError(f"shortcut must be {tuple(y.shape)}, got shape {tuple(shortcut.shape)}")
     after = room(n, c_out) if pool else None
     scores, choice = room(n, scorer.last.out_features), room(n, dtype=torch.long)
-    router, finish = scorer._made(), _Finish(1, address(shortcut), address(after))
+    router, finish = scorer._router(), _Finish(1, address(shortcut), address(after))
     built().functions[f"layer_{NAMES[filters.dtype]}"](
         ctypes.addressof(router), pooled.data_ptr(), ctypes.addressof(shape), x.data_ptr(), filters._ahead.data_ptr(),
         address(filters._shift), ctypes.addressof(finish), y.data_ptr(), scores.data_ptr(), choice.data_ptr(),
         threads_for(n),
     )  # fmt: skip
-    return Layer(y, after, scores, choice)
+    return LayerOutput(y, after, scores, choice)

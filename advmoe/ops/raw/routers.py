@@ -1,4 +1,7 @@
-"""Routers in eval mode, and the probabilities of their choices."""
+"""Routers in eval mode, and the probabilities of their choices.
+
+Axes: `N` batch, `C` channels, `E` experts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from advmoe.ops.raw.tensors import address, room, threads_for
 
 
 def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
-    """What softmax over fp32 `scores` (N, E), which `suits`, gives each sample's `choice` (N,) of 0 to E - 1: (N,)."""
+    """The softmax probability of each sample's `choice` (N,), 0 to E-1, by fp32 `scores` (N, E) that `suits`: (N,)."""
     n, experts = scores.shape
     probability = room(n)
     built().functions["gate"](scores.data_ptr(), choice.data_ptr(), n, experts, probability.data_ptr())
@@ -52,10 +55,10 @@ class Scorer:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All that it computes with."""
         norm, hidden, last = self.norm, self.hidden, self.last
-        learnt = norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias
-        return norm.running_mean, norm.running_var, *learnt
+        learnable = norm.weight, norm.bias, hidden.weight, hidden.bias, last.weight, last.bias
+        return norm.running_mean, norm.running_var, *learnable
 
-    def _made(self) -> _Router:
+    def _router(self) -> _Router:
         norm, hidden, last, each = self.norm, self.hidden, self.last, self.tensors()
         sizes = hidden.in_features, hidden.out_features, last.out_features
         return _Router(*sizes, *map(address, each), norm.eps)
@@ -65,7 +68,7 @@ class Scorer:
         n = len(pooled)
         hidden = room(n, self.hidden.out_features)
         scores = room(n, self.last.out_features)
-        run, router = built().functions["score"], self._made()
+        run, router = built().functions["score"], self._router()
         run(ctypes.addressof(router), pooled.data_ptr(), n, hidden.data_ptr(), scores.data_ptr(), threads_for(n))
         return scores, hidden
 
@@ -73,6 +76,6 @@ class Scorer:
         """The gradient for the pooled features (N, C), by that of the scores (N, E)."""
         n = len(grad)
         pooled = room(n, self.hidden.in_features)
-        run, router = built().functions["unscore"], self._made()
+        run, router = built().functions["unscore"], self._router()
         run(ctypes.addressof(router), hidden.data_ptr(), grad.data_ptr(), n, pooled.data_ptr(), threads_for(n))
         return pooled

@@ -1,0 +1,49 @@
+"""What a run is: typed, validated settings. Imports no torch, so that the command line answers at once.
+
+Pixels lie in [0, 1] and every strength (`eps`, `step_size`) is in the same unit; `8/255` may be written as such.
+Whatever is wrong with a value is a `ValueError` of one line that names the field, the rule and the value received.
+"""
+
+from advmoe.config.config import Config, field_names, merged, near_matches, read_yaml
+from advmoe.config.fields import (
+    Batch,
+    Channels,
+    Classes,
+    Codes,
+    Count,
+    ExpertInit,
+    ExpertLayout,
+    Experts,
+    ModelKind,
+    Pixels,
+    Precision,
+    Processes,
+    RoutePer,
+    RouterKind,
+    Seed,
+    Share,
+    Side,
+    Threads,
+    Width,
+    Within,
+    require,
+    require_path,
+    require_text,
+    typed,
+)
+from advmoe.config.sections import (
+    OWN_MODEL,
+    AttackConfig,
+    DataConfig,
+    ModelConfig,
+    ThreatConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Config", "Count", "DataConfig",
+    "ExpertInit", "ExpertLayout", "Experts", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
+    "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
+    "Within", "field_names", "merged", "near_matches", "read_yaml", "require", "require_path", "require_text",
+    "typed",
+]  # fmt: skip

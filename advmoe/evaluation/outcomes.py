@@ -1,0 +1,209 @@
+"""Whether a classifier is right about each example: as it is, and under each attack.
+
+Axes: `N` examples, `L` MoE layers, `T` tokens. Accuracies are fractions, not percent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmoe.attacks.pgd import Predict
+from advmoe.attacks.routed import RoutedPlan, RoutedTarget, plan_attack
+from advmoe.config import AttackConfig
+from advmoe.errors import InputError
+from advmoe.evaluation.harness import Job, Journal, run_tasks
+from advmoe.evaluation.intervals import wilson
+from advmoe.evaluation.scoring import (
+    EvaluationData,
+    OpenRouting,
+    correct,
+    device_of,
+    is_routed,
+    measuring,
+    size,
+    stream,
+    take,
+)
+from advmoe.evaluation.suite import ATTACKS, Setting, default_attacks, named
+from advmoe.moe.routing import route
+from advmoe.progress import BRIEF, tracked
+from advmoe.seeding import seed_for
+from advmoe.threat import ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size below 1."""
+
+    threat: ThreatModel
+    attack: AttackConfig
+    """What `pgd` and `routed` take their steps from."""
+    attacks: Sequence[str] | None = None
+    """Names as in `suite`; None: PGD, and for a routed model PGD through soft routing."""
+    batch_size: int = 250
+    """Images per attack call. With another one an attack is as strong, but a few single images end otherwise."""
+    seed: int = 0
+    """Every random draw follows from it, the position of a batch and that of an image in it."""
+
+    def __post_init__(self) -> None:
+        """Check the batch size."""
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be >= 1, got {self.batch_size!r}")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What a classifier does with the images as they are."""
+
+    correct: Tensor
+    """(N,) booleans."""
+    predicted: Tensor
+    """(N,) classes."""
+    pathways: Tensor
+    """(N, L) expert indices, (N, L, T) where tokens are routed one by one; (N, 0) for a plain model."""
+    finite: Tensor
+    """Whether no logit is NaN or infinite, (N,) booleans."""
+
+
+def outcomes(
+    predict: Predict,
+    data: EvaluationData,
+    measurement: Measurement,
+    *,
+    device: torch.device | str | None = None,
+    accept: Callable[[Clean], object] = lambda clean: None,
+) -> dict[str, Tensor]:
+    """Per example, whether it is classified correctly: `clean`, and under each attack by name; (N,) booleans.
+
+    No checks are made: this is what `evaluate` and training count with. `accept` is called with what the model does
+    without an attack, before any is made. `device` is by default the module's own, the CPU for any other callable.
+    Raises `ValueError` for empty data.
+    """
+    device = device_of(predict) if device is None else torch.device(device)
+    job, wanted = make_job(predict, data, measurement, device)
+    names = applicable(wanted, job)
+    clean = classified(predict, job, device)
+    accept(clean)
+    robust, _ = measured(predict, job, names, clean, device)
+    return {"clean": clean.correct, **robust}
+
+
+def measured(
+    predict: Predict, job: Job, names: Sequence[str], clean: Clean, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Make the attacks of these full names in this process, and collect what came of them, as `collected` does."""
+    journal = Journal()
+    if "routed" in names:
+        job = replace(job, plan=routed_plan(predict, job, clean, device))
+    run_tasks(job, names, predict, journal, device)
+    return collected(job, journal, names)
+
+
+def make_job(
+    predict: Predict, data: EvaluationData, measurement: Measurement, device: torch.device
+) -> tuple[Job, tuple[str, ...]]:
+    """The job, but for what `routed` has to plan, and the full names of the attacks asked for."""
+    routed = is_routed(predict, data, device)
+    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed)
+    attacks = default_attacks(setting) if measurement.attacks is None else measurement.attacks
+    job = Job(data=data, setting=setting, batch_size=measurement.batch_size, seed=measurement.seed)
+    return job, named(attacks, setting)
+
+
+def applicable(wanted: Sequence[str], job: Job) -> tuple[str, ...]:
+    """The attacks that can add something: all, but `routed` for a plain model. Raises `ValueError` if none is left."""
+    names = tuple(name for name in wanted if job.setting.routed or not ATTACKS.find(name).for_routed)
+    if not names:
+        raise InputError("attacks must hold more than routed for a model without MoE layers (routed adds nothing)")
+    return names
+
+
+def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
+    """What the classifier does with a job's images as they are."""
+    batches: list[tuple[Tensor, ...]] = []
+    slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
+    with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as examples:
+        for x, y in tracked(examples, "clean", total=len(slices), delay=BRIEF):
+            with route() as routing:
+                logits = predict(x)
+            pathways = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
+            finite = logits.isfinite().all(1)
+            batches.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), pathways.cpu(), finite.cpu()))
+    return Clean(*(torch.cat(column) for column in zip(*batches, strict=True)))
+
+
+def routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device) -> RoutedPlan:
+    """Search on the first correctly classified images, and count the pathways that all of them take."""
+    budget = job.setting.budget
+    chosen = clean.correct.nonzero()[:, 0][: budget.search_examples].tolist()
+    x, y = zip(*(take(job.data, slice(i, i + 1), device) for i in chosen), strict=True) if chosen else ((), ())
+    with measuring(predict, device):
+        empty = take(job.data, slice(0, 0), device)
+        return plan_attack(
+            RoutedTarget(OpenRouting(predict), predict, job.setting.threat),
+            torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last), torch.cat([*y, empty[1]]),
+            clean.pathways, budget=budget, seed=seed_for(job.seed, "search"),
+        )  # fmt: skip
+
+
+def collected(job: Job, journal: Journal, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """By full name of an attack: which examples are still right, (N,) booleans; and its entry in `evaluation.json`."""
+    robust = {name: column(job, journal, name, "robust").bool() for name in names}
+    return robust, {name: _entry(job, journal, name, robust[name]) for name in names}
+
+
+def column(job: Job, journal: Journal, name: str, key: str) -> Tensor:
+    """One column, `robust` or `predicted`, of an attack's results over all batches, (N,)."""
+    results = [journal.get(task) for task in job.tasks([name])]
+    return torch.cat([torch.tensor(result[key]) for result in results if result is not None])
+
+
+def _entry(job: Job, journal: Journal, name: str, robust: Tensor) -> dict[str, Any]:
+    """One attack's entry in `evaluation.json`."""
+    results = [result for task in job.tasks([name]) if (result := journal.get(task)) is not None]
+    parts: dict[str, dict[str, int]] = {}
+    for part in (part for result in results for part in result["parts"]):
+        total = parts.setdefault(part["name"], {"attempted": 0, "broken": 0})
+        for count in total:
+            total[count] += part[count]
+    flags = [flag for result in results for flag in result["flags"]]
+    calls = [result["model_calls"] for result in results]
+    return {
+        "robust_accuracy": robust.double().mean().item(),
+        "interval": list(wilson(int(robust.sum()), len(robust))),
+        "examples": len(robust),
+        "seconds": round(sum(result["seconds"] for result in results), 3),
+        "model_calls": {kind: sum(each[kind] for each in calls) for kind in ("forward", "gradient")},
+        "seed": job.seed,
+        "flags": {flag: flags.count(flag) for flag in dict.fromkeys(flags)},
+        "parts": parts,
+        "settings": results[0]["settings"],
+    }
+
+
+def summary(robust: dict[str, Tensor]) -> dict[str, Any]:
+    """Accuracies of `outcomes`: clean, per attack, and `worst_case`: robust only if every attack failed."""
+    attacks = {name: each for name, each in robust.items() if name != "clean"}
+    return {
+        "clean_accuracy": robust["clean"].double().mean().item(),
+        "robust_accuracy": {name: each.double().mean().item() for name, each in attacks.items()},
+        "worst_case": torch.stack([robust["clean"], *attacks.values()]).all(0).double().mean().item(),
+        "num_examples": len(robust["clean"]),
+    }
+
+
+def masking_gap(robust: dict[str, Tensor]) -> float | None:
+    """Of `outcomes`: the accuracy under the strongest straight-through PGD (`pgd-N`) less the worst case.
+
+    None where there is no such attack.
+    """
+    numbers = summary(robust)
+    usual = [share for name, share in numbers["robust_accuracy"].items() if re.fullmatch(r"pgd-\d+", name)]
+    return float(min(usual) - numbers["worst_case"]) if usual else None

@@ -1,0 +1,107 @@
+"""Extension without forking: what a plugin registers becomes a choice by name everywhere, as the package's own are.
+
+A plugin is a file that `--plugin FILE.py` (or `ADVMOE_PLUGINS`) names, or a package with an entry point in the group
+`advmoe.plugins`; see `tables.plugins`. Names that are taken are refused with `InputError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS, Backbone, DataSet, Level, Method, Router
+from advmoe.tables.plugins import add_plugin
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def register_backbone(
+    name: str, *, width: int, label: str | None = None, tokens: bool = False, min_size: int = 8
+) -> Callable[[Made], Made]:
+    """Add what is decorated as the backbone `name`: a function or class
+    `(layers, *, width, in_channels, num_classes, input_size) -> module` of normalised images.
+
+    Args: width: channels of its first stage. label: in tables, by default the name. tokens: whether its MoE layers see
+    tokens. min_size: side in pixels of the smallest images that it takes.
+    """
+
+    def add(build: Made) -> Made:
+        BACKBONES.add(name, Backbone(build, width, label or name, tokens=tokens, min_size=min_size))
+        return build
+
+    return add
+
+
+def register_router(name: str, *, in_layers: bool = False, apart: bool = True) -> Callable[[Made], Made]:
+    """Add what is decorated as the router `name`.
+
+    It is `(in_channels, width, num_layers, num_experts, *, pool) -> module`, which scores normalised images for all MoE
+    layers ((N, E) for each); or, `in_layers`, `(channels, num_experts, *, per_token=False) -> module`, which scores a
+    layer's input. `apart` is false where one choice holds for all layers.
+    """
+
+    def add(build: Made) -> Made:
+        ROUTERS.add(name, Router(layer=build) if in_layers else Router(build, apart=apart))
+        return build
+
+    return add
+
+
+def register_dataset(name: str, *, label: str | None = None, **about: Any) -> Callable[[Made], Made]:
+    """Add the decorated reader `(data.types.Request) -> data.types.Source` as the data set `name`.
+
+    `about`: other fields of `tables.DataSet`, as `licence`.
+    """
+
+    def add(reader: Made) -> Made:
+        DATASETS.add(name, DataSet(reader, label or name, **about))
+        return reader
+
+    return add
+
+
+def register_loss(name: str, *, from_labels: bool = True, least_classes: int = 2) -> Callable[[Made], Made]:
+    """Add the decorated loss `(logits (N, K), classes (N,)) -> (N,)` as `name`, which attacks ascend: `pgd-50-NAME`.
+
+    `from_labels`: whether it leads away from the true class, so that `routed` may search with it.
+    """
+    from advmoe.attacks.pgd import LOSSES, Loss
+
+    def add(loss: Made) -> Made:
+        def at(forward: Any, x: Any, labels: Any) -> Callable[[Any], Any]:
+            return lambda logits: loss(logits, labels).sum()
+
+        LOSSES.add(name, Loss(at, from_labels=from_labels, least_classes=least_classes))
+        return loss
+
+    return add
+
+
+def register_attack(name: str, *, for_routed: bool = False, least_classes: int = 2) -> Callable[[Made], Made]:
+    """Add the decorated attack `(predict, x, y, *, threat, seed) -> (N, C, H, W)` as `name`.
+
+    `predict` maps pixels (N, C, H, W) to logits, `x` are clean pixels and `y` their classes, `threat` is the
+    `ThreatModel`. What it returns is projected into the ball and scored again by the deployed model, so that it cannot
+    overstate itself. `for_routed`: whether it is of use for models with MoE layers alone.
+    """
+    from advmoe.evaluation.suite import ATTACKS, FunctionAttack
+
+    def add(attack: Made) -> Made:
+        ATTACKS.add(name, FunctionAttack(name, attack, for_routed=for_routed, least_classes=least_classes))
+        return attack
+
+    return add
+
+
+def register_method(name: str, levels: tuple[Level, ...], *, label: str | None = None, sentence: str = "") -> None:
+    """Add the training method `name`: the `levels` of an iteration, in their order (`tables.Level`).
+
+    `label` and `sentence` are what tables and model cards say of it.
+    """
+    METHODS.add(name, Method(levels, label or name, sentence or name))
+
+
+__all__ = [
+    "Level", "add_plugin", "register_attack", "register_backbone", "register_dataset", "register_loss",
+    "register_method", "register_router",
+]  # fmt: skip

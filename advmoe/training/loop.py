@@ -1,0 +1,187 @@
+"""The epochs of a run, from its last checkpoint on: each is trained, validated, logged and saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from advmoe.errors import InputError
+from advmoe.models import save_model
+from advmoe.progress import BRIEF, bar, shown, tell
+from advmoe.pruning import write_masks
+from advmoe.rundir import BEST, LAST, METRICS, Epochs
+from advmoe.tables import METHODS
+from advmoe.text import one_line
+from advmoe.training import checkpoint as checkpoints
+from advmoe.training import manifest as manifests
+from advmoe.training.board import Board, examples
+from advmoe.training.lines import epoch_line, summary
+from advmoe.training.phases import Phase, enter, leave, phase_at, phases
+from advmoe.training.schedule import batches, cosine
+from advmoe.training.trainer import Trainer, TrainingDiverged
+
+
+def fit(
+    run: Trainer,
+    run_dir: Path,
+    manifest: dict[str, Any],
+    board: Board | None = None,
+    resumption: dict[str, Any] | None = None,
+) -> None:
+    """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
+    model, and show every epoch on `board`.
+
+    `run` is the trainer of the whole run's model; a phase may have another. A run that is resumed passes a manifest of
+    this process as `resumption`, which `manifest` takes in unless nothing is left to do. A phase starts from the best
+    checkpoint of the one before it; when a phase is over, `last` holds the start of the next.
+    """
+    fabric, t, plan = run.fabric, run.config.training, phases(run.config)
+    phase, trainer, progress = _begin(run, plan, run_dir, board)
+    epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
+    if resumption is not None and progress["epoch"] < epochs:
+        other = manifests.differing(manifest, resumption)
+        if fabric.is_global_zero and progress["epoch"] and other is not None:
+            rule = "the weights need not be those, bit by bit, of a run that was never interrupted"
+            print(f"note  the run goes on with other {other}: {rule}", flush=True)
+        manifest = manifests.noted(manifest, resumption)
+        if fabric.is_global_zero:
+            manifests.write(run_dir, manifest)
+    before, resumed_at = progress["wall_seconds"], progress["epoch"]
+    with bar("train", epochs * iterations, unit="it", done=resumed_at * iterations) as progress_bar:
+        for epoch in range(progress["epoch"], epochs):
+            started = time.perf_counter()
+            progress_bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
+            with _named(phase):
+                trainer.train_epoch(epoch - phase.first, progress_bar)
+            seconds = time.perf_counter() - started
+            with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
+                measured = _measured(trainer, epoch)
+            line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
+            score = _score(t.method, measured)
+            best = progress["best"]
+            better = best is None or score is None or score >= best["score"]
+            progress = {
+                "epoch": epoch + 1,
+                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
+                "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
+            }
+            if fabric.is_global_zero:
+                _log(trainer, run_dir, line, board)
+                pace = (progress["wall_seconds"] - before) / (epoch + 1 - resumed_at)
+                left = pace * (epochs - epoch - 1)
+                told = epoch_line(line, epochs=epochs, best=better, left=left)
+                tell(told, "epoch", **line, best=better, seconds_left=round(left, 1))
+                if better:
+                    _keep_best(trainer, run_dir, progress)
+            if epoch + 1 == phase.end < epochs:
+                fabric.barrier()
+                state = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
+                leave(phase, trainer, run, state.weights)
+                phase = phase_at(plan, epoch + 1)
+                trainer = enter(phase, run)
+                progress["best"] = None
+            if fabric.is_global_zero:
+                checkpoints.save(run_dir / LAST, trainer.state(progress))
+            fabric.barrier()
+    if fabric.is_global_zero:
+        _finish(trainer, run_dir, manifest, progress)
+        print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
+
+
+def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
+    """Add an epoch's line to `metrics.jsonl` and the board."""
+    earlier = Epochs.read(run_dir / METRICS)
+    Epochs([*earlier.lines, line]).write(run_dir / METRICS)
+    if board is not None:
+        board.write(line, examples(trainer))
+
+
+def _keep_best(trainer: Trainer, run_dir: Path, progress: dict[str, Any]) -> None:
+    """Write the weights that were validated, as the best checkpoint and as the run's model."""
+    with trainer.averaged():
+        checkpoints.save(run_dir / BEST, replace(trainer.state(progress), more={}), keep_previous=False)
+        save_model(trainer.as_saved(), run_dir)
+
+
+def _begin(
+    run: Trainer, plan: tuple[Phase, ...], run_dir: Path, board: Board | None
+) -> tuple[Phase, Trainer, dict[str, Any]]:
+    """The phase under way, its trainer, and how far it is: as the last checkpoint has it, or at the start."""
+    last = checkpoints.load_latest(run_dir / LAST)
+    start: dict[str, Any] = {"epoch": 0, "best": None, "wall_seconds": 0.0}
+    progress = start if last is None else last.progress
+    phase = phase_at(plan, progress["epoch"])
+    trainer = enter(phase, run)
+    if last is not None:
+        try:
+            trainer.restore(last)
+        except (RuntimeError, ValueError) as error:
+            rule = "hold weights of the model that its config.yaml, and --model, describe"
+            raise InputError(f"{run_dir / 'last'} must {rule}, got {one_line(error)}") from error
+    if run.fabric.is_global_zero:
+        logged = Epochs.read(run_dir / METRICS).upto(progress["epoch"])
+        for problem in logged.problems:
+            tell(f"note  {problem}")
+        if (run_dir / METRICS).exists():
+            logged.write(run_dir / METRICS)
+        if board is not None:
+            board.follow(logged.lines)
+    return phase, trainer, progress
+
+
+@contextmanager
+def _named(phase: Phase) -> Iterator[None]:
+    """A `TrainingDiverged` from inside names the phase."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise (error if phase.name is None else TrainingDiverged(f"{phase.name}: {error}")) from None
+
+
+def _measured(trainer: Trainer, epoch: int) -> dict[str, float] | None:
+    """The validation after `epoch` (from 0). Raises `TrainingDiverged`, which names the epoch."""
+    try:
+        return trainer.validate()
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"after epoch {epoch + 1}: {error}") from None
+
+
+def _score(method: str, measured: dict[str, float] | None) -> float | None:
+    """The accuracy that the best checkpoint is chosen by; None (the last one is best) without a validation split."""
+    if measured is None:
+        return None
+    return measured["robust_accuracy" if METHODS[method].adversarial else "clean_accuracy"]
+
+
+def _epoch_line(
+    trainer: Trainer, phase: Phase, epoch: int, seconds: float, iterations: int, measured: dict[str, float] | None
+) -> dict[str, Any]:
+    t = trainer.config.training
+    seen = sum(trainer.means.counts.values()) * trainer.fabric.world_size
+    return {
+        "epoch": epoch + 1,
+        **({} if phase.name is None else {"phase": phase.name}),
+        "lr": t.lr * cosine((epoch - phase.first) * iterations, t.epochs * iterations),
+        "train": trainer.means.report(trainer.fabric),
+        "val": measured,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(seen / seconds, 1),
+        "layers": trainer.use.report(trainer.fabric),
+    }
+
+
+def _finish(trainer: Trainer, run_dir: Path, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+    best = checkpoints.load_latest(run_dir / BEST)
+    if best is not None:
+        trainer.load(best.weights)
+    save_model(model := trainer.as_saved(), run_dir)
+    if model.spec["kind"] == "sparse":
+        write_masks(model, run_dir)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    sound = {name: value for name, value in manifest.items() if name != "diverged"}  # as it may have, earlier
+    manifests.write(run_dir, {**sound, "finished": now, "wall_seconds": round(progress["wall_seconds"], 1)})

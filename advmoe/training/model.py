@@ -1,0 +1,87 @@
+"""The model that a run trains: as its settings describe it, or the user's own network.
+
+Axes: `N` batch, `K` classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from advmoe.config import Config
+from advmoe.data import Dataset
+from advmoe.errors import InputError
+from advmoe.models import Classifier, create_model, labels
+from advmoe.models.convert import own_classifier
+from advmoe.models.runs import load_run
+from advmoe.models.sources import load_module
+from advmoe.pruning import adopt
+from advmoe.seeding import generator_for
+from advmoe.tables import METHODS
+from advmoe.text import one_line
+from advmoe.training.methods import learning
+
+
+def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> Classifier:
+    """The model that `config` describes for `dataset`: its weights are drawn from the run's seed or taken from
+    `training.init_from`, which is not read for a run that is `resumed`: its checkpoint has all weights. Executes
+    `model.source`, if there is one.
+    """
+    init_from = None if resumed else config.training.init_from
+    start = None if init_from is None else load_run(init_from, config.model.source)
+    # A plain network of the user's own, trained already, is converted with the weights that it has.
+    upcycled = start.backbone if start is not None and config.model.to_moe and not start.routed else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        if config.model.source is not None:
+            model = _own_model(config, dataset, upcycled or load_module(config.model.source))
+        else:
+            model = create_model(
+                **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
+                in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
+            )  # fmt: skip
+    model.spec |= labels(dataset.num_classes, dataset.classes, dataset.cut)
+    if start is not None and upcycled is None:
+        try:
+            if config.model.kind == "sparse":
+                adopt(model, start)
+            else:
+                model.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
+            raise InputError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
+    return model
+
+
+def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifier:
+    """The user's network as the model to train, tried on images of the data's shape."""
+    method, size, source = config.training.method, dataset.image_size, config.model.source
+    # Three, as few axes of something else are 3 long.
+    example = torch.rand(3, dataset.in_channels, size, size, generator=generator_for(config.training.seed, "example"))
+    try:
+        model = own_classifier(module, config.model, example)
+    except ValueError as error:
+        raise InputError(f"model.source {source}: {error}") from error
+    if (classes := model.spec["num_classes"]) != dataset.num_classes:
+        raise InputError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
+    _require_train_mode(model, example, source)
+    t = config.training
+    reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
+    if METHODS[method].apart:
+        reasons.append(f"training.method is {method}")
+    if reasons and not model.routed:
+        rule = f"converted (--to-moe), or have MoE layers of its own, when {' and '.join(reasons)}"
+        raise InputError(f"model.source must be {rule}, got {source!r} without")
+    return model
+
+
+def _require_train_mode(model: Classifier, example: Tensor, source: str | None) -> None:
+    """Some networks make more than logits in train mode, or fail in it. Raises `ValueError` for these."""
+    rule = f"model.source {source}: module must make logits (N, K) in train mode too"
+    try:
+        with torch.no_grad(), learning(model, "all", record=False):
+            logits = model(example)
+    except Exception as error:
+        raise InputError(f"{rule}, got {one_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(example), model.spec["num_classes"]):
+        raise InputError(f"{rule}, got {tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}")

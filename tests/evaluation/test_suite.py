@@ -1,0 +1,63 @@
+"""Attacks by name: what each name means, in full, and which a model has no use for."""
+
+import pytest
+
+from advmoe.config import AttackConfig, Pixels
+from advmoe.evaluation.suite import ATTACKS, Setting, default_attacks, named, require_classes, stretched
+from advmoe.threat import ThreatModel
+
+
+def setting(routed=True, **attack):
+    fields = {"steps": 7, "step_size": Pixels("0.01"), "queries": 0, **attack}
+    return Setting(threat=ThreatModel("linf", 0.05), attack=AttackConfig(**fields), routed=routed)
+
+
+def test_the_usual_attacks_are_pgd_and_through_soft_routing_for_routed_models():
+    assert default_attacks(setting()) == ("pgd-7", "pgd-7-soft")
+    assert default_attacks(setting(routed=False)) == ("pgd-7",)
+
+
+def test_names_are_said_in_full_and_once():
+    asked = ["pgd", "pgd-7", "pgd-3-margin", "pgd-soft", "routed", "pgd-dlr-soft", "pgd-3-margin"]
+    assert named(asked, setting()) == ("pgd-7", "pgd-3-margin", "pgd-7-soft", "routed", "pgd-7-dlr-soft")
+
+
+@pytest.mark.parametrize("name", ["pgd-07", "pgd-100000", "pgd-3-ce", "pgd-soft-margin", "PGD", "", "pgd-3-"])
+def test_other_spellings_are_no_attacks(name):
+    with pytest.raises(ValueError, match="attacks must be one of"):
+        named([name], setting())
+
+
+def test_what_a_model_has_no_use_for_is_refused():
+    with pytest.raises(ValueError, match="must not name soft routing for a model without MoE layers, got 'pgd-7-soft'"):
+        named(["pgd-soft"], setting(routed=False))
+    with pytest.raises(ValueError, match="must not use the loss dlr for less than 3 classes, got 'pgd-7-dlr' for 2"):
+        require_classes(["pgd-7", "pgd-7-dlr"], 2)
+    require_classes(["pgd-7", "pgd-7-dlr", "autoattack:apgd-dlr"], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "size"),
+    [
+        ("pgd-10", 0.1, 0.025),  # 2.5 * 0.1 / 10
+        ("pgd-10", 0.01, 0.01),  # the configured step is more
+        ("pgd", 0.14, 0.05),  # by the configured 7 steps
+        ("routed", 0.14, 0.05),
+    ],
+)
+def test_steps_are_stretched_to_cross_a_larger_ball(name, eps, size):
+    larger = stretched(name, setting(), eps)
+    assert (larger.threat.norm, larger.threat.eps) == ("linf", eps)
+    assert float(larger.attack.step_size) == pytest.approx(size) and larger.attack.steps == 7
+
+
+def test_an_attack_says_what_it_was_told_and_where_its_steps_fall_short():
+    attack = ATTACKS.find("pgd-3-margin").build(None, setting(routed=False), None)
+    assert attack.name == "pgd-3-margin"
+    assert attack.settings == {"steps": 3, "step_size": 0.01, "restarts": 1, "loss": "margin"}
+    assert attack.flags == ("3 steps of 0.01 cannot cross the ball from its centre to its edge, 0.05",)
+    assert ATTACKS.find("pgd-5").build(None, setting(routed=False), None).flags == ()
+
+
+def test_attacks_that_need_routing_are_told_apart_by_the_table():
+    assert {name for name in ATTACKS if ATTACKS[name].for_routed} == {"routed"}
