@@ -67,7 +67,7 @@ lowest: $(LOWEST)/.installed
 
 # The site, into build/site; a link to nothing fails.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "site: build/site/index.html"
 
 format: $(INSTALLED)
