@@ -283,3 +283,21 @@ def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
         found = json.loads((DOCS / "results/attacks" / run / "dissection.json").read_text())["pgd-50"]
         shares = [*found["categories"].values(), found["robust_accuracy"], found["router_robustness"]]
         assert all(map(agrees, shown, shares))
+
+
+@pytest.mark.parametrize(
+    ("page", "studies", "keys", "count"),
+    [
+        ("nine-studies.md", ("table1",), ("sa", "ra_pgd", "worst"), 5),
+        ("price.md", ("efficiency-32", "efficiency"), ("ra_pgd", "worst", "sa"), 11),
+        ("recipes.md", ("recipes",), ("ra_pgd", "worst", "sa"), 14),
+    ],
+)
+def test_means_on_pages_are_those_of_stored_studies(page, studies, keys, count) -> None:
+    tables = [json.loads((DOCS / "results/studies" / name / "study.json").read_text())["tables"][0] for name in studies]
+    found = [[row[key][part] for key in keys for part in ("mean", "std")] for table in tables for row in table["rows"]]
+    lines = [re.findall(r"([\d.]+) ± ([\d.]+)", line) for line in (DOCS / "results" / page).read_text().splitlines()]
+    shown = [[float(number) for pair in line for number in pair] for line in lines if line]
+    assert len(shown) == count
+    for row in shown:
+        assert any(row == pytest.approx(each, abs=0.0501) for each in found), row
