@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from advmoe.errors import InputError
 from advmoe.tables import KINDS, METHODS, ROUTERS
-from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.text import MOST_OF_A_VALUE, cut, radius, show
 
 RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
@@ -61,6 +61,21 @@ class Pixels(float):
 
     def __reduce__(self) -> tuple[type[Pixels], tuple[str]]:
         return Pixels, (self.text,)
+
+
+class FollowingStep(Pixels):
+    """A step that nobody has set: within a `Config` it follows the radius."""
+
+    @staticmethod
+    def of(eps: Pixels, share: float) -> FollowingStep:
+        """The step of `share` times `eps`, in its spelling; of no radius that of the paper's."""
+        short = Pixels(radius(eps, "linf"))  # one value has one step, however it is written
+        top, slash, bottom = (short if short == eps else eps).text.partition("/")
+        step = FollowingStep(f"{share * float(top):.10g}{slash}{bottom}")
+        return step if step > 0 else FollowingStep.of(Pixels("8/255"), share)
+
+    def __reduce__(self) -> tuple[type[Pixels], tuple[str]]:
+        return FollowingStep, (self.text,)
 
 
 def require(ok: bool, name: str, rule: str, value: object) -> None:

@@ -13,6 +13,7 @@ from advmoe.config.fields import (
     ExpertInit,
     ExpertLayout,
     Experts,
+    FollowingStep,
     MethodName,
     ModelKind,
     Norm,
@@ -184,8 +185,10 @@ class TrainingConfig:
     """Weight of the KL term of TRADES (1/lambda)."""
     attack_steps: Steps = 2
     """Steps K of the inner maximisation."""
-    step_size: Step = field(default_factory=lambda: Pixels("5/255"))
-    """Step of the inner maximisation, in pixel units."""
+    step_size: Step = field(default_factory=lambda: FollowingStep("5/255"))
+    """Step of the inner maximisation, in pixel units; by default 1.25 `threat.eps` / `attack_steps`: the paper's 5/255
+    at its radius.
+    """
     attack_routing: AttackRouting = "straight-through"
     """How the inner attack sees the routing: through the hard choice, through experts mixed by softmax, or `mixed`: for
     each image one of the two at random.
@@ -285,8 +288,8 @@ class AttackConfig:
 
     steps: Annotated[int, Within(1, 100_000)] = 50
     """PGD steps."""
-    step_size: Step = field(default_factory=lambda: Pixels("2/255"))
-    """Step, in pixel units."""
+    step_size: Step = field(default_factory=lambda: FollowingStep("2/255"))
+    """Step, in pixel units; by default a quarter of `threat.eps`: the paper's 2/255 at its radius."""
     restarts: Steps = 1
     """Random restarts; an example is robust if every one fails."""
     pathways: Annotated[int, Within(0, 1_000_000)] = 32
