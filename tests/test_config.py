@@ -359,3 +359,14 @@ def test_steps_that_somebody_set_stay() -> None:
     given = overlaid(Config().to_dict(), {"threat": {"eps": "2/255"}, "attack": {"step_size": "2/255"}})
     assert str(Config.from_dict(given).attack.step_size) == "2/255"
     assert Config(threat=ThreatConfig(eps=0)).attack.step_size > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "meant"), [("training", "epoch", "epochs"), ("threat", "epss", "eps"), (None, "dta", "data")]
+)
+def test_configurations_take_no_attribute_that_they_lack(group: str | None, name: str, meant: str) -> None:
+    config = Config()
+    with pytest.raises(AttributeError, match=f"did you mean {meant}"):
+        setattr(getattr(config, group) if group else config, name, 3)
+    config.training.epochs = 3
+    assert config.training.epochs == 3

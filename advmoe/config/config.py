@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from advmoe.config.fields import FollowingStep, Pixels, check_types, require
+from advmoe.config.fields import FollowingStep, Pixels, Strict, check_types, require
 from advmoe.config.sections import AttackConfig, DataConfig, ModelConfig, ThreatConfig, TrainingConfig
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
@@ -22,7 +22,7 @@ from advmoe.text import MOST_OF_A_VALUE, cut
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Strict):
     """Everything that a run depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -27,6 +27,7 @@ from advmoe.config.fields import (
     Side,
     Step,
     Steps,
+    Strict,
     Weight,
     Width,
     Within,
@@ -45,7 +46,7 @@ OWN_MODEL: dict[str, Any] = {
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Strict):
     """Which network: a backbone and how it is made a mixture of experts."""
 
     name: str = "resnet18"
@@ -106,7 +107,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Strict):
     """Which images, and how they are prepared."""
 
     name: Annotated[str, DATASETS] = "cifar10"
@@ -140,7 +141,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ThreatConfig:
+class ThreatConfig(Strict):
     """What the attacker may do."""
 
     norm: Norm = "linf"
@@ -155,7 +156,7 @@ class ThreatConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Strict):
     """How the network is trained."""
 
     method: MethodName = "advmoe"
@@ -283,7 +284,7 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class AttackConfig:
+class AttackConfig(Strict):
     """The PGD attack that measures robust accuracy."""
 
     steps: Annotated[int, Within(1, 100_000)] = 50
