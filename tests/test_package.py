@@ -70,3 +70,17 @@ def test_the_long_description_has_no_relative_links():
 )
 def test_of_relative_links_the_text_stays_and_code_is_left_alone(text, shown):
     assert as_shown(text) == shown
+
+
+def test_the_workflow_runs_everything_on_each_python_that_the_project_names():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    job = workflow["jobs"]["run"]
+    named = [each.removeprefix("Programming Language :: Python :: ") for each in PROJECT["classifiers"]]
+    assert job["strategy"]["matrix"]["python"] == [each for each in named if re.fullmatch(r"3\.\d+", each)]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_what_make_dist_builds_with_is_pinned():
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    asked = {re.split("[<>=]", each)[0] for each in PYPROJECT["build-system"]["requires"]}
+    assert pinned >= asked | {"build", "twine"}
