@@ -73,8 +73,10 @@ lowest: $(LOWEST)/.installed
 # sdist is tried where the wheel was, which spares the installation of torch.
 dist: $(INSTALLED)
 	rm -rf dist
-	$(BIN)/python -m pip install --quiet build twine hatchling hatch-fancy-pypi-readme -c constraints.txt
+	$(BIN)/python -m pip install --quiet build twine 'readme_renderer[md]' hatchling hatch-fancy-pypi-readme \
+		-c constraints.txt
 	$(BIN)/python -m build --no-isolation
+# It renders no Markdown: packed.py does.
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python .ci/packed.py dist
 	$(PYTHON) -m venv --clear $(DIST)

@@ -3,11 +3,14 @@
 python .ci/packed.py FOLDER_OF_BOTH
 """
 
+import email
 import re
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+from readme_renderer import markdown
 
 ROOT = Path(__file__).parents[1]
 BESIDE = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "constraints.txt", "pyproject.toml"}
@@ -40,9 +43,9 @@ def main(folder: str) -> None:
     for each, content in [*in_wheel.items(), *in_sdist.items()]:
         if str(ROOT).encode() in content:
             sys.exit(f"{each} must not name {ROOT}")
-    description = in_sdist["PKG-INFO"].decode()
-    if broken := re.findall(r"\]\((?!https?:)[^)]*\)", re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", description)):
-        sys.exit(f"the long description must not hold relative links, got {broken}")
+    page = markdown.render(email.message_from_bytes(in_wheel[f"{name}-{version}.dist-info/METADATA"]).get_payload())
+    if broken := re.findall(r'(?:href|src)="(?!https?:|#)([^"]*)"', page):
+        sys.exit(f"the long description must link to no file, got {broken}")
     print(f"{wheel.name}, {sdist.name}: {len(package)} files of the package in both")
 
 
