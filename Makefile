@@ -1,11 +1,15 @@
-# make demo | test | test-plain | slow | studies | soak | check | lowest | docs: each starts from nothing and makes its own
-# environment.
+# make demo | test | test-plain | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and makes
+# its own environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+
+DIST := .venv-dist
+DIST_BIN := $(DIST)/bin
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 LOWEST := .venv-lowest
 LOWEST_BIN := $(LOWEST)/bin
@@ -29,7 +33,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain slow studies soak check lowest docs format clean
+.PHONY: demo test test-plain slow studies soak check lowest docs dist format clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -70,12 +74,30 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "site: build/site/index.html"
 
+# The wheel and the sdist, in dist/: as an index shows them, and as somebody without a clone installs and uses them. The
+# sdist is tried where the wheel was, which spares the installation of torch.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine 'readme_renderer[md]' hatchling hatch-fancy-pypi-readme \
+		-c constraints.txt
+	$(BIN)/python -m build --no-isolation
+# It renders no Markdown: packed.py does.
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/packed.py dist
+	$(PYTHON) -m venv --clear $(DIST)
+	$(DIST_BIN)/python -m pip install --quiet --no-compile $(TORCH) -c constraints.txt
+	$(DIST_BIN)/python -m pip install --quiet --no-compile dist/advmoe-$(VERSION)-py3-none-any.whl -c constraints.txt
+	$(DIST_BIN)/python .ci/smoke.py $(VERSION)
+	$(DIST_BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/advmoe-$(VERSION).tar.gz
+	$(DIST_BIN)/python .ci/smoke.py $(VERSION)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(LOWEST) $(DIST) build dist *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch comes first and pinned, lest a dependency bring another build of it, gigabytes larger.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -97,6 +119,6 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 	$(LOWEST_BIN)/python -m pip install --quiet $(TORCH) uv -c constraints.txt
 	echo '$(TORCH)' >$(LOWEST)/torch.txt
 	$(UV) -e .
-	$(LOWEST_BIN)/python .ci/without-extras.py $(LOWEST_BIN)
+	$(LOWEST_BIN)/python .ci/without-extras.py
 	$(UV) -e '.[dev]'
 	@touch $@

@@ -1,30 +1,19 @@
 """What an installation without extras does: trains, evaluates, exports, and says which extra each other thing needs.
 
-python .ci/without-extras.py FOLDER_OF_ADVMOE
+python .ci/without-extras.py
 """
 
 import importlib
 import pkgutil
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from smoke import TINY, call
+
 import advmoe
 
-HERE = Path(sys.argv[1]).absolute()
 EXTRAS = ("huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyautoattack", "tensorboard")
-TINY = ["--model.width", "4", "--data.train_examples", "64", "--training.epochs", "1", "--training.batch_size", "32"]
-
-
-def call(*words: str, code: int = 0, says: str = "") -> None:
-    """Run the command line; it must end with `code` and, other than 0, in one line that holds `says`."""
-    done = subprocess.run([HERE / "advmoe", *words], capture_output=True, text=True, timeout=600)
-    print(f"advmoe {words[0]}: {done.returncode} {done.stderr.strip()}")
-    lines = done.stderr.splitlines()
-    if done.returncode != code or says not in done.stderr or (code and len(lines) != 1):
-        sys.exit(f"must end with {code} and {says!r}, got {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:

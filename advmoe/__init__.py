@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from advmoe.models.runs import load_run
     from advmoe.moe import pathway, route, soft_routing
     from advmoe.pruning import compact
+    from advmoe.recipes import configuration as recipe
     from advmoe.threat import ThreatModel
     from advmoe.training.run import train
 
@@ -50,6 +51,7 @@ _HOMES = {
     "pathway_statistics": "advmoe.evaluation.pathways",
     "pgd": "advmoe.attacks",
     "push_to_hub": "advmoe.hub",
+    "recipe": "advmoe.recipes",
     "register_attack": "advmoe.extend",
     "register_backbone": "advmoe.extend",
     "register_dataset": "advmoe.extend",
@@ -63,6 +65,9 @@ _HOMES = {
     "train": "advmoe.training.run",
 }
 
+_NAMES = {"recipe": "configuration"}
+"""What is called otherwise at home."""
+
 try:
     __version__ = version("advmoe")
 except PackageNotFoundError:
@@ -74,7 +79,7 @@ def __getattr__(name: str) -> Any:
         return import_module("advmoe.native")
     if name not in _HOMES:
         raise AttributeError(f"module 'advmoe' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), _NAMES.get(name, name))
 
 
 def __dir__() -> list[str]:
@@ -98,6 +103,7 @@ __all__ = [
     "pathway_statistics",
     "pgd",
     "push_to_hub",
+    "recipe",
     "register_attack",
     "register_backbone",
     "register_dataset",

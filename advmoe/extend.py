@@ -68,10 +68,7 @@ def register_loss(name: str, *, from_labels: bool = True, least_classes: int = 2
     from advmoe.attacks.pgd import LOSSES, Loss
 
     def add(loss: Made) -> Made:
-        def at(forward: Any, x: Any, labels: Any) -> Callable[[Any], Any]:
-            return lambda logits: loss(logits, labels).sum()
-
-        LOSSES.add(name, Loss(at, from_labels=from_labels, least_classes=least_classes))
+        LOSSES.add(name, Loss.of(loss, from_labels=from_labels, least_classes=least_classes))
         return loss
 
     return add

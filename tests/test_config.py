@@ -1,5 +1,7 @@
+import dataclasses
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from advmoe.config import (
     ThreatConfig,
     TrainingConfig,
     merged,
+    overlaid,
 )
 from advmoe.documents import parse_yaml
 from advmoe.recipes import METHODS, recipe
@@ -326,3 +329,44 @@ def test_the_methods_of_the_recipes() -> None:
     assert random.training.attack_routing == "soft"
     with pytest.raises(ValueError, match=r"^a recipe must be a setting and a method .*, got 'digits'$"):
         recipe("digits")
+
+
+@pytest.mark.parametrize(
+    ("eps", "steps", "training", "attack"),
+    [
+        ("8/255", 2, "5/255", "2/255"),
+        ("2/255", 2, "1.25/255", "0.5/255"),
+        ("4/255", 10, "0.5/255", "1/255"),
+        (0.5, 2, "0.3125", "0.125"),
+    ],
+)
+def test_steps_that_nobody_set_follow_the_radius(eps: Any, steps: int, training: str, attack: str) -> None:
+    config = Config.from_dict({"threat": {"eps": eps}, "training": {"attack_steps": steps}})
+    assert (str(config.training.step_size), str(config.attack.step_size)) == (training, attack)
+    assert config == Config(threat=ThreatConfig(eps=eps), training=TrainingConfig(attack_steps=steps))
+    assert Config.from_dict(config.to_dict()) == config
+    # They go on to follow, in Python as in a file whose steps were written down by a run.
+    other = dataclasses.replace(config, threat=ThreatConfig(eps="1/255"))
+    assert other.attack.step_size == Config.from_dict({"threat": {"eps": "1/255"}}).attack.step_size
+    assert Config.from_dict(overlaid(config.to_dict(), {"threat": {"eps": "1/255"}})) == other
+
+
+def test_steps_that_somebody_set_stay() -> None:
+    mine = {"threat": {"eps": "8/255"}, "training": {"step_size": "3/255"}, "attack": {"step_size": "1/255"}}
+    config = Config.from_dict(overlaid(Config.from_dict(mine).to_dict(), {"threat": {"eps": "2/255"}}))
+    assert (str(config.training.step_size), str(config.attack.step_size)) == ("3/255", "1/255")
+    assert any("longer than the radius" in note for note in config.notes([]))
+    given = overlaid(Config().to_dict(), {"threat": {"eps": "2/255"}, "attack": {"step_size": "2/255"}})
+    assert str(Config.from_dict(given).attack.step_size) == "2/255"
+    assert Config(threat=ThreatConfig(eps=0)).attack.step_size > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "meant"), [("training", "epoch", "epochs"), ("threat", "epss", "eps"), (None, "dta", "data")]
+)
+def test_configurations_take_no_attribute_that_they_lack(group: str | None, name: str, meant: str) -> None:
+    config = Config()
+    with pytest.raises(AttributeError, match=f"did you mean {meant}"):
+        setattr(getattr(config, group) if group else config, name, 3)
+    config.training.epochs = 3
+    assert config.training.epochs == 3

@@ -112,3 +112,14 @@ def test_two_steps(name: str) -> None:
         assert sum(moved) > 0.8 * len(moved)
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
         leave(phase, trainer, run, trainer.as_saved().state_dict())
+
+
+def test_a_recipe_in_python() -> None:
+    import advmoe
+
+    plain = advmoe.recipe("digits-advmoe")
+    assert plain == Config.from_dict(recipe("digits-advmoe"))
+    mine = advmoe.recipe("cifar10-resnet18-advmoe", threat={"eps": "4/255"}, **{"training.epochs": 3})
+    assert (mine.training.epochs, str(mine.threat.eps), str(mine.training.step_size)) == (3, "4/255", "2.5/255")
+    with pytest.raises(ValueError, match="did you mean"):
+        advmoe.recipe("digits-advmoe", training={"epoch": 3})

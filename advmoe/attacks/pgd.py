@@ -118,6 +118,15 @@ class Loss:
     """Whether a scale of the logits leaves it as it is."""
     least_classes: int = 2
 
+    @staticmethod
+    def of(function: Callable[[Tensor, Tensor], Tensor], *, from_labels: bool = True, least_classes: int = 2) -> Loss:
+        """The loss that `function`, (logits (N, K), classes (N,)) -> (N,), gives each image."""
+
+        def at(forward: Predict, x: Tensor, labels: Tensor) -> AttackLoss:
+            return lambda logits: function(logits, labels).sum()
+
+        return Loss(at, from_labels=from_labels, least_classes=least_classes)
+
 
 LOSSES: Table[Loss] = Table(
     "loss",
@@ -139,7 +148,7 @@ def pgd(
     steps: int = 50,
     step_size: float = 2 / 255,
     restarts: int = 1,
-    loss: str = "ce",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "ce",
     surrogate: Predict | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -150,7 +159,8 @@ def pgd(
         x: clean images, (N, C, H, W) in [0, 1]. y: true classes, (N,).
         surrogate: takes `predict`'s place where gradients are needed (a routed model under soft routing, say).
         restarts: only examples that every earlier start failed on are attacked again.
-        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction.
+        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction; or
+            a function (logits (N, K), classes (N,)) -> (N,) to ascend.
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
@@ -163,7 +173,7 @@ def pgd(
         raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    chosen = LOSSES.find(loss)
+    chosen = Loss.of(loss) if callable(loss) else LOSSES.find(loss)
     forward = surrogate or predict
 
     def climb(clean: Tensor, labels: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from advmoe.config import (
     Pixels,
     Seed,
     Threads,
-    merged,
     near_matches,
+    overlaid,
     require,
     require_path,
     require_text,
@@ -96,7 +96,7 @@ def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     below = {}
     if not is_source(target):
         below = Config.load(existing_run("RUN", target) / CONFIG).to_dict()
-    Config.from_dict(merged(below, overrides))
+    Config.from_dict(overlaid(below, overrides))
     options = {
         "overrides": overrides,
         "num_examples": number("--num-examples", Count, args.get("num_examples")),

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from advmoe.config.fields import Pixels, check_types, require
+from advmoe.config.fields import FollowingStep, Pixels, Strict, check_types, require
 from advmoe.config.sections import AttackConfig, DataConfig, ModelConfig, ThreatConfig, TrainingConfig
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
@@ -22,7 +22,7 @@ from advmoe.text import MOST_OF_A_VALUE, cut
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Strict):
     """Everything that a run depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -33,6 +33,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._follow()
         # A network of the user's own may have MoE layers without being converted: that shows when it is made.
         routed = self.model.kind == "moe" or self.model.source is not None
         method, data = METHODS[self.training.method], DATASETS[self.data.name]
@@ -62,6 +63,17 @@ class Config:
                 able = " or ".join(name for name, each in ROUTERS.items() if each.apart)
                 rule = f"{able} when training.codes is random (one choice per layer)"
                 require(ROUTERS[self.model.router].apart, "model.router", rule, self.model.router)
+
+    def _follow(self) -> None:
+        """Have steps that nobody has set follow the radius: 1.25 eps / K in training and eps / 4 in attacks, which are
+        the paper's at its radii.
+        """
+        eps = self.threat.eps
+        if isinstance(self.training.step_size, FollowingStep):
+            step = FollowingStep.of(eps, 1.25 / self.training.attack_steps)
+            self.training = replace(self.training, step_size=step)
+        if isinstance(self.attack.step_size, FollowingStep):
+            self.attack = replace(self.attack, step_size=FollowingStep.of(eps, 1 / 4))
 
     def require_trainable(self) -> None:
         """Raise `ValueError` for what can be measured but not trained: attacks within a radius of nothing."""
@@ -194,6 +206,18 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 result[group] = fields
     return result
+
+
+def overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole configuration's fields with others laid over them: steps that follow the radius go on to do so."""
+    remaining = {group: dict(fields or {}) for group, fields in settings.items()}
+    if "eps" in (overrides.get("threat") or {}):
+        config = Config.from_dict(settings)
+        for section, share in ((config.training, 1.25 / config.training.attack_steps), (config.attack, 1 / 4)):
+            if section.step_size == FollowingStep.of(config.threat.eps, share):
+                group = "training" if section is config.training else "attack"
+                remaining.get(group, {}).pop("step_size", None)
+    return merged(remaining, overrides)
 
 
 def near_matches(name: str, names: Iterable[str]) -> list[str]:

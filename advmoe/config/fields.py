@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from advmoe.errors import InputError
 from advmoe.tables import KINDS, METHODS, ROUTERS
-from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.text import MOST_OF_A_VALUE, cut, nearest, radius, show
 
 RoutePer = Literal["image", "token"]
 ExpertLayout = Literal["subset", "independent"]
@@ -61,6 +61,21 @@ class Pixels(float):
 
     def __reduce__(self) -> tuple[type[Pixels], tuple[str]]:
         return Pixels, (self.text,)
+
+
+class FollowingStep(Pixels):
+    """A step that nobody has set: within a `Config` it follows the radius."""
+
+    @staticmethod
+    def of(eps: Pixels, share: float) -> FollowingStep:
+        """The step of `share` times `eps`, in its spelling; of no radius that of the paper's."""
+        short = Pixels(radius(eps, "linf"))  # one value has one step, however it is written
+        top, slash, bottom = (short if short == eps else eps).text.partition("/")
+        step = FollowingStep(f"{share * float(top):.10g}{slash}{bottom}")
+        return step if step > 0 else FollowingStep.of(Pixels("8/255"), share)
+
+    def __reduce__(self) -> tuple[type[Pixels], tuple[str]]:
+        return FollowingStep, (self.text,)
 
 
 def require(ok: bool, name: str, rule: str, value: object) -> None:
@@ -164,6 +179,17 @@ def require_path(name: str, value: str, longest: int = 255) -> None:
     path = os.fsencode(value)
     ok = len(path) <= 3840 and all(len(part) <= longest for part in path.split(b"/"))
     require(ok, name, f"a path of at most 3840 bytes, each of its parts of at most {longest}", value)
+
+
+class Strict:
+    """A dataclass that takes no attribute but its fields: a slip in a name would change nothing."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field. Raises `AttributeError` for what is none, with the nearest name."""
+        names = [each.name for each in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if name not in names:
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
+        super().__setattr__(name, value)
 
 
 def check_types(config: Any, group: str = "") -> None:

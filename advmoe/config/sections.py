@@ -13,6 +13,7 @@ from advmoe.config.fields import (
     ExpertInit,
     ExpertLayout,
     Experts,
+    FollowingStep,
     MethodName,
     ModelKind,
     Norm,
@@ -26,6 +27,7 @@ from advmoe.config.fields import (
     Side,
     Step,
     Steps,
+    Strict,
     Weight,
     Width,
     Within,
@@ -44,7 +46,7 @@ OWN_MODEL: dict[str, Any] = {
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Strict):
     """Which network: a backbone and how it is made a mixture of experts."""
 
     name: str = "resnet18"
@@ -105,7 +107,7 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Strict):
     """Which images, and how they are prepared."""
 
     name: Annotated[str, DATASETS] = "cifar10"
@@ -139,7 +141,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ThreatConfig:
+class ThreatConfig(Strict):
     """What the attacker may do."""
 
     norm: Norm = "linf"
@@ -154,7 +156,7 @@ class ThreatConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Strict):
     """How the network is trained."""
 
     method: MethodName = "advmoe"
@@ -184,8 +186,10 @@ class TrainingConfig:
     """Weight of the KL term of TRADES (1/lambda)."""
     attack_steps: Steps = 2
     """Steps K of the inner maximisation."""
-    step_size: Step = field(default_factory=lambda: Pixels("5/255"))
-    """Step of the inner maximisation, in pixel units."""
+    step_size: Step = field(default_factory=lambda: FollowingStep("5/255"))
+    """Step of the inner maximisation, in pixel units; by default 1.25 `threat.eps` / `attack_steps`: the paper's 5/255
+    at its radius.
+    """
     attack_routing: AttackRouting = "straight-through"
     """How the inner attack sees the routing: through the hard choice, through experts mixed by softmax, or `mixed`: for
     each image one of the two at random.
@@ -280,13 +284,13 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class AttackConfig:
+class AttackConfig(Strict):
     """The PGD attack that measures robust accuracy."""
 
     steps: Annotated[int, Within(1, 100_000)] = 50
     """PGD steps."""
-    step_size: Step = field(default_factory=lambda: Pixels("2/255"))
-    """Step, in pixel units."""
+    step_size: Step = field(default_factory=lambda: FollowingStep("2/255"))
+    """Step, in pixel units; by default a quarter of `threat.eps`: the paper's 2/255 at its radius."""
     restarts: Steps = 1
     """Random restarts; an example is robust if every one fails."""
     pathways: Annotated[int, Within(0, 1_000_000)] = 32

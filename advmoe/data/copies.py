@@ -7,12 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 from advmoe.data.cifar import load_cifar10
+from advmoe.data.listing import CIFAR10_JPEG
 from advmoe.data.types import ImageSet, Request
 from advmoe.errors import InputError
 from advmoe.progress import counting
 
-CIFAR10_JPEG = "cifar10-jpeg"
-"""The folder of the copy."""
 QUALITY = 75
 
 

@@ -26,6 +26,9 @@ _NO_IMAGES = frozenset(
 )
 """Endings of files that lie among images and are none: no note tells of them."""
 
+CIFAR10_JPEG = "cifar10-jpeg"
+"""The folder with CIFAR-10 as JPEG files, on which the studies run."""
+
 Listing = list[tuple[str, int]]
 """The images of a part: path relative to `root`, with `/`, and class."""
 
@@ -68,7 +71,8 @@ def scan(root: Path, name: str = "") -> ImageFolder:
         ValueError: A folder is missing or cannot be read, or an image is no file, as where a link leads nowhere.
     """
     if not root.is_dir():
-        raise InputError(f"data.root must be a folder, got {str(root)!r}")
+        hint = f" (`advmoe data {root.name} --root {root.parent}` makes it)" if root.name == CIFAR10_JPEG else ""
+        raise InputError(f"data.root must be a folder, got {str(root)!r}{hint}")
     if not os.path.lexists(root / name):
         raise InputError(f"data.root must hold a folder {name}, got {str(root)!r}")
     unused, above = _Unused(), (_identity(root), _identity(root / name))

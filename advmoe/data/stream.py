@@ -35,7 +35,7 @@ from advmoe.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
-class FileSet:
+class FileSet(Dataset[tuple[Tensor, int]]):
     """Labelled images in files, square and of one size once decoded; its methods are those of `ImageSet`."""
 
     root: Path
@@ -52,6 +52,11 @@ class FileSet:
     def __len__(self) -> int:
         """Return the number of images N."""
         return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image, pixels (C, H, W) float32 in [0, 1], and its class."""
+        i = range(len(self))[index]
+        return self.pixels(slice(i, i + 1))[0], int(self.labels[i])
 
     @property
     def shape(self) -> tuple[int, int, int]:

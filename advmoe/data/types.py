@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset as TorchDataset
 
 from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
@@ -24,7 +25,7 @@ _CHUNK = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(TorchDataset[tuple[Tensor, int]]):
     """Labelled images, held as uint8.
 
     Raises `ValueError` if dtypes or shapes are not those below.
@@ -47,6 +48,11 @@ class ImageSet:
     def __len__(self) -> int:
         """Return the number of images N."""
         return self.images.shape[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image, pixels (C, H, W) float32 in [0, 1], and its class."""
+        i = range(len(self))[index]
+        return self.pixels(slice(i, i + 1))[0], int(self.labels[i])
 
     @property
     def shape(self) -> tuple[int, int, int]:

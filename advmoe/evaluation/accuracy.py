@@ -5,7 +5,7 @@ Axes: `N` examples, `C` channels, `H W` size. Accuracies are fractions, not perc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from advmoe.evaluation.outcomes import (
     routed_plan,
     summary,
 )
-from advmoe.evaluation.scoring import EvaluationData, device_of, measuring, size, take
-from advmoe.evaluation.suite import require_classes
+from advmoe.evaluation.scoring import EvaluationData, device_of, in_memory, measuring, size, take
+from advmoe.evaluation.suite import named_for_now, require_classes
 from advmoe.models.state import digest
 from advmoe.pool import Place, threads_set
 from advmoe.progress import shown, tell
@@ -196,9 +196,9 @@ def _examples(
 
 def evaluate(
     model: Predict,
-    data: EvaluationData,
+    data: EvaluationData | Iterable[tuple[Tensor, Tensor]],
     *,
-    attacks: Sequence[str] | None = None,
+    attacks: Sequence[str | Callable[..., Tensor]] | None = None,
     threat: ThreatModel | None = None,
     steps: int = 50,
     step_size: float = 2 / 255,
@@ -213,9 +213,11 @@ def evaluate(
     """Clean and robust accuracy of any callable `x -> logits` on [0, 1] pixels.
 
     Args:
-        data: an `ImageSet` or `FileSet`, or pixels (N, C, H, W) and classes (N,). threat: default l-inf, 8/255.
+        data: an `ImageSet` or `FileSet`, pixels (N, C, H, W) and classes (N,), or a `DataLoader` or other iterable of
+            such batches, which is read into memory. threat: default l-inf, 8/255.
         attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
-            under soft-routing gradients too.
+            under soft-routing gradients too. Functions `(predict, x, y, *, threat, seed) -> adversarial x` count in the
+            worst case like any other, under their own names (see `extend.register_attack`).
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
         seed: of every random draw. progress: show a bar on a terminal.
         allow: checks made before the attack that may fail, by name.
@@ -225,12 +227,12 @@ def evaluate(
     for an unknown attack.
     """
     attack = AttackConfig(steps=steps, step_size=Pixels(step_size), restarts=restarts, queries=queries)
-    measurement = Measurement(
-        threat=threat or ThreatModel(), attack=attack, attacks=attacks, batch_size=batch_size, seed=seed
-    )
     execution = Execution(accelerator=str(device_of(model) if device is None else device))
-    with shown(progress):
-        return assess(lambda _: model, data, measurement, allow=allow, execution=execution).result
+    with shown(progress), named_for_now(attacks) as names:
+        measurement = Measurement(
+            threat=threat or ThreatModel(), attack=attack, attacks=names, batch_size=batch_size, seed=seed
+        )
+        return assess(lambda _: model, in_memory(data), measurement, allow=allow, execution=execution).result
 
 
 def positive(name: str, value: int) -> int:

@@ -6,7 +6,7 @@ Axes: `N` examples, `B` batch, `C` channels, `H W` size, `K` classes, `L` MoE la
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from advmoe.attacks.base import Attack
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
-from advmoe.data import FileSet, Images
+from advmoe.data import FileSet, Images, ImageSet
 from advmoe.errors import InputError, of_machine
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
@@ -28,6 +28,20 @@ from advmoe.threat import ThreatModel
 
 EvaluationData = Images | tuple[Tensor, Tensor]
 """Images with labels: an `ImageSet` or `FileSet`, or pixels (N, C, H, W) in [0, 1] and classes (N,)."""
+
+
+def in_memory(data: EvaluationData | Iterable[tuple[Tensor, Tensor]]) -> EvaluationData:
+    """`data`, or the batches (pixels (N, C, H, W), classes (N,)) of an iterable, as one. Raises `InputError` for
+    batches of no or of several image shapes.
+    """
+    if isinstance(data, tuple | ImageSet | FileSet):
+        return data
+    batches = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]
+    shapes = {tuple(x.shape[1:]) for x, _ in batches}
+    if len(shapes) != 1:
+        got = "no batch" if not shapes else f"images of {', '.join(map(str, sorted(shapes)))}"
+        raise InputError(f"data must be batches of images of one shape, got {got}")
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
-from advmoe.config import Config
+from advmoe.config import Config, overlaid
 from advmoe.data import Images, load_dataset
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Execution, checked, placed, positive
@@ -258,9 +258,7 @@ def _loader(target: str, options: Options) -> _ClassifierLoader:
 def _config(target: str, options: Options) -> Config:
     """The configuration of a run, or the usual one, with the options' fields."""
     settings = Config().to_dict() if is_source(target) else _settings(Path(target))
-    for group, fields in (options.overrides or {}).items():
-        settings[group].update(fields)
-    return Config.from_dict(settings)
+    return Config.from_dict(overlaid(settings, options.overrides or {}))
 
 
 def _sampled(images: int, number: int | None, seed: int) -> Tensor:

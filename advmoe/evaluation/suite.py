@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -191,6 +192,29 @@ class FunctionAttack:
             return Proposals(adversarial.detach().to(x))
 
         return Attack(self.name, (AttackPart(self.name, run),), {}, ())
+
+
+@contextmanager
+def named_for_now(attacks: Sequence[str | Callable[..., Tensor]] | None) -> Iterator[tuple[str, ...] | None]:
+    """Inside, functions among `attacks` are known by their names; yields all names. Raises `InputError` for a name that
+    is taken, or a function without one.
+    """
+    names, ours = list[str](), list[str]()
+    try:
+        for each in attacks or ():
+            if isinstance(each, str):
+                names.append(each)
+                continue
+            name = getattr(each, "__name__", "")
+            if re.fullmatch(r"\w+", name) is None:
+                raise InputError(f"attacks must be names or functions that have one, got {show(each)}")
+            ATTACKS.add(name, FunctionAttack(name, each))
+            ours.append(name)
+            names.append(name)
+        yield None if attacks is None else tuple(names)
+    finally:
+        for name in ours:
+            del ATTACKS[name]
 
 
 def _pgd(name: str) -> NamedAttack | None:

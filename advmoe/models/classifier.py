@@ -101,7 +101,7 @@ def _point_out(x: Tensor, spec: dict[str, Any]) -> None:
     if size is not None and tuple(x.shape[2:]) != (size, size):
         got = "x".join(map(str, x.shape[2:]))
         warnings.warn(f"the model was made for images of {size}x{size} pixels, got {got}", stacklevel=5)
-    if x.numel() and not x.is_meta:
+    if x.numel() and type(x) is Tensor and not x.is_meta:  # no tracer, no outline of a tensor
         low, high = (value.item() for value in torch.aminmax(x.detach()))
         if low < -0.5 or high > 1.5:  # attacks of one's own may step a little beyond
             warnings.warn(f"pixels must be in [0, 1], not normalised, got {low:.4g} to {high:.4g}", stacklevel=5)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from advmoe.config import merged
+from advmoe.config import Config, merged, overlaid
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError
 from advmoe.tables import BACKBONES
@@ -59,6 +59,17 @@ def recipe(name: str) -> dict[str, Any]:
     if backbone:
         layers = [_read("settings", "paper"), {"model": {"name": backbone}}, *layers]
     return merged(*layers)
+
+
+def configuration(name: str, **overrides: Any) -> Config:
+    """The recipe `name` with fields laid over it: groups, `training={"epochs": 3}`, or dotted names,
+    `**{"training.epochs": 3}`. Raises `ValueError` for an unknown recipe or field, or a value out of range.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        group, dot, field = key.partition(".")
+        groups.setdefault(group, {}).update({field: value} if dot else value)
+    return Config.from_dict(overlaid(recipe(name), groups))
 
 
 def describe(name: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from advmoe.config import Pixels
+from advmoe.config import Config
 from advmoe.report.pictures import Picture
 from advmoe.studies.comparisons import measured, ordering
 from advmoe.studies.results import Results, RunResults, best_validation
@@ -22,7 +22,7 @@ def _attack_steps_rows(scale: Scale, _: Results) -> list[Row]:
         for method in ("AT (S-Dense)", "AT (MoE)", "AdvMoE"):
             plain = scale.run(method)
             # The step shrinks as steps are added, so that all can go as far.
-            size, usual = 1.25 * scale.eps(plain) / steps, Pixels(plain.settings["training"]["step_size"])
+            size, usual = 1.25 * scale.eps(plain) / steps, Config.from_dict(plain.settings).training.step_size
             step = usual if math.isclose(size, usual) else size  # one number, so that the runs of other studies serve
             more = {"training": {"attack_steps": steps, "step_size": step}}
             rows.append(measured(scale, scale.run(method, more=more, K=steps)))

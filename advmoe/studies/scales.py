@@ -256,8 +256,7 @@ _CPU = Scale(
 def _paper_part(data: str, label: str) -> DataOrBackbone:
     """A data set as the paper's recipes have it."""
     whole = recipe(f"{data}-resnet18-at-dense")
-    settings = {group: whole[group] for group in ("data", "threat", "attack")}
-    return DataOrBackbone(label, {**settings, "training": {"step_size": whole["training"]["step_size"]}}, label)
+    return DataOrBackbone(label, {group: whole[group] for group in ("data", "threat", "attack")}, label)
 
 
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")

@@ -26,6 +26,7 @@ from advmoe.attacks.routed import (
 )
 from advmoe.config import AttackConfig, Pixels
 from advmoe.evaluation.accuracy import assess
+from advmoe.evaluation.outcomes import Measurement
 from advmoe.evaluation.scoring import OpenRouting, run_attack
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import forward_scope, pathway
@@ -112,7 +113,8 @@ def opened(model, threat=LINF):
 
 def assessed(model, data, *, threat=LINF, attacks=("pgd-20", "routed"), allow=(), steps=8, queries=0, **kwargs):
     attack = AttackConfig(steps=steps, step_size=Pixels("2/255"), queries=queries, pathways=2)
-    return assess(lambda _: model, data, threat=threat, attack=attack, attacks=attacks, allow=allow, **kwargs).result
+    measurement = Measurement(threat=threat, attack=attack, attacks=attacks, **kwargs)
+    return assess(lambda _: model, data, measurement, allow=allow).result
 
 
 def counts(result):

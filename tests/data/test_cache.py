@@ -25,7 +25,7 @@ def listings(train: Listing, test: Listing) -> dict[str, Listing]:
 
 
 def test_images_come_in_the_order_of_their_listing(root: Path) -> None:
-    parts = load_decoded(root, listings([("30.png", 1), ("10.png", 0)], [("20.png", 2)]), image_size=None)
+    parts, _ = load_decoded(root, listings([("30.png", 1), ("10.png", 0)], [("20.png", 2)]), image_size=None)
     assert parts["train"].images.shape == (2, 3, 4, 4) and parts["train"].images.dtype == torch.uint8
     assert parts["train"].images[:, 0, 0, 0].tolist() == [30, 10] and parts["train"].labels.tolist() == [1, 0]
     assert parts["test"].images[:, 0, 0, 0].tolist() == [20] and parts["test"].labels.tolist() == [2]
@@ -34,14 +34,14 @@ def test_images_come_in_the_order_of_their_listing(root: Path) -> None:
 def test_another_listing_of_the_same_files_is_another_cache(root: Path) -> None:
     one, two = listings([("10.png", 0)], [("20.png", 0)]), listings([("20.png", 0)], [("10.png", 0)])
     for asked, red in ((one, 10), (two, 20), (one, 10)):
-        assert load_decoded(root, asked, image_size=None)["train"].images[0, 0, 0, 0] == red
+        assert load_decoded(root, asked, image_size=None).parts["train"].images[0, 0, 0, 0] == red
 
 
 def test_classes_are_no_part_of_the_cache(root: Path) -> None:
     load_decoded(root, listings([("10.png", 0)], [("20.png", 0)]), image_size=None)
     (record,) = (root / CACHE_FOLDER).glob("*.json")
     written = record.stat().st_mtime_ns
-    parts = load_decoded(root, listings([("10.png", 5)], [("20.png", 6)]), image_size=None)
+    parts, _ = load_decoded(root, listings([("10.png", 5)], [("20.png", 6)]), image_size=None)
     assert parts["train"].labels.tolist() == [5] and record.stat().st_mtime_ns == written
 
 

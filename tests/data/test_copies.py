@@ -65,3 +65,9 @@ def test_a_copy_is_not_written_over(archive: Callable[[int], None], tmp_path: Pa
     (tmp_path / "cifar10-jpeg").mkdir()
     with pytest.raises(InputError, match=r"data\.root must not hold cifar10-jpeg yet"):
         copies.write_cifar10_jpeg(tmp_path)
+
+
+def test_who_misses_the_copy_is_told_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        load_dataset("folder", root=tmp_path / "cifar10-jpeg")
+    assert f"advmoe data cifar10-jpeg --root {tmp_path}" in str(error.value)

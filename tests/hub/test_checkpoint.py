@@ -21,8 +21,11 @@ def small() -> Classifier:
 
 def test_the_hub_s_configuration_describes_the_model(tmp_path: Path) -> None:
     folder = advmoe.save_pretrained(small(), tmp_path / "saved")
-    assert json.loads((folder / "config.json").read_text()) == {
-        "library_name": "advmoe", "advmoe_version": __version__, "model": small().spec,
+    told = json.loads((folder / "config.json").read_text())
+    names = [str(k) for k in range(small().spec["num_classes"])]  # it knows no others
+    assert told == {
+        "library_name": "advmoe", "advmoe_version": __version__, "id2label": dict(zip(names, names, strict=True)),
+        "label2id": {name: int(name) for name in names}, "model": small().spec,
     }  # fmt: skip
 
 
