@@ -16,7 +16,8 @@ def epoch_line(line: Mapping[str, Any], *, epochs: int, best: bool, left: float 
     expert's share, and how many experts no image chose; the epoch's seconds, and about how many are `left`.
     """
     words = [f"epoch {line['epoch']}/{epochs}", *([line["phase"]] if "phase" in line else [])]
-    levels = list(line["train"].items())
+    # Experts last, whichever level an epoch began with.
+    levels = sorted(line["train"].items(), key=lambda level: level[0] == "experts")
     for i, (part, means) in enumerate(levels):
         words.append(_level(part, means, last=i == len(levels) - 1))
     if (val := line["val"]) is not None:

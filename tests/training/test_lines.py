@@ -23,6 +23,11 @@ def test_an_epoch_of_advmoe() -> None:
     )
 
 
+def test_experts_stand_last_whichever_level_began() -> None:
+    turned = LINE | {"train": dict(reversed(LINE["train"].items()))}
+    assert epoch_line(turned, epochs=7, best=True, left=250.0) == epoch_line(LINE, epochs=7, best=True, left=250.0)
+
+
 def test_an_epoch_of_a_plain_network_without_validation() -> None:
     line = LINE | {"train": {"all": {"ce": 0.5, "accuracy": 1.0}}, "val": None, "layers": [], "phase": "pretrain"}
     assert epoch_line(line, epochs=3, best=True, left=None) == "epoch 3/3  pretrain  all ce 0.50 acc 100.0%  63.2 s"
