@@ -65,6 +65,11 @@ def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) 
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
 
 
+def outermost() -> bool:
+    """Whether loops draw their bars at once: none of ours stands above them."""
+    return _delay.get() == 0.0
+
+
 def postfix(drawn: Any, text: Callable[[], str]) -> None:
     """Show `text()` behind the bar `drawn`, at most once a second: numbers on a GPU have the host wait for them."""
     now = time.monotonic()

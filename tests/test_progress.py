@@ -245,3 +245,13 @@ def test_a_line_for_each_epoch(tmp_path: Path, options: list[str], told: int) ->
     assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith("note")] == [
         "best", "time", "run", "next",
     ]  # fmt: skip
+
+
+def test_a_line_for_each_attack(make_digits_run: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    run = make_digits_run(tmp_path / "run")
+    words = ["--attacks", "pgd-1,pgd-2", "--workers", "1", *DIGITS]
+    assert cli.main(["evaluate", str(run), *words]) == 0
+    err = capsys.readouterr().err
+    robust = json.loads((run / "evaluation.json").read_text())["robust_accuracy"]
+    lines = [line for line in err.splitlines() if "robust" in line]
+    assert [line.split()[:2] for line in lines] == [[name, f"{100 * share:.1f}"] for name, share in robust.items()]

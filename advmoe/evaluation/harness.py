@@ -13,7 +13,8 @@ import json
 import re
 import shutil
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,8 +31,9 @@ from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measurin
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
 from advmoe.pool import Died, Place, Pool
-from advmoe.progress import bar, tell
+from advmoe.progress import bar, outermost, tell
 from advmoe.rundir import EVALUATION, read_result, require_plain, write_result
+from advmoe.text import duration, percent
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -181,7 +183,9 @@ def run_tasks(
 
     They are done in this process, which has the classifier `predict` on `device`, and in those of its `helpers`.
     """
+    names = list(names)
     tasks = [task for task in job.tasks(names) if journal.get(task) is None]
+    left, started, speaks = Counter(task.attack for task in tasks), time.perf_counter(), outermost()
     with bar("attack", len(tasks), unit="batch") as drawn:
 
         def begin(task: BatchTask) -> None:
@@ -190,6 +194,9 @@ def run_tasks(
         def keep(task: BatchTask, result: Result) -> None:
             journal.put(task, result)
             drawn.update()
+            left[task.attack] -= 1
+            if speaks and not left[task.attack]:
+                _tell_attack(job, journal, task.attack, time.perf_counter() - started)
 
         if helpers is not None and len(tasks) > 1:
             helpers.share(job, tasks, predict, device, begin, keep)
@@ -199,6 +206,15 @@ def run_tasks(
             for task, (x, y) in zip(tasks, batches, strict=True):
                 begin(task)
                 keep(task, job.run(task, predict, x, y)[0])
+
+
+def _tell_attack(job: Job, journal: Journal, name: str, seconds: float) -> None:
+    """Tell that all batches of an attack are done."""
+    results = [journal.get(task) for task in job.tasks([name])]
+    robust = [held for result in results if result is not None for held in result["robust"]]
+    share = sum(robust) / len(robust)
+    line = f"{name}  {percent(share)} % robust  {duration(seconds)} since the attacks began"
+    tell(line, "attack", name=name, robust_accuracy=share, seconds=round(seconds, 1))
 
 
 # Several processes
