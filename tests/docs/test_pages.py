@@ -16,12 +16,14 @@ import torch
 import yaml
 
 import advmoe
+from advmoe.attacks.pgd import LOSSES
 from advmoe.cli import COMMANDS, main
 from advmoe.config import Config, field_names
+from advmoe.evaluation.suite import ATTACKS
 from advmoe.models import create_model, save_model
 from advmoe.recipes import recipe_names
 from advmoe.studies.catalogue import study_named
-from advmoe.tables import DATASETS
+from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -163,6 +165,16 @@ def require_command(words: list[str], capsys) -> None:
         if dot and words[0] in ("evaluate", "sweep-eps", "dissect", "pathways", "study"):
             fields.setdefault(group, {})[field] = yaml.safe_load(text)
     Config.from_dict(fields)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered():
+    """What a page's code adds to the tables is there for that page alone."""
+    before = [(table, dict(table)) for table in (BACKBONES, ROUTERS, DATASETS, METHODS, ATTACKS, LOSSES)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
 
 
 FEWER = {

@@ -26,7 +26,9 @@ def test_every_study_is_there_by_its_name():
     ]  # fmt: skip
     assert all(study.name == name and study.title and study.shows.endswith(".") for name, study in STUDIES.items())
     assert study_named("fig2") is STUDIES["fig2"]
-    with pytest.raises(ValueError, match=rf"^NAME must be one of list, {', '.join(STUDIES)}, got 'fig9'$"):
+    with pytest.raises(
+        ValueError, match=rf"^NAME must be one of list, {', '.join(STUDIES)}, got 'fig9' \(did you mean fig8\?\)$"
+    ):
         study_named("fig9")
 
 
