@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from advmoe.errors import InputError
-from advmoe.models.predictions import Picture, Prediction, predict, require_labels
+from advmoe.models.predictions import Picture, predict, require_labels
 from advmoe.text import one_line
 
 
 class ExportedModel:
     """The graph of a file, and what the file says of the model that it was made of (`spec`)."""
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Open `path`. Raises `InputError` for a file damaged or none of ours, or without the extra `export`."""
         try:
             import onnxruntime
@@ -27,7 +27,7 @@ class ExportedModel:
                 f"an ONNX file needs the extra export: pip install 'advmoe[export]', got: {error}"
             ) from error
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # errors are raised
         rule = "be an ONNX file that `advmoe export` wrote"
         try:
@@ -50,6 +50,3 @@ class ExportedModel:
         outputs = [self._session.run(None, {"pixels": part.contiguous().numpy()}) for part in parts]
         logits, *pathway = (torch.cat([torch.from_numpy(each) for each in side]) for side in zip(*outputs, strict=True))
         return logits, pathway[0] if pathway else None
-
-
-__all__ = ["ExportedModel", "Prediction"]

@@ -80,8 +80,8 @@ def class_names(spec: Mapping[str, Any]) -> list[str]:
 
 
 def require_labels(spec: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless what a description says of classes and pictures can be: K different names, a known
-    cut.
+    """Raise `InputError` unless what a description says of classes and pictures can be: K names, of which some may
+    be equal (as ImageNet's), a known cut.
     """
     classes, cut = spec.get("classes"), spec.get("cut")
     if classes is not None:
