@@ -44,10 +44,8 @@ def fit(
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     if resumption is not None and progress["epoch"] < epochs:
-        other = manifests.differing(manifest, resumption)
-        if fabric.is_global_zero and progress["epoch"] and other is not None:
-            rule = "the weights need not be those, bit by bit, of a run that was never interrupted"
-            print(f"note  the run goes on with other {other}: {rule}", flush=True)
+        if fabric.is_global_zero and progress["epoch"]:
+            _tell_differences(manifest, resumption)
         manifest = manifests.noted(manifest, resumption)
         if fabric.is_global_zero:
             manifests.write(run_dir, manifest)
@@ -73,9 +71,7 @@ def fit(
             if fabric.is_global_zero:
                 _log(trainer, run_dir, line, board)
                 pace = (progress["wall_seconds"] - before) / (epoch + 1 - resumed_at)
-                left = pace * (epochs - epoch - 1)
-                told = epoch_line(line, epochs=epochs, best=better, left=left)
-                tell(told, "epoch", **line, best=better, seconds_left=round(left, 1))
+                _tell_epoch(line, epochs=epochs, best=better, left=pace * (epochs - epoch - 1))
                 if better:
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
@@ -91,6 +87,19 @@ def fit(
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
         print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
+
+
+def _tell_differences(manifest: dict[str, Any], resumption: dict[str, Any]) -> None:
+    """Print what this process has other than the run had, if that can change the weights."""
+    if (other := manifests.differing(manifest, resumption)) is not None:
+        rule = "the weights need not be those, bit by bit, of a run that was never interrupted"
+        print(f"note  the run goes on with other {other}: {rule}", flush=True)
+
+
+def _tell_epoch(line: dict[str, Any], *, epochs: int, best: bool, left: float) -> None:
+    """Tell of an epoch by its entry of `metrics.jsonl`; `left` are seconds."""
+    told = epoch_line(line, epochs=epochs, best=best, left=left)
+    tell(told, "epoch", **line, best=best, seconds_left=round(left, 1))
 
 
 def _log(trainer: Trainer, run_dir: Path, line: dict[str, Any], board: Board | None) -> None:
