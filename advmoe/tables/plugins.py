@@ -35,6 +35,11 @@ def add_plugin(path: str | os.PathLike[str]) -> None:
         os.environ[PLUGINS] = os.pathsep.join([*filter(None, named), str(file)])
 
 
+def any_named() -> bool:
+    """Whether there is a plugin, executed or not."""
+    return bool(os.environ.get(PLUGINS) or entry_points(group=GROUP))
+
+
 def discover() -> None:
     """Execute what is named and has not been executed yet. Raises `InputError` for what fails."""
     for name in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
