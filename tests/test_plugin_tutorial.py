@@ -18,8 +18,7 @@ from advmoe.cli.arguments import measuring_parser
 from advmoe.errors import InputError
 from advmoe.evaluation.suite import ATTACKS, FunctionAttack
 from advmoe.studies.session import StudyOptions, plan_study
-from advmoe.tables import BACKBONES, DATASETS, Backbone, DataSet
-from advmoe.tables.plugins import PLUGINS
+from advmoe.tables import BACKBONES, DATASETS, Backbone, DataSet, plugins
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "plugin.py"
@@ -128,9 +127,11 @@ def test_help_names_attacks_and_losses(tmp_path, monkeypatch):
     def told():
         return " ".join(measuring_parser("").format_help().split())
 
-    assert "routed (default" in told()  # where no plugin is named
+    monkeypatch.setattr(plugins, "_executed", set())
+    assert "routed (default" in told()  # where there is no plugin
     (tmp_path / "mine.py").touch()
-    monkeypatch.setenv(PLUGINS, str(tmp_path / "mine.py"))
+    monkeypatch.setenv(plugins.PLUGINS, "")
+    plugins.add_plugin(tmp_path / "mine.py")
     assert "routed, corner, pgd-50-logit (default" in told()
 
 

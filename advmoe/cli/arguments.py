@@ -34,7 +34,7 @@ from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
-from advmoe.tables.plugins import any_named
+from advmoe.tables.plugins import executed
 from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 _LONGEST = 1000
@@ -93,8 +93,8 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
 
 
 def _added_attacks() -> str:
-    """The attacks and losses that plugins have added, for help; without plugins nothing is imported for that."""
-    if not any_named():
+    """The attacks and losses that plugins have added, for help; without any nothing is imported for that."""
+    if not executed():
         return ""
     from advmoe.attacks.pgd import LOSSES
     from advmoe.evaluation.suite import ATTACKS

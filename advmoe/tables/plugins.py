@@ -35,9 +35,9 @@ def add_plugin(path: str | os.PathLike[str]) -> None:
         os.environ[PLUGINS] = os.pathsep.join([*filter(None, named), str(file)])
 
 
-def any_named() -> bool:
-    """Whether there is a plugin, executed or not."""
-    return bool(os.environ.get(PLUGINS) or entry_points(group=GROUP))
+def executed() -> bool:
+    """Whether a plugin has been executed so far."""
+    return bool(_executed)
 
 
 def discover() -> None:
