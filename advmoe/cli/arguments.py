@@ -34,6 +34,7 @@ from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
+from advmoe.tables.plugins import executed
 from advmoe.text import MOST_OF_A_VALUE, cut, show
 
 _LONGEST = 1000
@@ -79,7 +80,8 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     add(
         "--attacks", metavar="NAME,...",
         help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
-        "autoattack:apgd-ce+square, routed (default: PGD, through soft routing too for a routed model)",
+        f"autoattack:apgd-ce+square, routed{_added_attacks()} (default: PGD, through soft routing too for a routed "
+        "model)",
     )  # fmt: skip
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
     add("--batch-size", metavar="B", help="images attacked at once, which share random draws (default: 250)")
@@ -88,6 +90,18 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     add_engine(parser, threads)
     add_fields(parser, EVALUATE_FIELDS, defaults=False)
     return parser
+
+
+def _added_attacks() -> str:
+    """The attacks and losses that plugins have added, for help; without any nothing is imported for that."""
+    if not executed():
+        return ""
+    from advmoe.attacks.pgd import LOSSES
+    from advmoe.evaluation.suite import ATTACKS
+
+    names = [name for name in ATTACKS if ATTACKS.added(name)]
+    names += [f"pgd-50-{loss}" for loss in LOSSES if LOSSES.added(loss)]
+    return "".join(f", {name}" for name in names)
 
 
 def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:

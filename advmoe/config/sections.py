@@ -36,7 +36,7 @@ from advmoe.config.fields import (
     require,
     require_path,
 )
-from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level
+from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level, levels
 
 OWN_MODEL: dict[str, Any] = {
     "name": "own", "kind": "dense", "scale": 1.0, "route_per": "image", "experts": "independent",
@@ -265,9 +265,7 @@ class TrainingConfig(Strict):
 
     def levels(self) -> tuple[Level, ...]:
         """The levels of the method, in the order in which an iteration runs those due."""
-        if self.method == "advmoe":
-            return ALTERNATIONS.find(self.alternation).levels
-        return METHODS[self.method].levels
+        return levels(self.method, self.alternation)
 
     @property
     def warm(self) -> bool:

@@ -171,7 +171,9 @@ def _notes(config: Config, images: int) -> list[str]:
 
 
 def load_data(config: Config) -> Dataset:
-    """The images that `config` trains on. Raises `ValueError` for what cannot be read."""
+    """The data set that a configuration trains on, split by `training.seed`, on the CPU. Raises `ValueError` for what
+    cannot be read.
+    """
     data = config.data
     return load_dataset(
         data.name,
