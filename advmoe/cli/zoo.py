@@ -32,6 +32,7 @@ def parser() -> Parser:
     add("--title", metavar="TEXT", help="of entry: what the model is, in words")
     add("--licence", metavar="ID", help="of entry: of the weights, e.g. apache-2.0")
     add("--of", metavar="TEXT", help="of entry: the data set, in words")
+    add("--url", metavar="ADDRESS", help="of entry: of the folder where the files are to lie (default: in the zoo)")
     add("--hardware", metavar="TEXT", help="of entry: on what the evaluation's ms/image was taken (default: left out)")
     add("--evaluations", metavar="DIR,...", help="of entry: folders of evaluations of the run (default: the run)")
     add("--out", metavar="DIR", help="of entry: the zoo, new or existing (default: zoo)")
@@ -115,8 +116,8 @@ def _entry(args: dict[str, Any]) -> int:
     out = Path(args.get("out", "zoo"))
     entry, folder = make_entry(
         args["what"], name=args["name"], title=args["title"], licence=args["licence"], data=args["of"],
-        hardware=args.get("hardware"), evaluations=split_words(args.get("evaluations", "")), out=out,
-        overrides=overrides,
+        url=args.get("url"), hardware=args.get("hardware"), out=out, overrides=overrides,
+        evaluations=split_words(args.get("evaluations", "")),
     )  # fmt: skip
     print("\n".join(lines([entry])))
     print(f"written to {folder} and {out / INDEX}\nnext  {PLACE}={shlex.quote(str(out))} advmoe zoo show {entry.name}")

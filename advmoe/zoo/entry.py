@@ -115,6 +115,7 @@ def make_entry(
     title: str,
     licence: str,
     data: str,
+    url: str | None = None,
     hardware: str | None = None,
     evaluations: Sequence[str | Path] = (),
     out: str | Path = "zoo",
@@ -125,6 +126,7 @@ def make_entry(
     Args:
         name: in the zoo: small letters, digits and hyphens; an entry of that name is replaced. title: what it is, in
             words. licence: of the weights, as `apache-2.0`. data: what the test images are, in words.
+        url: the address of the folder where its files are to lie; by default they are read from the zoo.
         hardware: on what the evaluations' `ms_per_image` was taken; without it the time is left out.
         evaluations: folders of evaluations of this run (`advmoe evaluate --out`); by default the run.
         overrides: fields that replace those of the run's configuration: where the test images lie.
@@ -141,7 +143,7 @@ def make_entry(
         raise InputError(f"a run directory must hold {CONFIG}, got {str(run)!r}")
     measured = [Evaluated.read(Path(each), digest_at(run)) for each in evaluations or [run]]
     told = {
-        "title": title, "url": name, "licence": licence, "data": data, "architecture": model.spec["name"],
+        "title": title, "url": url or name, "licence": licence, "data": data, "architecture": model.spec["name"],
         "kind": model.spec["kind"], "method": record.config.training.method,
         **numbers([each.result for each in measured], hardware),
     }  # fmt: skip
