@@ -18,7 +18,7 @@ from advmoe.documents import MOST_JSON, parse_object
 from advmoe.errors import InputError
 from advmoe.files import checksum, read_object
 from advmoe.rundir import CONFIG, MODEL, WEIGHTS
-from advmoe.text import nearest, one_line, show
+from advmoe.text import nearest, one_line, printable, show
 
 if TYPE_CHECKING:
     from advmoe.models import Classifier
@@ -105,15 +105,15 @@ class Entry:
         try:
             worst, threat, cost, agreement = (told[key] for key in ("worst_case", "threat", "cost", "agreement"))
             entry = Entry(
-                name=name, zoo=zoo, told=told, title=str(told["title"]), url=str(told["url"]).rstrip("/"),
+                name=name, zoo=zoo, told=told, title=_text(told["title"]), url=str(told["url"]).rstrip("/"),
                 files={file: str(told["files"][file]) for file in FILES}, digest=str(told["model_sha256"]),
-                licence=str(told["licence"]), data=str(told["data"]),
-                model=f"{told['architecture']} ({told['kind']}), trained by {told['method']}",
-                norm=str(threat["norm"]), eps=float(threat["eps"]),
-                accuracy={key: _measured(each["value"], each["images"]) for key, each in told["accuracy"].items()},
-                worst_case=_measured(worst["value"], worst["images"]), attacks=tuple(map(str, worst["attacks"])),
+                licence=_text(told["licence"]), data=_text(told["data"]),
+                model=_text(f"{told['architecture']} ({told['kind']}), trained by {told['method']}"),
+                norm=_text(threat["norm"]), eps=float(threat["eps"]),
+                accuracy={_text(key): _measured(e["value"], e["images"]) for key, e in told["accuracy"].items()},
+                worst_case=_measured(worst["value"], worst["images"]), attacks=tuple(map(_text, worst["attacks"])),
                 masking_gap=None if told["masking_gap"] is None else float(told["masking_gap"]),
-                flags=tuple(f"{attack}: {flag}" for attack, flags in told["flags"].items() for flag in flags),
+                flags=tuple(_text(f"{attack}: {flag}") for attack, flags in told["flags"].items() for flag in flags),
                 gmacs=float(cost["gmacs"]), parameters=int(cost["parameters"]),
                 active_parameters=int(cost["active_parameters"]),
                 time=Time(float(cost["ms_per_image"]), _setting(cost)) if "hardware" in cost else None,
@@ -157,7 +157,12 @@ def _measured(value: Any, images: Any) -> Measured:
 
 
 def _setting(cost: dict[str, Any]) -> str:
-    return f"{cost['hardware']}, batch {cost['batch']}, {cost['threads']} threads"
+    return _text(f"{cost['hardware']}, batch {cost['batch']}, {cost['threads']} threads")
+
+
+def _text(told: Any) -> str:
+    """A text of an index, which may be anybody's, as a terminal can show it."""
+    return printable(str(told))
 
 
 def entries() -> dict[str, Entry]:

@@ -156,6 +156,13 @@ def test_an_entry_of_another_kind_is_refused_in_one_line(zoo: Path, fields: dict
         entries()
 
 
+def test_what_is_shown_moves_no_cursor(zoo: Path, capsys: Any) -> None:
+    change(zoo, title="a\x1b[2Jb", flags={"pgd-50": ["c\rd"]})
+    assert main(["zoo", "show", "mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "a\\x1b[2Jb" in shown and "flag  pgd-50: c\\rd" in shown and "\x1b" not in shown
+
+
 def test_a_damaged_file_is_refused_by_name(zoo: Path) -> None:
     path = zoo / "mine" / "model.safetensors"
     content = bytearray(path.read_bytes())
