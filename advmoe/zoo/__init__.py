@@ -120,7 +120,7 @@ class Entry:
                 same=_measured(agreement["same"] / agreement["images"], agreement["images"]),
                 routed=told["kind"] == "moe",
             )  # fmt: skip
-            sound = _NAME.fullmatch(name) and all(map(_SHA256.fullmatch, entry.files.values()))
+            sound = _NAME.fullmatch(name) and all(map(_SHA256.fullmatch, (entry.digest, *entry.files.values())))
             if not (sound and "clean" in entry.accuracy and (_online(entry.url) or _NAME.fullmatch(entry.url))):
                 raise ValueError(name)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -140,6 +140,7 @@ def test_unknown_names_and_zoos_are_named(zoo: Path, monkeypatch: pytest.MonkeyP
     [
         {"url": "../mine"},
         {"url": "/etc"},
+        {"model_sha256": "../../../x"},
         {"url": "file:///etc"},
         {"files": {"model.json": "0" * 64}},
         {"files": dict.fromkeys(FILES, "../x")},
