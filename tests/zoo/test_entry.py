@@ -67,6 +67,19 @@ def test_the_index_says_what_is_stored(name: str) -> None:
         assert told["cost"]["hardware"] == f"{manifest['cpu']}, 2 cores, advmoe {manifest['versions']['advmoe']}"
 
 
+@pytest.mark.parametrize("name", (*FIRST, "moe-vit"))
+def test_attacks_on_the_rounded_weights_come_to_the_same(name: str) -> None:
+    """As docs/how-to/zoo.md says: within 1 point, on the same images."""
+    again, before = RESULTS / "float16" / name, RESULTS / MADE_OF[name][-1]
+    ours, theirs = read_result(again / "evaluation.json"), read_result(before / "evaluation.json")
+    assert ours["model_sha256"] == entries_of(PACKED)[name].digest and ours["threat"] == theirs["threat"]
+    images = [read_arrays(folder / "evaluation-examples.npz", ["index"])["index"] for folder in (again, before)]
+    assert (images[0] == images[1]).all() and ours["attack"]["steps"] == theirs["attack"]["steps"] == 50
+    for attack, share in ours["robust_accuracy"].items():
+        assert abs(share - theirs["robust_accuracy"][attack]) <= 0.0101
+    assert abs(ours["clean_accuracy"] - theirs["clean_accuracy"]) <= 0.0051
+
+
 def evaluation(images: int, robust: dict[str, float], **more: Any) -> dict[str, Any]:
     return {
         "clean_accuracy": 0.5 + images / 10_000, "robust_accuracy": robust, "worst_case": min(robust.values()),
