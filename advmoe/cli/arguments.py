@@ -36,6 +36,7 @@ from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.tables.plugins import executed
 from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.zoo import PREFIX, find
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
@@ -73,7 +74,7 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     """
     parser = new_parser(description)
     add = parser.add_argument
-    add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
+    add("target", metavar="RUN|FILE.py:FACTORY", help="a run, zoo:NAME, or a function that makes your classifier")
     add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
     add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
     add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
@@ -109,7 +110,10 @@ def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     target, overrides = args["target"], config_fields(args)
     below = {}
     if not is_source(target):
-        below = Config.load(existing_run("RUN", target) / CONFIG).to_dict()
+        run = opened_run("RUN", target)
+        below = Config.load(run / CONFIG).to_dict()
+        if target.startswith(PREFIX):  # its folder is not for results
+            target, args = str(run), {"out": f"evaluations/{target.removeprefix(PREFIX)}", **args}
     Config.from_dict(overlaid(below, overrides))
     options = {
         "overrides": overrides,
@@ -235,6 +239,11 @@ def existing_run(option: str, text: str) -> Path:
     require((Path(text) / CONFIG).is_file(), option, "a run directory (one that holds a config.yaml)", text)
     require_plain(Path(text))
     return Path(text)
+
+
+def opened_run(option: str, text: str) -> Path:
+    """The run directory that `option` names, or the folder of a zoo's model; to be read. Raises `ValueError`."""
+    return find(text).folder() if text.startswith(PREFIX) else existing_run(option, text)
 
 
 def number(option: str, hint: Any, text: str | None) -> Any:
