@@ -18,6 +18,7 @@ from advmoe.errors import InputError
 from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model
+from advmoe.models.compute import compute_on
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.models.sources import file_of
 from advmoe.pool import threads_set
@@ -123,6 +124,8 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
         command=launch.command,
     )  # fmt: skip
     described[CONFIG_DIGEST] = config.digest()
+    if config.model.kind == "moe":
+        described["compute"] = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
     if config.training.init_from is not None and launch.fresh:
