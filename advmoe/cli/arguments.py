@@ -35,6 +35,7 @@ from advmoe.evaluation.targets import is_source
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.training.launchers import rank
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
@@ -271,8 +272,12 @@ def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
 
 
 def fail(error: BaseException | str, code: int) -> int:
-    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`."""
+    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`. The line of one of several
+    processes that were started together says which.
+    """
     text = reason(error) if isinstance(error, BaseException) else error
+    if number := rank():
+        text = f"process {number}: {text}"
     with suppress(OSError):
         print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr, flush=True)
     return code

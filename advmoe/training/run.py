@@ -38,6 +38,7 @@ from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, require_tensorboard
 from advmoe.training.launch import Engine, launch
+from advmoe.training.launchers import launched, rank
 from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.loop import fit
 from advmoe.training.model import build_model
@@ -188,21 +189,36 @@ def load_data(config: Config) -> Dataset:
     )
 
 
+def _processes(devices: int | None, num_nodes: int | None) -> int | None:
+    """How many processes the run has in all: those that a launcher started, or those asked for, if any. Raises
+    `InputError` where these differ.
+    """
+    member = launched()
+    if member is None:
+        if num_nodes not in (None, 1):
+            raise InputError(f"num_nodes must be 1 where neither torchrun nor srun starts processes, got {num_nodes!r}")
+        return devices
+    for name, asked, there in (("devices", devices, member.local_world), ("num_nodes", num_nodes, member.nodes)):
+        if asked not in (None, there):
+            raise InputError(f"{name} must be left out, or {there} as {member.launcher} has it, got {asked!r}")
+    return member.world
+
+
 def _start(run: _Launch) -> Path:
-    devices, batch_size = run.devices, run.config.training.batch_size
+    devices, batch_size, member = run.devices, run.config.training.batch_size, launched()
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise InputError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
-    present = torch.cuda.device_count()
-    if present < devices and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
+    present, here = torch.cuda.device_count(), devices if member is None else member.local_world
+    if present < here and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
-        raise InputError(f"devices must be {rule}, got {devices!r}")
+        raise InputError(f"devices must be {rule}, got {here!r}")
     require_writable("run_dir", run.run_dir)
-    if devices > 1:
+    if devices > 1 and member is None:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
             build_model(run.config, load_data(run.config), resumed=run.resumed())
-    threads = run.threads or max(1, torch.get_num_threads() // devices)
+    threads = run.threads or max(1, torch.get_num_threads() // here)
     launch(
         partial(_process, launch=run, threads=threads),
         Engine(run.accelerator, devices, run.config.training.precision),
@@ -215,7 +231,8 @@ def train(
     *,
     run_dir: str | Path,
     name: str = "run",
-    devices: int = 1,
+    devices: int | None = None,
+    num_nodes: int | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
     command: list[str] | None = None,
@@ -226,7 +243,9 @@ def train(
 
     Args:
         name: the recipe's, for the manifest. command: what the user typed, likewise.
-        devices: processes, one per device; they share each batch. accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes, one per device; they share each batch. By default one, or as many as torchrun or srun
+            started: then every one of them calls this, and `devices` (of one node) and `num_nodes` only check that.
+        accelerator: `auto`, `cpu` or `cuda`.
         threads: CPU threads per process; by default what PyTorch has, shared among them.
         tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
             `metrics.jsonl`, and a few validation images, clean and adversarial.
@@ -238,7 +257,9 @@ def train(
     run_dir = Path(run_dir)
     require_path("run_dir", str(run_dir))
     config.require_trainable()
-    _require_empty(run_dir)
+    devices = _processes(devices, num_nodes) or 1
+    if rank() == 0:
+        _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()
     return _start(
@@ -254,6 +275,7 @@ def resume(
     *,
     source: str | None = None,
     devices: int | None = None,
+    num_nodes: int | None = None,
     accelerator: str | None = None,
     threads: int | None = None,
     tensorboard: bool = False,
@@ -280,7 +302,8 @@ def resume(
             rule = f"given again for a run of {config.model.source} (code is never run unasked)"
         raise InputError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
-    devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    devices = _processes(devices, num_nodes) or manifest["devices"]
+    threads = threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"
     if tensorboard := tensorboard or (run_dir / BOARD).is_dir():
         require_tensorboard()
