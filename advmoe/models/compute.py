@@ -11,7 +11,7 @@ from advmoe.moe.layer import MoELayer
 
 MOST_MASKED = 4
 """Experts up to which a GPU computes all for every image. On paper: at CIFAR's size a step's arithmetic takes a H200
-about 1 ms, its launches tens, and each layer's dispatch a wait beside (docs/explanation/gpus.md).
+about 1 ms, its launches tens, and each layer's dispatch a wait beside (docs/how-to/gpus.md).
 """
 
 
