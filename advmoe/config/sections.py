@@ -226,6 +226,9 @@ class TrainingConfig(Strict):
     layer; `masked` computes every expert for all images, without a wait. They agree to rounding. `auto` is `masked` on
     a GPU where there are at most four experts, and `dispatch` elsewhere.
     """
+    deterministic: bool = False
+    """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.
+    """
     compile: bool = False
     """Compile the model with `torch.compile`."""
     seed: Seed = 0

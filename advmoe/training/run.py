@@ -22,6 +22,7 @@ from advmoe.models.compute import compute_on
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.models.sources import file_of
 from advmoe.pool import threads_set
+from advmoe.precision import deterministic
 from advmoe.progress import shown
 from advmoe.rundir import (
     BEST,
@@ -68,7 +69,8 @@ class _Launch:
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """One process of a run; the first shows how far it is."""
-    with threads_set(threads), shown(fabric.is_global_zero), ExitStack() as alone:
+    same = deterministic(launch.config.training.deterministic)
+    with threads_set(threads), same, shown(fabric.is_global_zero), ExitStack() as alone:
         _train(fabric, launch, alone)
 
 

@@ -25,6 +25,7 @@ SETTINGS = {
     "sparse": {"training": {"method": "sparse", "prune_epochs": 1, "finetune_epochs": 1}, "model": {"kind": "sparse"}},
     "four experts at 0.8": {"model": {"num_experts": 4, "scale": 0.8, "experts_init": "independent"}},
     "bf16": {"training": {"precision": "bf16-mixed"}},
+    "deterministic": {"training": {"deterministic": True}},
     "l2": {"threat": {"norm": "l2", "eps": 0.5}, "training": {"step_size": 0.25}},
     "resnet50": {"model": {"name": "resnet50"}},
     "wrn": {"model": {"name": "wrn-10-2"}},
@@ -52,7 +53,9 @@ def test_weights_are_those_of_the_cpu(name, tmp_path, make_config, exact):
     losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train"] for run in runs.values()]
     for part, terms in losses[0].items():
         assert losses[1][part] == pytest.approx(terms, rel=0.2, abs=0.05)
-    assert json.loads((runs["cuda"] / "manifest.json").read_text())["device"] == torch.cuda.get_device_name(0)
+    manifest = json.loads((runs["cuda"] / "manifest.json").read_text())
+    assert manifest["device"] == torch.cuda.get_device_name(0)
+    assert manifest["gpu"]["deterministic"] == config.training.deterministic
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu")])
