@@ -36,6 +36,7 @@ from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.tables.plugins import executed
 from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.training.launchers import rank
 from advmoe.zoo import PREFIX, find
 
 _LONGEST = 1000
@@ -294,8 +295,12 @@ def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
 
 
 def fail(error: BaseException | str, code: int) -> int:
-    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`."""
+    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`. The line of one of several
+    processes that were started together says which.
+    """
     text = reason(error) if isinstance(error, BaseException) else error
+    if number := rank():
+        text = f"process {number}: {text}"
     with suppress(OSError):
         print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr, flush=True)
     return code

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from advmoe.config.fields import (
     AttackRouting,
     Codes,
+    Compute,
     Epochs,
     ExpertInit,
     ExpertLayout,
@@ -220,6 +221,14 @@ class TrainingConfig(Strict):
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
+    compute: Compute = "auto"
+    """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
+    layer; `masked` computes every expert for all images, without a wait. They agree to rounding. `auto` is `masked` on
+    a GPU where there are at most four experts, and `dispatch` elsewhere.
+    """
+    deterministic: bool = False
+    """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.
+    """
     compile: bool = False
     """Compile the model with `torch.compile`."""
     seed: Seed = 0
