@@ -15,7 +15,7 @@ from advmoe.report.figures import dissection_figure, flow_figure, sweep_figure
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 @pytest.mark.parametrize(
-    "draw, result", [(sweep_figure, swept(0.8, 0.6, 0.4)), (dissection_figure, dissected()), (flow_figure, FLOWS)]
+    "draw, result", [(sweep_figure, swept(0.8, 0.6, 0.4)), (dissection_figure, dissected(2)), (flow_figure, FLOWS)]
 )
 def test_the_same_bytes_each_time_whatever_the_settings(tmp_path, suffix, draw, result):
     one, two = tmp_path / f"one.{suffix}", tmp_path / f"two.{suffix}"

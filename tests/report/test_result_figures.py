@@ -45,7 +45,7 @@ def test_a_dissection_where_nothing_is_right_clean(tmp_path):
     assert "1 both survive: 31.7 %" in text and "(n = 1000)" in text and "(n = 0)" not in text
 
 
-@pytest.mark.parametrize("layers, experts", [(1, 1), (30, 10)])
+@pytest.mark.parametrize("layers, experts", [(1, 1), (27, 9)])
 def test_extreme_shapes(tmp_path, layers, experts):
     dissection_figure(dissected(layers, experts), tmp_path / "a.svg")
     assert f"expert {experts - 1}" in words(tmp_path / "a.svg")
