@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,8 +97,10 @@ def test_a_training_that_is_ended_in_the_background_leaves_no_process(tmp_path):
     assert len(at_work) >= 2
     process.send_signal(TERM)
     out, error = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out) == (143, "")
-    assert error == f"advmoe: error: ended by SIGTERM; to continue: advmoe train --resume {run}\n"
+    assert (process.returncode, out) == (85, "")
+    assert re.fullmatch(
+        rf"advmoe: error: stopped by SIGTERM (within|after) epoch .*; to continue: advmoe train --resume {run}\n", error
+    )
     until(lambda: not any(map(alive, at_work)))  # the tracker of their memory goes a moment after them
 
 

@@ -75,8 +75,9 @@ ROOM_FOR_BYTECODE = 64 * 2**20
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (training diverged, an exported file computes something else, or a part of
-    a study failed), 2 (a mistake in the input), 3 (the machine failed: see `FAILED`), 129, 130 or 143 (ended by SIGHUP,
-    Ctrl-C or SIGTERM) or 141 (nobody reads the output). A bug's traceback is shown, with Python's own exit code 1.
+    a study failed), 2 (a mistake in the input), 3 (the machine failed: see `FAILED`), 85 (training stopped as it was
+    told to, and can go on), 129, 130 or 143 (ended by SIGHUP, Ctrl-C or SIGTERM) or 141 (nobody reads the output). A
+    bug's traceback is shown, with Python's own exit code 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     _accept_any_text()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advmoe.seeding import generator_for
 from advmoe.training.averaging import floats
+from advmoe.training.processes import total
 
 if TYPE_CHECKING:
     from advmoe.training.checkpoint import TrainingState
@@ -68,7 +69,8 @@ class Midway:
         """
         fabric, device = trainer.fabric, trainer.fabric.device
         same = len(self.of_all["drawn"]) == fabric.world_size
-        mine = {name: tensor[fabric.global_rank if same else 0] for name, tensor in self.of_all.items()}
+        # Cloned: PyTorch reads a generator's state as numbers of 8 bytes, which need not begin at such a place in a file.
+        mine = {name: tensor[fabric.global_rank if same else 0].clone() for name, tensor in self.of_all.items()}
         for name, buffer in _buffers(trainer).items():
             buffer.copy_(mine[f"buffer.{name}"])
         drawn = mine["drawn"].cpu()
@@ -100,8 +102,6 @@ def _buffers(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _gathered(fabric: Fabric, tensor: Tensor) -> Tensor:
-    if fabric.world_size == 1:
-        return tensor[None].clone()
-    together = fabric.all_gather(tensor.to(fabric.device))
-    assert isinstance(together, Tensor)
-    return together
+    every = torch.zeros(fabric.world_size, *tensor.shape, dtype=tensor.dtype, device=fabric.device)
+    every[fabric.global_rank] = tensor.to(fabric.device)
+    return total(fabric, every)

@@ -23,6 +23,8 @@ LONGEST = 400
 """Letters of a message about a mistake."""
 MISTAKE, MACHINE = 2, 3
 """Exit codes: a mistake in the input; the machine failed."""
+REQUEUE = 85
+"""The exit code of a training that was told to stop."""
 STOPPED = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 TINY = shlex.split(
@@ -157,7 +159,8 @@ def require_stopped(ended: Ended, kill: Kill, *, done: bool) -> None:
         return
     if kill.signal == signal.SIGKILL or (ended.code == -kill.signal and (done or not ended.begun)):
         return
-    if ended.code != STOPPED[signal.Signals(kill.signal)]:
+    requeued = kill.signal == signal.SIGTERM and ended.code == REQUEUE  # a training, which saved what it had
+    if ended.code != STOPPED[signal.Signals(kill.signal)] and not requeued:
         raise Failure(f"exit code {ended.code} after {kill}: {last_line(ended.err)}")
     require_line(ended, f" after {kill}")
 
