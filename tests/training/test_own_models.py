@@ -309,14 +309,6 @@ def test_mistakes_of_the_other_commands(place, capsys):
     assert "--resume must be without" in message("train", "--resume", ".", "--model", "own.py:net", "--to-moe")
 
 
-def test_a_source_decides_what_describes_a_backbone():
-    config = ModelConfig(source="a/b.py:net", to_moe=True, width=8, scale=0.5, kind="s-dense", num_experts=3)
-    assert (config.kind, config.scale, config.width, config.num_experts) == ("moe", 1.0, None, 3)
-    assert config == ModelConfig(**vars(config))  # as config.yaml holds it
-    assert ModelConfig(source="b.py:net").kind == "dense"
-    assert not {"source", "to_moe", "skip", "linear"} & set(ModelConfig().backbone())
-
-
 def test_no_recipe_is_needed(place, capsys):
     assert cli.main(["train", "--model", "own.py:net", "--to-moe", "--print_config"]) == 0
     config = Config.from_dict(yaml.safe_load(capsys.readouterr().out))
