@@ -123,7 +123,7 @@ OTHERS = [name for name in recipe_names() if name not in USUAL]
 
 
 @pytest.mark.parametrize("name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_two_steps(name: str) -> None:
+def test_two_steps(name: str, shallow_backbones: None) -> None:
     width = 20 if "wrn" in name else 4  # the stem of WRN-28-10 has a tenth of it
     small = {"model": {"width": width}, "training": {"epochs": 1, "batch_size": 4}}
     config = Config.from_dict(merged(recipe(name), small))

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on digits, evaluated."""
     config = Config.from_dict(
         {
-            "model": {"width": 8},
+            "model": {"name": "wrn-10-1", "width": 8},
             "data": {"name": "digits", "image_size": 8, "augment": False, "train_examples": 128},
             "threat": {"eps": "0.1"},
             "training": {"method": "advmoe", "epochs": 1, "batch_size": 64, "attack_steps": 1, "step_size": 0.1},

@@ -21,7 +21,7 @@ from advmoe.training import run as run_module
 from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
-    "model": {"width": 4, "experts_init": "shared"},
+    "model": {"name": "wrn-10-1", "width": 4, "experts_init": "shared"},
     "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": True},
     "threat": {"eps": "0.1"},
     # Both levels in each of the two iterations of an epoch.
@@ -78,7 +78,7 @@ def test_metrics_name_every_level_layer_and_speed(finished):
         assert set(line["train"]) == {"routers", "experts"}
         assert {"ce", "kl", "accuracy"} <= set(line["train"]["experts"])
         assert line["images_per_second"] > 0 and line["seconds"] > 0
-        assert [layer["layer"] for layer in line["layers"]] == list(range(16))
+        assert [layer["layer"] for layer in line["layers"]] == list(range(6))
         for layer in line["layers"]:
             assert sum(layer["load"]) == pytest.approx(1, abs=1e-5)
             assert 0 <= layer["entropy"] <= 0.6932  # at most log 2 for two experts
@@ -98,7 +98,7 @@ def test_shipped_model_is_the_best_checkpoint_and_rebuilds_alone(finished, tmp_p
     assert not model.training
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(model(x), advmoe.load_run(finished)(x))
-    assert advmoe.pathway(model, x).shape == (2, 16)
+    assert advmoe.pathway(model, x).shape == (2, 6)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
