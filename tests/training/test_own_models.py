@@ -142,8 +142,8 @@ def test_a_converted_network_is_trained_measured_and_continued(place, capsys):
 
 def settings(**groups):
     base = {
-        "data": {"name": "digits", "image_size": 8, "val_fraction": 0.0, "augment": False},
-        "training": {"epochs": 1, "batch_size": 640, "attack_steps": 1, "step_size": 0.06},
+        "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.0, "augment": False},
+        "training": {"epochs": 1, "batch_size": 160, "attack_steps": 1, "step_size": 0.06},
     }
     return Config.from_dict({name: {**base.get(name, {}), **groups.get(name, {})} for name in {*base, *groups}})
 

@@ -28,10 +28,10 @@ from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
     "model": {"name": "wrn-10-1", "width": 4, "kind": "sparse"},
-    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": False},
+    "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": False},
     "threat": {"eps": "0.1"},
     "training": {
-        "method": "sparse", "epochs": 2, "prune_epochs": 2, "finetune_epochs": 1, "batch_size": 640,
+        "method": "sparse", "epochs": 2, "prune_epochs": 2, "finetune_epochs": 1, "batch_size": 144,
         "step_size": 0.06, "val_attack_steps": 1, "attack_steps": 1,
     },
     "attack": {"steps": 2},
@@ -425,4 +425,4 @@ def test_it_is_saved_whole_with_its_masks(finished, tmp_path):
     assert (folder / "masks.json").read_bytes() == (finished[0] / "masks.json").read_bytes()
     card = (folder / "README.md").read_text()
     assert "`wrn-10-1` pruned to 0.5 of every layer's channels (Sparse-CNN)" in card and "Method `sparse`: rob" in card
-    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 640" in card
+    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 144" in card
