@@ -13,6 +13,8 @@ WITHOUT: dict[str, str] = {
     "__init__.py": "the package as it is imported: test_package.py",
     "__main__.py": "hands over to cli: every test that starts a process",
     "attacks/base.py": "records without behaviour, which tests of every attack make",
+    "cli/zoo.py": "the command of zoo: zoo/test_zoo.py and zoo/test_entry.py",
+    "training/__init__.py": "names of its modules, which a loop of one's own needs: training/test_own_loop.py",
 }
 """Modules without a test file of their own, and why. One that only passes names on needs none."""
 
@@ -29,11 +31,13 @@ PENDING: tuple[str, ...] = (
 
 BEYOND: dict[str, str] = {
     "contracts": "every entry of every table, whichever module it is of",
+    "cuda": "every path of GPUs, on devices of host memory",
     "docs": "the pages of docs/",
     "soak": "hours of kills and damage, on whole commands",
     "test_benchmarks.py": "benchmarks/",
     "test_mirror.py": "this file",
     "test_package.py": "the package as it is imported",
+    "test_plugin_tutorial.py": "what docs/how-to/extend.md says",
     "test_plugins.py": "a plugin's entries in every command",
     "evaluation/test_callables.py": "attacks and data of the user's own, through a whole evaluation",
     "models/test_backbones.py": "what holds for every CNN",
@@ -44,6 +48,7 @@ BEYOND: dict[str, str] = {
     "report/test_browser.py": "the page in a real browser",
     "studies/test_smoke.py": "every study, run",
     "training/test_data_notes.py": "what was left out of the images, from the reader to the results",
+    "training/test_own_loop.py": "the loop of docs/tutorials/own-loop.md, of many modules' pieces",
     "training/test_own_models.py": "a network of the user's own, through every command",
     "training/test_own_pictures.py": "a folder of pictures, from training to predictions",
 }
