@@ -19,6 +19,7 @@ WITHOUT: dict[str, str] = {
     "studies/study.py": "records without behaviour, which studies/test_catalogue.py reads",
     "tables/kinds.py": "a table of constants: models/test_create.py and contracts/",
     "training/__init__.py": "names of its modules, which a loop of one's own needs: training/test_own_loop.py",
+    "training/midway.py": "checkpoints within an epoch, from which runs go on in training/test_preemption.py",
 }
 """Modules without a test file of their own, and why. One that only passes names on needs none."""
 
