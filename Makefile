@@ -17,16 +17,15 @@ UV = $(LOWEST_BIN)/uv pip install --quiet --python $(LOWEST_BIN)/python --resolu
 
 # Everything that computes with networks, whose kernels are tested in tests/ops/raw; less what is about files, figures
 # and messages, or computes with no network.
-NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training test_export.py test_recipes.py) \
+NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training export test_recipes.py) \
 	$(addprefix --ignore=tests/,ops/raw evaluation/test_distributions.py evaluation/test_intervals.py \
 	models/test_model_files.py models/test_sources.py training/test_board.py training/test_checkpoint.py \
 	training/test_data_notes.py training/test_leftovers.py training/test_manifest.py training/test_schedule.py)
 
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
 # The page in a browser depends on none of them.
-CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/test_config.py \
-	tests/test_recipes.py tests/test_export.py tests/test_exported.py tests/hub \
-	tests/report --ignore=tests/report/test_browser.py \
+CALLING := tests/cli/test_cli.py tests/cli/test_export.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/config \
+	tests/test_recipes.py tests/export tests/test_exported.py tests/hub tests/report --ignore=tests/report/test_browser.py \
 	tests/data/test_digits.py tests/data/test_folder.py tests/attacks/test_autoattack.py \
 	tests/evaluation/test_intervals.py tests/studies/test_exact_tests.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py

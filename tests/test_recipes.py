@@ -77,6 +77,37 @@ def test_every_row_of_the_paper_has_a_recipe() -> None:
         assert config.model.kind == "dense" or config.model.scale == row.get("model_scale", 0.5)
 
 
+def test_the_paper_s_setting() -> None:
+    config = Config.from_dict(recipe("cifar10-resnet18-advmoe"))
+    training = config.training
+    assert (config.threat.norm, str(config.threat.eps)) == ("linf", "8/255")
+    assert (training.attack_steps, str(training.step_size)) == (2, "5/255")
+    assert (training.lr, training.momentum, training.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (training.batch_size, training.epochs, training.beta) == (128, 100, 6)
+    assert (config.model.width, config.model.scale, config.model.num_experts) == (None, 0.5, 2)
+    assert (config.attack.steps, config.model.router, training.router_objective) == (50, "layer", "trades")
+
+
+def test_the_methods_of_the_recipes() -> None:
+    kinds = {m: Config.from_dict(recipe(f"digits-{m}")) for m in METHODS}
+    assert {m: (c.model.kind, c.training.method) for m, c in kinds.items()} == {
+        "advmoe": ("moe", "advmoe"),
+        "at-moe": ("moe", "at"),
+        "at-sparse": ("sparse", "sparse"),
+        "at-s-dense": ("s-dense", "at"),
+        "at-dense": ("dense", "at"),
+        "standard": ("moe", "standard"),
+        "advmoe-image-mod": ("moe", "advmoe"),
+        "advmoe-embedding-random": ("moe", "advmoe"),
+    }
+    mod, random = kinds["advmoe-image-mod"], kinds["advmoe-embedding-random"]
+    assert (mod.model.router, mod.training.router_objective, mod.training.codes) == ("image", "codes", "mod")
+    assert (random.model.router, random.training.codes) == ("embedding", "random")
+    assert random.training.attack_routing == "soft"
+    with pytest.raises(ValueError, match=r"^a recipe must be a setting and a method .*, got 'digits'$"):
+        recipe("digits")
+
+
 def noise(name: str, size: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=generator)

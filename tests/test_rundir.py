@@ -325,6 +325,16 @@ def test_a_damaged_epoch_is_named_and_so_is_the_gap(tmp_path, edit):
         Epochs.read(path, strict=True)
 
 
+def test_lines_of_metrics_that_are_none_of_ours_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n[]\n3\n{"lr": 1}\n{"epoch": null}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    epochs = Epochs.read(path).upto(2)
+    assert epochs.lines == [{"epoch": 1}, {"epoch": 2}]
+    assert epochs.problems == [f"{path} is damaged in line 2, 3, 8, left out"]
+    epochs.write(path)
+    assert Epochs.read(path) == Epochs([{"epoch": 1}, {"epoch": 2}])
+
+
 def test_the_same_numbers_have_the_same_checksum_however_long_they_took():
     result = {"clean": 0.5, "attacks": {"pgd": {"robust": 0.25, "seconds": 3.0}}, "cost": {"ms_per_image": 2.0}}
     later = {"clean": 0.5, "attacks": {"pgd": {"robust": 0.25, "seconds": 4.0}}, "cost": {"ms_per_image": 5.0}}

@@ -306,7 +306,7 @@ def test_few_classes_are_capped_and_labelled(official, classes, flags, threat):
     assert robust_accuracy(model, proposals.x_adv, y) == 0
 
 
-def test_two_classes_run_where_nothing_breaks(official):
+def test_two_classes_run_where_nothing_breaks(official, stages):
     model, x = linear(2), images(2)
     y = labelled(model, x, wrong=0)
     small = ThreatModel("linf", 1e-6)

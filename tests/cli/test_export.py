@@ -1,11 +1,18 @@
-"""`advmoe export`: what is passed on, and how the report is shown. The export itself is in tests/test_export.py."""
+"""`advmoe export`: what is passed on, how the report is shown, and mistakes. The export itself: tests/export."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 
 from advmoe import cli, export
 
+ROOT = Path(__file__).parents[2]
 REPORT = {
     "format": "onnx", "opset": 20, "bytes": 1_234_567, "computes": "the chosen experts alone", "gmacs": 0.13927,
     "input": {"name": "pixels", "shape": [1, 3, 32, 32], "type": "float32", "meaning": "pixels in [0, 1]"},
@@ -59,3 +66,66 @@ def test_a_file_that_computes_something_else_is_a_failure(monkeypatch, capsys):
 def test_numbers_out_of_range_are_named(capsys, words):
     assert cli.main(["export", "runs/a", *words]) == 2
     assert capsys.readouterr().err.startswith(f"advmoe: error: {words[0]} must be ")
+
+
+@pytest.fixture
+def run_dir(make_digits_run, tmp_path):
+    return make_digits_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process(run_dir):
+    done = subprocess.run(
+        [sys.executable, "-m", "advmoe", "export", run_dir, "--threads", "1", "--num-examples", "30"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((run_dir / "model.onnx.json").read_text())
+    for part in (
+        "computes the chosen experts alone", "input     pixels 1x1x8x8 float32, pixels in [0, 1]",
+        "logits 1x10, pathway 1x16", f"check     30 test images of digits, {report['check']['pathways']} pathways",
+        "(batch 1, 1 threads, medians of 40)", f"written to {run_dir / 'model.onnx'} and model.onnx.json",
+    ):  # fmt: skip
+        assert part in done.stdout
+    metadata = {each.key: each.value for each in onnx.load(run_dir / "model.onnx").metadata_props}
+    assert json.loads(metadata["input"]) == report["input"] and json.loads(metadata["classes"]) == 10
+    assert json.loads(metadata["versions"])["torch"] == torch.__version__
+    assert json.loads(metadata["source"])["run"] == "run" and float(metadata["gmacs"]) == report["gmacs"]
+    assert str(ROOT).encode() not in (run_dir / "model.onnx").read_bytes()
+    (weights,) = [path for path in run_dir.iterdir() if path.suffix == ".safetensors"]
+    assert (run_dir / "model.onnx").stat().st_size < 2 * weights.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "tflite"], "format must be one of onnx, torch-export, got 'tflite'"),
+        (["--opset", "17"], "--opset must be >= 18, got 17"),
+        (["--opset", "99"], "opset must be >= 18 and <= "),
+        (["--opset", "new"], "--opset must be a whole number, got 'new'"),
+        (["--opset", "20", "--format", "torch-export"], "opset must be left out for format torch-export, got 20"),
+        (["--out", "net.pt2"], "the file to write must end in .onnx for format onnx, got 'net.pt2'"),
+        (["--out", "nowhere/net.onnx"], "the file to write must lie in a directory that exists, and be none"),
+        (["--out", "/proc/net.onnx"], "the file to write must be where files can be written, got '/proc'"),
+        (["--num-examples", "0"], "--num-examples must be >= 1, got 0"),
+        (["--threads", "0"], "--threads must be >= 1, got 0"),
+        (["--dynamic-bach"], "--dynamic-bach is no option of export: did you mean --dynamic-batch?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_made(run_dir, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(run_dir)
+    before = sorted(path.name for path in run_dir.iterdir())
+    assert cli.main(["export", str(run_dir), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"advmoe: error: {message}") and err.count("\n") == 1
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_extra_is_named(run_dir, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["export", str(run_dir)]) == 2
+    err = capsys.readouterr().err
+    assert "format onnx needs the extra export: pip install 'advmoe[export]', got: " in err and err.count("\n") == 1
+    assert not list(run_dir.glob("model.onnx*"))

@@ -1,22 +1,19 @@
-"""CIFAR archives and their download from a server on this machine."""
+"""CIFAR archives: their records, what can be wrong with one, and a download that is used again."""
 
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from layouts import CIFAR_IMAGES as COUNT
 from layouts import cifar_archive, tarball
 from layouts import cifar_members as members_of
+from serving import Server
 
 from advmoe.data import load_dataset
 from advmoe.data.cifar import ARCHIVES
-from advmoe.data.download import TRIES, fetch
 
 
 @pytest.fixture
@@ -27,66 +24,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(ARCHIVES, name, cifar_archive(name, content, url))
 
     return put
-
-
-class Server:
-    """A file server that can misbehave, and remembers the Range of every request."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.ranges: list[str | None] = []
-        self.cut_after: list[int] = []
-        """Bytes after which the first, second, ... answer stops."""
-        self.honour_range = True
-        self.shift = 0
-        """Bytes by which a partial answer begins elsewhere than asked."""
-        self.status: int | None = None
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked = self.headers.get("Range")
-                server.ranges.append(asked)
-                total, start = len(server.content), 0
-                if server.status is not None:
-                    return self.send_error(server.status)
-                if asked and server.honour_range:
-                    start = int(asked.removeprefix("bytes=").removesuffix("-")) + server.shift
-                    if start >= total:
-                        return self.send_error(416)
-                    self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-                else:
-                    self.send_response(200)
-                self.send_header("Content-Length", str(total - start))
-                self.end_headers()
-                end = start + server.cut_after.pop(0) if server.cut_after else total
-                self.wfile.write(server.content[start:end])
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/file"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[bytes], Server]]:
-    started: list[Server] = []
-
-    def start(content: bytes) -> Server:
-        started.append(Server(content))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.http.shutdown()
-        server.http.server_close()
-
-
-CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8))
-MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 def test_published_table() -> None:
@@ -193,93 +130,3 @@ def test_download_then_use_without_server(
     again = load_dataset("cifar10", root=root, download=True)
     assert len(server.ranges) == 1
     assert torch.equal(first.train.images, again.train.images)
-
-
-def test_a_cut_answer_is_resumed(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.cut_after = [2000, 1500]
-    fetch(server.url, tmp_path / "file", MD5)
-    assert server.ranges == [None, "bytes=2000-", "bytes=3500-"]
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert not (tmp_path / "file.part").exists()
-
-
-def test_a_part_left_by_an_earlier_call_is_resumed(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.cut_after = [100] * TRIES
-    with pytest.raises(ValueError, match=rf"^data.download must reach the end of {server.url}, got 400 bytes"):
-        fetch(server.url, tmp_path / "file", MD5)
-    assert not (tmp_path / "file").exists()
-    assert (tmp_path / "file.part").read_bytes() == CONTENT[:400]
-    fetch(server.url, tmp_path / "file", MD5)
-    assert server.ranges[-1] == "bytes=400-"
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_server_that_ignores_range(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.honour_range = False
-    (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    fetch(server.url, tmp_path / "file", MD5)
-    assert server.ranges == ["bytes=1234-"]
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_server_that_answers_with_another_range(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.shift = 7
-    (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    fetch(server.url, tmp_path / "file", MD5)
-    assert server.ranges == ["bytes=1234-", None]
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize(
-    ("part", "requests"),
-    [(CONTENT, 1), (CONTENT + b"more", 2), (b"x" * len(CONTENT), 2)],
-    ids=["whole", "too-long", "other"],
-)
-def test_a_server_that_answers_416(
-    tmp_path: Path, serve: Callable[[bytes], Server], part: bytes, requests: int
-) -> None:
-    server = serve(CONTENT)
-    (tmp_path / "file.part").write_bytes(part)
-    fetch(server.url, tmp_path / "file", MD5)
-    assert len(server.ranges) == requests
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_wrong_checksum_is_named_and_forgotten(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    (tmp_path / "file.part").write_bytes(b"bad" * 100)
-    joined = hashlib.md5(b"bad" * 100 + CONTENT[300:]).hexdigest()
-    with pytest.raises(ValueError) as error:
-        fetch(server.url, tmp_path / "file", MD5)
-    rule = f"data.download must fetch file with md5 {MD5}"
-    assert str(error.value) == f"{rule}, got md5 {joined} from {server.url} (removed)"
-    assert list(tmp_path.iterdir()) == []
-    fetch(server.url, tmp_path / "file", MD5)
-    assert server.ranges == ["bytes=300-", None]
-
-
-def test_errors_of_the_server_are_named(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.status = 404
-    with pytest.raises(ValueError, match=rf"^data.download must find {server.url}, got HTTPError: HTTP Error 404"):
-        fetch(server.url, tmp_path / "file", MD5)
-    assert len(server.ranges) == 1
-    server.status = 503
-    with pytest.raises(ValueError, match=r"got 0 bytes \(kept\), then HTTPError: HTTP Error 503"):
-        fetch(server.url, tmp_path / "file", MD5)
-    assert len(server.ranges) == 1 + TRIES
-
-
-def test_no_server_and_no_folder(tmp_path: Path, serve: Callable[[bytes], Server]) -> None:
-    server = serve(CONTENT)
-    server.http.shutdown()
-    server.http.server_close()
-    with pytest.raises(ValueError, match=r"^data.download must reach the end of .* then URLError"):
-        fetch(server.url, tmp_path / "file", MD5)
-    (tmp_path / "plain").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"^data.root must be a folder to download to, got "):
-        fetch(server.url, tmp_path / "plain" / "file", MD5)

@@ -1,4 +1,4 @@
-"""The digits, and the arguments that `load_dataset` checks itself."""
+"""The digits: which they are, and which of them train, validate and test."""
 
 import pytest
 import torch
@@ -51,21 +51,3 @@ def test_part_of_the_digits_is_the_same_for_every_seed() -> None:
     assert one.mean == channel_statistics(one.train.images)[0] != whole.mean
     with pytest.raises(ValueError, match=r"^data.train_examples must be .* <= the 1442 training images, got 1443$"):
         load_dataset("digits", train_examples=1443)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"name": "mnist"},
-            "data.name must be one of digits, cifar10, cifar100, folder, tiny-imagenet, imagenet, got 'mnist'",
-        ),
-        ({"image_size": 0}, "data.image_size must be an integer >= 1, got 0"),
-        ({"image_size": 8.0}, "data.image_size must be an integer >= 1, got 8.0"),
-        ({"val_fraction": 1.0}, "data.val_fraction must be >= 0 and <= 0.5, got 1.0"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        load_dataset(**({"name": "digits"} | arguments))  # type: ignore[arg-type]
-    assert str(error.value) == message

@@ -31,7 +31,7 @@ from advmoe.training.trainer import Trainer
 
 PLAN = [torch.tensor([3, 0, 7]), torch.tensor([1, 2]), torch.tensor([3, 9, 8]), torch.tensor([5]), torch.tensor([4, 6])]
 TINY: dict[str, Any] = {
-    "model": {"width": 4, "experts_init": "shared"},
+    "model": {"name": "wrn-10-1", "width": 4, "experts_init": "shared"},
     "data": {"name": "imagenet", "image_size": 16, "val_fraction": 0.2, "workers": 0},
     "threat": {"eps": "0.05"},
     "training": {"alternation": "both", "epochs": 2, "batch_size": 6, "step_size": 0.03, "val_attack_steps": 1},

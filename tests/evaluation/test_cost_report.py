@@ -44,7 +44,7 @@ def check(report, kinds):
 
 
 @pytest.mark.parametrize("name", [*BACKBONES, "wrn-10-1"])
-def test_every_backbone(name):
+def test_every_backbone(name, shallow_backbones):
     report = cost_report(name, model=SMALL, **QUICK)
     check(report, ["moe", "s-dense", "dense"])
     for kind, figures in report["models"].items():

@@ -1,14 +1,20 @@
-"""Pieces of a model card that no run is needed for. Cards of whole runs are in test_hub.py."""
+"""Model cards: their pieces by hand, and those of whole runs against the runs' own files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cards import front_matter, rows
+from huggingface_hub import ModelCard
 
+import advmoe
+from advmoe.config import Config
 from advmoe.hub.card import Record, model_card, portable
 
+ATTACKED = Path(__file__).parents[2] / "docs" / "results" / "attacks" / "advmoe" / "evaluation.json"
 SPEC = {
     "name": "resnet18", "num_classes": 10, "in_channels": 3, "input_size": 32, "kind": "moe", "width": 64,
     "num_experts": 2, "scale": 0.5, "router": "layer", "experts": "subset",
@@ -75,3 +81,124 @@ def test_an_evaluation_without_its_numbers_is_damaged(tmp_path: Path, missing: s
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"evaluation\.json must hold clean_accuracy, .*, got one without"):
         Record.read(tmp_path)
+
+
+# Whole runs
+
+
+def test_the_card_of_a_real_run_says_what_its_files_say(stored_run: Path, tmp_path: Path) -> None:
+    folder = advmoe.save_pretrained(stored_run, tmp_path / "table-advmoe", license="apache-2.0")
+    card, evaluation = (folder / "README.md").read_text(), json.loads((stored_run / "evaluation.json").read_text())
+    data = ModelCard(card).data  # as the Hub's own reader takes it
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "advmoe", "image-classification")
+    assert {"advmoe", "adversarial-robustness", "mixture-of-experts", "resnet18"} == set(data.tags)
+    assert data.metrics == ["accuracy"] and data.datasets is None  # a folder of images has no name on the Hub
+    metrics = {each.metric_name: each.metric_value for each in data.eval_results}
+    assert metrics == {
+        "clean accuracy": 0.4355,
+        "robust accuracy, pgd-50, linf 8/255": 0.2465,
+        "robust accuracy, pgd-50-soft, linf 8/255": 0.291,
+        "robust accuracy, worst case, linf 8/255": 0.245,
+    }
+    assert {(e.dataset_name, e.dataset_split, e.task_type) for e in data.eval_results} == {
+        ("folder", "test", "image-classification")
+    }
+    table = rows(card)
+    assert table["none (clean, SA)"][0] == "43.5" and table["pgd-50 (RA)"][0] == "24.6"
+    # 490 of 2000 images: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), worked by hand.
+    assert table["worst case over all of them"] == ["24.5", "22.7 to 26.4"]
+    assert table["parameters stored"] == [f"{evaluation['cost']['parameters']:,}"] == ["354,314"]
+    assert table["parameters that one image uses"] == ["182,666"]
+    assert table["GMACs of one image's pathway, routers included"] == ["0.008878"]
+    assert table["ms per image (batch 128, cpu, 2 threads)"] == ["0.9687"]
+    for text in (
+        "Measured on 2,000 images of `folder` (test), threat model linf 8/255",
+        "Threat model in training: linf, eps 8/255",
+        "inner attack of 2 steps of 5/255, beta 6",
+        "3 epochs, batch 64, learning rate 0.05",
+        "torch 2.13.0+cpu",
+        "fd2ea8cce3f4cb4dd96de9645ee91a3dde9022d9",
+        "AutoAttack was not run",
+        'from_pretrained("path/to/this/folder")',
+        f"```yaml\n{(stored_run / 'config.yaml').read_text()}```",
+    ):
+        assert text in card, text
+    assert "Not evaluated" not in card and "flag" not in card
+
+
+def test_the_card_reports_intervals_and_autoattacks_flags(stored_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(stored_run, tmp_path / "run"))
+    shutil.copy(ATTACKED, run)
+    evaluation = json.loads(ATTACKED.read_text())
+    card = (advmoe.save_pretrained(run, tmp_path / "saved") / "README.md").read_text()
+    table = rows(card)
+    for name, report in evaluation["attacks"].items():
+        low, high = report["interval"]
+        shown = f"{100 * report['robust_accuracy']:.1f}"
+        assert table[f"{name} (RA)"] == [shown, f"{100 * low:.1f} to {100 * high:.1f}"]
+    (flag,) = evaluation["attacks"]["autoattack"]["flags"]
+    assert f"AutoAttack's flag (`autoattack`): {flag}" in card
+    assert "AutoAttack was not run" not in card and "raised no flag" not in card
+    assert "Masking gap (straight-through PGD less the worst case): 2.5 points." in card
+
+
+def test_a_card_tells_the_options_of_the_training(stored_run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(stored_run, tmp_path / "run"))
+    values = Config.load(stored_run / "config.yaml").to_dict()
+    values["training"] |= {"alternation": "every-4"}
+    Config.from_dict(values).dump(other / "config.yaml")
+    plain = (advmoe.save_pretrained(other, tmp_path / "plain") / "README.md").read_text()
+    assert "- Options: alternation every-4.\n" in plain  # the default departs from the paper's Algorithm 1
+    values["training"] |= {"alternation": "warm-start", "ema": 0.99}
+    values["data"]["train_examples"] = 300
+    Config.from_dict(values).dump(other / "config.yaml")
+    card = (advmoe.save_pretrained(other, tmp_path / "saved") / "README.md").read_text()
+    assert "- Options: alternation warm-start, ema 0.99.\n" in card and "inner attack of 1 step of" in card
+    assert "; 300 of its training images; images of" in card
+    for each in ({"alternation": "both"}, {"alternation": "every-4", "method": "at"}):
+        values["training"] |= {"ema": 0, **each}
+        Config.from_dict(values).dump(other / "config.yaml")
+        saved = advmoe.save_pretrained(other, tmp_path / each["alternation"])
+        assert "Options" not in (saved / "README.md").read_text()
+
+
+def test_a_card_says_what_is_unknown(stored_run: Path, tmp_path: Path) -> None:
+    bare = model_card(SPEC, Record(), name="bare")
+    assert "**Not evaluated.**" in bare and bare.count("Unknown") == 3 and "Not measured." in bare
+    assert front_matter(bare)["license"] == "unknown" and "model-index" not in front_matter(bare)
+    unevaluated = Path(shutil.copytree(stored_run, tmp_path / "run"))
+    (unevaluated / "evaluation.json").unlink()
+    (unevaluated / "manifest.json").write_text(
+        json.dumps(json.loads((stored_run / "manifest.json").read_text()) | {"finished": None})
+    )
+    card = model_card(SPEC, Record.read(unevaluated), name="x")
+    assert "**Not evaluated.**" in card and "**Training had not finished**" in card
+    assert "metrics" not in front_matter(card) and "linf, eps 8/255" in card
+
+
+def test_a_card_tells_the_images_size_and_what_was_left_out() -> None:
+    config = Config.from_dict({"data": {"name": "imagenet"}, "model": {"width": 4}})
+    note = "train: 2 files left out (the name's ending is none of .png): 2 '.heic'"
+    card = model_card({**SPEC, "input_size": 224}, Record(config, {"data_notes": [note]}), name="m")
+    # ImageNet's customary size, which no field of the run says.
+    assert "images of 224 pixels a side" in card and f"What was not used:\n\n- `{note}`" in card
+    for nothing in ({}, {"data_notes": 3}):
+        assert "What was not used" not in model_card({**SPEC, "input_size": 224}, Record(config, nothing), name="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("evaluation.json", '{"clean_accuracy": 0.5'),
+        ("evaluation.json", "[]"),
+        ("evaluation.json", '{"clean_accuracy": 0.5, "worst_case": 50}'),
+        ("manifest.json", "no"),
+        ("config.yaml", "model: [1"),
+    ],
+)
+def test_a_damaged_record_makes_no_card(stored_run: Path, tmp_path: Path, name: str, text: str) -> None:
+    spoilt = Path(shutil.copytree(stored_run, tmp_path / "run"))
+    (spoilt / name).write_text(text)
+    with pytest.raises(ValueError, match=name) as error:
+        advmoe.save_pretrained(spoilt, tmp_path / "saved")
+    assert "\n" not in str(error.value) and not (tmp_path / "saved").exists()

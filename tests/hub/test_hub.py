@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,21 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
-from torch import nn
+from cards import front_matter, rows
 
 import advmoe
 from advmoe.config import Config
 from advmoe.evaluation.runs import evaluate_run
-from advmoe.hub.card import Record, model_card
 from advmoe.models import Classifier, create_model
 from advmoe.training.run import train
-from advmoe.zoo import PACKED
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "results" / "table" / "advmoe"
-ATTACKED = ROOT / "docs" / "results" / "attacks" / "advmoe" / "evaluation.json"
 FILES = ["README.md", "config.json", "config.yaml", "evaluation.json", "manifest.json", "model.json"]
 
 
@@ -39,10 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on digits, evaluated."""
     config = Config.from_dict(
         {
-            "model": {"width": 8},
-            "data": {"name": "digits", "image_size": 8, "augment": False},
+            "model": {"name": "wrn-10-1", "width": 8},
+            "data": {"name": "digits", "image_size": 8, "augment": False, "train_examples": 128},
             "threat": {"eps": "0.1"},
-            "training": {"method": "advmoe", "epochs": 1, "batch_size": 256, "attack_steps": 1, "step_size": 0.1},
+            "training": {"method": "advmoe", "epochs": 1, "batch_size": 64, "attack_steps": 1, "step_size": 0.1},
             "attack": {"steps": 2},
         }
     )
@@ -92,55 +85,6 @@ def test_a_run_comes_back_as_a_run(run: Path, tmp_path: Path) -> None:
     assert not (folder / "evaluation.json").exists() and "Not evaluated" in (folder / "README.md").read_text()
 
 
-def test_places_of_this_machine_do_not_travel(run: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(run, tmp_path / "run"))
-    values = Config.load(run / "config.yaml").to_dict()
-    values["data"] |= {"name": "folder", "root": "/home/somebody/clients/acme"}
-    values["training"] |= {"init_from": "~/runs/start"}
-    Config.from_dict(values).dump(other / "config.yaml")
-    manifest = json.loads((run / "manifest.json").read_text())
-    command = ["advmoe", "train", "--data.root", "/home/somebody/clients/acme", "--run-dir=/tmp/somewhere/run"]
-    (other / "manifest.json").write_text(json.dumps(manifest | {"command": command}))
-    folder = advmoe.save_pretrained(other, tmp_path / "saved")
-    for file in folder.iterdir():
-        assert b"somebody" not in file.read_bytes() and b"somewhere" not in file.read_bytes(), file
-    config = Config.load(folder / "config.yaml")
-    assert (config.data.root, config.training.init_from) == ("acme", "start")
-    manifest_there = json.loads((folder / "manifest.json").read_text())
-    assert manifest_there == manifest | {"command": ["advmoe", "train", "--data.root", "acme", "--run-dir=run"]}
-    assert "read from `acme`" in (folder / "README.md").read_text()
-
-
-def test_the_place_of_a_network_of_ones_own_does_not_travel(tmp_path: Path) -> None:
-    model = advmoe.to_moe(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
-                          example=torch.rand(2, 3, 8, 8))  # fmt: skip
-    model.spec["source"] = "/home/somebody/acme/net.py:make"
-    folder = advmoe.save_pretrained(model, tmp_path / "saved")
-    for name in ("model.json", "config.json", "README.md"):
-        text = (folder / name).read_text()
-        assert "somebody" not in text and ("net.py:make" in text or name == "README.md")
-    assert model.spec["source"] == "/home/somebody/acme/net.py:make"
-
-
-@pytest.mark.parametrize("writes", range(5))
-def test_a_checkpoint_that_was_cut_short_is_written_again(run: Path, tmp_path: Path, monkeypatch, writes: int) -> None:
-    replace, done = Path.replace, []
-
-    def cut(path: Path, target: Path) -> Path:
-        if len(done) == writes:
-            raise KeyboardInterrupt
-        done.append(target)
-        return replace(path, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", cut)
-        advmoe.save_pretrained(run, tmp_path / "saved")
-    whole = advmoe.save_pretrained(run, tmp_path / "whole")
-    again = advmoe.save_pretrained(run, tmp_path / "saved")
-    assert {each.name for each in again.iterdir()} == {each.name for each in whole.iterdir()}
-    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 def test_a_folder_of_other_things_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     for folder in (tmp_path, run, tmp_path / "README.md"):
@@ -181,24 +125,6 @@ def test_damage_is_named_and_nothing_runs(tmp_path: Path, damage: str) -> None:
         advmoe.from_pretrained(folder)
     assert name in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
     assert not (folder / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("evaluation.json", '{"clean_accuracy": 0.5'),
-        ("evaluation.json", "[]"),
-        ("evaluation.json", '{"clean_accuracy": 0.5, "worst_case": 50}'),
-        ("manifest.json", "no"),
-        ("config.yaml", "model: [1"),
-    ],
-)
-def test_a_damaged_record_makes_no_card(run: Path, tmp_path: Path, name: str, text: str) -> None:
-    spoilt = Path(shutil.copytree(run, tmp_path / "run"))
-    (spoilt / name).write_text(text)
-    with pytest.raises(ValueError, match=name) as error:
-        advmoe.save_pretrained(spoilt, tmp_path / "saved")
-    assert "\n" not in str(error.value) and not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./a/b/c", "/absent/folder", "../b"])
@@ -249,117 +175,6 @@ def test_a_network_of_its_authors_own_needs_its_code_named(tmp_path: Path) -> No
     assert_same(
         model, advmoe.from_pretrained(advmoe.save_pretrained(folder, tmp_path / "again", source=source), source=source)
     )
-
-
-# Cards
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    _, front, _ = card.split("---\n", 2)
-    return yaml.safe_load(front)
-
-
-def rows(card: str) -> dict[str, list[str]]:
-    """The cells of every table row, by the first one."""
-    lines = [line.strip("|").split("|") for line in card.splitlines() if line.startswith("| ")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
-
-
-def stored_run(folder: Path) -> Path:
-    """The run behind a row of the README's table, with its weights as the zoo has them."""
-    run = Path(shutil.copytree(TABLE, folder / "run"))
-    for name in ("model.json", "model.safetensors"):
-        shutil.copy(PACKED / "advmoe" / name, run)
-    return run
-
-
-def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
-    run = stored_run(tmp_path)
-    folder = advmoe.save_pretrained(run, tmp_path / "table-advmoe", license="apache-2.0")
-    card, evaluation = (folder / "README.md").read_text(), json.loads((TABLE / "evaluation.json").read_text())
-    data = ModelCard(card).data  # as the Hub's own reader takes it
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "advmoe", "image-classification")
-    assert {"advmoe", "adversarial-robustness", "mixture-of-experts", "resnet18"} == set(data.tags)
-    assert data.metrics == ["accuracy"] and data.datasets is None  # a folder of images has no name on the Hub
-    metrics = {each.metric_name: each.metric_value for each in data.eval_results}
-    assert metrics == {
-        "clean accuracy": 0.4355,
-        "robust accuracy, pgd-50, linf 8/255": 0.2465,
-        "robust accuracy, pgd-50-soft, linf 8/255": 0.291,
-        "robust accuracy, worst case, linf 8/255": 0.245,
-    }
-    assert {(e.dataset_name, e.dataset_split, e.task_type) for e in data.eval_results} == {
-        ("folder", "test", "image-classification")
-    }
-    table = rows(card)
-    assert table["none (clean, SA)"][0] == "43.5" and table["pgd-50 (RA)"][0] == "24.6"
-    # 490 of 2000 images: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), worked by hand.
-    assert table["worst case over all of them"] == ["24.5", "22.7 to 26.4"]
-    assert table["parameters stored"] == [f"{evaluation['cost']['parameters']:,}"] == ["354,314"]
-    assert table["parameters that one image uses"] == ["182,666"]
-    assert table["GMACs of one image's pathway, routers included"] == ["0.008878"]
-    assert table["ms per image (batch 128, cpu, 2 threads)"] == ["0.9687"]
-    for text in (
-        "Measured on 2,000 images of `folder` (test), threat model linf 8/255",
-        "Threat model in training: linf, eps 8/255",
-        "inner attack of 2 steps of 5/255, beta 6",
-        "3 epochs, batch 64, learning rate 0.05",
-        "torch 2.13.0+cpu",
-        "fd2ea8cce3f4cb4dd96de9645ee91a3dde9022d9",
-        "AutoAttack was not run",
-        'from_pretrained("path/to/this/folder")',
-        f"```yaml\n{(TABLE / 'config.yaml').read_text()}```",
-    ):
-        assert text in card, text
-    assert "Not evaluated" not in card and "flag" not in card
-
-
-def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> None:
-    run = stored_run(tmp_path)
-    shutil.copy(ATTACKED, run)
-    evaluation = json.loads(ATTACKED.read_text())
-    card = (advmoe.save_pretrained(run, tmp_path / "saved") / "README.md").read_text()
-    table = rows(card)
-    for name, report in evaluation["attacks"].items():
-        low, high = report["interval"]
-        shown = f"{100 * report['robust_accuracy']:.1f}"
-        assert table[f"{name} (RA)"] == [shown, f"{100 * low:.1f} to {100 * high:.1f}"]
-    (flag,) = evaluation["attacks"]["autoattack"]["flags"]
-    assert f"AutoAttack's flag (`autoattack`): {flag}" in card
-    assert "AutoAttack was not run" not in card and "raised no flag" not in card
-    assert "Masking gap (straight-through PGD less the worst case): 2.5 points." in card
-
-
-def test_a_card_tells_the_options_of_the_training(run: Path, tmp_path: Path) -> None:
-    plain = (advmoe.save_pretrained(run, tmp_path / "plain") / "README.md").read_text()
-    assert "- Options: alternation every-4.\n" in plain  # the default departs from the paper's Algorithm 1
-    other = Path(shutil.copytree(run, tmp_path / "run"))
-    values = Config.load(run / "config.yaml").to_dict()
-    values["training"] |= {"method": "advmoe", "alternation": "warm-start", "ema": 0.99}
-    values["data"]["train_examples"] = 300
-    Config.from_dict(values).dump(other / "config.yaml")
-    card = (advmoe.save_pretrained(other, tmp_path / "saved") / "README.md").read_text()
-    assert "- Options: alternation warm-start, ema 0.99.\n" in card and "inner attack of 1 step of" in card
-    assert "; 300 of its training images; images of" in card
-    for each in ({"alternation": "both"}, {"alternation": "every-4", "method": "at"}):
-        values["training"] |= {"ema": 0, **each}
-        Config.from_dict(values).dump(other / "config.yaml")
-        saved = advmoe.save_pretrained(other, tmp_path / each["alternation"])
-        assert "Options" not in (saved / "README.md").read_text()
-
-
-def test_a_card_says_what_is_unknown(run: Path, tmp_path: Path) -> None:
-    bare = model_card(small().spec, Record(), name="bare")
-    assert "**Not evaluated.**" in bare and bare.count("Unknown") == 3 and "Not measured." in bare
-    assert front_matter(bare)["license"] == "unknown" and "model-index" not in front_matter(bare)
-    unevaluated = Path(shutil.copytree(run, tmp_path / "run"))
-    (unevaluated / "evaluation.json").unlink()
-    (unevaluated / "manifest.json").write_text(
-        json.dumps(json.loads((run / "manifest.json").read_text()) | {"finished": None})
-    )
-    card = model_card(small().spec, Record.read(unevaluated), name="x")
-    assert "**Not evaluated.**" in card and "**Training had not finished**" in card
-    assert "metrics" not in front_matter(card) and "linf, eps 0.1" in card
 
 
 # The Hub, over HTTP
@@ -567,14 +382,3 @@ except ValueError as error:
     assert sorted(hub.files) == ["README.md", "config.json", "model.json", "model.safetensors"]
     assert "**Not evaluated.**" in hub.files["README.md"].decode()
     assert refused.startswith("lab/tiny cannot be pushed to the Hub: ") and "404" in refused
-
-
-def test_a_card_tells_the_images_size_and_what_was_left_out() -> None:
-    config = Config.from_dict({"data": {"name": "imagenet"}, "model": {"width": 4}})
-    note = "train: 2 files left out (the name's ending is none of .png): 2 '.heic'"
-    model = small(width=4, input_size=224)
-    card = model_card(model.spec, Record(config, {"data_notes": [note]}), name="m")
-    # ImageNet's customary size, which no field of the run says.
-    assert "images of 224 pixels a side" in card and f"What was not used:\n\n- `{note}`" in card
-    for nothing in ({}, {"data_notes": 3}):
-        assert "What was not used" not in model_card(model.spec, Record(config, nothing), name="m")

@@ -73,3 +73,23 @@ def test_what_can_be_shared_out(inner, message):
         return
     with pytest.raises(ValueError, match=message):
         MoEWrapped(inner, 3, num_experts=2, layer=0)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (nn.ReLU(), r"inner must have parameters, all with as many rows, got {}"),
+        (nn.MultiheadAttention(4, 2).out_proj, None),
+        (nn.BatchNorm2d(4), "inner must have no buffers, and no parameters but its own, got a BatchNorm2d"),
+        (
+            nn.LSTM(2, 3, proj_size=1),
+            r"inner must have parameters, all with as many rows, got {'weight_ih_l0': \(12, 2",
+        ),
+    ],
+)
+def test_what_can_be_wrapped(inner, message):
+    if message is None:
+        assert [tuple(bank.shape) for bank in MoEWrapped(inner, 4, num_experts=2, layer=0).banks()] == [(8, 4), (8,)]
+        return
+    with pytest.raises(ValueError, match=message):
+        MoEWrapped(inner, 3, num_experts=2, layer=0)

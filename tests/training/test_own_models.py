@@ -142,8 +142,8 @@ def test_a_converted_network_is_trained_measured_and_continued(place, capsys):
 
 def settings(**groups):
     base = {
-        "data": {"name": "digits", "image_size": 8, "val_fraction": 0.0, "augment": False},
-        "training": {"epochs": 1, "batch_size": 640, "attack_steps": 1, "step_size": 0.06},
+        "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.0, "augment": False},
+        "training": {"epochs": 1, "batch_size": 160, "attack_steps": 1, "step_size": 0.06},
     }
     return Config.from_dict({name: {**base.get(name, {}), **groups.get(name, {})} for name in {*base, *groups}})
 
@@ -307,14 +307,6 @@ def test_mistakes_of_the_other_commands(place, capsys):
         "train", "--resume", ".", "--model", "own.py:net"
     )
     assert "--resume must be without" in message("train", "--resume", ".", "--model", "own.py:net", "--to-moe")
-
-
-def test_a_source_decides_what_describes_a_backbone():
-    config = ModelConfig(source="a/b.py:net", to_moe=True, width=8, scale=0.5, kind="s-dense", num_experts=3)
-    assert (config.kind, config.scale, config.width, config.num_experts) == ("moe", 1.0, None, 3)
-    assert config == ModelConfig(**vars(config))  # as config.yaml holds it
-    assert ModelConfig(source="b.py:net").kind == "dense"
-    assert not {"source", "to_moe", "skip", "linear"} & set(ModelConfig().backbone())
 
 
 def test_no_recipe_is_needed(place, capsys):

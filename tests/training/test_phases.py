@@ -27,11 +27,11 @@ from advmoe.training.phases import phase_at, phases
 from advmoe.training.run import TrainingDiverged, resume, train
 
 TINY = {
-    "model": {"width": 4, "kind": "sparse"},
-    "data": {"name": "digits", "image_size": 8, "val_fraction": 0.1, "augment": False},
+    "model": {"name": "wrn-10-1", "width": 4, "kind": "sparse"},
+    "data": {"name": "digits", "image_size": 8, "train_examples": 320, "val_fraction": 0.1, "augment": False},
     "threat": {"eps": "0.1"},
     "training": {
-        "method": "sparse", "epochs": 2, "prune_epochs": 2, "finetune_epochs": 1, "batch_size": 640,
+        "method": "sparse", "epochs": 2, "prune_epochs": 2, "finetune_epochs": 1, "batch_size": 144,
         "step_size": 0.06, "val_attack_steps": 1, "attack_steps": 1,
     },
     "attack": {"steps": 2},
@@ -140,13 +140,13 @@ def test_pruning_moves_scores_and_statistics_alone(finished):
     _, saved = finished
     begun, *learnt = (w for epoch, w in saved["last"] if 2 <= epoch < 4)
     learnt.append(next(w for epoch, w in saved["best"] if epoch in (3, 4)))
-    model = create_model("resnet18", num_classes=10, kind="sparse", width=4, input_size=8, in_channels=1)
+    model = create_model("wrn-10-1", num_classes=10, kind="sparse", width=4, input_size=8, in_channels=1)
     model.load_state_dict(begun)
     model.backbone.reset_scores()
-    assert all(map(torch.equal, scores_of(model), (begun[f"backbone.scores.{i}"] for i in range(12))))
+    assert all(map(torch.equal, scores_of(model), (begun[f"backbone.scores.{i}"] for i in range(6))))
     for state in learnt:
         moved = {name for name in begun if not torch.equal(state[name], begun[name])}
-        assert {f"backbone.scores.{i}" for i in range(12)} <= moved
+        assert {f"backbone.scores.{i}" for i in range(6)} <= moved
         assert all(".scores." in name or "running_" in name or "num_batches" in name for name in moved)
 
 
@@ -163,7 +163,7 @@ def test_pruning_starts_from_the_best_pretrained_checkpoint(finished):
 def test_finetuning_leaves_masks_and_dropped_weights_as_they_were(finished):
     run, saved = finished
     begun, after = (next(w for e, w in saved["last"] if e == epoch) for epoch in (4, 5))
-    assert all(torch.equal(begun[f"backbone.scores.{i}"], after[f"backbone.scores.{i}"]) for i in range(12))
+    assert all(torch.equal(begun[f"backbone.scores.{i}"], after[f"backbone.scores.{i}"]) for i in range(6))
     model = advmoe.load_run(run)
     slices = model.backbone.layout.slices(model.backbone.surviving_channels())
     for name, (rows, columns) in slices.items():
@@ -191,7 +191,7 @@ def test_masks_are_of_the_model(finished):
     run, _ = finished
     content = json.loads((run / "masks.json").read_text())
     assert content == {"layers": advmoe.pruning.masks(advmoe.load_run(run))}
-    assert [int(mask.sum()) for mask in read_masks(run / "masks.json")] == 4 * [2] + 4 * [4] + 4 * [8] + 4 * [16]
+    assert [int(mask.sum()) for mask in read_masks(run / "masks.json")] == 2 * [2] + 2 * [4] + 2 * [8]
 
 
 # Interruptions
@@ -306,7 +306,7 @@ def test_the_mask_alone(finished, tmp_path):
     before, after = weights(start), load_file(run / "model.safetensors")
     fixed = [name for name in before if name.endswith((".weight", ".bias"))]
     assert fixed and all(torch.equal(before[name], after[name]) for name in fixed)
-    assert [int(mask.sum()) for mask in read_masks(run / "masks.json")] == 4 * [1] + 4 * [2] + 4 * [4] + 4 * [8]
+    assert [int(mask.sum()) for mask in read_masks(run / "masks.json")] == 2 * [1] + 2 * [2] + 2 * [4]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_what_cannot_be_pruned_is_one_line_and_nothing_is_made(tmp_path, capsys,
 
 def test_another_backbone_in_half_precision_without_validation(tmp_path):
     groups = {
-        "model": {"name": "wrn-10-2"},
+        "model": {"name": "resnet18"},
         "data": {"val_fraction": 0.0},
         "training": {"epochs": 1, "prune_epochs": 1, "precision": "bf16-mixed"},
     }
@@ -395,7 +395,7 @@ def test_compiled_phases_end_close_to_uncompiled(tmp_path):
 def test_it_is_measured_as_the_network_that_is_left(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
-    narrow = create_model("resnet18", kind="s-dense", num_classes=10, width=4, input_size=8, in_channels=1)
+    narrow = create_model("wrn-10-1", kind="s-dense", num_classes=10, width=4, input_size=8, in_channels=1)
     evaluation = evaluate_run(run, num_examples=16, **ENGINE)
     assert evaluation["cost"]["gmacs"] == pytest.approx(gmacs(narrow), abs=1e-6)
     stored = sum(p.numel() for p in narrow.parameters())
@@ -424,5 +424,5 @@ def test_it_is_saved_whole_with_its_masks(finished, tmp_path):
     assert_same_weights(advmoe.from_pretrained(folder).state_dict(), advmoe.load_run(finished[0]).state_dict())
     assert (folder / "masks.json").read_bytes() == (finished[0] / "masks.json").read_bytes()
     card = (folder / "README.md").read_text()
-    assert "`resnet18` pruned to 0.5 of every layer's channels (Sparse-CNN)" in card and "Method `sparse`: rob" in card
-    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 640" in card
+    assert "`wrn-10-1` pruned to 0.5 of every layer's channels (Sparse-CNN)" in card and "Method `sparse`: rob" in card
+    assert "- epochs: 2 pretrain, 2 prune, 1 finetune, batch 144" in card

@@ -47,3 +47,15 @@ def test_one_process_has_nothing_to_agree_on():
     average_gradients(Alone(), [parameter])
     average_buffers(Alone(), [buffer])
     assert parameter.grad is None and buffer.item() == 1 and total(Alone(), buffer) is buffer
+
+
+def test_sums_over_processes_leave_what_each_one_has():
+    class Two:
+        world_size = 2
+
+        def all_reduce(self, tensor, reduce_op):
+            return tensor.mul_(2)  # in place, as a process group does it
+
+    mine = torch.tensor([1.0, 2.0])
+    assert total(Two(), mine).tolist() == [2.0, 4.0] and mine.tolist() == [1.0, 2.0]
+    average_buffers(Two(), [])  # of a network that has none
