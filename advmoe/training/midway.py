@@ -69,7 +69,7 @@ class Midway:
         """
         fabric, device = trainer.fabric, trainer.fabric.device
         same = len(self.of_all["drawn"]) == fabric.world_size
-        # Cloned: PyTorch reads a generator's state as numbers of 8 bytes, which need not begin at such a place in a file.
+        # Cloned: PyTorch reads a state as numbers of 8 bytes, which need not begin at such a place in a file.
         mine = {name: tensor[fabric.global_rank if same else 0].clone() for name, tensor in self.of_all.items()}
         for name, buffer in _buffers(trainer).items():
             buffer.copy_(mine[f"buffer.{name}"])
