@@ -3,15 +3,14 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from notebooks import notebook
+from pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
-TUTORIALS = {page.stem: page for page in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
+TUTORIALS = {page.stem: page for page in PAGES if page.parent.name == "tutorials"}
 
 PAGE = """# A page
 

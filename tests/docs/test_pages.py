@@ -6,13 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import hooks
 import pytest
 import torch
 import yaml
+from pages import BESIDE, DOCS, PAGES, ROOT, blocks, prose
 
 import advmoe
 from advmoe.attacks.pgd import LOSSES
@@ -24,37 +24,9 @@ from advmoe.recipes import recipe_names
 from advmoe.studies.catalogue import study_named
 from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
-BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 TRAINING = [DOCS / "tutorials" / "own-loop.md"]
 """Pages whose Python trains: test_notebooks.py runs it."""
 MADE = {DOCS / page for page in (*hooks.BESIDE, *hooks.GENERATED)}
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    title: str | None
-    """The file that the block shows."""
-    text: str
-    line: int
-    """Of the page, where the text begins."""
-
-
-def blocks(page: Path, language: str) -> list[Block]:
-    """The fenced blocks of a language, in order."""
-    text, found = page.read_text(), []
-    for match in re.finditer(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
-        if match[1] == language:
-            found.append(Block(language, match[2], match[3], text[: match.start(3)].count("\n")))
-    return found
-
-
-def prose(page: Path) -> str:
-    """A page without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def with_blocks(language: str) -> list:
