@@ -19,7 +19,7 @@ from advmoe.models import BACKBONES, Classifier, create_model, save_model
 from advmoe.moe import pathway
 
 # Processes that tests start import this tree, wherever they work.
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 # Notes and errors alone on stderr: what is told of progress has tests of its own.
 os.environ["ADVMOE_LOG_FORMAT"] = "quiet"
 

@@ -33,7 +33,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     from advmoe.evaluation.runs import evaluate_run
 
     home = home_of(target, options.get("out"))
-    again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
+    again = f"advmoe evaluate {shlex.quote(args['target'])} --resume, with the same options"
     with continuable(home, again, JOURNAL):
         result = evaluate_run(target, **options)
     print(_table(result))

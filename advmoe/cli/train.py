@@ -24,6 +24,7 @@ from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
 from advmoe.text import nearest
+from advmoe.training.launchers import rank
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
@@ -39,7 +40,9 @@ def parser() -> Parser:
     add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
     add("--resume", metavar="RUN", help="continue the run in this directory")
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
-    add("--devices", metavar="K", help="processes, each with a device of its own (default: 1, or the resumed run's)")
+    usual = "1, the resumed run's, or those that torchrun or srun started"
+    add("--devices", metavar="K", help=f"processes on a machine, each with a device of its own (default: {usual})")
+    add("--num-nodes", metavar="N", help="checked where torchrun or srun starts the processes, as --devices is there")
     add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
@@ -52,13 +55,15 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     overrides, resumed = config_fields(args), args.get("resume")
     model = overrides.get("model", {})
-    devices = number("--devices", Processes, args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
+    for name in ("devices", "num_nodes"):
+        engine[name] = number(f"--{name.replace('_', '-')}", Processes, args.get(name))
+    first = rank() == 0
     name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)
     if "print_config" in args:
         print(config.to_yaml(), end="")
         return 0
-    if resumed is None:
+    if resumed is None and first:
         config.require_trainable()
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(startable(run_dir), "the run directory", rule, str(run_dir))
@@ -76,13 +81,15 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 told: dict[str, Any] = {"name": name, "command": command}
                 if notes := config.notes(changed):
                     told["notes"] = notes
-                runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
+                runs.train(config, run_dir=run_dir, **told, **engine)
             else:
                 if "accelerator" not in args:
                     del engine["accelerator"]  # the run's own
-                runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
+                runs.resume(run_dir, source=model.get("source"), **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
+    if not first:
+        return 0
     for line in _unused(run_dir / METRICS):
         print(line)
     print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")

@@ -10,6 +10,7 @@ from advmoe.config.fields import (
     Channels,
     Classes,
     Codes,
+    Compute,
     Count,
     ExpertInit,
     ExpertLayout,
@@ -41,7 +42,7 @@ from advmoe.config.sections import (
 )
 
 __all__ = [
-    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Config", "Count", "DataConfig",
+    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
     "ExpertInit", "ExpertLayout", "Experts", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
     "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
     "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_path",

@@ -23,6 +23,7 @@ AttackRouting = Literal["straight-through", "soft", "mixed"]
 RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
+Compute = Literal["auto", "dispatch", "masked"]
 
 ModelKind = Annotated[str, KINDS]
 RouterKind = Annotated[str, ROUTERS]

@@ -22,6 +22,7 @@ from advmoe.data import Dataset, Variation
 from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
 from advmoe.models import Classifier
 from advmoe.models.compiled import compile_model
+from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
@@ -99,6 +100,7 @@ class Trainer:
             self.average = WeightAverage(self.model, t.ema)
         if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
+        set_compute(self.model, t.compute, device)
         if t.compile:
             compile_model(self.model)
         self.use, self.means = LayerUse(), EpochMeans()
