@@ -25,7 +25,8 @@ NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
 # The page in a browser depends on none of them.
 CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/test_config.py \
-	tests/test_recipes.py tests/test_export.py tests/hub tests/report --ignore=tests/report/test_browser.py \
+	tests/test_recipes.py tests/test_export.py tests/test_exported.py tests/hub \
+	tests/report --ignore=tests/report/test_browser.py \
 	tests/data/test_digits.py tests/data/test_folder.py tests/attacks/test_autoattack.py \
 	tests/evaluation/test_intervals.py tests/studies/test_exact_tests.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py

@@ -18,7 +18,7 @@ from advmoe.cli.arguments import (
     new_parser,
     number,
 )
-from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, require
+from advmoe.config import OWN_MODEL, Config, Hours, Processes, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
@@ -43,6 +43,7 @@ def parser() -> Parser:
     usual = "1, the resumed run's, or those that torchrun or srun started"
     add("--devices", metavar="K", help=f"processes on a machine, each with a device of its own (default: {usual})")
     add("--num-nodes", metavar="N", help="checked where torchrun or srun starts the processes, as --devices is there")
+    add("--max-hours", metavar="H", help="stop after H hours with exit code 85; --resume goes on from there")
     add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
@@ -58,6 +59,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
     for name in ("devices", "num_nodes"):
         engine[name] = number(f"--{name.replace('_', '-')}", Processes, args.get(name))
+    engine["max_hours"] = number("--max-hours", Hours, args.get("max_hours"))
     first = rank() == 0
     name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)
     if "print_config" in args:
@@ -70,8 +72,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     named = model.get("source", config.model.source)
     own = f" --model {shlex.quote(named)}" if named is not None else ""
-    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", CONFIG):
+    again = f"advmoe train --resume {shlex.quote(str(run_dir))}{own}"
+    with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
+        from advmoe.training.preemption import REQUEUE, Stopped
         from advmoe.training.trainer import TrainingDiverged
 
         try:
@@ -88,6 +92,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 runs.resume(run_dir, source=model.get("source"), **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
+        except Stopped as error:
+            return fail(f"{error}; to continue: {again}", REQUEUE) if first else REQUEUE
     if not first:
         return 0
     for line in _unused(run_dir / METRICS):

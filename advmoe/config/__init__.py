@@ -15,6 +15,7 @@ from advmoe.config.fields import (
     ExpertInit,
     ExpertLayout,
     Experts,
+    Hours,
     ModelKind,
     Pixels,
     Precision,
@@ -43,7 +44,7 @@ from advmoe.config.sections import (
 
 __all__ = [
     "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
-    "ExpertInit", "ExpertLayout", "Experts", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
+    "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
     "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
     "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_path",
     "require_text", "typed",

@@ -231,6 +231,8 @@ class TrainingConfig(Strict):
     """
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    checkpoint_minutes: Annotated[float, Within(0, 1e6)] = 10.0
+    """Minutes between checkpoints within an epoch, beside those at its end; 0: the latter alone. Changes no result."""
     seed: Seed = 0
     """Everything random follows from it."""
     init_from: str | None = None

@@ -25,7 +25,9 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from advmoe.errors import portable
 from advmoe.progress import unshared
 from advmoe.signals import leave_to_parent
+from advmoe.training import preemption
 from advmoe.training.launchers import Member, launched
+from advmoe.training.preemption import ASKED, Requests, Stopped
 from advmoe.training.trainer import TrainingDiverged
 
 _LEFT = (
@@ -35,6 +37,8 @@ _LEFT = (
 _LEFT_PREFIXES = ("LT_", "TORCHELASTIC_")
 """Variables by which PyTorch and Fabric would still be led, though Fabric is told its place."""
 _STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_GLANCE = 0.5
+"""Seconds after which a signal that came is passed on to the children, at most."""
 
 
 class _Place(ClusterEnvironment):
@@ -133,14 +137,18 @@ def launch(work: Callable[[Fabric], None], engine: Engine) -> None:
             return
         context, port = multiprocessing.get_context("spawn"), _free_port()
         children: dict[Connection, Any] = {}
+        asked, requests = context.Event(), Requests()
         try:
             for rank in range(engine.devices):
                 ours, theirs = context.Pipe(duplex=False)
                 member = Member(rank, engine.devices, rank, engine.devices, 0, "127.0.0.1", port, "advmoe")
-                children[ours] = context.Process(target=_child, args=(work, engine, member, theirs))
+                children[ours] = context.Process(target=_child, args=(work, engine, member, theirs, asked))
                 children[ours].start()
                 theirs.close()
-            _hear(children)
+            with requests.listening():
+                _hear(children, lambda: asked.set() if requests.reason() is not None else None)
+        except Stopped as error:  # the children know no more than that this process asked for it
+            raise (Stopped(f"{reason}{_where(error)}") if (reason := requests.reason()) else error) from None
         finally:
             for pipe, process in children.items():
                 pipe.close()
@@ -156,11 +164,19 @@ def _free_port() -> int:
     return port
 
 
-def _hear(children: dict[Connection, Any]) -> None:
-    """Wait until all have done their work. Raises what the first one that failed raised."""
+def _where(stopped: Stopped) -> str:
+    """Where a child stopped: what its message says after the reason."""
+    return str(stopped).removeprefix(ASKED)
+
+
+def _hear(children: dict[Connection, Any], meanwhile: Callable[[], None]) -> None:
+    """Wait until all have done their work; `meanwhile` is called every now and then. Raises what the first one that
+    failed raised.
+    """
     busy = list(children)
     while busy:
-        for pipe in wait(busy):
+        meanwhile()
+        for pipe in wait(busy, _GLANCE):
             assert isinstance(pipe, Connection)
             try:
                 error = pipe.recv()
@@ -179,16 +195,17 @@ def _end(code: int) -> str:
 
 
 def _child(
-    work: Callable[[Fabric], None], engine: Engine, member: Member, pipe: Connection
+    work: Callable[[Fabric], None], engine: Engine, member: Member, pipe: Connection, asked: Any
 ) -> None:  # pragma: no cover - runs in a process of its own
     leave_to_parent()
     unshared()
+    preemption.parent_asks = asked.is_set
     error = None
     try:
         with undisturbed():
             engine.fabric(member).launch(work)
     except Exception as problem:
-        error = portable(problem, TrainingDiverged)
+        error = portable(problem, TrainingDiverged, Stopped)
     pipe.send(error)
     if error is not None:  # the others would fail too if this one left: the parent ends all
         threading.Event().wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from advmoe.training.launchers import launched, rank
 from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.loop import fit
 from advmoe.training.model import build_model
+from advmoe.training.preemption import Requests
 from advmoe.training.trainer import Trainer, TrainingDiverged
 
 
@@ -61,6 +64,9 @@ class _Launch:
     tensorboard: bool
     notes: Sequence[str] = ()
     """Lines to print once the run can begin."""
+    max_hours: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+    """When the command began, of `time.monotonic`."""
 
     def resumed(self) -> bool:
         """Whether the weights come from a checkpoint of the run itself."""
@@ -108,7 +114,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
     try:
-        fit(trainer, folder, manifest, board, None if launch.fresh else described)
+        fit(trainer, folder, manifest, board, None if launch.fresh else described, _requests(launch))
     except TrainingDiverged as error:  # on every process
         started_from = not checkpoints.candidates(folder / BEST)
         if fabric.is_global_zero:
@@ -117,6 +123,12 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
                 save_model(build_model(config, dataset), folder)
         fabric.barrier()
         raise (TrainingDiverged(f"{error}; what it started from is kept") if started_from else error) from None
+
+
+def _requests(launch: _Launch) -> Requests:
+    minutes, hours = launch.config.training.checkpoint_minutes, launch.max_hours
+    deadline = math.inf if hours is None else launch.begun + 3600 * hours
+    return Requests(60 * minutes if minutes else math.inf, deadline)
 
 
 def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, Any]:
@@ -239,6 +251,7 @@ def train(
     num_nodes: int | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
+    max_hours: float | None = None,
     command: list[str] | None = None,
     tensorboard: bool = False,
     notes: Sequence[str] = (),
@@ -251,12 +264,13 @@ def train(
             started: then every one of them calls this, and `devices` (of one node) and `num_nodes` only check that.
         accelerator: `auto`, `cpu` or `cuda`.
         threads: CPU threads per process; by default what PyTorch has, shared among them.
+        max_hours: stop after these, at the end of an iteration.
         tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
             `metrics.jsonl`, and a few validation images, clean and adversarial.
         notes: lines to be printed once data and model are known to be good.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
-    for a NaN or infinite loss.
+    for a NaN or infinite loss, `Stopped` where a signal (SIGTERM, SIGUSR1) or `max_hours` ended it, once all is kept.
     """
     run_dir = Path(run_dir)
     require_path("run_dir", str(run_dir))
@@ -269,7 +283,7 @@ def train(
     return _start(
         _Launch(
             config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard,
-            notes=notes,
+            notes=notes, max_hours=max_hours,
         )
     )  # fmt: skip
 
@@ -282,6 +296,7 @@ def resume(
     num_nodes: int | None = None,
     accelerator: str | None = None,
     threads: int | None = None,
+    max_hours: float | None = None,
     tensorboard: bool = False,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the accelerator, processes and
@@ -313,5 +328,16 @@ def resume(
         require_tensorboard()
     name, command = manifest["name"], manifest["command"]
     return _start(
-        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=False, tensorboard=tensorboard)
+        _Launch(
+            config,
+            run_dir,
+            name,
+            devices,
+            accelerator,
+            threads,
+            command,
+            fresh=False,
+            tensorboard=tensorboard,
+            max_hours=max_hours,
+        )
     )
