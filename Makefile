@@ -75,10 +75,10 @@ check: $(INSTALLED)
 lowest: $(LOWEST)/.installed
 	$(LOWEST_BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(CALLING)
 
-# The site, into build/site; a link to nothing fails.
+# The site, into build/site; a link to nothing fails. Tests read it there (tests/docs/test_site.py).
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
-	@echo "site: build/site/index.html"
+	@echo "site: build/site; shown by $(BIN)/python -m http.server -d build/site"
 
 # The wheel and the sdist, in dist/: as an index shows them, and as somebody without a clone installs and uses them. The
 # sdist is tried where the wheel was, which spares the installation of torch.

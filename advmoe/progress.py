@@ -80,8 +80,11 @@ def postfix(drawn: Any, text: Callable[[], str]) -> None:
 
 
 def drawable() -> bool:
-    """Whether stderr is a terminal's or a notebook's, where a line can be drawn over."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether stderr is a terminal's or a notebook's, where a line can be drawn over.
+
+    A notebook gives a command (`!advmoe ...`) a terminal as well, but keeps all that is drawn there.
+    """
+    return (sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ) or "ipykernel" in sys.modules
 
 
 def log_format() -> str:

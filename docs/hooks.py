@@ -10,6 +10,8 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from notebooks import notebook
+
 import advmoe
 from advmoe.cli import COMMANDS, main
 from advmoe.recipes import METHODS, SETTINGS, describe_method, describe_setting
@@ -117,14 +119,29 @@ def beside(name: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages; MkDocs calls this."""
+    """Add the pages, and the tutorials as notebooks; MkDocs calls this."""
     from mkdocs.structure.files import File
 
     for name in BESIDE:
         files.append(File.generated(config, name, content=beside(name)))
     for name, make in GENERATED.items():
         files.append(File.generated(config, name, content=make()))
+    for page in [each for each in files if _is_tutorial(each)]:
+        name = page.src_uri.replace(".md", ".ipynb")
+        files.append(File.generated(config, name, content=notebook(page.content_string)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Put a tutorial's notebook under its title; MkDocs calls this."""
+    if not _is_tutorial(page.file):
+        return markdown
+    title, _, rest = markdown.partition("\n")
+    return f"{title}\n\n[This tutorial as a notebook]({page.file.name}.ipynb){{: download }}\n{rest}"
+
+
+def _is_tutorial(file: Any) -> bool:
+    return bool(re.fullmatch(r"tutorials/[\w-]+\.md", file.src_uri))
 
 
 def _overview() -> str:

@@ -2,18 +2,17 @@
 are those that are stored.
 """
 
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+import hooks
 import pytest
 import torch
 import yaml
+from pages import BESIDE, DOCS, PAGES, ROOT, blocks, prose
 
 import advmoe
 from advmoe.cli import COMMANDS, main
@@ -24,51 +23,16 @@ from advmoe.studies.catalogue import study_named
 from advmoe.tables import DATASETS
 from advmoe.tables.plugins import add_plugin
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
-BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
-SLOW = {"docs/tutorials/own-loop.md"}
-"""Pages that train."""
-
-_SPEC = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-assert _SPEC is not None and _SPEC.loader is not None
-HOOKS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(HOOKS)
-MADE = {DOCS / page for page in (*HOOKS.BESIDE, *HOOKS.GENERATED)}
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    title: str | None
-    """The file that the block shows."""
-    text: str
-    line: int
-    """Of the page, where the text begins."""
-
-
-def blocks(page: Path, language: str) -> list[Block]:
-    """The fenced blocks of a language, in order."""
-    text, found = page.read_text(), []
-    for match in re.finditer(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
-        if match[1] == language:
-            found.append(Block(language, match[2], match[3], text[: match.start(3)].count("\n")))
-    return found
-
-
-def prose(page: Path) -> str:
-    """A page without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+TRAINING = [DOCS / "tutorials" / "own-loop.md"]
+"""Pages whose Python trains: test_notebooks.py runs it."""
+MADE = {DOCS / page for page in (*hooks.BESIDE, *hooks.GENERATED)}
 
 
 def with_blocks(language: str) -> list:
     """The pages that have such blocks, as a test's parameters."""
-    named = [(str(page.relative_to(ROOT)), page) for page in [*BESIDE, *PAGES] if blocks(page, language)]
-    return [
-        pytest.param(page, id=name, marks=[pytest.mark.slow] if language == "python" and name in SLOW else [])
-        for name, page in named
-    ]
+    skipped = TRAINING if language == "python" else []
+    found = [page for page in [*BESIDE, *PAGES] if page not in skipped and blocks(page, language)]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in found]
 
 
 @pytest.fixture
@@ -168,35 +132,6 @@ def require_command(words: list[str], capsys) -> None:
     Config.from_dict(fields)
 
 
-FEWER = {
-    "train": ["--training.epochs", "1", "--model.width", "4", "--data.train_examples", "128"],
-    "evaluate": ["--attacks", "pgd-50", "--attack.steps", "2", "--num-examples", "20"],
-    "dissect": ["--attack.steps", "2", "--num-examples", "20", "--no-figure"],
-    "pathways": ["--attack.steps", "2", "--num-examples", "20"],
-    "export": ["--num-examples", "2"],
-}
-"""What makes a command quick; of an option given twice the last counts."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "own-pictures", "own-cnn"])
-def test_tutorials_can_be_followed(name, tmp_path) -> None:
-    page = DOCS / "tutorials" / f"{name}.md"
-    for block in blocks(page, "python"):
-        if block.title is not None:
-            (tmp_path / block.title).write_text(block.text)
-    commands = [call for block in blocks(page, "bash") for call in calls(block.text, tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for program, *words in commands:
-        fewer = FEWER.get(words[0], [])
-        if "--model" in words and words[0] == "train":  # a network of one's own has its own width
-            fewer = [word for word in fewer if word not in ("--model.width", "4")]
-        start = [sys.executable, "-m", "advmoe"] if program == "advmoe" else [sys.executable]
-        command = [*start, *words, *fewer]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-
-
 def slugs(page: Path) -> set[str]:
     """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
@@ -231,7 +166,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_pages_made_of_the_code_name_all_of_it() -> None:
-    made = {name: make() for name, make in HOOKS.GENERATED.items()}
+    made = {name: make() for name, make in hooks.GENERATED.items()}
     assert re.findall(r"^### `(\S+)`", made["reference/configuration.md"], re.MULTILINE) == field_names()
     assert re.findall(r"^## advmoe (\S+)$", made["reference/commands.md"], re.MULTILINE) == list(COMMANDS)
     named = re.findall(r"^\| `(\S+)` ", made["reference/recipes.md"], re.MULTILINE)

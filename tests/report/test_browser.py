@@ -1,93 +1,25 @@
-"""The page in a real browser: Chromium without a window, driven through chromedriver's own protocol."""
+"""The page in a real browser."""
 
 import base64
 import json
 import re
-import shutil
-import subprocess
-import urllib.error
-import urllib.request
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import CONTRASTS, chromium, needs_browser
 
 from advmoe.evaluation.dissection import Dissection
 from advmoe.evaluation.pathways import statistics
 from advmoe.report.page import write_report
 from advmoe.report.results import load_results
 
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    DRIVER is None or shutil.which("chromium") is None,
-    reason="needs chromium and chromedriver (Debian's packages chromium and chromium-driver)",
-)
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-dev-shm-usage",
-)  # fmt: skip
+pytestmark = needs_browser
 HOSTILE = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>"
 ENTER = "\ue007"  # as WebDriver writes the key
 # Text that is read, in the page and in its figures; what stands on a coloured part keeps its own colours.
 TEXT = "h1, h2, h3, p, li, td, th, dt, dd, figcaption, figcaption b, caption, summary, a, code, .verdict, .quiet"
-CONTRASTS = """
-const seen = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92
-  : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
-const behind = (node) => { for (; node; node = node.parentElement) {
-  const colour = seen(getComputedStyle(node).backgroundColor); if (colour[3] !== 0) return colour; } };
-const contrast = (node, colour) => { const [a, b] = [light(seen(colour)), light(behind(node))].sort((a, b) => b - a);
-  return [(a + 0.05) / (b + 0.05), node.textContent.slice(0, 40)]; };
-const shown = (node) => node.checkVisibility() && node.textContent.trim();
-"""
-
-
-class Browser:
-    """A session of chromedriver (https://www.w3.org/TR/webdriver2/)."""
-
-    def __init__(self, driver: subprocess.Popen[str], folder: Path) -> None:
-        lines = iter(driver.stdout.readline, "")
-        port = next(match[1] for line in lines if (match := re.search(r"successfully on port (\d+)", line)))
-        self.root = f"http://127.0.0.1:{port}/session"
-        options = {"args": [*FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.root += f"/{self.call('POST', '', {'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
-
-    def call(self, method, path, content=None):
-        data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=120) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(json.load(error)["value"]["message"]) from None
-
-    def open(self, page):
-        self.call("POST", "/url", {"url": page.as_uri()})
-
-    def js(self, script, *args):
-        return self.call("POST", "/execute/sync", {"script": script, "args": args})
-
-    def cdp(self, command, **params):
-        return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
-
-    def log(self):
-        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
-
-    def element(self, selector):
-        (identifier,) = self.call("POST", "/element", {"using": "css selector", "value": selector}).values()
-        return f"/element/{identifier}"
-
-    def size(self, width, height, *, mobile=False):
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-
-    def media(self, kind="", scheme="light"):
-        wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # no waiting for what glides
-        features = [{"name": name, "value": value} for name, value in wanted.items()]
-        self.cdp("Emulation.setEmulatedMedia", media=kind, features=features)
 
 
 def traced():
@@ -115,25 +47,20 @@ def page(tmp_path_factory, write_run, write_study):
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+def started(tmp_path_factory):
     """One browser for all tests."""
-    with subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
-        try:
-            browser = Browser(driver, tmp_path_factory.mktemp("profile"))
-            yield browser
-            browser.call("DELETE", "")
-        finally:
-            driver.terminate()
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture
-def browser(chromium, page):
+def browser(started, page):
     """The page, opened anew on a desk."""
-    chromium.size(1280, 900)
-    chromium.media()
-    chromium.open(page)
-    yield chromium
-    chromium.log()
+    started.size(1280, 900)
+    started.media()
+    started.open(page)
+    yield started
+    started.log()
 
 
 def test_it_opens_fetches_nothing_and_the_console_stays_silent(browser):
