@@ -88,6 +88,20 @@ def radius(eps: float, norm: str) -> str:
     return decimal if norm != "linf" else min(decimal, f"{255 * eps:.6g}/255", key=len)
 
 
+def macs_unit(gmacs: Iterable[float | None]) -> tuple[str, float]:
+    """The unit of numbers that stand together, MMACs where the largest would start with zeros, and its number in one
+    GMAC.
+    """
+    largest = max((each for each in gmacs if each is not None), default=1.0)
+    return ("GMACs", 1.0) if largest >= 0.1 else ("MMACs", 1000.0)
+
+
+def macs(gmacs: float) -> str:
+    """A number of multiply-accumulates with its unit: 0.56 GMACs, 31.2 MMACs."""
+    unit, factor = macs_unit([gmacs])
+    return f"{gmacs * factor:.3g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """A time as one reads it: 12.3 s, 4 min, 1 h 30 min."""
     if seconds < 90:

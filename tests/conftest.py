@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,8 @@ from advmoe.moe import pathway
 
 # Processes that tests start import this tree, wherever they work.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+# `advmoe` is found by its name, as where an environment is activated.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 # Notes and errors alone on stderr: what is told of progress has tests of its own.
 os.environ["ADVMOE_LOG_FORMAT"] = "quiet"
 

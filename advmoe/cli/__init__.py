@@ -37,7 +37,7 @@ from advmoe.cli import (
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.config import require, require_path
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.progress import LOG_FORMAT, LOG_FORMATS, shown
+from advmoe.progress import LOG_FORMAT, LOG_FORMATS, log_format, shown, warnings_told
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
 from advmoe.text import nearest, show
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             command, options = _parse(words)
             if command != "recipes":
                 _require_memory()
-            with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+            with shown(), warnings_told(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:
@@ -184,6 +184,8 @@ def _without_common(argv: list[str]) -> list[str]:
                 os.environ[LOG_FORMAT] = value
         else:
             rest.append(word)
+    if log_format() != "text":  # its bars are not ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return rest
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
+import shlex
+import shutil
 import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
@@ -32,6 +35,7 @@ from advmoe.config import (
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
+from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.text import MOST_OF_A_VALUE, cut, show
@@ -273,6 +277,41 @@ def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
 def fail(error: BaseException | str, code: int) -> int:
     """Show a mistake as one line on stderr, if anybody still reads there; returns `code`."""
     text = reason(error) if isinstance(error, BaseException) else error
+    line = f"advmoe: error: {cut(' '.join(text.split()), _LONGEST)}"
+    if log_format() == "json":
+        line = json.dumps({"event": "error", "exit_code": code, "text": line})
     with suppress(OSError):
-        print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return code
+
+
+def to_run(*words: str | Path, plugins_of: Sequence[str] = ()) -> str:
+    """The command line `advmoe WORD...` as a shell takes it, called as this one was; with the plugins of another."""
+    plugins: list[str] = []
+    for word, following in zip(plugins_of, [*plugins_of[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if option == "--plugin":
+            plugins += [option, value if equals else following]
+    return shlex.join([*_program(), *map(str, words), *plugins])
+
+
+def _program() -> list[str]:
+    """What calls this command line again: `advmoe` where a shell finds it, else its path, or Python's."""
+    called, python = Path(sys.argv[0]), Path(sys.executable)
+    found = shutil.which("advmoe")
+    as_module = called.name == "__main__.py" and called.parent.name == "advmoe"
+    if not (as_module or called.stem == "advmoe"):  # from Python, or a test
+        return ["advmoe"]
+    script = python.with_name("advmoe") if as_module else Path(os.path.abspath(called))
+    if found is not None and Path(found).parent == script.parent:
+        return ["advmoe"]
+    if not as_module:
+        return [_short(script)]
+    on_path = shutil.which(python.name)
+    return [python.name if on_path is not None and Path(on_path) == python else _short(python), "-m", "advmoe"]
+
+
+def _short(path: Path) -> str:
+    """A program's path, from the working directory where it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
-from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options
+from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options, to_run
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
@@ -33,7 +32,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     from advmoe.evaluation.runs import evaluate_run
 
     home = home_of(target, options.get("out"))
-    again = f"advmoe evaluate {shlex.quote(target)} --resume, with the same options"
+    again = to_run(*argv, *([] if options["resume"] else ["--resume"]))
     with continuable(home, again, JOURNAL):
         result = evaluate_run(target, **options)
     print(_table(result))

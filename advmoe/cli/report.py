@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from advmoe.cli.arguments import Parser, add_engine, add_fields, config_fields, engine_options, new_parser
 from advmoe.config import Config
 from advmoe.files import require_writable
+from advmoe.progress import tell
 
 REPORT_FIELDS = {"data": ("root", "workers")}
 
@@ -60,6 +60,6 @@ def _with_gallery(result: Any, options: dict[str, Any]) -> Any:
         gallery_run(result.path, **options)
     except Exception as error:  # the rest of the page is worth having, whatever fails here
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"advmoe: no gallery of {result.path}: {reason}", file=sys.stderr)
+        tell(f"advmoe: no gallery of {result.path}: {reason}")
         return with_gallery(result, reason)
     return with_gallery(result)

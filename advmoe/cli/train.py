@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +16,7 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
+    to_run,
 )
 from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, require
 from advmoe.errors import InputError
@@ -64,8 +64,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         require(startable(run_dir), "the run directory", rule, str(run_dir))
 
     named = model.get("source", config.model.source)
-    own = f" --model {shlex.quote(named)}" if named is not None else ""
-    with continuable(run_dir, f"advmoe train --resume {shlex.quote(str(run_dir))}{own}", CONFIG):
+    own = ["--model", named] if named is not None else []
+    with continuable(run_dir, to_run("train", "--resume", run_dir, *own, plugins_of=argv), CONFIG):
         from advmoe.training import run as runs
         from advmoe.training.trainer import TrainingDiverged
 
@@ -85,7 +85,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
             return fail(error, 1)
     for line in _unused(run_dir / METRICS):
         print(line)
-    print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
+    print(f"run   {run_dir}\nnext  {to_run('evaluate', run_dir, *own, plugins_of=argv)}")
     return 0
 
 

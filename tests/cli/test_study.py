@@ -121,13 +121,15 @@ CONTENT = {
 
 def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypatch):
     seen = []
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
 
     def run_study(name, options, told):
         from advmoe.studies.plan import PlannedMeasure, PlannedRun
+        from advmoe.studies.task_pool import Step
 
         run = PlannedRun("abc", "AdvMoE, ResNet-18, digits", 3, {}, Path("abc"), None)
-        told("starts", run)
-        told("so far", PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
+        told(Step("starts"), run)
+        told(Step("so far"), PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
         seen.append((name, options))
         return Path("home"), CONTENT
 
