@@ -9,8 +9,8 @@ import os
 import shlex
 import shutil
 import sys
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
@@ -38,7 +38,7 @@ from advmoe.evaluation.targets import is_source
 from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
-from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.text import MOST_OF_A_VALUE, cut, show, wrapped
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
@@ -61,12 +61,33 @@ class Parser(ArgumentParser):
         raise InputError(message)
 
 
+class _Help(HelpFormatter):
+    """Help in the width of a terminal: no field in the line on usage, and long choices on lines of their own."""
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[Action], groups: Iterable[Any], prefix: str | None = None
+    ) -> None:
+        """Usage without the configuration's fields, of which there are dozens."""
+        named = [each for each in actions if not any("." in option for option in each.option_strings)]
+        super().add_usage(usage, named, groups, prefix)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        text = super()._format_action_invocation(action)
+        indent = " " * self._current_indent
+        if len(indent + text) <= self._width:
+            return text
+        option, _, choices = text.partition(" ")
+        parts = choices.replace(",", ", ").split()
+        lines = wrapped(" ".join(parts), width=self._width - len(indent) - 4)
+        return f"\n{indent}    ".join([option, *(line.replace(", ", ",") for line in lines)])
+
+
 USUAL_THREADS = "PyTorch's choice"
 
 
 def new_parser(description: str) -> Parser:
     """A parser that reports only what the user wrote: the help texts tell the defaults."""
-    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False)
+    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, formatter_class=_Help)
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:

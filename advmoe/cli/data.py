@@ -10,7 +10,7 @@ from typing import Any
 from advmoe.cli.arguments import Parser, new_parser, to_run
 from advmoe.errors import InputError
 from advmoe.tables import DATASETS
-from advmoe.text import nearest, show
+from advmoe.text import nearest, show, wrapped
 
 
 def parser() -> Parser:
@@ -50,7 +50,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
 def _list(args: dict[str, Any]) -> int:
     for name, each in DATASETS.items():
-        print(f"{name}\n  {each.about}\n  licence: {each.licence}\n  {each.origin}")
+        about = (each.about, f"licence: {each.licence}", each.origin)
+        print("\n".join([name, *(line for text in about for line in wrapped(f"  {text}", "    "))]))
     return 0
 
 

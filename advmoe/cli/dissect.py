@@ -6,7 +6,7 @@ from typing import Any
 
 from advmoe.cli.arguments import Parser, drawing, measuring_parser, target_and_options
 from advmoe.rundir import DISSECTION
-from advmoe.text import percent
+from advmoe.text import listing, percent, wrapped
 
 
 def parser() -> Parser:
@@ -29,10 +29,11 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     for name, dissection in dissections.items():
         print(f"{name}\n{dissection.table()}\n")
         for flag in written[name]["flags"]:
-            print(f"flag  {name}: {flag}\n")
+            print("\n".join(wrapped(f"flag  {name}: {flag}", "      ")), end="\n\n")
         if draw is not None:
             draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
     if (gap := next(iter(written.values()))["masking_gap"]) is not None:
-        print(f"masking gap  {percent(gap)} points  straight-through PGD less the worst case of these attacks\n")
+        note = "straight-through PGD less the worst case of these attacks"
+        print("\n".join(listing([("masking gap", f"{percent(gap)} points", note)])), end="\n\n")
     print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
     return 0

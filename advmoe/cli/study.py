@@ -20,6 +20,7 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.config import Config, Count, Processes, Within
+from advmoe.text import duration, listing, wrapped
 
 
 def parser() -> Parser:
@@ -69,9 +70,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
 
-    width = max(map(len, STUDIES))
-    for name, study in STUDIES.items():
-        print(f"{name:{width}}  {study.shows}")
+    print("\n".join(listing([(name, study.shows) for name, study in STUDIES.items()])))
     return 0
 
 
@@ -95,16 +94,16 @@ def _run(name: str, options: Any, argv: list[str]) -> int:
     require_matplotlib()
 
     home, content = run_study(name, options, _told)
-    print(f"{content['size']}\n")
+    print("\n".join(wrapped(content["size"])), end="\n\n")
     for shown in content["tables"]:
         print(f"{text(shown)}\n")
     for claim in content["claims"]:
-        print(claim["statement"])
+        print("\n".join(wrapped(claim["statement"])))
         for each in claim["verdicts"]:
             p = "" if each["p_value"] is None else f" (p = {each['p_value']:.3g})"
             print(f"  {each['measure']}: {each['verdict']} at this size{p}")
     for note in content["notes"]:
-        print(note)
+        print("\n".join(wrapped(note)))
     bad = [run for run in content["runs"] if run["status"] != "finished"]
     for each in bad:
         print(f"{each['status']}: {each['name']}, seed {each['seed']}: {each['error'] or 'not done'}")
@@ -132,7 +131,6 @@ def _told(step: Any, task: Any) -> None:
     from advmoe.progress import tell
     from advmoe.studies.brief import brief
     from advmoe.studies.plan import kind_of
-    from advmoe.text import duration
 
     run, state = getattr(task, "run", task), step if step in ("starts", "done") else "failed"
     fields = {"state": state, "kind": kind_of(task), "name": run.name, "seed": run.seed, "key": run.key}

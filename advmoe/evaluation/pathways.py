@@ -40,7 +40,7 @@ from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.pool import threads_set
 from advmoe.rundir import DIGEST, MASKS, PATHWAYS, require_plain, write_result
-from advmoe.text import aligned, percent
+from advmoe.text import listing, percent, tabular, wrapped
 
 EXAMPLES = "pathways-examples.npz"
 """Beside it: `index`, each image's position in the test set, and whether its pathway was left `unchanged`, (N,)."""
@@ -269,19 +269,18 @@ def table(result: dict[str, Any]) -> str:
     """A result of `pathways_run` as aligned lines for a terminal; shares in percent."""
     clean, adversarial, attack = result["clean"], result["adversarial"], result["attack"]
     per = f", of {result['tokens']} tokens routed one by one" if result["tokens"] else ""
-    rows = [
-        ("", "clean", "adversarial"),
-        *((title, *(_text(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()),
-    ]
+    rows = [(title, *(_text(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()]
     quantiles = ", ".join(f"{name} {value:.3f}" for name, value in attack["iou"]["quantiles"].items())
     return "\n".join([
-        f"{result['num_examples']} images, attacked by {attack['name']}; {result['num_layers']} MoE layers of "
-        f"{result['num_experts']} experts{per}",
+        *wrapped(
+            f"{result['num_examples']} images, attacked by {attack['name']}; {result['num_layers']} MoE layers of "
+            f"{result['num_experts']} experts{per}"
+        ),
         "",
-        *aligned(rows, "<>"),
+        *tabular(("", "clean", "adversarial"), rows, "<>"),
         "",
         f"pathways unchanged by the attack: {percent(attack['unchanged'])} % of the images",
-        f"IoU of the two pathways of an image: mean {attack['iou']['mean']:.3f}, {quantiles}",
+        *wrapped(f"IoU of the two pathways of an image: mean {attack['iou']['mean']:.3f}, {quantiles}", "  "),
         *_frequent_lines(result),
         *_against_lines(result["against"]),
     ])  # fmt: skip
@@ -304,12 +303,13 @@ def _frequent_lines(result: dict[str, Any]) -> list[str]:
     listed = result["clean"]["frequent"][:5]
     if not listed:
         return []
-    lines = ["", "most frequent clean pathways (an expert per layer), and the classes of their images (%)"]
+    rows = []
     for each in listed:
         pathway = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
         shares = (f"{result['classes'][k['class']]}: {percent(k['share'], 0)}" for k in each["classes"][:4])
-        lines.append(f"{percent(each['share']):>5} %  {pathway}  {', '.join(shares)}")
-    return lines
+        rows.append((f"{percent(each['share']):>5} %", pathway, ", ".join(shares)))
+    head = "most frequent clean pathways (an expert per layer), and the classes of their images (%)"
+    return ["", *wrapped(head, "  "), *listing(rows)]
 
 
 def _against_lines(against: dict[str, Any] | None) -> list[str]:
@@ -317,7 +317,7 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
         return []
     names = [name for name in ("clean", "adversarial", "random_pathways", "random_masks") if name in against]
     heads = ["mean", "std", *against["clean"]["quantiles"]]
-    rows = [["", *heads]]
+    rows = []
     for name in names:
         each = against[name]
         values = [each["mean"], each["std"], *each["quantiles"].values()]
@@ -325,4 +325,4 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
     for kind, value in against.get("other_images", {}).items():
         rows.append([f"{kind}, of different images", _text(value), *[""] * (len(heads) - 1)])
     what = "the mask of" if against["kind"] == "mask" else "the pathways of"
-    return ["", f"IoU with {what} {against['run']}", *aligned(rows, "<>")]
+    return ["", f"IoU with {what} {against['run']}", *tabular(["", *heads], rows, "<>")]

@@ -17,6 +17,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder
 from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
+from advmoe.text import macs
 
 _LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
 """Terms of the loss, which are logged as they are added up, with their weights."""
@@ -77,7 +78,7 @@ def tiles(run: RunFolder) -> Html | None:
     items.append(("Robust, worst case", f"{percent(evaluation.get('worst_case'))} %", "over all attacks at once"))
     if "gmacs" in cost:
         of = "selected pathway, routers included" if run.routed else ""
-        items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", of))
+        items.append(("Cost of one image", macs(cost["gmacs"]), of))
     if "ms_per_image" in cost:
         where = f"{cost.get('device')}, batch {cost.get('batch')}, {cost.get('threads')} threads"
         where += f", {cost['precision']}" if "precision" in cost else ""
