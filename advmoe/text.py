@@ -58,10 +58,10 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def few(names: Iterable[str]) -> str:
-    """Up to 3 of `names`, and how many more; nothing where there are none."""
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Up to `most` of `names`, and how many more; nothing where there are none."""
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(name: str) -> str:

@@ -157,9 +157,9 @@ def dissect_run(
     Every image is attacked, those that are wrong without an attack too. The options' `attacks` are PGD's names as in
     `suite`, one dissection each; keywords: `Options` by name.
 
-    Writes `dissection.json`, with each one's settings, flags, threat, seed and data, and with the `masking_gap` of all;
-    returns its folder, and the dissections by attack. Raises `InputError` for a model without MoE layers and whatever
-    else cannot be used.
+    Writes `dissection.json`, with each one's settings, flags, threat, seed and data, the names of the `classes` that
+    its `per_class` numbers, and the `masking_gap` of all; returns its folder, and the dissections by attack. Raises
+    `InputError` for a model without MoE layers and whatever else cannot be used.
     """
     subject = open_subject(target, options := options_of(options, keywords))
     attacked = subject.routed_under_pgd("dissect")
@@ -178,7 +178,8 @@ def dissect_run(
         flags = dict.fromkeys(attack.flags, len(list(job.tasks([name]))))
         result[name] = sealed(each.to_dict() | {
             "masking_gap": gap, "threat": asdict(job.setting.threat),
-            "attack": {**attack.settings, "seed": subject.seed}, "flags": flags, **subject.described,
+            "attack": {**attack.settings, "seed": subject.seed}, "flags": flags, "classes": list(subject.classes),
+            **subject.described,
         })  # fmt: skip
     subject.home.mkdir(parents=True, exist_ok=True)
     write_text(subject.home / DISSECTION, json.dumps(result, indent=2) + "\n")

@@ -19,7 +19,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, stale, unsealed
 from advmoe.tables import DATASETS, METHODS
-from advmoe.text import macs_unit, percent, radius
+from advmoe.text import few, macs_unit, percent, radius
 
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
@@ -171,7 +171,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _summary(spec: Mapping[str, Any], record: Record) -> str:
-    lines = [f"An image classifier: {_architecture(spec)}, for {spec['num_classes']} classes"]
+    names = f" ({few(map(str, spec['classes']), 10)})" if spec.get("classes") else ""
+    lines = [f"An image classifier: {_architecture(spec)}, for {spec['num_classes']} classes{names}"]
     lines.append(f" of images of {spec['in_channels']}x{spec['input_size']}x{spec['input_size']}")
     if record.config is not None:
         lines.append(f", trained by `{record.config.training.method}` on `{record.config.data.name}`")
