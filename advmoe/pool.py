@@ -162,7 +162,7 @@ def _serve(
     leave_to_parent()
     unshared()
     if place.log is not None:
-        file = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
             os.dup2(file, stream)
     if place.only_card is not None:

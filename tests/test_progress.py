@@ -347,3 +347,23 @@ def test_a_line_for_each_attack(make_digits_run: Callable[..., Path], tmp_path: 
     robust = json.loads((run / "evaluation.json").read_text())["robust_accuracy"]
     lines = [line for line in err.splitlines() if "robust" in line]
     assert [line.split()[:2] for line in lines] == [[name, f"{100 * share:.1f}"] for name, share in robust.items()]
+    assert all("% robust at eps 0.1  " in line for line in lines)
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["dissect", "--attacks", "pgd-1,pgd-1-soft"], [("pgd-1", "0.1"), ("pgd-1-soft", "0.1")]),
+        (["pathways", "--attacks", "pgd-1"], [("pgd-1", "0.1")]),
+        (["sweep-eps", "--attacks", "pgd-1", "--eps", "0,2/255"], [("pgd-1", eps) for eps in ("0", "2/255", "1")]),
+    ],
+)
+def test_other_measurements_tell_of_their_attacks(
+    command: list[str], told: list[tuple[str, str]], make_digits_run: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    run = make_digits_run(tmp_path / "run")
+    name, *words = command
+    assert cli.main([name, str(run), *words, "--no-figure", *DIGITS]) == 0
+    lines = re.findall(r"^(\S+)  [\d.]+ % robust at eps (\S+)  ", capsys.readouterr().err, re.MULTILINE)
+    assert lines == told

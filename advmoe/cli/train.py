@@ -23,6 +23,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
+from advmoe.tables import DATASETS
 from advmoe.text import nearest
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
@@ -138,6 +139,8 @@ def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str,
         return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
         return prefix + Path(text).stem, read_yaml(text)
+    if text is None and "name" in data:
+        DATASETS.require("data.name", data["name"])
     got = f"{text!r}{nearest(text, names)}"
     if text is None:
         got = "nothing (nor --data.root FOLDER, to train on a folder of pictures)"

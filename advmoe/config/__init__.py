@@ -27,6 +27,7 @@ from advmoe.config.fields import (
     Width,
     Within,
     require,
+    require_one_of,
     require_path,
     require_text,
     typed,
@@ -44,6 +45,6 @@ __all__ = [
     "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Config", "Count", "DataConfig",
     "ExpertInit", "ExpertLayout", "Experts", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
     "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
-    "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_path",
-    "require_text", "typed",
+    "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_one_of",
+    "require_path", "require_text", "typed",
 ]  # fmt: skip

@@ -125,7 +125,7 @@ def _backbone(name: str, number: int, model: Mapping[str, Any]) -> CostSubject:
         if name.startswith("wrn-"):  # a Wide ResNet that cannot be, which that error explains
             raise
         rule = f"a run directory (one that holds a model.json) or a backbone, one of {BACKBONES.known()}"
-        raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
+        raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}{BACKBONES.near(name)}") from None
     settings = {"num_classes": 10, "input_size": 32, **model}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ tokens, and no pathway is listed.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
+from advmoe.evaluation.harness import tell_attack
 from advmoe.evaluation.overlap import (
     Units,
     class_overlap,
@@ -39,6 +41,7 @@ from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.pool import threads_set
+from advmoe.progress import outermost
 from advmoe.rundir import DIGEST, MASKS, PATHWAYS, require_plain, write_result
 from advmoe.text import listing, percent, tabular, wrapped
 
@@ -230,12 +233,16 @@ def pathways_run(
     mine, theirs = [], []
     with threads_set(options.threads):
         attacked.check(options.allow)
+        started = time.perf_counter()
         for batch in attacked.images(names[0]):
             mine.append(dissect(predict, *batch, batch_size=options.batch_size))
             if isinstance(other, nn.Module):
                 theirs.append(dissect(other, *batch, batch_size=options.batch_size))
         reference = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
         choices = Dissection.merge(mine)
+        if outermost():
+            share, seconds = choices.survived.double().mean().item(), time.perf_counter() - started
+            tell_attack(names[0], share, subject.threat, seconds)
         result = statistics(choices, units, num_classes=len(subject.classes), other=reference)
     result["classes"] = list(subject.classes)
     result["attack"]["name"] = names[0]

@@ -243,8 +243,12 @@ ATTACKS: Table[NamedAttack] = Table(
         "autoattack-plus": _AutoAttack("autoattack-plus", "plus"),
         "autoattack-rand": _AutoAttack("autoattack-rand", "rand"),
     },
-    Family(f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]", _pgd),
-    Family("autoattack:NAME+NAME", _custom),
+    Family(
+        f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]",
+        _pgd,
+        usual=("pgd", *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl") for soft in ("", "-soft"))),
+    ),
+    Family("autoattack:NAME+NAME", _custom, usual=("autoattack:apgd-ce+square",)),
 )
 
 

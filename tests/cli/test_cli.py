@@ -280,6 +280,13 @@ def test_help_of_a_command(tmp_path: Path) -> None:
         (["train", "--config", "digit-advmoe"], "digits-advmoe"),
         ([*TRAIN, "--model.name", "resnet81"], "resnet18"),
         ([*TRAIN, "--training.method", "advmo"], "advmoe"),
+        ([*TRAIN, "--threat.norm", "lnf"], "linf"),
+        (["train", "--data.name", "cifr10"], "cifar10"),
+        (["study", "fig2", "--scale", "smok"], "smoke"),
+        (["cost", "wrm-28-10"], "wrn-28-10"),
+        (["--completoin", "bash"], "--completion"),
+        (["--versoin"], "--version"),
+        (["recipes", "--log-format", "jsn"], "json"),
     ],
 )
 def test_a_slip_of_the_fingers_gets_the_nearest_name(
