@@ -118,7 +118,8 @@ class Lines:
         self.started = self.told = time.monotonic()
         self._ended, self._telling = threading.Event(), threading.Lock()
         if not Lines._open:
-            threading.Thread(target=self._watch, daemon=True).start()
+            with suppress(RuntimeError):  # no thread is to be had: then steps alone tell
+                threading.Thread(target=self._watch, daemon=True).start()
         Lines._open.append(self)
 
     def __enter__(self) -> Lines:
