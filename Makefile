@@ -1,5 +1,5 @@
-# make demo | test | test-plain | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and makes
-# its own environment.
+# make demo | test | test-plain | cuda | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and
+# makes its own environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -26,7 +26,8 @@ NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training
 # What calls each dependency: networks and data, training, evaluation, export, the Hub, figures, reports, TensorBoard.
 # The page in a browser depends on none of them.
 CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/test_config.py \
-	tests/test_recipes.py tests/test_export.py tests/hub tests/report --ignore=tests/report/test_browser.py \
+	tests/test_recipes.py tests/test_export.py tests/test_exported.py tests/hub \
+	tests/report --ignore=tests/report/test_browser.py \
 	tests/data/test_digits.py tests/data/test_folder.py tests/attacks/test_autoattack.py \
 	tests/evaluation/test_intervals.py tests/studies/test_exact_tests.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
@@ -34,7 +35,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_train.py tests/cli/test_evaluate
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain slow studies soak check lowest docs dist format clean
+.PHONY: demo test test-plain cuda slow studies soak check lowest docs dist format clean
 
 # In the developers' environment where there is one, else with what it needs and nothing else.
 demo:
@@ -53,6 +54,12 @@ test: $(INSTALLED)
 # The same networks without kernels of ours, as GPUs, Macs and Windows compute them.
 test-plain: $(INSTALLED)
 	ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(NUMERIC)
+
+# Every path of a GPU, on devices that host memory stands in for (tests/cuda/device.cpp); on a machine with a GPU,
+# `pytest -m gpu` runs the same tests on that.
+cuda: $(INSTALLED)
+	$(BIN)/python tests/cuda/pretended.py
+	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist worksteal -m gpu
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow

@@ -37,6 +37,9 @@ def main(version: str) -> None:
             sys.exit(f"must be advmoe {version}, got {printed}")
         if "imagenet-deit-tiny" not in (printed := call("recipes")):
             sys.exit(f"must hold imagenet-deit-tiny, got\n{printed}")
+        if "advmoe-image-mod" not in (printed := call("zoo", "list")):
+            sys.exit(f"must hold advmoe-image-mod, got\n{printed}")
+        call("cost", "zoo:advmoe", "--batch", "1", "--seconds", "0")
         # A cache of its own, so that the C++ sources are those of the installation.
         call("train", "--config", "digits-advmoe", "--run-dir", "run", *TINY, XDG_CACHE_HOME=folder)
         kernels = json.loads(Path("run", "manifest.json").read_text())["kernels"]

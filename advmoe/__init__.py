@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from advmoe.recipes import configuration as recipe
     from advmoe.threat import ThreatModel
     from advmoe.training.run import train
+    from advmoe.zoo import load
 
 _HOMES = {
     "Config": "advmoe.config",
@@ -45,6 +46,7 @@ _HOMES = {
     "export_model": "advmoe.export",
     "export_run": "advmoe.export",
     "from_pretrained": "advmoe.hub",
+    "load": "advmoe.zoo",
     "load_dataset": "advmoe.data",
     "load_run": "advmoe.models.runs",
     "pathway": "advmoe.moe",
@@ -97,6 +99,7 @@ __all__ = [
     "export_model",
     "export_run",
     "from_pretrained",
+    "load",
     "load_dataset",
     "load_run",
     "pathway",

@@ -1,7 +1,10 @@
-"""What arithmetic fp32 means on a device, which PyTorch's flags decide: its own, or a faster one that rounds more."""
+"""What PyTorch's flags decide of arithmetic: what fp32 means on a device, its own or a faster one that rounds more, and
+whether a computation gives the same bits again.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -69,3 +72,36 @@ def fp32_on(device: torch.device) -> str:
         if operation != "recurrent layers" and (kind := flag.fp32_precision) not in ("ieee", "none"):
             operations.setdefault(kind.upper() if kind == "tf32" else kind, []).append(operation)
     return ", ".join(["fp32", *(f"{kind} {' and '.join(names)}" for kind, names in operations.items())])
+
+
+@contextmanager
+def deterministic(wanted: bool = True) -> Iterator[None]:
+    """Inside, operations of a GPU give the same bits each time, or raise where they cannot; nothing without `wanted`.
+
+    Slower. cuBLAS reads its setting once, when it is first used: before that this must have been entered.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def gpu_libraries(device: torch.device) -> dict[str, Any] | None:
+    """Of a GPU: versions of CUDA and cuDNN, and the flags by which they choose algorithms; None of another device."""
+    if device.type != "cuda":
+        return None
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }

@@ -14,6 +14,8 @@ import advmoe
 from advmoe.cli import COMMANDS, main
 from advmoe.recipes import METHODS, SETTINGS, describe_method, describe_setting
 from advmoe.tables import DATASETS
+from advmoe.zoo import PACKED, entries_of
+from advmoe.zoo.leaderboard import leaderboard
 
 ROOT = Path(__file__).parent.parent
 BESIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -159,3 +161,6 @@ def _link(option: Action) -> str:
 
 def _help(option: Action) -> str:
     return " ".join((option.help or "").replace("%%", "%").split())
+
+
+GENERATED["results/leaderboard.md"] = lambda: leaderboard(entries_of(PACKED))

@@ -1,17 +1,14 @@
-"""One of each that a plugin can add. As a command's `--plugin examples/plugin.py` it makes these names choices:
+"""One of each that a plugin can add; docs/how-to/extend.md explains them one by one.
 
-advmoe train --plugin examples/plugin.py --data.name shifted-digits --config digits-advmoe \
-    --model.name tiny --model.router brightness --training.method experts-twice
-advmoe evaluate runs/digits-advmoe-0 --plugin examples/plugin.py --attacks corner,pgd-50-logit
+advmoe train --plugin examples/plugin.py --config digits-advmoe --run-dir runs/tiny \
+    --data.name shifted-digits --model.name tiny --model.router brightness --training.method experts-twice
+advmoe evaluate runs/tiny --plugin examples/plugin.py --attacks corner,pgd-50-logit
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advmoe import (
-    ThreatModel,
     register_attack,
     register_backbone,
     register_dataset,
@@ -20,10 +17,8 @@ from advmoe import (
     register_router,
 )
 from advmoe.data.digits import load_digits
-from advmoe.data.types import Request, Source
 from advmoe.extend import Level
 from advmoe.models.fused import Steps
-from advmoe.models.layers import LayerFactory
 from advmoe.models.norm import BatchNorm2d
 from advmoe.moe.routers import ImageRouter
 
@@ -32,22 +27,24 @@ from advmoe.moe.routers import ImageRouter
 class Tiny(nn.Module):
     """A plain convolution, an MoE one, and the mean over the image."""
 
-    def __init__(
-        self, layers: LayerFactory, *, width: int, in_channels: int, num_classes: int, input_size: int
-    ) -> None:
+    def __init__(self, layers, *, width, in_channels, num_classes, input_size):
         super().__init__()
         first, second = layers.channels(width), layers.channels(2 * width)
         self.features = Steps(
-            layers.plain_conv(in_channels, first, 3, 1, 1), BatchNorm2d(first), layers.rectifier(),
-            layers.conv(first, 2 * width, 3, 2, 1), BatchNorm2d(second), layers.rectifier(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+            layers.plain_conv(in_channels, first, 3, 1, 1),
+            BatchNorm2d(first),
+            layers.rectifier(),
+            layers.conv(first, 2 * width, 3, 2, 1),
+            BatchNorm2d(second),
+            layers.rectifier(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         self.classifier = nn.Linear(second, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of normalised images (N, C, H, W)."""
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
+        return self.classifier(self.features(x))
 
 
 @register_router("brightness")
@@ -59,11 +56,11 @@ class Brightness(ImageRouter):
 
 
 @register_dataset("shifted-digits", label="digits, inverted", licence="CC BY 4.0 (UCI)")
-def inverted(request: Request) -> Source:
+def inverted(request):
     """The digits, dark on light."""
     source = load_digits(request)
     for part in (source.train, source.test):
-        part.images.neg_().add_(255)  # type: ignore[union-attr]
+        part.images.neg_().add_(255)
     return source
 
 
@@ -74,7 +71,7 @@ def logit(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @register_attack("corner")
-def corner(predict: Any, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int) -> Tensor:
+def corner(predict, x: Tensor, y: Tensor, *, threat, seed: int) -> Tensor:
     """A random corner of the ball: no gradient, no query."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1

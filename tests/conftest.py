@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe.attacks.pgd import LOSSES
 from advmoe.config import Config
-from advmoe.models import BACKBONES, Classifier, create_model, save_model
+from advmoe.evaluation.suite import ATTACKS
+from advmoe.models import Classifier, create_model, save_model
 from advmoe.moe import pathway
+from advmoe.tables import ALTERNATIONS, BACKBONES, DATASETS, METHODS, ROUTERS, plugins
 
 # Processes that tests start import this tree, wherever they work.
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 # `advmoe` is found by its name, as where an environment is activated.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 # Notes and errors alone on stderr: what is told of progress has tests of its own.
@@ -33,6 +36,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
     user, worker = getattr(os, "getuid", int)(), os.environ["PYTEST_XDIST_WORKER"]
     own = os.path.join(tempfile.gettempdir(), f"torchinductor-{user}-{worker}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
+
+
+@pytest.fixture
+def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is registered in a test, and the plugins that it names, are forgotten after it."""
+    monkeypatch.setenv(plugins.PLUGINS, "")
+    tables = (ALTERNATIONS, ATTACKS, BACKBONES, DATASETS, LOSSES, METHODS, ROUTERS)
+    before = [(table, dict(table)) for table in tables]
+    executed = set(plugins._executed)
+    yield
+    plugins._executed.intersection_update(executed)
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="session")

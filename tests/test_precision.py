@@ -1,5 +1,6 @@
 """Numbers that are said to be fp32's are, whichever flags of PyTorch's are set, by whichever names."""
 
+import os
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from advmoe import create_model, evaluate
 from advmoe.evaluation.cost import in_turn, milliseconds_per_image, timing
 from advmoe.moe import pathway
-from advmoe.precision import fp32_on, full_fp32
+from advmoe.precision import deterministic, fp32_on, full_fp32, gpu_libraries
 
 BACKENDS: Any = torch.backends
 FLAGS = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul,
@@ -126,3 +127,17 @@ def test_folded_filters_are_fp32_s_where_time_is_taken_under_autocast():
         milliseconds_per_image(model, 2, repeats=1)
     hook.remove()
     assert set(dtypes) == {torch.float32}
+
+
+def test_deterministic_algorithms_are_asked_for_inside_alone(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own stays
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    x, index = torch.zeros(2).requires_grad_(), torch.tensor([0, 0])
+    with deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.equal(x.index_add(0, index, torch.ones(2)), torch.tensor([2.0, 0.0]))
+        with deterministic(False):
+            assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert gpu_libraries(torch.device("cpu")) is None

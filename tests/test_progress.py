@@ -154,6 +154,7 @@ def test_long_loops_of_commands(
     assert expected <= drawn(terminal)
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 def test_training_shows_epochs_and_their_validation(tmp_path: Path, terminal: Terminal) -> None:
     options = ["--training.epochs", "1", "--data.train_examples", "200", "--model.width", "8", "--threads", "1"]
     command = ["train", "--config", "digits-advmoe", "--run-dir", str(tmp_path / "run"), *options]
@@ -163,6 +164,7 @@ def test_training_shows_epochs_and_their_validation(tmp_path: Path, terminal: Te
     assert "clean" not in found  # one batch
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 def test_the_attack_inside_a_training_step_is_not_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
     loop = sys.modules["advmoe.attacks.pgd"]  # the package has a function of that name
@@ -305,14 +307,16 @@ def test_lines_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     ]
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize(
     ("options", "told"), [([], 1), (["--quiet"], 0), (["--log-format", "quiet"], 0), (["--log-format=json"], 1)]
 )
-def test_a_line_for_each_epoch(tmp_path: Path, options: list[str], told: int) -> None:
+def test_a_line_for_each_epoch(tmp_path: Path, capsys: Any, options: list[str], told: int) -> None:
     small = ["--training.epochs", "1", "--data.train_examples", "64", "--model.width", "4", "--threads", "1"]
-    command = [sys.executable, "-m", "advmoe", "train", "--config", "digits-advmoe", "--run-dir", "run", *small]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
-    lines = done.stderr.splitlines()
+    command = ["train", "--config", "digits-advmoe", "--run-dir", str(tmp_path / "run"), *small]
+    assert cli.main([*command, *options]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
     assert len(lines) == told
     if options == ["--log-format=json"]:
         epoch = json.loads(lines[0])
@@ -320,7 +324,7 @@ def test_a_line_for_each_epoch(tmp_path: Path, options: list[str], told: int) ->
         assert epoch["val"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["val"]
     elif told:
         assert lines[0].startswith("epoch 1/1  routers kl ")
-    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith("note")] == [
+    assert [line.split()[0] for line in out.splitlines() if not line.startswith("note")] == [
         "best", "time", "run", "next",
     ]  # fmt: skip
 
@@ -339,6 +343,7 @@ def test_json_is_all_that_is_there(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("shallow_backbones")
 def test_a_line_for_each_attack(make_digits_run: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     run = make_digits_run(tmp_path / "run")
     words = ["--attacks", "pgd-1,pgd-2", "--workers", "1", *DIGITS]

@@ -92,7 +92,9 @@ OTHERS = [name for name in recipe_names() if name not in USUAL]
 
 
 @pytest.mark.parametrize("name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_two_steps(name: str) -> None:
+def test_two_steps(name: str, request: pytest.FixtureRequest) -> None:
+    if name in USUAL:  # the slow ones are as deep as they are
+        request.getfixturevalue("shallow_backbones")
     width = 20 if "wrn" in name else 4  # the stem of WRN-28-10 has a tenth of it
     small = {"model": {"width": width}, "training": {"epochs": 1, "batch_size": 4}}
     config = Config.from_dict(merged(recipe(name), small))

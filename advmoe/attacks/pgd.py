@@ -206,11 +206,18 @@ def trades_attack(
     generator: torch.Generator | None = None,
     held: Tensor | None = None,
 ) -> Tensor:
-    """TRADES' inner maximisation: KL ascent from x + 0.001 * N(0, 1) (Zhang et al., 2019, Algorithm 1).
+    """TRADES' inner maximisation: KL(f(x) || f(x_adv)) ascended from x + 0.001 * N(0, 1), each step projected.
 
-    `predict` should be in eval mode. The attack goes on from `held`, the perturbations (N, C, H, W) of an earlier one,
-    where they are not 0 (ATTA, Zheng et al., CVPR 2020); elsewhere it starts from noise. Returns (N, C, H, W),
-    detached.
+    Args:
+        predict: pixels (N, C, H, W) -> logits (N, K). It should be in eval mode: a model inside `training.frozen`.
+        x: clean pixels in [0, 1], (N, C, H, W).
+        threat: the ball, in the unit of pixels. steps: K. step_size: of each, in the unit of pixels.
+        generator: source of the noise.
+        held: perturbations of an earlier attack, (N, C, H, W), which this one goes on from where they are not 0.
+
+    Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
+
+    Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020.
     """
     with torch.no_grad():
         clean_logits = predict(x)

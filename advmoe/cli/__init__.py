@@ -33,6 +33,7 @@ from advmoe.cli import (
     study,
     sweep_eps,
     train,
+    zoo,
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.config import require_one_of, require_path
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Any] = {
     "data": data,
     "init": init,
     "recipes": recipes,
+    "zoo": zoo,
     "study": study,
 }
 """The module of each command."""

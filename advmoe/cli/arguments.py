@@ -38,7 +38,10 @@ from advmoe.evaluation.targets import is_source
 from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
+from advmoe.tables.plugins import executed
 from advmoe.text import MOST_OF_A_VALUE, cut, show, wrapped
+from advmoe.training.launchers import rank
+from advmoe.zoo import PREFIX, find
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
@@ -97,14 +100,15 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     """
     parser = new_parser(description)
     add = parser.add_argument
-    add("target", metavar="RUN|FILE.py:FACTORY", help="a run directory, or a function that makes your classifier")
+    add("target", metavar="RUN|FILE.py:FACTORY", help="a run, zoo:NAME, or a function that makes your classifier")
     add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
     add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
     add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
     add(
         "--attacks", metavar="NAME,...",
         help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
-        "autoattack:apgd-ce+square, routed (default: PGD, through soft routing too for a routed model)",
+        f"autoattack:apgd-ce+square, routed{_added_attacks()} (default: PGD, through soft routing too for a routed "
+        "model)",
     )  # fmt: skip
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
     add("--batch-size", metavar="B", help="images attacked at once, which share random draws (default: 250)")
@@ -115,12 +119,27 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     return parser
 
 
+def _added_attacks() -> str:
+    """The attacks and losses that plugins have added, for help; without any nothing is imported for that."""
+    if not executed():
+        return ""
+    from advmoe.attacks.pgd import LOSSES
+    from advmoe.evaluation.suite import ATTACKS
+
+    names = [name for name in ATTACKS if ATTACKS.added(name)]
+    names += [f"pgd-50-{loss}" for loss in LOSSES if LOSSES.added(loss)]
+    return "".join(f", {name}" for name in names)
+
+
 def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The run or classifier to measure, and the options of all measurements; mistakes show before torch is imported."""
     target, overrides = args["target"], config_fields(args)
     below = {}
     if not is_source(target):
-        below = Config.load(existing_run("RUN", target) / CONFIG).to_dict()
+        run = opened_run("RUN", target)
+        below = Config.load(run / CONFIG).to_dict()
+        if target.startswith(PREFIX):  # its folder is not for results
+            target, args = str(run), {"out": f"evaluations/{target.removeprefix(PREFIX)}", **args}
     Config.from_dict(overlaid(below, overrides))
     options = {
         "overrides": overrides,
@@ -248,6 +267,11 @@ def existing_run(option: str, text: str) -> Path:
     return Path(text)
 
 
+def opened_run(option: str, text: str) -> Path:
+    """The run directory that `option` names, or the folder of a zoo's model; to be read. Raises `ValueError`."""
+    return find(text).folder() if text.startswith(PREFIX) else existing_run(option, text)
+
+
 def number(option: str, hint: Any, text: str | None) -> Any:
     """The number in the `text` of an `option`, of a type such as `config.Count`; None of None.
 
@@ -296,8 +320,12 @@ def continuable(home: Path, again: str, mark: str) -> Iterator[None]:
 
 
 def fail(error: BaseException | str, code: int) -> int:
-    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`."""
+    """Show a mistake as one line on stderr, if anybody still reads there; returns `code`. The line of one of several
+    processes that were started together says which.
+    """
     text = reason(error) if isinstance(error, BaseException) else error
+    if number := rank():
+        text = f"process {number}: {text}"
     line = f"advmoe: error: {cut(' '.join(text.split()), _LONGEST)}"
     if log_format() == "json":
         line = json.dumps({"event": "error", "exit_code": code, "text": line})

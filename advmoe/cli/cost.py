@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, split_words
+from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, opened_run, split_words
 from advmoe.config import Batch, Classes, Experts, Share, Side, Threads, Width, Within, require, typed
 from advmoe.files import require_writable, write_text
+from advmoe.zoo import PREFIX
 
 Device = Literal["cpu", "cuda"]
 
@@ -19,7 +20,7 @@ def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Measure what a run or a backbone costs, beside its Dense and S-Dense forms.")
     add = parser.add_argument
-    add("target", metavar="RUN_OR_NAME", help="a run directory, or a backbone such as resnet18 or wrn-28-10")
+    add("target", metavar="RUN_OR_NAME", help="a run directory, zoo:NAME, or a backbone such as resnet18 or wrn-28-10")
     add("--batch", metavar="B,B,...", help="batch sizes (default: 1,32,128)")
     add("--device", metavar="{cpu,cuda}", help="where to run (default: cpu)")
     add("--threads", metavar="T", help="CPU threads (default: PyTorch's choice)")
@@ -59,9 +60,13 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     if out is not None:
         require_writable("--out", out.parent)
 
+    target = args["target"]
+    if target.startswith(PREFIX):
+        target = opened_run("RUN_OR_NAME", target)
+
     from advmoe.evaluation.cost_report import cost_report, table
 
-    report = cost_report(args["target"], **options)
+    report = cost_report(target, **options)
     print(table(report))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

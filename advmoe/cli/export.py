@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from advmoe.cli.arguments import Parser, fail, new_parser, number
+from advmoe.cli.arguments import Parser, fail, new_parser, number, opened_run
 from advmoe.config import Count, Threads, Within
 from advmoe.text import listing, macs_unit
+from advmoe.zoo import PREFIX
 
 
 def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Write a run's model as a file that runs without this library, checked against PyTorch.")
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory")
+    add("run", metavar="RUN", help="a run directory, or zoo:NAME")
     add("--format", metavar="{onnx,torch-export}", help="ONNX (the extra `export`) or PyTorch's .pt2 (default: onnx)")
-    add("--out", metavar="FILE", help="what to write (default: model.onnx or model.pt2 in the run)")
+    add("--out", metavar="FILE", help="what to write (default: model.onnx or model.pt2 in the run, NAME.onnx here)")
     add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
     add("--dynamic-batch", action="store_true", help="any batch size; computes all experts, which is slower")
     add("--opset", metavar="K", help="of ONNX's standard operators, at least 18 (default: PyTorch's choice)")
@@ -34,10 +35,15 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         **{name: args[name] for name in ("format", "out", "source") if name in args},
     }
 
+    run = args["run"]
+    if run.startswith(PREFIX):
+        name, run = run.removeprefix(PREFIX), opened_run("RUN", run)
+        options.setdefault("out", name + {"torch-export": ".pt2"}.get(options.get("format", ""), ".onnx"))
+
     from advmoe.export import ExportFailed, export_run
 
     try:
-        path, report = export_run(args["run"], **options)
+        path, report = export_run(run, **options)
     except ExportFailed as error:
         return fail(error, 1)
     print(_exported(report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, existing_run, measuring_parser, target_and_options
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, opened_run, target_and_options
 
 
 def parser() -> Parser:
@@ -23,7 +23,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     target, options = target_and_options(args)
     if "against" in args:
-        options["against"] = existing_run("--against", args["against"])
+        options["against"] = opened_run("--against", args["against"])
     draw = drawing(args)
 
     from advmoe.evaluation.pathways import pathways_run, table

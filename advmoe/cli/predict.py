@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from advmoe.cli.arguments import Parser, existing_run, new_parser, number
+from advmoe.cli.arguments import Parser, new_parser, number, opened_run
 from advmoe.config import Threads, Within
 from advmoe.errors import InputError
 from advmoe.text import WIDTH, aligned, percent, wrapped
@@ -16,7 +16,7 @@ def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Name what pictures show, by a run's model or an exported ONNX file.")
     add = parser.add_argument
-    add("model", metavar="RUN|FILE.onnx", help="a run directory, or a file that `advmoe export` wrote")
+    add("model", metavar="RUN|FILE.onnx", help="a run directory, zoo:NAME, or a file that `advmoe export` wrote")
     add("images", metavar="IMAGE", nargs="+", help="pictures, of any size")
     add("--top", metavar="K", help="classes shown of each picture (default: 5)")
     add("--json", action="store_true", help="print names, probabilities and pathways as JSON")
@@ -34,7 +34,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     if exported and source is not None:
         raise InputError(f"--model must go with a run (an ONNX file holds its network), got {source!r}")
     if not exported:
-        existing_run("RUN|FILE.onnx", args["model"])
+        path = opened_run("RUN|FILE.onnx", args["model"])
 
     from advmoe.pool import threads_set
 

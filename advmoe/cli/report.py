@@ -60,6 +60,6 @@ def _with_gallery(result: Any, options: dict[str, Any]) -> Any:
         gallery_run(result.path, **options)
     except Exception as error:  # the rest of the page is worth having, whatever fails here
         reason = " ".join(str(error).split()) or type(error).__name__
-        tell(f"advmoe: no gallery of {result.path}: {reason}")
+        tell(f"note  no gallery of {result.path}: {reason}")
         return with_gallery(result, reason)
     return with_gallery(result)

@@ -18,13 +18,14 @@ from advmoe.cli.arguments import (
     number,
     to_run,
 )
-from advmoe.config import OWN_MODEL, Config, Processes, merged, read_yaml, require
+from advmoe.config import OWN_MODEL, Config, Hours, Processes, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
 from advmoe.tables import DATASETS
 from advmoe.text import nearest
+from advmoe.training.launchers import rank
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
 
@@ -40,7 +41,10 @@ def parser() -> Parser:
     add("--run-dir", metavar="DIR", help="where the run is kept (default: runs/<recipe or file>-<seed>)")
     add("--resume", metavar="RUN", help="continue the run in this directory")
     add("--print_config", action="store_true", help="print the resolved configuration and stop")
-    add("--devices", metavar="K", help="processes, each with a device of its own (default: 1, or the resumed run's)")
+    usual = "1, the resumed run's, or those that torchrun or srun started"
+    add("--devices", metavar="K", help=f"processes on a machine, each with a device of its own (default: {usual})")
+    add("--num-nodes", metavar="N", help="checked where torchrun or srun starts the processes, as --devices is there")
+    add("--max-hours", metavar="H", help="stop after H hours with exit code 85; --resume goes on from there")
     add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
@@ -53,21 +57,26 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     overrides, resumed = config_fields(args), args.get("resume")
     model = overrides.get("model", {})
-    devices = number("--devices", Processes, args.get("devices"))
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
+    for name in ("devices", "num_nodes"):
+        engine[name] = number(f"--{name.replace('_', '-')}", Processes, args.get(name))
+    engine["max_hours"] = number("--max-hours", Hours, args.get("max_hours"))
+    first = rank() == 0
     name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)
     if "print_config" in args:
         print(config.to_yaml(), end="")
         return 0
-    if resumed is None:
+    if resumed is None and first:
         config.require_trainable()
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(startable(run_dir), "the run directory", rule, str(run_dir))
 
     named = model.get("source", config.model.source)
     own = ["--model", named] if named is not None else []
-    with continuable(run_dir, to_run("train", "--resume", run_dir, *own, plugins_of=argv), CONFIG):
+    again = to_run("train", "--resume", run_dir, *own, plugins_of=argv)
+    with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
+        from advmoe.training.preemption import REQUEUE, Stopped
         from advmoe.training.trainer import TrainingDiverged
 
         try:
@@ -77,13 +86,17 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
                 told: dict[str, Any] = {"name": name, "command": command}
                 if notes := config.notes(changed):
                     told["notes"] = notes
-                runs.train(config, run_dir=run_dir, devices=devices or 1, **told, **engine)
+                runs.train(config, run_dir=run_dir, **told, **engine)
             else:
                 if "accelerator" not in args:
                     del engine["accelerator"]  # the run's own
-                runs.resume(run_dir, source=model.get("source"), devices=devices, **engine)
+                runs.resume(run_dir, source=model.get("source"), **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
+        except Stopped as error:
+            return fail(f"{error}; to continue: {again}", REQUEUE) if first else REQUEUE
+    if not first:
+        return 0
     for line in _unused(run_dir / METRICS):
         print(line)
     print(f"run   {run_dir}\nnext  {to_run('evaluate', run_dir, *own, plugins_of=argv)}")

@@ -10,10 +10,12 @@ from advmoe.config.fields import (
     Channels,
     Classes,
     Codes,
+    Compute,
     Count,
     ExpertInit,
     ExpertLayout,
     Experts,
+    Hours,
     ModelKind,
     Pixels,
     Precision,
@@ -42,8 +44,8 @@ from advmoe.config.sections import (
 )
 
 __all__ = [
-    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Config", "Count", "DataConfig",
-    "ExpertInit", "ExpertLayout", "Experts", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
+    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
+    "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
     "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
     "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_one_of",
     "require_path", "require_text", "typed",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from advmoe.config.fields import (
     AttackRouting,
     Codes,
+    Compute,
     Epochs,
     ExpertInit,
     ExpertLayout,
@@ -36,7 +37,7 @@ from advmoe.config.fields import (
     require,
     require_path,
 )
-from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level
+from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level, levels
 
 OWN_MODEL: dict[str, Any] = {
     "name": "own", "kind": "dense", "scale": 1.0, "route_per": "image", "experts": "independent",
@@ -220,8 +221,18 @@ class TrainingConfig(Strict):
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
+    compute: Compute = "auto"
+    """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
+    layer; `masked` computes every expert for all images, without a wait. They agree to rounding. `auto` is `masked` on
+    a GPU where there are at most four experts, and `dispatch` elsewhere.
+    """
+    deterministic: bool = False
+    """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.
+    """
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    checkpoint_minutes: Annotated[float, Within(0, 1e6)] = 10.0
+    """Minutes between checkpoints within an epoch, beside those at its end; 0: the latter alone. Changes no result."""
     seed: Seed = 0
     """Everything random follows from it."""
     init_from: str | None = None
@@ -265,9 +276,7 @@ class TrainingConfig(Strict):
 
     def levels(self) -> tuple[Level, ...]:
         """The levels of the method, in the order in which an iteration runs those due."""
-        if self.method == "advmoe":
-            return ALTERNATIONS.find(self.alternation).levels
-        return METHODS[self.method].levels
+        return levels(self.method, self.alternation)
 
     @property
     def warm(self) -> bool:

@@ -7,9 +7,11 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from advmoe.errors import InputError
+from advmoe.files import checksum
 from advmoe.locks import exclusive
 from advmoe.progress import bar
 from advmoe.text import one_line
@@ -30,7 +32,12 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(url: str, path: Path, md5: str) -> None:
+_CHECKSUMS = {"md5": file_md5, "sha256": checksum}
+
+
+def fetch(
+    url: str, path: Path, expected: str, *, kind: str = "md5", fields: tuple[str, str] = ("data.download", "data.root")
+) -> None:
     """Download `url` to `path`, through `<path>.part`: a later call goes on from there if this one is cut off.
 
     Of two processes that download the same file, the second waits for the first.
@@ -38,7 +45,9 @@ def fetch(url: str, path: Path, md5: str) -> None:
     Args:
         url: Where the file is.
         path: Final name; it appears at once, whole and with the right checksum.
-        md5: The checksum that the file must have.
+        expected: The checksum that the file must have.
+        kind: Of the checksum, `md5` or `sha256`.
+        fields: What messages call the download and the folder.
 
     Raises:
         ValueError: The folder cannot be written, the server cannot be reached or stops early every time (what came is
@@ -47,37 +56,41 @@ def fetch(url: str, path: Path, md5: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"data.root must be a folder to download to, got {str(path.parent)!r}: {error}") from error
+        raise InputError(f"{fields[1]} must be a folder to download to, got {str(path.parent)!r}: {error}") from error
     with exclusive(lock := path.with_name(f".{path.name}.lock")):
         try:
-            if not (path.is_file() and file_md5(path) == md5):
-                _fetch(url, path, md5)
+            if not (path.is_file() and _CHECKSUMS[kind](path) == expected):
+                _fetch(url, path, expected, kind, fields[0])
         finally:
             lock.unlink(missing_ok=True)
 
 
-def _fetch(url: str, path: Path, md5: str) -> None:
+def _fetch(url: str, path: Path, expected: str, kind: str, field: str) -> None:
     part = path.with_name(path.name + ".part")
     reason = "an early end"
     for _ in range(TRIES):
         try:
-            if _receive(url, part, md5):
+            if _receive(url, part, lambda: _CHECKSUMS[kind](part) == expected):
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = one_line(error)
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
-                raise InputError(f"data.download must find {url}, got {reason}") from error
+                raise InputError(f"{field} must find {url}, got {reason}") from error
     else:
         received = part.stat().st_size if part.exists() else 0
-        raise InputError(f"data.download must reach the end of {url}, got {received} bytes (kept), then {reason}")
-    if (got := file_md5(part)) != md5:
+        raise InputError(f"{field} must reach the end of {url}, got {received} bytes (kept), then {reason}")
+    if (got := _CHECKSUMS[kind](part)) != expected:
         part.unlink()
-        raise InputError(f"data.download must fetch {path.name} with md5 {md5}, got md5 {got} from {url} (removed)")
+        raise InputError(
+            f"{field} must fetch {path.name} with {kind} {expected}, got {kind} {got} from {url} (removed)"
+        )
     os.replace(part, path)
 
 
-def _receive(url: str, part: Path, md5: str) -> bool:
-    """Make one request and write what it brings to `part`; return whether that is the end of the file."""
+def _receive(url: str, part: Path, whole: Callable[[], bool]) -> bool:
+    """Make one request and write what it brings to `part`; return whether that is the end of the file. `whole` says
+    whether `part` is the file.
+    """
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     try:
@@ -86,7 +99,7 @@ def _receive(url: str, part: Path, md5: str) -> bool:
         if error.code != 416 or not start:
             raise
         # The server has nothing after `start`: the part is either the whole file, or not a beginning of it.
-        if file_md5(part) == md5:
+        if whole():
             return True
         part.unlink()
         return False

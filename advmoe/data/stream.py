@@ -82,7 +82,9 @@ class FileSet(Dataset[tuple[Tensor, int]]):
         images = _unpacked(_Decoder(self.root, self.image_size)[self._files(chosen)])
         return images.to(self.labels.device).to(torch.float32).div_(255)
 
-    def batches(self, plan: Iterable[Tensor], variation: Variation | None = None) -> Generator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, plan: Iterable[Tensor], variation: Variation | None = None, start: int = 0
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """Yield images (B, C, H, W) uint8, channels-last, and classes (B,), for each batch of indices in turn.
 
         The next two batches of every process are decoded while the caller is busy with one. Close the generator to end
@@ -91,11 +93,12 @@ class FileSet(Dataset[tuple[Tensor, int]]):
         Args:
             plan: Indices (B,) int64 of each batch.
             variation: Random crops and flips; None crops as for evaluation.
+            start: Batches to leave out, which were handed out before.
 
         Raises:
             ValueError: A file cannot be decoded, or a process cannot run; raised at the batch that it concerns.
         """
-        plan = [index.cpu() for index in plan]
+        plan = [index.cpu() for index in plan][start:]
         device = self.labels.device
         # A daemonic process, as evaluations start them, may have no children.
         workers = 0 if multiprocessing.current_process().daemon else min(self.workers, len(plan))
@@ -103,7 +106,7 @@ class FileSet(Dataset[tuple[Tensor, int]]):
             _Decoder(self.root, self.image_size),
             batch_size=None,
             # Made as they are sent.
-            sampler=(self._files(index, variation, place) for place, index in enumerate(plan)),
+            sampler=(self._files(index, variation, place) for place, index in enumerate(plan, start)),
             num_workers=workers,
             multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_start,

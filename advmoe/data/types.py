@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -74,14 +75,17 @@ class ImageSet(TorchDataset[tuple[Tensor, int]]):
         """Return the images at `index`, (B,) int64, in that order."""
         return ImageSet(self.images[index], self.labels[index])
 
-    def batches(self, plan: Iterable[Tensor], variation: Variation | None = None) -> Generator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, plan: Iterable[Tensor], variation: Variation | None = None, start: int = 0
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """Yield images (B, C, H, W) uint8 and classes (B,), on the images' device, for each batch of indices in turn.
 
         Args:
             plan: Indices (B,) int64 of each batch.
             variation: Shifts images by up to an eighth of their side, and flips; None leaves them as they are.
+            start: Batches to leave out, which were handed out before.
         """
-        for index in plan:
+        for index in islice(plan, start, None):
             index = index.to(self.images.device)
             images, labels = self.images[index], self.labels[index]
             if variation is not None:

@@ -175,7 +175,11 @@ def _layer_of(network: nn.Module, channels: int) -> str | None:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(psi, phi): the parameters of the backbone and those of the routers; together all, none twice."""
+    """(psi, phi): the parameters of the backbone (experts, norms, stem, classifier) and those of the routers.
+
+    Together they are all of the model's, none twice; phi is empty where there are no routers. One optimiser for each is
+    what AdvMoE's two levels need (Zhang et al., ICCV 2023, eq. 1: psi above, phi below).
+    """
     phi = [parameter for router in routers_of(model) for parameter in router.parameters()]
     known = {id(parameter) for parameter in phi}
     return [parameter for parameter in model.parameters() if id(parameter) not in known], phi

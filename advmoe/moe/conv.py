@@ -89,7 +89,8 @@ class MoEConv2d(MoELayer):
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
         """Filters (M, C_in, k, k) and biases (M,), if there are any, packed by `ops.pack`; None where it packs none."""
         stride, dilation = _pair(self.stride), _pair(self.dilation)
-        if self.sides is not None or self.groups > 1 or dilation != (1, 1) or isinstance(self.padding, str):
+        other = self.masks or self.sides is not None or self.groups > 1 or dilation != (1, 1)
+        if other or isinstance(self.padding, str):
             return None
         filters, biases = banks if len(banks) == 2 else (banks[0], None)
         rows = None if self.apart else self.row_index

@@ -57,6 +57,10 @@ class MoELayer(RouterOwner, ABC):
         """Whether the layer is a linear map of its input, with no bias."""
         self.title = f"MoE layer {layer}"
         """What errors call it."""
+        self.masks = False
+        """Whether a hard pass computes every expert and keeps each sample's own: more arithmetic, but the host does not
+        wait for the choice (`models.compute`).
+        """
         self.copies = False
         """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 

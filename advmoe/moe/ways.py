@@ -75,7 +75,9 @@ def gathered(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -
 
 
 def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
-    """Each sample's chosen expert alone: in one call that moves no sample, if that is faster, or expert by expert."""
+    """Each sample's chosen expert alone: in one call that moves no sample, if that is faster, or expert by expert. Of a
+    layer that `masks`, every expert for all samples, of which each keeps its own: the host need not know the choice.
+    """
     scores, choice, routing = decision
     banks, filters = weights.banks, weights.filters
     gate = ops.chosen_probability(scores, choice) if torch.is_grad_enabled() and scores.requires_grad else None
@@ -86,8 +88,12 @@ def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Ou
     if filters is None and not learns:
         filters = layer.packed(*banks, once=x)
     y: Output | None = ops.convolved(x, ahead, choice, filters)
-    if y is None and len(x) > 1:
-        each = layer.compute_each(x if ahead is None else ops.straight_through(x, ahead), choice, *banks)
+    if y is None and (layer.masks or len(x) > 1):
+        gated = x if ahead is None else ops.straight_through(x, ahead)
+        if layer.masks:
+            each: Tensor | None = ops.chosen(layer.compute_all(gated, *banks), choice)
+        else:
+            each = layer.compute_each(gated, choice, *banks)
         if each is not None:
             y = _whole(each)
             routing.settle()

@@ -5,6 +5,8 @@ Axes: `N` batch, `C` channels, `H W` size, `M` rows of a bank, `R` rows of one e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,49 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def chosen(every: Tensor, choice: Tensor) -> Tensor:
-    """every[n, choice[n]] for each sample, (N, C, H, W), of all experts' outputs `every` (N, E, C, H, W)."""
+    """every[n, choice[n]] for each sample, (N, ...), of all experts' outputs `every` (N, E, ...)."""
+    if every.is_cuda:
+        picked: Tensor = _Picked.apply(every, choice)  # type: ignore[no-untyped-call]
+        return picked
     y, *others = every.unbind(1)
     for expert, other in enumerate(others, 1):
         # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
-        y = torch.where((choice == expert).view(-1, 1, 1, 1), other, y)
+        y = torch.where((choice == expert).view(-1, *[1] * (y.dim() - 1)), other, y)
     return y
+
+
+class _Picked(torch.autograd.Function):
+    """`chosen` in one launch forward and two backward, whatever the number of experts. No atomics: an output has one
+    place in `every`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, every: Tensor, choice: Tensor) -> Tensor:
+        pixels_first = _pixels_first(every)
+        axis = pixels_first.dim() - 2
+        shape = list(pixels_first.shape)
+        shape[axis] = 1
+        index = choice.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        ctx.save_for_backward(index)
+        ctx.shape = pixels_first.shape
+        size = [len(every), *every.shape[2:]]
+        layout = [0, *range(2, len(size)), 1]
+        y = torch.empty_permuted(size, layout, dtype=every.dtype, device=every.device)
+        torch.gather(pixels_first, axis, index, out=y.movedim(1, -1).unsqueeze(axis))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        axis = len(ctx.shape) - 2
+        every = grad.new_zeros(ctx.shape).scatter_(axis, index, grad.movedim(1, -1).unsqueeze(axis))
+        return every.movedim((-2, -1), (1, 2)), None
+
+
+def _pixels_first(every: Tensor) -> Tensor:
+    """(N, E, C, H, W) as (N, H, W, E, C), and (N, E, C) as it is: in memory, where images are channels-last."""
+    return every.movedim((1, 2), (-2, -1))
 
 
 def fits_a_vector(x: Tensor, channels: int) -> bool:

@@ -22,17 +22,20 @@ from advmoe.studies.catalogue import study_named
 from advmoe.studies.exact_tests import MOST_SEEDS
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
 from advmoe.studies.results import Results
-from advmoe.studies.rows import Settings
-from advmoe.studies.scales import Scale, scale_named
+from advmoe.studies.rows import Row, Settings
+from advmoe.studies.scales import DataOrBackbone, Scale, scale_named
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
 from advmoe.studies.task_pool import OnProgress, TaskWorkers, run_tasks
+from advmoe.tables import BACKBONES, DATASETS, Table
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
     "training.init_from",
 )  # fmt: skip
 """Fields that every study sets itself: what its rows are called by."""
+STAND_IN: Mapping[str, Table[Any]] = {"data.name": DATASETS, "model.name": BACKBONES}
+"""Those of them that take a plugin's name: it stands in for the study's own data sets, or backbones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +78,23 @@ class StudyOptions:
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""
         scale = scale_named(self.scale)
-        scale = replace(scale, overrides=self.overrides, seeds=self.seeds or scale.seeds)
+        scale = replace(
+            scale, overrides=self.overrides, seeds=self.seeds or scale.seeds,
+            datasets=_labelled(scale.datasets, "data.name", self.overrides),
+            backbones=_labelled(scale.backbones, "model.name", self.overrides),
+        )  # fmt: skip
         if (number := self.num_examples) is None:
             return scale
         return replace(scale, examples=number, autoattack=(*scale.autoattack[:2], number))
+
+
+def _labelled(parts: Mapping[str, DataOrBackbone], field: str, overrides: Settings) -> Mapping[str, DataOrBackbone]:
+    """A scale's data sets or backbones, called what stands in for them, of which the paper says nothing."""
+    group, _, name = field.partition(".")
+    if name not in overrides.get(group, {}):
+        return parts
+    label = STAND_IN[field].find(overrides[group][name]).label
+    return {key: replace(part, label=label, paper=None) for key, part in parts.items()}
 
 
 @dataclass
@@ -105,7 +121,7 @@ class Session:
         """
         rows: list[PlannedRow] = []
         for number, stage in enumerate(self.study.stages):
-            stage_rows = stage(self.scale, Results.read(rows))
+            stage_rows = _distinct(stage(self.scale, Results.read(rows)))
             wanted = only(stage_rows, self.options.only)
             if number == 0 and not wanted:
                 names = "; ".join(row.run.name for row in stage_rows)
@@ -123,10 +139,20 @@ class Session:
         return self.options.root / f"{self.study.name}-{self.scale.name}{part}"
 
 
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each name and measures: where one backbone stands in for several, their rows become one."""
+    distinct: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        distinct.setdefault((row.run.name, *row.measures), row)
+    return list(distinct.values())
+
+
 def _require_free(study: Study, overrides: Settings) -> None:
     for group, fields in overrides.items():
         for name in fields:
-            if (full := f"{group}.{name}") in (*FIXED, *study.varies):
+            if (full := f"{group}.{name}") in STAND_IN and STAND_IN[full].added(fields[name]):
+                continue
+            if full in (*FIXED, *study.varies):
                 raise InputError(f"{full} must be left to the study {study.name}, got {fields[name]!r}")
 
 

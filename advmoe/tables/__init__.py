@@ -7,11 +7,11 @@ when it is built. Attacks (`evaluation.suite`) and their losses (`attacks.pgd`) 
 from advmoe.tables.backbones import BACKBONES, Backbone
 from advmoe.tables.datasets import DATASETS, DataSet
 from advmoe.tables.kinds import KINDS, Kind
-from advmoe.tables.methods import ALTERNATIONS, METHODS, PAPER, Alternation, Level, Method, Part
+from advmoe.tables.methods import ALTERNATIONS, METHODS, PAPER, Alternation, Level, Method, Part, levels
 from advmoe.tables.routers import ROUTERS, Router
 from advmoe.tables.table import Family, Table, lazily
 
 __all__ = [
     "ALTERNATIONS", "BACKBONES", "DATASETS", "KINDS", "METHODS", "PAPER", "ROUTERS", "Alternation", "Backbone",
-    "DataSet", "Family", "Kind", "Level", "Method", "Part", "Router", "Table", "lazily",
+    "DataSet", "Family", "Kind", "Level", "Method", "Part", "Router", "Table", "lazily", "levels",
 ]  # fmt: skip

@@ -23,7 +23,9 @@ class Level:
     """One update: which part moves, against an attack or not, and when and on what it does."""
 
     part: Part
+    """`routers`, `experts`, `scores` (of a sparse model) or `all`; the rest stays as it is."""
     adversarial: bool = True
+    """Whether its images are attacked (TRADES), or clean (cross-entropy)."""
     batch: int = 0
     """Which of an iteration's batches. Levels on one batch share it and the attack on it, made before the first."""
     every: int = 1
@@ -130,3 +132,19 @@ ALTERNATIONS: Table[Alternation] = Table(
     _every(shared=False),
     _every(shared=True),
 )
+
+
+def levels(method: str = "advmoe", alternation: str = "both") -> tuple[Level, ...]:
+    """The levels of a training method, in the order in which an iteration runs those that are due.
+
+    Args:
+        method: a name of `METHODS`, `advmoe` for Algorithm 1: the routers' level, then the experts' (AdvMoE, Zhang et
+            al., ICCV 2023).
+        alternation: of `advmoe` alone, a name of `ALTERNATIONS`: which level runs in which iteration and on which
+            batch. `both` is the paper's; `every-K` runs the routers' in every K-th iteration.
+
+    Raises `ValueError`, which lists the names that there are, for an unknown one.
+    """
+    if method == "advmoe":
+        return ALTERNATIONS.find(alternation).levels
+    return METHODS.find(method).levels

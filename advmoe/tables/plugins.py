@@ -35,6 +35,11 @@ def add_plugin(path: str | os.PathLike[str]) -> None:
         os.environ[PLUGINS] = os.pathsep.join([*filter(None, named), str(file)])
 
 
+def executed() -> bool:
+    """Whether a plugin has been executed so far."""
+    return bool(_executed)
+
+
 def discover() -> None:
     """Execute what is named and has not been executed yet. Raises `InputError` for what fails."""
     for name in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):

@@ -36,6 +36,7 @@ class Table(MutableMapping[str, Entry]):
     def __init__(self, field: str, entries: Mapping[str, Entry], *families: Family[Entry]) -> None:
         self.field, self.families = field, families
         self._entries = dict(entries)
+        self._own = frozenset(entries)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -88,6 +89,11 @@ class Table(MutableMapping[str, Entry]):
     def require(self, field: str, value: Any) -> None:
         """Raise the `InputError` of `find` unless there is an entry called `value`."""
         self.find(value, field)
+
+    def added(self, name: Any) -> bool:
+        """Whether a plugin has added an entry called `name`."""
+        discover()
+        return name in self._entries and name not in self._own
 
     def add(self, name: str, entry: Entry) -> None:
         """Add an entry. Raises `InputError` where the name is taken."""

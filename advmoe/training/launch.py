@@ -1,7 +1,8 @@
-"""The processes of a run: started here, heard one by one, ended together.
+"""The processes of a run: started here, heard one by one, ended together; or started by torchrun or srun.
 
 Whoever calls says how many there are. What schedulers and other launchers leave in the environment (of SLURM, LSF, MPI,
-torchrun) says nothing of this run: Fabric, which would adopt it, is told its place instead.
+torchrun) says nothing of this run, unless they started this very process for it (`launchers`): Fabric, which would
+adopt it, is told its place instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from advmoe.errors import portable
 from advmoe.progress import unshared
 from advmoe.signals import leave_to_parent
+from advmoe.training import preemption
+from advmoe.training.launchers import Member, launched
+from advmoe.training.preemption import ASKED, Requests, Stopped
 from advmoe.training.trainer import TrainingDiverged
 
 _LEFT = (
@@ -32,18 +36,21 @@ _LEFT = (
 )  # fmt: skip
 _LEFT_PREFIXES = ("LT_", "TORCHELASTIC_")
 """Variables by which PyTorch and Fabric would still be led, though Fabric is told its place."""
+_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_GLANCE = 0.5
+"""Seconds after which a signal that came is passed on to the children, at most."""
 
 
 class _Place(ClusterEnvironment):
-    """One of `world` processes on this machine, which we start."""
+    """One of the processes of a run, which others start."""
 
     creates_processes_externally = True
     main_address = "127.0.0.1"
     main_port = 0
 
-    def __init__(self, rank: int, world: int, port: int) -> None:
+    def __init__(self, member: Member) -> None:
         super().__init__()
-        self.rank, self.world, self.main_port = rank, world, port
+        self.member, self.main_address, self.main_port = member, member.address, member.port
 
     @staticmethod
     def detect() -> bool:
@@ -52,25 +59,25 @@ class _Place(ClusterEnvironment):
 
     def world_size(self) -> int:
         """Number of processes."""
-        return self.world
+        return self.member.world
 
     def set_world_size(self, size: int) -> None:
         """Ignored: it is known."""
 
     def global_rank(self) -> int:
         """Number of this process."""
-        return self.rank
+        return self.member.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Ignored: it is known."""
 
     def local_rank(self) -> int:
-        """Number of this process, and of its device."""
-        return self.rank
+        """Number of this process on its machine, and of its device."""
+        return self.member.local_rank
 
     def node_rank(self) -> int:
-        """There is one machine."""
-        return 0
+        """Number of its machine."""
+        return self.member.node
 
 
 @dataclass(frozen=True)
@@ -79,24 +86,29 @@ class Engine:
 
     accelerator: str
     devices: int
+    """Of all machines together."""
     precision: Any
 
-    def fabric(self, rank: int = 0, port: int = 0) -> Fabric:
-        """Fabric of the process `rank`; several meet at `port` of this machine."""
-        with undisturbed():
+    def fabric(self, member: Member | None = None) -> Fabric:
+        """Fabric of one process of several, `member`; or of the only one."""
+        member = member or Member(0, 1, 0, 1, 0, "127.0.0.1", 0, "advmoe")
+        with undisturbed(member):
             return Fabric(
-                accelerator=self.accelerator, devices=self.devices, precision=self.precision,
-                strategy="ddp" if self.devices > 1 else "auto", plugins=[_Place(rank, self.devices, port)],
+                accelerator=self.accelerator, devices=member.local_world, num_nodes=member.nodes,
+                precision=self.precision, strategy="ddp" if self.devices > 1 else "auto", plugins=[_Place(member)],
             )  # fmt: skip
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Inside, no other launcher's variables are seen, and Fabric's hints are not shown."""
+def undisturbed(member: Member | None = None) -> Iterator[None]:
+    """Inside, no other launcher's variables are seen, and Fabric's hints are not shown. torchrun's processes meet at a
+    store that torchrun keeps, which one of its variables says.
+    """
+    kept = _STORE if member is not None and member.launcher == "torchrun" else None
     log = logging.getLogger("lightning_fabric")
     level, environment = log.level, dict(os.environ)
     for name in environment:
-        if name in _LEFT or name.startswith(_LEFT_PREFIXES):
+        if name != kept and (name in _LEFT or name.startswith(_LEFT_PREFIXES)):
             del os.environ[name]
     log.setLevel(logging.ERROR)
     try:
@@ -109,24 +121,34 @@ def undisturbed() -> Iterator[None]:
 
 
 def launch(work: Callable[[Fabric], None], engine: Engine) -> None:
-    """Do `work` in every process of `engine`; where there is one, here.
+    """Do `work` in every process of `engine`; where there is one, here. A process that torchrun or srun started for it
+    does its own part.
 
     Raises what one of them raised first, and `ChildProcessError` for one that died. None is left after, and none
     outlives this process, however that ends.
     """
-    with undisturbed():
+    member = launched()
+    with undisturbed(member):
+        if member is not None:
+            engine.fabric(member).launch(work)
+            return
         if engine.devices == 1:
             engine.fabric().launch(work)
             return
         context, port = multiprocessing.get_context("spawn"), _free_port()
         children: dict[Connection, Any] = {}
+        asked, requests = context.Event(), Requests()
         try:
             for rank in range(engine.devices):
                 ours, theirs = context.Pipe(duplex=False)
-                children[ours] = context.Process(target=_child, args=(work, engine, rank, port, theirs))
+                member = Member(rank, engine.devices, rank, engine.devices, 0, "127.0.0.1", port, "advmoe")
+                children[ours] = context.Process(target=_child, args=(work, engine, member, theirs, asked))
                 children[ours].start()
                 theirs.close()
-            _hear(children)
+            with requests.listening():
+                _hear(children, lambda: asked.set() if requests.reason() is not None else None)
+        except Stopped as error:  # the children know no more than that this process asked for it
+            raise (Stopped(f"{reason}{_where(error)}") if (reason := requests.reason()) else error) from None
         finally:
             for pipe, process in children.items():
                 pipe.close()
@@ -142,11 +164,19 @@ def _free_port() -> int:
     return port
 
 
-def _hear(children: dict[Connection, Any]) -> None:
-    """Wait until all have done their work. Raises what the first one that failed raised."""
+def _where(stopped: Stopped) -> str:
+    """Where a child stopped: what its message says after the reason."""
+    return str(stopped).removeprefix(ASKED)
+
+
+def _hear(children: dict[Connection, Any], meanwhile: Callable[[], None]) -> None:
+    """Wait until all have done their work; `meanwhile` is called every now and then. Raises what the first one that
+    failed raised.
+    """
     busy = list(children)
     while busy:
-        for pipe in wait(busy):
+        meanwhile()
+        for pipe in wait(busy, _GLANCE):
             assert isinstance(pipe, Connection)
             try:
                 error = pipe.recv()
@@ -165,16 +195,17 @@ def _end(code: int) -> str:
 
 
 def _child(
-    work: Callable[[Fabric], None], engine: Engine, rank: int, port: int, pipe: Connection
+    work: Callable[[Fabric], None], engine: Engine, member: Member, pipe: Connection, asked: Any
 ) -> None:  # pragma: no cover - runs in a process of its own
     leave_to_parent()
     unshared()
+    preemption.parent_asks = asked.is_set
     error = None
     try:
         with undisturbed():
-            engine.fabric(rank, port).launch(work)
+            engine.fabric(member).launch(work)
     except Exception as problem:
-        error = portable(problem, TrainingDiverged)
+        error = portable(problem, TrainingDiverged, Stopped)
     pipe.send(error)
     if error is not None:  # the others would fail too if this one left: the parent ends all
         threading.Event().wait()

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from advmoe.errors import InputError
 from advmoe.models import save_model
@@ -21,7 +24,9 @@ from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples
 from advmoe.training.lines import epoch_line, summary
+from advmoe.training.midway import ITERATIONS, Midway
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
+from advmoe.training.preemption import Requests, Stopped
 from advmoe.training.schedule import batches, cosine
 from advmoe.training.trainer import Trainer, TrainingDiverged
 
@@ -32,31 +37,37 @@ def fit(
     manifest: dict[str, Any],
     board: Board | None = None,
     resumption: dict[str, Any] | None = None,
+    requests: Requests | None = None,
 ) -> None:
     """Train from the last checkpoint in `run_dir`, or from the start, to the end; write metrics, checkpoints and the
     model, and show every epoch on `board`.
 
     `run` is the trainer of the whole run's model; a phase may have another. A run that is resumed passes a manifest of
     this process as `resumption`, which `manifest` takes in unless nothing is left to do. A phase starts from the best
-    checkpoint of the one before it; when a phase is over, `last` holds the start of the next.
+    checkpoint of the one before it; when a phase is over, `last` holds the start of the next. Raises `Stopped` where
+    `requests` say so, once the run is saved.
     """
+    requests = requests or Requests()
     fabric, t, plan = run.fabric, run.config.training, phases(run.config)
     phase, trainer, progress = _begin(run, plan, run_dir, board)
     epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
     if resumption is not None and progress["epoch"] < epochs:
-        if fabric.is_global_zero and progress["epoch"]:
+        if fabric.is_global_zero and (progress["epoch"] or ITERATIONS in progress):
             _tell_differences(manifest, resumption)
         manifest = manifests.noted(manifest, resumption)
         if fabric.is_global_zero:
             manifests.write(run_dir, manifest)
-    before, resumed_at = progress["wall_seconds"], progress["epoch"]
-    with bar("train", epochs * iterations, unit="it", done=resumed_at * iterations) as progress_bar:
+    before, resumed_at, done = progress["wall_seconds"], progress["epoch"], progress.get(ITERATIONS, 0)
+    earlier = progress.get("epoch_seconds", 0.0)  # of an epoch that was begun before
+    whole = bar("train", epochs * iterations, unit="it", done=resumed_at * iterations + done)
+    with whole as progress_bar, requests.listening():
         for epoch in range(progress["epoch"], epochs):
             started = time.perf_counter()
             progress_bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
+            trainer.after_iteration = partial(_heed, requests, trainer, run_dir, progress, started - earlier)
             with _named(phase):
                 trainer.train_epoch(epoch - phase.first, progress_bar)
-            seconds = time.perf_counter() - started
+            seconds, earlier = time.perf_counter() - started + earlier, 0.0
             with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
                 measured = _measured(trainer, epoch)
             line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
@@ -84,9 +95,36 @@ def fit(
             if fabric.is_global_zero:
                 checkpoints.save(run_dir / LAST, trainer.state(progress))
             fabric.barrier()
+            if epoch + 1 < epochs and (reason := requests.agreed(fabric)[1]) is not None:
+                raise Stopped(f"{reason} after epoch {epoch + 1} of {epochs}")
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
         print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
+
+
+def _heed(
+    requests: Requests,
+    trainer: Trainer,
+    run_dir: Path,
+    progress: dict[str, Any],
+    started: float,
+    done: int,
+    generator: torch.Generator,
+) -> None:
+    """Save a run within an epoch of which `done` iterations are done, and stop it, where `requests` ask for that."""
+    save, reason = requests.agreed(trainer.fabric)
+    if not save:
+        return
+    midway = Midway.now(trainer, done, generator)
+    if trainer.fabric.is_global_zero:
+        seconds = time.perf_counter() - started
+        spent = progress["wall_seconds"] + seconds - progress.get("epoch_seconds", 0.0)
+        now = progress | {ITERATIONS: done, "epoch_seconds": seconds, "wall_seconds": spent}
+        state = trainer.state(now)
+        checkpoints.save(run_dir / LAST, replace(state, more=state.more | midway.tensors()))
+    trainer.fabric.barrier()
+    if reason is not None:
+        raise Stopped(f"{reason} within epoch {progress['epoch'] + 1}, after {done} of its iterations")
 
 
 def _tell_differences(manifest: dict[str, Any], resumption: dict[str, Any]) -> None:

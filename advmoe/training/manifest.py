@@ -16,7 +16,7 @@ import torch
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_text
 from advmoe.ops import kernels_used
-from advmoe.precision import fp32_on
+from advmoe.precision import fp32_on, gpu_libraries
 from advmoe.rundir import CONFIG_DIGEST, MANIFEST
 
 
@@ -68,6 +68,7 @@ def describe(*, name: str, seed: int, device: torch.device, devices: int, comman
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "devices": devices,
         "fp32": fp32_on(device),
+        "gpu": gpu_libraries(device),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": _omp_wait_policy(),
         "kernels": kernels_used() if device.type == "cpu" else None,

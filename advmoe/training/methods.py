@@ -13,6 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.models import split_parameters
 from advmoe.models.sparse import scores_of
 from advmoe.moe.routers import routers_of
@@ -24,7 +25,18 @@ Iteration = list[tuple[Tensor, tuple[Level, ...]]]
 
 
 def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[Iteration]:
-    """The iterations of `epoch` (from 0), each with the `levels` that are due, on batches of `schedule.batches`."""
+    """The iterations of an epoch, each a list of its batches in turn: indices (B,) of training images, and the levels
+    that run on them.
+
+    Args:
+        levels: of the method (`levels`). Levels on one batch share it and the attack on it.
+        num_images: of the training set; an epoch leaves its incomplete last batch out.
+        batch_size: B, or `num_images` where that is less.
+        seed: of the run. epoch: from 0. The order of the images follows from both.
+
+    In an epoch each batch number sees every image at most once, and the batches of an iteration share none wherever
+    the set holds enough. A level with `every` K runs in each K-th iteration, counted from the run's start.
+    """
     plan = batches(num_images, batch_size, seed=seed, epoch=epoch, levels=1 + max(level.batch for level in levels))
     iterations = []
     for iteration, indices in enumerate(plan, epoch * len(plan)):
@@ -47,15 +59,26 @@ def _is_batch_norm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNo
 
 @contextmanager
 def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[None]:
-    """Train mode in which `part` learns and the rest stays fixed bit for bit, buffers included. Restores everything.
-    Without `record` no buffer moves at all.
+    """Train mode in which one part learns and the rest stays fixed bit for bit, buffers included. Restores everything.
 
-    Fixed batch norms go on normalising by the batch, without recording it. Running statistics lag behind fast early
-    weights: by them the routers' step saw a broken backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6). While
-    `scores` learn, weights are fixed but statistics move: the dense network's do not fit what its masks let through,
-    and attacks and measurements go by them.
+    Args:
+        model: any network; its routers are found by their type.
+        part: `routers` (phi), `experts` (psi: experts, norms, stem, classifier), `scores` (a sparse model's channels')
+            or `all`.
+        record: whether the part's own buffers move; without it none does.
+
+    Inside, take gradients; the optimiser may step inside or after. Fixed batch norms go on normalising by the batch,
+    without recording it. Running statistics lag behind fast early weights: by them the routers' step saw a broken
+    backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6). While `scores` learn, weights are fixed but statistics
+    move: the dense network's do not fit what its masks let through, and attacks and measurements go by them.
+
+    Raises `ValueError` for a part that the model does not have. Source: AdvMoE (Zhang et al., ICCV 2023), Algorithm 1,
+    which updates one part with the other fixed; what holds of buffers is ours.
     """
     parts = parts_of(model)
+    known = ["all", *(name for name, parameters in parts.items() if parameters)]
+    if part not in known:
+        raise InputError(f"part must be one of {', '.join(known)} of this model, got {part!r}")
     router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
     modules = list(model.modules())
     norms = [module for module in modules if _is_batch_norm(module)]

@@ -23,9 +23,15 @@ from advmoe.training.methods import learning
 
 
 def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> Classifier:
-    """The model that `config` describes for `dataset`: its weights are drawn from the run's seed or taken from
-    `training.init_from`, which is not read for a run that is `resumed`: its checkpoint has all weights. Executes
-    `model.source`, if there is one.
+    """The model that a configuration describes for a data set, on the CPU, in train mode.
+
+    Args:
+        config: `model` says which one. Its weights are drawn from `training.seed`, or taken from `training.init_from`.
+            The file of `model.source`, if there is one, is executed.
+        dataset: gives the number of classes, the images' shape, and the pixel statistics that it normalises by.
+        resumed: do not read `training.init_from`: a checkpoint has all weights.
+
+    Raises `ValueError`, which names the field, for a model that cannot be built, or does not fit the data.
     """
     init_from = None if resumed else config.training.init_from
     start = None if init_from is None else load_run(init_from, config.model.source)

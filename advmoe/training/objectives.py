@@ -21,7 +21,13 @@ Terms = dict[str, Tensor]
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
-    """Standard training's loss on clean images `x` (N, C, H, W) of classes `y` (N,); the routing, and logits (N, K)."""
+    """Standard training's loss, cross-entropy on clean images.
+
+    Args:
+        model: (N, C, H, W) -> logits (N, K). x: pixels in [0, 1], (N, C, H, W). y: classes, (N,).
+
+    Returns the term by name, `{"ce": scalar}`, the routing of the pass, and the logits (N, K) in fp32.
+    """
     with route() as routing:
         logits = model(x).float()
     return {"ce": F.cross_entropy(logits, y)}, routing, logits
@@ -38,11 +44,18 @@ def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
 def trades(
     model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
 ) -> tuple[Terms, Routing, Routing, Tensor]:
-    """CE(f(x), y) + beta * KL(f(x) || f(x_adv)) (Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta =
-    1/lambda).
+    """CE(f(x), y) + beta * KL(f(x) || f(x_adv)): the loss of TRADES on images and attacked ones.
 
-    `x` and `x_adv` are (N, C, H, W), `y` is (N,). Gradient flows through both arguments of the KL term. Returns the
-    terms, the routing of the clean and of the adversarial pass, and the clean logits (N, K).
+    Args:
+        model: (N, C, H, W) -> logits (N, K); in train mode (`learning`).
+        x, x_adv: clean and adversarial pixels in [0, 1], (N, C, H, W). y: classes, (N,).
+        beta: weight of the KL term, 6 in both papers.
+
+    Returns the terms by name, `{"ce": scalar, "kl": scalar}`, means over the batch, whose sum is minimised; the routing
+    of the clean and of the adversarial pass; the clean logits (N, K) in fp32. Gradient flows through both arguments of
+    the KL term, and both are log-probabilities: finite gradients at any confidence.
+
+    Source: Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta = 1/lambda.
     """
     terms, clean_routing, logits = cross_entropy(model, x, y)
     with route() as adversarial_routing:

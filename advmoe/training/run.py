@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from advmoe.errors import InputError
 from advmoe.files import checksum, require_writable
 from advmoe.locks import hold
 from advmoe.models import save_model
+from advmoe.models.compute import compute_on
 from advmoe.models.convert import ConvertedClassifier
 from advmoe.models.sources import file_of
 from advmoe.pool import threads_set
+from advmoe.precision import deterministic
 from advmoe.progress import shown
 from advmoe.rundir import (
     BEST,
@@ -37,9 +41,11 @@ from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, require_tensorboard
 from advmoe.training.launch import Engine, launch
+from advmoe.training.launchers import launched, rank
 from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.loop import fit
 from advmoe.training.model import build_model
+from advmoe.training.preemption import Requests
 from advmoe.training.trainer import Trainer, TrainingDiverged
 
 
@@ -58,6 +64,9 @@ class _Launch:
     tensorboard: bool
     notes: Sequence[str] = ()
     """Lines to print once the run can begin."""
+    max_hours: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+    """When the command began, of `time.monotonic`."""
 
     def resumed(self) -> bool:
         """Whether the weights come from a checkpoint of the run itself."""
@@ -66,7 +75,8 @@ class _Launch:
 
 def _process(fabric: Fabric, launch: _Launch, threads: int) -> None:
     """One process of a run; the first shows how far it is."""
-    with threads_set(threads), shown(fabric.is_global_zero), ExitStack() as alone:
+    same = deterministic(launch.config.training.deterministic)
+    with threads_set(threads), same, shown(fabric.is_global_zero), ExitStack() as alone:
         _train(fabric, launch, alone)
 
 
@@ -104,7 +114,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
     try:
-        fit(trainer, folder, manifest, board, None if launch.fresh else described)
+        fit(trainer, folder, manifest, board, None if launch.fresh else described, _requests(launch))
     except TrainingDiverged as error:  # on every process
         started_from = not checkpoints.candidates(folder / BEST)
         if fabric.is_global_zero:
@@ -115,6 +125,12 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         raise (TrainingDiverged(f"{error}; what it started from is kept") if started_from else error) from None
 
 
+def _requests(launch: _Launch) -> Requests:
+    minutes, hours = launch.config.training.checkpoint_minutes, launch.max_hours
+    deadline = math.inf if hours is None else launch.begun + 3600 * hours
+    return Requests(60 * minutes if minutes else math.inf, deadline)
+
+
 def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, Any]:
     """The manifest of this process, with digests of the run's settings and of what they name."""
     config = launch.config
@@ -123,6 +139,8 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
         command=launch.command,
     )  # fmt: skip
     described[CONFIG_DIGEST] = config.digest()
+    if config.model.kind == "moe":
+        described["compute"] = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
     if config.training.init_from is not None and launch.fresh:
@@ -171,7 +189,9 @@ def _notes(config: Config, images: int) -> list[str]:
 
 
 def load_data(config: Config) -> Dataset:
-    """The images that `config` trains on. Raises `ValueError` for what cannot be read."""
+    """The data set that a configuration trains on, split by `training.seed`, on the CPU. Raises `ValueError` for what
+    cannot be read.
+    """
     data = config.data
     return load_dataset(
         data.name,
@@ -185,21 +205,36 @@ def load_data(config: Config) -> Dataset:
     )
 
 
+def _processes(devices: int | None, num_nodes: int | None) -> int | None:
+    """How many processes the run has in all: those that a launcher started, or those asked for, if any. Raises
+    `InputError` where these differ.
+    """
+    member = launched()
+    if member is None:
+        if num_nodes not in (None, 1):
+            raise InputError(f"num_nodes must be 1 where neither torchrun nor srun starts processes, got {num_nodes!r}")
+        return devices
+    for name, asked, there in (("devices", devices, member.local_world), ("num_nodes", num_nodes, member.nodes)):
+        if asked not in (None, there):
+            raise InputError(f"{name} must be left out, or {there} as {member.launcher} has it, got {asked!r}")
+    return member.world
+
+
 def _start(run: _Launch) -> Path:
-    devices, batch_size = run.devices, run.config.training.batch_size
+    devices, batch_size, member = run.devices, run.config.training.batch_size, launched()
     # Two images a process at least: the routers' batch norms need a batch.
     if devices < 1 or batch_size % devices or batch_size // devices < 2:
         raise InputError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
-    present = torch.cuda.device_count()
-    if present < devices and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
+    present, here = torch.cuda.device_count(), devices if member is None else member.local_world
+    if present < here and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
-        raise InputError(f"devices must be {rule}, got {devices!r}")
+        raise InputError(f"devices must be {rule}, got {here!r}")
     require_writable("run_dir", run.run_dir)
-    if devices > 1:
+    if devices > 1 and member is None:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
             build_model(run.config, load_data(run.config), resumed=run.resumed())
-    threads = run.threads or max(1, torch.get_num_threads() // devices)
+    threads = run.threads or max(1, torch.get_num_threads() // here)
     launch(
         partial(_process, launch=run, threads=threads),
         Engine(run.accelerator, devices, run.config.training.precision),
@@ -212,9 +247,11 @@ def train(
     *,
     run_dir: str | Path,
     name: str = "run",
-    devices: int = 1,
+    devices: int | None = None,
+    num_nodes: int | None = None,
     accelerator: str = "auto",
     threads: int | None = None,
+    max_hours: float | None = None,
     command: list[str] | None = None,
     tensorboard: bool = False,
     notes: Sequence[str] = (),
@@ -223,25 +260,30 @@ def train(
 
     Args:
         name: the recipe's, for the manifest. command: what the user typed, likewise.
-        devices: processes, one per device; they share each batch. accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes, one per device; they share each batch. By default one, or as many as torchrun or srun
+            started: then every one of them calls this, and `devices` (of one node) and `num_nodes` only check that.
+        accelerator: `auto`, `cpu` or `cuda`.
         threads: CPU threads per process; by default what PyTorch has, shared among them.
+        max_hours: stop after these, at the end of an iteration.
         tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
             `metrics.jsonl`, and a few validation images, clean and adversarial.
         notes: lines to be printed once data and model are known to be good.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
-    for a NaN or infinite loss.
+    for a NaN or infinite loss, `Stopped` where a signal (SIGTERM, SIGUSR1) or `max_hours` ended it, once all is kept.
     """
     run_dir = Path(run_dir)
     require_path("run_dir", str(run_dir))
     config.require_trainable()
-    _require_empty(run_dir)
+    devices = _processes(devices, num_nodes) or 1
+    if rank() == 0:
+        _require_empty(run_dir)
     if tensorboard:
         require_tensorboard()
     return _start(
         _Launch(
             config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard,
-            notes=notes,
+            notes=notes, max_hours=max_hours,
         )
     )  # fmt: skip
 
@@ -251,8 +293,10 @@ def resume(
     *,
     source: str | None = None,
     devices: int | None = None,
+    num_nodes: int | None = None,
     accelerator: str | None = None,
     threads: int | None = None,
+    max_hours: float | None = None,
     tensorboard: bool = False,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the accelerator, processes and
@@ -277,11 +321,23 @@ def resume(
             rule = f"given again for a run of {config.model.source} (code is never run unasked)"
         raise InputError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
-    devices, threads = devices or manifest["devices"], threads or manifest["threads"]
+    devices = _processes(devices, num_nodes) or manifest["devices"]
+    threads = threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"
     if tensorboard := tensorboard or (run_dir / BOARD).is_dir():
         require_tensorboard()
     name, command = manifest["name"], manifest["command"]
     return _start(
-        _Launch(config, run_dir, name, devices, accelerator, threads, command, fresh=False, tensorboard=tensorboard)
+        _Launch(
+            config,
+            run_dir,
+            name,
+            devices,
+            accelerator,
+            threads,
+            command,
+            fresh=False,
+            tensorboard=tensorboard,
+            max_hours=max_hours,
+        )
     )

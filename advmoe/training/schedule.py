@@ -11,8 +11,9 @@ from advmoe.seeding import generator_for
 
 
 def cosine(step: int, total: int) -> float:
-    """Factor on the peak learning rate at `step` of `total`: 1 at the start, 0 at the end (Loshchilov & Hutter, ICLR
-    2017).
+    """Factor on the peak learning rate at `step` (from 0) of `total` iterations: 1 at the start, 0 at the end.
+
+    Source: Loshchilov & Hutter, ICLR 2017, without restarts.
     """
     return 0.5 * (1 + math.cos(math.pi * step / total))
 

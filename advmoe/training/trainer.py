@@ -5,7 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `L` MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from advmoe.data import Dataset, Variation
 from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
 from advmoe.models import Classifier
 from advmoe.models.compiled import compile_model
+from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
@@ -34,6 +35,7 @@ from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
 from advmoe.training.methods import epoch_plan, learning, parts_of
+from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import (
@@ -78,6 +80,10 @@ class Trainer:
     """The classes' codewords, (K, L) for L MoE layers, where routers learn these."""
     average: WeightAverage | None = field(init=False, default=None)
     perturbations: Perturbations | None = field(init=False, default=None)
+    begun: Midway | None = field(init=False, default=None)
+    """Where in its epoch the next one begins; None at its start."""
+    after_iteration: Callable[[int, torch.Generator], None] | None = field(init=False, default=None)
+    """Called after each iteration but an epoch's last: how many are done, and what this process draws from."""
 
     def __post_init__(self) -> None:
         c, device = self.config, self.fabric.device
@@ -99,6 +105,7 @@ class Trainer:
             self.average = WeightAverage(self.model, t.ema)
         if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
+        set_compute(self.model, t.compute, device)
         if t.compile:
             compile_model(self.model)
         self.use, self.means = LayerUse(), EpochMeans()
@@ -209,9 +216,15 @@ class Trainer:
         variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
         varied = variation if self.config.data.augment else None
         self.use, self.means = LayerUse(), EpochMeans()
-        drawing = self.train_set.batches(shares, varied if self.perturbations is None else None)
+        begun, self.begun = self.begun, None
+        first = 0 if begun is None else begun.iterations
+        handed_out = sum(len(run) for run in plan[:first])
+        drawing = self.train_set.batches(shares, varied if self.perturbations is None else None, handed_out)
         with self._layers_seeded(epoch), closing(drawing) as drawn:
-            for step, run in enumerate(plan, epoch * len(plan)):
+            if begun is not None:
+                begun.restore(self, generator)
+            for done, run in enumerate(plan[first:], first + 1):
+                step = epoch * len(plan) + done - 1
                 factor = cosine(step, t.epochs * len(plan))
                 for optimizer in self.optimizers.values():
                     optimizer.param_groups[0]["lr"] = t.lr * factor
@@ -226,6 +239,8 @@ class Trainer:
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
+                if self.after_iteration is not None and done < len(plan):
+                    self.after_iteration(done, generator)
 
     @contextmanager
     def _layers_seeded(self, epoch: int) -> Iterator[None]:
@@ -343,6 +358,7 @@ class Trainer:
             self.average.load({name.removeprefix("average."): tensor for name, tensor in checkpoint.more.items()})
         if self.perturbations is not None:
             self.perturbations.stored.copy_(checkpoint.more["perturbations"])
+        self.begun = Midway.of(checkpoint)
 
 
 __all__ = ["Trainer", "TrainingDiverged", "build_model"]

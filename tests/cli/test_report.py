@@ -70,7 +70,7 @@ def test_no_gallery_where_none_is_wanted(report, bare):
 def test_why_there_is_no_gallery_is_a_note_and_no_error(report, bare):
     code, out, err = report("bare", "--title", "A <title>")
     reason = "a run directory must hold model.json, got 'bare'"
-    assert (code, out, err) == (0, "written to report.html\n", f"advmoe: no gallery of bare: {reason}\n")
+    assert (code, out, err) == (0, "written to report.html\n", f"note  no gallery of bare: {reason}\n")
     text = Path("report.html").read_text()
     assert f"No gallery could be made: {reason}" in text and "<h1>A &lt;title&gt;</h1>" in text
     assert not Path("bare/gallery.npz").exists()

@@ -103,7 +103,7 @@ def test_tables(name: str) -> None:
     assert printed.count("\n") > 2 and too_wide(printed) == []
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["study", "list"], ["data", "list"], ["help"]])
+@pytest.mark.parametrize("words", [["recipes"], ["study", "list"], ["data", "list"], ["zoo", "list"], ["help"]])
 def test_lists(words: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) if words == ["help"] else nothing():
         assert cli.main(words) == 0

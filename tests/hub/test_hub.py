@@ -26,6 +26,7 @@ from advmoe.evaluation.runs import evaluate_run
 from advmoe.hub.card import Record, model_card
 from advmoe.models import Classifier, create_model
 from advmoe.training.run import train
+from advmoe.zoo import PACKED
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "results" / "table" / "advmoe"
@@ -264,8 +265,17 @@ def rows(card: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
+def stored_run(folder: Path) -> Path:
+    """The run behind a row of the README's table, with its weights as the zoo has them."""
+    run = Path(shutil.copytree(TABLE, folder / "run"))
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(PACKED / "advmoe" / name, run)
+    return run
+
+
 def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
-    folder = advmoe.save_pretrained(TABLE, tmp_path / "table-advmoe", license="apache-2.0")
+    run = stored_run(tmp_path)
+    folder = advmoe.save_pretrained(run, tmp_path / "table-advmoe", license="apache-2.0")
     card, evaluation = (folder / "README.md").read_text(), json.loads((TABLE / "evaluation.json").read_text())
     data = ModelCard(card).data  # as the Hub's own reader takes it
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "advmoe", "image-classification")
@@ -305,7 +315,7 @@ def test_the_card_of_a_real_run_says_what_its_files_say(tmp_path: Path) -> None:
 
 
 def test_the_card_reports_intervals_and_autoattacks_flags(tmp_path: Path) -> None:
-    run = Path(shutil.copytree(TABLE, tmp_path / "run"))
+    run = stored_run(tmp_path)
     shutil.copy(ATTACKED, run)
     evaluation = json.loads(ATTACKED.read_text())
     card = (advmoe.save_pretrained(run, tmp_path / "saved") / "README.md").read_text()

@@ -4,7 +4,6 @@ Sizes of the paper are counted on fake tensors, which have shapes and no numbers
 """
 
 from functools import cache
-from itertools import pairwise
 from math import floor
 
 import pytest
@@ -119,38 +118,6 @@ def test_parameters(name):
     assert routed[1] == narrow[0] + routed[2]  # what one image's pathway uses
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["dense", "s-dense"])
-def test_parameters_by_hand(kind):
-    w, k = (16, 8)[kind], 10
-    # ResNet-18: convolutions with their norms, four a stage, and the projection where the channels change.
-    total, c_in = 27 * 4 * w + 8 * w, 4 * w
-    for c in (4 * w, 8 * w, 16 * w, 32 * w):
-        total += 9 * c * (c_in + 3 * c) + 4 * 2 * c + (c != c_in) * (c_in * c + 2 * c)
-        c_in = c
-    assert total + (32 * w + 1) * k == PARAMETERS["resnet18"][kind]
-    # WRN-28-10: a stage's eight convolutions with the norms before them, and a projection.
-    total, c_in = 27 * w, w
-    for c in (10 * w, 20 * w, 40 * w):
-        total += 9 * c * (c_in + 7 * c) + 2 * (c_in + 7 * c) + c_in * c
-        c_in = c
-    assert total + 2 * 40 * w + (40 * w + 1) * k == PARAMETERS["wrn-28-10"][kind]
-    # VGG-16: 13 convolutions with norms, and 2x2 pixels of 512 channels into 256-256-10.
-    c = [3, *(m * w for m in (4, 4, 8, 8, 16, 16, 16, *[32] * 6))]
-    total = sum(9 * a * b + 2 * b for a, b in pairwise(c))
-    hidden = 16 * w
-    assert total + (4 * 32 * w + 1) * hidden + (hidden + 1) * (hidden + k) == PARAMETERS["vgg16"][kind]
-    # DenseNet-BC-40: a layer's norm and 1x1 of all that is there, norm and 3x3 of four times the growth.
-    c, growth = 3 * w // 2, 3 * w // 4
-    total = 27 * c
-    for block in range(3):
-        total += (2 * c + c * c // 2) * (block > 0)
-        c = c // 2 if block else c
-        for _ in range(6):
-            total += 2 * c + 4 * c * growth + 8 * growth + 36 * growth**2
-            c += growth
-    assert total + 2 * c + (c + 1) * k == PARAMETERS["densenet40"][kind]
-
-
 PLAIN = {
     "resnet34": ["stem.0", *(f"blocks.{i}.shortcut.0" for i in (3, 7, 13))],
     "resnet50": ["stem.0", *(f"blocks.{i}.shortcut.0" for i in (0, 3, 7, 13))],
@@ -252,19 +219,6 @@ def test_any_width_that_leaves_every_layer_a_channel(name, width):
     for kwargs in ({"kind": "dense"}, {"scale": 0.4, "num_experts": 3}, {"experts": "independent", "router": "image"}):
         model = tiny(name, width, size=find_backbone(name).min_size, **kwargs)
         assert model(torch.rand(2, 3, *[model.spec["input_size"]] * 2)).shape == (2, 3)
-
-
-def test_experts_of_half_an_odd_width_share_no_channel():
-    model = tiny("densenet40", 7, experts_init="shared")  # growth 3: one channel an expert, which may be copies
-    layer = next(m for m in model.modules() if isinstance(m, MoEConv2d) and m.bank_rows == 3)
-    assert layer.rows == [[0], [1]]
-    assert torch.equal(layer.bank[0], layer.bank[1])
-
-
-@pytest.mark.parametrize("name", ["wrn-27-10", "wrn-4-1", "wrn-28-0"])
-def test_a_wide_resnet_has_a_depth_and_a_width(name):
-    with pytest.raises(ValueError, match=rf"^model.name wrn-D-K must have D = 6n \+ 4 .* K >= 1 .*got '{name}'$"):
-        create_model(name, num_classes=10)
 
 
 def test_errors():

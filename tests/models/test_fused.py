@@ -207,33 +207,6 @@ def test_a_norm_that_does_not_record_stays_as_it_is():
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
-@needs_kernels
-def test_what_was_known_of_a_tensor_that_changed_is_forgotten():
-    with forward_scope(shares=True):
-        x = Rectifier(pools=True)(torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST))
-        torch.testing.assert_close(pooled_before(x), x.mean((2, 3)))
-        assert pooled_before(x.clone()) is None
-        x += 1
-        assert pooled_before(x) is None and fused.fork(x) is x
-
-
-@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
-def test_what_a_gradient_needs_is_not_overwritten_unnoticed(layout):
-    leaf = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    y = leaf.exp()  # whose gradient needs it as it is
-    with torch.no_grad():
-        Rectifier()(y)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
-def test_a_leaf_is_not_overwritten(layout):
-    y = torch.randn(2, 8, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
-        Rectifier()(y)
-
-
 @pytest.mark.parametrize("hooked", ["conv1", "norm1", "relu"])
 @pytest.mark.parametrize("training", [False, True])
 def test_who_listens_to_a_module_hears_it(make_routed, make_images, hooked, training):

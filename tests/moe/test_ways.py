@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from advmoe.models.compute import compute_on, set_compute
 from advmoe.models.folding import Folds, folding
 from advmoe.moe import route
 
@@ -28,23 +29,36 @@ def test_hard_and_masked_agree_in_outputs_and_gradients(make_routed, make_images
     torch.manual_seed(1)
     x = make_images(16).double().contiguous(memory_format=memory_format).requires_grad_()
     y = torch.randint(0, 5, (16,))
-    results = {}
-    for mode in ("hard", "masked"):
+    results = []
+    for mode, compute in (("masked", "dispatch"), ("hard", "dispatch"), ("hard", "masked")):
+        set_compute(model, compute, x.device)
         model.zero_grad()
         x.grad = None
         with route(mode) as routing:
             logits = model(x)
         F.cross_entropy(logits, y).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        results[mode] = (logits.detach(), x.grad, gradients, routing.pathway())
-    hard, masked = results["hard"], results["masked"]
-    assert torch.equal(hard[3], masked[3])
-    assert len(hard[3].unique()) > 1
-    torch.testing.assert_close(hard[0], masked[0])
-    torch.testing.assert_close(hard[1], masked[1])
-    for name, gradient in masked[2].items():
-        torch.testing.assert_close(hard[2][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-    assert any("router" in name and g.abs().sum() > 0 for name, g in hard[2].items())
+        results.append((logits.detach(), x.grad, gradients, routing.pathway()))
+    reference, *others = results
+    assert len(reference[3].unique()) > 1
+    assert any("router" in name and g.abs().sum() > 0 for name, g in reference[2].items())
+    for other in others:
+        assert torch.equal(other[3], reference[3])
+        torch.testing.assert_close(other[0], reference[0])
+        torch.testing.assert_close(other[1], reference[1])
+        for name, gradient in reference[2].items():
+            torch.testing.assert_close(other[2][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "experts", "expected"),
+    [
+        ("cpu", "auto", 2, "dispatch"), ("cuda", "auto", 2, "masked"), ("cuda", "auto", 4, "masked"),
+        ("cuda", "auto", 5, "dispatch"), ("cuda", "dispatch", 2, "dispatch"), ("cpu", "masked", 8, "masked"),
+    ],
+)  # fmt: skip
+def test_a_gpu_computes_few_experts_masked(device, wanted, experts, expected):
+    assert compute_on(torch.device(device), wanted, experts) == expected
 
 
 SINGLE = 1e-3

@@ -1,5 +1,3 @@
-import pytest
-
 from advmoe.report.pictures import Picture
 
 POINTS = {"a": [{"x": 1, "y": 2.0}]}
@@ -28,8 +26,3 @@ def test_a_wide_figure_takes_the_whole_width(album, parsed):
     groups = {str(layer): {"changed": {"y": 1.0}} for layer in range(30)}
     drawn = album.draw(Picture("bars", "wide", "T", groups, {"ylabel": "y"}))
     assert parsed(drawn).attributes("figure", "class") == ["wide"]
-
-
-def test_an_unknown_kind_of_picture():
-    with pytest.raises(ValueError, match=r"kind must be one of lines, bars, .*, got 'pie'"):
-        Picture("pie", "a", "T", {})

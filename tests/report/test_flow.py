@@ -4,10 +4,11 @@ import math
 from itertools import pairwise
 
 import pytest
+from drawings import FLOWS, marks, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advmoe.report.flow import FEW, THIN, Band, bands
+from advmoe.report.flow import FEW, THIN, Band, bands, flow_figure
 
 ENDS = (0.1, 1.0)
 GAP = 0.025
@@ -74,3 +75,35 @@ def test_every_image_leaves_its_node_and_arrives_at_one(flows):
             assert math.fsum(width for _, width in inside) == pytest.approx(share)
             for (place, width), (below, _) in pairwise(inside):
                 assert place + width == pytest.approx(below)
+
+
+def test_a_flow(tmp_path):
+    flow_figure({**FLOWS, "adversarial": FLOWS["clean"]}, tmp_path / "a.svg", title="Flow of images")
+    text = words(tmp_path / "a.svg")
+    assert {"clean", "adversarial", "MoE layer", "Flow of images", "0", "1"} <= set(text)
+    # In each panel blue nodes and bands: two nodes of expert 0, and what leaves the first of them.
+    assert marks(tmp_path / "a.svg", "fill", "#0072b2") == 2 * (2 + 2)
+
+
+def test_a_flow_through_many_experts(tmp_path):
+    even = {"load": [[1 / 8] * 8] * 5, "flows": [[[1 / 64] * 8] * 8] * 4}
+    flow_figure({"clean": even}, tmp_path / "a.svg")
+    # 64 flows of 1.6 % would be lost in one another: 8 grey bands lead into a bundle, and 8 out of it.
+    assert marks(tmp_path / "a.svg", "fill", "#595959") == 4 * 16
+    flow_figure({"clean": even}, tmp_path / "b.svg", thin=0.01)
+    assert marks(tmp_path / "b.svg", "fill", "#595959") == 0
+
+
+@pytest.mark.parametrize(
+    "panels, message",
+    [
+        ({}, "panels must hold something to draw, got none"),
+        ({"a": {"load": [], "flows": []}}, "flows of 'a' must be 0 x 0 x 0"),
+        ({"a": {"load": [[1.0]] * 2, "flows": []}}, "flows of 'a' must be 1 x 1 x 1, as its load is, got 0"),
+        ({"a": {"load": [[1.0]] * 2, "flows": [[[1, 0]]]}}, r"must be 1 x 1 x 1, .* got 1 x \[\(1, 2\)\]"),
+    ],
+)
+def test_panels_that_are_none(tmp_path, panels, message):
+    with pytest.raises(ValueError, match=message):
+        flow_figure(panels, tmp_path / "a.svg")
+    assert not list(tmp_path.iterdir())

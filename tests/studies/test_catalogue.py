@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from advmoe.studies import paper
 from advmoe.studies.catalogue import STUDIES, study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, only
 from advmoe.studies.results import Results
@@ -182,30 +181,3 @@ def assert_claims(outcome: StudyFindings) -> None:
         for each in claim["verdicts"]:
             assert each["verdict"] in ("holds", "does not hold", "undecided")
             assert each["p_value"] is None or 0 <= each["p_value"] <= 1
-
-
-# Beside the paper
-
-
-def test_the_paper_s_numbers_all_have_a_place():
-    """Every row that the paper reports is one of a study's at the paper's scale."""
-    places = {
-        (table, *(row.run.labels[label] for label in ("paper_dataset", "paper_backbone", "method")))
-        for table in ("table1", "table2", "table3")
-        for row in STUDIES[table].stages[0](scale_named("paper"), Results())
-    }
-    for row in paper.reported()["rows"]:
-        method = row["method"].partition(",")[0]
-        assert (row["table"], row["dataset"], row["backbone"], method) in places
-        assert paper.numbers(row["table"], row["dataset"], row["backbone"], method)["ra_pgd50"] == row["ra_pgd50"]
-
-
-def test_numbers_of_the_paper():
-    numbers = paper.numbers("table2", "CIFAR-10", "ResNet-18", "AT (Dense)")
-    assert (numbers["ra_autoattack"], numbers["ra_pgd50"]) == (44.72, 50.13)
-    assert (numbers["sa"], numbers["gmacs"]) == (82.99, 0.54)
-    assert numbers["ra_pgd50_std"] == 0.13  # which table 1 gives
-    assert paper.numbers("table3", "ImageNet", "DeiT-Tiny", "AT (MoE)")["ra_pgd50"] == 44.63
-    assert paper.numbers("table1", None, None, "AT (Dense)") == {}
-    assert paper.numbers("table3", "ImageNet", "DeiT-Tiny", "AT (S-Dense)") == {}
-    assert paper.figure(3)["standard_moe_M1"] == 0.0 and paper.figure(6) == {}

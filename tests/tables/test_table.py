@@ -1,3 +1,5 @@
+"""Tables: how an entry is found, and what is refused."""
+
 import subprocess
 import sys
 
@@ -5,7 +7,7 @@ import pytest
 
 from advmoe.config import Config, DataConfig, TrainingConfig
 from advmoe.errors import InputError
-from advmoe.tables import ALTERNATIONS, BACKBONES, DATASETS, METHODS, DataSet, Family, Level, Method, Table
+from advmoe.tables import DATASETS, METHODS, DataSet, Family, Level, Method, Table
 
 
 def numbers():
@@ -39,33 +41,6 @@ def test_a_name_is_given_once():
 def test_the_tables_and_the_configuration_import_no_torch():
     code = "import sys; from advmoe.config import Config; Config(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_what_a_method_s_levels_say_of_it():
-    facts = {name: (m.adversarial, m.apart, m.routers_apart, m.trains_routers) for name, m in METHODS.items()}
-    assert facts == {
-        "standard": (False, False, False, True),
-        "at": (True, False, False, True),
-        "at-routers": (True, True, True, True),
-        "at-experts": (True, True, False, False),
-        "sparse": (True, False, False, True),
-        "advmoe": (True, True, True, True),
-    }
-
-
-@pytest.mark.parametrize("name", ["every-1", "every-0", "every-02", "every-10001", "shared-every-1", "every-"])
-def test_k_is_a_whole_number_from_2(name):
-    with pytest.raises(InputError, match=r"training\.alternation must be one of both, .*every-K"):
-        ALTERNATIONS.find(name)
-
-
-def test_every_k_runs_the_routers_level_in_every_kth_iteration():
-    assert ALTERNATIONS.find("every-4").levels == (Level("routers", every=4), Level("experts", batch=1))
-    assert ALTERNATIONS.find("shared-every-3").levels == (Level("routers", every=3), Level("experts"))
-
-
-def test_a_wide_resnet_is_known_by_its_numbers():
-    assert BACKBONES.find("wrn-40-4").width == 64 and BACKBONES.find("wrn-40-4").label == "WRN-40-4"
 
 
 def test_a_new_entry_is_a_choice_of_its_field(monkeypatch):

@@ -1,0 +1,90 @@
+"""Runs that are told to stop: by a signal, as schedulers send before they take a machine away, or at a time set ahead.
+
+A run stops at the end of an iteration, the same for all of its processes, once it is saved; `--resume` goes on from
+there.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from lightning_fabric import Fabric
+
+from advmoe.signals import Ended
+
+REQUEUE = 85
+"""The exit code of a run that stopped before its end and can go on."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+ASKED = "stopped by its parent"
+
+parent_asks: Callable[[], bool] = bool
+"""Whether the process that started this one, if one of ours did, wants it to stop."""
+
+
+class Stopped(RuntimeError):
+    """Training stopped before its end, as it was told to; all of it is kept."""
+
+
+@dataclass
+class Requests:
+    """What is asked of a run while it trains: to save what there is, or to stop."""
+
+    save_every: float = math.inf
+    """Seconds between checkpoints within an epoch."""
+    deadline: float = math.inf
+    """When to stop, of `time.monotonic`."""
+    told: int | None = field(default=None, init=False)
+    """The signal that came."""
+    saved: float = field(default_factory=time.monotonic, init=False)
+    """When the run was last saved."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGUSR1 ask the run to stop, unless this process ignores them; a second one ends it."""
+        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+            yield
+            return
+        before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+
+        def hear(number: int, _: FrameType | None) -> None:
+            if self.told is not None:
+                raise Ended(number)
+            self.told = number
+
+        for number in before:
+            signal.signal(number, hear)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def reason(self) -> str | None:
+        """Why this process is to stop now; None where it may go on."""
+        if self.told is not None:
+            return f"stopped by {signal.Signals(self.told).name}"
+        if time.monotonic() >= self.deadline:
+            return "stopped at --max-hours"
+        return ASKED if parent_asks() else None
+
+    def agreed(self, fabric: Fabric) -> tuple[bool, str | None]:
+        """Whether to save now, and why to stop after it, on every process alike."""
+        reason = self.reason()
+        save = reason is not None or time.monotonic() - self.saved >= self.save_every
+        if fabric.world_size > 1:
+            asked = torch.tensor([float(save), float(reason is not None)], device=fabric.device)
+            together = fabric.all_reduce(asked, reduce_op="sum")
+            assert isinstance(together, torch.Tensor)
+            save, stop = (bool(number) for number in together.tolist())
+            reason = (reason or "stopped with the other processes") if stop else None
+        if save:
+            self.saved = time.monotonic()
+        return save, reason

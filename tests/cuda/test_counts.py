@@ -1,0 +1,48 @@
+"""What a step asks of a GPU: launches, and waits of the host for the device. The budgets may only fall."""
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from advmoe.data import load_dataset
+from advmoe.training.trainer import Trainer, build_model
+
+BATCH = 8
+DISPATCH = {"training": {"compute": "dispatch"}}
+BUDGETS = {
+    # setting: what is changed, waits of an iteration of all levels (two attack steps each), launches of it
+    "advmoe": ({}, 2, 5_700),
+    "advmoe, dispatch": (DISPATCH, 162, 6_800),
+    "at": ({"training": {"method": "at"}}, 1, 3_000),
+    "at, s-dense": ({"training": {"method": "at"}, "model": {"kind": "s-dense"}}, 1, 1_000),
+}
+"""A layer's dispatch waits once a pass; masked, a step waits for its loss alone, and an attack for nothing."""
+
+
+@pytest.fixture
+def make_trainer(make_config):
+    def make(**groups):
+        groups["data"] = {"val_fraction": 0.2, "image_size": 8}
+        config = make_config(**groups)
+        dataset = load_dataset("digits", image_size=8, val_fraction=0.2, train_examples=64, seed=0)
+        fabric = Fabric(accelerator="cuda", devices=1, precision=config.training.precision)
+        fabric.launch()
+        return Trainer(config, build_model(config, dataset, resumed=True), dataset, fabric)
+
+    return make
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_an_iteration_keeps_within_its_budget(name, make_trainer, pretended):
+    groups, waits, launches = BUDGETS[name]
+    trainer = make_trainer(**groups)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, y = torch.rand(BATCH, 1, 8, 8, device="cuda"), torch.arange(BATCH, device="cuda")
+    x = x.contiguous(memory_format=torch.channels_last)
+    for level in trainer.levels:  # optimisers have no momentum before
+        trainer.step(level, x, y, generator)
+    with pretended.counting() as counts:
+        for level in trainer.levels:
+            trainer.step(level, x, y, generator)
+    print(name, counts.waited, counts.launched, counts.waits)
+    assert counts.waited <= waits and counts.launched <= launches

@@ -1,0 +1,112 @@
+"""The README's results and its box of what is known, beside the zoo and the results that are stored."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from advmoe.config import Config
+from advmoe.evaluation.intervals import wilson
+from advmoe.tables import BACKBONES
+from advmoe.text import percent, radius
+from advmoe.zoo import PACKED, Entry, entries_of
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BOX = " ".join(line.removeprefix(">").strip() for line in README.splitlines() if line.startswith(">"))
+RESULTS = " ".join(README.split("## Results")[1].split("|")[0].split())
+ZOO = {entry.title: entry for entry in entries_of(PACKED).values() if radius(entry.eps, entry.norm) == "8/255"}
+DENSE, MOE, LAYERS = ZOO["AT (S-Dense)"], ZOO["AT (MoE)"], ZOO["AdvMoE (layer routers, TRADES)"]
+
+
+def pgd(entry: Entry) -> float:
+    return entry.accuracy["pgd-50"].value
+
+
+def configuration(entry: Entry) -> Config:
+    return Config.load(PACKED / entry.name / "config.yaml")
+
+
+def verdicts(study: str, claim: str) -> set[str]:
+    """What a stored study of three seeds says of a claim, under all measures."""
+    told = json.loads((ROOT / "docs/results/studies" / study / "study.json").read_text())
+    assert {run["seed"] for run in told["runs"]} == {0, 1, 2}
+    return {each["verdict"] for known in told["claims"] if known["name"] == claim for each in known["verdicts"]}
+
+
+def test_the_table_holds_the_zoos_models_with_their_numbers() -> None:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:3] == "| A"]
+    assert {row[0] for row in cells} == set(ZOO)
+    for title, *shown in cells:
+        entry = ZOO[title]
+        assert (entry.accuracy["clean"].images, entry.accuracy["pgd-50"].images, entry.worst_case.images) == (
+            2000, 2000, 200,
+        )  # fmt: skip
+        numbers = (entry.accuracy["clean"].value, pgd(entry), entry.worst_case.value, entry.masking_gap)
+        for text, share in zip(shown, numbers, strict=False):
+            assert share is not None and abs(float(text) - 100 * share) < 0.0501, (title, text)
+        assert shown[4] == f"{entry.gmacs:.4f}"
+
+
+def test_what_is_said_above_the_table() -> None:
+    assert RESULTS.startswith("ResNet-18 of width 16, CIFAR-10 (re-coded as JPEG), 3 epochs, eps 8/255, one seed, %:")
+    for entry in ZOO.values():
+        config = configuration(entry)
+        assert (config.model.name, config.model.width, config.training.epochs) == ("resnet18", 16, 3)
+        assert entry.data == "CIFAR-10 (JPEG)" and config.training.seed == 0
+        assert {"pgd-50", "autoattack"} <= set(entry.attacks) and ("routed" in entry.attacks) == entry.routed
+    # "on 2,000 test images, whose intervals are about 2 points; ... on 200, whose intervals are about 6"
+    for images, points in ((2000, 2), (200, 6)):
+        assert f"{images:,}" in RESULTS and f"about {points}" in RESULTS
+        for entry in ZOO.values():
+            low, high = wilson(round(pgd(entry) * images), images)
+            assert round(100 * (high - low) / 2) == points
+
+
+def test_the_best_under_pgd_is_the_weakest_in_the_worst_case() -> None:
+    assert "The model that looks best under PGD-50 is the weakest once the attack sees its routing" in README
+    assert max(ZOO.values(), key=pgd) == min(ZOO.values(), key=lambda each: each.worst_case.value)
+
+
+def test_the_size_of_the_largest_trainings() -> None:
+    words = r"(\d+) epochs of ([\d,]+) CIFAR-10 images at a quarter of the paper's width; the paper trains 100 epochs"
+    epochs, images = re.findall(words, BOX)[0]
+    for entry in ZOO.values():
+        config = configuration(entry)
+        assert config.training.epochs == int(epochs) and config.data.train_examples is None
+        assert 50_000 * (1 - config.data.val_fraction) == int(images.replace(",", ""))
+        assert config.model.width is not None and 4 * config.model.width == BACKBONES["resnet18"].width
+
+
+def test_the_papers_claims_at_that_size() -> None:
+    assert "with one seed AT (MoE) falls below AT (S-Dense), as the paper has it" in BOX
+    assert pgd(MOE) < pgd(DENSE) and MOE.worst_case.value < DENSE.worst_case.value
+    assert "AdvMoE with the paper's layer routers does **not** rise above AT (S-Dense)" in BOX
+    assert pgd(LAYERS) < pgd(DENSE) and LAYERS.worst_case.value < DENSE.worst_case.value
+    assert "no routed model is shown to lead in the worst case" in BOX
+    dense = DENSE.worst_case.value
+    for entry in ZOO.values():
+        assert wilson(entry.worst_case.count, entry.worst_case.images)[0] < dense
+
+
+@pytest.mark.parametrize(("study", "claim", "verdict"), [
+    ("fig2", "ordering", "undecided"),
+    ("fig4", "insight-2", "does not hold"),
+    ("fig5", "insight-3", "undecided"),
+])  # fmt: skip
+def test_what_three_seeds_say(study: str, claim: str, verdict: str) -> None:
+    words = "Over three seeds of a smaller size the ordering and insight 3 are undecided, and insight 2 does not hold"
+    assert words in BOX
+    assert verdicts(study, claim) == {verdict}
+
+
+def test_how_far_the_worst_case_lies_under_pgd() -> None:
+    gaps = sorted(entry.masking_gap or 0 for entry in ZOO.values())
+    least, most = (percent(gap).removesuffix(".0") for gap in (gaps[0], gaps[-1]))
+    assert f"it lies {least} to {most} points under PGD-50, on 200 images of five models" in BOX and len(ZOO) == 5
+
+
+def test_the_versions_that_tests_run_with() -> None:
+    pinned = re.findall(r"^torch==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"The tests run with Python 3.11 and PyTorch {pinned[0]};" in BOX

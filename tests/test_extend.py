@@ -1,0 +1,143 @@
+"""What is registered is a choice everywhere, in every process, and nowhere unless its plugin is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from advmoe import cli, extend
+from advmoe.attacks.pgd import LOSSES
+from advmoe.data.digits import load_digits
+from advmoe.errors import InputError
+from advmoe.evaluation.suite import ATTACKS
+from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS, Level
+
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = str(ROOT / "examples" / "plugin.py")
+ONE_THREAD = ("--threads", "1", "--accelerator", "cpu")
+
+
+# Into the tables
+
+
+def test_a_backbone_and_a_router() -> None:
+    @extend.register_backbone("mine", width=8, tokens=True, min_size=16)
+    class Mine:
+        pass
+
+    entry = BACKBONES.find("mine")
+    assert (entry.build, entry.width, entry.label, entry.tokens, entry.min_size) == (Mine, 8, "mine", True, 16)
+    assert extend.register_backbone("labelled", width=4, label="Mine")(Mine) is Mine  # what is decorated stays itself
+    assert BACKBONES["labelled"].label == "Mine" and not BACKBONES["labelled"].tokens
+
+    ahead, within = (lambda *sizes, pool: None), (lambda channels, experts, *, per_token=False: None)
+    extend.register_router("ahead", apart=False)(ahead)
+    extend.register_router("within", in_layers=True)(within)
+    assert (ROUTERS["ahead"].build, ROUTERS["ahead"].in_layers, ROUTERS["ahead"].apart) == (ahead, False, False)
+    assert (ROUTERS["within"].layer, ROUTERS["within"].in_layers, ROUTERS["within"].apart) == (within, True, True)
+
+
+def test_a_data_set_a_loss_and_a_method() -> None:
+    extend.register_dataset("mine", licence="yours")(load_digits)
+    assert (DATASETS["mine"].reader, DATASETS["mine"].label, DATASETS["mine"].licence) == (load_digits, "mine", "yours")
+
+    extend.register_loss("first", from_labels=False, least_classes=3)(lambda logits, labels: logits[:, 0] * labels)
+    loss = LOSSES["first"]
+    ascended = loss.at(lambda x: x, torch.zeros(2, 3), torch.tensor([1, 2]))
+    assert ascended(torch.tensor([[4.0, 0.0, 0.0], [5.0, 0.0, 0.0]])).item() == 4 * 1 + 5 * 2  # summed over images
+    assert (loss.from_labels, loss.least_classes) == (False, 3)
+
+    extend.register_method("twice", (Level("routers"), Level("routers", batch=1)), sentence="routers twice")
+    method = METHODS["twice"]
+    assert (method.label, method.sentence, method.trains_routers, method.kind) == ("twice", "routers twice", True, None)
+
+
+def test_an_attack() -> None:
+    @extend.register_attack("up", for_routed=True)
+    def up(predict: Any, x: torch.Tensor, y: torch.Tensor, *, threat: Any, seed: int) -> torch.Tensor:
+        return x + 1
+
+    assert ATTACKS["up"].function is up and ATTACKS["up"].for_routed
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    for register in (
+        lambda: extend.register_backbone("resnet18", width=8)(print),
+        lambda: extend.register_backbone("wrn-10-1", width=8)(print),  # of a family
+        lambda: extend.register_router("layer")(print),
+        lambda: extend.register_dataset("digits")(print),
+        lambda: extend.register_loss("ce")(print),
+        lambda: extend.register_attack("pgd")(print),
+        lambda: extend.register_method("at", (Level("all"),)),
+    ):
+        with pytest.raises(InputError, match="already"):
+            register()
+
+
+# Through commands: the example of each
+
+TRAIN = (
+    "train", "--config", "digits-advmoe", "--run-dir", "run", "--data.name", "shifted-digits", "--model.name", "tiny",
+    "--model.router", "brightness", "--training.method", "experts-twice", "--training.epochs", "1",
+    "--data.train_examples", "128", "--training.batch_size", "32", *ONE_THREAD,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that knows its plugin by the option, in a process as users start it."""
+    home = tmp_path_factory.mktemp("plugins")
+    command = [sys.executable, "-m", "advmoe", *TRAIN, "--plugin", PLUGIN]
+    done = subprocess.run(command, cwd=home, env={**os.environ}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def beside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder, where the test works."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("COLUMNS", "500")
+    return trained
+
+
+def test_one_of_each_is_trained_and_evaluated(beside: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    # In two processes, which both know the plugin by the environment this time.
+    monkeypatch.setenv("ADVMOE_PLUGINS", PLUGIN)
+    words = ("--num-examples", "20", "--batch-size", "10", "--workers", "2", *ONE_THREAD)
+    assert cli.main(["evaluate", "run", "--attacks", "corner,pgd-2-logit", *words]) == 0, capsys.readouterr().err
+    robust = json.loads((beside / "run" / "evaluation.json").read_text())["robust_accuracy"]
+    assert set(robust) == {"corner", "pgd-2-logit"}
+
+
+def test_reports_and_costs_know_them(beside: Path, capsys: Any) -> None:
+    assert cli.main(["cost", "run", f"--plugin={PLUGIN}", "--batch", "1", "--seconds", "0"]) == 0
+    assert cli.main(["report", "run", "--plugin", PLUGIN, "--no-gallery"]) == 0, capsys.readouterr().err
+    assert "experts-twice" in (beside / "report.html").read_text()
+
+
+def test_help_names_them(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert "tiny-imagenet" in told and "experts-twice" not in told
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--plugin", PLUGIN, "--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("tiny", "brightness", "shifted-digits", "experts-twice"))
+
+
+@pytest.mark.parametrize("words", [("predict", "run", "x.png"), ("evaluate", "run")])
+def test_a_run_that_needs_a_plugin_says_so_without_it(beside: Path, capsys: Any, words: tuple[str, ...]) -> None:
+    assert cli.main([*words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert any(name in err for name in ("experts-twice", "tiny", "shifted-digits", "brightness"))
