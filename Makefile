@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEMO_INSTALLED := .venv/.installed-demo
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 DIST := .venv-dist
@@ -35,9 +36,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-plain cuda slow studies soak check lowest docs dist format clean
 
-demo: $(INSTALLED)
-	rm -rf runs/demo
-	$(BIN)/advmoe train --config digits-advmoe --run-dir runs/demo
+# In the developers' environment where there is one, else with what it needs and nothing else.
+demo:
+	@echo "AdvMoE on handwritten digits: 7 epochs of training, then attacks on what came of it. It takes two minutes on"
+	@echo "two cores, and the first time those of installing PyTorch into .venv. Interrupt it, and make demo goes on."
+	@test -e $(INSTALLED) || $(MAKE) --no-print-directory $(DEMO_INSTALLED)
+	@if test -e runs/demo/config.yaml; then set -- --resume runs/demo; \
+		else set -- --config digits-advmoe --run-dir runs/demo; fi; \
+		echo "$(BIN)/advmoe train $$*"; $(BIN)/advmoe train "$$@"
 	$(BIN)/advmoe evaluate runs/demo
 	@echo "run kept in runs/demo"
 
@@ -106,10 +112,19 @@ clean:
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch comes first and pinned, lest a dependency bring another build of it, gigabytes larger.
+define VENV
+@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
+endef
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	$(VENV)
+	$(BIN)/python -m pip install --quiet -e . -c constraints.txt
+	@touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt
+	$(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 # Its networks are tested. Without its torchvision, which brings a build of torch and is not needed for them.
 	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.errors import portable
-from advmoe.progress import unshared
+from advmoe.progress import unshared, warnings_told
 from advmoe.signals import leave_to_parent
 
 
@@ -162,14 +162,14 @@ def _serve(
     leave_to_parent()
     unshared()
     if place.log is not None:
-        file = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
             os.dup2(file, stream)
     if place.only_card is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.only_card
     with suppress(BrokenPipeError):  # the parent is gone
         try:
-            with threads_set(place.threads), prepare(place, *arguments) as work:
+            with warnings_told(), threads_set(place.threads), prepare(place, *arguments) as work:
                 pipe.send((None, None))
                 while (order := _ordered(pipe)) is not None:
                     result, problem = None, None

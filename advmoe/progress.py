@@ -1,4 +1,4 @@
-"""What long work tells while it runs, on stderr: bars with an ETA on a terminal and in notebooks, a line a minute
+"""What long work tells while it runs, on stderr: bars with an ETA on a terminal, one in a notebook, a line a minute
 elsewhere, and a line where a part of it is done.
 
 `ADVMOE_LOG_FORMAT` says how, for this process and those that it starts: `text`, `json` (an object a line), or `quiet`
@@ -12,10 +12,12 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -27,11 +29,15 @@ LOG_FORMAT = "ADVMOE_LOG_FORMAT"
 LOG_FORMATS = ("text", "json", "quiet")
 MINUTE = 60.0
 """Seconds between two lines of one loop, where no bar can be drawn."""
+WATCH = 1.0
+"""Seconds between two looks at whether a minute is over, of a loop whose steps are longer."""
 BRIEF = 1.0
 """Seconds that a loop inside another lasts before it is drawn."""
 
 _delay: ContextVar[float | None] = ContextVar("advmoe_progress", default=None)
 """Seconds after which bars are drawn, None for not at all."""
+_bars: WeakSet[tqdm[Any]] = WeakSet()
+"""Those of a notebook; a hidden or closed one has `disable` set."""
 
 
 @contextmanager
@@ -61,8 +67,13 @@ def bar(what: str, total: int | None, *, unit: str, done: int = 0, **more: Any) 
     hidden = delay is None or total == 0 or form == "quiet"
     if not hidden and (form == "json" or not drawable()):
         return Lines(what, total, unit=unit, done=done)
+    if one := _notebook():  # no cursor moves up there: each step of a second bar would be a line more
+        hidden = hidden or any(not each.disable for each in _bars)
     more = {"leave": None, **more, "delay": max(delay or 0.0, more.get("delay", 0.0))}
-    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
+    made = tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, **more)
+    if one:
+        _bars.add(made)
+    return made
 
 
 def outermost() -> bool:
@@ -84,7 +95,11 @@ def drawable() -> bool:
 
     A notebook gives a command (`!advmoe ...`) a terminal as well, but keeps all that is drawn there.
     """
-    return (sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ) or "ipykernel" in sys.modules
+    return (sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ) or _notebook()
+
+
+def _notebook() -> bool:
+    return "ipykernel" in sys.modules and not sys.stderr.isatty()
 
 
 def log_format() -> str:
@@ -94,15 +109,21 @@ def log_format() -> str:
 
 
 class Lines:
-    """A bar's stand-in where none can be drawn: a line a minute. Of several inside one another the outermost speaks."""
+    """A bar's stand-in where none can be drawn: a line a minute, however long a step is.
 
-    _open = 0
+    Of several inside one another the outermost speaks, and names the innermost.
+    """
+
+    _open: ClassVar[list[Lines]] = []
 
     def __init__(self, what: str, total: int | None, *, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit, self.first, self.n = what, total, unit, done, done
         self.started = self.told = time.monotonic()
-        self.speaks, self.closed = Lines._open == 0, False
-        Lines._open += 1
+        self._ended, self._telling = threading.Event(), threading.Lock()
+        if not Lines._open:
+            with suppress(RuntimeError):  # no thread is to be had: then steps alone tell
+                threading.Thread(target=self._watch, daemon=True).start()
+        Lines._open.append(self)
 
     def __enter__(self) -> Lines:
         return self
@@ -117,34 +138,75 @@ class Lines:
     def update(self, steps: float = 1) -> None:
         """Count `steps` more, and tell of it if it is time."""
         self.n += int(steps)
-        now = time.monotonic()
-        if not self.speaks or now - self.told < MINUTE:
-            return
-        self.told, seconds, done = now, now - self.started, self.n - self.first
-        text = f"{self.what}  {self.n}{f'/{self.total}' if self.total else ''} {self.unit}  {duration(seconds)}"
-        if self.total and done:
-            text += f"  left {duration((self.total - self.n) * seconds / done)}"
-        tell(text, "progress", what=self.what, done=self.n, total=self.total, seconds=round(seconds, 1))
+        if Lines._open[:1] == [self]:
+            self._tell_if_due()
 
     def close(self) -> None:
         """End it."""
-        if not self.closed:
-            self.closed = True
-            Lines._open -= 1
+        self._ended.set()
+        if self in Lines._open:
+            Lines._open.remove(self)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH):
+            self._tell_if_due()
+
+    def _tell_if_due(self) -> None:
+        with self._telling:
+            now = time.monotonic()
+            if self._ended.is_set() or now - self.told < MINUTE:
+                return
+            self.told = now
+        seconds, done = now - self.started, self.n - self.first
+        fields: dict[str, Any] = {"what": self.what, "done": self.n, "total": self.total, "seconds": round(seconds, 1)}
+        text = self._count()
+        if (inner := Lines._open[-1:]) and inner != [self]:
+            text += f" ({inner[0]._count()})"
+            fields["inside"] = {"what": inner[0].what, "done": inner[0].n, "total": inner[0].total}
+        text += f"  {duration(seconds)}"
+        if self.total and done:
+            text += f"  left {duration((self.total - self.n) * seconds / done)}"
+        tell(text, "progress", **fields)
+
+    def _count(self) -> str:
+        counts = [self.n, *([self.total] if self.total else [])]
+        if self.unit == "B":
+            return f"{self.what}  {'/'.join(f'{each / 1e6:.1f}' for each in counts)} MB"
+        return f"{self.what}  {'/'.join(map(str, counts))} {self.unit}"
+
+
+LOUD = ("note", "warning", "failed", "error")
+"""Events that those who want it quiet see too."""
 
 
 def tell(line: str, event: str = "note", **fields: Any) -> None:
     """Write a line to stderr, above the bars that are drawn there; nothing if stderr is closed.
 
-    As JSON it is an object with `event`, `fields` and, as `text`, the line; those that want it quiet see notes alone.
+    As JSON it is an object with `event`, `fields` and, as `text`, the line; those that want it quiet see `LOUD` alone.
     """
     form = log_format()
-    if form == "quiet" and event != "note":
+    if form == "quiet" and event not in LOUD:
         return
     if form == "json":
         line = json.dumps({"event": event, **fields, "text": line}, allow_nan=False)
     with suppress(BrokenPipeError):
         tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Inside, Python's warnings are objects like all else that is told, where these are JSON."""
+    usual = warnings.showwarning
+    if log_format() == "json":
+        warnings.showwarning = _tell_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+def _tell_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    tell(f"{category.__name__}: {message}", "warning")
 
 
 @contextmanager

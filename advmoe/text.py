@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from advmoe.errors import InputError
 
+WIDTH = 80
+"""Columns of a terminal that what is printed keeps to."""
 MOST_OF_A_VALUE = 80
 """Characters that are shown of a value."""
 
@@ -54,10 +58,10 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def few(names: Iterable[str]) -> str:
-    """Up to 3 of `names`, and how many more; nothing where there are none."""
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Up to `most` of `names`, and how many more; nothing where there are none."""
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(name: str) -> str:
@@ -88,6 +92,42 @@ def radius(eps: float, norm: str) -> str:
     return decimal if norm != "linf" else min(decimal, f"{255 * eps:.6g}/255", key=len)
 
 
+def macs_unit(gmacs: Iterable[float | None]) -> tuple[str, float]:
+    """The unit of numbers that stand together, MMACs where the largest would start with zeros, and its number in one
+    GMAC.
+    """
+    largest = max((each for each in gmacs if each is not None), default=1.0)
+    return ("GMACs", 1.0) if largest >= 0.1 else ("MMACs", 1000.0)
+
+
+def macs(gmacs: float) -> str:
+    """A number of multiply-accumulates with its unit: 0.56 GMACs, 31.2 MMACs."""
+    unit, factor = macs_unit([gmacs])
+    return f"{gmacs * factor:.4g} {unit}"
+
+
+def macs_column(
+    columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """A table of `study.json` with its column `gmacs`, if it has one, in the unit of `macs_unit`, the paper's too."""
+    cells = [cell for row in rows if isinstance(cell := row.get("gmacs"), Mapping)]
+    unit, factor = macs_unit(cell.get("mean") for cell in cells)
+    if factor == 1:
+        return list(columns), list(rows)
+
+    def scaled(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(cell := row.get("gmacs"), Mapping):
+            return row
+        numbers = {name: cell[name] * factor for name in _OF_CELL if cell.get(name) is not None}
+        return {**row, "gmacs": {**cell, **numbers}}
+
+    heads = [{**each, "title": unit} if each["key"] == "gmacs" else each for each in columns]
+    return heads, list(map(scaled, rows))
+
+
+_OF_CELL = ("mean", "std", "paper", "paper_std")
+
+
 def duration(seconds: float) -> str:
     """A time as one reads it: 12.3 s, 4 min, 1 h 30 min."""
     if seconds < 90:
@@ -107,3 +147,82 @@ def aligned(rows: Sequence[Sequence[str]], sides: str = "<") -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False)).rstrip()
         for row in rows
     ]
+
+
+def wrapped(text: str, hang: str = "", width: int = WIDTH) -> list[str]:
+    """`text` as lines of `WIDTH` columns, those after the first behind `hang`; words, as of a path, stay whole."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, width, subsequent_indent=hang, **options) or [""]  # type: ignore[arg-type]
+
+
+def listing(rows: Sequence[Sequence[str]], sides: str = "<", *, indent: str = "") -> list[str]:
+    """Rows of short cells and a text, which goes on below itself where it is longer than the line."""
+    lines = []
+    for line, row in zip(aligned(rows, sides), rows, strict=True):
+        whole = indent + line
+        hang = " " * (len(whole) - len(row[-1].rstrip()))
+        lines += [whole] if len(whole) <= WIDTH or not row[-1] else wrapped(whole, hang)
+    return lines
+
+
+def tabular(heads: Sequence[str], rows: Sequence[Sequence[str]], sides: str = "<", labels: int = 1) -> list[str]:
+    """`rows` below `heads` as lines of at most `WIDTH` columns, as far as words allow.
+
+    Where they are wider, first heads, then the cells of the first `labels` columns go on below themselves; then the
+    other columns stand in several tables, each with the labels.
+    """
+    sides = sides.ljust(len(heads), sides[-1])
+    columns = [list(column) for column in zip(heads, *rows, strict=True)]
+    if _fits(columns):
+        return aligned([heads, *rows], sides)
+    for width in _HEADS:
+        for column, head in zip(columns, heads, strict=True):
+            column[0] = _narrow(head, max([width, *map(len, column[1:])]))
+        if _fits(columns):
+            break
+    else:
+        columns[:labels] = [[_narrow(cell, _LABEL) for cell in column] for column in columns[:labels]]
+    lines: list[str] = []
+    for part in _parts(columns, labels):
+        lines += ["", *_stacked([columns[at] for at in part], "".join(sides[at] for at in part))]
+    return lines[1:]
+
+
+_HEADS = (24, 18, 12)
+"""Columns of a head in a table that is too wide otherwise, as far as it must be."""
+_LABEL = 24
+"""Columns of a label where that is not enough."""
+
+
+def _narrow(cell: str, width: int) -> str:
+    """A cell as lines of `width` columns or its longest word."""
+    return "\n".join(wrapped(cell, width=max([width, *map(len, cell.split())]) or 1))
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n"))
+
+
+def _fits(columns: Sequence[Sequence[str]]) -> bool:
+    return sum(_width(column) + 2 for column in columns) - 2 <= WIDTH
+
+
+def _parts(columns: Sequence[Sequence[str]], labels: int) -> list[list[int]]:
+    """Which columns stand together: the labels, and as many others as fit."""
+    parts = [list(range(labels))]
+    for at in range(labels, len(columns)):
+        if len(parts[-1]) > labels and not _fits([columns[each] for each in (*parts[-1], at)]):
+            parts.append(list(range(labels)))
+        parts[-1].append(at)
+    return parts
+
+
+def _stacked(columns: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Rows whose cells have several lines, as lines; heads end with their last line, others begin with their first."""
+    lines: list[list[str]] = []
+    for number, row in enumerate(zip(*columns, strict=True)):
+        cells = [cell.split("\n") for cell in row]
+        height = max(map(len, cells))
+        padded = [[""] * (height - len(c)) + c if number == 0 else c + [""] * (height - len(c)) for c in cells]
+        lines += [list(line) for line in zip(*padded, strict=True)]
+    return aligned(lines, sides)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ from advmoe.tables import ALTERNATIONS, BACKBONES, DATASETS, METHODS, ROUTERS, p
 
 # Processes that tests start import this tree, wherever they work.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+# `advmoe` is found by its name, as where an environment is activated.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 # Notes and errors alone on stderr: what is told of progress has tests of its own.
 os.environ["ADVMOE_LOG_FORMAT"] = "quiet"
 

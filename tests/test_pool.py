@@ -86,6 +86,7 @@ def test_a_bug_comes_with_its_traceback_into_the_log_too(run):
     bug = by_order["{}"].error
     assert isinstance(bug, BugElsewhere) and bug.summary.startswith("TypeError: unsupported operand")
     assert "in work" in str(bug) and "TypeError" in log.read_text()
+    assert log.stat().st_mode & 0o111 == 0  # no program
 
 
 def test_what_cannot_be_prepared_is_told_without_an_order():

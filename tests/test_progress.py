@@ -7,9 +7,12 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -209,6 +212,81 @@ def test_a_loop_that_no_bar_shows_tells_a_line_a_minute(
     assert [line.split()[1] for line in lines] == ["10/100", "30/100", "50/100", "70/100", "90/100"]
 
 
+def until_told(capsys: pytest.CaptureFixture[str]) -> str:
+    """The first line on stderr, which somebody else writes."""
+    ends, text = time.monotonic() + 30, ""
+    while not text.endswith("\n"):
+        assert time.monotonic() < ends, "no line"
+        time.sleep(0.01)
+        text += capsys.readouterr().err
+    return text.splitlines()[0]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_step_longer_than_a_minute_is_no_silence(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADVMOE_LOG_FORMAT", form)
+    monkeypatch.setattr(progress, "MINUTE", 0.2)
+    monkeypatch.setattr(progress, "WATCH", 0.01)
+    with shown(), bar("attack", 3, unit="batch"), bar("steps", 50, unit="step") as inner:
+        inner.update(20)
+        line = until_told(capsys)
+    if form == "text":
+        assert re.fullmatch(r"attack  0/3 batch \(steps  20/50 step\)  0\.\d+ s", line)
+        return
+    told = json.loads(line)
+    assert told.pop("seconds") > 0 and told.pop("text").startswith("attack  0/3 batch")
+    assert told == {
+        "event": "progress", "what": "attack", "done": 0, "total": 3,
+        "inside": {"what": "steps", "done": 20, "total": 50},
+    }  # fmt: skip
+
+
+def test_nobody_watches_a_loop_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WATCH", 0.01)
+    before = threading.active_count()
+    with shown(), bar("one", 3, unit="it"), bar("inside", 3, unit="it"):
+        assert threading.active_count() == before + 1
+    ends = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert threading.active_count() == before and progress.Lines._open == []
+
+
+def test_bytes_are_told_in_megabytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with shown(), bar("archive", 170_000_000, unit="B") as drawn:
+        now[0] += 85
+        drawn.update(42_500_000)
+    assert capsys.readouterr().err == "archive  42.5/170.0 MB  85 s  left 4 min\n"
+
+
+class Notebook(io.StringIO):
+    """As ipykernel's streams: no terminal, yet a carriage return begins the line anew."""
+
+
+def test_a_notebook_has_one_line_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Notebook()
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(sys, "stderr", stream)
+    with shown():
+        with bar("outer", 2, unit="it", mininterval=0) as outer:
+            for _ in range(2):
+                with bar("inner", 200, unit="it", mininterval=0) as inner:
+                    for _ in range(200):
+                        inner.update()
+                outer.update()
+            tell("a line")
+        with bar("after", 2, unit="it") as after:
+            after.update(2)
+    text = stream.getvalue()
+    assert "outer: 100%" in text and "after: 100%" in text and "inner" not in text
+    assert "\x1b[A" not in text and text.count("\n") == 3  # each bar's last line, and the line that was told
+    assert "\ra line\n" in text or "\na line\n" in text
+
+
 @pytest.mark.parametrize(("form", "told"), [("text", ["a note", "epoch 1"]), ("quiet", ["a note"])])
 def test_who_wants_it_quiet_gets_notes_alone(
     form: str, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -251,6 +329,20 @@ def test_a_line_for_each_epoch(tmp_path: Path, capsys: Any, options: list[str], 
     ]  # fmt: skip
 
 
+def test_json_is_all_that_is_there(tmp_path: Path) -> None:
+    code = (
+        "import sys, warnings\nfrom advmoe import cli\n"
+        "def run(args, argv):\n    warnings.warn('look out')\n    raise cli.InputError('no such thing')\n"
+        "cli.COMMANDS['recipes'].run = run\nsys.exit(cli.main(['recipes', '--log-format', 'json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [json.loads(line) for line in done.stderr.splitlines()] == [
+        {"event": "warning", "text": "UserWarning: look out"},
+        {"event": "error", "exit_code": 2, "text": "advmoe: error: no such thing"},
+    ]
+
+
 @pytest.mark.usefixtures("shallow_backbones")
 def test_a_line_for_each_attack(make_digits_run: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     run = make_digits_run(tmp_path / "run")
@@ -260,3 +352,23 @@ def test_a_line_for_each_attack(make_digits_run: Callable[..., Path], tmp_path: 
     robust = json.loads((run / "evaluation.json").read_text())["robust_accuracy"]
     lines = [line for line in err.splitlines() if "robust" in line]
     assert [line.split()[:2] for line in lines] == [[name, f"{100 * share:.1f}"] for name, share in robust.items()]
+    assert all("% robust at eps 0.1  " in line for line in lines)
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["dissect", "--attacks", "pgd-1,pgd-1-soft"], [("pgd-1", "0.1"), ("pgd-1-soft", "0.1")]),
+        (["pathways", "--attacks", "pgd-1"], [("pgd-1", "0.1")]),
+        (["sweep-eps", "--attacks", "pgd-1", "--eps", "0,2/255"], [("pgd-1", eps) for eps in ("0", "2/255", "1")]),
+    ],
+)
+def test_other_measurements_tell_of_their_attacks(
+    command: list[str], told: list[tuple[str, str]], make_digits_run: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    run = make_digits_run(tmp_path / "run")
+    name, *words = command
+    assert cli.main([name, str(run), *words, "--no-figure", *DIGITS]) == 0
+    lines = re.findall(r"^(\S+)  [\d.]+ % robust at eps (\S+)  ", capsys.readouterr().err, re.MULTILINE)
+    assert lines == told

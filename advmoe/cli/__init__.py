@@ -36,9 +36,9 @@ from advmoe.cli import (
     zoo,
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
-from advmoe.config import require, require_path
+from advmoe.config import require_one_of, require_path
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.progress import LOG_FORMAT, LOG_FORMATS, shown
+from advmoe.progress import LOG_FORMAT, LOG_FORMATS, log_format, shown, warnings_told
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
 from advmoe.text import nearest, show
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             command, options = _parse(words)
             if command != "recipes":
                 _require_memory()
-            with shown(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+            with shown(), warnings_told(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:
@@ -183,10 +183,12 @@ def _without_common(argv: list[str]) -> list[str]:
                 require_path(option, value)
                 add_plugin(value)
             else:
-                require(value in LOG_FORMATS, option, f"one of {', '.join(LOG_FORMATS)}", value)
+                require_one_of(LOG_FORMATS, option, value)
                 os.environ[LOG_FORMAT] = value
         else:
             rest.append(word)
+    if log_format() != "text":  # its bars are not ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return rest
 
 
@@ -216,7 +218,7 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_top(argv: list[str]) -> None:
-    """Parse what comes before any command: help and version."""
+    """Parse what comes before any command: help and version. Raises `InputError` for anything else."""
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
@@ -234,17 +236,19 @@ def _parse_top(argv: list[str]) -> None:
     common.add_argument(
         "--log-format", metavar="{text,json,quiet}", help="of what is told on stderr; json: an object a line"
     )
+    known = [option for action in parser._actions for option in action.option_strings]
+    if (word := argv[0].partition("=")[0]) not in known:
+        there = f"must follow a COMMAND, of which there are {', '.join(COMMANDS)}"
+        raise InputError(f"{show(argv[0])} {there}{nearest(word, known)}")
     commands = parser.add_subparsers(title="commands (advmoe COMMAND --help says more)", metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.parser().description)
-    _, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"{show(unknown[0])} must follow a COMMAND, of which there are {', '.join(COMMANDS)}")
+    parser.parse_args(argv)
 
 
 def _complete(shell: str) -> NoReturn:
     """Print the completion script of a shell. Raises `InputError` for another one, or without the extra."""
-    require(shell in SHELLS, "--completion", f"one of {', '.join(SHELLS)}", shell)
+    require_one_of(SHELLS, "--completion", shell)
     try:
         import shtab
     except ImportError as error:

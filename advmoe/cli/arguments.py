@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
+import shlex
+import shutil
 import sys
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from functools import cache
@@ -32,10 +35,11 @@ from advmoe.config import (
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
 from advmoe.evaluation.targets import is_source
+from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.tables.plugins import executed
-from advmoe.text import MOST_OF_A_VALUE, cut, show
+from advmoe.text import MOST_OF_A_VALUE, cut, show, wrapped
 from advmoe.training.launchers import rank
 from advmoe.zoo import PREFIX, find
 
@@ -60,12 +64,33 @@ class Parser(ArgumentParser):
         raise InputError(message)
 
 
+class _Help(HelpFormatter):
+    """Help in the width of a terminal: no field in the line on usage, and long choices on lines of their own."""
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[Action], groups: Iterable[Any], prefix: str | None = None
+    ) -> None:
+        """Usage without the configuration's fields, of which there are dozens."""
+        named = [each for each in actions if not any("." in option for option in each.option_strings)]
+        super().add_usage(usage, named, groups, prefix)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        text = super()._format_action_invocation(action)
+        indent = " " * self._current_indent
+        if len(indent + text) <= self._width:
+            return text
+        option, _, choices = text.partition(" ")
+        parts = choices.replace(",", ", ").split()
+        lines = wrapped(" ".join(parts), width=self._width - len(indent) - 4)
+        return f"\n{indent}    ".join([option, *(line.replace(", ", ",") for line in lines)])
+
+
 USUAL_THREADS = "PyTorch's choice"
 
 
 def new_parser(description: str) -> Parser:
     """A parser that reports only what the user wrote: the help texts tell the defaults."""
-    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False)
+    return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, formatter_class=_Help)
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
@@ -301,6 +326,41 @@ def fail(error: BaseException | str, code: int) -> int:
     text = reason(error) if isinstance(error, BaseException) else error
     if number := rank():
         text = f"process {number}: {text}"
+    line = f"advmoe: error: {cut(' '.join(text.split()), _LONGEST)}"
+    if log_format() == "json":
+        line = json.dumps({"event": "error", "exit_code": code, "text": line})
     with suppress(OSError):
-        print("advmoe: error:", cut(" ".join(text.split()), _LONGEST), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return code
+
+
+def to_run(*words: str | Path, plugins_of: Sequence[str] = ()) -> str:
+    """The command line `advmoe WORD...` as a shell takes it, called as this one was; with the plugins of another."""
+    plugins: list[str] = []
+    for word, following in zip(plugins_of, [*plugins_of[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if option == "--plugin":
+            plugins += [option, value if equals else following]
+    return shlex.join([*_program(), *map(str, words), *plugins])
+
+
+def _program() -> list[str]:
+    """What calls this command line again: `advmoe` where a shell finds it, else its path, or Python's."""
+    called, python = Path(sys.argv[0]), Path(sys.executable)
+    found = shutil.which("advmoe")
+    as_module = called.name == "__main__.py" and called.parent.name == "advmoe"
+    if not (as_module or called.stem == "advmoe"):  # from Python, or a test
+        return ["advmoe"]
+    script = python.with_name("advmoe") if as_module else Path(os.path.abspath(called))
+    if found is not None and Path(found).parent == script.parent:
+        return ["advmoe"]
+    if not as_module:
+        return [_short(script)]
+    on_path = shutil.which(python.name)
+    return [python.name if on_path is not None and Path(on_path) == python else _short(python), "-m", "advmoe"]
+
+
+def _short(path: Path) -> str:
+    """A program's path, from the working directory where it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

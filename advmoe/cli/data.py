@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advmoe.cli.arguments import Parser, new_parser
+from advmoe.cli.arguments import Parser, new_parser, to_run
 from advmoe.errors import InputError
 from advmoe.tables import DATASETS
-from advmoe.text import nearest, show
+from advmoe.text import nearest, show, wrapped
 
 
 def parser() -> Parser:
@@ -50,7 +50,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
 def _list(args: dict[str, Any]) -> int:
     for name, each in DATASETS.items():
-        print(f"{name}\n  {each.about}\n  licence: {each.licence}\n  {each.origin}")
+        about = (each.about, f"licence: {each.licence}", each.origin)
+        print("\n".join([name, *(line for text in about for line in wrapped(f"  {text}", "    "))]))
     return 0
 
 
@@ -64,7 +65,7 @@ def _fetch(args: dict[str, Any]) -> int:
         raise InputError(f"{rule}, got {show(name) if name is not None else 'nothing'}")
     root = Path(args.get("root", "data"))
     path = able[name](root)
-    print(f"data  {path}\nnext  advmoe train --config {name}-resnet18-advmoe --data.root {root}")
+    print(f"data  {path}\nnext  {to_run('train', '--config', f'{name}-resnet18-advmoe', '--data.root', root)}")
     return 0
 
 
@@ -74,7 +75,9 @@ def _check(args: dict[str, Any]) -> int:
     from advmoe.data.inspect import check_folder, described
 
     found = check_folder(args["what"])
-    print(json.dumps(found.to_dict(), indent=2) if "json" in args else described(found, args["what"]))
+    print(json.dumps(found.to_dict(), indent=2) if "json" in args else described(found))
+    if "json" not in args:
+        print(f"\nnext  {to_run('train', '--data.root', args['what'])}" if found.sound else "\nnot sound: see above")
     return 0 if found.sound else 1
 
 
@@ -82,5 +85,5 @@ def _copy(args: dict[str, Any]) -> int:
     from advmoe.data.copies import write_cifar10_jpeg
 
     folder = write_cifar10_jpeg(Path(args.get("root", "data")), download="download" in args)
-    print(f"data  {folder}\nnext  advmoe train --config folder-advmoe --data.root {folder}")
+    print(f"data  {folder}\nnext  {to_run('train', '--config', 'folder-advmoe', '--data.root', folder)}")
     return 0

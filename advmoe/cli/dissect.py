@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from advmoe.cli.arguments import Parser, drawing, measuring_parser, target_and_options
+from advmoe.report.words import class_shares
 from advmoe.rundir import DISSECTION
-from advmoe.text import percent
+from advmoe.text import listing, percent, tabular, wrapped
 
 
 def parser() -> Parser:
@@ -27,12 +29,22 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     home, dissections = dissect_run(target, **options)
     written = read_object(home / DISSECTION)
     for name, dissection in dissections.items():
-        print(f"{name}\n{dissection.table()}\n")
+        print(f"{name}\n{dissection.table()}\n\n{_by_class(written[name])}\n")
         for flag in written[name]["flags"]:
-            print(f"flag  {name}: {flag}\n")
+            print("\n".join(wrapped(f"flag  {name}: {flag}", "      ")), end="\n\n")
         if draw is not None:
             draw.dissection_figure(dissection.to_dict(), home / f"dissection-{name}.svg")
     if (gap := next(iter(written.values()))["masking_gap"]) is not None:
-        print(f"masking gap  {percent(gap)} points  straight-through PGD less the worst case of these attacks\n")
+        note = "straight-through PGD less the worst case of these attacks"
+        print("\n".join(listing([("masking gap", f"{percent(gap)} points", note)])), end="\n\n")
     print(f"written to {home / 'dissection.json'}" + (" and a figure beside it" if draw else ""))
     return 0
+
+
+def _by_class(result: Mapping[str, Any]) -> str:
+    """What survived in each class, of an entry of `dissection.json`."""
+    rows = [
+        (each["name"], str(each["num_examples"]), *(f"{percent(each[part])} %" for part in ("model", "routers")))
+        for each in class_shares(result)
+    ]
+    return "\n".join(tabular(("class", "images", "model robust", "routers robust"), rows, "<>"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
-from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options
+from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options, to_run
 from advmoe.config import Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
-from advmoe.text import aligned, percent, radius
+from advmoe.text import listing, macs_unit, percent, radius, wrapped
 
 _GAP = "straight-through PGD less the worst case"
 
@@ -33,7 +32,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     from advmoe.evaluation.runs import evaluate_run
 
     home = home_of(target, options.get("out"))
-    again = f"advmoe evaluate {shlex.quote(args['target'])} --resume, with the same options"
+    again = to_run(*argv, *([] if options["resume"] else ["--resume"]))
     with continuable(home, again, JOURNAL):
         result = evaluate_run(target, **options)
     print(_table(result))
@@ -58,10 +57,15 @@ def _table(result: dict[str, Any]) -> str:
     rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))
     if "masking_gap" in result:
         rows.append(("masking gap", "-" if gap is None else f"{percent(gap)} points", _GAP))
-    rows += [(name.replace("_", " "), _plain(value), "") for name, value in result.get("cost", {}).items()]
-    lines = aligned(rows, "<><")
-    lines += [f"\n{name}: {report['skipped']}" for name, report in attacks.items() if "skipped" in report]
-    lines += [f"flag  {name}: {flag}" for name, report in attacks.items() for flag in report.get("flags", ())]
+    for name, value in result.get("cost", {}).items():
+        unit, factor = macs_unit([value]) if name == "gmacs" else (name.replace("_", " "), 1)
+        rows.append((unit, _plain(value * factor if factor != 1 else value), ""))
+    lines = listing(rows, "<><")
+    for name, report in attacks.items():
+        if "skipped" in report:
+            lines += ["", *wrapped(f"{name}: {report['skipped']}", "  ")]
+    flags = [f"flag  {name}: {flag}" for name, report in attacks.items() for flag in report.get("flags", ())]
+    lines += [line for flag in flags for line in wrapped(flag, "      ")]
     return "\n".join(
         [f"{result['num_examples']} images, {threat['norm']} eps {radius(threat['eps'], threat['norm'])}", "", *lines]
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from advmoe.cli.arguments import Parser, fail, new_parser, number, opened_run
 from advmoe.config import Count, Threads, Within
+from advmoe.text import listing, macs_unit
 from advmoe.zoo import PREFIX
 
 
@@ -61,7 +62,8 @@ def _exported(report: dict[str, Any]) -> str:
         ("outputs", ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["outputs"].items())),
     ]
     if "gmacs" in report:
-        rows.append(("GMACs", f"{report['gmacs']:.4g} per image"))
+        unit, factor = macs_unit([report["gmacs"]])
+        rows.append((unit, f"{report['gmacs'] * factor:.4g} per image"))
     for part in [check, *filter(None, [check.get("also")])]:
         routed = f", {part['pathways']} pathways" if "pathway" in report["outputs"] else ""
         rows.append(("check", f"{part['images']} {part['on']}{routed}: {part['largest_difference']:.2g} from PyTorch"))
@@ -71,4 +73,4 @@ def _exported(report: dict[str, Any]) -> str:
     speeds = f"PyTorch {times['pytorch_ms']:.3g}, exported {times['exported_ms']:.3g}: {times['speedup']:.2f}x as fast"
     note = f"batch 1, {times['threads']} threads, medians of {times['passes']}"
     rows.append(("ms/image", f"{speeds} ({note})"))
-    return "\n".join(f"{name:<8}  {text}" for name, text in rows)
+    return "\n".join(listing(rows))

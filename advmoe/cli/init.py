@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from advmoe.cli.arguments import Parser, field_docs, new_parser
+from advmoe.cli.arguments import Parser, field_docs, new_parser, to_run
 from advmoe.config import Config, require
 from advmoe.documents import dump_yaml
 from advmoe.errors import InputError
@@ -38,7 +38,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     require(path.parent.is_dir(), "FILE.yaml", "in a directory that exists", args["file"])
     require_writable("FILE.yaml", path.parent)
     write_text(path, commented(name))
-    print(f"written to {path}\nnext  advmoe train --config {path}")
+    print(f"written to {path}\nnext  {to_run('train', '--config', path)}")
     return 0
 
 

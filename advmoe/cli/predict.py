@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from advmoe.cli.arguments import Parser, new_parser, number, opened_run
 from advmoe.config import Threads, Within
 from advmoe.errors import InputError
-from advmoe.text import aligned, percent
+from advmoe.text import WIDTH, aligned, percent, wrapped
 
 
 def parser() -> Parser:
@@ -53,7 +53,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         print(json.dumps([_entry(image, one) for image, one in zip(args["images"], told, strict=True)], indent=2))
         return 0
     rows = [[image, *_shares(one)] for image, one in zip(args["images"], told, strict=True)]
-    print("\n".join(aligned(rows)))
+    width = max(len(row[0]) for row in rows)
+    for line, row in zip(aligned(rows), rows, strict=True):
+        hang = " " * min(width + 2, 24)
+        print(line if len(line) <= WIDTH else "\n".join(wrapped(f"{row[0]:{width}}  {', '.join(row[1:])}", hang)))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -18,8 +17,10 @@ from advmoe.cli.arguments import (
     new_parser,
     number,
     split_words,
+    to_run,
 )
 from advmoe.config import Config, Count, Processes, Within
+from advmoe.text import duration, listing, wrapped
 
 
 def parser() -> Parser:
@@ -62,16 +63,14 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     )
     if "dry_run" in args:
         return _plan(args["name"], options)
-    with continuable(options.root, shlex.join(options.command or ()), "runs"):
-        return _run(args["name"], options)
+    with continuable(options.root, to_run(*argv), "runs"):
+        return _run(args["name"], options, argv)
 
 
 def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
 
-    width = max(map(len, STUDIES))
-    for name, study in STUDIES.items():
-        print(f"{name:{width}}  {study.shows}")
+    print("\n".join(listing([(name, study.shows) for name, study in STUDIES.items()])))
     return 0
 
 
@@ -86,8 +85,7 @@ def _plan(name: str, options: Any) -> int:
     return 0
 
 
-def _run(name: str, options: Any) -> int:
-    from advmoe.progress import tell
+def _run(name: str, options: Any, argv: list[str]) -> int:
     from advmoe.report.figures import require_matplotlib
     from advmoe.studies.session import run_study
     from advmoe.studies.tables import text
@@ -95,32 +93,57 @@ def _run(name: str, options: Any) -> int:
 
     require_matplotlib()
 
-    def told(word: str, task: Any) -> None:
-        tell(f"{word if word in ('starts', 'done') else f'failed: {word}'}  {described(task)}")
-
-    home, content = run_study(name, options, told)
-    print(f"{content['size']}\n")
+    home, content = run_study(name, options, _told)
+    print("\n".join(wrapped(content["size"])), end="\n\n")
     for shown in content["tables"]:
         print(f"{text(shown)}\n")
     for claim in content["claims"]:
-        print(claim["statement"])
+        print("\n".join(wrapped(claim["statement"])))
         for each in claim["verdicts"]:
             p = "" if each["p_value"] is None else f" (p = {each['p_value']:.3g})"
             print(f"  {each['measure']}: {each['verdict']} at this size{p}")
     for note in content["notes"]:
-        print(note)
+        print("\n".join(wrapped(note)))
     bad = [run for run in content["runs"] if run["status"] != "finished"]
     for each in bad:
         print(f"{each['status']}: {each['name']}, seed {each['seed']}: {each['error'] or 'not done'}")
-    print(f"\nwritten to {home / 'study.json'}\nnext  advmoe report {home} -o {home / 'report.html'}")
+    print(f"\nwritten to {home / 'study.json'}")
+    print(f"next  {to_run('report', home, '-o', home / 'report.html', plugins_of=argv)}")
     if failed := next((each["error"] for each in bad if isinstance(each["error"], MachineFailed)), None):
-        again = shlex.join(options.command or ())
-        return fail(f"{failed}; what is finished is kept; to continue: {again}", FAILED)
+        return fail(f"{failed}; what is finished is kept; to continue: {to_run(*argv)}", FAILED)
     return 1 if bad else 0
 
 
 def described(task: Any) -> str:
     """A task in words."""
+    return f"{_called(task)}  {getattr(task, 'run', task).key}"
+
+
+def _called(task: Any) -> str:
+    from advmoe.studies.plan import kind_of
+
     run = getattr(task, "run", task)
-    what = "train" if run is task else task.kind
-    return f"{what:8}  {run.name}, seed {run.seed}  {run.key}"
+    return f"{kind_of(task):8}  {run.name}, seed {run.seed}"
+
+
+def _told(step: Any, task: Any) -> None:
+    """Tell that a task starts, or how it ended, what it came to, and how much is left."""
+    from advmoe.progress import tell
+    from advmoe.studies.brief import brief
+    from advmoe.studies.plan import kind_of
+
+    run, state = getattr(task, "run", task), step if step in ("starts", "done") else "failed"
+    fields = {"state": state, "kind": kind_of(task), "name": run.name, "seed": run.seed, "key": run.key}
+    if state == "starts":
+        tell(f"starts  {described(task)}", "task", **fields)
+        return
+    if state == "failed":
+        words, event = [f"failed: {step}", described(task)], "failed"
+    else:
+        words, event = ["done  ", _called(task), brief(task)], "task"
+    for name in ("seconds", "seconds_left"):
+        fields[name] = None if (value := getattr(step, name)) is None else round(value, 1)
+    words.append("" if step.seconds is None else duration(step.seconds))
+    about = f", about {duration(step.seconds_left)}" if step.seconds_left else ""
+    words.append(f"{step.left} left{about}" if step.left else "")
+    tell("  ".join(filter(None, words)), event, **fields, left=step.left)

@@ -6,6 +6,7 @@ from typing import Any
 
 from advmoe.cli.arguments import Parser, drawing, measuring_parser, split_words, target_and_options
 from advmoe.config import Pixels, require
+from advmoe.text import wrapped
 
 
 def parser() -> Parser:
@@ -32,7 +33,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         print(f"{name}\n{table(curve)}\n")
         points = (*curve["points"], curve["probe"])
         for flag in dict.fromkeys(flag for point in points for flag in point.get("flags", ())):
-            print(f"flag  {name}: {flag}\n")
+            print("\n".join(wrapped(f"flag  {name}: {flag}", "      ")), end="\n\n")
     if draw is not None:
         draw.sweep_figure(result["curves"], home / "sweep.svg")
     print(f"written to {home / 'sweep.json'}" + (f" and {home / 'sweep.svg'}" if draw else ""))

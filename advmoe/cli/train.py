@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,12 +16,14 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
+    to_run,
 )
 from advmoe.config import OWN_MODEL, Config, Hours, Processes, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
+from advmoe.tables import DATASETS
 from advmoe.text import nearest
 from advmoe.training.launchers import rank
 from advmoe.training.leftovers import START_ANEW, begun, startable
@@ -71,8 +72,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         require(startable(run_dir), "the run directory", rule, str(run_dir))
 
     named = model.get("source", config.model.source)
-    own = f" --model {shlex.quote(named)}" if named is not None else ""
-    again = f"advmoe train --resume {shlex.quote(str(run_dir))}{own}"
+    own = ["--model", named] if named is not None else []
+    again = to_run("train", "--resume", run_dir, *own, plugins_of=argv)
     with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
         from advmoe.training.preemption import REQUEUE, Stopped
@@ -98,7 +99,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         return 0
     for line in _unused(run_dir / METRICS):
         print(line)
-    print(f"run   {run_dir}\nnext  advmoe evaluate {shlex.quote(str(run_dir))}{own}")
+    print(f"run   {run_dir}\nnext  {to_run('evaluate', run_dir, *own, plugins_of=argv)}")
     return 0
 
 
@@ -151,6 +152,8 @@ def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str,
         return prefix + text, recipe(text)
     if text is not None and Path(text).is_file():
         return prefix + Path(text).stem, read_yaml(text)
+    if text is None and "name" in data:
+        DATASETS.require("data.name", data["name"])
     got = f"{text!r}{nearest(text, names)}"
     if text is None:
         got = "nothing (nor --data.root FOLDER, to train on a folder of pictures)"

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advmoe.cli.arguments import Parser, add_fields, config_fields, existing_run, new_parser, split_words
+from advmoe.cli.arguments import Parser, add_fields, config_fields, existing_run, new_parser, split_words, to_run
 from advmoe.config import Config
 from advmoe.errors import InputError
-from advmoe.text import aligned, nearest, percent, radius, show
+from advmoe.text import aligned, macs_unit, nearest, percent, radius, show
 from advmoe.zoo import INDEX, PLACE, PREFIX, entries, find
 from advmoe.zoo.leaderboard import interval, lines
 
@@ -67,7 +67,7 @@ def _list(args: dict[str, Any]) -> int:
         print(json.dumps({name: entry.told for name, entry in known.items()}, indent=2))
         return 0
     print("\n".join(lines(known.values())))
-    print(f"next  advmoe zoo show {next(iter(known))}")
+    print(f"next  {to_run('zoo', 'show', next(iter(known)))}")
     return 0
 
 
@@ -90,7 +90,8 @@ def _show(args: dict[str, Any]) -> int:
     rows = [(name, f"{percent(e.value)} %", f"{interval(e)}, {e.images:,} images") for name, e in shares]
     if entry.masking_gap is not None:
         rows.append(("masking gap", f"{percent(entry.masking_gap)} points", ""))
-    rows += [("gmacs", f"{entry.gmacs:.4g}", ""), ("parameters", f"{entry.parameters:,}", "")]
+    unit, factor = macs_unit([entry.gmacs])
+    rows += [(unit, f"{entry.gmacs * factor:.4g}", ""), ("parameters", f"{entry.parameters:,}", "")]
     rows.append(("active parameters", f"{entry.active_parameters:,}", ""))
     if time is not None:
         rows.append(("ms per image", f"{time.ms:.4g}", time.setting))
@@ -98,7 +99,7 @@ def _show(args: dict[str, Any]) -> int:
     print("\n".join([*aligned(told), "", *aligned(rows, "<><"), ""]))
     for flag in entry.flags:
         print(f"flag  {flag}")
-    print(f"next  advmoe predict {PREFIX}{entry.name} IMAGE")
+    print(f"next  {to_run('predict', f'{PREFIX}{entry.name}', 'IMAGE')}")
     return 0
 
 
@@ -120,5 +121,6 @@ def _entry(args: dict[str, Any]) -> int:
         evaluations=split_words(args.get("evaluations", "")),
     )  # fmt: skip
     print("\n".join(lines([entry])))
-    print(f"written to {folder} and {out / INDEX}\nnext  {PLACE}={shlex.quote(str(out))} advmoe zoo show {entry.name}")
+    print(f"written to {folder} and {out / INDEX}")
+    print(f"next  {PLACE}={shlex.quote(str(out))} {to_run('zoo', 'show', entry.name)}")
     return 0

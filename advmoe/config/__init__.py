@@ -29,6 +29,7 @@ from advmoe.config.fields import (
     Width,
     Within,
     require,
+    require_one_of,
     require_path,
     require_text,
     typed,
@@ -46,6 +47,6 @@ __all__ = [
     "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
     "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
     "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
-    "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_path",
-    "require_text", "typed",
+    "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_one_of",
+    "require_path", "require_text", "typed",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -86,6 +87,12 @@ def require(ok: bool, name: str, rule: str, value: object) -> None:
         raise InputError(f"{name} must be {rule}, got {shown}")
 
 
+def require_one_of(options: Sequence[str], name: str, value: object) -> None:
+    """Raise the one-line `ValueError`, with the nearest of `options`, unless `value` is one of them."""
+    if not isinstance(value, str) or value not in options:
+        raise InputError(f"{name} must be one of {', '.join(options)}, got {show(value)}{nearest(value, options)}")
+
+
 @dataclass(frozen=True)
 class Within:
     """The range of a number: from `low`, which belongs to it unless it is `open`, to `high`, which does."""
@@ -141,7 +148,7 @@ def typed(name: str, hint: Any, value: Any) -> Any:
         return value
     if get_origin(hint) is Literal:
         options = get_args(hint)
-        require(isinstance(value, str) and value in options, name, f"one of {', '.join(options)}", value)
+        require_one_of(options, name, value)
         return value
     if len(alternatives := get_args(hint)) == 2:  # `T | None`, the only union in use
         return None if value is None else typed(name, alternatives[0], value)

@@ -131,7 +131,7 @@ def _looked_at(root: Path, paths: list[str]) -> Iterator[tuple[str, _Image | str
         yield from tracked(images, "images", total=len(paths), unit="image")
 
 
-def described(found: Findings, root: str) -> str:
+def described(found: Findings) -> str:
     """`found` as lines to read."""
     parts = list(found.counts)
     rows = [["class", *parts]]
@@ -164,7 +164,6 @@ def described(found: Findings, root: str) -> str:
     if found.enlarged:
         lines.append(f"enlarged  {found.enlarged} images are smaller than {found.image_size} pixels")
     lines += [f"note  {note}" for note in found.notes]
-    lines.append(f"\nnext  advmoe train --data.root {root}" if found.sound else "\nnot sound: see above")
     return "\n".join(lines)
 
 

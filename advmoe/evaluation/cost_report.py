@@ -29,7 +29,7 @@ from advmoe.pool import threads_set
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, MODEL
 from advmoe.tables import BACKBONES
-from advmoe.text import aligned, percent
+from advmoe.text import aligned, macs_unit, percent, tabular, wrapped
 
 BATCHES = (1, 32, 128)
 """Batch sizes measured unless others are asked for."""
@@ -125,7 +125,7 @@ def _backbone(name: str, number: int, model: Mapping[str, Any]) -> CostSubject:
         if name.startswith("wrn-"):  # a Wide ResNet that cannot be, which that error explains
             raise
         rule = f"a run directory (one that holds a model.json) or a backbone, one of {BACKBONES.known()}"
-        raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}") from None
+        raise InputError(f"RUN_OR_NAME must be {rule}, got {name!r}{BACKBONES.near(name)}") from None
     settings = {"num_classes": 10, "input_size": 32, **model}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -246,29 +246,26 @@ def table(report: Mapping[str, Any]) -> str:
     spec, batches = report["model"], report["batches"]
     named = {"num_experts": "experts", "scale": "scale", "router": "router", "width": "width"}
     known = [f"{label} {spec[field]}" for field, label in named.items() if spec.get(field) is not None]
-    lines = [
+    kernels = "" if report["kernels"] is None else f", kernels: {report['kernels']}"
+    about = (
         f"{spec['name']} ({spec['kind']}): {', '.join(known)}; images of {spec['input_size']} pixels a side",
         f"weights: {report['weights']}; images: {report['images']}",
-        f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}"
-        + ("" if report["kernels"] is None else f", kernels: {report['kernels']}"),
-        "",
-        *aligned(
-            [
-                ["", "GMACs", "parameters", "active"],
-                *(
-                    [kind, f"{each['gmacs']:.4g}", f"{each['parameters']:,}", f"{each['active_parameters']:,}"]
-                    for kind, each in report["models"].items()
-                ),
-            ],
-            ">",
-        ),
-        "",
+        f"{report['device']}, {report['threads']} threads, {report['precision']}, PyTorch {report['torch']}{kernels}",
+    )
+    models = report["models"]
+    unit, factor = macs_unit(each["gmacs"] for each in models.values())
+    counts = [
+        [kind, f"{each['gmacs'] * factor:.4g}", f"{each['parameters']:,}", f"{each['active_parameters']:,}"]
+        for kind, each in models.items()
     ]
+    lines = [each for line in about for each in wrapped(line, "  ")]
+    lines += ["", *aligned([["", unit, "parameters", "active"], *counts], ">"), ""]
     head = ["batch", "", "ms/image", "x S-Dense", "x Dense", "activations", "busiest expert"]
     rows = [_row(entry, kind) for entry in batches for kind in entry["ms_per_image"]]
-    lines += aligned([head, *rows], ">")
+    lines += tabular(head, rows, ">", labels=2)
     if any("busiest" in entry for entry in batches):
-        lines.append("\nbusiest expert: its share of the batch, mean over layers; with 100 % nothing is dispatched")
+        note = "busiest expert: its share of the batch, mean over layers; with 100 % nothing is dispatched"
+        lines += ["", *wrapped(note, "  ")]
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ Where tokens are routed one by one, pathways are (N, L, T): a layer's choice sur
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import correct, device_of, measuring
 from advmoe.moe.routing import route
-from advmoe.text import aligned, percent
+from advmoe.text import percent, tabular, wrapped
 
 CATEGORIES = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail")
 """Names of the categories 1 to 4."""
@@ -175,7 +174,7 @@ class Dissection:
                 "",
                 *_layer_lines(result),
                 "",
-                *textwrap.wrap(f"layers flipped (% images) {spread}", 100, subsequent_indent=26 * " "),
+                *wrapped(f"layers flipped (% images) {spread}", 26 * " "),
                 f"distinct pathways         clean {pathways['clean']}, adversarial {pathways['adversarial']}",
             ]
         )
@@ -199,21 +198,21 @@ def _category_lines(result: dict[str, Any]) -> list[str]:
     }
     sums["1 + 2 model robust"] = ("both_survive", "only_routing_fails")
     sums["1 + 3 routers robust"] = ("both_survive", "only_prediction_fails")
-    rows: list[tuple[str, ...]] = [("share", "of all", "of right clean")]
+    heads, rows = ("share", "of all", "of right clean"), list[tuple[str, ...]]()
     for title, names in sums.items():
         cells = ("-" if part is None else f"{percent(sum(part[name] for name in names))} %" for part in columns)
         rows.append((title, *cells))
-    return aligned(rows, "<>")
+    return tabular(heads, rows, "<>")
 
 
 def _layer_lines(result: dict[str, Any]) -> list[str]:
     loads = [
         [" ".join(f"{percent(e):>5}" for e in layer) for layer in result["load"][k]] for k in ("clean", "adversarial")
     ]
-    rows = [("layer", "flipped", "clean load (%)", "adversarial load (%)")]
+    heads, rows = ("layer", "flipped", "clean load (%)", "adversarial load (%)"), []
     for layer, (rate, clean, adversarial) in enumerate(zip(result["flip_rate"], *loads, strict=True)):
         rows.append((str(layer), f"{percent(rate)} %", clean, adversarial))
-    return aligned(rows, ">><")
+    return tabular(heads, rows, ">><")
 
 
 def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: int = 250) -> Dissection:

@@ -33,7 +33,8 @@ from advmoe.locks import CLAIM, Hold, hold
 from advmoe.pool import Died, Place, Pool
 from advmoe.progress import bar, outermost, tell
 from advmoe.rundir import EVALUATION, read_result, require_plain, write_result
-from advmoe.text import duration, percent
+from advmoe.text import duration, percent, radius
+from advmoe.threat import ThreatModel
 
 Load = Callable[[torch.device], Predict]
 """Makes the classifier, on a device; each process calls it once."""
@@ -212,9 +213,14 @@ def _tell_attack(job: Job, journal: Journal, name: str, seconds: float) -> None:
     """Tell that all batches of an attack are done."""
     results = [journal.get(task) for task in job.tasks([name])]
     robust = [held for result in results if result is not None for held in result["robust"]]
-    share = sum(robust) / len(robust)
-    line = f"{name}  {percent(share)} % robust  {duration(seconds)} since the attacks began"
-    tell(line, "attack", name=name, robust_accuracy=share, seconds=round(seconds, 1))
+    tell_attack(name, sum(robust) / len(robust), job.setting.threat, seconds)
+
+
+def tell_attack(name: str, share: float, threat: ThreatModel, seconds: float) -> None:
+    """Tell that an attack is done: `share` of the images withstood it, `seconds` after the first attack began."""
+    at = radius(threat.eps, threat.norm)
+    line = f"{name}  {percent(share)} % robust at eps {at}  {duration(seconds)} since the attacks began"
+    tell(line, "attack", name=name, eps=threat.eps, robust_accuracy=share, seconds=round(seconds, 1))
 
 
 # Several processes

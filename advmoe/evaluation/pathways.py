@@ -11,6 +11,7 @@ tokens, and no pathway is listed.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import placed
 from advmoe.evaluation.dissection import Dissection, dissect, expert_load
 from advmoe.evaluation.distributions import random_masks, random_pathways, summary
+from advmoe.evaluation.harness import tell_attack
 from advmoe.evaluation.overlap import (
     Units,
     class_overlap,
@@ -39,8 +41,9 @@ from advmoe.models import Classifier
 from advmoe.models.runs import load_run
 from advmoe.moe.routing import pathway
 from advmoe.pool import threads_set
+from advmoe.progress import outermost
 from advmoe.rundir import DIGEST, MASKS, PATHWAYS, require_plain, write_result
-from advmoe.text import aligned, percent
+from advmoe.text import listing, percent, tabular, wrapped
 
 EXAMPLES = "pathways-examples.npz"
 """Beside it: `index`, each image's position in the test set, and whether its pathway was left `unchanged`, (N,)."""
@@ -230,12 +233,16 @@ def pathways_run(
     mine, theirs = [], []
     with threads_set(options.threads):
         attacked.check(options.allow)
+        started = time.perf_counter()
         for batch in attacked.images(names[0]):
             mine.append(dissect(predict, *batch, batch_size=options.batch_size))
             if isinstance(other, nn.Module):
                 theirs.append(dissect(other, *batch, batch_size=options.batch_size))
         reference = None if compared is None else (compared, Dissection.merge(theirs) if theirs else None)
         choices = Dissection.merge(mine)
+        if outermost():
+            share, seconds = choices.survived.double().mean().item(), time.perf_counter() - started
+            tell_attack(names[0], share, subject.threat, seconds)
         result = statistics(choices, units, num_classes=len(subject.classes), other=reference)
     result["classes"] = list(subject.classes)
     result["attack"]["name"] = names[0]
@@ -269,19 +276,18 @@ def table(result: dict[str, Any]) -> str:
     """A result of `pathways_run` as aligned lines for a terminal; shares in percent."""
     clean, adversarial, attack = result["clean"], result["adversarial"], result["attack"]
     per = f", of {result['tokens']} tokens routed one by one" if result["tokens"] else ""
-    rows = [
-        ("", "clean", "adversarial"),
-        *((title, *(_text(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()),
-    ]
+    rows = [(title, *(_text(kind[name]) for kind in (clean, adversarial))) for name, title in _ROWS.items()]
     quantiles = ", ".join(f"{name} {value:.3f}" for name, value in attack["iou"]["quantiles"].items())
     return "\n".join([
-        f"{result['num_examples']} images, attacked by {attack['name']}; {result['num_layers']} MoE layers of "
-        f"{result['num_experts']} experts{per}",
+        *wrapped(
+            f"{result['num_examples']} images, attacked by {attack['name']}; {result['num_layers']} MoE layers of "
+            f"{result['num_experts']} experts{per}"
+        ),
         "",
-        *aligned(rows, "<>"),
+        *tabular(("", "clean", "adversarial"), rows, "<>"),
         "",
         f"pathways unchanged by the attack: {percent(attack['unchanged'])} % of the images",
-        f"IoU of the two pathways of an image: mean {attack['iou']['mean']:.3f}, {quantiles}",
+        *wrapped(f"IoU of the two pathways of an image: mean {attack['iou']['mean']:.3f}, {quantiles}", "  "),
         *_frequent_lines(result),
         *_against_lines(result["against"]),
     ])  # fmt: skip
@@ -304,12 +310,13 @@ def _frequent_lines(result: dict[str, Any]) -> list[str]:
     listed = result["clean"]["frequent"][:5]
     if not listed:
         return []
-    lines = ["", "most frequent clean pathways (an expert per layer), and the classes of their images (%)"]
+    rows = []
     for each in listed:
         pathway = ("" if result["num_experts"] <= 10 else ".").join(map(str, each["pathway"]))
         shares = (f"{result['classes'][k['class']]}: {percent(k['share'], 0)}" for k in each["classes"][:4])
-        lines.append(f"{percent(each['share']):>5} %  {pathway}  {', '.join(shares)}")
-    return lines
+        rows.append((f"{percent(each['share']):>5} %", pathway, ", ".join(shares)))
+    head = "most frequent clean pathways (an expert per layer), and the classes of their images (%)"
+    return ["", *wrapped(head, "  "), *listing(rows)]
 
 
 def _against_lines(against: dict[str, Any] | None) -> list[str]:
@@ -317,7 +324,7 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
         return []
     names = [name for name in ("clean", "adversarial", "random_pathways", "random_masks") if name in against]
     heads = ["mean", "std", *against["clean"]["quantiles"]]
-    rows = [["", *heads]]
+    rows = []
     for name in names:
         each = against[name]
         values = [each["mean"], each["std"], *each["quantiles"].values()]
@@ -325,4 +332,4 @@ def _against_lines(against: dict[str, Any] | None) -> list[str]:
     for kind, value in against.get("other_images", {}).items():
         rows.append([f"{kind}, of different images", _text(value), *[""] * (len(heads) - 1)])
     what = "the mask of" if against["kind"] == "mask" else "the pathways of"
-    return ["", f"IoU with {what} {against['run']}", *aligned(rows, "<>")]
+    return ["", f"IoU with {what} {against['run']}", *tabular(["", *heads], rows, "<>")]

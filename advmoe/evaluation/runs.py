@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from advmoe.evaluation import sweep as sweeps
 from advmoe.evaluation.accuracy import Execution, assess, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
-from advmoe.evaluation.harness import Journal
+from advmoe.evaluation.harness import Journal, tell_attack
 from advmoe.evaluation.outcomes import applicable, classified, masking_gap, measured
 from advmoe.evaluation.subject import Options, UnderAttack, open_subject, options_of
 from advmoe.evaluation.suite import build, stretched
 from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier
 from advmoe.pool import threads_set
+from advmoe.progress import outermost
 from advmoe.rundir import DISSECTION, EVALUATION, EXAMPLES, JOURNAL, SWEEP, sealed, write_result
 
 
@@ -157,9 +159,9 @@ def dissect_run(
     Every image is attacked, those that are wrong without an attack too. The options' `attacks` are PGD's names as in
     `suite`, one dissection each; keywords: `Options` by name.
 
-    Writes `dissection.json`, with each one's settings, flags, threat, seed and data, and with the `masking_gap` of all;
-    returns its folder, and the dissections by attack. Raises `InputError` for a model without MoE layers and whatever
-    else cannot be used.
+    Writes `dissection.json`, with each one's settings, flags, threat, seed and data, the names of the `classes` that
+    its `per_class` numbers, and the `masking_gap` of all; returns its folder, and the dissections by attack. Raises
+    `InputError` for a model without MoE layers and whatever else cannot be used.
     """
     subject = open_subject(target, options := options_of(options, keywords))
     attacked = subject.routed_under_pgd("dissect")
@@ -167,9 +169,13 @@ def dissect_run(
     dissections: dict[str, Dissection] = {}
     with threads_set(options.threads):
         attacked.check(options.allow)
+        started = time.perf_counter()
         for name in names:
             batches = [dissect(predict, *batch, batch_size=options.batch_size) for batch in attacked.images(name)]
             dissections[name] = Dissection.merge(batches)
+            if outermost():
+                share = dissections[name].survived.double().mean().item()
+                tell_attack(name, share, job.setting.threat, time.perf_counter() - started)
     robust = {name: each.survived for name, each in dissections.items()}
     gap = masking_gap({"clean": dissections[names[0]].clean_correct.bool(), **robust})
     result = {}
@@ -178,7 +184,8 @@ def dissect_run(
         flags = dict.fromkeys(attack.flags, len(list(job.tasks([name]))))
         result[name] = sealed(each.to_dict() | {
             "masking_gap": gap, "threat": asdict(job.setting.threat),
-            "attack": {**attack.settings, "seed": subject.seed}, "flags": flags, **subject.described,
+            "attack": {**attack.settings, "seed": subject.seed}, "flags": flags, "classes": list(subject.classes),
+            **subject.described,
         })  # fmt: skip
     subject.home.mkdir(parents=True, exist_ok=True)
     write_text(subject.home / DISSECTION, json.dumps(result, indent=2) + "\n")

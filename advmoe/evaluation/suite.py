@@ -28,7 +28,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
 from advmoe.tables import Family, Table
-from advmoe.text import show
+from advmoe.text import radius, show
 from advmoe.threat import ThreatModel
 
 
@@ -116,7 +116,8 @@ class _Pgd:
             )  # fmt: skip
 
         reach = steps * size
-        short = f"{steps} steps of {size:.4g} cannot cross the ball from its centre to its edge, {threat.eps:.4g}"
+        length, edge = (radius(each, threat.norm) for each in (size, threat.eps))
+        short = f"{steps} steps of {length} cannot cross the ball from its centre to its edge, {edge}"
         settings = {"steps": steps, "step_size": size, "restarts": restarts, "loss": self.loss}
         return Attack(self.named(setting), (AttackPart("pgd", run),), settings, (short,) if reach < threat.eps else ())
 
@@ -242,8 +243,12 @@ ATTACKS: Table[NamedAttack] = Table(
         "autoattack-plus": _AutoAttack("autoattack-plus", "plus"),
         "autoattack-rand": _AutoAttack("autoattack-rand", "rand"),
     },
-    Family(f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]", _pgd),
-    Family("autoattack:NAME+NAME", _custom),
+    Family(
+        f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]",
+        _pgd,
+        usual=("pgd", *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl") for soft in ("", "-soft"))),
+    ),
+    Family("autoattack:NAME+NAME", _custom, usual=("autoattack:apgd-ce+square",)),
 )
 
 

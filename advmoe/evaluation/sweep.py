@@ -27,7 +27,7 @@ from torch import Tensor
 from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.progress import tracked
-from advmoe.text import aligned, percent, radius
+from advmoe.text import aligned, percent, radius, wrapped
 
 PROBE_LIMIT = 0.01
 """Robust accuracy that the probe may leave (or one example, where that is more)."""
@@ -166,7 +166,8 @@ def table(result: dict[str, Any]) -> str:
         cells = f"{percent(point['robust_accuracy'])} %", f"{low} - {high}", str(point["regained"])
         rows.append((radius(point["eps"], norm), *cells))
     verdict = result["masking"]["reasons"] or ["no sign of gradient masking in this sweep"]
-    return "\n".join([f"{result['num_examples']} images, {norm}", "", *aligned(rows, ">"), "", *verdict])
+    lines = [line for reason in verdict for line in wrapped(reason, "  ")]
+    return "\n".join([f"{result['num_examples']} images, {norm}", "", *aligned(rows, ">"), "", *lines])
 
 
 def _accuracy(robust: Tensor) -> str:

@@ -19,7 +19,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, stale, unsealed
 from advmoe.tables import DATASETS, METHODS
-from advmoe.text import percent, radius
+from advmoe.text import few, macs_unit, percent, radius
 
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
@@ -171,7 +171,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _summary(spec: Mapping[str, Any], record: Record) -> str:
-    lines = [f"An image classifier: {_architecture(spec)}, for {spec['num_classes']} classes"]
+    names = f" ({few(map(str, spec['classes']), 10)})" if spec.get("classes") else ""
+    lines = [f"An image classifier: {_architecture(spec)}, for {spec['num_classes']} classes{names}"]
     lines.append(f" of images of {spec['in_channels']}x{spec['input_size']}x{spec['input_size']}")
     if record.config is not None:
         lines.append(f", trained by `{record.config.training.method}` on `{record.config.data.name}`")
@@ -341,8 +342,11 @@ def _cost(record: Record) -> str:
         return "## Cost\n\nNot measured."
     setting = f"batch {cost.get('batch', '?')}, {cost.get('device', '?')}, {cost.get('threads', '?')} threads"
     setting += f", {cost['precision']}" if "precision" in cost else ""
+    unit, factor = macs_unit([cost.get("gmacs")])
+    if "gmacs" in cost:
+        cost = {**cost, "gmacs": cost["gmacs"] * factor}
     what = {
-        "gmacs": ("GMACs of one image's pathway, routers included", ".4g"),
+        "gmacs": (f"{unit} of one image's pathway, routers included", ".4g"),
         "parameters": ("parameters stored", ","),
         "active_parameters": ("parameters that one image uses", ","),
         "ms_per_image": (f"ms per image ({setting})", ".4g"),

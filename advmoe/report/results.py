@@ -23,6 +23,7 @@ from advmoe.rundir import (
     GALLERY,
     MANIFEST,
     METRICS,
+    MODEL,
     STUDY,
     Epochs,
     digest_at,
@@ -81,6 +82,8 @@ class RunFolder:
     sweep: dict[str, Any]
     dissection: dict[str, Any]
     pathways: dict[str, Any]
+    classes: tuple[str, ...] = ()
+    """Their names, where the model has them."""
     notes: tuple[str, ...] = ()
     """What is wrong with its files: epochs that are damaged, results of other weights, which are left out."""
     gallery: Arrays | None = None
@@ -270,6 +273,7 @@ def _load_run(path: Path, label: str) -> RunFolder:
         sweep=results["sweep"],
         dissection=results["dissection"],
         pathways=results["pathways"],
+        classes=_classes(path / MODEL),
         notes=(*epochs.problems, *(f"{name}.json is of other weights than these, and left out" for name in others)),
         gallery=_current_gallery(path),
     )
@@ -326,6 +330,15 @@ def _require_kinds(arrays: Arrays, path: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no file."""
     return read_result(path) if path.is_file() else {}
+
+
+def _classes(model: Path) -> tuple[str, ...]:
+    """The names of a model's classes; none where its description is damaged, which is not shown."""
+    try:
+        names = _json(model).get("classes")
+    except ValueError:
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:

@@ -16,7 +16,8 @@ from advmoe.report.pathways import pathways
 from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder
 from advmoe.report.sections import Section, Subsection, section
-from advmoe.report.tables import DASH, Cell, number, pairs, percent, seconds, share_cell, table
+from advmoe.report.tables import DASH, Cell, Column, number, pairs, percent, seconds, share_cell, table
+from advmoe.text import few, macs
 
 _LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
 """Terms of the loss, which are logged as they are added up, with their weights."""
@@ -52,7 +53,7 @@ def introduction(run: RunFolder, ident: str) -> Content:
     if run.gallery is None and run.no_gallery:
         notes.append(element("p", f"No gallery could be made: {run.no_gallery}"))
     return [
-        element("p", f"{run.method}: {run.model}, on {_data(run)}.", class_="lead"),
+        element("p", f"{run.method}: {run.model}, on {_data(run)}{_classes(run)}.", class_="lead"),
         tiles(run),
         element("div", notes, class_="note") if notes else None,
     ]
@@ -61,6 +62,11 @@ def introduction(run: RunFolder, ident: str) -> Content:
 def _data(run: RunFolder) -> str:
     name, root = run.field("data", "name"), run.field("data", "root")
     return f"{name} ({root})" if name == "folder" else str(name)
+
+
+def _classes(run: RunFolder) -> str:
+    names = few(run.classes, 10)
+    return f", {len(run.classes)} classes: {names}" if names else ""
 
 
 def tiles(run: RunFolder) -> Html | None:
@@ -77,7 +83,7 @@ def tiles(run: RunFolder) -> Html | None:
     items.append(("Robust, worst case", f"{percent(evaluation.get('worst_case'))} %", "over all attacks at once"))
     if "gmacs" in cost:
         of = "selected pathway, routers included" if run.routed else ""
-        items.append(("Cost of one image", f"{number(cost['gmacs'])} GMACs", of))
+        items.append(("Cost of one image", macs(cost["gmacs"]), of))
     if "ms_per_image" in cost:
         where = f"{cost.get('device')}, batch {cost.get('batch')}, {cost.get('threads')} threads"
         where += f", {cost['precision']}" if "precision" in cost else ""
@@ -253,7 +259,28 @@ def _dissected(run: RunFolder, album: Album, name: str, result: Mapping[str, Any
             "Share of images that each layer sends to each expert, before and under the attack.",
         ),
     ]  # fmt: skip
-    return element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
+    figures = element("div", [album.draw(each, f"{run.label}-{name}") for each in pictures], class_="figures")
+    return Html(figures + (_by_class(run, name, result) or ""))
+
+
+def _by_class(run: RunFolder, name: str, result: Mapping[str, Any]) -> Html | None:
+    """What survived in each class; of many classes the weakest."""
+    named = {"classes": run.classes} if run.classes else {}
+    found = words.class_shares({"per_class": [], **named, **result})
+    rows = [[each["name"], each["num_examples"], *(share_cell(each[part]) for part in _PARTS)] for each in found]
+    total = len(result.get("per_class", ()))
+    which = "each class" if total == len(found) else f"the {len(found)} weakest of {total} classes"
+    caption = f"What survived {name} in {which}, percent."
+    columns: list[Column | str] = [
+        "Class",
+        "Images",
+        Column("Model robust (1 + 2)", "higher"),
+        Column("Routers robust (1 + 3)", "higher"),
+    ]
+    return table(caption, columns, rows) if rows else None
+
+
+_PARTS = ("model", "routers")
 
 
 def commands(run: RunFolder) -> Content:

@@ -13,6 +13,7 @@ from advmoe.report.results import StudyFolder
 from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, decimals, number, pairs, percent, seconds, table
 from advmoe.report.words import flat
+from advmoe.text import macs_column
 
 _VERDICTS = {
     "holds": ("holds", "\N{CHECK MARK}"),
@@ -114,7 +115,7 @@ def p_value(p: float | None) -> Cell:
 def _tables(entries: Sequence[Mapping[str, Any]]) -> Content:
     parts: list[Content] = []
     for entry in entries:
-        columns, rows = beside_paper(entry.get("columns") or [], entry.get("rows") or [])
+        columns, rows = beside_paper(*macs_column(entry.get("columns") or [], entry.get("rows") or []))
         parts.append(element("h4", entry.get("title")) if entry.get("title") else None)
         parts.append(table(str(entry.get("caption") or entry.get("title") or "Results"), columns, rows))
     return parts or None

@@ -13,6 +13,7 @@ from advmoe.report.run_sections import introduction
 from advmoe.report.sections import Section, section
 from advmoe.report.study_sections import p_value, verdict
 from advmoe.report.tables import Cell, Column, share_cell, table
+from advmoe.text import macs_unit
 
 
 def summary(results: Sequence[RunFolder | StudyFolder], album: Album) -> Section:
@@ -50,25 +51,27 @@ def _verdicts(studies: Sequence[StudyFolder]) -> Content:
 
 def _side_by_side(runs: Sequence[RunFolder], album: Album) -> Content:
     attacks = list(dict.fromkeys(name for run in runs for name in run.evaluation.get("robust_accuracy") or {}))
+    unit, factor = macs_unit((run.evaluation.get("cost") or {}).get("gmacs") for run in runs)
     columns: list[Column | str] = [
         "Run", "Method", Column("Clean (SA)", "higher"), *(Column(name, "higher") for name in attacks),
-        Column("Worst case", "higher"), Column("GMACs", "lower"), Column("ms/image", "lower"), "Parameters", "Images",
+        Column("Worst case", "higher"), Column(unit, "lower"), Column("ms/image", "lower"), "Parameters", "Images",
     ]  # fmt: skip
     caption = "Runs side by side; accuracies in percent, clean and under each attack."
-    parts: list[Content] = [table(caption, columns, [_row(run, attacks) for run in runs]), _unlike(runs)]
+    parts: list[Content] = [table(caption, columns, [_row(run, attacks, factor) for run in runs]), _unlike(runs)]
     figures = [_compared(runs, attacks, album), _swept(runs, album)]
     if any(figures):
         parts.append(element("div", figures, class_="figures"))
     return parts
 
 
-def _row(run: RunFolder, attacks: Sequence[str]) -> list[Cell | Content]:
+def _row(run: RunFolder, attacks: Sequence[str], of_gmacs: float) -> list[Cell | Content]:
     evaluation = run.evaluation
     cost, robust = evaluation.get("cost") or {}, evaluation.get("robust_accuracy") or {}
+    macs = None if (gmacs := cost.get("gmacs")) is None else gmacs * of_gmacs
     return [
         run.label, Cell([run.method, element("small", run.model, class_="below")], run.method),
         share_cell(evaluation.get("clean_accuracy")), *(share_cell(robust.get(name)) for name in attacks),
-        share_cell(evaluation.get("worst_case")), cost.get("gmacs"), cost.get("ms_per_image"), cost.get("parameters"),
+        share_cell(evaluation.get("worst_case")), macs, cost.get("ms_per_image"), cost.get("parameters"),
         evaluation.get("num_examples"),
     ]  # fmt: skip
 

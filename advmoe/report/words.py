@@ -32,3 +32,23 @@ def flat(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return number(value)
     return DASH if value is None else str(value)
+
+
+MOST_CLASSES = 20
+"""Classes that a table shows."""
+
+
+def class_shares(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per class its `name`, `num_examples`, and the shares of it where the `model` and where the `routers` withstood
+    the attack; of more than `MOST_CLASSES` those where the model did least.
+    """
+    found = []
+    for each in result["per_class"]:
+        shares = each["categories"]
+        found.append({
+            "name": str(result["classes"][each["class"]]) if "classes" in result else str(each["class"]),
+            "num_examples": each["num_examples"],
+            "model": shares["both_survive"] + shares["only_routing_fails"],
+            "routers": shares["both_survive"] + shares["only_prediction_fails"],
+        })  # fmt: skip
+    return found if len(found) <= MOST_CLASSES else sorted(found, key=lambda each: each["model"])[:MOST_CLASSES]

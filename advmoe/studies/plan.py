@@ -114,6 +114,11 @@ ALONE = ("cost", "pace")
 StudyTask = PlannedRun | PlannedMeasure
 
 
+def kind_of(task: StudyTask) -> str:
+    """What a task does: `train`, or what is measured."""
+    return task.kind if isinstance(task, PlannedMeasure) else "train"
+
+
 @dataclass(frozen=True)
 class PlannedRow:
     """A row with its run and measurements for each seed."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from advmoe.config import Pixels, merged, require
+from advmoe.config import Pixels, merged, require_one_of
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
@@ -179,7 +179,7 @@ class Scale:
 
 def scale_named(name: str) -> Scale:
     """The scale of that name. Raises `ValueError`, which lists those there are."""
-    require(name in _SCALES, "--scale", f"one of {', '.join(_SCALES)}", name)
+    require_one_of(list(_SCALES), "--scale", name)
     return _SCALES[name]
 
 

@@ -22,7 +22,7 @@ from advmoe.studies.results import (
     point,
     seconds_per_epoch,
 )
-from advmoe.text import aligned
+from advmoe.text import WIDTH, aligned, macs_column, tabular, wrapped
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,33 @@ def _number(value: float) -> str:
 
 
 def text(shown: Mapping[str, Any]) -> str:
-    """A table of `study.json` as aligned lines for a terminal, with the paper's numbers in brackets."""
-    heads = [column["title"] for column in shown["columns"]]
-    body = [[_shown(row.get(column["key"])) for column in shown["columns"]] for row in shown["rows"]]
-    return "\n".join([shown["title"], *aligned([heads, *body])])
+    """A table of `study.json` as aligned lines for a terminal, with the paper's numbers in brackets.
+
+    Where it is wide, what all rows are of stands above it.
+    """
+    columns, rows = macs_column(shown["columns"], shown["rows"])
+    heads, body = _cells(columns, rows)
+    lines = [shown["title"]]
+    if len(rows) > 1 and max(map(len, aligned([heads, *body]))) > WIDTH:
+        alike = [column for column in columns if len({str(row.get(column["key"])) for row in rows}) == 1]
+        if common := [f"{each['title']}: {rows[0][each['key']]}" for each in alike if _label(each, rows)]:
+            lines += wrapped(", ".join(common))
+            columns = [column for column in columns if column not in alike or not _label(column, rows)]
+            heads, body = _cells(columns, rows)
+    labels = next((at for at, column in enumerate(columns) if not _label(column, rows)), len(columns))
+    return "\n".join([*lines, *tabular(heads, body, labels=labels)])
+
+
+def _cells(
+    columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    heads = [column["title"] for column in columns]
+    return heads, [[_shown(row.get(column["key"])) for column in columns] for row in rows]
+
+
+def _label(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a column says what its rows are of: in words."""
+    return all(isinstance(row.get(column["key"]), str) for row in rows)
 
 
 def _shown(value: Any) -> str:

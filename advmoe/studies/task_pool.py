@@ -9,20 +9,34 @@ threads changes rounding: so results do not depend on how many processes share t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
+from statistics import mean
 
 from advmoe.errors import BugElsewhere, of_machine
 from advmoe.pool import Answer, Died, Place, Pool
 from advmoe.progress import bar
-from advmoe.studies.plan import PlannedMeasure, StudyTask
+from advmoe.studies.plan import PlannedMeasure, StudyTask, kind_of
 from advmoe.text import cut, one_line
 
-OnProgress = Callable[[str, StudyTask], None]
-"""Called with `starts`, `done` or an error's text, and the task, as it happens."""
+
+class Step(str):
+    """What happens to a task, in a word (`starts`, `done`) or by its error's text; and where the study is then."""
+
+    left: int = 0
+    """Tasks that are not ended."""
+    seconds: float | None = None
+    """What the task took; None where it starts, or was never begun."""
+    seconds_left: float | None = None
+    """About how long the tasks left will take; None before the first has ended well."""
+
+
+OnProgress = Callable[[Step, StudyTask], None]
+"""Called with a task and what happens to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +94,11 @@ def run_tasks(
     todo = {name: task for name, task in tasks.items() if name not in errors and task.state() != "finished"}
     alone = {name: task for name, task in todo.items() if isinstance(task, PlannedMeasure) and task.alone}
     together = {name: task for name, task in todo.items() if name not in alone}
+    clock = _Clock(todo, workers.jobs)
     with bar("study", len(todo), unit="task") as progress:
 
         def counted(word: str, task: StudyTask) -> None:
-            told(word, task)
+            told(clock.step(word, task), task)
             if word != "starts":
                 progress.update()
 
@@ -95,7 +110,46 @@ def run_tasks(
     return errors
 
 
-def _run(tasks: Mapping[str, StudyTask], errors: dict[str, str], pool: Pool, told: OnProgress) -> None:
+class _Clock:
+    """How long tasks take, by kind, and so about how long those left will take `jobs` processes."""
+
+    def __init__(self, tasks: Mapping[str, StudyTask], jobs: int) -> None:
+        self.left, self.jobs = dict(tasks), jobs
+        self.begun: dict[str, float] = {}
+        self.took: dict[str, list[float]] = {}
+
+    def step(self, word: str, task: StudyTask) -> Step:
+        """What is told of a task's start or end."""
+        step, now = Step(word), time.perf_counter()
+        if word == "starts":
+            self.begun[task.id] = now
+        else:
+            self.left.pop(task.id, None)
+            if task.id in self.begun:
+                step.seconds = now - self.begun.pop(task.id)
+            if word == "done" and step.seconds is not None:
+                self.took.setdefault(kind_of(task), []).append(step.seconds)
+        step.left, step.seconds_left = len(self.left), self._estimate(now)
+        return step
+
+    def _estimate(self, now: float) -> float | None:
+        if not self.took:
+            return None
+        means = {kind: mean(seconds) for kind, seconds in self.took.items()}
+        usual, together, alone = mean(means.values()), 0.0, 0.0
+        for task in self.left.values():
+            passed = now - self.begun.get(task.id, now)
+            rest = max(0.0, means.get(kind_of(task), usual) - passed)
+            if isinstance(task, PlannedMeasure) and task.alone:
+                alone += rest
+            else:
+                together += rest
+        return together / self.jobs + alone
+
+
+def _run(
+    tasks: Mapping[str, StudyTask], errors: dict[str, str], pool: Pool, told: Callable[[str, StudyTask], None]
+) -> None:
     """Do `tasks` in the workers of `pool`, in their order as far as what they need is done."""
     order = TopologicalSorter({name: [need for need in task.needs if need in tasks] for name, task in tasks.items()})
     order.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ class Family(Generic[Entry]):
     """The entry of a name; None where the name is not of the family, `InputError` where its numbers do not do."""
     example: str = ""
     """A name of the family, for the tests that try every entry: the cheapest."""
+    usual: tuple[str, ...] = ()
+    """Names that a mistyped one may have meant, with its own numbers in place of theirs."""
 
 
 class Table(MutableMapping[str, Entry]):
@@ -69,7 +72,14 @@ class Table(MutableMapping[str, Entry]):
             discover()
             if name in self._entries:
                 return self._entries[name]
-        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}{nearest(name, self)}")
+        raise InputError(f"{field or self.field} must be one of {self.known()}, got {show(name)}{self.near(name)}")
+
+    def near(self, name: Any) -> str:
+        """A hint at the name that a mistyped one may have meant, to end a message with; empty without any."""
+        if not isinstance(name, str):
+            return ""
+        usual = [each for family in self.families for each in (family.example, *family.usual)]
+        return nearest(name, [*self, *(_with_numbers_of(name, each) for each in usual)])
 
     def _named(self, name: str) -> Entry | None:
         if name in self._entries:
@@ -90,6 +100,11 @@ class Table(MutableMapping[str, Entry]):
         if self._named(name) is not None:
             raise InputError(f"{self.field} has {show(name)} already")
         self._entries[name] = entry
+
+
+def _with_numbers_of(name: str, usual: str) -> str:
+    numbers = iter(re.findall(r"\d+", name))
+    return re.sub(r"\d+", lambda match: next(numbers, match[0]), usual)
 
 
 def lazily(path: str, **options: Any) -> Callable[..., Any]:

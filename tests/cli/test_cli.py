@@ -1,6 +1,7 @@
 """The command line as a whole: mistakes, pipes, and what needs no PyTorch. Commands have files of their own."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -226,7 +227,7 @@ def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
 def test_recipes_and_version(tmp_path: Path) -> None:
     listed = run(tmp_path, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
-    indented = [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")]
+    indented = [line.split()[0] for line in listed.stdout.splitlines() if re.match(r"  \S", line)]
     assert indented == [*SETTINGS, *METHODS]
     assert "as in cifar10-resnet18-advmoe" in listed.stdout
     assert run(tmp_path, "--version").stdout.startswith("advmoe ")
@@ -279,6 +280,13 @@ def test_help_of_a_command(tmp_path: Path) -> None:
         (["train", "--config", "digit-advmoe"], "digits-advmoe"),
         ([*TRAIN, "--model.name", "resnet81"], "resnet18"),
         ([*TRAIN, "--training.method", "advmo"], "advmoe"),
+        ([*TRAIN, "--threat.norm", "lnf"], "linf"),
+        (["train", "--data.name", "cifr10"], "cifar10"),
+        (["study", "fig2", "--scale", "smok"], "smoke"),
+        (["cost", "wrm-28-10"], "wrn-28-10"),
+        (["--completoin", "bash"], "--completion"),
+        (["--versoin"], "--version"),
+        (["recipes", "--log-format", "jsn"], "json"),
     ],
 )
 def test_a_slip_of_the_fingers_gets_the_nearest_name(

@@ -56,7 +56,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "pgd-50-soft      69.1 %",
         "worst case       68.0 %",
         "masking gap  2.0 points  straight-through PGD less the worst case",
-        "gmacs             0.139",
+        "GMACs             0.139",
         "parameters    1,234,567",
         "",
         "routed: nothing to attack",

@@ -47,7 +47,8 @@ def test_everything_is_passed_on_and_the_report_is_aligned_lines(monkeypatch, ca
         "check     100 random images, 7 pathways: 2.3e-06 from PyTorch",
         "tie       image 3, layer 5: another expert, whose score is 1.2e-07 less",
         "check     3 images of other sizes, 2 pathways: 1e-06 from PyTorch",
-        "ms/image  PyTorch 12.3, exported 4.12: 3.00x as fast (batch 1, 2 threads, medians of 40)",
+        "ms/image  PyTorch 12.3, exported 4.12: 3.00x as fast (batch 1, 2 threads,",
+        "          medians of 40)",
         "",
         "written to m.onnx and m.onnx.json",
     ]

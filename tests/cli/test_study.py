@@ -26,9 +26,9 @@ def advmoe(tmp_path, monkeypatch, capsys):
 def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
     code, out, err = advmoe("study", "list")
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
-    lines = out.splitlines()
+    lines = re.sub(r"\n {4,}", " ", out).splitlines()  # those that go on
     assert [line.split()[0] for line in lines] == list(STUDIES)
-    assert all(line.endswith(study.shows) for line, study in zip(lines, STUDIES.values(), strict=True))
+    assert all(line.endswith(f"  {study.shows}") for line, study in zip(lines, STUDIES.values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,15 @@ CONTENT = {
 
 def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypatch):
     seen = []
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
 
     def run_study(name, options, told):
         from advmoe.studies.plan import PlannedMeasure, PlannedRun
+        from advmoe.studies.task_pool import Step
 
         run = PlannedRun("abc", "AdvMoE, ResNet-18, digits", 3, {}, Path("abc"), None)
-        told("starts", run)
-        told("so far", PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
+        told(Step("starts"), run)
+        told(Step("so far"), PlannedMeasure(run, "evaluate", {}, None, "evaluate-1"))
         seen.append((name, options))
         return Path("home"), CONTENT
 

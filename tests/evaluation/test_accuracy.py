@@ -113,7 +113,7 @@ def test_an_attack_that_cannot_be_made_is_named(names, message):
 
 def test_steps_too_short_for_the_ball_are_flagged():
     result = evaluate(Threshold(), planted(), threat=THREAT, steps=2, step_size=0.05)
-    flag = "2 steps of 0.05 cannot cross the ball from its centre to its edge, 0.102"
+    flag = "2 steps of 0.05 cannot cross the ball from its centre to its edge, 26/255"
     assert result["attacks"]["pgd-2"]["flags"] == {flag: 1}
 
 

@@ -109,7 +109,7 @@ def test_the_card_of_a_real_run_says_what_its_files_say(stored_run: Path, tmp_pa
     assert table["worst case over all of them"] == ["24.5", "22.7 to 26.4"]
     assert table["parameters stored"] == [f"{evaluation['cost']['parameters']:,}"] == ["354,314"]
     assert table["parameters that one image uses"] == ["182,666"]
-    assert table["GMACs of one image's pathway, routers included"] == ["0.008878"]
+    assert table["MMACs of one image's pathway, routers included"] == ["8.878"]
     assert table["ms per image (batch 128, cpu, 2 threads)"] == ["0.9687"]
     for text in (
         "Measured on 2,000 images of `folder` (test), threat model linf 8/255",

@@ -126,7 +126,7 @@ def test_a_converted_network_is_trained_measured_and_continued(place, capsys):
     named = ["--model", "moved.py:net"]
     both = ["--attacks", "pgd,routed", "--batch-size", "6", "--workers", "2"]
     code, out, err = command(place, "evaluate", run, *named, *SMALL, *both)
-    assert (code, err) == (0, "") and "worst case" in out and "gmacs" in out
+    assert (code, err) == (0, "") and "worst case" in out and "MACs" in out
     assert cli.main(["dissect", str(run), *named, *SMALL, "--no-figure"]) == 0
     assert "4 MoE layers of 2 experts" in capsys.readouterr().out
     assert cli.main(["sweep-eps", str(run), *named, "--eps", "0,0.1", *SMALL, "--no-figure"]) == 0
