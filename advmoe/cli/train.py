@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,9 +19,11 @@ from advmoe.cli.arguments import (
     number,
     to_run,
 )
+from advmoe.cli.sbatch import Job, script, without
 from advmoe.config import OWN_MODEL, Config, Hours, Processes, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
+from advmoe.files import require_writable, write_text
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, METRICS, Epochs
 from advmoe.tables import DATASETS
@@ -45,6 +48,7 @@ def parser() -> Parser:
     add("--devices", metavar="K", help=f"processes on a machine, each with a device of its own (default: {usual})")
     add("--num-nodes", metavar="N", help="checked where torchrun or srun starts the processes, as --devices is there")
     add("--max-hours", metavar="H", help="stop after H hours with exit code 85; --resume goes on from there")
+    add("--sbatch", metavar="FILE", help="train nothing here: write a script for SLURM, which requeues itself")
     add("--tensorboard", action="store_true", help="show every epoch in RUN/tensorboard too (extra tensorboard)")
     add_engine(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=True)
@@ -70,10 +74,11 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         config.require_trainable()
         rule = "new or empty (--resume continues a run, --run-dir names another place)"
         require(startable(run_dir), "the run directory", rule, str(run_dir))
-
     named = model.get("source", config.model.source)
     own = ["--model", named] if named is not None else []
     again = to_run("train", "--resume", run_dir, *own, plugins_of=argv)
+    if "sbatch" in args:
+        return _write_script(Path(args["sbatch"]), run_dir, engine, argv, again)
     with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
         from advmoe.training.preemption import REQUEUE, Stopped
@@ -100,6 +105,19 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     for line in _unused(run_dir / METRICS):
         print(line)
     print(f"run   {run_dir}\nnext  {to_run('evaluate', run_dir, *own, plugins_of=argv)}")
+    return 0
+
+
+def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], argv: list[str], again: str) -> int:
+    """Write the script for SLURM that runs the command of `argv` there, and goes on by `again`; the exit code."""
+    require(not file.exists(), "--sbatch", "a file that is not there yet", str(file))
+    require(file.parent.is_dir(), "--sbatch", "in a directory that exists", str(file))
+    require_writable("--sbatch", file.parent)
+    nodes, tasks = engine["num_nodes"] or 1, engine["devices"] or 1
+    job = Job(run_dir, nodes, tasks, engine["accelerator"] != "cpu", engine["threads"], engine["max_hours"])
+    words = [*without(argv, "--sbatch", "--max-hours", "--resume", "--run-dir"), "--run-dir", str(run_dir)]
+    write_text(file, script(job, to_run(*words), again))
+    print(f"written to {file}\nnext  sbatch {shlex.quote(str(file))}")
     return 0
 
 
