@@ -67,6 +67,7 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     seen = fake(monkeypatch, "advmoe.training.run.train")
     monkeypatch.chdir(tmp_path)
     argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu", "--tensorboard"]
+    argv += ["--max-hours", "0.5"]
     assert cli.main(argv) == 0
     (config,) = seen.pop("args")
     assert config.training.seed == 3 and config.model.width == 16
@@ -74,8 +75,10 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "run_dir": Path("runs/digits-advmoe-3"),
         "name": "digits-advmoe",
         "devices": 2,
+        "num_nodes": None,
         "accelerator": "cpu",
         "threads": 1,
+        "max_hours": 0.5,
         "command": ["advmoe", *argv],
         "tensorboard": True,
     }
@@ -106,7 +109,8 @@ def test_resume_keeps_the_run_s_settings(tmp_path: Path, monkeypatch: pytest.Mon
     seen = fake(monkeypatch, "advmoe.training.run.resume")
     assert cli.main(["train", "--resume", str(tmp_path), "--threads", "2"]) == 0
     # What is not named is left to the run's manifest.
-    assert seen == {"args": (tmp_path,), "source": None, "tensorboard": False, "devices": None, "threads": 2}
+    unnamed = dict.fromkeys(["source", "devices", "num_nodes", "max_hours"])
+    assert seen == {"args": (tmp_path,), "tensorboard": False, "threads": 2, **unnamed}
     assert cli.main(["train", "--resume", str(tmp_path), "--accelerator", "cpu"]) == 0
     assert seen["accelerator"] == "cpu"
 

@@ -223,7 +223,7 @@ def test_any_width_that_leaves_every_layer_a_channel(name, width):
 
 def test_errors():
     with pytest.raises(
-        ValueError, match=r"^model.name must be one of resnet18, .*densenet40.*wrn-28-10.*, got 'wrn-28'$"
+        ValueError, match=r"^model.name must be one of resnet18, .*densenet40.*wrn-28-10.*, got 'wrn-28' .*wrn-28-1.*$"
     ):
         create_model("wrn-28", num_classes=10)
     with pytest.raises(ValueError, match=r"^input_size must be >= 16, got 15$"):

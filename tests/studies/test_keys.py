@@ -6,7 +6,10 @@ from advmoe.config import Config, field_names
 from advmoe.studies.keys import digest, measure_key, run_key
 
 OF_ROUTED = {"model.num_experts", "model.router", "model.route_per", "model.experts", "model.experts_init"}
-NO_RESULT = {"data.root", "data.download", "data.workers", "training.init_from", "training.alternation"}
+NO_RESULT = {
+    "data.root", "data.download", "data.workers", "training.init_from", "training.alternation",
+    "training.checkpoint_minutes",
+}  # fmt: skip
 """An alternation is of `advmoe` alone."""
 OF_ATTACKS = {name for name in field_names() if name.startswith("attack.")}
 
