@@ -66,6 +66,7 @@ def study(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_trains_and_measures_what_a_plugin_has(study):
     content = json.loads((study / "study.json").read_text())
     assert [(run["name"], run["status"]) for run in content["runs"]] == [(f"AT (MoE), {CALLED}", "finished")]
@@ -79,6 +80,7 @@ def test_a_study_trains_and_measures_what_a_plugin_has(study):
     assert 0 <= row["worst"]["mean"] <= row["ra_pgd"]["mean"] <= row["sa"]["mean"] <= 100
 
 
+@pytest.mark.slow
 def test_a_report_of_the_study_calls_them_by_their_labels(study):
     page = (study.parents[1] / "report.html").read_text()
     assert "Tiny CNN of width 8" in page and "digits, inverted at 16 pixels" in page

@@ -177,6 +177,7 @@ def test_the_attack_inside_a_training_step_is_not_drawn(monkeypatch: pytest.Monk
     assert asked and not any(asked)
 
 
+@pytest.mark.slow
 def test_on_a_real_terminal(make_digits_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_digits_run(tmp_path / "run")
     ours, theirs = os.openpty()

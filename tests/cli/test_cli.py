@@ -187,6 +187,7 @@ def test_nobody_need_hear_what_is_told(tmp_path: Path) -> None:
     assert done.stdout == b"done\n"
 
 
+@pytest.mark.slow
 def test_no_room_for_bytecode_leaves_every_module_whole(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -217,6 +217,7 @@ def runs(make_digits_run, tmp_path_factory):
 SMALL = ["--num-examples", "40", "--accelerator", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_run_is_traced_as_a_user_does(runs, tmp_path):
     words = ["pathways", runs / "run", "--against", runs / "sparse", "--out", tmp_path / "found", *SMALL]
     done = subprocess.run(

@@ -316,7 +316,7 @@ def test_processes_are_as_many_as_the_cores_that_are_asked_for(monkeypatch):
 
 
 def test_a_dissection_adds_up_and_is_drawn(run_dir, command):
-    code, out, err = command("dissect", run_dir, *SMALL, "--accelerator", "cpu", "--batch-size", "1")
+    code, out, err = command("dissect", run_dir, *SMALL[:-1], "12", "--accelerator", "cpu", "--batch-size", "1")
     assert (code, err) == (0, "")
     found = json.loads((run_dir / "dissection.json").read_text())["pgd-4"]
     assert sum(found["categories"].values()) == pytest.approx(1)
@@ -326,7 +326,7 @@ def test_a_dissection_adds_up_and_is_drawn(run_dir, command):
     assert (run_dir / "dissection-pgd-4.svg").exists() and "pgd-4" in out and "masking gap  0.0 points" in out
     # The same attack measured the other way. Batches of one image start alike, though wrong images are not attacked.
     result = evaluate_run(
-        run_dir, attacks=["pgd-4"], num_examples=36, batch_size=1, accelerator="cpu", overrides={"attack": {"steps": 4}}
+        run_dir, attacks=["pgd-4"], num_examples=12, batch_size=1, accelerator="cpu", overrides={"attack": {"steps": 4}}
     )
     assert result["robust_accuracy"]["pgd-4"] == found["robust_accuracy"]
 

@@ -75,8 +75,9 @@ def macs_of(path) -> int:
     "kwargs",
     [
         {"router": "layer"},
-        {"router": "embedding", "experts": "independent", "num_experts": 3},
-        {"router": "image", "num_experts": 3, "scale": 0.5},  # windows that overlap and wrap around
+        pytest.param({"router": "embedding", "experts": "independent", "num_experts": 3}, marks=pytest.mark.slow),
+        # Windows that overlap and wrap around.
+        pytest.param({"router": "image", "num_experts": 3, "scale": 0.5}, marks=pytest.mark.slow),
     ],
     ids=lambda kwargs: "-".join(map(str, kwargs.values())),
 )
@@ -121,6 +122,7 @@ def test_every_backbone_gathers_its_banks(tmp_path, name, warmed):
     assert users == ["Gather"] * len(banks)  # one for each, where equal banks are kept once too
 
 
+@pytest.mark.slow
 def test_a_converted_network_and_a_plain_one(tmp_path):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2, padding_mode="reflect", padding=1)]
@@ -143,6 +145,7 @@ def test_a_converted_network_and_a_plain_one(tmp_path):
     assert report["outputs"] == {"logits": ["N", 5]} and report["check"]["pathways"] == 0
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch_of_any_size(tmp_path, warmed):
     model = warmed(num_experts=3)
     report = export_model(model, tmp_path / "net.onnx", dynamic_batch=True, opset=18, threads=1)

@@ -93,6 +93,7 @@ DENSE, ROUTED, START = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_trains_and_measures_stage_by_stage(done):
     root, heard, home, _ = done
     expected = [(DENSE, "train"), (DENSE, "evaluate"), (START, "train"), (ROUTED, "train"), (ROUTED, "evaluate")]
@@ -103,6 +104,7 @@ def test_a_study_trains_and_measures_stage_by_stage(done):
     assert {task.state() for _, task in heard} == {"finished"}
 
 
+@pytest.mark.slow
 def test_study_json_holds_what_was_found_and_what_made_it(done):
     root, heard, home, content = done
     assert json.loads((home / "study.json").read_text()) == content
@@ -151,6 +153,7 @@ def key(content, name):
     return next(run["key"] for run in content["runs"] if run["name"] == name)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(done):
     root, _, home, content = done
     heard = []
@@ -159,6 +162,7 @@ def test_what_is_finished_is_not_done_again(done):
     assert {**second, "created": 0} == {**content, "created": 0}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_once(done, tmp_path):
     root, _, _, content = done
     shutil.copytree(root, tmp_path / "studies")
@@ -194,6 +198,7 @@ def test_an_interrupted_run_is_continued_and_what_fails_is_reported_and_tried_on
     assert second["tables"][0]["rows"][0] == content["tables"][0]["rows"][0]
 
 
+@pytest.mark.slow
 def test_a_plan_holds_later_stages_once_the_earlier_are_finished(done, tmp_path):
     root, _, _, content = done
     tasks = plan_study("tiny", options(root))
@@ -207,6 +212,7 @@ def test_a_plan_holds_later_stages_once_the_earlier_are_finished(done, tmp_path)
     assert list(planned) == [name for name in tasks if name.split("/")[0] == key(content, DENSE)]
 
 
+@pytest.mark.slow
 def test_a_run_that_lies_there_and_was_trained_otherwise_is_refused(done, tmp_path):
     _, _, _, content = done
     run = tmp_path / "runs" / key(content, DENSE)

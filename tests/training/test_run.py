@@ -111,7 +111,7 @@ def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(signal.SIGKILL, id="kill -9"),
+        pytest.param(signal.SIGKILL, id="kill -9", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow),  # whose end test_signals has
     ],
 )

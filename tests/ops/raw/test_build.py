@@ -81,6 +81,7 @@ def built():
     return build.built.__wrapped__()
 
 
+@pytest.mark.slow
 def test_compiled_once_and_kept(cache, compiler, tmp_path):
     compiler('g++ "$@" -O0')  # quickly
     assert reported() == ("True None", "")
@@ -91,6 +92,7 @@ def test_compiled_once_and_kept(cache, compiler, tmp_path):
     assert file.stat().st_mtime_ns == made and calls(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(cache, compiler, library):
     compiler(copying(library))
     with ThreadPoolExecutor(2) as pool:
@@ -117,6 +119,7 @@ for damaged in (b"", b"not a library", whole[: half // 25], whole[:half], whole[
 """
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(cache, compiler, library, tmp_path):
     compiler(copying(library))
     subprocess.run([sys.executable, "-c", DAMAGES, str(cache)], check=True)
@@ -288,6 +291,7 @@ def test_without_a_compiler_pytorch_computes_everything(cache, monkeypatch, capf
     assert names(cache) == []
 
 
+@pytest.mark.slow
 def test_a_process_without_kernels_computes(cache, compiler):
     compiler("exit 1")
     code = "import torch, advmoe; torch.set_num_threads(1)\n"
