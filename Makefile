@@ -1,4 +1,4 @@
-# make demo | test | test-plain | cuda | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and
+# make demo | test | test-plain | cuda | slurm | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and
 # makes its own environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -34,7 +34,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_export.py tests/cli/test_train.p
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain cuda slow studies soak check lowest docs dist format clean
+.PHONY: demo test test-plain cuda slurm slow studies soak check lowest docs dist format clean
 
 # In the developers' environment where there is one, else with what it needs and nothing else.
 demo:
@@ -59,6 +59,10 @@ test-plain: $(INSTALLED)
 cuda: $(INSTALLED)
 	$(BIN)/python tests/cuda/pretended.py
 	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist worksteal -m gpu
+
+# A real SLURM of two nodes on this machine: as root, with slurm-wlm and munge installed; it takes /etc/slurm.
+slurm: $(INSTALLED)
+	TESTS_MAY_START_SLURM=1 $(BIN)/python -m pytest -m slurm
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
