@@ -86,6 +86,7 @@ def test_empty_batch() -> None:
     assert augment(torch.empty(0, 3, 4, 4), generator=seeded(), padding=1, flip=True).shape == (0, 3, 4, 4)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cpu_generator_gives_the_same_crops_on_cuda() -> None:
     images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8, generator=seeded())
