@@ -147,12 +147,14 @@ class Waited:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, plan: Iterable[Tensor], variation: Variation | None) -> Generator[tuple[Tensor, Tensor]]:
-        drawn = self.images.batches(plan, variation)
+    def batches(
+        self, plan: Iterable[Tensor], variation: Variation | None, start: int = 0
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        drawn = self.images.batches(plan, variation, start)
         while True:
-            start = now(self.device)
+            began = now(self.device)
             batch = next(drawn, None)
-            self.milliseconds += 1000 * (now(self.device) - start)
+            self.milliseconds += 1000 * (now(self.device) - began)
             if batch is None:
                 return
             yield batch

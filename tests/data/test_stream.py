@@ -98,6 +98,13 @@ def test_crops_are_drawn_anew_for_each_epoch_and_each_place(files: FileSet) -> N
     assert not torch.equal(first[0][0], drawn(files)[0][0])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_handed_out_before_is_left_out(files: FileSet, workers: int) -> None:
+    whole = drawn(files, variation=variation())
+    assert_same(drawn(replace(files, workers=workers), variation=variation(), start=2), whole[2:])
+    assert len(whole) > 2 and drawn(files, start=len(whole)) == []
+
+
 def test_neither_the_number_of_processes_nor_their_order_changes_a_pixel(files: FileSet) -> None:
     state = torch.get_rng_state()
     for workers in (1, 2):
