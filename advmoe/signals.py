@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType
+from typing import Any
 
 NAMES = ("SIGTERM", "SIGHUP")
 """Signals that ask a process to end, besides Ctrl-C's SIGINT; not every system has the second."""
@@ -31,27 +32,37 @@ def described(error: KeyboardInterrupt) -> tuple[str, int]:
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-    present = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
-    before = {number: signal.getsignal(number) for number in present}
-    ours = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
-
-    def end(number: int, _: FrameType | None) -> None:
-        for each in ours:  # a second one must not cut short what the first began
-            signal.signal(each, signal.SIG_IGN)
-        raise Ended(number)
-
-    for each in ours:
-        signal.signal(each, end)
+def handled(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], None], *, unless: Callable[[Any], bool]
+) -> Iterator[None]:
+    """Inside, the main thread's signals of `names` that this system has go to `handler`, `unless` one has a handler
+    that is to stay. Nothing in another thread, where none can be set.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        present = [number for name in names if (number := getattr(signal, name, None)) is not None]
+        before = {number: known for number in present if not unless(known := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for each, handler in ours.items():
-            signal.signal(each, handler)
+        for number, known in before.items():
+            signal.signal(number, known)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        for name in NAMES:  # a second one must not cut short what the first began
+            if (other := getattr(signal, name, None)) is not None and signal.getsignal(other) is end:
+                signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    with handled(NAMES, end, unless=lambda known: known != signal.SIG_DFL):
+        yield
 
 
 def leave_to_parent(*, terminable: bool = False) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from advmoe.moe.layer import MoELayer
 
 MOST_MASKED = 4
-"""Experts up to which a GPU computes all for every image. On paper: at CIFAR's size a step's arithmetic takes a H200
+"""Experts up to which a GPU computes all for every image. On paper: at CIFAR's size a step's arithmetic takes an H200
 about 1 ms, its launches tens, and each layer's dispatch a wait beside (docs/how-to/gpus.md).
 """
 

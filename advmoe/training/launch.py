@@ -27,7 +27,7 @@ from advmoe.progress import unshared
 from advmoe.signals import leave_to_parent
 from advmoe.training import preemption
 from advmoe.training.launchers import Member, launched
-from advmoe.training.preemption import ASKED, Requests, Stopped
+from advmoe.training.preemption import Requests, Stopped
 from advmoe.training.trainer import TrainingDiverged
 
 _LEFT = (
@@ -148,7 +148,7 @@ def launch(work: Callable[[Fabric], None], engine: Engine) -> None:
             with requests.listening():
                 _hear(children, lambda: asked.set() if requests.reason() is not None else None)
         except Stopped as error:  # the children know no more than that this process asked for it
-            raise (Stopped(f"{reason}{_where(error)}") if (reason := requests.reason()) else error) from None
+            raise Stopped(requests.reason() or error.reason, error.where) from None
         finally:
             for pipe, process in children.items():
                 pipe.close()
@@ -162,11 +162,6 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
     return port
-
-
-def _where(stopped: Stopped) -> str:
-    """Where a child stopped: what its message says after the reason."""
-    return str(stopped).removeprefix(ASKED)
 
 
 def _hear(children: dict[Connection, Any], meanwhile: Callable[[], None]) -> None:

@@ -96,7 +96,7 @@ def fit(
                 checkpoints.save(run_dir / LAST, trainer.state(progress))
             fabric.barrier()
             if epoch + 1 < epochs and (reason := requests.agreed(fabric)[1]) is not None:
-                raise Stopped(f"{reason} after epoch {epoch + 1} of {epochs}")
+                raise Stopped(reason, f"after epoch {epoch + 1} of {epochs}")
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
         print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
@@ -124,7 +124,7 @@ def _heed(
         checkpoints.save(run_dir / LAST, replace(state, more=state.more | midway.tensors()))
     trainer.fabric.barrier()
     if reason is not None:
-        raise Stopped(f"{reason} within epoch {progress['epoch'] + 1}, after {done} of its iterations")
+        raise Stopped(reason, f"within epoch {progress['epoch'] + 1}, after {done} of its iterations")
 
 
 def _tell_differences(manifest: dict[str, Any], resumption: dict[str, Any]) -> None:

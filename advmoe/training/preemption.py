@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,19 +17,24 @@ from types import FrameType
 import torch
 from lightning_fabric import Fabric
 
-from advmoe.signals import Ended
+from advmoe.signals import Ended, handled
 
 REQUEUE = 85
 """The exit code of a run that stopped before its end and can go on."""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-ASKED = "stopped by its parent"
-
+SIGNALS = ("SIGTERM", "SIGUSR1")
 parent_asks: Callable[[], bool] = bool
 """Whether the process that started this one, if one of ours did, wants it to stop."""
 
 
 class Stopped(RuntimeError):
-    """Training stopped before its end, as it was told to; all of it is kept."""
+    """Training stopped before its end, as it was told to, for a `reason`, at a place (`where`); all of it is kept."""
+
+    def __init__(self, reason: str, where: str) -> None:
+        super().__init__(reason, where)
+        self.reason, self.where = reason, where
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.where}"
 
 
 @dataclass
@@ -49,23 +53,14 @@ class Requests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, SIGTERM and SIGUSR1 ask the run to stop, unless this process ignores them; a second one ends it."""
-        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-            yield
-            return
-        before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
         def hear(number: int, _: FrameType | None) -> None:
             if self.told is not None:
                 raise Ended(number)
             self.told = number
 
-        for number in before:
-            signal.signal(number, hear)
-        try:
+        with handled(SIGNALS, hear, unless=lambda handler: handler == signal.SIG_IGN):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def reason(self) -> str | None:
         """Why this process is to stop now; None where it may go on."""
@@ -73,7 +68,7 @@ class Requests:
             return f"stopped by {signal.Signals(self.told).name}"
         if time.monotonic() >= self.deadline:
             return "stopped at --max-hours"
-        return ASKED if parent_asks() else None
+        return "stopped by the process that began it" if parent_asks() else None
 
     def agreed(self, fabric: Fabric) -> tuple[bool, str | None]:
         """Whether to save now, and why to stop after it, on every process alike."""

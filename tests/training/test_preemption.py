@@ -114,14 +114,15 @@ def test_a_time_set_ahead_stops_a_run(tmp_path):
 
 def test_signals_ask_once_and_then_end():
     requests, fabric = Requests(), Fabric(accelerator="cpu", devices=1)
-    before = [signal.getsignal(number) for number in SIGNALS]
+    numbers = [getattr(signal, name) for name in SIGNALS]
+    before = [signal.getsignal(number) for number in numbers]
     with requests.listening():
         assert requests.agreed(fabric) == (False, None)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert requests.agreed(fabric) == (True, "stopped by SIGUSR1")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_what_is_ignored_stays_ignored():
