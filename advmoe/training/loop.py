@@ -86,9 +86,7 @@ def fit(
                 if better:
                     _keep_best(trainer, run_dir, progress)
             if epoch + 1 == phase.end < epochs:
-                fabric.barrier()
-                state = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
-                leave(phase, trainer, run, state.weights)
+                _leave_with_best(phase, trainer, run, run_dir)
                 phase = phase_at(plan, epoch + 1)
                 trainer = enter(phase, run)
                 progress["best"] = None
@@ -100,6 +98,13 @@ def fit(
     if fabric.is_global_zero:
         _finish(trainer, run_dir, manifest, progress)
         print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
+
+
+def _leave_with_best(phase: Phase, trainer: Trainer, run: Trainer, run_dir: Path) -> None:
+    """End a phase: the whole run's model goes on from the phase's best checkpoint."""
+    run.fabric.barrier()
+    best = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
+    leave(phase, trainer, run, best.weights)
 
 
 def _heed(
