@@ -21,7 +21,7 @@ from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
 from advmoe.models import Classifier
-from advmoe.models.compiled import compile_model
+from advmoe.models.compiled import Network, compiled
 from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
@@ -72,6 +72,8 @@ class Trainer:
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
     """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
+    network: Network = field(init=False)
+    """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
@@ -106,11 +108,16 @@ class Trainer:
         if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         set_compute(self.model, t.compute, device)
-        if t.compile:
-            compile_model(self.model)
+        self.network = self._compiled() if t.compile else self.model
         self.use, self.means = LayerUse(), EpochMeans()
         # A network of the user's own may hold infinities on purpose, in a mask say.
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
+
+    def _compiled(self) -> Network:
+        """The model, compiled; on a GPU each of its graphs is replayed whole, where batches have one size."""
+        one_size = self.config.training.attack_routing != "mixed"
+        replayed = self.fabric.device.type == "cuda" and one_size
+        return compiled(self.model, **({"mode": "reduce-overhead"} if replayed else {}))
 
     def attack(self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None) -> Tensor:
         """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
@@ -124,13 +131,13 @@ class Trainer:
         )  # fmt: skip
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.model, x, held=earlier)
-            soft = soft_routing(self.model)
+                return search(self.network, x, held=earlier)
+            soft = soft_routing(self.network)
             if t.attack_routing == "soft":
                 return search(soft, x, held=earlier)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
-            for predict, chosen in ((self.model, ~softly), (soft, softly)):
+            for predict, chosen in ((self.network, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
                     x_adv[index] = search(predict, part, held=None if earlier is None else earlier[index])
@@ -167,10 +174,10 @@ class Trainer:
         t = self.config.training
         with self.fabric.autocast():
             if x_adv is None:
-                terms, routing, logits = cross_entropy(self.model, x, y)
+                terms, routing, logits = cross_entropy(self.network, x, y)
                 passes = [routing]
             else:
-                terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
+                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta)
                 passes = [routing, adversarial]
                 if self.table is not None and level.part == "routers":
                     terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
