@@ -57,6 +57,10 @@ def _table(result: dict[str, Any]) -> str:
     rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))
     if "masking_gap" in result:
         rows.append(("masking gap", "-" if gap is None else f"{percent(gap)} points", _GAP))
+    passes = result.get("gradient_passes", {})
+    if passes.get("worst_case") is not None:
+        of_pgd = "" if passes["straight_through"] is None else f", {passes['straight_through']:,} of that PGD"
+        rows.append(("gradient passes", f"{passes['worst_case']:,}", f"that a robust image withstood{of_pgd}"))
     for name, value in result.get("cost", {}).items():
         unit, factor = macs_unit([value]) if name == "gmacs" else (name.replace("_", " "), 1)
         rows.append((unit, _plain(value * factor if factor != 1 else value), ""))

@@ -29,6 +29,7 @@ from advmoe.evaluation.outcomes import (
     classified,
     collected,
     column,
+    gradient_passes,
     make_job,
     masking_gap,
     routed_plan,
@@ -170,6 +171,7 @@ def _numbers(
     return {
         **summary(robust),
         "masking_gap": masking_gap(robust),
+        "gradient_passes": gradient_passes(entries),
         "threat": asdict(job.setting.threat),
         "attack": job.setting.described | {"batch_size": job.batch_size, "seed": job.seed},
         "attacks": entries,
@@ -215,9 +217,10 @@ def evaluate(
     Args:
         data: an `ImageSet` or `FileSet`, pixels (N, C, H, W) and classes (N,), or a `DataLoader` or other iterable of
             such batches, which is read into memory. threat: default l-inf, 8/255.
-        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
-            under soft-routing gradients too. Functions `(predict, x, y, *, threat, seed) -> adversarial x` count in the
-            worst case like any other, under their own names (see `extend.register_attack`).
+        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and as many steps again: under
+            soft-routing gradients for a routed model of ours, on the margin for any other. Functions
+            `(predict, x, y, *, threat, seed) -> adversarial x` count in the worst case like any other, under their own
+            names (see `extend.register_attack`).
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
         seed: of every random draw. progress: show a bar on a terminal.
         allow: checks made before the attack that may fail, by name.

@@ -83,6 +83,7 @@ class Job:
             "robust": outcome.robust.int().tolist(), "predicted": outcome.predicted.tolist(), "parts": outcome.parts,
             "flags": outcome.flags, "seconds": outcome.seconds, "settings": dict(attack.settings),
             "model_calls": {"forward": counted.forward, "gradient": counted.gradient},
+            "gradient_passes": counted.gradient_passes,
         }  # fmt: skip
         return result, outcome
 

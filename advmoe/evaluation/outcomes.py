@@ -6,7 +6,7 @@ Axes: `N` examples, `L` MoE layers, `T` tokens. Accuracies are fractions, not pe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +46,7 @@ class Measurement:
     attack: AttackConfig
     """What `pgd` and `routed` take their steps from."""
     attacks: Sequence[str] | None = None
-    """Names as in `suite`; None: PGD, and for a routed model PGD through soft routing."""
+    """Names as in `suite`; None: PGD, and as many steps through soft routing or, of a plain model, on the margin."""
     batch_size: int = 250
     """Images per attack call. With another one an attack is as strong, but a few single images end otherwise."""
     seed: int = 0
@@ -175,12 +175,14 @@ def _entry(job: Job, journal: Journal, name: str, robust: Tensor) -> dict[str, A
             total[count] += part[count]
     flags = [flag for result in results for flag in result["flags"]]
     calls = [result["model_calls"] for result in results]
+    passes: list[Any] = [result.get("gradient_passes") for result in results]  # None of an earlier version
     return {
         "robust_accuracy": robust.double().mean().item(),
         "interval": list(wilson(int(robust.sum()), len(robust))),
         "examples": len(robust),
         "seconds": round(sum(result["seconds"] for result in results), 3),
         "model_calls": {kind: sum(each[kind] for each in calls) for kind in ("forward", "gradient")},
+        "gradient_passes": None if None in passes else max(passes),  # of images that withstood it
         "seed": job.seed,
         "flags": {flag: flags.count(flag) for flag in dict.fromkeys(flags)},
         "parts": parts,
@@ -202,8 +204,29 @@ def summary(robust: dict[str, Tensor]) -> dict[str, Any]:
 def masking_gap(robust: dict[str, Tensor]) -> float | None:
     """Of `outcomes`: the accuracy under the strongest straight-through PGD (`pgd-N`) less the worst case.
 
-    None where there is no such attack.
+    None where there is no such attack. Two models' gaps compare where their attacks made as many gradient passes: part
+    of a gap is what more passes find on any model (`gradient_passes`).
     """
     numbers = summary(robust)
-    usual = [share for name, share in numbers["robust_accuracy"].items() if re.fullmatch(r"pgd-\d+", name)]
-    return float(min(usual) - numbers["worst_case"]) if usual else None
+    usual = straight_through(numbers["robust_accuracy"])
+    return None if usual is None else float(numbers["robust_accuracy"][usual] - numbers["worst_case"])
+
+
+def straight_through(shares: Mapping[str, float]) -> str | None:
+    """The strongest of the attacks `pgd-N`, from which the masking gap is measured; None where there is none.
+
+    shares: robust accuracy by attack.
+    """
+    return min((name for name in shares if re.fullmatch(r"pgd-\d+", name)), key=lambda name: shares[name], default=None)
+
+
+def gradient_passes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
+    """How many passes with a gradient an image goes through that withstands them: `straight_through`, of the PGD that
+    the masking gap starts from, and `worst_case`, of all attacks that were made.
+
+    entries: those of `collected`, by attack. None where a number is not known, or there is no such PGD.
+    """
+    made = {name: entry["gradient_passes"] for name, entry in entries.items() if "skipped" not in entry}
+    usual = straight_through({name: entries[name]["robust_accuracy"] for name in made})
+    worst = None if None in made.values() else sum(made.values())
+    return {"straight_through": None if usual is None else made[usual], "worst_case": worst}

@@ -123,11 +123,15 @@ class Counted:
     predict: Predict
     forward: int = 0
     gradient: int = 0
+    gradient_passes: int = 0
+    """Over whichever images: those that withstand an attack are in all of its passes."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (N, K) of pixels (N, C, H, W)."""
         self.forward += len(x)
-        self.gradient += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.gradient += len(x)
+            self.gradient_passes += 1
         return self.predict(x)
 
 

@@ -98,7 +98,8 @@ Beside it stands what one image costs, routers included. `advmoe zoo list` print
 `advmoe.load("{PREFIX}NAME")` loads a model. [How to use the zoo, and to submit a model](../how-to/zoo.md).
 
 SA and RA are from the largest evaluation that has them, the worst case and the masking gap from the one with the most
-attacks, on as many images as stand there. Intervals that overlap do not tell two models apart."""
+attacks, on as many images as stand there. Intervals that overlap do not tell two models apart.
+Nor do gaps under other attacks, for part of a gap is what more steps find on any model: each model's stand below."""
 
 
 def _numbers(entry: Entry) -> list[str]:

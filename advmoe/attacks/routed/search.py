@@ -45,6 +45,14 @@ class Budget:
         """Of each of so many steps, in a ball of radius `eps`."""
         return step_sizes(schedule, steps, stride(self.step_size, steps, eps), eps)
 
+    def gradient_steps(self, changed: int) -> int:
+        """Those that an image takes which withstands all parts, where part (c) tries `pathways` that samples reach and
+        so many with one choice `changed`, L (E - 1).
+        """
+        strongest = 4  # two attempts of twice the steps
+        ascents = len(self.temperatures) + len(self.weights) + strongest
+        return ascents * self.steps + (self.pathways + changed) * self.pathway_steps
+
 
 @dataclass(frozen=True)
 class Tried:
