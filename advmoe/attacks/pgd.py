@@ -7,7 +7,9 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -196,6 +198,11 @@ def pgd(
     return result
 
 
+def _fp32(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, no autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def trades_attack(
     predict: Predict,
     x: Tensor,
@@ -215,15 +222,19 @@ def trades_attack(
         generator: source of the noise.
         held: perturbations of an earlier attack, (N, C, H, W), which this one goes on from where they are not 0.
 
+    Under autocast the clean logits and the first step are in fp32 all the same: so close to the clean image the KL is
+    all rounding in bf16, and its gradient points elsewhere.
+
     Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
 
     Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020.
     """
-    with torch.no_grad():
-        clean_logits = predict(x)
+    with torch.no_grad(), _fp32(x.device):
+        loss = kl_loss(predict(x))
     delta = 0.001 * randn_like(x, generator)
     if held is not None:
         delta = torch.where(held == 0, delta, held)
-    start = threat.project(x + delta, x)
-    loss = kl_loss(clean_logits)
-    return ascend(lambda x_adv: loss(predict(x_adv)), x, start, threat=threat, step_sizes=[step_size] * steps)
+    climb, sizes = partial(ascend, lambda x_adv: loss(predict(x_adv)), x, threat=threat), [step_size] * steps
+    with _fp32(x.device):
+        first = climb(threat.project(x + delta, x), step_sizes=sizes[:1])
+    return climb(first, step_sizes=sizes[1:])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import advmoe
 from advmoe.attacks import ascend, cross_entropy_loss, kl_loss, margin_loss, pgd, trades_attack
 from advmoe.threat import ThreatModel
 
@@ -236,3 +237,32 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         pgd(linear, threat=LINF, **{**GOOD, **change})
+
+
+def test_the_first_step_is_fp32_s_under_autocast():
+    # So close to the clean image the KL of a trained model is all rounding in bf16.
+    model = advmoe.load("zoo:at-s-dense").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    light, shapes = torch.rand(32, 3, 1, 1, generator=generator), torch.rand(32, 3, 8, 8, generator=generator)
+    x = 0.3 * light + 0.7 * F.interpolate(shapes, 32, mode="bilinear")
+    threat = ThreatModel("linf", 8 / 255)
+
+    def in_bf16_alone():
+        with torch.no_grad():
+            loss = kl_loss(model(x))
+        start = threat.project(x + 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), x)
+        return ascend(lambda z: loss(model(z)), x, start, threat=threat, step_sizes=[5 / 255] * 2)
+
+    def attacked():
+        noise = torch.Generator().manual_seed(3)
+        return trades_attack(model, x, threat=threat, steps=2, step_size=5 / 255, generator=noise)
+
+    def reached(x_adv):
+        with torch.no_grad():
+            return kl_loss(model(x))(model(x_adv)).item()
+
+    full = reached(attacked())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, alone = attacked(), in_bf16_alone()
+    assert reached(ours) == pytest.approx(full, rel=0.02)
+    assert reached(alone) < 0.97 * full
