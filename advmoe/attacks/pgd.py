@@ -80,6 +80,13 @@ def margin_loss(labels: Tensor) -> AttackLoss:
     return lambda logits: margins(logits, labels).sum()
 
 
+def probability_margin_loss(labels: Tensor) -> AttackLoss:
+    """The margin of probabilities, max_{j != y} p_j - p_y for p = softmax(logits) and `labels` (N,) as y: -1 where the
+    true class is certain, 1 where a wrong one is. Source: arXiv:2411.15210 (PMA).
+    """
+    return lambda logits: margins(logits.float().softmax(1), labels).sum()
+
+
 def dlr_loss(labels: Tensor) -> AttackLoss:
     """Difference of logits ratio (Croce & Hein, ICML 2020, eq. 6): the margin over the largest logit's lead on the
     third, so that neither a shift nor a scale of the logits changes it. Needs at least 3 classes.
@@ -115,9 +122,11 @@ class Loss:
     at: Callable[[Predict, Tensor, Tensor], AttackLoss]
     """`(forward, x, labels)`, clean images (N, C, H, W) and true classes (N,), -> the loss of logits to ascend."""
     from_labels: bool = True
-    """Whether it leads away from the true class; `routed` searches among these."""
+    """Whether it leads away from the true class; `routed` searches among such."""
     scale_free: bool = False
     """Whether a scale of the logits leaves it as it is."""
+    searched: bool = True
+    """Whether `routed` tries it, if it is `from_labels`."""
     least_classes: int = 2
 
     @staticmethod
@@ -137,6 +146,7 @@ LOSSES: Table[Loss] = Table(
         "margin": Loss(lambda forward, x, labels: margin_loss(labels)),
         "dlr": Loss(lambda forward, x, labels: dlr_loss(labels), scale_free=True, least_classes=3),
         "kl": Loss(lambda forward, x, labels: _from_clean(forward, x), from_labels=False),
+        "pma": Loss(lambda forward, x, labels: probability_margin_loss(labels), searched=False),
     },
 )
 
@@ -161,8 +171,8 @@ def pgd(
         x: clean images, (N, C, H, W) in [0, 1]. y: true classes, (N,).
         surrogate: takes `predict`'s place where gradients are needed (a routed model under soft routing, say).
         restarts: only examples that every earlier start failed on are attacked again.
-        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction; or
-            a function (logits (N, K), classes (N,)) -> (N,) to ascend.
+        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, KL from the clean prediction, or
+            margin of probabilities; or a function (logits (N, K), classes (N,)) -> (N,) to ascend.
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.

@@ -1,7 +1,7 @@
 """Attacks by name, as `--attacks` takes them.
 
 `pgd-50`                    PGD with 50 steps; `pgd` takes the number from `attack.steps`
-`pgd-50-margin`             with another loss: margin, dlr or kl in place of ce
+`pgd-50-margin`             with another loss: margin, dlr, kl or pma in place of ce
 `pgd-50-soft`               with soft routing's gradients (routed models)
 `autoattack`                the standard version; `autoattack-plus`, `autoattack-rand`
 `autoattack:apgd-ce+square` the custom version with these attacks
@@ -288,7 +288,10 @@ ATTACKS: Table[NamedAttack] = Table(
     Family(
         f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]",
         _pgd,
-        usual=("pgd", *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl") for soft in ("", "-soft"))),
+        usual=(
+            "pgd",
+            *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl", "-pma") for soft in ("", "-soft")),
+        ),
     ),
     Family("restarts-STEPS", _restarts, usual=("restarts",)),
     Family("autoattack:NAME+NAME", _custom, usual=("autoattack:apgd-ce+square",)),

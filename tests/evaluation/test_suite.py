@@ -39,8 +39,8 @@ def test_restarts_take_the_gradient_steps_of_routed_and_soft_routing_in_whole_st
 
 
 def test_names_are_said_in_full_and_once():
-    asked = ["pgd", "pgd-7", "pgd-3-margin", "pgd-soft", "routed", "pgd-dlr-soft", "pgd-3-margin"]
-    assert named(asked, setting()) == ("pgd-7", "pgd-3-margin", "pgd-7-soft", "routed", "pgd-7-dlr-soft")
+    asked = ["pgd", "pgd-7", "pgd-3-margin", "pgd-soft", "routed", "pgd-dlr-soft", "pgd-3-margin", "pgd-pma"]
+    assert named(asked, setting()) == ("pgd-7", "pgd-3-margin", "pgd-7-soft", "routed", "pgd-7-dlr-soft", "pgd-7-pma")
 
 
 @pytest.mark.parametrize("name", ["pgd-07", "pgd-100000", "pgd-3-ce", "pgd-soft-margin", "PGD", "", "pgd-3-"])
