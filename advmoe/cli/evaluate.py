@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options, to_run
-from advmoe.config import Processes
+from advmoe.config import Count, Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
 from advmoe.text import listing, macs_unit, percent, radius, wrapped
@@ -18,6 +18,7 @@ def parser() -> Parser:
     parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.", "1")
     add = parser.add_argument
     add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
+    add("--eot", metavar="K", help="average a randomised model over K draws, in attacks and scores")
     add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")
     return parser
 
@@ -28,6 +29,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     options["workers"] = number("--workers", Processes, args.get("workers"))
     options["threads"] = options["threads"] or 1
     options["resume"] = "resume" in args
+    if "eot" in args:
+        options["eot"] = number("--eot", Count, args["eot"])
 
     from advmoe.evaluation.runs import evaluate_run
 

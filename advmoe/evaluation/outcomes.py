@@ -20,6 +20,7 @@ from advmoe.config import AttackConfig
 from advmoe.errors import InputError
 from advmoe.evaluation.harness import Job, Journal, run_tasks
 from advmoe.evaluation.intervals import wilson
+from advmoe.evaluation.randomised import averaged
 from advmoe.evaluation.scoring import (
     EvaluationData,
     OpenRouting,
@@ -40,7 +41,7 @@ from advmoe.threat import ThreatModel
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size below 1."""
+    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size or `eot` below 1."""
 
     threat: ThreatModel
     attack: AttackConfig
@@ -51,11 +52,14 @@ class Measurement:
     """Images per attack call. With another one an attack is as strong, but a few single images end otherwise."""
     seed: int = 0
     """Every random draw follows from it, the position of a batch and that of an image in it."""
+    eot: int | None = None
+    """Draws that a randomised model is averaged over (see `randomised`); None for any other, which is checked."""
 
     def __post_init__(self) -> None:
-        """Check the batch size."""
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be >= 1, got {self.batch_size!r}")
+        """Check the numbers."""
+        for name, value in (("batch_size", self.batch_size), ("eot", 1 if self.eot is None else self.eot)):
+            if value < 1:
+                raise InputError(f"{name} must be >= 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def make_job(
 ) -> tuple[Job, tuple[str, ...]]:
     """The job, but for what `routed` has to plan, and the full names of the attacks asked for."""
     routed = is_routed(predict, data, device)
-    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed)
+    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed, eot=measurement.eot)
     attacks = default_attacks(setting) if measurement.attacks is None else measurement.attacks
     job = Job(data=data, setting=setting, batch_size=measurement.batch_size, seed=measurement.seed)
     return job, named(attacks, setting)
@@ -130,9 +134,9 @@ def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
     batches: list[tuple[Tensor, ...]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as examples:
-        for x, y in tracked(examples, "clean", total=len(slices), delay=BRIEF):
-            with route() as routing:
-                logits = predict(x)
+        for index, (x, y) in zip(slices, tracked(examples, "clean", total=len(slices), delay=BRIEF), strict=True):
+            with averaged(predict, job.setting.eot, job.seed, index.start, "clean") as asked, route() as routing:
+                logits = asked(x)
             pathways = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
             finite = logits.isfinite().all(1)
             batches.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), pathways.cpu(), finite.cpu()))
@@ -144,10 +148,10 @@ def routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device) 
     budget = job.setting.budget
     chosen = clean.correct.nonzero()[:, 0][: budget.search_examples].tolist()
     x, y = zip(*(take(job.data, slice(i, i + 1), device) for i in chosen), strict=True) if chosen else ((), ())
-    with measuring(predict, device):
+    with measuring(predict, device), averaged(predict, job.setting.eot, job.seed, "search") as asked:
         empty = take(job.data, slice(0, 0), device)
         return plan_attack(
-            RoutedTarget(OpenRouting(predict), predict, job.setting.threat),
+            RoutedTarget(OpenRouting(asked), asked, job.setting.threat),
             torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last), torch.cat([*y, empty[1]]),
             clean.pathways, budget=budget, seed=seed_for(job.seed, "search"),
         )  # fmt: skip

@@ -44,6 +44,8 @@ class Setting:
     attack: AttackConfig
     routed: bool
     """Whether the model has MoE layers."""
+    eot: int | None = None
+    """Draws that a randomised model is averaged over (see `randomised`); None for any other."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Setting:
         attack = self.attack
         return {
             "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
-            "pathways": attack.pathways, "queries": attack.queries,
+            "pathways": attack.pathways, "queries": attack.queries, **({} if self.eot is None else {"eot": self.eot}),
         }  # fmt: skip
 
     @property

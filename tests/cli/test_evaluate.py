@@ -34,7 +34,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
     argv = ["--attack.steps", "20", "--threat.eps", "4/255", "--num-examples", "8", "--seed", "0", "--data.root", "7"]
-    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--resume"]
+    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--eot", "7", "--resume"]
     assert cli.main(["evaluate", str(tmp_path), *argv]) == 0
     assert seen == {
         "run_dir": str(tmp_path),
@@ -47,6 +47,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "accelerator": "auto",
         "threads": 1,
         "workers": 3,
+        "eot": 7,
         "resume": True,
     }
     assert capsys.readouterr().out.splitlines() == [
