@@ -108,5 +108,5 @@ def test_a_line_as_each_task_ends(tmp_path, monkeypatch, capsys):
     _told(done, task)
     assert json.loads(capsys.readouterr().err) == {
         "event": "task", "state": "done", "kind": "pace", "name": "run, digits", "seed": 0, "key": "run",
-        "seconds": 12.3, "seconds_left": 150.0, "left": 3, "text": lines["text"][1],
+        "seconds": 12.3, "seconds_left": 250.0, "left": 3, "text": lines["text"][1],
     }  # fmt: skip
