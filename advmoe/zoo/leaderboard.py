@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from advmoe.evaluation.intervals import wilson
-from advmoe.text import aligned, percent, radius
+from advmoe.text import aligned, passes, percent, radius
 from advmoe.zoo import PREFIX, Entry, Measured
 
 STRONG = ("autoattack", "autoattack-plus")
@@ -123,7 +123,7 @@ def _described(entry: Entry) -> str:
         f"{entry.title}: {entry.model}. Licence: {entry.licence}.",
         "",
         f"- Accuracy in % (images): {measured}.",
-        f"- Worst case over {', '.join(entry.attacks)}.",
+        f"- Worst case over {', '.join(entry.attacks)}. {passes(entry.told)}".rstrip(),
         f"- Weights as float16: on {same} evaluated images they predict what the evaluated ones did.",
         *flags,
     ])  # fmt: skip
