@@ -150,8 +150,7 @@ def pack(archive: Path, images: Path, train: int = TRAIN, test: int = TEST) -> N
                     )
                 wanted.setdefault(split, []).extend(there)
         every, pixels = {name for part in wanted.values() for name in part}, dict[str, Tensor]()
-        # One way through the archive, as going back in a compressed one reads it anew; files have a size of some kB.
-        for member in iter(file.next, None):
+        for member in file.getmembers():  # in their order, as going back in a compressed archive reads it anew
             if member.name in every and (stream := file.extractfile(member)) is not None:
                 picture = Image.open(BytesIO(stream.read())).convert("RGB")
                 pixels[member.name] = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
