@@ -222,6 +222,7 @@ def trades_attack(
     step_size: float,
     generator: torch.Generator | None = None,
     held: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """TRADES' inner maximisation: KL(f(x) || f(x_adv)) ascended from x + 0.001 * N(0, 1), each step projected.
 
@@ -231,16 +232,18 @@ def trades_attack(
         threat: the ball, in the unit of pixels. steps: K. step_size: of each, in the unit of pixels.
         generator: source of the noise.
         held: perturbations of an earlier attack, (N, C, H, W), which this one goes on from where they are not 0.
+        target: logits (N, K) in the place of f(x): a teacher's.
 
     Under autocast the clean logits and the first step are in fp32 all the same: so close to the clean image the KL is
     all rounding in bf16, and its gradient points elsewhere.
 
     Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
 
-    Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020.
+    Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020; `target`: RSLAD, Zi et al.,
+    ICCV 2021, eq. 7.
     """
     with torch.no_grad(), _fp32(x.device):
-        loss = kl_loss(predict(x))
+        loss = kl_loss(predict(x) if target is None else target)
     delta = 0.001 * randn_like(x, generator)
     if held is not None:
         delta = torch.where(held == 0, delta, held)

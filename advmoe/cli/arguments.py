@@ -24,6 +24,7 @@ from advmoe.config import (
     Pixels,
     Seed,
     Threads,
+    is_source,
     near_matches,
     overlaid,
     require,
@@ -34,7 +35,6 @@ from advmoe.config import (
 )
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.evaluation.targets import is_source
 from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
@@ -224,12 +224,12 @@ def _table(hint: Any) -> Table[Any] | None:
 
 
 def _metavar(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"{{{','.join(get_args(hint))}}}"
     if (table := _table(hint)) is not None:
         return f"{{{','.join([*table, *(each.spelling.split()[0] for each in table.families)])}}}"
-    while get_args(hint):  # `Annotated`, `T | None`
+    while get_args(hint) and get_origin(hint) is not Literal:  # `Annotated`, `T | None`
         hint = get_args(hint)[0]
+    if get_args(hint):
+        return f"{{{','.join(get_args(hint))}}}"
     return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 
 

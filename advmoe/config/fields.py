@@ -25,6 +25,7 @@ RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
 Compute = Literal["auto", "dispatch", "masked"]
+FrozenNorms = Literal["refresh", "keep", "running"]
 
 ModelKind = Annotated[str, KINDS]
 RouterKind = Annotated[str, ROUTERS]
@@ -188,6 +189,14 @@ def require_path(name: str, value: str, longest: int = 255) -> None:
     path = os.fsencode(value)
     ok = len(path) <= 3840 and all(len(part) <= longest for part in path.split(b"/"))
     require(ok, name, f"a path of at most 3840 bytes, each of its parts of at most {longest}", value)
+
+
+def is_source(text: str) -> bool:
+    """Whether `text` means a Python file and a name in it (`model.py:net`), not a run directory.
+
+    A file with its name missing or misspelt is meant as one too, so that `load_classifier` can say what is wrong.
+    """
+    return re.fullmatch(r".*\.py(:[^/\\]*)?", text) is not None
 
 
 class Strict:

@@ -72,7 +72,8 @@ class Record:
 def _without_places(config: Config) -> bool:
     """Cut the folders of this machine off the paths in `config`; whether there were any."""
     changed = False
-    for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
+    of_training = [("training", name) for name in ("init_from", "teacher", "teacher_weights")]
+    for group, name in (("data", "root"), *of_training, ("model", "source")):
         value = getattr(getattr(config, group), name)
         if value is not None and (short := portable(value)) != value:
             setattr(getattr(config, group), name, short)
