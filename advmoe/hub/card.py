@@ -21,7 +21,7 @@ from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, st
 from advmoe.tables import DATASETS, METHODS
 from advmoe.text import few, macs_unit, passes, percent, radius
 
-_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp", "frozen_norms")
 """Fields of a run's training that the line on its method does not tell."""
 
 RECORDED = (CONFIG, MANIFEST, EVALUATION, MASKS)
@@ -253,8 +253,11 @@ def _training(record: Record) -> str:
         lines.append(f"- Method `{t.method}`: {METHODS[t.method].sentence}.")
         if METHODS[t.method].adversarial:
             steps = "1 step" if t.warm else f"{t.attack_steps} steps"
-            inner = f"inner attack of {steps} of {t.step_size}, beta {t.beta:g}"
+            inner = f"inner attack of {steps} of {t.step_size}" + ("" if t.teacher else f", beta {t.beta:g}")
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
+        if t.teacher is not None:
+            rslad = f"[RSLAD](https://arxiv.org/abs/2108.07969), weight {t.distill_weight:.3g}"
+            lines.append(f"- Taught by {_code(t.teacher)}: its soft labels in the place of classes and TRADES ({rslad}).")
         usual = TrainingConfig(alternation="both" if t.method == "advmoe" else t.alternation)  # the paper's
         chosen = [f"{each} {getattr(t, each)}" for each in _OPTIONS if getattr(t, each) != getattr(usual, each)]
         if chosen:
