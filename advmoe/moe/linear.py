@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import ops
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
+from advmoe.moe.ways import Output
 
 
 class MoELinear(MoELayer):
@@ -63,6 +65,12 @@ class MoELinear(MoELayer):
         # To the router four axes would be an image, channels first.
         y: Tensor = super().forward(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
         return y
+
+    def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
+        """By `ops.routed_linear`."""
+        assert gate is None  # which stands ahead of layers that are `linear` alone
+        y = ops.routed_linear(x, choice, *map(self.each_expert, banks))
+        return None if y is None else ops.Grouped((y,))
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, ..., C_in) -> (N, ..., C_out) with the rows (C_out, C_in) and the bias (C_out,), if any."""

@@ -42,7 +42,7 @@ class Decision(NamedTuple):
     routing: Routing
 
 
-Output = ops.Grouped | ops.Convolved
+Output = ops.Grouped | ops.Convolved | ops.Routed
 """A layer's output (N, ...), until it is `merged`: on demand, or by the operation that follows."""
 
 
@@ -88,6 +88,10 @@ def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Ou
     if filters is None and not learns:
         filters = layer.packed(*banks, once=x)
     y: Output | None = ops.convolved(x, ahead, choice, filters)
+    if y is None and layer.kernels:
+        y = layer.by_kernels(x, ahead, choice, *banks)
+        if y is not None:
+            routing.settle()
     if y is None and (layer.masks or len(x) > 1):
         gated = x if ahead is None else ops.straight_through(x, ahead)
         if layer.masks:
