@@ -41,18 +41,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What launches kernels of Triton is told apart by the fixture that it uses."""
     for item in items:
-        if "launched" in getattr(item, "fixturenames", ()):
+        if {"launched", "gpu_kernels"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker("triton")
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that a test launches, in Triton's interpreter. Skips where there is none."""
+    """The names of the kernels that a test launches, in Triton's interpreter, to which few large tiles are cheap. Skips
+    where there is none.
+    """
     pytest.importorskip("triton", reason="needs Triton (extra triton): `make triton`")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs Triton's interpreter: `make triton`")
     from advmoe.ops import triton_conv
 
+    monkeypatch.setattr(triton_conv, "ROWS", 1024)
     names: list[str] = []
     launch = triton_conv._launch
 

@@ -21,6 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAST = torch.channels_last
 
 
+@cache
 def kernels_missing(device: torch.device) -> str | None:
     """What the kernels for GPUs lack on `device`, in a few words; None where they run. In Triton's interpreter
     (`TRITON_INTERPRET=1`, for tests) they run on every device.

@@ -189,7 +189,9 @@ def _sort(choice, order, starts, N, E: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows(order, starts, tile, PITCH, E: tl.constexpr, BM: tl.constexpr):
-    """The expert of a tile; of each of its rows the sample, the pixel, and whether there is one. A sample has PITCH."""
+    """The expert of a tile, and whether it has any row; of each of its rows the sample, the pixel, and whether there is
+    one. A sample has PITCH rows.
+    """
     expert = 0
     begin = 0
     count = 0
@@ -207,7 +209,7 @@ def _rows(order, starts, tile, PITCH, E: tl.constexpr, BM: tl.constexpr):
     row = (tile - skipped) * BM + tl.arange(0, BM)
     there = row < count
     n = tl.load(order + begin + row // PITCH, mask=there, other=0).to(tl.int64)
-    return expert, n, row % PITCH, there
+    return expert, count > 0, n, row % PITCH, there
 
 
 @triton.jit
@@ -217,22 +219,23 @@ def _convolve(
     E: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    expert, n, pixel, there = _rows(order, starts, tl.program_id(0), PITCH, E, BM)
+    expert, used, n, pixel, there = _rows(order, starts, tl.program_id(0), PITCH, E, BM)
     there &= pixel < OH * OW
     oh, ow = pixel // OW, pixel % OW
     co = tl.program_id(1) * BN + tl.arange(0, BN)
     made = co < CO
     parts = tl.cdiv(CI, BK)
+    image, filters = x + (n * H * W * CI)[:, None], w + expert * WE + co[None, :] * WO
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(KH * KW * parts):
+    for step in range(tl.where(used, KH * KW * parts, 0)):
         kh, kw = step // parts // KW, step // parts % KW
         ci = step % parts * BK + tl.arange(0, BK)
         ih, iw = oh * SH + kh - PH, ow * SW + kw - PW
         inside = there & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        at = ((n * H + ih) * W + iw)[:, None] * CI + ci[None, :]
-        a = tl.load(x + at, mask=inside[:, None] & (ci[None, :] < CI), other=0.0)
-        of = expert * WE + kh * WH + kw * WW + ci[:, None] * WI + co[None, :] * WO
-        b = tl.load(w + of, mask=(ci[:, None] < CI) & made[None, :], other=0.0)
+        at = image + ((ih * W + iw)[:, None] * CI + ci[None, :])
+        a = tl.load(at, mask=inside[:, None] & (ci < CI)[None, :], other=0.0)
+        of = filters + (ci * WI + (kh * WH + kw * WW))[:, None]
+        b = tl.load(of, mask=(ci < CI)[:, None] & made[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     mask = there[:, None] & made[None, :]
     at = (n * OH * OW + pixel)[:, None] * CO + co[None, :]
@@ -260,24 +263,25 @@ def _unconvolve(
     # a program has such ones, and passes over that part alone.
     top, left = tl.program_id(2) // SW, tl.program_id(2) % SW
     high, wide = tl.maximum(tl.cdiv(H - top, SH), 1), tl.maximum(tl.cdiv(W - left, SW), 1)
-    expert, n, pixel, there = _rows(order, starts, tl.program_id(0), high * wide, E, BM)
+    expert, used, n, pixel, there = _rows(order, starts, tl.program_id(0), high * wide, E, BM)
     ih, iw = pixel // wide * SH + top, pixel % wide * SW + left
     there &= (ih < H) & (iw < W)
     kh_first, kw_first = (top + PH) % SH, (left + PW) % SW
     tall, broad = tl.cdiv(KH - kh_first, SH), tl.cdiv(KW - kw_first, SW)
     ci = tl.program_id(1) * BN + tl.arange(0, BN)
     parts = tl.cdiv(CO, BK)
+    image, filters = g + (n * OH * OW * CO)[:, None], w + expert * WE + ci[None, :] * WI
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(tall * broad * parts):
+    for step in range(tl.where(used, tall * broad * parts, 0)):
         kh, kw = kh_first + step // parts // broad * SH, kw_first + step // parts % broad * SW
         co = step % parts * BK + tl.arange(0, BK)
         down, right = ih + PH - kh, iw + PW - kw
         oh, ow = down // SH, right // SW
         inside = there & (down >= 0) & (oh < OH) & (right >= 0) & (ow < OW)
-        at = ((n * OH + oh) * OW + ow)[:, None] * CO + co[None, :]
-        a = tl.load(g + at, mask=inside[:, None] & (co[None, :] < CO), other=0.0)
-        of = expert * WE + kh * WH + kw * WW + co[:, None] * WO + ci[None, :] * WI
-        b = tl.load(w + of, mask=(co[:, None] < CO) & (ci[None, :] < CI), other=0.0)
+        at = image + ((oh * OW + ow)[:, None] * CO + co[None, :])
+        a = tl.load(at, mask=inside[:, None] & (co < CO)[None, :], other=0.0)
+        of = filters + (co * WO + (kh * WH + kw * WW))[:, None]
+        b = tl.load(of, mask=(co < CO)[:, None] & (ci < CI)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     at = ((n * H + ih) * W + iw)[:, None] * CI + ci[None, :]
     tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=there[:, None] & (ci[None, :] < CI))

@@ -1,10 +1,14 @@
 """What a step asks of a GPU: launches, and waits of the host for the device. The budgets may only fall."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from lightning_fabric import Fabric
 
 from advmoe.data import load_dataset
+from advmoe.tables import BACKBONES
 from advmoe.training.trainer import Trainer, build_model
 
 BATCH = 8
@@ -35,7 +39,13 @@ def make_trainer(make_config):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_an_iteration_keeps_within_its_budget(name, make_trainer, pretended):
     groups, waits, launches = BUDGETS[name]
-    trainer = make_trainer(**groups)
+    counts = counted(make_trainer(**groups), pretended)
+    print(name, counts.waited, counts.launched, counts.waits)
+    assert counts.waited <= waits and counts.launched <= launches
+
+
+def counted(trainer, pretended):
+    """What an iteration of all levels asks of the device."""
     generator = torch.Generator("cuda").manual_seed(0)
     x, y = torch.rand(BATCH, 1, 8, 8, device="cuda"), torch.arange(BATCH, device="cuda")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -44,5 +54,16 @@ def test_an_iteration_keeps_within_its_budget(name, make_trainer, pretended):
     with pretended.counting() as counts:
         for level in trainer.levels:
             trainer.step(level, x, y, generator)
-    print(name, counts.waited, counts.launched, counts.waits)
-    assert counts.waited <= waits and counts.launched <= launches
+    return counts
+
+
+@pytest.mark.usefixtures("gpu_kernels")
+def test_kernels_wait_for_no_choice(launched, make_trainer, pretended, monkeypatch):
+    build = partial(BACKBONES["resnet18"].build, depths=(1,))  # the interpreter takes a second for a layer
+    monkeypatch.setitem(BACKBONES, "resnet18", replace(BACKBONES["resnet18"], build=build))
+    counts = counted(make_trainer(training={"compute": "kernel", "attack_steps": 1}), pretended)
+    assert counts.waited <= 2  # each level's loss, whose values are looked at
+    # Of two layers, in two iterations: each level's attack has two passes, and so has its loss. Back it goes through the
+    # attack's and the experts' to both layers, and to the second alone where the stem is fixed and the routers learn.
+    assert launched.count("convolve") == 2 * 2 * (4 + 4)
+    assert launched.count("unconvolve") == 2 * (2 * 2 + 2 * 2 + 2)
