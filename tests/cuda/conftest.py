@@ -47,7 +47,7 @@ def pretended() -> ModuleType:
 
 @pytest.fixture
 def gpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels in Triton: a real device's, or in its interpreter on what stands in for one. Skips where there are none."""
+    """Kernels in Triton: a real device's, or interpreted on what stands in for one. Skips where there are none."""
     if "pretended" in sys.modules:
         request.getfixturevalue("launched")
         from advmoe.ops import triton_conv

@@ -63,7 +63,7 @@ def test_kernels_wait_for_no_choice(launched, make_trainer, pretended, monkeypat
     monkeypatch.setitem(BACKBONES, "resnet18", replace(BACKBONES["resnet18"], build=build))
     counts = counted(make_trainer(training={"compute": "kernel", "attack_steps": 1}), pretended)
     assert counts.waited <= 2  # each level's loss, whose values are looked at
-    # Of two layers, in two iterations: each level's attack has two passes, and so has its loss. Back it goes through the
+    # Two layers, two iterations: each level's attack has two passes, and so has its loss. Back it goes through the
     # attack's and the experts' to both layers, and to the second alone where the stem is fixed and the routers learn.
     assert launched.count("convolve") == 2 * 2 * (4 + 4)
     assert launched.count("unconvolve") == 2 * (2 * 2 + 2 * 2 + 2)
