@@ -125,8 +125,14 @@ class MoEConv2d(MoELayer):
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`)."""
+        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`), or its
+        filters are rows of a matrix (`ops.products`).
+        """
         if self.pointwise:
+            by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.c_in, self.c_out)
+            if by_expert is not None:
+                pixels, filters = by_expert.split(x).movedim(1, -1), self.each_expert(banks[0]).flatten(2)
+                return by_expert.merge(by_expert.product(pixels, filters.mT).movedim(-1, 1))
             return ops.pointwise(x, choice, banks, self.row_index)
         if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):
             return ops.chosen(self.compute_all(x, *banks), choice)

@@ -76,6 +76,14 @@ class MoELinear(MoELayer):
         """(N, ..., C_in) -> (N, ..., C_out) with the rows (C_out, C_in) and the bias (C_out,), if any."""
         return F.linear(x, *weights)
 
+    def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
+        """Each sample by its own expert, where a GPU has such a product (`ops.products`)."""
+        by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.c_in, self.c_out)
+        if by_expert is None:
+            return None
+        rows, *biases = map(self.each_expert, banks)
+        return by_expert.merge(by_expert.product(by_expert.split(x), rows.mT, *biases))
+
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, ..., C_out), in one matrix product."""
         every = [torch.cat([self.of_expert(e, bank) for e in range(self.num_experts)]) for bank in banks]

@@ -77,6 +77,15 @@ class MoEMLP(MoELayer):
         into, bias, out = weights
         return F.linear(F.gelu(F.linear(x, into, bias)), out.t(), self.fc2_bias)
 
+    def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
+        """Each sample by its own expert, where a GPU has such products (`ops.products`)."""
+        by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.dim, self.hidden)
+        if by_expert is None:
+            return None
+        into, bias, out = map(self.each_expert, banks)
+        units = F.gelu(by_expert.product(by_expert.split(x), into.mT, bias))
+        return by_expert.merge(by_expert.product(units, out) + self.fc2_bias.to(units.dtype))
+
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, T, D), in two matrix products."""
         into, bias, out = (torch.cat([self.of_expert(e, bank) for e in range(self.num_experts)]) for bank in banks)

@@ -11,6 +11,7 @@ from advmoe.ops.gate import chosen_probability, mix, straight_through
 from advmoe.ops.grouping import Grouped, merge, split
 from advmoe.ops.hooks import heard, listened
 from advmoe.ops.norm import fixed_norm
+from advmoe.ops.products import Sorted, sorted_by_expert
 from advmoe.ops.raw import Packed, kernels_used, without_kernels
 from advmoe.ops.rectifier import Rectified, norm_act, rectify
 from advmoe.ops.routed import Routed, kernels_missing, routed, routed_linear
@@ -22,6 +23,7 @@ __all__ = [
     "Packed",
     "Rectified",
     "Routed",
+    "Sorted",
     "chosen",
     "chosen_probability",
     "convolved",
@@ -43,6 +45,7 @@ __all__ = [
     "routed",
     "routed_linear",
     "router_scores",
+    "sorted_by_expert",
     "split",
     "straight_through",
     "whole_layer",

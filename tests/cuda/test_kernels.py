@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from advmoe.moe import MoEConv2d, MoEMLP
 from advmoe.ops import routed
 from advmoe.precision import full_fp32
 
@@ -35,3 +36,30 @@ def test_a_routed_convolution_and_its_gradients(dtype, tolerance, kernel, gpu_ke
         ):
             error = (got.double() - wanted.double()).norm() / wanted.double().norm()
             assert error.item() < tolerance
+
+
+def product(a, b, *, offs):
+    """`F.grouped_mm` as a GPU computes it, which the CPU's does not: without a look at the ends `offs` of the groups."""
+    row = torch.arange(len(a), device=a.device)
+    return torch.einsum("rk,ekn->ern", a, b)[(row[:, None] >= offs).sum(1), row]
+
+
+@pytest.mark.parametrize("kind", ["MLP", "pixels"])
+def test_products_sorted_by_expert_wait_for_no_choice(kind, pretended, monkeypatch):
+    monkeypatch.setattr(F, "grouped_mm", product)
+    torch.manual_seed(0)
+    rows = {"bank_rows": 32, "num_experts": 2, "layer": 0}
+    layer = MoEMLP(8, 16, **rows) if kind == "MLP" else MoEConv2d(8, 16, 1, **rows)
+    layer, shape = layer.to("cuda", torch.bfloat16), (6, 5, 8) if kind == "MLP" else (6, 8, 3, 5)
+    layer.router.float()
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    if kind == "pixels":
+        x = x.contiguous(memory_format=torch.channels_last)
+    with pretended.counting() as counts:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    assert counts.waited == 0
+    layer, x = layer.double(), x.double()
+    with pretended.counting() as counts:
+        layer(x)
+    assert counts.waited == 1  # for how many each expert has
