@@ -37,4 +37,4 @@ def set_compute(model: nn.Module, wanted: str, device: torch.device) -> None:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             way = compute_on(device, wanted, layer.num_experts)
-            layer.masks, layer.kernels = way != "dispatch", way == "kernel"
+            layer.masks, layer.kernels = way == "masked", way == "kernel"

@@ -89,7 +89,7 @@ class MoEConv2d(MoELayer):
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
         """Filters (M, C_in, k, k) and biases (M,), if there are any, packed by `ops.pack`; None where it packs none."""
-        if self.masks or not self.usual:
+        if self.masks or self.kernels or not self.usual:
             return None
         filters, biases = banks if len(banks) == 2 else (banks[0], None)
         rows = None if self.apart else self.row_index

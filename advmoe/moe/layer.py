@@ -62,7 +62,7 @@ class MoELayer(RouterOwner, ABC):
         wait for the choice (`models.compute`).
         """
         self.kernels = False
-        """Whether kernels for GPUs compute a hard pass where they take it (`by_kernels`); elsewhere it `masks`."""
+        """Whether kernels for GPUs compute a hard pass (`by_kernels`); all experts are computed where they do not."""
         self.copies = False
         """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 
