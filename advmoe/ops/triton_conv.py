@@ -100,7 +100,7 @@ def convolve(
         SHORTCUT=finish.shortcut is not None, RECTIFY=finish.rectify, POOL=finish.pool,
         **tile, **_constants(samples, geometry, kernel, x.dtype),
     )  # fmt: skip
-    return y, None if pooled is None else pooled.sum(1)
+    return y, None if pooled is None else _summed(pooled)
 
 
 def unconvolve(grad: Tensor, filters: Tensor, samples: Samples, geometry: Geometry, size: tuple[int, int]) -> Tensor:
@@ -137,11 +137,16 @@ def filter_gradients(
         _filter_gradients, (blocks, kernel[0] * kernel[1], experts * shares), x, grad, dw, db, *samples,
         h, w, ci, oh, ow, co, SHARES=shares, **tile, **_constants(samples, geometry, kernel, x.dtype),
     )  # fmt: skip
-    return dw.sum(1).permute(0, 1, 4, 2, 3), db.sum(1)
+    return _summed(dw).permute(0, 1, 4, 2, 3), _summed(db)
 
 
 def _images(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _summed(parts: Tensor) -> Tensor:
+    """The sum over the second axis, in the same order each time."""
+    return parts.select(1, 0) if parts.shape[1] == 1 else parts.sum(1)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

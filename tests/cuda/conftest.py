@@ -1,6 +1,5 @@
 """Tests of every path on a GPU: on a real one, or on devices that host memory stands in for (`make cuda`)."""
 
-import ctypes
 import importlib
 import sys
 from collections.abc import Callable
@@ -49,23 +48,22 @@ def pretended() -> ModuleType:
 def gpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels in Triton: a real device's, or interpreted on what stands in for one. Skips where there are none."""
     if "pretended" in sys.modules:
-        request.getfixturevalue("launched")
+        pretended, _ = map(request.getfixturevalue, ("pretended", "launched"))
         from advmoe.ops import triton_conv
 
         launch = triton_conv._launch
 
-        def on_host(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-            launch(kernel, grid, *(_shared(a) if isinstance(a, torch.Tensor) else a for a in arguments), **constants)
+        def interpret(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+            launch(
+                kernel,
+                grid,
+                *(pretended.on_host(a) if isinstance(a, torch.Tensor) else a for a in arguments),
+                **constants,
+            )
 
-        monkeypatch.setattr(triton_conv, "_launch", on_host)
+        monkeypatch.setattr(triton_conv, "_launch", interpret)
     elif (missing := kernels_missing(torch.device("cuda"))) is not None:
         pytest.skip(f"needs {missing}")
-
-
-def _shared(x: torch.Tensor) -> torch.Tensor:
-    """The memory of a pretended device's `x`, which is the host's, as a tensor of the CPU."""
-    memory = (ctypes.c_char * (x.numel() * x.element_size())).from_address(x.data_ptr())
-    return torch.frombuffer(memory, dtype=x.dtype)
 
 
 @pytest.fixture(scope="session")
