@@ -62,7 +62,7 @@ cuda: $(INSTALLED)
 
 # The kernels for GPUs, in Triton's interpreter on the CPU; and that they compile for GPUs, which needs none.
 triton: .venv/.triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "triton and not gpu"
 	$(BIN)/python tests/cuda/pretended.py
 	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and gpu"
 
