@@ -85,6 +85,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     other run fills it.
     """
     config, folder = launch.config, launch.run_dir
+    compute_on(fabric.device, config.training.compute, config.model.num_experts)  # which refuses what cannot be had
     if fabric.is_global_zero and not launch.fresh:
         _claim(folder, alone)
     dataset = load_data(config)
