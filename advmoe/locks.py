@@ -77,6 +77,19 @@ def exclusive(path: Path) -> Iterator[None]:
         lock.close()
 
 
+def busy(path: Path) -> bool:
+    """Whether another process holds the file `path` now."""
+    if not path.exists():
+        return False
+    try:
+        lock = hold(path)
+    except InputError:
+        return True
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
 def _tried(path: Path, folder: bool, wait: bool) -> Hold | str | None:
     """The hold; else who has `path`, in words, or None for a process of this host."""
     claim = path / CLAIM if folder else path.with_name(f"{path.name}{CLAIM}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import exclusive
+from advmoe.pool import Preempted
 from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
@@ -21,8 +23,7 @@ from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
     # A measurement's lock is its own: several of one run may be made at the same time.
-    run = task.run if isinstance(task, PlannedMeasure) else task
-    with exclusive(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
+    with exclusive(lock_of(task)):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):
@@ -31,7 +32,22 @@ def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
             _train(task, threads=threads, accelerator=accelerator)
 
 
+def lock_of(task: StudyTask) -> Path:
+    """The file that is locked by who does a task."""
+    run = task.run if isinstance(task, PlannedMeasure) else task
+    return run.path.with_name(f".{task.id.replace('/', '-')}.lock")
+
+
 def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
+    from advmoe.training.preemption import Stopped
+
+    try:
+        _trained(run, threads=threads, accelerator=accelerator)
+    except Stopped as stop:
+        raise Preempted(str(stop)) from stop
+
+
+def _trained(run: PlannedRun, *, threads: int, accelerator: str) -> None:
     from advmoe.training import run as runs
 
     config = Config.from_dict(run.config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe import cli
+from advmoe.engines import EngineOptions
 from advmoe.studies.catalogue import STUDIES
 
 
@@ -141,7 +142,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     ((name, options),) = seen
     assert name == "fig2" and vars(options) == {
         "scale": "cpu", "seeds": 5, "only": ["AdvMoE+ResNet", "S-Dense"], "jobs": 2, "num_examples": 50, "threads": 2,
-        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv],
+        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv], "engine": EngineOptions(),
         "overrides": {"training": {"epochs": 3}, "threat": {"eps": "4/255"}, "data": {"root": "7"}},
     }  # fmt: skip
     assert code == 1  # as something failed
