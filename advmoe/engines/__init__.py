@@ -1,8 +1,8 @@
 """Where tasks are done: by processes of this machine (`local`, `advmoe.pool`), by SLURM or by Ray; and the loop that
 gives them their tasks, each after those that it needs.
 
-A task is a value that can be pickled, with an `id`, the ids of those that it `needs`, and a `state`. It leaves its
-result in files that all machines see, can be done again at any time, and goes on from what is there.
+A task is a value that can be pickled, with an `id` and the ids of those that it `needs`. It leaves its result in files
+that all machines see, can be done again at any time, and goes on from what is there.
 """
 
 from advmoe.engines.choice import ENGINES, EngineOptions

@@ -39,7 +39,9 @@ class EngineOptions:
         for name, engines in belongs.items():
             if (value := getattr(self, name)) != usual[name].default and self.engine not in engines:
                 option = f"--{name.replace('_', '-')}" if name in ("partition", "ray_address") else f"--task-{name}"
-                raise InputError(f"{option} must go with --engine {' or '.join(engines)}, got {value!r} with {self.engine}")
+                raise InputError(
+                    f"{option} must go with --engine {' or '.join(engines)}, got {value!r} with {self.engine}"
+                )
 
     @property
     def local(self) -> bool:

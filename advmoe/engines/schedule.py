@@ -29,9 +29,6 @@ class Task(Protocol):
     def needs(self) -> tuple[str, ...]:
         """The ids of those that come before."""
 
-    def state(self) -> str:
-        """`finished`, or another word."""
-
 
 T = TypeVar("T", bound=Task)
 Told = Callable[[str, T, float | None], None]
