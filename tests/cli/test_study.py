@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe import cli
-from advmoe.engines import EngineOptions
+from advmoe.engines import EngineOptions, Ledger
 from advmoe.studies.catalogue import STUDIES
 
 
@@ -172,3 +172,36 @@ def test_a_plan_and_the_list_need_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
+
+
+def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, tmp_path):
+    words = ["study", "fig5", "--status", "--out", "there"]
+    code, out, err = advmoe(*words)
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    *lines, last = out.splitlines()
+    assert last == "7 tasks: 7 waiting" and all(line.startswith("waiting    ") for line in lines)
+    key, ledger = lines[0].split()[-1], Ledger(tmp_path / "there" / "logs")
+    ledger.submitted(key, "12_3")
+    with pytest.raises(OSError), ledger.doing(lines[1].split()[-1], log=Path("a.log")):
+        raise OSError("no disk")
+    code, out, _ = advmoe(*words)
+    first, second, *_, last = out.splitlines()
+    assert first.startswith("queued       train     standard MoE") and "  job 12_3  log there/logs/" in first
+    assert second.startswith("failed  ") and second.endswith("  OSError: no disk  log a.log")
+    assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "cloud"], "--engine must be one of local, slurm, ray, got 'cloud'"),
+        (["--partition", "gpu"], "--partition must go with --engine slurm, got 'gpu' with local"),
+        (["--task-gpus", "1"], "--task-gpus must go with --engine slurm or ray, got 1 with local"),
+        (["--engine", "slurm", "--task-hours", "-1"], "--task-hours must be "),
+        (["--engine", "ray", "--task-cpus", "0"], "--task-cpus must be "),
+    ],
+)
+def test_a_mistake_about_the_engine_is_one_line_and_creates_nothing(advmoe, tmp_path, words, message):
+    code, out, err = advmoe("study", "fig5", *words)
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith(f"advmoe: error: {message}") and err.count("\n") == 1
