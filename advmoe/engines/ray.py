@@ -5,6 +5,7 @@ Ray ends the tasks of a process that is gone; what they have done so far is kept
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,11 +41,12 @@ class Ray:
         self._begun = not self._ray.is_initialized()
         if self._begun:
             try:
+                _require_heard(options.ray_address)
                 self._ray.init(
                     address=options.ray_address, log_to_driver=False, logging_level="ERROR",
                     runtime_env={"env_vars": dict(call.environment)},
                 )  # fmt: skip
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 rule = "be that of a Ray cluster that runs"
                 raise InputError(
                     f"--ray-address must {rule}, got {options.ray_address!r}: {one_line(error)}"
@@ -98,6 +100,13 @@ class Ray:
                 self._ray.cancel(ref, force=True)
         if self._begun:
             self._ray.shutdown()
+
+
+def _require_heard(address: str | None) -> None:
+    """Raise `OSError` where nobody listens at an address: Ray itself would wait for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _do(call: Call, order: Any, job: str) -> None:  # pragma: no cover - runs in a process of Ray's
