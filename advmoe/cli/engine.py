@@ -14,9 +14,8 @@ USUAL_JOBS = "100"
 
 def add_engines(parser: Parser) -> None:
     """Add the options that `engine_of` reads."""
-    section = parser.add_argument_group("engine", description="Which processes do the tasks, and where.")
-    add = section.add_argument
-    add("--engine", metavar=f"{{{','.join(ENGINES)}}}", help="who starts them (default: local, on this machine)")
+    add = parser.add_argument
+    add("--engine", metavar=f"{{{','.join(ENGINES)}}}", help="who does the tasks (default: local, processes here)")
     add("--task-gpus", metavar="G", help="slurm, ray: GPUs of each task (default: 1 with --accelerator cuda, else 0)")
     add("--task-cpus", metavar="C", help="slurm, ray: cores of each task (default: its threads)")
     add("--task-hours", metavar="H", help="slurm: after H hours a task is stopped, and goes on in a new job (24)")

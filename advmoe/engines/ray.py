@@ -5,6 +5,7 @@ Ray ends the tasks of a process that is gone; what they have done so far is kept
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import uuid
@@ -42,9 +43,10 @@ class Ray:
         if self._begun:
             try:
                 _require_heard(options.ray_address)
+                own = options.ray_address is None and not os.environ.get("RAY_ADDRESS")
                 self._ray.init(
                     address=options.ray_address, log_to_driver=False, logging_level="ERROR",
-                    runtime_env={"env_vars": dict(call.environment)},
+                    runtime_env={"env_vars": dict(call.environment)}, **({"include_dashboard": False} if own else {}),
                 )  # fmt: skip
             except (OSError, ValueError, RuntimeError) as error:
                 rule = "be that of a Ray cluster that runs"

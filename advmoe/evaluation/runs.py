@@ -59,26 +59,27 @@ def evaluate_run(
     Raises `InputError` for whatever cannot be used; what was written before stays as it was.
     """
     options, shards = options_of(options, keywords, threads=1), None
-    if engine is not None and not engine.local:  # this process need not have what the tasks are given
+    if engine is not None and engine.local:
+        engine = None
+    if engine is not None:  # this process need not have what the tasks are given
         options = replace(options, accelerator="auto" if engine.gpus else "cpu")
     subject = open_subject(target, options)
-    threads, accelerator = options.threads, options.accelerator
-    if engine is not None and not engine.local:
-        number, workers = positive("workers", workers or USUAL), 1
+    if workers is None:
+        batches = -(-len(subject.data) // positive("batch_size", options.batch_size))
+        workers = _processes(batches, options.accelerator) if engine is None else USUAL
+    if engine is not None:
+        number, workers = positive("workers", workers), 1
         folder = subject.home / TASKS
         shards = Shards(target=str(target), options=options, engine=engine, number=number, folder=folder)
-    if workers is None:
-        workers = _processes(-(-len(subject.data) // positive("batch_size", options.batch_size)), accelerator)
     execution = Execution(
-        workers=positive("workers", workers),
-        threads=threads and positive("threads", threads), accelerator=accelerator,
-        journal=subject.home / JOURNAL, resume=resume, elsewhere=shards,
+        workers=positive("workers", workers), threads=options.threads and positive("threads", options.threads),
+        accelerator=options.accelerator, journal=subject.home / JOURNAL, resume=resume, elsewhere=shards,
     )  # fmt: skip
     evaluation = assess(subject.load, subject.data, subject.measurement(), allow=options.allow, execution=execution)
     result = evaluation.result | subject.described
     model = evaluation.predict
     if isinstance(model, Classifier) and model.spec["input_size"] is not None:
-        with threads_set(threads):
+        with threads_set(options.threads):
             result["cost"] = cost(model)
     written = save(subject.home, result, {"index": subject.index.numpy(), **evaluation.examples})
     Journal(execution.journal).remove()

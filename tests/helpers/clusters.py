@@ -28,7 +28,7 @@ TASKS = 16
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
     """Start a command."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ADVMOE_LOG_FORMAT": "text"}
     line = [sys.executable, "-m", "advmoe", *map(str, words)]
     return subprocess.Popen(
         line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -67,6 +67,7 @@ def study_with_a_death(folder: Path, engine: str, kill: Callable[[Path], None] =
     process = start(*STUDY, "--out", engine, "--engine", engine, cwd=folder)
     kill(folder / engine / "logs")
     _, err = finish(process)
+    print(err)
     assert err.count("; tried again") == 1, err
     finish(start(*STUDY, "--out", "local", cwd=folder))
     ours, theirs = (read(folder / name / "fig4-smoke-router" / "study.json") for name in ("local", engine))
