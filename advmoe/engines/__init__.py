@@ -6,8 +6,7 @@ that all machines see, can be done again at any time, and goes on from what is t
 """
 
 from advmoe.engines.choice import ENGINES, EngineOptions
-from advmoe.engines.engine import Engine
 from advmoe.engines.ledger import Ledger
-from advmoe.engines.schedule import Bug, MachineFailed, Skipped, Task, run
+from advmoe.engines.schedule import Bug, Engine, MachineFailed, Skipped, Task, run
 
 __all__ = ["ENGINES", "Bug", "Engine", "EngineOptions", "Ledger", "MachineFailed", "Skipped", "Task", "run"]

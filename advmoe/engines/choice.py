@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advmoe.engines.engine import Engine
 from advmoe.engines.ledger import Ledger
+from advmoe.engines.schedule import Engine
 from advmoe.errors import InputError
 from advmoe.pool import Place, Pool, Prepare
 

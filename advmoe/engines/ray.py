@@ -32,7 +32,7 @@ def require_ray() -> Any:
 
 
 class Ray:
-    """Ray as an engine: see `engine.Engine`. It has at most `most` tasks at once."""
+    """Ray as an engine: see `schedule.Engine`. It has at most `most` tasks at once."""
 
     given: str = "queued"
     retries: int = RETRIES

@@ -7,13 +7,12 @@ one whose process died, as often as the engine allows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from graphlib import TopologicalSorter
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from advmoe.engines.engine import Engine
 from advmoe.errors import BugElsewhere, InputError, of_machine
-from advmoe.pool import Died, Preempted
+from advmoe.pool import Answer, Died, Preempted
 from advmoe.progress import tell
 from advmoe.text import cut, one_line
 
@@ -28,6 +27,27 @@ class Task(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """The ids of those that come before."""
+
+
+class Engine(Protocol):
+    """Does orders somewhere, several at once. Orders are tasks; `pool.Pool` takes other values too."""
+
+    given: str
+    """What an order does once it is given: `starts`, or is `queued`."""
+    retries: int
+    """How often an order is given again whose process died."""
+
+    def ready(self, number: int) -> None:
+        """Make room for as many orders at once, as far as there may be so many; do not wait for it."""
+
+    def give(self, order: Any) -> bool:
+        """Take an order. False where there is no room for one more now."""
+
+    def answers(self, seconds: float) -> Iterator[Answer]:
+        """What became of orders, as far as it is known within about so many `seconds`."""
+
+    def close(self) -> None:
+        """Let go of all that the engine has."""
 
 
 T = TypeVar("T", bound=Task)

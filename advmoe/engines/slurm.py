@@ -26,6 +26,8 @@ PAUSE = 3.0
 """Seconds between two looks at the queue. A task is given up for dead after two without its job, as what the job wrote
 last may be seen late.
 """
+_NAME = "advmoe"
+"""Of every job."""
 _NOTICE = 180
 """Seconds before the end of a job's time in which it is told to stop."""
 
@@ -42,7 +44,7 @@ def require_slurm() -> Any:
 
 
 class Slurm:
-    """SLURM as an engine: see `engine.Engine`. `most` tasks are in its queue at once."""
+    """SLURM as an engine: see `schedule.Engine`. `most` tasks are in its queue at once."""
 
     given: str = "queued"
     retries: int = RETRIES
@@ -56,7 +58,7 @@ class Slurm:
         if options.gpus:
             asked["gres"] = f"gpu:{options.gpus}"
         self._executor.update_parameters(
-            job_name="advmoe", time=max(1, round(options.hours * 60)), cpus_per_task=options.cpus or call.threads or 1,
+            job_name=_NAME, time=max(1, round(options.hours * 60)), cpus_per_task=options.cpus or call.threads or 1,
             stderr_to_stdout=True, signal_delay_s=_NOTICE, array_parallelism=most,
             # A job that is stopped is followed by another one of ours, never by itself.
             additional_parameters={"signal": f"USR1@{_NOTICE}", "no-requeue": True},
@@ -106,7 +108,7 @@ class Slurm:
     def close(self) -> None:
         """Leave what is in the queue: the next process that wants the same waits for it."""
         if self._jobs:
-            tell(f"note  jobs that stay with SLURM: {few(self._jobs, 10)} (to end them: scancel --name advmoe)")
+            tell(f"note  jobs that stay with SLURM: {few(self._jobs, 10)} (to end them: scancel --name {_NAME})")
 
     def _submit(self) -> None:
         if not self._new:
@@ -115,6 +117,8 @@ class Slurm:
             jobs = self._executor.map_array(self._call, self._new)
         except Exception as error:  # whatever sbatch and submitit find wrong
             raise InputError(f"sbatch must take the tasks, got {one_line(error)}") from error
+        for link in self._folder.glob(".submission_file_*.sh"):  # to scripts that SLURM has copied: no run holds links
+            link.unlink(missing_ok=True)
         for job, order in zip(jobs, self._new, strict=True):
             self._ledger.submitted(order.id, job.job_id)
             self._jobs[job.job_id] = order
@@ -122,8 +126,8 @@ class Slurm:
 
 
 def queue() -> set[str] | None:
-    """This user's jobs that wait or run, as `JOB` or `JOB_NUMBER` of an array; None where SLURM does not answer."""
-    words = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    """Our jobs that wait or run, as `JOB` or `JOB_NUMBER` of an array; None where SLURM does not answer."""
+    words = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}", f"--name={_NAME}"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
