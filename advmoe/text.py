@@ -129,8 +129,8 @@ _OF_CELL = ("mean", "std", "paper", "paper_std")
 
 
 def duration(seconds: float) -> str:
-    """A time as one reads it: 12.3 s, 4 min, 1 h 30 min."""
-    if seconds < 90:
+    """A time as one reads it: 12.3 s, 4 min, 1 h 30 min. Below three minutes seconds tell more."""
+    if seconds < 180:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,5 +1,6 @@
 """`make demo`: what it calls, in an environment whose programs only say that they were called."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,7 +34,9 @@ def clone(tmp_path: Path) -> Path:
 def demo(clone: Path) -> tuple[list[str], str]:
     """What `make demo` calls, and what it prints."""
     (clone / "calls").write_text("")
-    done = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True, timeout=60, check=True)
+    # `make test` tells a make inside it that it is one, which then prints where it enters.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "demo"], cwd=clone, env=env, capture_output=True, text=True, timeout=60, check=True)
     return (clone / "calls").read_text().splitlines(), done.stdout
 
 
@@ -41,7 +44,7 @@ def demo(clone: Path) -> tuple[list[str], str]:
 def test_it_installs_what_it_needs_alone_and_continues_what_is_there(clone: Path) -> None:
     called, printed = demo(clone)
     assert called == INSTALLING + ANEW
-    assert printed.startswith("AdvMoE on handwritten digits: 7 epochs") and "two minutes" in printed
+    assert printed.startswith("AdvMoE on handwritten digits: 5 epochs") and "two minutes" in printed
     (clone / "runs" / "demo").mkdir(parents=True)
     assert demo(clone)[0] == ANEW  # killed before there was anything to continue
     (clone / "runs" / "demo" / "config.yaml").touch()

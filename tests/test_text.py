@@ -21,10 +21,11 @@ def test_percent():
 
 
 def test_durations():
-    assert [duration(each) for each in (0.1234, 89.4, 90, 89 * 60, 90 * 60)] == [
+    assert [duration(each) for each in (0.1234, 91.6, 179.4, 180, 89 * 60, 90 * 60)] == [
         "0.123 s",
-        "89.4 s",
-        "2 min",
+        "91.6 s",
+        "179 s",
+        "3 min",
         "89 min",
         "1 h 30 min",
     ]
