@@ -20,7 +20,7 @@ from advmoe.engines.schedule import Bug, MachineFailed, failure
 from advmoe.errors import BugElsewhere, InputError
 from advmoe.pool import Answer, Died, Place, Preempted, Prepare, threads_set
 from advmoe.progress import warnings_told
-from advmoe.signals import Ended, handled
+from advmoe.signals import Ended, described, handled
 
 RETRIES = 3
 """How often a task is tried again whose process died."""
@@ -60,8 +60,11 @@ class Call:
                     self.prepare(Place(self.threads, log=log), *self.arguments) as work,
                 ):
                     work(order)
-            except (Ended, Preempted) as stop:
-                ended |= {"state": "preempted", "error": str(stop) if isinstance(stop, Preempted) else "told to stop"}
+            except Preempted as stop:
+                ended |= {"state": "preempted", "error": str(stop)}
+            except Ended as stop:  # nothing is kept: as if it had died
+                told = f"{described(stop)[0]} before it had done anything that is kept"
+                ended |= {"state": "failed", "error": told, "fault": "machine"}
             except Exception as error:
                 traceback.print_exception(error)
                 sys.stderr.flush()

@@ -26,9 +26,10 @@ from advmoe.evaluation.outcomes import make_job
 from advmoe.evaluation.scoring import measuring, size, take
 from advmoe.evaluation.subject import Options, open_subject
 from advmoe.locks import exclusive
-from advmoe.pool import Place
+from advmoe.pool import Place, Preempted
 from advmoe.progress import bar, outermost, tell
 from advmoe.rundir import EVALUATION, read_result, require_plain
+from advmoe.signals import Ended, described
 
 USUAL = 8
 """Shards of an attack, which are done at the same time, unless the user says otherwise."""
@@ -155,14 +156,20 @@ def _attacking(place: Place, target: str, options: Options, path: Path) -> Itera
     require_same(known, fingerprint(predict, job, known["attacks"], device, ()))
 
     def attack(shard: Shard) -> None:
-        journal = Journal(path)
-        for task in shard.tasks():
-            _require_current(path, known)
-            with exclusive(path / f".{task.file}.lock"):
-                if journal.get(task) is None:
-                    result, _ = job.run(task, predict, *take(job.data, job.examples(task), device))
-                    _require_current(path, known)
-                    journal.put(task, result)
+        journal, done = Journal(path), 0
+        try:
+            for task in shard.tasks():
+                _require_current(path, known)
+                with exclusive(path / f".{task.file}.lock"):
+                    if journal.get(task) is None:
+                        result, _ = job.run(task, predict, *take(job.data, job.examples(task), device))
+                        _require_current(path, known)
+                        journal.put(task, result)
+                        done += 1
+        except Ended as stop:
+            if done:
+                raise Preempted(f"{described(stop)[0]} after {done} batches") from stop
+            raise
 
     with measuring(predict, device):
         yield attack

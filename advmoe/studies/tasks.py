@@ -16,7 +16,8 @@ from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import exclusive
 from advmoe.pool import Preempted
-from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
+from advmoe.rundir import CONFIG, DIGEST, DONE, JOURNAL, MANIFEST, digest_at, write_result
+from advmoe.signals import Ended, described
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
 
@@ -97,10 +98,16 @@ def _evaluate(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     from advmoe.evaluation.runs import evaluate_run
 
     arguments = _arguments(task, threads, accelerator) | {"workers": 1}
+    before = set((task.path / JOURNAL).glob("*.*.json"))
     try:
-        evaluate_run(task.run.path, **arguments, resume=True)
-    except OtherSettings:
-        evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
+        try:
+            evaluate_run(task.run.path, **arguments, resume=True)
+        except OtherSettings:
+            evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
+    except Ended as stop:
+        if set((task.path / JOURNAL).glob("*.*.json")) - before:
+            raise Preempted(f"{described(stop)[0]} within an evaluation") from stop
+        raise
 
 
 def _sweep(task: PlannedMeasure, threads: int, accelerator: str) -> None:

@@ -73,8 +73,9 @@ def test_it_finds_what_there_was_here_and_prints_into_its_log(call, tmp_path, ca
     ("name", "kind", "text"),
     [
         ("mistake", InputError, "x must be 1, got 2"), ("disk", Died, "OSError: no disk"),
-        ("saved", Preempted, "stopped within epoch 1"), ("SIGTERM", Preempted, "told to stop"),
-        ("SIGUSR1", Preempted, "told to stop"),
+        ("saved", Preempted, "stopped within epoch 1"),
+        ("SIGTERM", Died, "ended by SIGTERM before it had done anything that is kept"),
+        ("SIGUSR1", Died, "ended by SIGUSR1 before it had done anything that is kept"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_told_by_the_ledger(call, name, kind, text):

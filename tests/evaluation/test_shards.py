@@ -1,5 +1,6 @@
 """An evaluation's shards, done in this process as a cluster's would do them."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from advmoe.engines import EngineOptions, remote
 from advmoe.engines.ledger import Ledger
 from advmoe.errors import InputError, OtherSettings
+from advmoe.evaluation.harness import Journal
 from advmoe.evaluation.runs import evaluate_run
 from advmoe.evaluation.shards import Shard, require_same
 from advmoe.pool import Answer, Died
@@ -110,6 +112,23 @@ def test_what_is_there_is_not_done_again(run_dir, whole, tmp_path, here):
         result = evaluate_run(run_dir, out=tmp_path, workers=2, engine=SLURM, resume=True, **GIVEN)
     assert result["checksum"] == whole["checksum"] and len(shards) == 4 and len(seen) == 10
     assert {name for path, when in done.items() if seen[name := path.name] != when} == {"pgd-2.4.json"}
+
+
+def test_a_shard_that_is_told_to_stop_goes_on_after_its_last_batch(
+    run_dir, whole, tmp_path, here, monkeypatch, capsys
+):  # fmt: skip
+    put, signals = Journal.put, [2]
+
+    def stopped(journal, task, result):
+        put(journal, task, result)
+        if task.first == 8 and signals:  # the third batch of the first shard
+            signals.clear()
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Journal, "put", stopped)
+    result = evaluate_run(run_dir, out=tmp_path, workers=1, engine=SLURM, **GIVEN)
+    assert result["checksum"] == whole["checksum"] and len(here[1]) == 3
+    assert "Preempted: ended by SIGTERM after 2 batches; tried again" in capsys.readouterr().err
 
 
 def test_the_error_of_a_shard_is_raised_when_all_have_ended(run_dir, tmp_path, here):

@@ -50,25 +50,35 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
 
 
-def running(ledger: Path) -> list[int]:
-    """The processes that say in their ledger that they are at a task."""
-    told = [read(path) for path in ledger.glob("*.json")] if ledger.is_dir() else []
-    return [each["process"] for each in told if each.get("state") == "running"]
+def running(ledger: Path, *, but: str | None = None) -> dict[str, Any]:
+    """What the ledger tells of the first task that says it runs, in another job than `but`; waits for one."""
+
+    def found() -> list[dict[str, Any]]:
+        told = [read(path) for path in ledger.glob("*.json")] if ledger.is_dir() else []
+        return [each for each in told if each.get("state") == "running" and each["job"] != but]
+
+    until(lambda: bool(found()))
+    return found()[0]
 
 
-def kill_one(ledger: Path) -> None:
-    """Kill the first process that says it is at a task."""
-    until(lambda: bool(running(ledger)))
-    os.kill(running(ledger)[0], signal.SIGKILL)
+def kill_one(ledger: Path) -> str:
+    """Kill the first process that says it is at a task; returns its job."""
+    task = running(ledger)
+    os.kill(task["process"], signal.SIGKILL)
+    return str(task["job"])
 
 
-def study_with_a_death(folder: Path, engine: str, kill: Callable[[Path], None] = kill_one) -> None:
-    """Run the study by an engine of which a worker is killed; its tables are those of this machine's processes."""
+def study_with_a_death(
+    folder: Path, engine: str, kill: Callable[[Path], object] = kill_one, again: int = 1
+) -> None:  # fmt: skip
+    """Run the study by an engine of which workers are killed, so that as many tasks are tried `again`; its tables are
+    those of this machine's processes.
+    """
     process = start(*STUDY, "--out", engine, "--engine", engine, cwd=folder)
     kill(folder / engine / "logs")
     _, err = finish(process)
     print(err)
-    assert err.count("; tried again") == 1, err
+    assert err.count("; tried again") == again, err
     finish(start(*STUDY, "--out", "local", cwd=folder))
     ours, theirs = (read(folder / name / "fig4-smoke-router" / "study.json") for name in ("local", engine))
     assert ours["tables"] and ours["tables"] == theirs["tables"]

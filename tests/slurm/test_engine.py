@@ -1,9 +1,9 @@
-"""A real SLURM does a study and an evaluation: a job of one is killed, the process that wants the other."""
+"""A real SLURM does a study and an evaluation: jobs of one are killed, the process that wants the other."""
 
 import subprocess
 
 import pytest
-from clusters import EVALUATE, TASKS, assert_same_evaluation, finish, start, study_with_a_death
+from clusters import EVALUATE, TASKS, assert_same_evaluation, finish, kill_one, running, start, study_with_a_death
 from waiting import until
 
 pytest.importorskip("submitit", reason="needs submitit (extra slurm)")
@@ -20,8 +20,13 @@ def jobs():
     return {line.split()[0] for line in lines if " JobName=advmoe " in line}
 
 
-def test_a_study_of_which_a_job_is_killed_has_the_tables_of_local(tmp_path):
-    study_with_a_death(tmp_path, "slurm")
+def kill_one_and_preempt_the_next(ledger):
+    killed = kill_one(ledger)
+    slurm("scancel", "--signal=USR1", running(ledger, but=killed)["job"])
+
+
+def test_a_study_of_which_a_job_is_killed_and_one_preempted_has_the_tables_of_local(tmp_path):
+    study_with_a_death(tmp_path, "slurm", kill_one_and_preempt_the_next, again=2)
 
 
 def test_an_evaluation_whose_process_is_killed_waits_for_the_jobs_that_run(tmp_path, make_digits_run):
