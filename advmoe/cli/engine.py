@@ -24,17 +24,15 @@ def add_engines(parser: Parser) -> None:
 
 
 def engine_of(args: dict[str, Any], accelerator: str) -> EngineOptions:
-    """Where tasks are done. Raises `InputError` for what does not go together, and where the engine cannot be had."""
+    """Where tasks are done. Raises `InputError` for what does not go together."""
     gpus = number("--task-gpus", Annotated[int, Within(0, 64)], args.get("task_gpus"))
     engine = args.get("engine", "local")
     if gpus is None:
         gpus = int(accelerator == "cuda" and engine != "local")
     hours = number("--task-hours", Hours, args.get("task_hours"))
-    options = EngineOptions(
+    return EngineOptions(
         engine=engine, gpus=gpus,
         cpus=number("--task-cpus", Annotated[int, Within(1, 1024)], args.get("task_cpus")),
         partition=args.get("partition"), ray_address=args.get("ray_address"),
         **({} if hours is None else {"hours": hours}),
     )  # fmt: skip
-    options.require()
-    return options

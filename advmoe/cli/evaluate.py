@@ -31,6 +31,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     options["threads"] = options["threads"] or 1
     options["resume"] = "resume" in args
     options["engine"] = engine_of(args, options["accelerator"])
+    options["engine"].require()
 
     from advmoe.evaluation.runs import evaluate_run
 

@@ -70,6 +70,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         return _plan(args["name"], options)
     if "status" in args:
         return _status(args["name"], options)
+    engine.require()
     with continuable(options.root, to_run(*argv), "runs"):
         return _run(args["name"], options, argv)
 
@@ -113,13 +114,15 @@ def _status(name: str, options: Any) -> int:
 
 
 def _run(name: str, options: Any, argv: list[str]) -> int:
+    from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
     from advmoe.studies.session import run_study
     from advmoe.studies.tables import text
     from advmoe.studies.task_pool import MachineFailed
 
     require_matplotlib()
-
+    if not options.engine.local:
+        tell(f"tasks print into {options.root / 'logs'}; how far they are: {to_run(*argv, '--status')}", "task")
     home, content = run_study(name, options, _told)
     print("\n".join(wrapped(content["size"])), end="\n\n")
     for shown in content["tables"]:

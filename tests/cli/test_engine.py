@@ -6,11 +6,6 @@ from advmoe.cli.engine import engine_of
 from advmoe.engines import EngineOptions
 
 
-@pytest.fixture(autouse=True)
-def all_there(monkeypatch):
-    monkeypatch.setattr(EngineOptions, "require", lambda self: None)
-
-
 def test_all_are_passed_on():
     args = {"engine": "slurm", "task_gpus": "2", "task_cpus": "8", "task_hours": "1.5", "partition": "p"}
     expected = EngineOptions(engine="slurm", gpus=2, cpus=8, hours=1.5, partition="p")

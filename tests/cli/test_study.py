@@ -191,6 +191,23 @@ def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, 
     assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
 
 
+def test_where_a_cluster_s_tasks_print_is_told(advmoe, monkeypatch):
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
+    monkeypatch.setattr(EngineOptions, "require", lambda self: None)
+    seen = []
+
+    def run_study(name, options, told):
+        seen.append(options)
+        return Path("home"), CONTENT | {"runs": []}
+
+    monkeypatch.setattr("advmoe.studies.session.run_study", run_study)
+    words = ["study", "fig5", "--engine", "slurm", "--out", "there", "--task-hours", "2"]
+    code, _, err = advmoe(*words)
+    status = f"advmoe {' '.join(words)} --status"
+    assert (code, err) == (0, f"tasks print into there/logs; how far they are: {status}\n")
+    assert seen[0].engine == EngineOptions(engine="slurm", hours=2.0) and seen[0].jobs == 100
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
