@@ -112,7 +112,7 @@ def run(tasks: Mapping[str, T], errors: dict[str, str], engine: Engine, told: To
             else:
                 continue
             if _again(answer.error, deaths, task.id, engine.retries):
-                tell(f"note  {task.id}: {one_line(answer.error or Exception())}; tried again")
+                tell(f"note  {task.id}: {' '.join(str(answer.error).split())}; tried again")
                 waiting.append(task.id)
                 continue
             if (error := failure(answer.error)) is not None:

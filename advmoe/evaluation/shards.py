@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,12 +83,19 @@ class Shards:
         """
         assert journal.path is not None
         require_plain(self.folder, itself=True)
-        shards = [shard for shard in self.cut(job, names, journal.path) if _left(shard, journal)]
-        left = {shard.id: len(_left(shard, journal)) for shard in shards}
-        by_attack, started, speaks = Counter(shard.attack for shard in shards), time.perf_counter(), outermost()
-        errors: dict[str, str] = {}
-        ledger, places = Ledger(self.folder), [Place(self.options.threads)] * min(self.number, max(1, len(shards)))
+        left = {shard: number for shard in self.cut(job, names, journal.path) if (number := _left(shard, journal))}
+        if left:
+            self._have_done(left, job, journal)
+        for name in names:
+            if not _arrived(left, name, journal):
+                raise OSError(f"{journal.path} must hold every batch of {name} by now: try again")
+
+    def _have_done(self, left: Mapping[Shard, int], job: Job, journal: Journal) -> None:
+        """Have shards done, of each of which so many batches are `left`."""
+        by_attack, started, speaks = Counter(shard.attack for shard in left), time.perf_counter(), outermost()
+        ledger, places = Ledger(self.folder), [Place(self.options.threads)] * min(self.number, len(left))
         arguments = self.target, replace(self.options, accelerator=self.device), journal.path
+        errors: dict[str, str] = {}
         with (
             bar("attack", sum(left.values()), unit="batch") as drawn,
             closing(self.engine.open(_attacking, arguments, places=places, ledger=ledger)) as engine,
@@ -97,19 +104,16 @@ class Shards:
             def told(word: str, shard: Shard, _: float | None) -> None:
                 if word == engine.given:
                     return
-                drawn.update(left[shard.id])
+                drawn.update(left[shard])
                 by_attack[shard.attack] -= 1
                 if word != "done":
                     tell(f"failed: {word}  {shard.id}  log {ledger.log(shard.id)}", "failed")
-                elif speaks and not by_attack[shard.attack] and _arrived(shards, shard.attack, journal):
+                elif speaks and not by_attack[shard.attack] and _arrived(left, shard.attack, journal):
                     tell_finished(job, journal, shard.attack, time.perf_counter() - started)
 
-            run({shard.id: shard for shard in shards}, errors, engine, told)
+            run({shard.id: shard for shard in left}, errors, engine, told)
         for name, error in errors.items():
             raise _raised(error, f"{error} (see {ledger.log(name)})")
-        for name in names:
-            if not _arrived(shards, name, journal):
-                raise OSError(f"{journal.path} must hold every batch of {name} by now: try again")
 
     def cut(self, job: Job, names: Sequence[str], journal: Path) -> Iterator[Shard]:
         """The shards, whatever is done of them."""
@@ -122,11 +126,12 @@ class Shards:
                 yield Shard(name, tuple(batches[at : at + each]), mark)
 
 
-def _left(shard: Shard, journal: Journal) -> list[BatchTask]:
-    return [task for task in shard.tasks() if journal.get(task) is None]
+def _left(shard: Shard, journal: Journal) -> int:
+    """How many of a shard's batches the journal lacks."""
+    return sum(journal.get(task) is None for task in shard.tasks())
 
 
-def _arrived(shards: Sequence[Shard], attack: str, journal: Journal) -> bool:
+def _arrived(shards: Iterable[Shard], attack: str, journal: Journal) -> bool:
     """Whether the journal holds all of an attack's shards, which may be seen some time after they were written."""
     end = time.monotonic() + _LATE
     while any(_left(shard, journal) for shard in shards if shard.attack == attack):

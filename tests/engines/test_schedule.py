@@ -56,7 +56,7 @@ def test_each_comes_after_what_it_needs_and_in_the_order_given():
 def test_one_whose_process_died_is_tried_again_as_often_as_the_engine_allows(capsys):
     lines, errors = heard(Scripted({"a": [Died(-9)] * 2}), Named("a"))
     assert lines == [("a", "queued")] * 3 + [("a", "done")] and errors == {}
-    assert capsys.readouterr().err == "note  a: Died: its process died (exit code -9); tried again\n" * 2
+    assert capsys.readouterr().err == "note  a: its process died (exit code -9); tried again\n" * 2
     lines, errors = heard(Scripted({"a": [Died(-9)] * 3}), Named("a"), Named("b", ("a",)))
     assert lines[:3] == [("a", "queued")] * 3 and isinstance(errors["a"], MachineFailed)
     assert errors["a"] == "its process died (exit code -9)"

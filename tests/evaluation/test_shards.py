@@ -128,7 +128,7 @@ def test_a_shard_that_is_told_to_stop_goes_on_after_its_last_batch(
     monkeypatch.setattr(Journal, "put", stopped)
     result = evaluate_run(run_dir, out=tmp_path, workers=1, engine=SLURM, **GIVEN)
     assert result["checksum"] == whole["checksum"] and len(here[1]) == 3
-    assert "Preempted: ended by SIGTERM after 2 batches; tried again" in capsys.readouterr().err
+    assert ": ended by SIGTERM after 2 batches; tried again" in capsys.readouterr().err
 
 
 def test_the_error_of_a_shard_is_raised_when_all_have_ended(run_dir, tmp_path, here):
