@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +41,7 @@ class Ray:
         self._ray, self._ledger, self._most = require_ray(), call.ledger, most
         self._begun = not self._ray.is_initialized()
         if self._begun:
-            try:
-                _require_heard(options.ray_address)
-                own = options.ray_address is None and not os.environ.get("RAY_ADDRESS")
-                self._ray.init(
-                    address=options.ray_address, log_to_driver=False, logging_level="ERROR",
-                    runtime_env={"env_vars": dict(call.environment)}, **({"include_dashboard": False} if own else {}),
-                )  # fmt: skip
-            except (OSError, ValueError, RuntimeError) as error:
-                rule = "be that of a Ray cluster that runs"
-                raise InputError(
-                    f"--ray-address must {rule}, got {options.ray_address!r}: {one_line(error)}"
-                ) from error
+            _connect(self._ray, options.ray_address or os.environ.get("RAY_ADDRESS") or "local", call.environment)
         cpus = options.cpus or call.threads or 1
         self._require({"CPU": cpus, "GPU": options.gpus})
         # It is tried again by who wants it: Ray would know nothing of what it needs, nor of its errors.
@@ -104,11 +93,20 @@ class Ray:
             self._ray.shutdown()
 
 
-def _require_heard(address: str | None) -> None:
-    """Raise `OSError` where nobody listens at an address: Ray itself would wait for minutes."""
-    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+def _connect(ray: Any, address: str, environment: Mapping[str, str]) -> None:
+    """Connect to a Ray cluster, or start one here (`local`). Raises `InputError` where that fails."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    here = {"include_dashboard": False} if address == "local" else {}
+    try:
+        if host and port.isdigit():  # where nobody listens Ray itself would wait for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(
+            address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": dict(environment)},
+            **here,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        rule = "be that of a Ray cluster that runs"
+        raise InputError(f"--ray-address must {rule}, got {address!r}: {one_line(error)}") from error
 
 
 def _do(call: Call, order: Any, job: str) -> None:  # pragma: no cover - runs in a process of Ray's
