@@ -231,7 +231,9 @@ class TrainingConfig(Strict):
     """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.
     """
     compile: bool = False
-    """Compile the model with `torch.compile`."""
+    """Compile training's passes with `torch.compile`: whole ones, forward and backward, where `compute` comes to
+    `masked` or there are no experts, which a GPU replays as CUDA graphs; else pieces between the MoE layers.
+    """
     checkpoint_minutes: Annotated[float, Within(0, 1e6)] = 10.0
     """Minutes between checkpoints within an epoch, beside those at its end; 0: the latter alone. Changes no result."""
     seed: Seed = 0

@@ -378,8 +378,10 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_ends_close_to_uncompiled(tmp_path):
-    groups = {"data": {"val_fraction": 0.0}, "training": {"method": "standard", "epochs": 1, "lr": 0.01}}
+@pytest.mark.parametrize(("compute", "told"), [("dispatch", "pieces"), ("masked", "whole passes")])
+def test_compiled_training_ends_close_to_uncompiled(tmp_path, compute, told):
+    training = {"method": "standard", "epochs": 1, "lr": 0.01, "compute": compute}
+    groups = {"data": {"val_fraction": 0.0}, "training": training}
     plain, compiled = (
         train(
             tiny(**{**groups, "training": {**groups["training"], "compile": wanted}}),
@@ -388,6 +390,9 @@ def test_compiled_training_ends_close_to_uncompiled(tmp_path):
         )
         for wanted in (False, True)
     )
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in (plain, compiled)]
+    assert [manifest["compute"] for manifest in manifests] == [compute, compute]
+    assert [manifest.get("compiled") for manifest in manifests] == [None, told]
     a, b = weights(plain), weights(compiled)
     assert a.keys() == b.keys()
     for name in a:
