@@ -1,5 +1,5 @@
-# make demo | test | test-plain | cuda | slurm | ray | slow | studies | soak | check | lowest | docs | dist: each starts
-# from nothing and makes its own environment.
+# make demo | test | test-plain | cuda | triton | slurm | ray | slow | studies | soak | check | lowest | docs | dist:
+# each starts from nothing and makes its own environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -34,7 +34,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_export.py tests/cli/test_train.p
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain cuda slurm ray slow studies soak check lowest docs dist format clean
+.PHONY: demo test test-plain cuda triton slurm ray slow studies soak check lowest docs dist format clean
 
 # In the developers' environment where there is one, else with what it needs and nothing else.
 demo:
@@ -59,6 +59,12 @@ test-plain: $(INSTALLED)
 cuda: $(INSTALLED)
 	$(BIN)/python tests/cuda/pretended.py
 	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist worksteal -m gpu
+
+# The kernels for GPUs, in Triton's interpreter on the CPU; and that they compile for GPUs, which needs none.
+triton: .venv/.triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and not gpu"
+	$(BIN)/python tests/cuda/pretended.py
+	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and gpu"
 
 # A real SLURM of two nodes on this machine: as root, with slurm-wlm and munge installed; it takes /etc/slurm.
 slurm: $(INSTALLED)
@@ -136,6 +142,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 # Its networks are tested. Without its torchvision, which brings a build of torch and is not needed for them.
 	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt
+	@touch $@
+
+.venv/.triton: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[triton]' -c constraints.txt
 	@touch $@
 
 .venv/.docs: $(INSTALLED)

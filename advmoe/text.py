@@ -92,6 +92,15 @@ def radius(eps: float, norm: str) -> str:
     return decimal if norm != "linf" else min(decimal, f"{255 * eps:.6g}/255", key=len)
 
 
+def passes(evaluation: Mapping[str, Any]) -> str:
+    """A sentence on how many gradient passes an evaluation's masking gap is made of; empty where it does not say."""
+    told = evaluation.get("gradient_passes")
+    usual, worst = (told.get(name) for name in ("straight_through", "worst_case")) if isinstance(told, dict) else (0, 0)
+    if not (isinstance(usual, int) and isinstance(worst, int) and worst):
+        return ""
+    return f"Gradient passes that a robust image withstood: {worst:,} in the worst case, {usual:,} under that PGD."
+
+
 def macs_unit(gmacs: Iterable[float | None]) -> tuple[str, float]:
     """The unit of numbers that stand together, MMACs where the largest would start with zeros, and its number in one
     GMAC.

@@ -223,14 +223,17 @@ class TrainingConfig(Strict):
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
     compute: Compute = "auto"
     """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
-    layer; `masked` computes every expert for all images, without a wait. They agree to rounding. `auto` is `masked` on
-    a GPU where there are at most four experts, and `dispatch` elsewhere.
+    layer; `masked` computes every expert for all images, without a wait; `kernel` computes each image's own expert,
+    without a wait, by Triton on a GPU (extra `triton`). They agree to rounding. `auto` is `masked` on a GPU where there
+    are at most four experts, and `dispatch` elsewhere.
     """
     deterministic: bool = False
     """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.
     """
     compile: bool = False
-    """Compile the model with `torch.compile`."""
+    """Compile training's passes with `torch.compile`: whole ones, forward and backward, where `compute` comes to
+    `masked` or there are no experts, which a GPU replays as CUDA graphs; else pieces between the MoE layers.
+    """
     checkpoint_minutes: Annotated[float, Within(0, 1e6)] = 10.0
     """Minutes between checkpoints within an epoch, beside those at its end; 0: the latter alone. Changes no result."""
     seed: Seed = 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from advmoe.models.predictions import Picture, predict
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import RouterOwner
-from advmoe.moe.routing import forward_scope, keep, route
+from advmoe.moe.routing import Routing, forward_scope, keep, route
 from advmoe.ops import heard
 
 
@@ -86,13 +86,18 @@ class Classifier(RouterOwner):
             _point_out(x, self.spec)
         shares = not tracing and not (torch.is_grad_enabled() and heard(self))
         with forward_scope(shares=shares) as routing:
-            x = self.normalize(x)
-            if self.router is not None:
-                with nullcontext() if routing.repeats is None else unrecorded(self.router):
-                    routing.shared = self.router(x)
-            logits: Tensor = self.backbone(x)
+            logits = self.routed_by(routing, x)
             keep(logits)
             return logits
+
+    def routed_by(self, routing: Routing, x: Tensor) -> Tensor:
+        """Logits (N, K) of pixels `x` in the pass that has this `routing`, which is the active one."""
+        x = self.normalize(x)
+        if self.router is not None:
+            with nullcontext() if routing.repeats is None else unrecorded(self.router):
+                routing.shared = self.router(x)
+        logits: Tensor = self.backbone(x)
+        return logits
 
 
 def _point_out(x: Tensor, spec: dict[str, Any]) -> None:

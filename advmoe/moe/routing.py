@@ -104,7 +104,9 @@ class Routing:
         if self.forced.is_floating_point() or self.forced.is_complex():
             raise InputError(f"forced must hold whole numbers, got {self.forced.dtype}")
         choice = self.forced[:, layer]
-        if on_host(choice):
+        if torch.compiler.is_dynamo_compiling():
+            choice = choice.clamp(0, experts - 1)  # looked at behind the graph (`record`)
+        elif on_host(choice):
             if not bool(((choice >= 0) & (choice < experts)).all()):
                 raise InputError(f"forced must hold experts from 0 to {experts - 1}, got {choice.unique().tolist()}")
         elif self._ends is not None:
@@ -136,6 +138,15 @@ class Routing:
         least, largest = self._ends[layer]
         if least < 0 or largest >= experts:
             raise InputError(f"forced must hold experts from 0 to {experts - 1}, got {least} to {largest}")
+
+    def record(self, scores: dict[int, Tensor], choices: dict[int, Tensor], shared: list[Tensor]) -> None:
+        """Take in a pass that was computed elsewhere by this routing's settings (`models.compiled`): what its layers
+        scored and chose, by index. Raises `InputError` where `forced` names an expert that there is not.
+        """
+        self.scores, self.choices, self.shared, self.again, self._plans = scores, choices, shared, {}, []
+        if self.forced is not None:
+            self._unseen = {layer: each.shape[-1] for layer, each in scores.items()}
+            self.settle()
 
     def settle(self) -> None:
         """Check what is `forced` where no layer's dispatch has waited for the device, which the check needs."""
@@ -172,7 +183,7 @@ class Routing:
 
     def pooled(self, x: Tensor) -> Tensor | None:
         """The mean of `x` (N, C, H, W) over its pixels, (N, C), where this pass knows it."""
-        return self._known(x)[0]
+        return None if torch.compiler.is_dynamo_compiling() else self._known(x)[0]
 
     def fork(self, x: Tensor) -> Tensor:
         """`x` for a second use. Its gradient is added to that of the first use by the operation that made `x`."""
@@ -218,10 +229,16 @@ _repeated: dict[tuple[int, Moment], Routing] = {}
 """The routings of what backward passes are running again, by thread and moment."""
 
 
+_traced: Routing | None = None
+"""The routing of the pass that `torch.compile` traces: its graph can hold neither a context nor a node of autograd."""
+
+
 def active_routing() -> Routing:
     """The routing of the forward pass under way, or that a backward pass runs again; plain hard routing where there is
     none.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _traced or Routing()
     current, at = _active.get(), moment()
     if current is not None and current.at == at:
         return current.routing
@@ -274,6 +291,8 @@ def _forget_here() -> None:
 
 def keep(y: Tensor) -> None:
     """Remember the routing under way for as long as the graph of `y`, an output of its pass, exists."""
+    if torch.compiler.is_dynamo_compiling():
+        return
     current = _active.get()
     if current is not None and current.stretch is not None and current.at == moment():
         current.stretch.keep(y)
@@ -291,6 +310,17 @@ def opened(routing: Routing) -> Iterator[Routing]:
             yield routing
         finally:
             _active.reset(token)
+
+
+@contextmanager
+def in_graph(routing: Routing) -> Iterator[None]:
+    """Make `routing` that of the pass inside, which `torch.compile` traces: a graph takes no context from outside."""
+    global _traced
+    _traced = routing
+    try:
+        yield
+    finally:
+        _traced = None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 def chosen(every: Tensor, choice: Tensor) -> Tensor:
     """every[n, choice[n]] for each sample, (N, ...), of all experts' outputs `every` (N, E, ...)."""
-    if every.is_cuda:
+    if every.is_cuda and not torch.compiler.is_compiling():
         picked: Tensor = _Picked.apply(every, choice)  # type: ignore[no-untyped-call]
         return picked
     y, *others = every.unbind(1)

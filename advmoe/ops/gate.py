@@ -24,6 +24,8 @@ def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
 
 def straight_through(y: Tensor, gate: Tensor) -> Tensor:
     """y * (1 + gate - stop_grad(gate)): `y` (N, ...) unchanged; backward gives `gate` (N,) the gradient <dL/dy, y>."""
+    if torch.compiler.is_compiling():
+        return y * (1 + (gate - gate.detach())).to(y.dtype).view(-1, *[1] * (y.dim() - 1))
     gated: Tensor = _Gate.apply(y, gate)  # type: ignore[no-untyped-call]
     return gated
 

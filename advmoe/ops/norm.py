@@ -17,7 +17,8 @@ def fixed_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     On channels-last CPU tensors PyTorch's backward loops over the few channels of one pixel; over whole image rows (the
     scale repeated W times) the same arithmetic fills the vector units. Forward alone gains nothing.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not last or torch.compiler.is_compiling():
         return nn.BatchNorm2d.forward(norm, x)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

@@ -5,10 +5,10 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.config import Codes
@@ -20,7 +20,7 @@ Terms = dict[str, Tensor]
 """Scalar terms by name; what is minimised is their sum."""
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
+def cross_entropy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
     """Standard training's loss, cross-entropy on clean images.
 
     Args:
@@ -42,7 +42,7 @@ def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
 
 
 def trades(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
+    model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, y: Tensor, beta: float
 ) -> tuple[Terms, Routing, Routing, Tensor]:
     """CE(f(x), y) + beta * KL(f(x) || f(x_adv)): the loss of TRADES on images and attacked ones.
 

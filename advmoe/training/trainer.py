@@ -21,7 +21,7 @@ from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
 from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
 from advmoe.models import Classifier
-from advmoe.models.compiled import compile_model
+from advmoe.models.compiled import Network, compiled
 from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
@@ -34,6 +34,7 @@ from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
+from advmoe.training.finite import TrainingDiverged, Watch
 from advmoe.training.methods import epoch_plan, learning, parts_of
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
@@ -55,10 +56,6 @@ _GLANCED = 64
 """Training images whose logits must be finite, where there are none to validate with."""
 
 
-class TrainingDiverged(RuntimeError):
-    """A loss, a weight or a logit became NaN or infinite."""
-
-
 @dataclass
 class Trainer:
     """One process's view of a run: the model, an optimiser per part, and what they are trained on.
@@ -72,6 +69,8 @@ class Trainer:
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
     """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
+    network: Network = field(init=False)
+    """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[str, torch.optim.SGD] = field(init=False)
     levels: tuple[Level, ...] = field(init=False)
@@ -106,11 +105,16 @@ class Trainer:
         if t.warm:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         set_compute(self.model, t.compute, device)
-        if t.compile:
-            compile_model(self.model)
-        self.use, self.means = LayerUse(), EpochMeans()
+        self.network = self._compiled() if t.compile else self.model
+        self.use, self.means, self.watch, self._place = LayerUse(), EpochMeans(), Watch.on(self.fabric), ""
         # A network of the user's own may hold infinities on purpose, in a mask say.
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
+
+    def _compiled(self) -> Network:
+        """The model, compiled; on a GPU each of its graphs is replayed whole, where batches have one size."""
+        one_size = self.config.training.attack_routing != "mixed"
+        replayed = self.fabric.device.type == "cuda" and one_size
+        return compiled(self.model, **({"mode": "reduce-overhead"} if replayed else {}))
 
     def attack(self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None) -> Tensor:
         """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
@@ -124,13 +128,13 @@ class Trainer:
         )  # fmt: skip
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.model, x, held=earlier)
-            soft = soft_routing(self.model)
+                return search(self.network, x, held=earlier)
+            soft = soft_routing(self.network)
             if t.attack_routing == "soft":
                 return search(soft, x, held=earlier)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
-            for predict, chosen in ((self.model, ~softly), (soft, softly)):
+            for predict, chosen in ((self.network, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
                     x_adv[index] = search(predict, part, held=None if earlier is None else earlier[index])
@@ -143,14 +147,16 @@ class Trainer:
 
         An adversarial level attacks the images, unless their adversarial ones are passed as `x_adv` (N, C, H, W).
         Returns the loss terms whose gradient the update followed: those of the weights before it or, with
-        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite.
+        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite: on a GPU
+        within `LOOK_EVERY` steps, or at `require_finite`.
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator)
         with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
-            self._require_finite(terms)
+            if self.watch.add(self._place, terms):
+                self.require_finite()
             self._backward(terms)
         for part, optimizer in self.optimizers.items():
             if level.part in ("all", part):
@@ -167,10 +173,10 @@ class Trainer:
         t = self.config.training
         with self.fabric.autocast():
             if x_adv is None:
-                terms, routing, logits = cross_entropy(self.model, x, y)
+                terms, routing, logits = cross_entropy(self.network, x, y)
                 passes = [routing]
             else:
-                terms, routing, adversarial, logits = trades(self.model, x, x_adv, y, t.beta)
+                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta)
                 passes = [routing, adversarial]
                 if self.table is not None and level.part == "routers":
                     terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
@@ -199,13 +205,10 @@ class Trainer:
         with perturbed(self.model.parameters(), gamma):
             yield
 
-    def _require_finite(self, terms: Terms) -> None:
-        values = torch.stack([value.detach().float() for value in terms.values()])
-        # Every process must stop together, or the others would wait for it.
-        if bool(torch.isfinite(total(self.fabric, values)).all()):
-            return
-        named = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values.tolist(), strict=True))
-        raise TrainingDiverged(f"loss terms must stay finite, got {named}; expert loads per layer: {self.use.loads()}")
+    def require_finite(self) -> None:
+        """Raise `TrainingDiverged` where a loss term of the steps so far is NaN or infinite, on every process alike."""
+        if (problem := self.watch.look()) is not None:
+            raise TrainingDiverged(f"{problem}; expert loads per layer: {self.use.loads()}")
 
     def train_epoch(self, epoch: int, bar: Any) -> None:
         """Run every iteration of `epoch` (from 0): the levels of the method that are due, batch by batch."""
@@ -231,16 +234,16 @@ class Trainer:
                 for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
                     x, x_adv = self._prepared(levels[0], index, images, varied, generator)
                     for level in levels:
-                        try:
-                            losses = self.step(level, x, y, generator, x_adv)
-                        except TrainingDiverged as error:
-                            raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                        self._place = f"step {step} (epoch {epoch + 1}, {level.part})"
+                        losses = self.step(level, x, y, generator, x_adv)
                     postfix(bar, partial(_terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
                 if self.after_iteration is not None and done < len(plan):
                     self.after_iteration(done, generator)
+            self.require_finite()
+        self._place = ""
 
     @contextmanager
     def _layers_seeded(self, epoch: int) -> Iterator[None]:
@@ -289,7 +292,8 @@ class Trainer:
         sums = torch.zeros(3, device=device)
         with self.averaged():
             if len(share):
-                measurement = Measurement(threat=self.threat, attack=self.val_attack, seed=t.seed)
+                attacks = ("pgd", "pgd-soft") if self.model.routed else ("pgd",)
+                measurement = Measurement(threat=self.threat, attack=self.val_attack, attacks=attacks, seed=t.seed)
                 robust = outcomes(self.model, share, measurement, device=device, accept=self._require_sound)
                 numbers = summary(robust)
                 shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
+from advmoe.errors import InputError
 from advmoe.locks import CLAIM, hold
 from advmoe.training import run as run_module
 from advmoe.training.run import TrainingDiverged, resume, train
@@ -230,6 +231,14 @@ def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path
             train(tiny(), run_dir=tmp_path / "run", devices=2, accelerator=accelerator)
 
 
+def test_kernels_for_gpus_are_refused_elsewhere_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("advmoe.ops.kernels_missing", lambda device: f"a CUDA device, got {device.type}")
+    monkeypatch.setattr(run_module, "load_data", lambda config: pytest.fail("data were read"))
+    with pytest.raises(InputError, match=r"^training\.compute kernel needs a CUDA device, got cpu$"):
+        train(tiny(training={"compute": "kernel"}), run_dir=tmp_path / "run", **THREADS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -369,8 +378,10 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_ends_close_to_uncompiled(tmp_path):
-    groups = {"data": {"val_fraction": 0.0}, "training": {"method": "standard", "epochs": 1, "lr": 0.01}}
+@pytest.mark.parametrize(("compute", "told"), [("dispatch", "pieces"), ("masked", "whole passes")])
+def test_compiled_training_ends_close_to_uncompiled(tmp_path, compute, told):
+    training = {"method": "standard", "epochs": 1, "lr": 0.01, "compute": compute}
+    groups = {"data": {"val_fraction": 0.0}, "training": training}
     plain, compiled = (
         train(
             tiny(**{**groups, "training": {**groups["training"], "compile": wanted}}),
@@ -379,6 +390,9 @@ def test_compiled_training_ends_close_to_uncompiled(tmp_path):
         )
         for wanted in (False, True)
     )
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in (plain, compiled)]
+    assert [manifest["compute"] for manifest in manifests] == [compute, compute]
+    assert [manifest.get("compiled") for manifest in manifests] == [None, told]
     a, b = weights(plain), weights(compiled)
     assert a.keys() == b.keys()
     for name in a:

@@ -3,15 +3,18 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from advmoe.config import Config
 from advmoe.data import load_dataset
 from advmoe.models import split_parameters
+from advmoe.models.compiled import compiled
 from advmoe.moe import routers_of
 from advmoe.tables import METHODS, Level
 from advmoe.training import trainer as trainers
@@ -55,7 +58,7 @@ def make(training=(), **groups):
     """A trainer and a batch of its images."""
     config = small(training, **groups)
     data = config.data
-    dataset = load_dataset("digits", image_size=8, val_fraction=0.2, train_examples=data.train_examples)
+    dataset = load_dataset("digits", image_size=data.image_size, val_fraction=0.2, train_examples=data.train_examples)
     fabric = Fabric(accelerator="cpu", devices=1, precision=config.training.precision)
     fabric.launch()
     trainer = Trainer(config, build_model(config, dataset), dataset, fabric)
@@ -319,3 +322,24 @@ def test_options_train_compiled():
     trainer.train_epoch(0, Bar())
     assert all(tensor.isfinite().all() for tensor in state(trainer.model).values())
     assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
+
+
+def test_a_compiled_epoch_makes_its_graphs_in_the_first_iteration(monkeypatch):
+    settings = {"compute": "masked", "lr": 0.01}
+    model = {"name": "vgg16"}
+    data = {"image_size": 16}
+    plain, *_ = make(settings, model=model, data=data)
+    plain.train_epoch(0, Bar())
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(trainers, "compiled", partial(compiled, backend=counter))
+    trainer, *_ = make({**settings, "compile": True}, model=model, data=data)
+    graphs = []
+    trainer.after_iteration = lambda *_: graphs.append(counter.frame_count)
+    trainer.train_epoch(0, Bar())
+    # An attack's clean pass and its steps, the routers' passes and the experts'.
+    assert graphs == [4] * len(graphs) and len(graphs) > 1 and counter.frame_count == 4
+    expected = state(plain.model)
+    for name, tensor in state(trainer.model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert torch.equal(trainer.use.counts, plain.use.counts)
