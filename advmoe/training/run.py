@@ -144,7 +144,7 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
     if config.model.kind == "moe":
         described["compute"] = compute
     if config.training.compile:
-        pieces = config.model.kind == "moe" and compute == "dispatch"
+        pieces = config.model.kind == "moe" and compute != "masked"
         described["compiled"] = "pieces" if pieces else "whole passes"
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)

@@ -164,6 +164,10 @@ def test_a_model_that_groups_its_images_is_compiled_in_pieces(make_routed):
     model = make_routed()
     names = list(model.state_dict())
     assert compiled(model) is model
+    model = make_routed()
+    for layer in model.modules():
+        layer.kernels = True
+    assert compiled(model) is model  # Triton's kernels run between the pieces
     assert list(model.state_dict()) == names
 
 
