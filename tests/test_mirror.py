@@ -27,7 +27,7 @@ BEYOND: dict[str, str] = {
     "contracts": "every entry of every table, whichever module it is of",
     "cuda": "every path of GPUs, on devices of host memory",
     "docs": "the pages of docs/",
-    "slurm": "runs on a real SLURM",
+    "slurm": "runs, studies and evaluations on a real SLURM",
     "soak": "hours of kills and damage, on whole commands",
     "test_benchmarks.py": "benchmarks/",
     "test_demo.py": "`make demo`",

@@ -19,6 +19,7 @@ from advmoe.cli.arguments import (
     split_words,
     to_run,
 )
+from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
 from advmoe.config import Config, Count, Processes, Within
 from advmoe.text import duration, listing, wrapped
 
@@ -31,11 +32,13 @@ def parser() -> Parser:
     add("--scale", metavar="{smoke,cpu,paper}", help="minutes on digits, a night of two cores, the paper's own (smoke)")
     add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 3 and 3)")
     add("--only", metavar="WORD,...", help="rows whose run's name holds one of these; of A+B both, as in AdvMoE+ResNet")
-    add("--jobs", metavar="K", help="processes that train and measure at once (default: 1)")
+    add("--jobs", metavar="K", help=f"tasks done at once (default: 1; on a cluster {USUAL_JOBS})")
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
     add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
     add("--dry-run", action="store_true", help="print what would be done and stop")
+    add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
+    add_engines(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)
     return parser
 
@@ -48,7 +51,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     from advmoe.studies.session import StudyOptions
 
     study_named(args["name"])
-    engine = engine_options(args)
+    here = engine_options(args)
+    engine = engine_of(args, here["accelerator"])
     options = StudyOptions(
         scale=args.get("scale", "smoke"),
         seeds=number("--seeds", Annotated[int, Within(1, 1000)], args.get("seeds")),
@@ -56,13 +60,17 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         overrides=config_fields(args),
         num_examples=number("--num-examples", Count, args.get("num_examples")),
         root=Path(args.get("out", "runs/studies")),
-        jobs=number("--jobs", Processes, args.get("jobs", "1")),
-        threads=engine["threads"] or 1,
-        accelerator=engine["accelerator"],
+        jobs=number("--jobs", Processes, args.get("jobs", "1" if engine.local else USUAL_JOBS)),
+        threads=here["threads"] or 1,
+        accelerator=here["accelerator"],
+        engine=engine,
         command=["advmoe", *argv],
     )
     if "dry_run" in args:
         return _plan(args["name"], options)
+    if "status" in args:
+        return _status(args["name"], options)
+    engine.require()
     with continuable(options.root, to_run(*argv), "runs"):
         return _run(args["name"], options, argv)
 
@@ -85,14 +93,36 @@ def _plan(name: str, options: Any) -> int:
     return 0
 
 
+def _status(name: str, options: Any) -> int:
+    from advmoe.studies.session import plan_study
+    from advmoe.studies.status import counted, status_of
+
+    tasks, ledger = plan_study(name, options), options.workers().ledger
+    states = [status_of(task, ledger) for task in tasks.values()]
+    for task, now in zip(tasks.values(), states, strict=True):
+        words = [
+            f"{now.state:11}  {described(task)}",
+            f"since {now.since}" if now.since else "",
+            f"on {now.host}" if now.host and now.state != "finished" else "",
+            f"job {now.job}" if now.job and now.state != "finished" else "",
+            now.error or "",
+            f"log {now.log}" if now.log else "",
+        ]
+        print("  ".join(filter(None, words)))
+    print(f"{len(tasks)} tasks: {counted(states)}")
+    return 0
+
+
 def _run(name: str, options: Any, argv: list[str]) -> int:
+    from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
     from advmoe.studies.session import run_study
     from advmoe.studies.tables import text
     from advmoe.studies.task_pool import MachineFailed
 
     require_matplotlib()
-
+    if not options.engine.local:
+        tell(f"tasks print into {options.root / 'logs'}; how far they are: {to_run(*argv, '--status')}", "task")
     home, content = run_study(name, options, _told)
     print("\n".join(wrapped(content["size"])), end="\n\n")
     for shown in content["tables"]:
@@ -132,10 +162,10 @@ def _told(step: Any, task: Any) -> None:
     from advmoe.studies.brief import brief
     from advmoe.studies.plan import kind_of
 
-    run, state = getattr(task, "run", task), step if step in ("starts", "done") else "failed"
+    run, state = getattr(task, "run", task), step if step in ("starts", "queued", "done") else "failed"
     fields = {"state": state, "kind": kind_of(task), "name": run.name, "seed": run.seed, "key": run.key}
-    if state == "starts":
-        tell(f"starts  {described(task)}", "task", **fields)
+    if state in ("starts", "queued"):
+        tell(f"{state}  {described(task)}", "task", **fields)
         return
     if state == "failed":
         words, event = [f"failed: {step}", described(task)], "failed"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe import cli
+from advmoe.engines import EngineOptions, Ledger
 from advmoe.studies.catalogue import STUDIES
 
 
@@ -141,7 +142,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     ((name, options),) = seen
     assert name == "fig2" and vars(options) == {
         "scale": "cpu", "seeds": 5, "only": ["AdvMoE+ResNet", "S-Dense"], "jobs": 2, "num_examples": 50, "threads": 2,
-        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv],
+        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv], "engine": EngineOptions(),
         "overrides": {"training": {"epochs": 3}, "threat": {"eps": "4/255"}, "data": {"root": "7"}},
     }  # fmt: skip
     assert code == 1  # as something failed
@@ -171,3 +172,53 @@ def test_a_plan_and_the_list_need_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
+
+
+def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, tmp_path):
+    words = ["study", "fig5", "--status", "--out", "there"]
+    code, out, err = advmoe(*words)
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    *lines, last = out.splitlines()
+    assert last == "7 tasks: 7 waiting" and all(line.startswith("waiting    ") for line in lines)
+    key, ledger = lines[0].split()[-1], Ledger(tmp_path / "there" / "logs")
+    ledger.submitted(key, "12_3")
+    with pytest.raises(OSError), ledger.doing(lines[1].split()[-1], log=Path("a.log")):
+        raise OSError("no disk")
+    code, out, _ = advmoe(*words)
+    first, second, *_, last = out.splitlines()
+    assert first.startswith("queued       train     standard MoE") and "  job 12_3  log there/logs/" in first
+    assert second.startswith("failed  ") and second.endswith("  OSError: no disk  log a.log")
+    assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
+
+
+def test_where_a_cluster_s_tasks_print_is_told(advmoe, monkeypatch):
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
+    monkeypatch.setattr(EngineOptions, "require", lambda self: None)
+    seen = []
+
+    def run_study(name, options, told):
+        seen.append(options)
+        return Path("home"), CONTENT | {"runs": []}
+
+    monkeypatch.setattr("advmoe.studies.session.run_study", run_study)
+    words = ["study", "fig5", "--engine", "slurm", "--out", "there", "--task-hours", "2"]
+    code, _, err = advmoe(*words)
+    status = f"advmoe {' '.join(words)} --status"
+    assert (code, err) == (0, f"tasks print into there/logs; how far they are: {status}\n")
+    assert seen[0].engine == EngineOptions(engine="slurm", hours=2.0) and seen[0].jobs == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "cloud"], "--engine must be one of local, slurm, ray, got 'cloud'"),
+        (["--partition", "gpu"], "--partition must go with --engine slurm, got 'gpu' with local"),
+        (["--task-gpus", "1"], "--task-gpus must go with --engine slurm or ray, got 1 with local"),
+        (["--engine", "slurm", "--task-hours", "-1"], "--task-hours must be "),
+        (["--engine", "ray", "--task-cpus", "0"], "--task-cpus must be "),
+    ],
+)
+def test_a_mistake_about_the_engine_is_one_line_and_creates_nothing(advmoe, tmp_path, words, message):
+    code, out, err = advmoe("study", "fig5", *words)
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith(f"advmoe: error: {message}") and err.count("\n") == 1
