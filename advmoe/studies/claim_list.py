@@ -99,31 +99,76 @@ def _of_study(claim: PaperClaim, folder: str, content: Mapping[str, Any]) -> lis
 
 def _judgement(claim: PaperClaim, run: str, verdict: Mapping[str, Any]) -> Judgement:
     numbers, measure = verdict["numbers"], str(verdict.get("measure"))
-    compared = {
+    kept = {
         name: each
         for name, each in numbers.items()
-        if isinstance(each, dict) and (not claim.comparisons or name in claim.comparisons)
+        if not isinstance(each, dict) or not claim.comparisons or name in claim.comparisons
     }
+    compared = [each for each in kept.values() if isinstance(each, dict) and "test" in each]
     if not compared:  # counted or timed
         shown = str(verdict.get("note") or "").removesuffix(".") or ", ".join(
-            f"{value:.2f} of AT (MoE)'s time" if name == "price" else f"{name} {value:.4g}"
+            _time(value) if name == "price" else f"{name} {value:.4g}"
             for name, value in numbers.items()
             if isinstance(value, float | int)
         )
         return Judgement(run, measure, shown, str(verdict.get("verdict")), "")
-    result = judged(compared)
-    if isinstance(cost := numbers.get("price"), float | int):
-        result = {**result, "these_models": None}
-        result |= {"verdict": "does not hold", "p_value": None} if cost > PRICE else {}
-    found = [text for each in compared.values() if (text := _means(each))]
-    if "price" in numbers and isinstance(cost, float | int):
-        found.insert(0, f"{cost:.2f} of AT (MoE)'s time")
-    seeds = {len(each["seeds"]) for each in compared.values() if "seeds" in each}
+    result, found = _anew({**verdict, "numbers": kept}), [text for each in compared if (text := _means(each))]
+    if isinstance(cost := kept.get("price"), float | int):
+        found.insert(0, _time(cost))
+    seeds = min((len(each["seeds"]) for each in compared if "seeds" in each), default=0)
     these = result["these_models"]
-    return Judgement(
-        run, measure, "; ".join(found), _words(result, _count(min(seeds, default=0), "seed")),
-        "" if these is None else _words(these, _count(max(each["images"] for each in compared.values()), "image")),
-    )  # fmt: skip
+    images = "" if these is None else _words(these, _count(max(each["images"] for each in compared), "image"))
+    return Judgement(run, measure, "; ".join(found), _words(result, _count(seeds, "seed")), images)
+
+
+def _time(ratio: float) -> str:
+    return f"{ratio:.2f} of AT (MoE)'s time"
+
+
+def judged_anew(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `study.json`, its verdicts made anew from its numbers by the present rule; what cannot be, and
+    the rest, as it is.
+    """
+    claims = content.get("claims")
+    if not isinstance(claims, list):
+        return dict(content)
+    anew = [
+        {**claim, "verdicts": [_anew(each) for verdict in claim["verdicts"] for each in _by_measure(verdict)]}
+        if _is_judged(claim)
+        else claim
+        for claim in claims
+    ]
+    notes = content.get("notes")
+    if isinstance(notes, list):
+        notes = [each for each in notes if not str(each).startswith(_SUPERSEDED)]
+    return {**content, "claims": anew, "notes": notes}
+
+
+_SUPERSEDED = "The cheapest variant that loses nothing at this size"
+"""How a note began that concluded from the older rule."""
+
+
+def _is_judged(claim: Any) -> bool:
+    verdicts = claim.get("verdicts") if isinstance(claim, dict) else None
+    return isinstance(verdicts, list) and all(
+        isinstance(each, dict) and isinstance(each.get("numbers"), dict) for each in verdicts
+    )
+
+
+def _anew(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored verdict by the present rule; one that compares nothing as it is."""
+    numbers = verdict["numbers"]
+    compared = {name: each for name, each in numbers.items() if isinstance(each, dict) and "test" in each}
+    if not compared:
+        return dict(verdict)
+    cost, result = numbers.get("price"), judged(compared)
+    if "price" in numbers:
+        result |= {"these_models": None}
+        if isinstance(cost, float | int) and cost > PRICE:
+            result |= {"verdict": "does not hold", "p_value": None}
+        elif cost is None:
+            result |= {"verdict": "undecided"}
+    return {**verdict, **result}
 
 
 def _speaks(claim: PaperClaim, numbers: Mapping[str, Any]) -> bool:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from advmoe.studies.claim_list import NOT_JUDGED, NOT_RUN, as_page, as_text, judge, stored
+from advmoe.studies.claim_list import NOT_JUDGED, NOT_RUN, as_page, as_text, judge, judged_anew, stored
 from advmoe.studies.claims import Comparison, claim, compare, verdict
 from advmoe.studies.paper_claims import PAPER_CLAIMS
 
 ROOT = Path(__file__).parents[2]
+CHEAPEST = "The cheapest variant that loses nothing at this size: every-4, 1.23 of AT (MoE)."
 
 
 @pytest.fixture
@@ -85,6 +86,22 @@ def test_what_a_variant_lost_becomes_a_test_of_non_inferiority(study, tmp_path):
         ("both-ways, PGD", "does not hold (5 seeds)"), ("both-ways, worst case", "does not hold (5 seeds)"),
     ]  # fmt: skip
     assert told[0].found == "1.20 of AT (MoE)'s time; 30.0 against 32.0 %"
+
+
+def test_a_whole_file_is_judged_anew(study, tmp_path):
+    """Its verdicts by the present rule; what cannot be judged, and conclusions of no verdict, as they are."""
+    numbers = compare(compared("a", "b", 3)) | {"test": "exact sign-flip test over 6 images"}
+    verdicts = [
+        {"measure": "PGD", "verdict": "holds", "numbers": {"a < b": numbers}},
+        {"measure": "m", "numbers": {"x": 1}},
+    ]
+    content = {"study": "s", "claims": [{"name": "c", "verdicts": verdicts}, "odd"], "notes": ["Kept.", CHEAPEST]}
+    told = judged_anew(content)
+    first, second = told["claims"][0]["verdicts"]
+    assert (first["verdict"], first["p_value"], first["these_models"]["verdict"]) == ("undecided", 1 / 8, "holds")
+    assert second == verdicts[1] and told["claims"][1] == "odd" and told["notes"] == ["Kept."]
+    assert content["notes"] == ["Kept.", CHEAPEST] and verdicts[0]["verdict"] == "holds"  # the file's stay
+    assert judged_anew({"claims": "none"}) == {"claims": "none"}
 
 
 def cell(mean, n=3):
