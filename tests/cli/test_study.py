@@ -54,6 +54,9 @@ def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
         (["fig2", "--training.lr", "-1"], "training.lr must be > 0, got -1"),
         (["fig2", "--training.lr", "fast"], "training.lr must be a number, got 'fast'"),
         (["fig2", "--training.epoch", "1"], "--training.epoch is no option of study: did you mean --training.epochs?"),
+        (["fig2", "--page", "a.md"], "--page must be left out of a study, as it is of `claims`, got 'a.md'"),
+        (["claims", "--seeds", "5"], "`study claims` must have no options but --out and --page, got --seeds"),
+        (["claims", "--training.lr", "1"], "`study claims` must have no options but --out and --page, got "),
         ([], "NAME"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -162,6 +165,24 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     _, defaults = seen[-1]
     assert (defaults.scale, defaults.seeds, defaults.jobs, defaults.threads) == ("smoke", None, 1, 1)
     assert defaults.root == Path("runs/studies") and defaults.overrides == {} and defaults.only == []
+
+
+def test_claims_are_listed_and_written_as_a_page(advmoe, tmp_path):
+    home = tmp_path / "studies" / "fig1b-cpu"
+    home.mkdir(parents=True)
+    (home / "study.json").write_text('{"study": "fig1b", "seeds": [0], "command": "c"}')
+    code, out, err = advmoe("study", "claims", "--out", "studies", "--page", "claims.md")
+    assert (code, err) == (0, "") and out.endswith("written to claims.md\n") and "fig1b-cpu not judged" in out
+    assert (tmp_path / "claims.md").read_text().startswith("# Claims\n")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "studies").rename(tmp_path / "runs" / "studies")
+    assert advmoe("study", "claims")[:2] == (0, out.removesuffix("\nwritten to claims.md\n"))
+    code, _, err = advmoe("study", "claims", "--out", "nowhere")
+    assert code == 2 and "--out must be a folder of studies (a study.json in each), got 'nowhere'" in err
+    assert advmoe("study", "claims", "--page", "some/where.md")[0] == 0 and (tmp_path / "some/where.md").is_file()
+    (tmp_path / "file").touch()
+    code, _, err = advmoe("study", "claims", "--page", "file/claims.md")
+    assert code == 2 and "--page must be where files can be written" in err
 
 
 def test_a_plan_and_the_list_need_no_torch(tmp_path):
