@@ -58,6 +58,7 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.compute import set_compute
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import route
+from advmoe.ops import kernels_missing
 from advmoe.recipes import recipe
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
@@ -402,7 +403,7 @@ def way_name(way: Line) -> str:
 
 def ways(bench: Bench) -> list[str]:
     """The ways to compute experts that there are on this device."""
-    return [way for way in COMPUTES if way != "kernel" or bench.device.type == "cuda"]
+    return [way for way in COMPUTES if way != "kernel" or kernels_missing(bench.device) is None]
 
 
 WAYS = [{"compute": way} for way in COMPUTES] + [{"compute": "masked", "compile": True}]

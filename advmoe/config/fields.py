@@ -24,7 +24,7 @@ AttackRouting = Literal["straight-through", "soft", "mixed"]
 RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
-Compute = Literal["auto", "dispatch", "masked"]
+Compute = Literal["auto", "dispatch", "masked", "kernel"]
 FrozenNorms = Literal["refresh", "keep", "running"]
 
 ModelKind = Annotated[str, KINDS]

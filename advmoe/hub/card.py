@@ -257,7 +257,9 @@ def _training(record: Record) -> str:
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
         if t.teacher is not None:
             rslad = f"[RSLAD](https://arxiv.org/abs/2108.07969), weight {t.distill_weight:.3g}"
-            lines.append(f"- Taught by {_code(t.teacher)}: its soft labels in the place of classes and TRADES ({rslad}).")
+            lines.append(
+                f"- Taught by {_code(t.teacher)}: its soft labels in the place of classes and TRADES ({rslad})."
+            )
         usual = TrainingConfig(alternation="both" if t.method == "advmoe" else t.alternation)  # the paper's
         chosen = [f"{each} {getattr(t, each)}" for each in _OPTIONS if getattr(t, each) != getattr(usual, each)]
         if chosen:

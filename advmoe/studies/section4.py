@@ -9,7 +9,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import MEASURED, RA_LABEL, compared, measured, scales_of
+from advmoe.studies.comparisons import MEASURED, RA_LABEL, above, compared, measured, scales_of
 from advmoe.studies.results import PGD, Results, categories
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
@@ -93,6 +93,7 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
     statement = (
         "Robustifying routers improves robustness over the standard MoE, but not as far as AT (S-Dense), at r = 0.5."
     )
+    masked = "Robustifying routers makes more robust than a robust mask of the standard Dense network, at r = 0.5."
     shown = table("By model scale", _shown(results), ["scale", "method"], [RA, WORST, SA])
     percents = ", ".join(f"{method} {reported[name]:g}" for method, name in names.items())
     caption = f"Mean over seeds. The paper, percent at r = 0.5: {percents}."
@@ -109,7 +110,14 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
             )
         ],
         claims=[
-            claim(f"insight-1{end}", statement + words, verdicts(rows)) for end, words, rows in _conventions(results)
+            *(
+                claim(f"insight-1{end}", statement + words, verdicts(rows))
+                for end, words, rows in _conventions(results)
+            ),
+            *(
+                above(rows, f"above-the-mask{end}", masked + words, [(M3, THETA)], scale=0.5)
+                for end, words, rows in _conventions(results)
+            ),
         ],
         notes=_notes(results),
     )

@@ -34,6 +34,7 @@ from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
+from advmoe.training.finite import TrainingDiverged, Watch
 from advmoe.training.methods import epoch_plan, learning, parts_of
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
@@ -56,10 +57,6 @@ from advmoe.training.teacher import Teacher, teacher_of
 
 _GLANCED = 64
 """Training images whose logits must be finite, where there are none to validate with."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss, a weight or a logit became NaN or infinite."""
 
 
 @dataclass
@@ -118,7 +115,7 @@ class Trainer:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         set_compute(self.model, t.compute, device)
         self.network = self._compiled() if t.compile else self.model
-        self.use, self.means = LayerUse(), EpochMeans()
+        self.use, self.means, self.watch, self._place = LayerUse(), EpochMeans(), Watch.on(self.fabric), ""
         # A network of the user's own may hold infinities on purpose, in a mask say.
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
@@ -162,14 +159,16 @@ class Trainer:
 
         An adversarial level attacks the images, unless their adversarial ones are passed as `x_adv` (N, C, H, W).
         Returns the loss terms whose gradient the update followed: those of the weights before it or, with
-        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite.
+        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite: on a GPU
+        within `LOOK_EVERY` steps, or at `require_finite`.
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator)
         with self._perturbed(level, x, x_adv, y), learning(self.model, level.part, follow=self.follow):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
-            self._require_finite(terms)
+            if self.watch.add(self._place, terms):
+                self.require_finite()
             self._backward(terms)
         for part, optimizer in self.optimizers.items():
             if level.part in ("all", part):
@@ -221,13 +220,10 @@ class Trainer:
         with perturbed(self.model.parameters(), gamma):
             yield
 
-    def _require_finite(self, terms: Terms) -> None:
-        values = torch.stack([value.detach().float() for value in terms.values()])
-        # Every process must stop together, or the others would wait for it.
-        if bool(torch.isfinite(total(self.fabric, values)).all()):
-            return
-        named = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values.tolist(), strict=True))
-        raise TrainingDiverged(f"loss terms must stay finite, got {named}; expert loads per layer: {self.use.loads()}")
+    def require_finite(self) -> None:
+        """Raise `TrainingDiverged` where a loss term of the steps so far is NaN or infinite, on every process alike."""
+        if (problem := self.watch.look()) is not None:
+            raise TrainingDiverged(f"{problem}; expert loads per layer: {self.use.loads()}")
 
     def train_epoch(self, epoch: int, bar: Any) -> None:
         """Run every iteration of `epoch` (from 0): the levels of the method that are due, batch by batch."""
@@ -255,16 +251,16 @@ class Trainer:
                 for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
                     x, x_adv = self._prepared(levels[0], index, images, varied, generator)
                     for level in levels:
-                        try:
-                            losses = self.step(level, x, y, generator, x_adv)
-                        except TrainingDiverged as error:
-                            raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                        self._place = f"step {step} (epoch {epoch + 1}, {level.part})"
+                        losses = self.step(level, x, y, generator, x_adv)
                     postfix(bar, partial(_terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
                 if self.after_iteration is not None and done < len(plan):
                     self.after_iteration(done, generator)
+            self.require_finite()
+        self._place = ""
 
     @contextmanager
     def _layers_seeded(self, epoch: int) -> Iterator[None]:

@@ -168,7 +168,7 @@ def test_a_card_tells_the_options_of_the_training(stored_run: Path, tmp_path: Pa
     Config.from_dict(values).dump(other / "config.yaml")
     card = (advmoe.save_pretrained(other, tmp_path / "taught") / "README.md").read_text()
     assert "- Taught by `wide`: its soft labels in the place of classes and TRADES ([RSLAD]" in card
-    assert "weight 0.833)" in card and "beta" not in card
+    assert "weight 0.833)" in card and ", beta" not in card
 
 
 def test_a_card_says_what_is_unknown(stored_run: Path, tmp_path: Path) -> None:
