@@ -188,10 +188,11 @@ class Trainer:
                 terms, routing, logits = cross_entropy(self.network, x, y)
                 passes = [routing]
             else:
-                loss = partial(trades, y=y, beta=t.beta)
-                if self.teacher is not None:
-                    loss = partial(distillation, taught=self.teacher(x), weight=t.distill_weight)
-                terms, routing, adversarial, logits = loss(self.network, x, x_adv)
+                if self.teacher is None:
+                    found = trades(self.network, x, x_adv, y, t.beta)
+                else:
+                    found = distillation(self.network, x, x_adv, self.teacher(x), t.distill_weight)
+                terms, routing, adversarial, logits = found
                 passes = [routing, adversarial]
                 if self.table is not None and level.part == "routers":
                     terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
