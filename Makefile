@@ -38,7 +38,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # In the developers' environment where there is one, else with what it needs and nothing else.
 demo:
-	@echo "AdvMoE on handwritten digits: 6 epochs of training, then attacks on what came of it. It takes two minutes on"
+	@echo "AdvMoE on handwritten digits: 5 epochs of training, then attacks on what came of it. It takes two minutes on"
 	@echo "two cores, and the first time those of installing PyTorch into .venv. Interrupt it, and make demo goes on."
 	@test -e $(INSTALLED) || $(MAKE) --no-print-directory $(DEMO_INSTALLED)
 	@if test -e runs/demo/config.yaml; then set -- --resume runs/demo; \

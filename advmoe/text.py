@@ -92,6 +92,15 @@ def radius(eps: float, norm: str) -> str:
     return decimal if norm != "linf" else min(decimal, f"{255 * eps:.6g}/255", key=len)
 
 
+def passes(evaluation: Mapping[str, Any]) -> str:
+    """A sentence on how many gradient passes an evaluation's masking gap is made of; empty where it does not say."""
+    told = evaluation.get("gradient_passes")
+    usual, worst = (told.get(name) for name in ("straight_through", "worst_case")) if isinstance(told, dict) else (0, 0)
+    if not (isinstance(usual, int) and isinstance(worst, int) and worst):
+        return ""
+    return f"Gradient passes that a robust image withstood: {worst:,} in the worst case, {usual:,} under that PGD."
+
+
 def macs_unit(gmacs: Iterable[float | None]) -> tuple[str, float]:
     """The unit of numbers that stand together, MMACs where the largest would start with zeros, and its number in one
     GMAC.
@@ -129,12 +138,9 @@ _OF_CELL = ("mean", "std", "paper", "paper_std")
 
 
 def duration(seconds: float) -> str:
-    """A time as one reads it: 12.3 s, 1 min 32 s, 14 min, 1 h 30 min."""
-    if seconds < 90:
+    """A time as one reads it: 12.3 s, 4 min, 1 h 30 min. Below three minutes seconds tell more."""
+    if seconds < 180:
         return f"{seconds:.3g} s"
-    if seconds < 600:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 

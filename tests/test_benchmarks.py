@@ -2,11 +2,11 @@
 
 import io
 import json
-import math
 import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -33,12 +33,12 @@ def run(script: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """`benchmarks/gpu.py` as a module, on one thread."""
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """`benchmarks/device.py` as a module, on one thread."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield import_module("gpu")
+    yield import_module("device")
     torch.set_num_threads(threads)
 
 
@@ -175,192 +175,88 @@ def test_attacks_needs_a_run_for_autoattack(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--run must name a run directory for autoattack, got None" in done.stderr
 
 
-def test_gpu_smoke_measures_trains_evaluates_and_packs(tmp_path: Path, gpu: ModuleType) -> None:
-    done = run("gpu.py", "--smoke", "--out", "flat", "--seed", "3", "--accelerator", "cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    flat = tmp_path / "flat"
-    names = ["results.json", "weights-advmoe.safetensors", "weights-at-s-dense.safetensors"]
-    assert sorted(path.name for path in flat.iterdir()) == names
-    results = json.loads((flat / "results.json").read_text())
-    assert {"hardware", "versions", "git_commit", "cpu", "device", "command", "data", "wall_seconds"} <= set(results)
-    assert results["seed"] == 3 and "--smoke" in results["command"]
-    assert len(results["speed"]) == 5
-    for line in results["speed"]:
-        check(line, 1 if line["name"] == "forward-batch-1" else 8)
-    assert [entry["method"] for entry in results["runs"]] == ["advmoe", "at-s-dense"]
-    for entry in results["runs"]:
-        assert entry["status"] == "finished" and entry["error"] is None, entry
-        assert entry["epochs"] == entry["epochs_done"] == len(entry["seconds_per_epoch"]) == 1
-        assert entry["config"]["training"]["seed"] == 3 and entry["manifest"]["finished"]
-        evaluation = entry["evaluation"]
-        expected = {"pgd-50", "pgd-50-soft"} if entry["method"] == "advmoe" else {"pgd-50"}
-        assert set(evaluation["robust_accuracy"]) == expected and evaluation["num_examples"] == 32
-        assert entry["weights"] == [f"weights-{entry['method']}.safetensors"]
-        assert entry["weights_predict_alike"] > 0.9
-        model = gpu.load_weights([flat / entry["weights"][0]])
-        assert model.spec["kind"] == ("moe" if entry["method"] == "advmoe" else "s-dense")
-        assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+def test_device_smoke_has_a_line_for_everything(tmp_path: Path) -> None:
+    done = run("device.py", "--smoke", "--seed", "3", "--accelerator", "cpu", "--out", "flat", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    (file,) = (tmp_path / "flat").iterdir()
+    assert file.read_text() == done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    phases = ["about", "tests", "steps", "compiled", "layers", "plans", "training"]
+    assert [line["phase"] for line in lines if line.get("name") == "end"] == phases
+    assert not [line for line in lines if line.get("error")]
+    by_phase = {phase: [line for line in lines if line["phase"] == phase] for phase in phases}
+    first, ceilings, _ = by_phase["about"]
+    assert first["seed"] == 3 and {"versions", "hardware", "git_commit", "device"} <= set(first)
+    assert min(ceilings["copy_bytes_per_s"], ceilings["bf16_flops_per_s"]) > 0
+    assert by_phase["tests"][0]["finished"] and by_phase["tests"][0]["skipped"] > 0  # there is no GPU
+    steps = [line for line in [*by_phase["steps"], *by_phase["compiled"]] if "ms" in line]
+    names = {"at s-dense", "at masked", "advmoe dispatch", "advmoe masked", "advmoe compiled"}
+    assert names <= {line["name"] for line in steps}
+    for line in steps:
+        low, high = line["range_ms"]
+        assert 0 < low <= line["ms"] <= high and line["over_s_dense"] > 0
+    assert {line["name"] for line in by_phase["layers"]} >= {"one expert", "dispatch", "masked"}
+    epochs, evaluation, _ = by_phase["training"]
+    assert len(epochs["epochs"]) == epochs["configuration"]["epochs"] == 1
+    assert evaluation["num_examples"] == 32 and 0 <= evaluation["worst_case"] <= evaluation["clean_accuracy"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (["--resume"], "--resume must find a run to continue in --runs, got 'runs/gpu'"),
-        (["--set", "training.lr=-1"], "training.lr must be > 0, got -1"),
-        (["--set", "lr"], "--set must be GROUP.FIELD=VALUE, got 'lr'"),
-        (["--archive", "absent.tar.xz"], "absent.tar.xz"),
-    ],
-)
-def test_gpu_reports_mistakes_in_one_line(
-    tmp_path: Path,
-    gpu: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    args: list[str],
-    text: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert gpu.main(["--smoke", *args]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("gpu.py: error: ") and text in err and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_device_keeps_what_a_phase_measured_until_its_cap(tmp_path: Path, device: ModuleType) -> None:
+    def endless(bench: Any) -> Iterator[dict[str, Any]]:
+        yield {"name": "one"}
+        while True:
+            time.sleep(0.01)
+
+    def broken(bench: Any) -> Iterator[dict[str, Any]]:
+        yield from ()
+        raise RuntimeError("no such kernel")
+
+    def good(bench: Any) -> Iterator[dict[str, Any]]:
+        yield {"name": "two"}
+
+    for name, phase in {"endless": endless, "broken": broken, "good": good}.items():
+        device.PHASES[name], device.CAPS[name] = phase, 0.03
+    try:
+        bench = device.Bench(device.parse(["--smoke", "--accelerator", "cpu"]), tmp_path / "lines.jsonl")
+        assert not device.run(bench, ["endless", "broken", "good"])
+    finally:
+        for name in ("endless", "broken", "good"):
+            del device.PHASES[name], device.CAPS[name]
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["name"]) for line in lines] == [
+        ("endless", "one"), ("endless", "end"), ("broken", "end"), ("good", "two"), ("good", "end"),
+    ]  # fmt: skip
+    errors = [line["error"] for line in lines if line["name"] == "end"]
+    assert errors[0].startswith("OverCap: ") and errors[1] == "RuntimeError: no such kernel" and errors[2] is None
 
 
-def test_gpu_stops_at_an_epoch_and_continues_exactly(tmp_path: Path, gpu: ModuleType) -> None:
-    small = [
-        "--smoke",
-        "--epochs",
-        "2",
-        "--methods",
-        "at-s-dense",
-        "--set",
-        "data.image_size=8",
-        "--accelerator",
-        "cpu",
-    ]
-    weights, statuses = {}, []
-    for name, cuts in (("whole", [math.inf]), ("cut", [1, math.inf])):
-        options = gpu.parse([*small, "--runs", str(tmp_path / name), "--out", str(tmp_path)])
-        directory = tmp_path / name / "at-s-dense"
-        config = gpu.make_config("at-s-dense", options)
-        dataset = gpu.load(config)
-        for epochs in cuts:
-
-            class Counted(gpu.Budget):
-                """No time left after a number of epochs."""
-
-                def left(self, epochs: float = epochs, directory: Path = directory) -> float:
-                    return math.inf if len(gpu.metrics(directory)) < epochs else -1.0
-
-            entry = gpu.run_method("at-s-dense", config, dataset, Counted(None), options)
-            statuses.append((entry["status"], entry["epochs_done"], entry["evaluation"] is not None))
-        weights[name] = load_file(directory / "model.safetensors")
-    # Without time left, no evaluation: here the budget keeps nothing in reserve for it.
-    assert statuses == [("finished", 2, True), ("stopped", 1, False), ("finished", 2, True)]
-    assert all(torch.equal(tensor, weights["cut"][name]) for name, tensor in weights["whole"].items())
+def test_device_packs_the_first_images_of_each_class(tmp_path: Path, device: ModuleType) -> None:
+    source = tmp_path / "images.tar"
+    with tarfile.open(source, "w") as file:
+        for split in ("test", "train"):
+            for at, each in enumerate(("cat", "dog")):
+                for number in range(3):
+                    color = (100 * at, 10 * number, 200 * (split == "test"))
+                    buffer = io.BytesIO()
+                    Image.new("RGB", (4, 4), color).save(buffer, "png")
+                    member = tarfile.TarInfo(f"{split}/{each}/{number}.png")
+                    member.size = len(buffer.getvalue())
+                    file.addfile(member, io.BytesIO(buffer.getvalue()))
+    packed = tmp_path / "new" / "images.safetensors"
+    device.pack(source, packed, train=4, test=2)
+    tensors = load_file(packed)
+    assert tensors["train"].shape == (4, 3, 4, 4) and tensors["train_labels"].tolist() == [0, 0, 1, 1]
+    assert tensors["train"][:, :, 0, 0].tolist() == [[0, 0, 0], [0, 10, 0], [100, 0, 0], [100, 10, 0]]
+    assert tensors["test"][:, :, 3, 3].tolist() == [[0, 0, 200], [100, 0, 200]]
+    device.pack(source, packed, train=6, test=4)
+    dataset = device.packed(packed)
+    assert dataset.classes == ("cat", "dog") and (len(dataset.train), len(dataset.test)) == (6, 4)
+    with pytest.raises(ValueError, match="--pack must hold 4 images in train/cat, got 3"):
+        device.pack(source, packed, train=8, test=2)
 
 
-def test_gpu_starts_nothing_without_time_and_refuses_other_settings(
-    tmp_path: Path, gpu: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["--smoke", "--no-speed", "--methods", "at-s-dense", "--accelerator", "cpu", "--out", str(tmp_path / "flat")]
-    args += ["--runs", str(tmp_path / "runs"), "--minutes", "0"]
-    assert gpu.main(args) == 0
-    results = json.loads((tmp_path / "flat" / "results.json").read_text())
-    assert [(entry["status"], entry["epochs_done"]) for entry in results["runs"]] == [("not started", 0)]
-    assert results["speed"] == []
-    run_dir = tmp_path / "runs" / "at-s-dense"
-    run_dir.mkdir()
-    gpu.make_config("at-s-dense", gpu.parse([*args, "--seed", "1"])).dump(run_dir / "config.yaml")
-    assert gpu.main(args) == 2
-    assert "holds a run with other settings: training.seed" in capsys.readouterr().err
-
-
-def test_weights_are_split_over_files_and_read_back(tmp_path: Path, gpu: ModuleType) -> None:
-    model = gpu.create_model("resnet18", num_classes=3, width=8, router="image")
-    names = gpu.save_weights(model, tmp_path, "w", limit=50_000)
-    assert names == [f"w-{number}-of-{len(names)}.safetensors" for number in range(1, len(names) + 1)]
-    assert len(names) > 2
-    found = gpu.load_weights(tmp_path / name for name in names)
-    assert found.spec == model.spec
-    for name, tensor in model.state_dict().items():
-        expected = tensor.half().to(tensor.dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
-        assert torch.equal(found.state_dict()[name], expected), name
-
-
-def archive(path: Path, members: list[tarfile.TarInfo]) -> Path:
-    with tarfile.open(path, "w:xz") as file:
-        for member in members:
-            member.size = 1 if member.isfile() else 0
-            file.addfile(member, io.BytesIO(b"x") if member.isfile() else None)
-    return path
-
-
-def link(name: str) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    return member
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        tarfile.TarInfo("../outside.jpg"),
-        tarfile.TarInfo("/outside.jpg"),
-        tarfile.TarInfo("train/../../x"),
-        link("train/y"),
-    ],
-    ids=["parent", "absolute", "inner-parent", "link"],
-)
-def test_archive_with_a_member_outside_is_refused(tmp_path: Path, gpu: ModuleType, bad: tarfile.TarInfo) -> None:
-    path = archive(tmp_path / "images.tar.xz", [tarfile.TarInfo("train/cat/0.jpg"), bad])
-    with pytest.raises(ValueError, match="--archive must hold plain files and folders at relative paths") as error:
-        gpu.unpack(path, tmp_path / "root")
-    assert repr(bad.name) in str(error.value)
-    assert [each.name for each in tmp_path.iterdir()] == ["images.tar.xz"]
-
-
-def test_archive_is_unpacked_once(tmp_path: Path, gpu: ModuleType) -> None:
-    names = ["train/cat/0.jpg", "test/cat/0.jpg"]
-    path = archive(tmp_path / "images.tar.xz", [tarfile.TarInfo(name) for name in names])
-    root = tmp_path / "data" / "images"
-    gpu.unpack(path, root)
-    assert sorted(str(each.relative_to(root)) for each in root.rglob("*.jpg")) == sorted(names)
-    assert [each.name for each in root.parent.iterdir()] == ["images"]
-    (root / names[0]).write_text("kept")
-    gpu.unpack(path, root)
-    assert (root / names[0]).read_text() == "kept"
-
-
-def test_data_measures_decoding_and_waiting(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "samples.tar", "w") as tar:
-        for number in range(4):
-            made = io.BytesIO()
-            Image.effect_noise((60 + number, 50), 80).save(made, "jpeg")
-            member = tarfile.TarInfo(f"n0000000{number % 2}_thing_{number}.JPEG")
-            member.size = len(made.getvalue())
-            tar.addfile(member, io.BytesIO(made.getvalue()))
-    sizes = ["--threads", "1", "--width", "8", "--batch", "4", "--image-size", "16", "--repeats", "1", "--copies", "2"]
-    done = run("data.py", *sizes, "--samples", "samples.tar", "--out", "lines.jsonl", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "lines.jsonl").read_text() == done.stdout
-    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert list(lines) == ["decode", "workers", "wait-digits", "wait-imagenet"]
-    for name, images in (("decode", 4), ("workers", 8)):
-        line = lines[name]
-        assert line["setting"]["images"] == images
-        for side, median in line["medians_ms"].items():
-            assert line["images_per_second"][side] == pytest.approx(1000 * images / median, abs=0.1)
-    # Widths 60 to 63, height 50: 61.5 * 50 pixels on average.
-    assert lines["decode"]["megapixels"] == pytest.approx(61.5 * 50 / 1e6, abs=1e-4)
-    for name, images in (("wait-digits", 1298), ("wait-imagenet", 8)):
-        line = lines[name]
-        assert line["setting"]["images"] == images
-        assert 0 < line["medians_ms"]["epoch: waiting"] < line["medians_ms"]["epoch"]
-        (target,) = line["targets"]
-        assert target["met"] == (line["ratios"]["epoch: waiting/epoch"] <= 0.05)
-
-
-def test_data_needs_samples_for_all_but_digits(tmp_path: Path) -> None:
-    done = run("data.py", "--only", "decode", cwd=tmp_path)
-    assert done.returncode == 2 and "--samples must name a tar file of images for decode, got None" in done.stderr
+def test_device_reports_mistakes_in_one_line(tmp_path: Path) -> None:
+    done = run("device.py", "--pack", "absent.tar", "--images", "x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("device.py: error: ")
+    assert done.stderr.count("\n") == 1 and "absent.tar" in done.stderr and list(tmp_path.iterdir()) == []
+    assert "--only must name some of" in run("device.py", "--only", "speed", cwd=tmp_path).stderr

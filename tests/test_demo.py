@@ -44,7 +44,7 @@ def demo(clone: Path) -> tuple[list[str], str]:
 def test_it_installs_what_it_needs_alone_and_continues_what_is_there(clone: Path) -> None:
     called, printed = demo(clone)
     assert called == INSTALLING + ANEW
-    assert printed.startswith("AdvMoE on handwritten digits: 6 epochs") and "two minutes" in printed
+    assert printed.startswith("AdvMoE on handwritten digits: 5 epochs") and "two minutes" in printed
     (clone / "runs" / "demo").mkdir(parents=True)
     assert demo(clone)[0] == ANEW  # killed before there was anything to continue
     (clone / "runs" / "demo" / "config.yaml").touch()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from advmoe.text import aligned, duration, percent, radius
+from advmoe.text import aligned, duration, passes, percent, radius
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,29 @@ def test_percent():
     assert [percent(0.5834), percent(0.5834, 0), percent(1), percent(None)] == ["58.3", "58", "100.0", "-"]
 
 
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (
+            {"straight_through": 50, "worst_case": 1610},
+            "Gradient passes that a robust image withstood: 1,610 in the worst case, 50 under that PGD.",
+        ),
+        ({"straight_through": None, "worst_case": 100}, ""),  # no gap to speak of
+        ({"straight_through": 50, "worst_case": None}, ""),
+        ({"straight_through": 0, "worst_case": 0}, ""),  # no image was right
+        ("garbage", ""),
+    ],
+)
+def test_passes_are_told_where_they_are_known(told, sentence):
+    assert passes({"gradient_passes": told}) == sentence and passes({}) == ""
+
+
 def test_durations():
-    assert [duration(each) for each in (0.1234, 89.4, 90, 89 * 60, 90 * 60)] == [
+    assert [duration(each) for each in (0.1234, 91.6, 179.4, 180, 89 * 60, 90 * 60)] == [
         "0.123 s",
-        "89.4 s",
-        "2 min",
+        "91.6 s",
+        "179 s",
+        "3 min",
         "89 min",
         "1 h 30 min",
     ]

@@ -2,7 +2,16 @@
 
 from advmoe.attacks.autoattack import autoattack, square
 from advmoe.attacks.base import Attack, AttackPart, Proposals
-from advmoe.attacks.pgd import ascend, cross_entropy_loss, dlr_loss, kl_loss, margin_loss, pgd, trades_attack
+from advmoe.attacks.pgd import (
+    ascend,
+    cross_entropy_loss,
+    dlr_loss,
+    kl_loss,
+    margin_loss,
+    pgd,
+    probability_margin_loss,
+    trades_attack,
+)
 
 __all__ = [
     "Attack",
@@ -15,6 +24,7 @@ __all__ = [
     "kl_loss",
     "margin_loss",
     "pgd",
+    "probability_margin_loss",
     "square",
     "trades_attack",
 ]

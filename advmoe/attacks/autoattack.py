@@ -101,6 +101,11 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     return Proposals(x_adv.to(dtype), _flags(messages))
 
 
+def square_part(predict: Predict, *, threat: ThreatModel, queries: int) -> AttackPart:
+    """`square` on `predict` as a part of an attack."""
+    return AttackPart("square", lambda x, y, seed: square(predict, x, y, threat=threat, seed=seed, queries=queries))
+
+
 def autoattack_attack(
     predict: Predict,
     *,

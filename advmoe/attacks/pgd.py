@@ -7,7 +7,9 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,6 +80,13 @@ def margin_loss(labels: Tensor) -> AttackLoss:
     return lambda logits: margins(logits, labels).sum()
 
 
+def probability_margin_loss(labels: Tensor) -> AttackLoss:
+    """The margin of probabilities, max_{j != y} p_j - p_y for p = softmax(logits) and `labels` (N,) as y: -1 where the
+    true class is certain, 1 where a wrong one is. Source: arXiv:2411.15210 (PMA).
+    """
+    return lambda logits: margins(logits.float().softmax(1), labels).sum()
+
+
 def dlr_loss(labels: Tensor) -> AttackLoss:
     """Difference of logits ratio (Croce & Hein, ICML 2020, eq. 6): the margin over the largest logit's lead on the
     third, so that neither a shift nor a scale of the logits changes it. Needs at least 3 classes.
@@ -113,9 +122,11 @@ class Loss:
     at: Callable[[Predict, Tensor, Tensor], AttackLoss]
     """`(forward, x, labels)`, clean images (N, C, H, W) and true classes (N,), -> the loss of logits to ascend."""
     from_labels: bool = True
-    """Whether it leads away from the true class; `routed` searches among these."""
+    """Whether it leads away from the true class; `routed` searches among such."""
     scale_free: bool = False
     """Whether a scale of the logits leaves it as it is."""
+    searched: bool = True
+    """Whether `routed` tries it, if it is `from_labels`."""
     least_classes: int = 2
 
     @staticmethod
@@ -135,6 +146,7 @@ LOSSES: Table[Loss] = Table(
         "margin": Loss(lambda forward, x, labels: margin_loss(labels)),
         "dlr": Loss(lambda forward, x, labels: dlr_loss(labels), scale_free=True, least_classes=3),
         "kl": Loss(lambda forward, x, labels: _from_clean(forward, x), from_labels=False),
+        "pma": Loss(lambda forward, x, labels: probability_margin_loss(labels), searched=False),
     },
 )
 
@@ -159,8 +171,8 @@ def pgd(
         x: clean images, (N, C, H, W) in [0, 1]. y: true classes, (N,).
         surrogate: takes `predict`'s place where gradients are needed (a routed model under soft routing, say).
         restarts: only examples that every earlier start failed on are attacked again.
-        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, or KL from the clean prediction; or
-            a function (logits (N, K), classes (N,)) -> (N,) to ascend.
+        loss: a name of `LOSSES`: cross-entropy, margin, difference of logits ratio, KL from the clean prediction, or
+            margin of probabilities; or a function (logits (N, K), classes (N,)) -> (N,) to ascend.
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
@@ -196,6 +208,11 @@ def pgd(
     return result
 
 
+def _fp32(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, no autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def trades_attack(
     predict: Predict,
     x: Tensor,
@@ -215,15 +232,19 @@ def trades_attack(
         generator: source of the noise.
         held: perturbations of an earlier attack, (N, C, H, W), which this one goes on from where they are not 0.
 
+    Under autocast the clean logits and the first step are in fp32 all the same: so close to the clean image the KL is
+    all rounding in bf16, and its gradient points elsewhere.
+
     Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
 
     Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020.
     """
-    with torch.no_grad():
-        clean_logits = predict(x)
+    with torch.no_grad(), _fp32(x.device):
+        loss = kl_loss(predict(x))
     delta = 0.001 * randn_like(x, generator)
     if held is not None:
         delta = torch.where(held == 0, delta, held)
-    start = threat.project(x + delta, x)
-    loss = kl_loss(clean_logits)
-    return ascend(lambda x_adv: loss(predict(x_adv)), x, start, threat=threat, step_sizes=[step_size] * steps)
+    climb, sizes = partial(ascend, lambda x_adv: loss(predict(x_adv)), x, threat=threat), [step_size] * steps
+    with _fp32(x.device):
+        first = climb(threat.project(x + delta, x), step_sizes=sizes[:1])
+    return climb(first, step_sizes=sizes[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options, to_run
-from advmoe.config import Processes
+from advmoe.config import Count, Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
 from advmoe.text import listing, macs_unit, percent, radius, wrapped
@@ -18,6 +18,7 @@ def parser() -> Parser:
     parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.", "1")
     add = parser.add_argument
     add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
+    add("--eot", metavar="K", help="average a randomised model over K draws, in attacks and scores")
     add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")
     return parser
 
@@ -28,6 +29,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     options["workers"] = number("--workers", Processes, args.get("workers"))
     options["threads"] = options["threads"] or 1
     options["resume"] = "resume" in args
+    if "eot" in args:
+        options["eot"] = number("--eot", Count, args["eot"])
 
     from advmoe.evaluation.runs import evaluate_run
 
@@ -57,6 +60,10 @@ def _table(result: dict[str, Any]) -> str:
     rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))
     if "masking_gap" in result:
         rows.append(("masking gap", "-" if gap is None else f"{percent(gap)} points", _GAP))
+    passes = result.get("gradient_passes", {})
+    if passes.get("worst_case") is not None:
+        of_pgd = "" if passes["straight_through"] is None else f", {passes['straight_through']:,} of that PGD"
+        rows.append(("gradient passes", f"{passes['worst_case']:,}", f"that a robust image withstood{of_pgd}"))
     for name, value in result.get("cost", {}).items():
         unit, factor = macs_unit([value]) if name == "gmacs" else (name.replace("_", " "), 1)
         rows.append((unit, _plain(value * factor if factor != 1 else value), ""))

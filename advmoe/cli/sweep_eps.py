@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, measuring_parser, split_words, target_and_options
-from advmoe.config import Pixels, require
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, number, split_words, target_and_options
+from advmoe.config import Count, Pixels, require
 from advmoe.text import wrapped
 
 
@@ -13,6 +13,7 @@ def parser() -> Parser:
     """The command's options."""
     parser = measuring_parser("Measure robust accuracy against the attack's radius, and whether it can be believed.")
     parser.add_argument("--eps", metavar="E,E,...", help="radii, as in 0,2/255,4/255,8/255,16/255")
+    parser.add_argument("--eot", metavar="K", help="average a randomised model over K draws, in attacks and scores")
     parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
     return parser
 
@@ -23,6 +24,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     rule = "radii in pixels of [0, 1] separated by commas"
     require("eps" in args, "--eps", rule, None)
     epsilons = [float(Pixels(text)) for text in split_words(args["eps"])]
+    if "eot" in args:
+        options["eot"] = number("--eot", Count, args["eot"])
     draw = drawing(args)
 
     from advmoe.evaluation.runs import sweep_run

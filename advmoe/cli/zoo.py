@@ -11,7 +11,7 @@ from typing import Any
 from advmoe.cli.arguments import Parser, add_fields, config_fields, existing_run, new_parser, split_words, to_run
 from advmoe.config import Config
 from advmoe.errors import InputError
-from advmoe.text import aligned, macs_unit, nearest, percent, radius, show
+from advmoe.text import aligned, macs_unit, nearest, passes, percent, radius, show, wrapped
 from advmoe.zoo import INDEX, PLACE, PREFIX, entries, find
 from advmoe.zoo.leaderboard import interval, lines
 
@@ -97,6 +97,8 @@ def _show(args: dict[str, Any]) -> int:
         rows.append(("ms per image", f"{time.ms:.4g}", time.setting))
     print(f"{PREFIX}{entry.name}  {entry.title}\n")
     print("\n".join([*aligned(told), "", *aligned(rows, "<><"), ""]))
+    if budget := passes(entry.told):
+        print("\n".join(wrapped(budget)))
     for flag in entry.flags:
         print(f"flag  {flag}")
     print(f"next  {to_run('predict', f'{PREFIX}{entry.name}', 'IMAGE')}")

@@ -19,7 +19,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
-from advmoe.evaluation.checks import CHECKED, Check, check, check_data, check_labels, require_passed
+from advmoe.evaluation.checks import CHECKED, CHECKS, Check, check, check_data, check_labels, require_passed
 from advmoe.evaluation.fingerprint import fingerprint
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks
 from advmoe.evaluation.outcomes import (
@@ -29,11 +29,13 @@ from advmoe.evaluation.outcomes import (
     classified,
     collected,
     column,
+    gradient_passes,
     make_job,
     masking_gap,
     routed_plan,
     summary,
 )
+from advmoe.evaluation.randomised import Repeatable, averaged
 from advmoe.evaluation.scoring import EvaluationData, device_of, in_memory, measuring, size, take
 from advmoe.evaluation.suite import named_for_now, require_classes
 from advmoe.models.state import digest
@@ -137,6 +139,10 @@ def placed(predict: Predict, device: torch.device) -> Predict:
     return predict
 
 
+_BY_PASS = CHECKS.index("deterministic")
+"""How many checks are of a single pass, hence of a randomised model itself."""
+
+
 def checked(
     predict: Predict, job: Job, device: torch.device, allow: Collection[str], names: Sequence[str]
 ) -> list[Check]:
@@ -148,7 +154,13 @@ def checked(
     size(job.data)
     x, y = take(job.data, slice(0, CHECKED), device)
     with measuring(predict, device):
-        checks = check(predict, x, y)
+        eot = job.setting.eot
+        with averaged(predict, eot, job.seed, "check"):
+            checks = check(predict, x, y)
+        if eot is not None and not any(each.fatal and not each.passed for each in checks):
+            # What must repeat is the mean over given draws. Which of them an image gets depends on its batch.
+            checks = [*checks[:_BY_PASS], *check(Repeatable(predict, eot), x, y)[_BY_PASS:]]
+            allow = {*([allow] if isinstance(allow, str) else allow), "batch-independent"}
         require_passed(checks, allow)
         with torch.no_grad():
             num_classes = predict(x[:1]).shape[1]
@@ -170,6 +182,7 @@ def _numbers(
     return {
         **summary(robust),
         "masking_gap": masking_gap(robust),
+        "gradient_passes": gradient_passes(entries),
         "threat": asdict(job.setting.threat),
         "attack": job.setting.described | {"batch_size": job.batch_size, "seed": job.seed},
         "attacks": entries,
@@ -206,6 +219,7 @@ def evaluate(
     queries: int = 25_000,
     batch_size: int = 250,
     seed: int = 0,
+    eot: int | None = None,
     allow: Collection[str] = (),
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -215,10 +229,13 @@ def evaluate(
     Args:
         data: an `ImageSet` or `FileSet`, pixels (N, C, H, W) and classes (N,), or a `DataLoader` or other iterable of
             such batches, which is read into memory. threat: default l-inf, 8/255.
-        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and for a routed model of ours PGD
-            under soft-routing gradients too. Functions `(predict, x, y, *, threat, seed) -> adversarial x` count in the
-            worst case like any other, under their own names (see `extend.register_attack`).
+        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and as many steps again: under
+            soft-routing gradients for a routed model of ours, on the margin for any other. Functions
+            `(predict, x, y, *, threat, seed) -> adversarial x` count in the worst case like any other, under their own
+            names (see `extend.register_attack`).
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
+        eot: of a randomised model, which is refused without, the draws that attacks and scores average over: its answer
+            is the mean of their probabilities.
         seed: of every random draw. progress: show a bar on a terminal.
         allow: checks made before the attack that may fail, by name.
         device: where images are put; by default where the module is, the CPU for any other callable.
@@ -230,7 +247,12 @@ def evaluate(
     execution = Execution(accelerator=str(device_of(model) if device is None else device))
     with shown(progress), named_for_now(attacks) as names:
         measurement = Measurement(
-            threat=threat or ThreatModel(), attack=attack, attacks=names, batch_size=batch_size, seed=seed
+            threat=threat or ThreatModel(),
+            attack=attack,
+            attacks=names,
+            batch_size=batch_size,
+            seed=seed,
+            eot=eot,
         )
         return assess(lambda _: model, in_memory(data), measurement, allow=allow, execution=execution).result
 

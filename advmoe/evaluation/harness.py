@@ -27,6 +27,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.errors import InputError, OtherSettings
+from advmoe.evaluation.randomised import averaged
 from advmoe.evaluation.scoring import Counted, EvaluationData, Outcome, measuring, run_attack, size, stream, take
 from advmoe.evaluation.suite import Setting, build
 from advmoe.locks import CLAIM, Hold, hold
@@ -77,12 +78,14 @@ class Job:
     def run(self, task: BatchTask, predict: Predict, x: Tensor, y: Tensor) -> tuple[Result, Outcome]:
         """Do one task, on its images `x` (N, C, H, W) of classes `y`. The model must be as `measuring` sets it."""
         counted = Counted(predict)
-        attack = build(task.attack, counted, self.setting, self.plan)
-        outcome = run_attack(attack, counted, x, y, threat=self.setting.threat, purpose=(self.seed, task.first))
+        with averaged(counted, self.setting.eot, self.seed, task.first, task.attack) as asked:
+            attack = build(task.attack, asked, self.setting, self.plan)
+            outcome = run_attack(attack, asked, x, y, threat=self.setting.threat, purpose=(self.seed, task.first))
         result = {
             "robust": outcome.robust.int().tolist(), "predicted": outcome.predicted.tolist(), "parts": outcome.parts,
             "flags": outcome.flags, "seconds": outcome.seconds, "settings": dict(attack.settings),
             "model_calls": {"forward": counted.forward, "gradient": counted.gradient},
+            "gradient_passes": counted.gradient_passes,
         }  # fmt: skip
         return result, outcome
 

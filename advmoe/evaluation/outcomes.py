@@ -6,7 +6,7 @@ Axes: `N` examples, `L` MoE layers, `T` tokens. Accuracies are fractions, not pe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from advmoe.config import AttackConfig
 from advmoe.errors import InputError
 from advmoe.evaluation.harness import Job, Journal, run_tasks
 from advmoe.evaluation.intervals import wilson
+from advmoe.evaluation.randomised import averaged
 from advmoe.evaluation.scoring import (
     EvaluationData,
     OpenRouting,
@@ -40,22 +41,25 @@ from advmoe.threat import ThreatModel
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size below 1."""
+    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size or `eot` below 1."""
 
     threat: ThreatModel
     attack: AttackConfig
     """What `pgd` and `routed` take their steps from."""
     attacks: Sequence[str] | None = None
-    """Names as in `suite`; None: PGD, and for a routed model PGD through soft routing."""
+    """Names as in `suite`; None: PGD, and as many steps through soft routing or, of a plain model, on the margin."""
     batch_size: int = 250
     """Images per attack call. With another one an attack is as strong, but a few single images end otherwise."""
     seed: int = 0
     """Every random draw follows from it, the position of a batch and that of an image in it."""
+    eot: int | None = None
+    """Draws that a randomised model is averaged over (see `randomised`); None for any other, which is checked."""
 
     def __post_init__(self) -> None:
-        """Check the batch size."""
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be >= 1, got {self.batch_size!r}")
+        """Check the numbers."""
+        for name, value in (("batch_size", self.batch_size), ("eot", 1 if self.eot is None else self.eot)):
+            if value < 1:
+                raise InputError(f"{name} must be >= 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def make_job(
 ) -> tuple[Job, tuple[str, ...]]:
     """The job, but for what `routed` has to plan, and the full names of the attacks asked for."""
     routed = is_routed(predict, data, device)
-    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed)
+    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed, eot=measurement.eot)
     attacks = default_attacks(setting) if measurement.attacks is None else measurement.attacks
     job = Job(data=data, setting=setting, batch_size=measurement.batch_size, seed=measurement.seed)
     return job, named(attacks, setting)
@@ -130,9 +134,9 @@ def classified(predict: Predict, job: Job, device: torch.device) -> Clean:
     batches: list[tuple[Tensor, ...]] = []
     slices = [slice(first, first + job.batch_size) for first in range(0, size(job.data), job.batch_size)]
     with measuring(predict, device), torch.no_grad(), closing(stream(job.data, slices, device)) as examples:
-        for x, y in tracked(examples, "clean", total=len(slices), delay=BRIEF):
-            with route() as routing:
-                logits = predict(x)
+        for index, (x, y) in zip(slices, tracked(examples, "clean", total=len(slices), delay=BRIEF), strict=True):
+            with averaged(predict, job.setting.eot, job.seed, index.start, "clean") as asked, route() as routing:
+                logits = asked(x)
             pathways = routing.pathway() if routing.choices else torch.empty(len(x), 0, dtype=torch.long)
             finite = logits.isfinite().all(1)
             batches.append((correct(logits, y).cpu(), logits.argmax(1).cpu(), pathways.cpu(), finite.cpu()))
@@ -144,10 +148,10 @@ def routed_plan(predict: Predict, job: Job, clean: Clean, device: torch.device) 
     budget = job.setting.budget
     chosen = clean.correct.nonzero()[:, 0][: budget.search_examples].tolist()
     x, y = zip(*(take(job.data, slice(i, i + 1), device) for i in chosen), strict=True) if chosen else ((), ())
-    with measuring(predict, device):
+    with measuring(predict, device), averaged(predict, job.setting.eot, job.seed, "search") as asked:
         empty = take(job.data, slice(0, 0), device)
         return plan_attack(
-            RoutedTarget(OpenRouting(predict), predict, job.setting.threat),
+            RoutedTarget(OpenRouting(asked), asked, job.setting.threat),
             torch.cat([*x, empty[0]]).contiguous(memory_format=torch.channels_last), torch.cat([*y, empty[1]]),
             clean.pathways, budget=budget, seed=seed_for(job.seed, "search"),
         )  # fmt: skip
@@ -175,12 +179,14 @@ def _entry(job: Job, journal: Journal, name: str, robust: Tensor) -> dict[str, A
             total[count] += part[count]
     flags = [flag for result in results for flag in result["flags"]]
     calls = [result["model_calls"] for result in results]
+    passes: list[Any] = [result.get("gradient_passes") for result in results]  # None of an earlier version
     return {
         "robust_accuracy": robust.double().mean().item(),
         "interval": list(wilson(int(robust.sum()), len(robust))),
         "examples": len(robust),
         "seconds": round(sum(result["seconds"] for result in results), 3),
         "model_calls": {kind: sum(each[kind] for each in calls) for kind in ("forward", "gradient")},
+        "gradient_passes": None if None in passes else max(passes),  # of images that withstood it
         "seed": job.seed,
         "flags": {flag: flags.count(flag) for flag in dict.fromkeys(flags)},
         "parts": parts,
@@ -202,8 +208,29 @@ def summary(robust: dict[str, Tensor]) -> dict[str, Any]:
 def masking_gap(robust: dict[str, Tensor]) -> float | None:
     """Of `outcomes`: the accuracy under the strongest straight-through PGD (`pgd-N`) less the worst case.
 
-    None where there is no such attack.
+    None where there is no such attack. Two models' gaps compare where their attacks made as many gradient passes: part
+    of a gap is what more passes find on any model (`gradient_passes`).
     """
     numbers = summary(robust)
-    usual = [share for name, share in numbers["robust_accuracy"].items() if re.fullmatch(r"pgd-\d+", name)]
-    return float(min(usual) - numbers["worst_case"]) if usual else None
+    usual = straight_through(numbers["robust_accuracy"])
+    return None if usual is None else float(numbers["robust_accuracy"][usual] - numbers["worst_case"])
+
+
+def straight_through(shares: Mapping[str, float]) -> str | None:
+    """The strongest of the attacks `pgd-N`, from which the masking gap is measured; None where there is none.
+
+    shares: robust accuracy by attack.
+    """
+    return min((name for name in shares if re.fullmatch(r"pgd-\d+", name)), key=lambda name: shares[name], default=None)
+
+
+def gradient_passes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
+    """How many passes with a gradient an image goes through that withstands them: `straight_through`, of the PGD that
+    the masking gap starts from, and `worst_case`, of all attacks that were made.
+
+    entries: those of `collected`, by attack. None where a number is not known, or there is no such PGD.
+    """
+    made = {name: entry["gradient_passes"] for name, entry in entries.items() if "skipped" not in entry}
+    usual = straight_through({name: entries[name]["robust_accuracy"] for name in made})
+    worst = None if None in made.values() else sum(made.values())
+    return {"straight_through": None if usual is None else made[usual], "worst_case": worst}

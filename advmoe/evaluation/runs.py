@@ -23,7 +23,7 @@ from advmoe.evaluation.accuracy import Execution, assess, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Journal, tell_attack
-from advmoe.evaluation.outcomes import applicable, classified, masking_gap, measured
+from advmoe.evaluation.outcomes import applicable, classified, gradient_passes, masking_gap, measured
 from advmoe.evaluation.subject import Options, UnderAttack, open_subject, options_of
 from advmoe.evaluation.suite import build, stretched
 from advmoe.files import write_arrays, write_text
@@ -102,13 +102,15 @@ class _Radii:
         if eps not in self.measured:
             predict, job, device = self.attacked.predict, self.attacked.job, self.attacked.device
             robust: dict[str, Tensor] = {}
-            details: dict[str, dict[str, Any]] = {}
+            details, made = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
             for name in self.names:
                 at_radius = replace(job, setting=stretched(name, job.setting, eps))
                 outcome, entries = measured(predict, at_radius, [name], self.clean, device)
                 robust |= outcome
-                details[name] = {key: entries[name][key] for key in ("settings", "flags")}
-            details["worst case"] = {"masking_gap": masking_gap({"clean": self.clean.correct, **robust})}
+                details[name] = {key: entries[name][key] for key in ("settings", "flags", "gradient_passes")}
+                made |= entries
+            gap = masking_gap({"clean": self.clean.correct, **robust})
+            details["worst case"] = {"masking_gap": gap, "gradient_passes": gradient_passes(made)}
             robust["worst case"] = torch.stack([self.clean.correct, *robust.values()]).all(0)
             self.measured[eps] = robust, details
         return self.measured[eps][0]
@@ -126,8 +128,9 @@ def sweep_run(
     Each attack's step is that of `suite.stretched`, which crosses every radius. keywords: `Options` by name.
 
     Writes `sweep.json` beside the run's other results, and returns its folder and its content: a `sweep.sweep` by
-    attack, whose points hold the attack's `settings` and `flags` at that radius, and one under `worst case`, whose
-    points hold `masking_gap`. Raises `InputError` for whatever cannot be used.
+    attack, whose points hold the attack's `settings`, `flags` and `gradient_passes` at that radius, and one under
+    `worst case`, whose points hold `masking_gap` and `outcomes.gradient_passes`. Raises
+    `InputError` for whatever cannot be used.
     """
     subject = open_subject(target, options := options_of(options, keywords))
     attacked = subject.under_attack()

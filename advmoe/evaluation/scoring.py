@@ -19,6 +19,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images, ImageSet
 from advmoe.errors import InputError, of_machine
+from advmoe.evaluation.randomised import draws_of, mean_of
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
@@ -123,25 +124,39 @@ class Counted:
     predict: Predict
     forward: int = 0
     gradient: int = 0
+    gradient_passes: int = 0
+    """Over whichever images: those that withstand an attack are in all of its passes."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (N, K) of pixels (N, C, H, W)."""
         self.forward += len(x)
-        self.gradient += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.gradient += len(x)
+            self.gradient_passes += 1
         return self.predict(x)
 
 
 @dataclass
 class OpenRouting:
-    """A routed model with its routing laid open, as `attacks.routed` wants it."""
+    """A routed model with its routing laid open, as `attacks.routed` wants it. Of a randomised one scores are averaged
+    too, and the pathway is that of the last draw.
+    """
 
     predict: Predict
 
     def __call__(self, x: Tensor, *, temperature: float | None = None, forced: Tensor | None = None) -> Pass:
         """Run images `x` (N, C, H, W): hard, or mixed by softmax(scores / temperature), or along `forced` (N, L)."""
+        passes = [self._pass(draw, x, temperature, forced) for draw in draws_of(self.predict)]
+        if len(passes) == 1:
+            return passes[0]
+        scores = tuple(torch.stack(each).mean(0) for each in zip(*(each.scores for each in passes), strict=True))
+        return Pass(mean_of([each.logits for each in passes]), scores, passes[-1].pathway)
+
+    @staticmethod
+    def _pass(predict: Predict, x: Tensor, temperature: float | None, forced: Tensor | None) -> Pass:
         mode = route("hard", forced=forced) if temperature is None else route("soft", temperature=temperature)
         with mode as routing:
-            logits = self.predict(x)
+            logits = predict(x)
         scores = tuple(routing.scores[layer] for layer in sorted(routing.scores))
         return Pass(logits, scores, routing.pathway())
 

@@ -62,6 +62,8 @@ class Options:
     """Of the images drawn and the attacks' random draws; None: the run's."""
     allow: Collection[str] = ()
     """Checks that may fail: see `checks`."""
+    eot: int | None = None
+    """Draws that attacks and scores of a randomised model average over, by `evaluate` and `sweep-eps` alone."""
 
 
 def options_of(options: Options | None, keywords: Mapping[str, Any], **usual: Any) -> Options:
@@ -143,7 +145,7 @@ class Subject:
         options = self.options
         return Measurement(
             threat=self.threat, attack=self.config.attack, batch_size=options.batch_size, seed=self.seed,
-            attacks=usual if options.attacks is None else options.attacks,
+            attacks=usual if options.attacks is None else options.attacks, eot=options.eot,
         )  # fmt: skip
 
     def under_attack(self, usual: Sequence[str] | None = None) -> UnderAttack:
@@ -187,6 +189,8 @@ class UnderAttack:
         Images that are wrong without an attack are attacked too.
         """
         predict, job, device = self.predict, self.job, self.device
+        if job.setting.eot is not None:
+            raise InputError(f"eot must be left out but by evaluate and sweep, got {job.setting.eot!r}")
         (part,) = build(name, predict, job.setting, None).parts
         tasks = list(job.tasks([name]))
         with closing(stream(job.data, [job.examples(task) for task in tasks], device)) as images:

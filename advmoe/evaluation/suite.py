@@ -1,11 +1,14 @@
 """Attacks by name, as `--attacks` takes them.
 
 `pgd-50`                    PGD with 50 steps; `pgd` takes the number from `attack.steps`
-`pgd-50-margin`             with another loss: margin, dlr or kl in place of ce
+`pgd-50-margin`             with another loss: margin, dlr, kl or pma in place of ce
 `pgd-50-soft`               with soft routing's gradients (routed models)
 `autoattack`                the standard version; `autoattack-plus`, `autoattack-rand`
 `autoattack:apgd-ce+square` the custom version with these attacks
 `routed`                    the attacks that hard routing calls for (routed models)
+`restarts`                  their counterpart for plain models: PGD on margin and cross-entropy from as many random
+                            starts as make the gradient steps of `pgd-soft` and `routed`, then Square;
+                            `restarts-1000` makes 1000
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 from advmoe.attacks.autoattack import autoattack_attack, official_library
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import LOSSES, Predict, pgd
+from advmoe.attacks.restarts import restarts_attack
 from advmoe.attacks.routed import Budget, RoutedPlan, RoutedTarget, routed_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
@@ -40,6 +44,8 @@ class Setting:
     attack: AttackConfig
     routed: bool
     """Whether the model has MoE layers."""
+    eot: int | None = None
+    """Draws that a randomised model is averaged over (see `randomised`); None for any other."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class Setting:
         attack = self.attack
         return {
             "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts,
-            "pathways": attack.pathways, "queries": attack.queries,
+            "pathways": attack.pathways, "queries": attack.queries, **({} if self.eot is None else {"eot": self.eot}),
         }  # fmt: skip
 
     @property
@@ -163,6 +169,39 @@ class _Routed:
         return routed_attack(RoutedTarget(OpenRouting(predict), predict, setting.threat), plan, setting.budget)
 
 
+CHANGED = 16
+"""Pathways with one choice changed that `restarts` makes up for: of ResNet-18, whose 16 layers have two experts."""
+
+
+@dataclass(frozen=True)
+class _Restarts:
+    number: int | None = None
+    """Of gradient steps, rounded up to whole restarts; None: those of `pgd-soft` and `routed`."""
+
+    for_routed = False
+    least_classes = 2
+
+    def steps(self, setting: Setting) -> int:
+        return setting.attack.steps
+
+    def restarts(self, setting: Setting) -> int:
+        attack = setting.attack
+        wanted = self.number or attack.restarts * attack.steps + setting.budget.gradient_steps(CHANGED)
+        return -(-wanted // attack.steps)
+
+    def named(self, setting: Setting) -> str:
+        if setting.attack.queries:
+            official_library()
+        return f"restarts-{self.restarts(setting) * setting.attack.steps}"
+
+    def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
+        attack = setting.attack
+        return restarts_attack(
+            predict, threat=setting.threat, restarts=self.restarts(setting), steps=attack.steps,
+            step_size=float(attack.step_size), queries=attack.queries,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class FunctionAttack:
     """An attack that is a function `(predict, x, y, *, threat, seed) -> adversarial x`."""
@@ -233,6 +272,11 @@ def _custom(name: str) -> NamedAttack | None:
     return _AutoAttack(name, "custom", parts)
 
 
+def _restarts(name: str) -> NamedAttack | None:
+    match = re.fullmatch(r"restarts(?:-([1-9][0-9]{0,6}))?", name)
+    return match and _Restarts(int(match[1]) if match[1] else None)
+
+
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
 ATTACKS: Table[NamedAttack] = Table(
@@ -246,16 +290,20 @@ ATTACKS: Table[NamedAttack] = Table(
     Family(
         f"pgd-STEPS[{'|'.join(f'-{loss}' for loss in LOSSES if loss != 'ce')}][-soft]",
         _pgd,
-        usual=("pgd", *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl") for soft in ("", "-soft"))),
+        usual=(
+            "pgd",
+            *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl", "-pma") for soft in ("", "-soft")),
+        ),
     ),
+    Family("restarts-STEPS", _restarts, usual=("restarts",)),
     Family("autoattack:NAME+NAME", _custom, usual=("autoattack:apgd-ce+square",)),
 )
 
 
 def default_attacks(setting: Setting) -> tuple[str, ...]:
-    """PGD, and PGD through soft routing for a routed model."""
+    """PGD, and as many steps again: through soft routing for a routed model, on the margin for a plain one."""
     name = f"pgd-{setting.attack.steps}"
-    return (name, f"{name}-soft") if setting.routed else (name,)
+    return name, f"{name}-soft" if setting.routed else f"{name}-margin"
 
 
 def stretched(name: str, setting: Setting, eps: float) -> Setting:

@@ -19,7 +19,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, stale, unsealed
 from advmoe.tables import DATASETS, METHODS
-from advmoe.text import few, macs_unit, percent, radius
+from advmoe.text import few, macs_unit, passes, percent, radius
 
 _OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
@@ -305,7 +305,7 @@ def _robustness(record: Record) -> str:
     ]
     if evaluation.get("masking_gap") is not None:
         gap = f"{100 * evaluation['masking_gap']:.1f} points"
-        lines.append(f"- Masking gap (straight-through PGD less the worst case): {gap}.")
+        lines.append(f"- Masking gap (straight-through PGD less the worst case): {gap}. {passes(evaluation)}".rstrip())
     lines += [f"- `{name}` was skipped: {r['skipped']}." for name, r in reports.items() if "skipped" in r]
     lines += _flags(evaluation, reports)
     lines += [

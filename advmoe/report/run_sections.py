@@ -17,7 +17,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder
 from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, number, pairs, percent, seconds, share_cell, table
-from advmoe.text import few, macs
+from advmoe.text import few, macs, passes
 
 _LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
 """Terms of the loss, which are logged as they are added up, with their weights."""
@@ -117,10 +117,11 @@ def accuracy(run: RunFolder) -> Content:
     caption = f"{run.label} on {evaluation.get('num_examples')} test images, {threat}."
     columns = ["Attack", "Accuracy, %", "95 % interval", "Broken of attacked", "Time"]
     gap = evaluation.get("masking_gap")
-    masking = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points."
+    masking = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points. "
+    masking += passes(evaluation)
     return [
         table(caption, columns, rows),
-        None if gap is None else element("p", masking),
+        None if gap is None else element("p", masking.rstrip()),
         _parts(run.label, reports),
         _warnings(reports, evaluation.get("checks") or ()),
     ]

@@ -132,8 +132,10 @@ class Scale:
     # What is measured
 
     def accuracy(self, run: TrainingRun) -> Measure:
-        """SA, RA and the worst case: PGD with two losses, and for a routed model what its routing calls for."""
-        attacks = ["pgd", "pgd-margin", *(["pgd-soft", "routed"] if run.labels["routed"] else [])]
+        """SA, RA and the worst case: PGD with two losses, then what a routed model's routing calls for, or as many
+        gradient steps on a plain model.
+        """
+        attacks = ["pgd", "pgd-margin", *(["pgd-soft", "routed"] if run.labels["routed"] else ["restarts"])]
         return Measure("evaluate", {"attacks": attacks, "num_examples": self.examples})
 
     def under_autoattack(self) -> Measure:

@@ -296,7 +296,8 @@ class Trainer:
         sums = torch.zeros(3, device=device)
         with self.averaged():
             if len(share):
-                measurement = Measurement(threat=self.threat, attack=self.val_attack, seed=t.seed)
+                attacks = ("pgd", "pgd-soft") if self.model.routed else ("pgd",)
+                measurement = Measurement(threat=self.threat, attack=self.val_attack, attacks=attacks, seed=t.seed)
                 robust = outcomes(self.model, share, measurement, device=device, accept=self._require_sound)
                 numbers = summary(robust)
                 shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]

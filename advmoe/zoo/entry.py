@@ -86,6 +86,7 @@ def numbers(evaluations: Sequence[Mapping[str, Any]], hardware: str | None = Non
             "attacks": list(strongest["robust_accuracy"]),
         },
         "masking_gap": strongest["masking_gap"],
+        **{name: strongest[name] for name in ("gradient_passes",) if name in strongest},
         "flags": flags,
         "cost": {name: cost[name] for name in kept if name in cost} | ({"hardware": hardware} if hardware else {}),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from advmoe.evaluation.intervals import wilson
-from advmoe.text import aligned, percent, radius
+from advmoe.text import aligned, passes, percent, radius
 from advmoe.zoo import PREFIX, Entry, Measured
 
 STRONG = ("autoattack", "autoattack-plus")
@@ -98,7 +98,8 @@ Beside it stands what one image costs, routers included. `advmoe zoo list` print
 `advmoe.load("{PREFIX}NAME")` loads a model. [How to use the zoo, and to submit a model](../how-to/zoo.md).
 
 SA and RA are from the largest evaluation that has them, the worst case and the masking gap from the one with the most
-attacks, on as many images as stand there. Intervals that overlap do not tell two models apart."""
+attacks, on as many images as stand there. Intervals that overlap do not tell two models apart.
+Nor do gaps under other attacks, for part of a gap is what more steps find on any model: each model's stand below."""
 
 
 def _numbers(entry: Entry) -> list[str]:
@@ -122,7 +123,7 @@ def _described(entry: Entry) -> str:
         f"{entry.title}: {entry.model}. Licence: {entry.licence}.",
         "",
         f"- Accuracy in % (images): {measured}.",
-        f"- Worst case over {', '.join(entry.attacks)}.",
+        f"- Worst case over {', '.join(entry.attacks)}. {passes(entry.told)}".rstrip(),
         f"- Weights as float16: on {same} evaluated images they predict what the evaluated ones did.",
         *flags,
     ])  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advmoe.attacks import ascend, cross_entropy_loss, kl_loss, margin_loss, pgd, trades_attack
+import advmoe
+from advmoe.attacks import ascend, cross_entropy_loss, kl_loss, margin_loss, pgd, probability_margin_loss, trades_attack
 from advmoe.threat import ThreatModel
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.5)
@@ -33,7 +34,7 @@ class Recorder:
         return self.predict(x)
 
 
-@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "pma"])
 def test_linf_optimum_of_a_linear_model(loss):
     # With two classes both losses rise with (W[1] - W[0]) . delta = (1, 4, -1) . delta where class 0 is true, and with
     # its opposite where class 1 is: the optimum is eps * sign, cut at the pixel range.
@@ -159,6 +160,17 @@ def test_trades_attack_is_the_loop_written_out(threat):
     assert ((got - x).abs().amax((1, 2, 3)) > 0.05).all()
 
 
+def test_the_margin_of_probabilities_by_hand():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    logits = (p.log() + torch.tensor([[7.0], [-3.0]])).requires_grad_()  # a shift changes no probability
+    value = probability_margin_loss(torch.tensor([0, 2]))(logits)
+    assert value.item() == pytest.approx((0.3 - 0.5) + (0.5 - 0.2))
+    value.backward()
+    # d(p_j - p_y)/dz_k = p_j ([j = k] - p_k) - p_y ([y = k] - p_k); here j = 1, y = 0, and then j = 0, y = 2.
+    expected = [[-0.15 - 0.25, 0.21 + 0.15, -0.06 + 0.1], [0.25 + 0.1, -0.15 + 0.06, -0.1 - 0.16]]
+    assert logits.grad.tolist() == [pytest.approx(row) for row in expected]
+
+
 def test_ascent_by_hand():
     # The objective rises with pixel 0 and falls with pixel 1; the third step ends at the edge of the ball.
     x, seen = pixels([0.5, 0.5]), []
@@ -227,7 +239,7 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
         ({"y": torch.zeros(3, dtype=torch.long)}, "same, non-zero number of examples, got 2 and 3"),
         ({"x": pixels([0.0, 0.5, 1.5], [0.0, 0.5, -0.25])}, r"pixels in \[0, 1\], got values from -0.25 to 1.5"),
         ({"x": pixels([0.0, math.nan, 1.0], [0.0, 0.5, 0.5])}, r"pixels in \[0, 1\], got values from nan to nan"),
-        ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, kl, got 'hinge'"),
+        ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, kl, pma, got 'hinge'"),
         ({"loss": "dlr"}, "loss dlr must have at least 3 classes, got 2"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"restarts": 0}, "restarts must be >= 1, got 0"),
@@ -236,3 +248,32 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         pgd(linear, threat=LINF, **{**GOOD, **change})
+
+
+def test_the_first_step_is_fp32_s_under_autocast():
+    # So close to the clean image the KL of a trained model is all rounding in bf16.
+    model = advmoe.load("zoo:at-s-dense").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    light, shapes = torch.rand(32, 3, 1, 1, generator=generator), torch.rand(32, 3, 8, 8, generator=generator)
+    x = 0.3 * light + 0.7 * F.interpolate(shapes, 32, mode="bilinear")
+    threat = ThreatModel("linf", 8 / 255)
+
+    def in_bf16_alone():
+        with torch.no_grad():
+            loss = kl_loss(model(x))
+        start = threat.project(x + 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), x)
+        return ascend(lambda z: loss(model(z)), x, start, threat=threat, step_sizes=[5 / 255] * 2)
+
+    def attacked():
+        noise = torch.Generator().manual_seed(3)
+        return trades_attack(model, x, threat=threat, steps=2, step_size=5 / 255, generator=noise)
+
+    def reached(x_adv):
+        with torch.no_grad():
+            return kl_loss(model(x))(model(x_adv)).item()
+
+    full = reached(attacked())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, alone = attacked(), in_bf16_alone()
+    assert reached(ours) == pytest.approx(full, rel=0.02)
+    assert reached(alone) < 0.97 * full

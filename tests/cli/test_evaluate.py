@@ -22,6 +22,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
             "worst_case": 0.68,
             "num_examples": 360,
             "masking_gap": 0.02,
+            "gradient_passes": {"straight_through": 50, "worst_case": 1610},
             "threat": {"norm": "linf", "eps": 8 / 255},
             "attacks": {
                 "pgd-50": {"interval": [0.65, 0.745], "seconds": 3.2, "parts": {"pgd": {"attempted": 9, "broken": 1}}},
@@ -33,7 +34,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate_run)
     argv = ["--attack.steps", "20", "--threat.eps", "4/255", "--num-examples", "8", "--seed", "0", "--data.root", "7"]
-    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--resume"]
+    argv += ["--attacks", "pgd-50, routed", "--allow", "gradients", "--workers", "3", "--eot", "7", "--resume"]
     assert cli.main(["evaluate", str(tmp_path), *argv]) == 0
     assert seen == {
         "run_dir": str(tmp_path),
@@ -46,18 +47,20 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "accelerator": "auto",
         "threads": 1,
         "workers": 3,
+        "eot": 7,
         "resume": True,
     }
     assert capsys.readouterr().out.splitlines() == [
         "360 images, linf eps 8/255",
         "",
-        "clean            95.4 %",
-        "pgd-50           70.0 %  65.0 to 74.5, 3 s",
-        "pgd-50-soft      69.1 %",
-        "worst case       68.0 %",
-        "masking gap  2.0 points  straight-through PGD less the worst case",
-        "GMACs             0.139",
-        "parameters    1,234,567",
+        "clean                95.4 %",
+        "pgd-50               70.0 %  65.0 to 74.5, 3 s",
+        "pgd-50-soft          69.1 %",
+        "worst case           68.0 %",
+        "masking gap      2.0 points  straight-through PGD less the worst case",
+        "gradient passes       1,610  that a robust image withstood, 50 of that PGD",
+        "GMACs                 0.139",
+        "parameters        1,234,567",
         "",
         "routed: nothing to attack",
         "flag  pgd-50-soft: a warning",

@@ -24,6 +24,17 @@ def test_radii_are_fractions_or_numbers(make_digits_run, tmp_path, capsys, figur
     assert out[-1] == f"written to {run / 'sweep.json'}{drawn}"
 
 
+def test_draws_are_counted_from_one(make_digits_run, tmp_path, capsys):
+    run = str(make_digits_run(tmp_path / "run"))
+    assert cli.main(["sweep-eps", run, "--eps", "0.1", *WORDS, "--eot", "0"]) == 2
+    assert "--eot must be >= 1, got 0" in capsys.readouterr().err
+    assert (
+        cli.main(["sweep-eps", run, "--eps", "0.1", *WORDS, "--num-examples", "60", "--eot", "2", "--no-figure"]) == 0
+    )
+    (point,) = json.loads((tmp_path / "run" / "sweep.json").read_text())["curves"]["pgd-2"]["points"]
+    assert point["gradient_passes"] == 2 * 2
+
+
 @pytest.mark.parametrize(("eps", "message"), [(None, "--eps must be radii in pixels"), ("0,x", "'x'"), ("2", "2")])
 def test_what_are_no_radii(make_digits_run, tmp_path, capsys, eps, message):
     run = make_digits_run(tmp_path / "run")

@@ -28,10 +28,10 @@ PLAN = RoutedPlan(best=Combination(weight=0.1), tried=(), examples=0, reached=2,
 
 
 def names() -> list[str]:
-    """Every attack: the table's, PGD with every loss, and AutoAttack's parts alone."""
+    """Every attack: the table's, PGD with every loss, restarts, and AutoAttack's parts alone."""
     losses = [f"pgd-3{'' if loss == 'ce' else f'-{loss}'}" for loss in LOSSES]
     parts = [f"autoattack:{part}" for part in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")]
-    return [*ATTACKS, *losses, "pgd-3-soft", *parts]
+    return [*ATTACKS, *losses, "pgd-3-soft", "restarts-6", *parts]
 
 
 class Routed(nn.Module):

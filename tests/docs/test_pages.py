@@ -220,6 +220,15 @@ def test_results_on_pages_are_the_stored_ones(page, columns, kind, attacks) -> N
         assert all(map(agrees, shown, [found["clean_accuracy"], *robust, found["worst_case"], found["masking_gap"]]))
 
 
+def test_budgets_on_a_page_are_those_of_the_stored_results() -> None:
+    for run, shown in zip(RUNS, rows(DOCS / "results/stronger-attacks.md", 3), strict=True):
+        found = stored("attacks", run)
+        made = {name: each["model_calls"]["gradient"] for name, each in found["attacks"].items() if "parts" in each}
+        right = found["clean_accuracy"] * found["num_examples"]
+        most, less = sum(made.values()), sum(made.values()) - made["autoattack"]
+        assert shown == [f"{most / right:,.0f}", f"{less / right:,.0f}"]
+
+
 def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
     runs = ("at-moe", "advmoe", "advmoe-image-mod", "advmoe-embedding-random")
     for run, shown in zip(runs, rows(DOCS / "results/stronger-attacks.md", 7), strict=True):

@@ -47,12 +47,14 @@ def planted():
 
 def test_planted_accuracies():
     result = evaluate(Threshold(), planted(), threat=THREAT, steps=20, step_size=0.02, restarts=2, seed=3)
-    report, checks = result.pop("attacks")["pgd-20"], result.pop("checks")
+    reports, checks = result.pop("attacks"), result.pop("checks")
+    report, on_margin = reports["pgd-20"], reports["pgd-20-margin"]
     assert result == {
         "clean_accuracy": pytest.approx(5 / 6),
-        "robust_accuracy": {"pgd-20": pytest.approx(3 / 6)},
+        "robust_accuracy": {"pgd-20": pytest.approx(3 / 6), "pgd-20-margin": pytest.approx(3 / 6)},
         "worst_case": pytest.approx(3 / 6),
         "masking_gap": 0,
+        "gradient_passes": {"straight_through": 40, "worst_case": 80},
         "num_examples": 6,
         "threat": {"norm": "linf", "eps": 26 / 255},
         "attack": {
@@ -66,7 +68,8 @@ def test_planted_accuracies():
         },
     }
     assert all(check["passed"] for check in checks)
-    assert report.pop("seconds") > 0
+    assert report.pop("seconds") > 0 and on_margin.pop("seconds") > 0
+    assert on_margin == report | {"settings": {"steps": 20, "step_size": 0.02, "restarts": 2, "loss": "margin"}}
     assert report == {
         "robust_accuracy": pytest.approx(3 / 6),
         "interval": [pytest.approx(0.188, abs=1e-3), pytest.approx(0.812, abs=1e-3)],  # Wilson's, for 3 of 6
@@ -74,6 +77,7 @@ def test_planted_accuracies():
         # The clean pass over 6; 20 steps on the 5 that are right, whose 3 survivors are started on again; passes that
         # decide what a restart is for (5 and, after the last, 3) and the final score of all 5.
         "model_calls": {"forward": 6 + 20 * 5 + 5 + 20 * 3 + 3 + 5, "gradient": 20 * 5 + 20 * 3},
+        "gradient_passes": 40,
         "seed": 3,
         "flags": {},
         "parts": {"pgd": {"attempted": 5, "broken": 2}},

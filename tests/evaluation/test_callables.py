@@ -72,7 +72,7 @@ def test_pgd_ascends_a_function_of_the_users() -> None:
     assert (redder(ours).argmax(1) == Y).tolist() == [True, False, False, True]
     named = pgd(redder, X, Y, threat=THREAT, steps=5, step_size=0.05, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours, named)  # two losses that lead the same way, from one start
-    assert set(LOSSES) == {"ce", "margin", "dlr", "kl"}
+    assert set(LOSSES) == {"ce", "margin", "dlr", "kl", "pma"}
 
 
 def test_loaded_sets_are_torch_datasets() -> None:

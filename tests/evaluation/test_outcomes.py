@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from advmoe.config import AttackConfig
-from advmoe.evaluation.outcomes import Measurement, applicable, make_job, masking_gap, summary
+from advmoe.evaluation.outcomes import Measurement, applicable, gradient_passes, make_job, masking_gap, summary
 from advmoe.threat import ThreatModel
 
 
@@ -31,6 +31,17 @@ def test_the_gap_is_measured_from_the_strongest_plain_pgd():
     assert masking_gap(robust) == pytest.approx(0.4)  # nothing outlasts all
     assert masking_gap({name: robust[name] for name in ("clean", "pgd-2", "pgd-50")}) == 0
     assert masking_gap({name: robust[name] for name in ("clean", "pgd-50-margin")}) is None
+
+
+def test_passes_are_those_of_the_pgd_that_the_gap_starts_from_and_of_all_attacks():
+    numbers = {"pgd-2": (0.6, 2), "pgd-50": (0.4, 50), "pgd-50-margin": (0.2, 50), "routed": (0.1, 1460)}
+    entries = {name: {"robust_accuracy": ra, "gradient_passes": made} for name, (ra, made) in numbers.items()}
+    entries["autoattack"] = {"skipped": "of no use"}
+    assert gradient_passes(entries) == {"straight_through": 50, "worst_case": 1562}
+    del entries["pgd-2"], entries["pgd-50"]
+    assert gradient_passes(entries) == {"straight_through": None, "worst_case": 1510}
+    entries["routed"]["gradient_passes"] = None  # begun by an earlier version
+    assert gradient_passes(entries) == {"straight_through": None, "worst_case": None}
 
 
 def test_a_batch_of_no_image_is_an_error():

@@ -88,6 +88,14 @@ def test_a_model_without_moe_layers_cannot_be_traced(make_digits_run, tmp_path):
         opened.routed_under_pgd("trace")
 
 
+def test_draws_are_averaged_by_evaluations_and_sweeps_alone(make_digits_run, tmp_path):
+    opened = subject(make_digits_run(tmp_path / "run"), num_examples=4, accelerator="cpu", eot=3)
+    attacked = opened.under_attack(["pgd-2"])
+    assert attacked.job.setting.eot == 3
+    with pytest.raises(ValueError, match="eot must be left out but by evaluate and sweep, got 3"):
+        next(attacked.images("pgd-2"))
+
+
 def test_every_image_is_attacked_within_the_ball(make_digits_run, tmp_path):
     opened = subject(make_digits_run(tmp_path / "run"), num_examples=5, batch_size=2, accelerator="cpu", threads=1)
     attacked = opened.under_attack(["pgd-2"])

@@ -12,14 +12,35 @@ def setting(routed=True, **attack):
     return Setting(threat=ThreatModel("linf", 0.05), attack=AttackConfig(**fields), routed=routed)
 
 
-def test_the_usual_attacks_are_pgd_and_through_soft_routing_for_routed_models():
+def test_the_usual_attacks_are_pgd_and_as_many_steps_through_soft_routing_or_on_the_margin():
     assert default_attacks(setting()) == ("pgd-7", "pgd-7-soft")
-    assert default_attacks(setting(routed=False)) == ("pgd-7",)
+    assert default_attacks(setting(routed=False)) == ("pgd-7", "pgd-7-margin")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "full"),
+    [
+        # Of routed: 3 temperatures, 3 weights and 4 for the strongest, of 50 steps each; 32 + 16 pathways of 20 steps.
+        ("restarts", {"steps": 50}, "restarts-1550"),  # 50 of pgd-soft + 500 + 960 = 1510, which is 31 starts
+        ("restarts", {"steps": 50, "pathways": 4}, "restarts-950"),  # 50 + 500 + 400
+        ("restarts", {"steps": 7, "restarts": 3}, "restarts-427"),  # 21 + 70 + 48 * 7
+        ("restarts-100", {"steps": 50}, "restarts-100"),
+        ("restarts-101", {"steps": 50}, "restarts-150"),
+        ("restarts-1", {"steps": 50}, "restarts-50"),
+    ],
+)
+def test_restarts_take_the_gradient_steps_of_routed_and_soft_routing_in_whole_starts(name, fields, full):
+    plain = setting(routed=False, **fields)
+    assert named([name], plain) == (full,) and named([full], plain) == (full,)
+    attack = ATTACKS.find(name).build(None, plain, None)
+    starts = attack.settings["restarts"]
+    assert attack.name == full and sum(starts.values()) * fields["steps"] == int(full.removeprefix("restarts-"))
+    assert 0 <= starts["margin"] - starts["ce"] <= 1
 
 
 def test_names_are_said_in_full_and_once():
-    asked = ["pgd", "pgd-7", "pgd-3-margin", "pgd-soft", "routed", "pgd-dlr-soft", "pgd-3-margin"]
-    assert named(asked, setting()) == ("pgd-7", "pgd-3-margin", "pgd-7-soft", "routed", "pgd-7-dlr-soft")
+    asked = ["pgd", "pgd-7", "pgd-3-margin", "pgd-soft", "routed", "pgd-dlr-soft", "pgd-3-margin", "pgd-pma"]
+    assert named(asked, setting()) == ("pgd-7", "pgd-3-margin", "pgd-7-soft", "routed", "pgd-7-dlr-soft", "pgd-7-pma")
 
 
 @pytest.mark.parametrize("name", ["pgd-07", "pgd-100000", "pgd-3-ce", "pgd-soft-margin", "PGD", "", "pgd-3-"])
@@ -43,6 +64,7 @@ def test_what_a_model_has_no_use_for_is_refused():
         ("pgd-10", 0.01, 0.01),  # the configured step is more
         ("pgd", 0.14, 0.05),  # by the configured 7 steps
         ("routed", 0.14, 0.05),
+        ("restarts", 0.14, 0.05),
     ],
 )
 def test_steps_are_stretched_to_cross_a_larger_ball(name, eps, size):

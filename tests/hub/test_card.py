@@ -139,7 +139,11 @@ def test_the_card_reports_intervals_and_autoattacks_flags(stored_run: Path, tmp_
     (flag,) = evaluation["attacks"]["autoattack"]["flags"]
     assert f"AutoAttack's flag (`autoattack`): {flag}" in card
     assert "AutoAttack was not run" not in card and "raised no flag" not in card
-    assert "Masking gap (straight-through PGD less the worst case): 2.5 points." in card
+    assert "Masking gap (straight-through PGD less the worst case): 2.5 points.\n" in card
+    evaluation["gradient_passes"] = {"straight_through": 50, "worst_case": 1600}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = (advmoe.save_pretrained(run, tmp_path / "again") / "README.md").read_text()
+    assert "2.5 points. Gradient passes that a robust image withstood: 1,600 in the worst case, 50 under that" in card
 
 
 def test_a_card_tells_the_options_of_the_training(stored_run: Path, tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_the_numbers_one_looks_for_first(load, parsed):
     ]
 
 
+def test_the_gap_is_told_with_its_budgets(load, parsed):
+    run = load(only={"evaluation"})
+    run.evaluation["gradient_passes"] = {"straight_through": 10, "worst_case": 320}
+    (gap,) = (text for text in parsed(*accuracy(run)).texts("p") if "Masking gap" in text)
+    assert gap.endswith("withstood: 320 in the worst case, 10 under that PGD.")
+
+
 def test_accuracy_under_each_attack(load, parsed):
     page = parsed(*accuracy(load(only={"evaluation"})))
     assert page.texts("caption")[0] == "advmoe on 40 test images, linf eps 8/255."

@@ -74,7 +74,7 @@ def test_percent():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, DASH), ("soon", DASH), (0.4191, "0.419 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"),
+    [(None, DASH), ("soon", DASH), (0.4191, "0.419 s"), (89, "89 s"), (150, "150 s"), (200, "3 min"), (3600, "60 min"),
      (5400, "1 h 30 min"), (90_000, "25 h 0 min")],
 )  # fmt: skip
 def test_durations(value, text):

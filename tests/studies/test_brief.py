@@ -89,11 +89,11 @@ def test_a_line_as_each_task_ends(tmp_path, monkeypatch, capsys):
     task = measure(planned(tmp_path), "pace")
     task.path.mkdir(parents=True)
     task.result.write_text(json.dumps({"ratio": 1.254}))
-    done = step("done", left=3, seconds=12.34, seconds_left=150.0)
+    done = step("done", left=3, seconds=12.34, seconds_left=250.0)
     lines = {
         "text": [
             "starts  pace      run, digits, seed 0  run",
-            "done    pace      run, digits, seed 0  1.25 of the other's time  12.3 s  3 left, about 2 min",
+            "done    pace      run, digits, seed 0  1.25 of the other's time  12.3 s  3 left, about 4 min",
             "failed: no disk  pace      run, digits, seed 0  run  1.5 s",
         ],
         "quiet": ["failed: no disk  pace      run, digits, seed 0  run  1.5 s"],
@@ -108,5 +108,5 @@ def test_a_line_as_each_task_ends(tmp_path, monkeypatch, capsys):
     _told(done, task)
     assert json.loads(capsys.readouterr().err) == {
         "event": "task", "state": "done", "kind": "pace", "name": "run, digits", "seed": 0, "key": "run",
-        "seconds": 12.3, "seconds_left": 150.0, "left": 3, "text": lines["text"][1],
+        "seconds": 12.3, "seconds_left": 250.0, "left": 3, "text": lines["text"][1],
     }  # fmt: skip

@@ -137,7 +137,7 @@ def test_what_the_user_sets_holds_for_every_run():
 def test_what_is_measured_fits_the_model(name):
     scale = scale_named(name)
     plain, routed = scale.run("AT (S-Dense)"), scale.run("AT (MoE)")
-    assert scale.accuracy(plain).options["attacks"] == ["pgd", "pgd-margin"]
+    assert scale.accuracy(plain).options["attacks"] == ["pgd", "pgd-margin", "restarts"]
     assert scale.accuracy(routed).options["attacks"] == ["pgd", "pgd-margin", "pgd-soft", "routed"]
     assert scale.accuracy(plain).options["num_examples"] == scale.examples
     _, attack, examples = scale.autoattack

@@ -107,6 +107,8 @@ def test_numbers_by_hand() -> None:
             "threads": 3, "hardware": "a machine",
         },
     }  # fmt: skip
+    strong["gradient_passes"] = {"straight_through": 50, "worst_case": 1100}
+    assert numbers([large, strong])["gradient_passes"] == strong["gradient_passes"]
     assert numbers([strong])["cost"] == {"gmacs": 0.1, "parameters": 7, "active_parameters": 5}
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from advmoe.attacks.autoattack import square
+from advmoe.attacks.autoattack import square_part
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.routed.ascent import Combination, along_pathway, combined, step_sizes, stride
 from advmoe.attacks.routed.search import Budget, RoutedPlan, Tried, plan_attack, search
@@ -48,14 +48,7 @@ def routed_attack(target: RoutedTarget, plan: RoutedPlan, budget: Budget) -> Att
     parts.append(climbing("strongest", plan.best, effort=2))
     flags: tuple[str, ...] = ("the black-box part is left out (0 queries)",)
     if budget.queries:
-        parts.append(
-            AttackPart(
-                "square",
-                lambda x, y, seed: square(
-                    target.predict, x, y, threat=target.threat, seed=seed, queries=budget.queries
-                ),
-            )
-        )
+        parts.append(square_part(target.predict, threat=target.threat, queries=budget.queries))
         flags = ()
     return Attack("routed", tuple(parts), {**asdict(budget), **plan.to_dict()}, flags)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import LOSSES, margins
+from advmoe.attacks.pgd import LOSSES, Loss, margins
 from advmoe.attacks.routed.ascent import Anchor, Combination, Schedule, combined, step_sizes, stride
 from advmoe.attacks.routed.target import RoutedTarget
 from advmoe.progress import tracked
@@ -44,6 +44,14 @@ class Budget:
     def sizes(self, steps: int, eps: float, schedule: Schedule = "constant") -> list[float]:
         """Of each of so many steps, in a ball of radius `eps`."""
         return step_sizes(schedule, steps, stride(self.step_size, steps, eps), eps)
+
+    def gradient_steps(self, changed: int) -> int:
+        """Those that an image takes which withstands all parts, where part (c) tries `pathways` that samples reach and
+        so many with one choice `changed`, L (E - 1).
+        """
+        strongest = 4  # two attempts of twice the steps
+        ascents = len(self.temperatures) + len(self.weights) + strongest
+        return ascents * self.steps + (self.pathways + changed) * self.pathway_steps
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,13 @@ class RoutedPlan:
         return RoutedPlan(best, tuple(tried), values["examples"], values["reached"], pathways)
 
 
+def _searched(loss: Loss, num_classes: int) -> bool:
+    return loss.from_labels and loss.searched and loss.least_classes <= num_classes
+
+
 def axes(budget: Budget, num_classes: int) -> tuple[Callable[[Combination], list[Combination]], ...]:
     """The search's axes: each gives the alternatives to the combination that leads so far."""
-    losses = [name for name, each in LOSSES.items() if each.from_labels and each.least_classes <= num_classes]
+    losses = [name for name, each in LOSSES.items() if _searched(each, num_classes)]
     anchors: tuple[Anchor, ...] = ("current", "clean")
     return (
         lambda c: [replace(c, temperature=t) for t in (None, *budget.temperatures)],
