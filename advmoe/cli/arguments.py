@@ -25,6 +25,7 @@ from advmoe.config import (
     Seed,
     Threads,
     near_matches,
+    network,
     overlaid,
     require,
     require_path,
@@ -200,9 +201,9 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
 
 @cache
 def field_docs() -> dict[str, dict[str, str]]:
-    """The docstring after each field of each dataclass in `config/sections.py`: Python itself does not keep them."""
+    """The docstring after each field of each section of the settings: Python itself does not keep them."""
     docs: dict[str, dict[str, str]] = {}
-    for cls in ast.parse(inspect.getsource(sections)).body:
+    for cls in (each for module in (network, sections) for each in ast.parse(inspect.getsource(module)).body):
         if isinstance(cls, ast.ClassDef):
             by_field = docs.setdefault(cls.name, {})
             for item, after in zip(cls.body, cls.body[1:], strict=False):

@@ -11,9 +11,10 @@ from advmoe.text import aligned, duration, percent
 def epoch_line(line: Mapping[str, Any], *, epochs: int, best: bool, left: float | None) -> str:
     """An epoch as it is told: `line` is its entry of `metrics.jsonl`.
 
-    Of each level the means of its losses, of the last one its accuracy on clean images too; the validation's accuracies
-    (in percent), clean and under attack, and whether they are the `best` yet; the mean over MoE layers of the largest
-    expert's share, and how many experts no image chose; the epoch's seconds, and about how many are `left`.
+    Of each level the means of its losses, of the last one its accuracy on clean images too (under PGD-AT on attacked
+    ones); the validation's accuracies (in percent), clean and under attack, and whether they are the `best` yet; the
+    mean over MoE layers of the largest expert's share, and how many experts no image chose; the epoch's seconds, and
+    about how many are `left`.
     """
     words = [f"epoch {line['epoch']}/{epochs}", *([line["phase"]] if "phase" in line else [])]
     # Experts last, whichever level an epoch began with.

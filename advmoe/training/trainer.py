@@ -29,12 +29,13 @@ from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import postfix, shown
 from advmoe.pruning import compact, expand
 from advmoe.seeding import generator_for, seed_for
-from advmoe.tables import Level
+from advmoe.tables import Level, Part
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
-from advmoe.training.methods import epoch_plan, learning, parts_of
+from advmoe.training.divergence import TrainingDiverged, require_finite, require_sound
+from advmoe.training.methods import epoch_plan, learning
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
 from advmoe.training.monitor import EpochMeans, LayerUse
@@ -47,16 +48,14 @@ from advmoe.training.objectives import (
     cross_entropy,
     trades,
 )
+from advmoe.training.optim import clip, make_optimizers, set_rates
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
-from advmoe.training.schedule import cosine
+from advmoe.training.resizing import require_sizes, shrunk
+from advmoe.training.schedule import rate
 
 _GLANCED = 64
 """Training images whose logits must be finite, where there are none to validate with."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss, a weight or a logit became NaN or infinite."""
 
 
 @dataclass
@@ -75,7 +74,11 @@ class Trainer:
     network: Network = field(init=False)
     """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
-    optimizers: dict[str, torch.optim.SGD] = field(init=False)
+    optimizers: dict[Part, torch.optim.Optimizer] = field(init=False)
+    attacking: tuple[int, float] = field(init=False)
+    """Steps of the inner attack and the length of each, in pixel units, as of the epoch under way."""
+    side: int | None = field(init=False)
+    """The side in pixels to which the epoch's images are shrunk, if they are."""
     levels: tuple[Level, ...] = field(init=False)
     """Of the method, in the order in which an iteration runs those that are due."""
     table: Tensor | None = field(init=False, default=None)
@@ -93,11 +96,10 @@ class Trainer:
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
         t = c.training
-        self.optimizers = {
-            part: torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-            for part, parameters in parts_of(self.model).items()
-            if parameters
-        }
+        self.optimizers = make_optimizers(self.model, t)
+        self.attacking, self.side = (t.attack_steps, float(t.step_size)), None
+        sides = [each for each in map(t.image_size_at, range(t.epochs)) if each is not None]
+        require_sizes(self.model, sides, self.dataset.image_size, self.dataset.in_channels)
         if t.router_objective == "codes":
             layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
@@ -115,32 +117,38 @@ class Trainer:
 
     def _compiled(self) -> Network:
         """The model, compiled; on a GPU each of its graphs is replayed whole, where batches have one size."""
-        one_size = self.config.training.attack_routing != "mixed"
+        one_size = self.config.training.attack_routing != "mixed" and not self.config.training.first_image_sizes
         replayed = self.fabric.device.type == "cuda" and one_size
         return compiled(self.model, **({"mode": "reduce-overhead"} if replayed else {}))
 
-    def attack(self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None) -> Tensor:
+    def attack(
+        self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
         """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
 
-        With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these.
+        With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these. An attack that ascends
+        the cross-entropy (`training.attack_loss`) needs the images' classes `y` (N,).
         """
-        t = self.config.training
+        t, (steps, step_size) = self.config.training, self.attacking
+        start, loss = t.inner
+        labels = y if loss == "ce" else None
         search = partial(
-            trades_attack, threat=self.threat, steps=t.attack_steps if earlier is None else 1,
-            step_size=float(t.step_size), generator=generator,
+            trades_attack, threat=self.threat, steps=steps if earlier is None else 1, step_size=step_size,
+            generator=generator, uniform=start == "uniform",
         )  # fmt: skip
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.network, x, held=earlier)
+                return search(self.network, x, held=earlier, labels=labels)
             soft = soft_routing(self.network)
             if t.attack_routing == "soft":
-                return search(soft, x, held=earlier)
+                return search(soft, x, held=earlier, labels=labels)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
             for predict, chosen in ((self.network, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
-                    x_adv[index] = search(predict, part, held=None if earlier is None else earlier[index])
+                    held, known = (None if each is None else each[index] for each in (earlier, labels))
+                    x_adv[index] = search(predict, part, held=held, labels=known)
             return x_adv
 
     def step(
@@ -153,12 +161,13 @@ class Trainer:
         `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite.
         """
         if level.adversarial and x_adv is None:
-            x_adv = self.attack(x, generator)
+            x_adv = self.attack(x, generator, None, y)
         with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
-            self._require_finite(terms)
+            require_finite(self.fabric, terms, self.use.loads)
             self._backward(terms)
+            clip(self.model.parameters(), self.config.training.clip)
         for part, optimizer in self.optimizers.items():
             if level.part in ("all", part):
                 optimizer.step()
@@ -170,17 +179,18 @@ class Trainer:
         return terms
 
     def _loss(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Terms, Routing, Tensor]:
-        """The terms that `level` minimises, the clean pass's routing, and its logits (N, K)."""
+        """The terms that `level` minimises, the clean pass's routing and logits (N, K); of PGD-AT, its only pass's."""
         t = self.config.training
         with self.fabric.autocast():
-            if x_adv is None:
-                terms, routing, logits = cross_entropy(self.network, x, y)
+            if x_adv is None or t.objective == "pgd-at":
+                seen = x if x_adv is None else x_adv
+                terms, routing, logits = cross_entropy(self.network, seen, y, t.label_smoothing)
                 passes = [routing]
             else:
-                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta)
+                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta, t.label_smoothing)
                 passes = [routing, adversarial]
-                if self.table is not None and level.part == "routers":
-                    terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
+            if self.table is not None and x_adv is not None and level.part == "routers":
+                terms["codes"] = code_loss(passes[-1], y, self.table, t.alpha)
             if t.balance > 0 and level.part != "experts":
                 terms["balance"] = balance_loss(passes, t.balance)
             if t.margin > 0 and level.part != "experts":
@@ -206,14 +216,6 @@ class Trainer:
         with perturbed(self.model.parameters(), gamma):
             yield
 
-    def _require_finite(self, terms: Terms) -> None:
-        values = torch.stack([value.detach().float() for value in terms.values()])
-        # Every process must stop together, or the others would wait for it.
-        if bool(torch.isfinite(total(self.fabric, values)).all()):
-            return
-        named = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values.tolist(), strict=True))
-        raise TrainingDiverged(f"loss terms must stay finite, got {named}; expert loads per layer: {self.use.loads()}")
-
     def train_epoch(self, epoch: int, bar: Any) -> None:
         """Run every iteration of `epoch` (from 0): the levels of the method that are due, batch by batch."""
         t, fabric = self.config.training, self.fabric
@@ -223,6 +225,7 @@ class Trainer:
         variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
         varied = variation if self.config.data.augment else None
         self.use, self.means = LayerUse(), EpochMeans()
+        self.attacking, self.side = t.attack_at(epoch), t.image_size_at(epoch)
         begun, self.begun = self.begun, None
         first = 0 if begun is None else begun.iterations
         handed_out = sum(len(run) for run in plan[:first])
@@ -232,11 +235,9 @@ class Trainer:
                 begun.restore(self, generator)
             for done, run in enumerate(plan[first:], first + 1):
                 step = epoch * len(plan) + done - 1
-                factor = cosine(step, t.epochs * len(plan))
-                for optimizer in self.optimizers.values():
-                    optimizer.param_groups[0]["lr"] = t.lr * factor
+                set_rates(self.optimizers, t, rate(t, step, len(plan)))
                 for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
-                    x, x_adv = self._prepared(levels[0], index, images, varied, generator)
+                    x, x_adv = self._prepared(levels[0], index, images, y, varied, generator)
                     for level in levels:
                         try:
                             losses = self.step(level, x, y, generator, x_adv)
@@ -258,7 +259,13 @@ class Trainer:
             yield
 
     def _prepared(
-        self, level: Level, index: Tensor, images: Tensor, varied: Variation | None, generator: torch.Generator
+        self,
+        level: Level,
+        index: Tensor,
+        images: Tensor,
+        y: Tensor,
+        varied: Variation | None,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor | None]:
         """Pixels (N, C, H, W) of a batch and, for an adversarial `level`, the adversarial images.
 
@@ -268,10 +275,10 @@ class Trainer:
         if stored is not None and varied is not None:
             view = varied.view(images)
             images = view.of(images)
-        x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
+        x = shrunk(images.float().div_(255).contiguous(memory_format=torch.channels_last), self.side)
         if not level.adversarial:
             return x, None
-        x_adv = self.attack(x, generator, None if stored is None else stored.take(index, view))
+        x_adv = self.attack(x, generator, None if stored is None else stored.take(index, view), y)
         if stored is not None:
             stored.keep(index, view, x_adv - x)
         return x, x_adv
@@ -323,13 +330,9 @@ class Trainer:
         are NaN or infinite: such a model is neither measured nor saved.
         """
         states = [floats(self.model)] if self.average is None else [floats(self.model), self.average.state]
-        sound = torch.stack([weights[name].isfinite().all() for weights in states for name in self._finite]).all()
-        sure = clean is None or bool(clean.finite.all())
-        broken = total(self.fabric, torch.stack([~sound, torch.tensor(not sure, device=sound.device)]).float()).tolist()
-        if any(broken):
-            what = " and ".join(name for name, bad in zip(("weights", "logits"), broken, strict=True) if bad)
-            loads = self.use.loads()
-            raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads}")
+        require_sound(
+            self.fabric, [weights[name] for weights in states for name in self._finite], clean, self.use.loads
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that are measured and saved: their average, if one is taken, or its own."""

@@ -88,8 +88,8 @@ def watched(monkeypatch):
     attacks, updates = [], []
     attack, step = Trainer.attack, Trainer.step
 
-    def attacking(self, x, generator, earlier=None):
-        x_adv = attack(self, x, generator, earlier)
+    def attacking(self, x, generator, earlier=None, y=None):
+        x_adv = attack(self, x, generator, earlier, y)
         attacks.append((x, earlier, x_adv))
         return x_adv
 
