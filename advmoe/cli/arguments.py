@@ -225,11 +225,13 @@ def _table(hint: Any) -> Table[Any] | None:
 
 
 def _metavar(hint: Any) -> str:
+    if type(None) in get_args(hint):  # `T | None`
+        hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return f"{{{','.join(get_args(hint))}}}"
     if (table := _table(hint)) is not None:
         return f"{{{','.join([*table, *(each.spelling.split()[0] for each in table.families)])}}}"
-    while get_args(hint):  # `Annotated`, `T | None`
+    while get_args(hint):  # `Annotated`
         hint = get_args(hint)[0]
     return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 

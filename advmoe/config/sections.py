@@ -118,9 +118,9 @@ class TrainingConfig(Strict):
     lr: LearningRate = 0.1
     """Peak learning rate; the same for routers and experts, unless `router_lr` says otherwise."""
     schedule: Schedule = "cosine"
-    """The learning rate's course from its peak: a `cosine` to 0 (Loshchilov & Hutter, ICLR 2017), which is the
-    paper's; `one-cycle` from 0 to the peak at two fifths of the run and back to 0, linearly (Wong et al., ICLR 2020);
-    or a `step` to a tenth at half of the run and again at three quarters (Rice et al., ICML 2020).
+    """The learning rate's course from its peak: a `cosine` to 0 (Loshchilov & Hutter, ICLR 2017), `one-cycle` from 0 to
+    the peak at two fifths of the run and back to 0, linearly (Wong et al., ICLR 2020), or a `step` to a tenth at half
+    of the run and again at three quarters (Rice et al., ICML 2020).
     """
     warmup_epochs: Epochs = 0
     """Epochs in which the learning rate first rises linearly to its peak (Goyal et al., 2017); of `sparse`, in each
