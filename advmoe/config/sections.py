@@ -116,7 +116,7 @@ class TrainingConfig(Strict):
     batch_size: Annotated[int, Within(2, 1_000_000)] = 128
     """Images per step, over all processes."""
     lr: LearningRate = 0.1
-    """Peak learning rate; the same for routers and experts, unless `router_lr` says otherwise."""
+    """Peak learning rate, annealed to 0 by a cosine (see `schedule`); routers may have their own, `router_lr`."""
     schedule: Schedule = "cosine"
     """The learning rate's course from its peak: a `cosine` to 0 (Loshchilov & Hutter, ICLR 2017), `one-cycle` from 0 to
     the peak at two fifths of the run and back to 0, linearly (Wong et al., ICLR 2020), or a `step` to a tenth at half

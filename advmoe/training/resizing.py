@@ -41,4 +41,4 @@ def require_sizes(model: Classifier, sides: Iterable[int], full: int, channels: 
                 warnings.simplefilter("ignore")
                 model(x)
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{name} must be sides that model.name takes, got {side}: {one_line(error)}") from error
+            raise InputError(f"{name} must be sides that the model takes, got {side}: {one_line(error)}") from error

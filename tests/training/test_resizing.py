@@ -35,8 +35,8 @@ def test_a_cnn_takes_smaller_images_and_says_nothing_of_them(shallow_backbones, 
     ("name", "sides", "message"),
     [
         ("resnet18", [8, 16], "training.first_image_sizes must be < the 16 pixels of the images, got 16"),
-        ("deit-tiny", [8], "training.first_image_sizes must be sides that model.name takes, got 8: images must be 16"),
-        ("vgg16", [1], "training.first_image_sizes must be sides that model.name takes, got 1: "),
+        ("deit-tiny", [8], "training.first_image_sizes must be sides that the model takes, got 8: images must be 16"),
+        ("vgg16", [1], "training.first_image_sizes must be sides that the model takes, got 1: "),
     ],
 )
 def test_other_sizes_are_one_line(name, sides, message):
