@@ -1,5 +1,5 @@
-# make demo | test | test-plain | cuda | slurm | slow | studies | soak | check | lowest | docs | dist: each starts from nothing and
-# makes its own environment.
+# make demo | test | test-plain | cuda | triton | slurm | ray | slow | studies | soak | check | lowest | docs | dist:
+# each starts from nothing and makes its own environment.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
@@ -34,7 +34,7 @@ CALLING := tests/cli/test_cli.py tests/cli/test_export.py tests/cli/test_train.p
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-plain cuda slurm slow studies soak check lowest docs dist format clean
+.PHONY: demo test test-plain cuda triton slurm ray slow studies soak check lowest docs dist format clean
 
 # In the developers' environment where there is one, else with what it needs and nothing else.
 demo:
@@ -48,11 +48,11 @@ demo:
 	@echo "run kept in runs/demo"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies and not ray"
 
 # The same networks without kernels of ours, as GPUs, Macs and Windows compute them.
 test-plain: $(INSTALLED)
-	ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(NUMERIC)
+	ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies and not ray" $(NUMERIC)
 
 # Every path of a GPU, on devices that host memory stands in for (tests/cuda/device.cpp); on a machine with a GPU,
 # `pytest -m gpu` runs the same tests on that.
@@ -60,9 +60,20 @@ cuda: $(INSTALLED)
 	$(BIN)/python tests/cuda/pretended.py
 	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 $(BIN)/python -m pytest -n auto --dist worksteal -m gpu
 
+# The kernels for GPUs, in Triton's interpreter on the CPU; and that they compile for GPUs, which needs none.
+triton: .venv/.triton
+	PYTHONPATH=.venv/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "triton and not gpu"
+	$(BIN)/python tests/cuda/pretended.py
+	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site:.venv/triton ADVMOE_NATIVE=0 TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -m "triton and gpu"
+
 # A real SLURM of two nodes on this machine: as root, with slurm-wlm and munge installed; it takes /etc/slurm.
 slurm: $(INSTALLED)
 	TESTS_MAY_START_SLURM=1 $(BIN)/python -m pytest -m slurm
+
+# A Ray on this machine, which the tests start and end.
+ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m ray
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
@@ -83,7 +94,7 @@ check: $(INSTALLED)
 # The lowest versions that pyproject.toml allows of all that it names. But for torch: what constraints.txt names stays,
 # as pip finds that without CUDA; a lower one is a download of gigabytes.
 lowest: $(LOWEST)/.installed
-	$(LOWEST_BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies" $(CALLING)
+	$(LOWEST_BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not studies and not ray" $(CALLING)
 
 # The site, into build/site; a link to nothing fails. Tests read it there (tests/docs/test_site.py).
 docs: .venv/.docs
@@ -132,6 +143,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 # Its networks are tested. Without its torchvision, which brings a build of torch and is not needed for them.
 	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt
+	@touch $@
+
+# Beside the environment: where PyTorch finds Triton it compiles otherwise.
+.venv/.triton: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton -c constraints.txt
 	@touch $@
 
 .venv/.docs: $(INSTALLED)

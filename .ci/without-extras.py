@@ -13,7 +13,17 @@ from smoke import TINY, call
 
 import advmoe
 
-EXTRAS = ("huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyautoattack", "tensorboard")
+EXTRAS = (
+    "huggingface_hub",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pyautoattack",
+    "ray",
+    "submitit",
+    "tensorboard",
+)
 
 
 def main() -> None:
@@ -37,6 +47,8 @@ def main() -> None:
         lacking = {
             "export": ["export", run, "--out", str(Path(folder, "model.onnx"))],
             "autoattack": ["evaluate", run, "--attacks", "autoattack", "--num-examples", "20"],
+            "slurm": ["evaluate", run, "--engine", "slurm"],
+            "ray": ["evaluate", run, "--engine", "ray"],
             "figures": ["report", run, "-o", str(Path(folder, "report.html"))],
             "hub": ["push", run, "somebody/something"],
             "tensorboard": ["train", "--config", "digits-advmoe", *other, *TINY],

@@ -1,8 +1,8 @@
 """Files and folders that one process has to itself: by a lock of the system's, or by a claim beside them where the file
 system has no locks.
 
-A claim is a file that names its process. It is taken over when that process is gone, which can be told if it was of
-this host.
+A claim is a file that names its process, which touches it from time to time (its heartbeat). It is taken over when that
+process is gone: of this host that can be told at once, of another when the file has not been touched for long.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,16 +27,23 @@ CLAIM = ".claim"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _PAUSE = 1.0
 """Seconds between two looks at what another process has."""
+BEAT = 30.0
+"""Seconds between two heartbeats of a claim."""
+_MISSED = 10
+"""Heartbeats that are missed by a process that is gone."""
 
 
 class Hold:
     """A lock on a path, until `close` or the process's end."""
 
     def __init__(self, descriptor: int, claim: Path | None) -> None:
-        self._descriptor, self._claim = descriptor, claim
+        self._descriptor, self._claim, self._closed = descriptor, claim, threading.Event()
+        if claim is not None:
+            threading.Thread(target=_beat, args=(claim, claim.stat().st_ino, self._closed), daemon=True).start()
 
     def close(self) -> None:
         """Release the lock."""
+        self._closed.set()
         if self._claim is not None:
             self._claim.unlink(missing_ok=True)
             self._claim = None
@@ -75,6 +83,19 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.close()
+
+
+def busy(path: Path) -> bool:
+    """Whether another process holds the file `path` now."""
+    if not path.exists():
+        return False
+    try:
+        lock = hold(path)
+    except InputError:
+        return True
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 def _tried(path: Path, folder: bool, wait: bool) -> Hold | str | None:
@@ -160,7 +181,8 @@ def _make(claim: Path) -> bool:
         return False
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        json.dump({**_where(), "process": os.getpid(), "started": _started(os.getpid()), "since": since}, file)
+        own = {"process": os.getpid(), "started": _started(os.getpid()), "since": since, "beat": BEAT}
+        json.dump(_where() | own, file)
         file.flush()
         os.fsync(file.fileno())
     return True
@@ -181,7 +203,30 @@ def _owner(claim: Path, text: str) -> str | None:
     if (host, space) == (here["host"], here["space"]):
         now = _started(process) if isinstance(process, int) else None
         return None if now is None or now != started else ""
+    if isinstance(beat := claimed.get("beat"), int | float) and _untouched(claim) > _MISSED * max(beat, 1.0):
+        return None
     return f"process {process} of host {host} since {since}: delete {claim} if it is gone"
+
+
+def _beat(claim: Path, file: int, closed: threading.Event) -> None:
+    """Touch a claim, as long as it is that `file`, until it is `closed`."""
+    while not closed.wait(BEAT):
+        with suppress(OSError):  # one missed says nothing
+            if claim.stat().st_ino != file:
+                return
+            os.utime(claim)
+
+
+def _untouched(claim: Path) -> float:
+    """Seconds since a claim was last touched, by the clock of its file system, which may not be this host's."""
+    probe = claim.with_name(f"{claim.name}.{os.getpid()}.probe")
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - claim.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _take(claim: Path, text: str) -> None:

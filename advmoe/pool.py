@@ -46,9 +46,13 @@ pickled.
 class Died(Exception):
     """A worker's process ended, with this exit code, before it answered; `at_start`: before it was prepared."""
 
-    def __init__(self, exit_code: int | None, at_start: bool = False) -> None:
-        super().__init__(f"its process died (exit code {exit_code})")
+    def __init__(self, exit_code: int | None, at_start: bool = False, told: str | None = None) -> None:
+        super().__init__(told or f"its process died (exit code {exit_code})")
         self.exit_code, self.at_start = exit_code, at_start
+
+
+class Preempted(Exception):
+    """Work was told to stop before its end, and kept what there is: tried again, it goes on."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Answer:
     order: Any
     result: Any = None
     error: Exception | None = None
+    seconds: float | None = None
+    """What it took, where that is less than the time since the order."""
 
 
 @dataclass
@@ -73,7 +79,12 @@ class _Worker:
 
 
 class Pool:
-    """Up to one worker at each of `places`; none is left after `close`."""
+    """Up to one worker at each of `places`; none is left after `close`. An engine: see `engines`."""
+
+    given: str = "starts"
+    """What an order does once it is given."""
+    retries: int = 0
+    """How often an order is given again whose process died."""
 
     def __init__(self, prepare: Prepare, arguments: Sequence[Any], places: Sequence[Place]) -> None:
         self._prepare, self._arguments, self._places = prepare, tuple(arguments), list(places)
@@ -100,6 +111,11 @@ class Pool:
         finally:
             theirs.close()
         return True
+
+    def ready(self, number: int) -> None:
+        """Start workers until there are `number`, or one at each place; do not wait for them."""
+        while len(self) < number and self.start():
+            pass
 
     def _idle(self) -> Iterator[_Worker]:
         # One may have been killed since its last answer, for want of memory, say.
@@ -194,7 +210,7 @@ def _told(error: Exception, place: Place) -> Exception:  # pragma: no cover - ru
     if place.log is not None:
         traceback.print_exception(error)
         sys.stderr.flush()
-    return portable(error)
+    return portable(error, Preempted)
 
 
 @contextmanager

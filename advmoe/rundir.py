@@ -26,8 +26,9 @@ from advmoe.text import cut, few
 CONFIG, MANIFEST, METRICS, MASKS = "config.yaml", "manifest.json", "metrics.jsonl", "masks.json"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 LAST, BEST, BOARD = "last", "best", "tensorboard"
-# what is measured of a run, and the folder of an evaluation under way,
+# what is measured of a run, and the folders of an evaluation under way: its results so far, and its tasks elsewhere,
 EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".evaluation"
+TASKS = ".evaluation-tasks"
 SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
 # and what studies write: of a measurement, and of all.
 DONE, STUDY = "done.json", "study.json"

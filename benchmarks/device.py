@@ -33,7 +33,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -58,6 +58,7 @@ from advmoe.evaluation.accuracy import evaluate
 from advmoe.models.compute import set_compute
 from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import route
+from advmoe.ops import kernels_missing
 from advmoe.recipes import recipe
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
@@ -376,7 +377,8 @@ def training(bench: Bench) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as folder:
         described = manifests.describe(name="advmoe", seed=options.seed, device=bench.device, devices=1, command=[])
         trainer = Trainer(config, model, dataset, fabric)
-        fit(trainer, Path(folder), described)
+        with redirect_stdout(sys.stderr):  # lines alone go to standard output
+            fit(trainer, Path(folder), described)
         epochs_told = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     yield {"name": "epochs", "configuration": config.to_dict()["training"], "epochs": epochs_told}
     test = dataset.test.subset(torch.arange(32)) if options.smoke else dataset.test
@@ -402,7 +404,7 @@ def way_name(way: Line) -> str:
 
 def ways(bench: Bench) -> list[str]:
     """The ways to compute experts that there are on this device."""
-    return [way for way in COMPUTES if way != "kernel" or bench.device.type == "cuda"]
+    return [way for way in COMPUTES if way != "kernel" or kernels_missing(bench.device) is None]
 
 
 WAYS = [{"compute": way} for way in COMPUTES] + [{"compute": "masked", "compile": True}]

@@ -38,6 +38,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What launches kernels of Triton is told apart by the fixture that it uses."""
+    for item in items:
+        if {"launched", "gpu_kernels"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that a test launches, in Triton's interpreter, to which few large tiles are cheap. Skips
+    where there is none.
+    """
+    pytest.importorskip("triton", reason="needs Triton (extra triton): `make triton`")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter: `make triton`")
+    from advmoe.ops import triton_conv
+
+    monkeypatch.setattr(triton_conv, "ROWS", 1024)
+    names: list[str] = []
+    launch = triton_conv._launch
+
+    def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        names.append(kernel.fn.__name__.lstrip("_"))
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(triton_conv, "_launch", counted)
+    return names
+
+
 @pytest.fixture
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is registered in a test, and the plugins that it names, are forgotten after it."""

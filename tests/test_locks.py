@@ -10,8 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from waiting import until
 
-from advmoe.locks import CLAIM, exclusive, hold
+from advmoe.locks import CLAIM, busy, exclusive, hold
 
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes have no start time to be told by")
 
@@ -110,6 +111,53 @@ def test_the_claim_of_another_host_is_refused_with_what_to_delete(tmp_path, monk
     for part in (claim["host"], claim["since"], f"delete {tmp_path / CLAIM} if it is gone"):
         assert part in str(caught.value)
     assert json.loads((tmp_path / CLAIM).read_text()) == claim
+
+
+@pytest.mark.parametrize(
+    ("beat", "age", "gone"), [(30.0, 301, True), (30.0, 299, False), (None, 10**6, False), (60.0, 301, False)]
+)
+def test_the_claim_of_another_host_is_taken_over_when_its_heart_has_stopped(tmp_path, monkeypatch, beat, age, gone):
+    without_locks(monkeypatch)
+    assert hold(tmp_path, folder=True)
+    claim = json.loads((tmp_path / CLAIM).read_text()) | {"host": "elsewhere", "beat": beat}
+    (tmp_path / CLAIM).write_text(json.dumps(claim))
+    then = (tmp_path / CLAIM).stat().st_mtime - age
+    os.utime(tmp_path / CLAIM, (then, then))
+    if gone:
+        assert hold(tmp_path, folder=True)
+        assert json.loads((tmp_path / CLAIM).read_text())["process"] == os.getpid()
+    else:
+        with pytest.raises(ValueError, match=r"process .* of host elsewhere since .*: delete .* if it is gone"):
+            hold(tmp_path, folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == [CLAIM]
+
+
+def test_a_claim_is_touched_as_long_as_it_is_held(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    monkeypatch.setattr("advmoe.locks.BEAT", 0.01)
+    before = set(threading.enumerate())
+    mine = hold(tmp_path / "a")
+    claim = claim_of(tmp_path / "a")
+    for _ in range(2):
+        os.utime(claim, (1, 1))
+        until(lambda: claim.stat().st_mtime > 1)
+    claim.rename(tmp_path / "aside")  # another's from now on
+    claim.write_text("{}")
+    os.utime(claim, (1, 1))
+    until(lambda: set(threading.enumerate()) <= before)
+    assert claim.stat().st_mtime == 1
+    mine.close()
+
+
+def test_busy_is_what_another_has(tmp_path, locks, monkeypatch):
+    assert not busy(tmp_path / "a") and list(tmp_path.iterdir()) == []
+    with exclusive(tmp_path / "a"):
+        assert busy(tmp_path / "a")
+    assert not busy(tmp_path / "a")
+    without_locks(monkeypatch)
+    claim = {"host": "elsewhere", "boot": None, "space": None, "process": 1, "started": "1", "since": "then"}
+    claim_of(tmp_path / "a").write_text(json.dumps(claim))
+    assert busy(tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "\udcff"])

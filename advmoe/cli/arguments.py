@@ -108,7 +108,7 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     add(
         "--attacks", metavar="NAME,...",
         help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
-        f"autoattack:apgd-ce+square, routed, restarts{_added_attacks()} (default: PGD, and through soft routing or, of "
+        f"autoattack:apgd-ce+square, restarts, routed{_added_attacks()} (default: PGD, and through soft routing or, of "
         "a plain model, on the margin)",
     )  # fmt: skip
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.cli.arguments import Parser, continuable, measuring_parser, number, target_and_options, to_run
+from advmoe.cli.engine import add_engines, engine_of
 from advmoe.config import Count, Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
@@ -17,9 +18,10 @@ def parser() -> Parser:
     """The command's options."""
     parser = measuring_parser("Measure clean and robust accuracy of a run, or of a classifier of your own.", "1")
     add = parser.add_argument
-    add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core)")
+    add("--workers", metavar="K", help="processes that share the images (default: one per GPU or core; elsewhere 8)")
     add("--eot", metavar="K", help="average a randomised model over K draws, in attacks and scores")
     add("--resume", action="store_true", help="continue an interrupted evaluation from its last finished batch")
+    add_engines(parser)
     return parser
 
 
@@ -31,6 +33,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     options["resume"] = "resume" in args
     if "eot" in args:
         options["eot"] = number("--eot", Count, args["eot"])
+    options["engine"] = engine_of(args, options["accelerator"])
+    options["engine"].require()
 
     from advmoe.evaluation.runs import evaluate_run
 

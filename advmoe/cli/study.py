@@ -19,7 +19,10 @@ from advmoe.cli.arguments import (
     split_words,
     to_run,
 )
+from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
 from advmoe.config import Config, Count, Processes, Within
+from advmoe.errors import InputError
+from advmoe.files import require_writable, write_text
 from advmoe.text import duration, listing, wrapped
 
 
@@ -27,15 +30,19 @@ def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Regenerate a table or figure of the paper, or answer a question beyond it (`study list`).")
     add = parser.add_argument
-    add("name", metavar="NAME", help="a study, or `list`")
+    add("name", metavar="NAME", help="a study, `list`, or `claims`: those of the paper, judged on what is stored")
     add("--scale", metavar="{smoke,cpu,paper}", help="minutes on digits, a night of two cores, the paper's own (smoke)")
-    add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 3 and 3)")
+    add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 5 and 5)")
     add("--only", metavar="WORD,...", help="rows whose run's name holds one of these; of A+B both, as in AdvMoE+ResNet")
-    add("--jobs", metavar="K", help="processes that train and measure at once (default: 1)")
+    add("--jobs", metavar="K", help=f"tasks done at once (default: 1; on a cluster {USUAL_JOBS})")
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
-    add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
+    add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies; of `claims` first "
+        "docs/results)")  # fmt: skip
+    add("--page", metavar="FILE", help="of `claims`: where to write the list as a page of Markdown")
     add("--dry-run", action="store_true", help="print what would be done and stop")
+    add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
+    add_engines(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)
     return parser
 
@@ -44,11 +51,16 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     if args["name"] == "list":
         return _list()
+    if args["name"] == "claims":
+        return _claims(args)
+    if "page" in args:
+        raise InputError(f"--page must be left out of a study, as it is of `claims`, got {args['page']!r}")
     from advmoe.studies.catalogue import study_named
     from advmoe.studies.session import StudyOptions
 
     study_named(args["name"])
-    engine = engine_options(args)
+    here = engine_options(args)
+    engine = engine_of(args, here["accelerator"])
     options = StudyOptions(
         scale=args.get("scale", "smoke"),
         seeds=number("--seeds", Annotated[int, Within(1, 1000)], args.get("seeds")),
@@ -56,13 +68,17 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         overrides=config_fields(args),
         num_examples=number("--num-examples", Count, args.get("num_examples")),
         root=Path(args.get("out", "runs/studies")),
-        jobs=number("--jobs", Processes, args.get("jobs", "1")),
-        threads=engine["threads"] or 1,
-        accelerator=engine["accelerator"],
+        jobs=number("--jobs", Processes, args.get("jobs", "1" if engine.local else USUAL_JOBS)),
+        threads=here["threads"] or 1,
+        accelerator=here["accelerator"],
+        engine=engine,
         command=["advmoe", *argv],
     )
     if "dry_run" in args:
         return _plan(args["name"], options)
+    if "status" in args:
+        return _status(args["name"], options)
+    engine.require()
     with continuable(options.root, to_run(*argv), "runs"):
         return _run(args["name"], options, argv)
 
@@ -71,6 +87,26 @@ def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
 
     print("\n".join(listing([(name, study.shows) for name, study in STUDIES.items()])))
+    return 0
+
+
+def _claims(args: dict[str, Any]) -> int:
+    """Print the paper's claims beside what stored studies say of them."""
+    if idle := [f"--{name.replace('_', '-')}" for name in args if name not in ("name", "out", "page")]:
+        raise InputError(f"`study claims` must have no options but --out and --page, got {', '.join(idle)}")
+    from advmoe.studies.claim_list import as_page, as_text, judge, stored
+
+    usual = Path("docs/results") if Path("docs/results/studies").is_dir() else Path("runs/studies")
+    studies = stored(Path(args["out"]) if "out" in args else usual)
+    listed = judge(studies)
+    if "page" in args:
+        page = Path(args["page"])
+        require_writable("--page", page.parent)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, as_page(listed, studies))
+    print(as_text(listed))
+    if "page" in args:
+        print(f"\nwritten to {args['page']}")
     return 0
 
 
@@ -85,14 +121,36 @@ def _plan(name: str, options: Any) -> int:
     return 0
 
 
+def _status(name: str, options: Any) -> int:
+    from advmoe.studies.session import plan_study
+    from advmoe.studies.status import counted, status_of
+
+    tasks, ledger = plan_study(name, options), options.workers().ledger
+    states = [status_of(task, ledger) for task in tasks.values()]
+    for task, now in zip(tasks.values(), states, strict=True):
+        words = [
+            f"{now.state:11}  {described(task)}",
+            f"since {now.since}" if now.since else "",
+            f"on {now.host}" if now.host and now.state != "finished" else "",
+            f"job {now.job}" if now.job and now.state != "finished" else "",
+            now.error or "",
+            f"log {now.log}" if now.log else "",
+        ]
+        print("  ".join(filter(None, words)))
+    print(f"{len(tasks)} tasks: {counted(states)}")
+    return 0
+
+
 def _run(name: str, options: Any, argv: list[str]) -> int:
+    from advmoe.progress import tell
     from advmoe.report.figures import require_matplotlib
     from advmoe.studies.session import run_study
     from advmoe.studies.tables import text
     from advmoe.studies.task_pool import MachineFailed
 
     require_matplotlib()
-
+    if not options.engine.local:
+        tell(f"tasks print into {options.root / 'logs'}; how far they are: {to_run(*argv, '--status')}", "task")
     home, content = run_study(name, options, _told)
     print("\n".join(wrapped(content["size"])), end="\n\n")
     for shown in content["tables"]:
@@ -101,7 +159,8 @@ def _run(name: str, options: Any, argv: list[str]) -> int:
         print("\n".join(wrapped(claim["statement"])))
         for each in claim["verdicts"]:
             p = "" if each["p_value"] is None else f" (p = {each['p_value']:.3g})"
-            print(f"  {each['measure']}: {each['verdict']} at this size{p}")
+            these = f"; these models: {models['verdict']}" if (models := each.get("these_models")) else ""
+            print(f"  {each['measure']}: {each['verdict']} at this size{p}{these}")
     for note in content["notes"]:
         print("\n".join(wrapped(note)))
     bad = [run for run in content["runs"] if run["status"] != "finished"]
@@ -132,10 +191,10 @@ def _told(step: Any, task: Any) -> None:
     from advmoe.studies.brief import brief
     from advmoe.studies.plan import kind_of
 
-    run, state = getattr(task, "run", task), step if step in ("starts", "done") else "failed"
+    run, state = getattr(task, "run", task), step if step in ("starts", "queued", "done") else "failed"
     fields = {"state": state, "kind": kind_of(task), "name": run.name, "seed": run.seed, "key": run.key}
-    if state == "starts":
-        tell(f"starts  {described(task)}", "task", **fields)
+    if state in ("starts", "queued"):
+        tell(f"{state}  {described(task)}", "task", **fields)
         return
     if state == "failed":
         words, event = [f"failed: {step}", described(task)], "failed"

@@ -210,8 +210,9 @@ class TrainingConfig(Strict):
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
     compute: Compute = "auto"
     """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
-    layer; `masked` computes every expert for all images, without a wait. They agree to rounding. `auto` is `masked` on
-    a GPU where there are at most four experts, and `dispatch` elsewhere.
+    layer; `masked` computes every expert for all images, without a wait; `kernel` computes each image's own expert,
+    without a wait, by Triton on a GPU (extra `triton`). They agree to rounding. `auto` is `masked` on a GPU where there
+    are at most four experts, and `dispatch` elsewhere.
     """
     deterministic: bool = False
     """Have a GPU give the same bits for the same seed (`torch.use_deterministic_algorithms`), which is slower; CPUs do.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,6 +59,17 @@ class Evaluation:
     """The classifier, on the first device."""
 
 
+class Elsewhere(Protocol):
+    """Makes attacks in processes that find everything by themselves: see `shards.Shards`."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that they compute on."""
+
+    def attack(self, job: Job, names: Sequence[str], journal: Journal) -> None:
+        """Do the tasks of the attacks `names` that `journal` lacks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """How an evaluation is run: where, by how many processes, and where its finished batches are stored."""
@@ -71,6 +82,8 @@ class Execution:
     journal: Path | None = None
     """The folder of finished batches, until the end."""
     resume: bool = False
+    elsewhere: Elsewhere | None = None
+    """Makes the attacks in place of processes of this machine; needs a journal."""
 
     def devices(self) -> list[torch.device]:
         """The device of each process, repeated if there are more processes. Raises `ValueError` without CUDA."""
@@ -115,14 +128,20 @@ def assess(
         checks = checked(predict, job, device, allow, names)
         if execution.resume and execution.journal is not None and not execution.journal.exists():
             tell(f"note  nothing to continue in {execution.journal}: this evaluation starts anew")
-        stored = journal.open(fingerprint(predict, job, names, device, checks), resume=execution.resume)
+        mark = fingerprint(predict, job, names, device, checks)
+        if (elsewhere := execution.elsewhere) is not None and elsewhere.device != device.type:
+            mark |= {"device": elsewhere.device, "kernels": None}
+        stored = journal.open(mark, resume=execution.resume)
         clean = classified(predict, job, device)
         if "routed" in names:
             plan = RoutedPlan.from_json(stored["plan"]) if stored and "plan" in stored else None
             plan = plan or routed_plan(predict, job, clean, device)
             journal.note(plan=plan.to_json())
             job = replace(job, plan=plan)
-        run_tasks(job, names, predict, journal, device, helpers)
+        if elsewhere is None:
+            run_tasks(job, names, predict, journal, device, helpers)
+        else:
+            elsewhere.attack(job, names, journal)
     robust, entries = collected(job, journal, names)
     entries |= {name: {"skipped": _ADDS_NOTHING} for name in wanted if name not in names}
     result = _numbers(job, {"clean": clean.correct, **robust}, entries, checks)

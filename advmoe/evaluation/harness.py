@@ -200,7 +200,7 @@ def run_tasks(
             drawn.update()
             left[task.attack] -= 1
             if speaks and not left[task.attack]:
-                _tell_attack(job, journal, task.attack, time.perf_counter() - started)
+                tell_finished(job, journal, task.attack, time.perf_counter() - started)
 
         if helpers is not None and len(tasks) > 1:
             helpers.share(job, tasks, predict, device, begin, keep)
@@ -212,8 +212,8 @@ def run_tasks(
                 keep(task, job.run(task, predict, x, y)[0])
 
 
-def _tell_attack(job: Job, journal: Journal, name: str, seconds: float) -> None:
-    """Tell that all batches of an attack are done."""
+def tell_finished(job: Job, journal: Journal, name: str, seconds: float) -> None:
+    """Tell that all batches of an attack are done, and in the journal."""
     results = [journal.get(task) for task in job.tasks([name])]
     robust = [held for result in results if result is not None for held in result["robust"]]
     tell_attack(name, sum(robust) / len(robust), job.setting.threat, seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,19 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from advmoe.engines import EngineOptions
 from advmoe.evaluation import sweep as sweeps
 from advmoe.evaluation.accuracy import Execution, assess, positive
 from advmoe.evaluation.cost import cost
 from advmoe.evaluation.dissection import Dissection, dissect
 from advmoe.evaluation.harness import Journal, tell_attack
 from advmoe.evaluation.outcomes import applicable, classified, gradient_passes, masking_gap, measured
+from advmoe.evaluation.shards import USUAL, Shards
 from advmoe.evaluation.subject import Options, UnderAttack, open_subject, options_of
 from advmoe.evaluation.suite import build, stretched
 from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier
 from advmoe.pool import threads_set
 from advmoe.progress import outermost
-from advmoe.rundir import DISSECTION, EVALUATION, EXAMPLES, JOURNAL, SWEEP, sealed, write_result
+from advmoe.rundir import DISSECTION, EVALUATION, EXAMPLES, JOURNAL, SWEEP, TASKS, sealed, write_result
 
 
 def evaluate_run(
@@ -39,6 +42,7 @@ def evaluate_run(
     *,
     workers: int | None = None,
     resume: bool = False,
+    engine: EngineOptions | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
     """Evaluate a run, or a user's `FILE.py:FACTORY`, on its test set; write `evaluation.json` and
@@ -49,26 +53,38 @@ def evaluate_run(
         workers: processes that share the images, by default one per GPU or, without, per core, but no more than there
             are batches; their number changes no result.
         resume: continue an interrupted evaluation, whose finished batches lie in `.evaluation` beside the results.
+        engine: who makes the attacks, if not processes of this machine: `workers` (by default 8) tasks of each, done at
+            the same time; what they print lies in `.evaluation-tasks` until the end.
 
     Raises `InputError` for whatever cannot be used; what was written before stays as it was.
     """
-    subject = open_subject(target, options := options_of(options, keywords, threads=1))
-    threads, accelerator = options.threads, options.accelerator
+    options, shards = options_of(options, keywords, threads=1), None
+    if engine is not None and engine.local:
+        engine = None
+    if engine is not None:  # this process need not have what the tasks are given
+        options = replace(options, accelerator="auto" if engine.gpus else "cpu")
+    subject = open_subject(target, options)
     if workers is None:
-        workers = _processes(-(-len(subject.data) // positive("batch_size", options.batch_size)), accelerator)
+        batches = -(-len(subject.data) // positive("batch_size", options.batch_size))
+        workers = _processes(batches, options.accelerator) if engine is None else USUAL
+    if engine is not None:
+        number, workers = positive("workers", workers), 1
+        folder = subject.home / TASKS
+        shards = Shards(target=str(target), options=options, engine=engine, number=number, folder=folder)
     execution = Execution(
-        workers=positive("workers", workers),
-        threads=threads and positive("threads", threads), accelerator=accelerator,
-        journal=subject.home / JOURNAL, resume=resume,
+        workers=positive("workers", workers), threads=options.threads and positive("threads", options.threads),
+        accelerator=options.accelerator, journal=subject.home / JOURNAL, resume=resume, elsewhere=shards,
     )  # fmt: skip
     evaluation = assess(subject.load, subject.data, subject.measurement(), allow=options.allow, execution=execution)
     result = evaluation.result | subject.described
     model = evaluation.predict
     if isinstance(model, Classifier) and model.spec["input_size"] is not None:
-        with threads_set(threads):
+        with threads_set(options.threads):
             result["cost"] = cost(model)
     written = save(subject.home, result, {"index": subject.index.numpy(), **evaluation.examples})
     Journal(execution.journal).remove()
+    if shards is not None:
+        shutil.rmtree(shards.folder, ignore_errors=True)
     return written
 
 

@@ -1,12 +1,14 @@
-"""How a model computes the experts of a batch: by dispatch, or masked (`training.compute`)."""
+"""How a model computes the experts of a batch: by dispatch, masked, or by kernels (`training.compute`)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
+from advmoe import ops
+from advmoe.errors import InputError
 from advmoe.moe.layer import MoELayer
 
 MOST_MASKED = 4
@@ -15,15 +17,24 @@ about 1 ms, its launches tens, and each layer's dispatch a wait beside (docs/how
 """
 
 
-def compute_on(device: torch.device, wanted: str, num_experts: int) -> Literal["dispatch", "masked"]:
-    """The way that `wanted` (`auto`, `dispatch` or `masked`) comes to on `device`, for layers of `num_experts`."""
+Way = Literal["dispatch", "masked", "kernel"]
+
+
+def compute_on(device: torch.device, wanted: str, num_experts: int) -> Way:
+    """The way that `wanted` (`auto` or a way) comes to on `device`, for layers of `num_experts`.
+
+    Raises `ValueError` where `kernel` is wanted and cannot be had.
+    """
     if wanted == "auto":
         return "masked" if device.type == "cuda" and num_experts <= MOST_MASKED else "dispatch"
-    return "masked" if wanted == "masked" else "dispatch"
+    if wanted == "kernel" and (missing := ops.kernels_missing(device)) is not None:
+        raise InputError(f"training.compute kernel needs {missing}")
+    return cast(Way, wanted)
 
 
 def set_compute(model: nn.Module, wanted: str, device: torch.device) -> None:
     """Have every MoE layer of `model` compute by `wanted` on `device`, in hard passes, from now on."""
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            layer.masks = compute_on(device, wanted, layer.num_experts) == "masked"
+            way = compute_on(device, wanted, layer.num_experts)
+            layer.masks, layer.kernels = way == "masked", way == "kernel"

@@ -17,6 +17,7 @@ from advmoe.errors import InputError
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
+from advmoe.moe.ways import Output
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -88,13 +89,28 @@ class MoEConv2d(MoELayer):
 
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
         """Filters (M, C_in, k, k) and biases (M,), if there are any, packed by `ops.pack`; None where it packs none."""
-        stride, dilation = _pair(self.stride), _pair(self.dilation)
-        other = self.masks or self.sides is not None or self.groups > 1 or dilation != (1, 1)
-        if other or isinstance(self.padding, str):
+        if self.masks or self.kernels or not self.usual:
             return None
         filters, biases = banks if len(banks) == 2 else (banks[0], None)
         rows = None if self.apart else self.row_index
-        return ops.pack(filters, biases, stride, _pair(self.padding), experts=self.num_experts, rows=rows, once=once)
+        assert not isinstance(self.padding, str)
+        return ops.pack(
+            filters, biases, _pair(self.stride), _pair(self.padding), experts=self.num_experts, rows=rows, once=once
+        )
+
+    @property
+    def usual(self) -> bool:
+        """Whether kernels of ours know such a convolution: one group, no dilation, zeros alike on opposite sides."""
+        plain = self.sides is None and self.groups == 1 and _pair(self.dilation) == (1, 1)
+        return plain and not isinstance(self.padding, str)
+
+    def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
+        """By `ops.routed`."""
+        if not self.usual:
+            return None
+        assert not isinstance(self.padding, str)
+        filters = tuple(map(self.each_expert, banks))
+        return ops.routed(x, gate, choice, filters, _pair(self.stride), _pair(self.padding))
 
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W') with the filters (C_out, C_in / G, k, k) and the bias (C_out,), if
@@ -109,8 +125,14 @@ class MoEConv2d(MoELayer):
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
-        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`)."""
+        """Each sample by its own expert, where it has so few filters that grouping costs more (`ops.experts`), or its
+        filters are rows of a matrix (`ops.products`).
+        """
         if self.pointwise:
+            by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.c_in, self.c_out)
+            if by_expert is not None:
+                pixels, filters = by_expert.split(x).movedim(1, -1), self.each_expert(banks[0]).flatten(2)
+                return by_expert.merge(by_expert.product(pixels, filters.mT).movedim(-1, 1))
             return ops.pointwise(x, choice, banks, self.row_index)
         if self.groups == 1 and ops.fits_a_vector(x, self.num_experts * self.c_out):
             return ops.chosen(self.compute_all(x, *banks), choice)

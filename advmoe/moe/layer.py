@@ -61,6 +61,8 @@ class MoELayer(RouterOwner, ABC):
         """Whether a hard pass computes every expert and keeps each sample's own: more arithmetic, but the host does not
         wait for the choice (`models.compute`).
         """
+        self.kernels = False
+        """Whether kernels for GPUs compute a hard pass (`by_kernels`); all experts are computed where they do not."""
         self.copies = False
         """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 
@@ -81,6 +83,12 @@ class MoELayer(RouterOwner, ABC):
         """The output (N, ...), each sample by its own expert, in one call that moves no sample; None to group them."""
         return None
 
+    def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
+        """The output, each sample by its own expert, of kernels for GPUs that move no sample and leave the choice on
+        the device; `x` (N, ...) goes through the `gate` (N,) first, if there is one. None where they do not take it.
+        """
+        return None
+
     def packed(self, *banks: Tensor, once: Tensor | None = None) -> ops.Packed | None:
         """`banks` that do not learn, packed for kernels (`ops.pack`, which says what `once` is), or None."""
         return None
@@ -91,6 +99,12 @@ class MoELayer(RouterOwner, ABC):
         if first is not None:
             return bank.narrow(0, first, self.expert_rows)
         return bank.index_select(0, self.row_index[expert])
+
+    def each_expert(self, bank: Tensor) -> Tensor:
+        """Every expert's rows of `bank`, (E, R, ...): a view where experts share none."""
+        rows = bank if self.apart else bank.index_select(0, self.row_index.flatten())
+        each: Tensor = rows.unflatten(0, (self.num_experts, self.expert_rows))
+        return each
 
     def idle_parameters(self) -> int:
         """How many of the banks' numbers one pathway leaves unused."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import ops
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
+from advmoe.moe.ways import Output
 
 
 class MoELinear(MoELayer):
@@ -64,9 +66,23 @@ class MoELinear(MoELayer):
         y: Tensor = super().forward(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
         return y
 
+    def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
+        """By `ops.routed_linear`."""
+        assert gate is None  # which stands ahead of layers that are `linear` alone
+        y = ops.routed_linear(x, choice, *map(self.each_expert, banks))
+        return None if y is None else ops.Grouped((y,))
+
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, ..., C_in) -> (N, ..., C_out) with the rows (C_out, C_in) and the bias (C_out,), if any."""
         return F.linear(x, *weights)
+
+    def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
+        """Each sample by its own expert, where a GPU has such a product (`ops.products`)."""
+        by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.c_in, self.c_out)
+        if by_expert is None:
+            return None
+        rows, *biases = map(self.each_expert, banks)
+        return by_expert.merge(by_expert.product(by_expert.split(x), rows.mT, *biases))
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, ..., C_out), in one matrix product."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe import ops
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
+from advmoe.moe.ways import Output
 
 
 class MoEMLP(MoELayer):
@@ -59,10 +61,30 @@ class MoEMLP(MoELayer):
         """Incoming weights (M, D), biases (M,) and outgoing weights (M, D) of the hidden units."""
         return self.fc1_weight, self.fc1_bias, self.fc2_weight
 
+    def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
+        """By `ops.routed_linear`, twice."""
+        assert gate is None  # which stands ahead of layers that are `linear` alone
+        into, bias, out = map(self.each_expert, banks)
+        units = ops.routed_linear(x, choice, into, bias)
+        if units is None:
+            return None
+        last = self.fc2_bias.to(units.dtype).expand(self.num_experts, -1)
+        y = ops.routed_linear(F.gelu(units), choice, out.transpose(1, 2), last)
+        return None if y is None else ops.Grouped((y,))
+
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, D) with the hidden units `weights`: (R, D), (R,), (R, D)."""
         into, bias, out = weights
         return F.linear(F.gelu(F.linear(x, into, bias)), out.t(), self.fc2_bias)
+
+    def compute_each(self, x: Tensor, choice: Tensor, *banks: Tensor) -> Tensor | None:
+        """Each sample by its own expert, where a GPU has such products (`ops.products`)."""
+        by_expert = ops.sorted_by_expert(x, choice, self.num_experts, self.dim, self.hidden)
+        if by_expert is None:
+            return None
+        into, bias, out = map(self.each_expert, banks)
+        units = F.gelu(by_expert.product(by_expert.split(x), into.mT, bias))
+        return by_expert.merge(by_expert.product(units, out) + self.fc2_bias.to(units.dtype))
 
     def compute_all(self, x: Tensor, *banks: Tensor) -> Tensor:
         """Every expert's output, (N, E, T, D), in two matrix products."""

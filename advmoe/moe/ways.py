@@ -42,7 +42,7 @@ class Decision(NamedTuple):
     routing: Routing
 
 
-Output = ops.Grouped | ops.Convolved
+Output = ops.Grouped | ops.Convolved | ops.Routed
 """A layer's output (N, ...), until it is `merged`: on demand, or by the operation that follows."""
 
 
@@ -75,9 +75,7 @@ def gathered(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -
 
 
 def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Output:
-    """Each sample's chosen expert alone: in one call that moves no sample, if that is faster, or expert by expert. Of a
-    layer that `masks`, every expert for all samples, of which each keeps its own: the host need not know the choice.
-    """
+    """Each sample's chosen expert alone: all samples at once, if that is faster, or expert by expert."""
     scores, choice, routing = decision
     banks, filters = weights.banks, weights.filters
     gate = ops.chosen_probability(scores, choice) if torch.is_grad_enabled() and scores.requires_grad else None
@@ -88,15 +86,8 @@ def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Ou
     if filters is None and not learns:
         filters = layer.packed(*banks, once=x)
     y: Output | None = ops.convolved(x, ahead, choice, filters)
-    if y is None and (layer.masks or len(x) > 1):
-        gated = x if ahead is None else ops.straight_through(x, ahead)
-        if layer.masks:
-            each: Tensor | None = ops.chosen(layer.compute_all(gated, *banks), choice)
-        else:
-            each = layer.compute_each(gated, choice, *banks)
-        if each is not None:
-            y = _whole(each)
-            routing.settle()
+    if y is None and (y := _at_once(layer, x, ahead, choice, banks)) is not None:
+        routing.settle()
     if y is None:
         y = _expert_by_expert(layer, x, ahead, decision, banks)
     if behind is not None:
@@ -105,6 +96,23 @@ def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Ou
         whole = y.merged()
         y = _whole(whole.clone() if whole.requires_grad else whole)
     return y
+
+
+def _at_once(
+    layer: MoELayer, x: Tensor, gate: Tensor | None, choice: Tensor, banks: tuple[Tensor, ...]
+) -> Output | None:
+    """Each sample's own expert, without grouping samples on the host; None where that is slower. Of a layer that
+    `masks`, every expert for all samples, of which each keeps its own; also where it has `kernels` that do not take it.
+    """
+    y = layer.by_kernels(x, gate, choice, *banks) if layer.kernels else None
+    masks = layer.masks or layer.kernels
+    if y is not None or not (masks or len(x) > 1):
+        return y
+    gated = x if gate is None else ops.straight_through(x, gate)
+    if masks:
+        return _whole(ops.chosen(layer.compute_all(gated, *banks), choice))
+    each = layer.compute_each(gated, choice, *banks)
+    return None if each is None else _whole(each)
 
 
 def _expert_by_expert(

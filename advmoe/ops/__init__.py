@@ -1,8 +1,8 @@
 """Operations of routed networks: the only place that knows that there are kernels.
 
 Each is a function that says what it computes in PyTorch's terms, and does it faster where it can: `raw` calls the
-kernels (C++ in `csrc`), autograd's functions stand below the one that uses them, and where no kernel suits (other
-devices, a traced graph, `without_kernels`) PyTorch computes the definition.
+kernels for CPUs (C++ in `csrc`), `triton_conv` has those for GPUs, autograd's functions stand below the one that uses
+them, and where no kernel suits (other devices, a traced graph, `without_kernels`) PyTorch computes the definition.
 """
 
 from advmoe.ops.convolution import Convolved, convolved, fixed_convolution, kept_pixels, pack, worth_packing
@@ -11,8 +11,10 @@ from advmoe.ops.gate import chosen_probability, mix, straight_through
 from advmoe.ops.grouping import Grouped, merge, split
 from advmoe.ops.hooks import heard, listened
 from advmoe.ops.norm import fixed_norm
+from advmoe.ops.products import Sorted, sorted_by_expert
 from advmoe.ops.raw import Packed, kernels_used, without_kernels
 from advmoe.ops.rectifier import Rectified, norm_act, rectify
+from advmoe.ops.routed import Routed, kernels_missing, routed, routed_linear
 from advmoe.ops.routers import global_pool, router_scores, whole_layer
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "Grouped",
     "Packed",
     "Rectified",
+    "Routed",
+    "Sorted",
     "chosen",
     "chosen_probability",
     "convolved",
@@ -29,6 +33,7 @@ __all__ = [
     "global_pool",
     "heard",
     "kept_pixels",
+    "kernels_missing",
     "kernels_used",
     "listened",
     "merge",
@@ -37,7 +42,10 @@ __all__ = [
     "pack",
     "pointwise",
     "rectify",
+    "routed",
+    "routed_linear",
     "router_scores",
+    "sorted_by_expert",
     "split",
     "straight_through",
     "whole_layer",

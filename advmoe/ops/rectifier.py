@@ -20,6 +20,7 @@ from advmoe.ops import raw
 from advmoe.ops.convolution import Convolved
 from advmoe.ops.grouping import Grouped
 from advmoe.ops.hooks import listened
+from advmoe.ops.routed import Routed
 from advmoe.ops.rows import split_rows
 
 
@@ -50,7 +51,7 @@ def rectify(y: Tensor, shortcut: Tensor | None = None, *, pool: bool = False) ->
 
 
 def norm_act(
-    y: Grouped | Convolved,
+    y: Grouped | Convolved | Routed,
     norm: nn.BatchNorm2d | None,
     act: nn.Module,
     shortcut: Tensor | None = None,
@@ -61,7 +62,7 @@ def norm_act(
     both and does what `rectify` does.
     """
     silent = not listened(act)
-    if isinstance(y, Convolved):
+    if not isinstance(y, Grouped):
         if silent and norm is None and (output := _convolution_rectify(y, shortcut, pool=pool)) is not None:
             return output
         y = Grouped((y.merged(),))
@@ -80,8 +81,10 @@ def norm_act(
     return Rectified(act(x if norm is None else norm(x), shortcut))
 
 
-def _convolution_rectify(y: Convolved, shortcut: Tensor | None, *, pool: bool) -> Rectified | None:
+def _convolution_rectify(y: Convolved | Routed, shortcut: Tensor | None, *, pool: bool) -> Rectified | None:
     """max(y + shortcut, 0), each sample rectified as it is convolved; None where the kernels cannot do that."""
+    if isinstance(y, Routed):
+        return Rectified(*y.rectified(shortcut, pool=pool)) if y.adds(shortcut) else None
     others = () if shortcut is None else (shortcut,)
     shape = y.filters.made_of(y.x.shape)
     if type(y.x) is not Tensor or shape[1] % raw.LANES or not raw.suits(y.x, *others):

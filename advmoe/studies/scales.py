@@ -48,6 +48,9 @@ PAPER_METHODS: Mapping[str, PaperMethod] = {
     "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
     "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
     "standard Dense": _method("dense", "standard"),
+    "standard S-Dense": _method("s-dense", "standard"),
+    # Pruned like AT (Sparse), but with nothing to defend: TRADES without its KL, on images that noise of 0.001 moves.
+    "standard Sparse": _method("sparse", "sparse", "standard Dense", beta=0.0, attack_steps=1, step_size=1e-6),
     "robust mask of standard Dense": _method("sparse", "sparse", "standard Dense", finetune_epochs=0),
 }
 """The paper's methods and the models of its section 4: M1 is the standard MoE, M3 the mask."""
@@ -227,7 +230,7 @@ _SMOKE = Scale(
 
 _CPU = Scale(
     name="cpu",
-    seeds=3,
+    seeds=5,
     base={
         "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
         "threat": {"norm": "linf", "eps": "8/255"},
@@ -264,7 +267,7 @@ def _paper_part(data: str, label: str) -> DataOrBackbone:
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")
 _PAPER = Scale(
     name="paper",
-    seeds=3,
+    seeds=5,
     base={**_PAPER_BASE, "model": {"scale": 0.5, "num_experts": 2, "router": "layer"}},
     datasets={
         label: _paper_part(data, label)

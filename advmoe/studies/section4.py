@@ -8,7 +8,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.words import CATEGORIES
 from advmoe.studies import paper
 from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.comparisons import MEASURED, RA_LABEL, compared, measured, scales_of
+from advmoe.studies.comparisons import MEASURED, RA_LABEL, above, compared, measured, scales_of
 from advmoe.studies.results import PGD, Results, categories
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
@@ -56,7 +56,16 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
                 caption,
             )
         ],
-        claims=[claim("insight-1", statement, verdicts)],
+        claims=[
+            claim("insight-1", statement, verdicts),
+            above(
+                results,
+                "above-the-mask",
+                "Robustifying routers makes more robust than a robust mask of the standard Dense network, at r = 0.5.",
+                [(M3, THETA)],
+                scale=0.5,
+            ),
+        ],
     )
 
 

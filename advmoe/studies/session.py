@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, require
+from advmoe.engines import EngineOptions
 from advmoe.errors import InputError
 from advmoe.files import require_writable
 from advmoe.rundir import require_plain
@@ -60,6 +61,8 @@ class StudyOptions:
     """CPU threads of each."""
     accelerator: str = "auto"
     """`auto`, `cpu` or `cuda`."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """Where tasks are done."""
     command: Sequence[str] | None = None
     """What the user typed, for the record."""
 
@@ -73,7 +76,10 @@ class StudyOptions:
 
     def workers(self) -> TaskWorkers:
         """The processes that do the tasks."""
-        return TaskWorkers(jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.root / "logs")
+        return TaskWorkers(
+            jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.root / "logs",
+            engine=self.engine,
+        )  # fmt: skip
 
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""

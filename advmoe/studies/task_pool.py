@@ -1,6 +1,4 @@
-"""A study's tasks, done by several processes, each after those that it needs.
-
-Where a task fails, that is reported, and those that need it are skipped.
+"""A study's tasks, done by several processes, here or on a cluster (`engines`), each after those that it needs.
 
 A worker imports PyTorch once and takes task after task. Each has one thread unless asked otherwise, as the number of
 threads changes rounding: so results do not depend on how many processes share the work.
@@ -11,21 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from advmoe.errors import BugElsewhere, of_machine
-from advmoe.pool import Answer, Died, Place, Pool
+from advmoe.engines import Engine, EngineOptions, Ledger, MachineFailed, Skipped, run
+from advmoe.pool import Place
 from advmoe.progress import bar
 from advmoe.studies.plan import PlannedMeasure, StudyTask, kind_of
-from advmoe.text import cut, one_line
+
+__all__ = ["MachineFailed", "OnProgress", "Skipped", "Step", "TaskWorkers", "run_tasks"]
 
 
 class Step(str):
-    """What happens to a task, in a word (`starts`, `done`) or by its error's text; and where the study is then."""
+    """What happens to a task, in a word (`starts`, `queued`, `done`) or by its error's text; and where the study is
+    then.
+    """
 
     left: int = 0
     """Tasks that are not ended."""
@@ -50,32 +50,28 @@ class TaskWorkers:
     accelerator: str
     """`auto`, `cpu` or `cuda`; GPUs are shared out in turn."""
     logs: Path
-    """Folder of their output."""
+    """Folder of their output, and of what is known of the tasks."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is known of the tasks."""
+        return Ledger(self.logs)
 
     def places(self, number: int) -> list[Place]:
         """Where the first `number` of them run, as far as there are so many."""
+        if not self.engine.local:
+            return [Place(self.threads)] * min(number, self.jobs)
         cards = _cards(self.accelerator)
         return [
             Place(self.threads, only_card=cards[at % len(cards)] if cards else None, log=self.logs / f"worker-{at}.log")
             for at in range(min(number, self.jobs))
         ]
 
-
-class MachineFailed(str):
-    """The error of a task that failed by the machine's fault: tried again, it may succeed."""
-
-
-class Skipped(str):
-    """The error of a task that was not tried, as one that it needs failed; `cause` is that one's error."""
-
-    def __new__(cls, error: str) -> Skipped:
-        """Of a task that needs one that ended with `error`."""
-        cause = error.cause if isinstance(error, Skipped) else error
-        skipped = super().__new__(cls, f"skipped, as what it needs failed: {cause}")
-        skipped.cause = cause
-        return skipped
-
-    cause: str
+    def open(self, number: int, *, alone: bool) -> Engine:
+        """The engine, which does up to `number` tasks at once; `alone`: with nothing else on the same machine."""
+        arguments = (self.threads, self.accelerator, self.ledger if self.engine.local else None)
+        return self.engine.open(_doing, arguments, places=self.places(number), ledger=self.ledger, alone=alone)
 
 
 def run_tasks(
@@ -97,17 +93,24 @@ def run_tasks(
     clock = _Clock(todo, workers.jobs)
     with bar("study", len(todo), unit="task") as progress:
 
-        def counted(word: str, task: StudyTask) -> None:
-            told(clock.step(word, task), task)
-            if word != "starts":
+        def counted(word: str, task: StudyTask, seconds: float | None) -> None:
+            step = clock.step(word, task, seconds)
+            if word not in BEGUN:
                 progress.update()
+                if word != "done":
+                    workers.ledger.failed(task.id, word)
+            told(step, task)
 
         for part, number in ((together, len(together)), (alone, 1)):
             if part:
                 workers.logs.mkdir(parents=True, exist_ok=True)
-                with closing(Pool(_doing, (workers.threads, workers.accelerator), workers.places(number))) as pool:
-                    _run(part, errors, pool, counted)
+                with closing(workers.open(number, alone=part is alone)) as engine:
+                    run(part, errors, engine, counted)
     return errors
+
+
+BEGUN = ("starts", "queued")
+"""What happens to a task that has not ended."""
 
 
 class _Clock:
@@ -118,14 +121,15 @@ class _Clock:
         self.begun: dict[str, float] = {}
         self.took: dict[str, list[float]] = {}
 
-    def step(self, word: str, task: StudyTask) -> Step:
-        """What is told of a task's start or end."""
+    def step(self, word: str, task: StudyTask, seconds: float | None = None) -> Step:
+        """What is told of a task's start or end; `seconds`: what it took, where that is known."""
         step, now = Step(word), time.perf_counter()
         if word == "starts":
             self.begun[task.id] = now
-        else:
+        elif word not in BEGUN:
             self.left.pop(task.id, None)
-            if task.id in self.begun:
+            step.seconds = seconds
+            if seconds is None and task.id in self.begun:
                 step.seconds = now - self.begun.pop(task.id)
             if word == "done" and step.seconds is not None:
                 self.took.setdefault(kind_of(task), []).append(step.seconds)
@@ -136,65 +140,15 @@ class _Clock:
         if not self.took:
             return None
         means = {kind: mean(seconds) for kind, seconds in self.took.items()}
-        usual, together, alone = mean(means.values()), 0.0, 0.0
+        usual, together, alone, side_by_side = mean(means.values()), 0.0, 0.0, 0
         for task in self.left.values():
             passed = now - self.begun.get(task.id, now)
             rest = max(0.0, means.get(kind_of(task), usual) - passed)
             if isinstance(task, PlannedMeasure) and task.alone:
                 alone += rest
             else:
-                together += rest
-        return together / self.jobs + alone
-
-
-def _run(
-    tasks: Mapping[str, StudyTask], errors: dict[str, str], pool: Pool, told: Callable[[str, StudyTask], None]
-) -> None:
-    """Do `tasks` in the workers of `pool`, in their order as far as what they need is done."""
-    order = TopologicalSorter({name: [need for need in task.needs if need in tasks] for name, task in tasks.items()})
-    order.prepare()
-    place_of = {name: at for at, name in enumerate(tasks)}
-    waiting: list[str] = []
-    running = 0
-    while order.is_active():
-        waiting = sorted([*waiting, *order.get_ready()], key=place_of.__getitem__)
-        for name in [name for name in waiting if any(need in errors for need in tasks[name].needs)]:
-            waiting.remove(name)
-            errors[name] = Skipped(next(errors[need] for need in tasks[name].needs if need in errors))
-            told(errors[name], tasks[name])
-            order.done(name)
-        while waiting and pool.give(task := tasks[waiting[0]]):
-            del waiting[0]
-            running += 1
-            told("starts", task)
-        while len(pool) < running + len(waiting) and pool.start():
-            pass
-        for answer in pool.answers(seconds=1.0) if running or waiting else ():
-            task = answer.order
-            if task is not None:
-                running -= 1
-            elif isinstance(answer.error, Died) and not answer.error.at_start:
-                continue  # one that had nothing to do was killed
-            elif waiting:  # what cannot even start costs the next task
-                task = tasks[waiting.pop(0)]
-            else:
-                continue
-            if (error := _failure(answer)) is not None:
-                errors[task.id] = error
-            told(error or "done", task)
-            order.done(task.id)
-
-
-def _failure(answer: Answer) -> str | None:
-    """The error of a task in one line; None where it went well."""
-    error = answer.error
-    if error is None:
-        return None
-    if isinstance(error, BugElsewhere):
-        return cut(" ".join(error.summary.split()), 500)
-    if isinstance(error, Died):
-        return MachineFailed(error)
-    return MachineFailed(one_line(error, 500)) if of_machine(error) else one_line(error, 500)
+                together, side_by_side = together + rest, side_by_side + 1
+        return together / max(1, min(self.jobs, side_by_side)) + alone
 
 
 def _cards(accelerator: str) -> list[str]:
@@ -208,8 +162,14 @@ def _cards(accelerator: str) -> list[str]:
 
 
 @contextmanager
-def _doing(place: Place, threads: int, accelerator: str) -> Iterator[Callable[[StudyTask], None]]:
-    """The function that does a task, in a worker."""
+def _doing(
+    place: Place, threads: int, accelerator: str, ledger: Ledger | None
+) -> Iterator[Callable[[StudyTask], None]]:
+    """The function that does a task, in a worker; with a `ledger` it says so there."""
     from advmoe.studies.tasks import do
 
-    yield lambda task: do(task, threads=threads, accelerator=accelerator)
+    def work(task: StudyTask) -> None:
+        with nullcontext() if ledger is None else ledger.doing(task.id, log=place.log):
+            do(task, threads=threads, accelerator=accelerator)
+
+    yield work

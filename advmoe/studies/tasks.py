@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import exclusive
-from advmoe.rundir import CONFIG, DIGEST, DONE, MANIFEST, digest_at, write_result
+from advmoe.pool import Preempted
+from advmoe.rundir import CONFIG, DIGEST, DONE, JOURNAL, MANIFEST, digest_at, write_result
+from advmoe.signals import Ended, described
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
 
 
 def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
     """Do `task` to its end. Whatever goes wrong is raised."""
     # A measurement's lock is its own: several of one run may be made at the same time.
-    run = task.run if isinstance(task, PlannedMeasure) else task
-    with exclusive(run.path.with_name(f".{task.id.replace('/', '-')}.lock")):
+    with exclusive(lock_of(task)):
         if task.state() == "finished":
             return
         if isinstance(task, PlannedMeasure):
@@ -31,7 +33,22 @@ def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
             _train(task, threads=threads, accelerator=accelerator)
 
 
+def lock_of(task: StudyTask) -> Path:
+    """The file that is locked by who does a task."""
+    run = task.run if isinstance(task, PlannedMeasure) else task
+    return run.path.with_name(f".{task.id.replace('/', '-')}.lock")
+
+
 def _train(run: PlannedRun, *, threads: int, accelerator: str) -> None:
+    from advmoe.training.preemption import Stopped
+
+    try:
+        _trained(run, threads=threads, accelerator=accelerator)
+    except Stopped as stop:
+        raise Preempted(str(stop)) from stop
+
+
+def _trained(run: PlannedRun, *, threads: int, accelerator: str) -> None:
     from advmoe.training import run as runs
 
     config = Config.from_dict(run.config)
@@ -81,10 +98,16 @@ def _evaluate(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     from advmoe.evaluation.runs import evaluate_run
 
     arguments = _arguments(task, threads, accelerator) | {"workers": 1}
+    before = set((task.path / JOURNAL).glob("*.*.json"))
     try:
-        evaluate_run(task.run.path, **arguments, resume=True)
-    except OtherSettings:
-        evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
+        try:
+            evaluate_run(task.run.path, **arguments, resume=True)
+        except OtherSettings:
+            evaluate_run(task.run.path, **arguments)  # what was interrupted had another version of PyTorch, say
+    except Ended as stop:
+        if set((task.path / JOURNAL).glob("*.*.json")) - before:
+            raise Preempted(f"{described(stop)[0]} within an evaluation") from stop
+        raise
 
 
 def _sweep(task: PlannedMeasure, threads: int, accelerator: str) -> None:

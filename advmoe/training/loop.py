@@ -23,6 +23,7 @@ from advmoe.text import one_line
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
 from advmoe.training.board import Board, examples
+from advmoe.training.finite import LOOK_EVERY
 from advmoe.training.lines import epoch_line, summary
 from advmoe.training.midway import ITERATIONS, Midway
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
@@ -117,9 +118,13 @@ def _heed(
     generator: torch.Generator,
 ) -> None:
     """Save a run within an epoch of which `done` iterations are done, and stop it, where `requests` ask for that."""
-    save, reason = requests.agreed(trainer.fabric)
+    fabric = trainer.fabric
+    if fabric.world_size > 1 and fabric.device.type == "cuda" and done % LOOK_EVERY:
+        return  # to agree, every GPU would have to catch up
+    save, reason = requests.agreed(fabric)
     if not save:
         return
+    trainer.require_finite()
     midway = Midway.now(trainer, done, generator)
     if trainer.fabric.is_global_zero:
         seconds = time.perf_counter() - started

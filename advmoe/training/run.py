@@ -85,6 +85,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     other run fills it.
     """
     config, folder = launch.config, launch.run_dir
+    compute_on(fabric.device, config.training.compute, config.model.num_experts)  # which refuses what cannot be had
     if fabric.is_global_zero and not launch.fresh:
         _claim(folder, alone)
     dataset = load_data(config)
@@ -139,12 +140,10 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
         command=launch.command,
     )  # fmt: skip
     described[CONFIG_DIGEST] = config.digest()
-    compute = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if config.model.kind == "moe":
-        described["compute"] = compute
+        described["compute"] = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if config.training.compile:
-        pieces = config.model.kind == "moe" and compute == "dispatch"
-        described["compiled"] = "pieces" if pieces else "whole passes"
+        described["compiled"] = "whole passes" if described.get("compute", "masked") == "masked" else "pieces"
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
     if config.training.init_from is not None and launch.fresh:

@@ -34,7 +34,7 @@ from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
-from advmoe.training.divergence import TrainingDiverged, require_finite, require_sound
+from advmoe.training.finite import TrainingDiverged, Watch, require_sound
 from advmoe.training.methods import epoch_plan, learning
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
@@ -111,7 +111,7 @@ class Trainer:
             self.perturbations = Perturbations(self.train_set, self.fabric)
         set_compute(self.model, t.compute, device)
         self.network = self._compiled() if t.compile else self.model
-        self.use, self.means = LayerUse(), EpochMeans()
+        self.use, self.means, self.watch, self._place = LayerUse(), EpochMeans(), Watch.on(self.fabric), ""
         # A network of the user's own may hold infinities on purpose, in a mask say.
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
@@ -158,14 +158,16 @@ class Trainer:
 
         An adversarial level attacks the images, unless their adversarial ones are passed as `x_adv` (N, C, H, W).
         Returns the loss terms whose gradient the update followed: those of the weights before it or, with
-        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite.
+        `training.awp`, of these perturbed. Raises `TrainingDiverged` for a term that is NaN or infinite: on a GPU
+        within `LOOK_EVERY` steps, or at `require_finite`.
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator, None, y)
         with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
-            require_finite(self.fabric, terms, self.use.loads)
+            if self.watch.add(self._place, terms):
+                self.require_finite()
             self._backward(terms)
             clip(self.model.parameters(), self.config.training.clip)
         for part, optimizer in self.optimizers.items():
@@ -216,6 +218,11 @@ class Trainer:
         with perturbed(self.model.parameters(), gamma):
             yield
 
+    def require_finite(self) -> None:
+        """Raise `TrainingDiverged` where a loss term of the steps so far is NaN or infinite, on every process alike."""
+        if (problem := self.watch.look()) is not None:
+            raise TrainingDiverged(f"{problem}; expert loads per layer: {self.use.loads()}")
+
     def train_epoch(self, epoch: int, bar: Any) -> None:
         """Run every iteration of `epoch` (from 0): the levels of the method that are due, batch by batch."""
         t, fabric = self.config.training, self.fabric
@@ -239,16 +246,16 @@ class Trainer:
                 for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
                     x, x_adv = self._prepared(levels[0], index, images, y, varied, generator)
                     for level in levels:
-                        try:
-                            losses = self.step(level, x, y, generator, x_adv)
-                        except TrainingDiverged as error:
-                            raise TrainingDiverged(f"step {step} (epoch {epoch + 1}, {level.part}): {error}") from None
+                        self._place = f"step {step} (epoch {epoch + 1}, {level.part})"
+                        losses = self.step(level, x, y, generator, x_adv)
                     postfix(bar, partial(_terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
                 if self.after_iteration is not None and done < len(plan):
                     self.after_iteration(done, generator)
+            self.require_finite()
+        self._place = ""
 
     @contextmanager
     def _layers_seeded(self, epoch: int) -> Iterator[None]:

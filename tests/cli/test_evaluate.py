@@ -8,6 +8,7 @@ import pytest
 from advmoe import cli
 from advmoe.cli import evaluate
 from advmoe.config import Config
+from advmoe.engines import EngineOptions
 
 
 def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -49,6 +50,7 @@ def test_evaluate_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Monke
         "workers": 3,
         "eot": 7,
         "resume": True,
+        "engine": EngineOptions(),
     }
     assert capsys.readouterr().out.splitlines() == [
         "360 images, linf eps 8/255",

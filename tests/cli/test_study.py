@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe import cli
+from advmoe.engines import EngineOptions, Ledger
 from advmoe.studies.catalogue import STUDIES
 
 
@@ -53,6 +54,9 @@ def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
         (["fig2", "--training.lr", "-1"], "training.lr must be > 0, got -1"),
         (["fig2", "--training.lr", "fast"], "training.lr must be a number, got 'fast'"),
         (["fig2", "--training.epoch", "1"], "--training.epoch is no option of study: did you mean --training.epochs?"),
+        (["fig2", "--page", "a.md"], "--page must be left out of a study, as it is of `claims`, got 'a.md'"),
+        (["claims", "--seeds", "5"], "`study claims` must have no options but --out and --page, got --seeds"),
+        (["claims", "--training.lr", "1"], "`study claims` must have no options but --out and --page, got "),
         ([], "NAME"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -141,7 +145,7 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     ((name, options),) = seen
     assert name == "fig2" and vars(options) == {
         "scale": "cpu", "seeds": 5, "only": ["AdvMoE+ResNet", "S-Dense"], "jobs": 2, "num_examples": 50, "threads": 2,
-        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv],
+        "accelerator": "cpu", "root": Path("there"), "command": ["advmoe", *argv], "engine": EngineOptions(),
         "overrides": {"training": {"epochs": 3}, "threat": {"eps": "4/255"}, "data": {"root": "7"}},
     }  # fmt: skip
     assert code == 1  # as something failed
@@ -163,6 +167,24 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     assert defaults.root == Path("runs/studies") and defaults.overrides == {} and defaults.only == []
 
 
+def test_claims_are_listed_and_written_as_a_page(advmoe, tmp_path):
+    home = tmp_path / "studies" / "fig1b-cpu"
+    home.mkdir(parents=True)
+    (home / "study.json").write_text('{"study": "fig1b", "seeds": [0], "command": "c"}')
+    code, out, err = advmoe("study", "claims", "--out", "studies", "--page", "claims.md")
+    assert (code, err) == (0, "") and out.endswith("written to claims.md\n") and "fig1b-cpu not judged" in out
+    assert (tmp_path / "claims.md").read_text().startswith("# Claims\n")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "studies").rename(tmp_path / "runs" / "studies")
+    assert advmoe("study", "claims")[:2] == (0, out.removesuffix("\nwritten to claims.md\n"))
+    code, _, err = advmoe("study", "claims", "--out", "nowhere")
+    assert code == 2 and "--out must be a folder of studies (a study.json in each), got 'nowhere'" in err
+    assert advmoe("study", "claims", "--page", "some/where.md")[0] == 0 and (tmp_path / "some/where.md").is_file()
+    (tmp_path / "file").touch()
+    code, _, err = advmoe("study", "claims", "--page", "file/claims.md")
+    assert code == 2 and "--page must be where files can be written" in err
+
+
 def test_a_plan_and_the_list_need_no_torch(tmp_path):
     code = (
         "import sys\nfrom advmoe.cli import main\n"
@@ -171,3 +193,53 @@ def test_a_plan_and_the_list_need_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
+
+
+def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, tmp_path):
+    words = ["study", "fig5", "--status", "--out", "there"]
+    code, out, err = advmoe(*words)
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    *lines, last = out.splitlines()
+    assert last == "7 tasks: 7 waiting" and all(line.startswith("waiting    ") for line in lines)
+    key, ledger = lines[0].split()[-1], Ledger(tmp_path / "there" / "logs")
+    ledger.submitted(key, "12_3")
+    with pytest.raises(OSError), ledger.doing(lines[1].split()[-1], log=Path("a.log")):
+        raise OSError("no disk")
+    code, out, _ = advmoe(*words)
+    first, second, *_, last = out.splitlines()
+    assert first.startswith("queued       train     standard MoE") and "  job 12_3  log there/logs/" in first
+    assert second.startswith("failed  ") and second.endswith("  OSError: no disk  log a.log")
+    assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
+
+
+def test_where_a_cluster_s_tasks_print_is_told(advmoe, monkeypatch):
+    monkeypatch.delenv("ADVMOE_LOG_FORMAT")
+    monkeypatch.setattr(EngineOptions, "require", lambda self: None)
+    seen = []
+
+    def run_study(name, options, told):
+        seen.append(options)
+        return Path("home"), CONTENT | {"runs": []}
+
+    monkeypatch.setattr("advmoe.studies.session.run_study", run_study)
+    words = ["study", "fig5", "--engine", "slurm", "--out", "there", "--task-hours", "2"]
+    code, _, err = advmoe(*words)
+    status = f"advmoe {' '.join(words)} --status"
+    assert (code, err) == (0, f"tasks print into there/logs; how far they are: {status}\n")
+    assert seen[0].engine == EngineOptions(engine="slurm", hours=2.0) and seen[0].jobs == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--engine", "cloud"], "--engine must be one of local, slurm, ray, got 'cloud'"),
+        (["--partition", "gpu"], "--partition must go with --engine slurm, got 'gpu' with local"),
+        (["--task-gpus", "1"], "--task-gpus must go with --engine slurm or ray, got 1 with local"),
+        (["--engine", "slurm", "--task-hours", "-1"], "--task-hours must be "),
+        (["--engine", "ray", "--task-cpus", "0"], "--task-cpus must be "),
+    ],
+)
+def test_a_mistake_about_the_engine_is_one_line_and_creates_nothing(advmoe, tmp_path, words, message):
+    code, out, err = advmoe("study", "fig5", *words)
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith(f"advmoe: error: {message}") and err.count("\n") == 1

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from advmoe.config import Config, merged
+from advmoe.ops import kernels_missing
 from advmoe.recipes import recipe
 from advmoe.training.run import train
 
@@ -40,6 +42,28 @@ def pretended() -> ModuleType:
     if "pretended" not in sys.modules:
         pytest.skip("counts what devices of host memory are asked to do")
     return importlib.import_module("pretended")
+
+
+@pytest.fixture
+def gpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels in Triton: a real device's, or interpreted on what stands in for one. Skips where there are none."""
+    if "pretended" in sys.modules:
+        pretended, _ = map(request.getfixturevalue, ("pretended", "launched"))
+        from advmoe.ops import triton_conv
+
+        launch = triton_conv._launch
+
+        def interpret(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+            launch(
+                kernel,
+                grid,
+                *(pretended.on_host(a) if isinstance(a, torch.Tensor) else a for a in arguments),
+                **constants,
+            )
+
+        monkeypatch.setattr(triton_conv, "_launch", interpret)
+    elif (missing := kernels_missing(torch.device("cuda"))) is not None:
+        pytest.skip(f"needs {missing}")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import hooks
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -122,7 +123,7 @@ def require_command(words: list[str], capsys) -> None:
     assert not unknown, words
     if words[0] == "train" and "resume" not in found:
         assert main([*words, "--print_config"]) == 0, f"{words}: {capsys.readouterr().err}"
-    elif words[0] == "study" and found.name != "list":
+    elif words[0] == "study" and found.name not in ("list", "claims"):
         study_named(found.name)
     fields: dict = {}
     for name, text in vars(found).items():
@@ -227,6 +228,19 @@ def test_budgets_on_a_page_are_those_of_the_stored_results() -> None:
         right = found["clean_accuracy"] * found["num_examples"]
         most, less = sum(made.values()), sum(made.values()) - made["autoattack"]
         assert shown == [f"{most / right:,.0f}", f"{less / right:,.0f}"]
+
+
+def test_margins_on_a_page_are_those_of_the_stored_results() -> None:
+    places = [
+        ("at-s-dense", ""),
+        *((run, how) for run in ("at-moe", "advmoe-embedding-random") for how in ("", "-soft")),
+    ]
+    for (run, how), (_, *shown) in zip(places, rows(DOCS / "results/stronger-attacks.md", 6), strict=True):
+        with np.load(DOCS / "results/probability-margin" / run / "evaluation-examples.npz") as examples:
+            margin, pma = (examples[f"robust/pgd-50-{loss}{how}"] for loss in ("margin", "pma"))
+        robust = stored("probability-margin", run)["robust_accuracy"]
+        assert agrees(shown[0], robust[f"pgd-50-margin{how}"]) and agrees(shown[1], robust[f"pgd-50-pma{how}"])
+        assert shown[2:] == [str((~margin & pma).sum()), str((margin & ~pma).sum())]
 
 
 def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:

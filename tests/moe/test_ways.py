@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from advmoe.models.compute import set_compute
 from advmoe.models.folding import Folds, folding
-from advmoe.moe import route
+from advmoe.moe import MoEConv2d, route
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -128,3 +128,18 @@ def test_gathered_is_for_one_image(make_routed, make_images):
     model = make_routed()
     with pytest.raises(ValueError, match=r"mode gathered must be for 1 image .*, got 2 choices"), route("gathered"):
         model(make_images(2))
+
+
+def test_what_kernels_do_not_take_is_computed_as_by_masks(monkeypatch):
+    torch.manual_seed(0)
+    layer = MoEConv2d(4, 4, 3, 1, 1, groups=2, bank_rows=8, num_experts=2, layer=0)
+    x, forced = torch.randn(3, 4, 5, 5), torch.tensor([[1], [0], [1]])
+    with route(forced=forced):
+        expected = layer(x)
+    layer.kernels, calls = True, []
+    every = layer.compute_all
+    monkeypatch.setattr(layer, "compute_all", lambda *arguments: calls.append(1) or every(*arguments))
+    for images, chosen in ((x, forced), (x[:1], forced[:1])):
+        with route(forced=chosen):
+            torch.testing.assert_close(layer.eval()(images), expected[: len(images)])
+    assert calls == [1, 1]

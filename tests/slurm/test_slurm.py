@@ -1,7 +1,6 @@
 """Runs on a real SLURM of two nodes: srun's tasks train one run, and a job that is requeued goes on where it was."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged")
 TRAIN = [
     "train", "--config", "digits-advmoe", "--accelerator", "cpu", "--threads", "1", "--model.width", "4",
     "--data.image_size", "8", "--training.batch_size", "32", "--training.attack_steps", "1",
@@ -21,19 +19,6 @@ TRAIN = [
 PATIENCE = 300
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    if "TESTS_MAY_START_SLURM" not in os.environ:
-        pytest.skip("takes /etc/slurm and starts SLURM's programs: make slurm")
-    if (missing := [name for name in PROGRAMS if shutil.which(name) is None]) or os.geteuid() != 0:
-        pytest.skip(f"needs root and SLURM (slurm-wlm, munge): {', '.join(missing) or 'not root'}")
-    folder = tmp_path_factory.mktemp("slurm")
-    call = [str(Path(__file__).with_name("cluster.sh"))]
-    subprocess.run([*call, "start", str(folder)], check=True, timeout=120)
-    yield
-    subprocess.run([*call, "stop", str(folder)], check=False, timeout=60)
 
 
 def run(*words, cwd):

@@ -7,14 +7,14 @@ from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
 
 THETA, THETA2 = "router-robustified MoE", "router-robustified MoE, then its experts"
-M1, M2 = "standard MoE", "AT (S-Dense)"
+M1, M2, M3 = "standard MoE", "AT (S-Dense)", "robust mask of standard Dense"
 LOW, MIDDLE, HIGH = "000000" + "000000", "111111" + "000000", "111111" + "111111"
 PARTS = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fail")
 
 
 @pytest.fixture
 def row_of(row, evaluated):
-    """Makes a row of three seeds: outcomes under PGD and through soft routing, and the category of each image."""
+    """Makes a row of six seeds: outcomes under PGD and through soft routing, and the category of each image."""
 
     def make(method, pgd, soft=None, categories=None, **labels):
         measurements = {"accuracy": evaluated("1" * len(pgd), {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
@@ -23,7 +23,7 @@ def row_of(row, evaluated):
             content = {name: {"categories": shares} for name in ("pgd-10", "pgd-10-soft")}
             arrays = {"dissection_examples": dict.fromkeys(content, categories)}
             measurements["dissection"] = ("dissect", content, arrays)
-        return row({"method": method, **labels}, dict.fromkeys(range(3), measurements))
+        return row({"method": method, **labels}, dict.fromkeys(range(6), measurements))
 
     return make
 
@@ -33,7 +33,7 @@ def show(name, *rows):
 
 
 def verdicts(outcome):
-    (claim,) = outcome.claims
+    claim, *_ = outcome.claims
     return {each["measure"]: each["verdict"] for each in claim["verdicts"]}
 
 
@@ -50,13 +50,18 @@ def test_insight_1_is_between_the_standard_moe_and_s_dense(row_of):
     assert "router-robustified MoE 37.64, standard MoE 0, AT (S-Dense) 47.68" in above.figures[0].caption
 
 
+def test_robust_routers_beside_a_robust_mask(row_of):
+    _, claim = show("fig3", row_of(THETA, MIDDLE, scale=0.5), row_of(M3, LOW, scale=0.5)).claims
+    assert claim["name"] == "above-the-mask" and [each["verdict"] for each in claim["verdicts"]] == ["holds", "holds"]
+
+
 def test_insight_2_compares_categories_3_and_1(row_of):
     often_fooled, seldom_fooled = [3] * 9 + [1] * 1 + [2, 4], [1] * 9 + [3] * 1 + [2, 4]
     standard = row_of(M1, LOW)
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=often_fooled), standard)
     assert verdicts(outcome) == {"PGD": "holds", "worst case": "holds"}
     numbers = outcome.claims[0]["verdicts"][0]["numbers"]["1 both survive < 3 only prediction fails"]
-    assert (numbers["mean_more"], numbers["mean_less"]) == (9 / 12, 1 / 12)
+    assert (numbers["mean_more"], numbers["mean_less"]) == pytest.approx((9 / 12, 1 / 12))
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=seldom_fooled), standard)
     assert verdicts(outcome) == {"PGD": "does not hold", "worst case": "does not hold"}
 
@@ -65,7 +70,7 @@ def test_a_dissection_as_a_table_and_bars(row_of):
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=[1, 1, 1, 1, 2, 2, 3, 4, 4, 4]), row_of(M1, LOW))
     lines = outcome.tables[0]["rows"]
     assert [(line["method"], line["attack"], line["n"]) for line in lines] == [
-        (THETA, "pgd-10", 3), (THETA, "pgd-10-soft", 3),
+        (THETA, "pgd-10", 6), (THETA, "pgd-10-soft", 6),
     ]  # fmt: skip
     percents = {part: pytest.approx(share) for part, share in zip(PARTS, (40, 20, 10, 30), strict=True)}
     assert {part: lines[0][part] for part in PARTS} == percents

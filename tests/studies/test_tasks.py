@@ -10,9 +10,12 @@ from PIL import Image
 
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
+from advmoe.pool import Preempted
+from advmoe.signals import Ended
 from advmoe.studies import tasks
 from advmoe.studies.plan import Planner
 from advmoe.studies.rows import Measure, Row
+from advmoe.training.preemption import Stopped
 
 HOW = {"threads": 1, "accelerator": "cpu"}
 PGD = Measure("evaluate", {"attacks": ["pgd"], "num_examples": 12})
@@ -116,6 +119,34 @@ def test_an_evaluation_that_cannot_be_continued_is_made_anew(planner, tiny_run, 
     with pytest.raises(ValueError, match=r"^bad$"):
         tasks.do(other, **HOW)
     assert other.state() == "missing"
+
+
+def test_a_training_that_stopped_as_it_was_told_to_can_go_on(planner, tiny_run, monkeypatch):
+    def stop(*given, **more):
+        raise Stopped("stopped by SIGTERM", "within epoch 1")
+
+    monkeypatch.setattr("advmoe.training.run.train", stop)
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM within epoch 1$"):
+        tasks.do(planner.run(tiny_run("run"), 0), **HOW)
+
+
+@pytest.mark.parametrize(("kept", "error"), [(1, Preempted), (0, Ended)])
+def test_an_evaluation_that_is_told_to_stop_goes_on_where_it_kept_something(
+    planner, tiny_run, monkeypatch, kept, error
+):  # fmt: skip
+    task = planner.measure(PGD, planner.run(tiny_run("run"), 0))
+
+    def evaluate(*given, **more):
+        (task.path / ".evaluation").mkdir(exist_ok=True)
+        for number in range(kept):
+            (task.path / ".evaluation" / f"pgd-2.{number}.json").touch()
+        raise Ended(15)
+
+    monkeypatch.setattr("advmoe.evaluation.runs.evaluate_run", evaluate)
+    with pytest.raises(error):
+        tasks.do(task, **HOW)
+    with pytest.raises(Ended):  # and nothing more the second time
+        tasks.do(task, **HOW)
 
 
 def test_two_measurements_of_a_run_do_not_wait_for_each_other(planner, tiny_run, write_weights, monkeypatch):

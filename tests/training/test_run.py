@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.config import Config
+from advmoe.errors import InputError
 from advmoe.locks import CLAIM, hold
 from advmoe.training import run as run_module
 from advmoe.training.run import TrainingDiverged, resume, train
@@ -228,6 +229,14 @@ def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path
     for accelerator in ("auto", "cuda"):
         with pytest.raises(ValueError, match=rule):
             train(tiny(), run_dir=tmp_path / "run", devices=2, accelerator=accelerator)
+
+
+def test_kernels_for_gpus_are_refused_elsewhere_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("advmoe.ops.kernels_missing", lambda device: f"a CUDA device, got {device.type}")
+    monkeypatch.setattr(run_module, "load_data", lambda config: pytest.fail("data were read"))
+    with pytest.raises(InputError, match=r"^training\.compute kernel needs a CUDA device, got cpu$"):
+        train(tiny(training={"compute": "kernel"}), run_dir=tmp_path / "run", **THREADS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(finished, tmp_path):
