@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from advmoe.text import aligned, duration, percent
 
@@ -40,6 +40,11 @@ def _level(part: str, means: Mapping[str, float], *, last: bool) -> str:
     if last and "accuracy" in means:
         terms.append(f"acc {percent(means['accuracy'])}%")
     return " ".join([part, *terms])
+
+
+def terms_line(terms: Mapping[str, SupportsFloat]) -> str:
+    """A step's loss terms as the bar shows them."""
+    return " ".join(f"{name} {float(value):.3g}" for name, value in terms.items())
 
 
 def summary(progress: Mapping[str, Any], *, epochs: int, steps: int) -> str:

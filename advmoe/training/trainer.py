@@ -28,13 +28,14 @@ from advmoe.moe import MoELayer
 from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import postfix, shown
 from advmoe.pruning import compact, expand
-from advmoe.seeding import generator_for, seed_for
+from advmoe.seeding import drawing_for, generator_for
 from advmoe.tables import Level, Part
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
 from advmoe.training.finite import TrainingDiverged, Watch, require_sound
+from advmoe.training.lines import terms_line
 from advmoe.training.methods import epoch_plan, learning
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
@@ -237,7 +238,8 @@ class Trainer:
         first = 0 if begun is None else begun.iterations
         handed_out = sum(len(run) for run in plan[:first])
         drawing = self.train_set.batches(shares, varied if self.perturbations is None else None, handed_out)
-        with self._layers_seeded(epoch), closing(drawing) as drawn:
+        layers = drawing_for(t.seed, "layers", epoch, fabric.global_rank, device=fabric.device)
+        with layers, closing(drawing) as drawn:
             if begun is not None:
                 begun.restore(self, generator)
             for done, run in enumerate(plan[first:], first + 1):
@@ -248,7 +250,7 @@ class Trainer:
                     for level in levels:
                         self._place = f"step {step} (epoch {epoch + 1}, {level.part})"
                         losses = self.step(level, x, y, generator, x_adv)
-                    postfix(bar, partial(_terms_line, losses))
+                    postfix(bar, partial(terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
@@ -256,14 +258,6 @@ class Trainer:
                     self.after_iteration(done, generator)
             self.require_finite()
         self._place = ""
-
-    @contextmanager
-    def _layers_seeded(self, epoch: int) -> Iterator[None]:
-        """Inside, what layers draw by themselves (dropout) follows from the seed and the epoch."""
-        device = self.fabric.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_for(self.config.training.seed, "layers", epoch, self.fabric.global_rank))
-            yield
 
     def _prepared(
         self,
@@ -380,7 +374,3 @@ class Trainer:
 
 
 __all__ = ["Trainer", "TrainingDiverged", "build_model"]
-
-
-def _terms_line(losses: Terms) -> str:
-    return " ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
