@@ -19,7 +19,7 @@ from advmoe.studies.comparisons import saving
 from advmoe.studies.efficiency import PRICE, VARIANTS, twice
 from advmoe.studies.exact_tests import sign_flip
 from advmoe.studies.paper_claims import PAPER_CLAIMS, PaperClaim
-from advmoe.text import percent, wrapped
+from advmoe.text import one_line, percent, wrapped
 
 NOT_RUN, NOT_JUDGED = "not run at this size", "not judged at this size"
 
@@ -74,9 +74,17 @@ def judge(studies: Mapping[str, Mapping[str, Any]]) -> list[tuple[PaperClaim, li
     listed = []
     for claim in PAPER_CLAIMS:
         of_study = {name: content for name, content in studies.items() if content.get("study") == claim.study}
-        found = [each for name, content in of_study.items() for each in _of_study(claim, name, content)]
+        found = [each for name, content in of_study.items() for each in _named(claim, name, content)]
         listed.append((claim, found or [Judgement()]))
     return listed
+
+
+def _named(claim: PaperClaim, folder: str, content: Mapping[str, Any]) -> list[Judgement]:
+    try:
+        return _of_study(claim, folder, content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        rule = "must hold a study's numbers as `advmoe study` writes them"
+        raise InputError(f"{folder}/{STUDY} {rule}, got others for {claim.claim} ({one_line(error)})") from error
 
 
 def _of_study(claim: PaperClaim, folder: str, content: Mapping[str, Any]) -> list[Judgement]:
@@ -132,12 +140,7 @@ def judged_anew(content: Mapping[str, Any]) -> dict[str, Any]:
     claims = content.get("claims")
     if not isinstance(claims, list):
         return dict(content)
-    anew = [
-        {**claim, "verdicts": [_anew(each) for verdict in claim["verdicts"] for each in _by_measure(verdict)]}
-        if _is_judged(claim)
-        else claim
-        for claim in claims
-    ]
+    anew = [_claim_anew(claim) for claim in claims]
     notes = content.get("notes")
     if isinstance(notes, list):
         notes = [each for each in notes if not str(each).startswith(_SUPERSEDED)]
@@ -148,11 +151,11 @@ _SUPERSEDED = "The cheapest variant that loses nothing at this size"
 """How a note began that concluded from the older rule."""
 
 
-def _is_judged(claim: Any) -> bool:
-    verdicts = claim.get("verdicts") if isinstance(claim, dict) else None
-    return isinstance(verdicts, list) and all(
-        isinstance(each, dict) and isinstance(each.get("numbers"), dict) for each in verdicts
-    )
+def _claim_anew(claim: Any) -> Any:
+    try:
+        return {**claim, "verdicts": [_anew(each) for verdict in claim["verdicts"] for each in _by_measure(verdict)]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return claim  # of another's making
 
 
 def _anew(verdict: Mapping[str, Any]) -> dict[str, Any]:

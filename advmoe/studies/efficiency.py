@@ -9,7 +9,7 @@ from advmoe.config import Config
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import MARGIN, Comparison, claim, verdict
 from advmoe.studies.comparisons import MEASURED, measured, named
-from advmoe.studies.results import Results, RowResults, RunNumber, RunResults, outcomes, point
+from advmoe.studies.results import Results, RowResults, RunNumber, RunResults, outcomes, pace_bounds, point
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
@@ -31,20 +31,19 @@ def price(run: RunResults) -> float | None:
     return (run.measurement("pace") or {}).get("ratio")
 
 
-def _bound(ours: str, theirs: str) -> RunNumber:
-    """The ratio of extremes over rounds: one that no round of the ratio can lie beyond."""
+def _bound(side: int) -> RunNumber:
+    """The least (0) or the most (1) that the ratio can be in a round."""
 
     def value(run: RunResults) -> float | None:
-        timed = list((run.measurement("pace") or {}).get("seconds", {}).values())
-        ratio: float | None = timed[0][ours] / timed[-1][theirs] if timed else None
-        return ratio
+        bounds = pace_bounds(run.measurement("pace"))
+        return None if bounds is None else bounds[side]
 
     return value
 
 
 RATIO = Quantity("ratio", "s/epoch, of AT (MoE)", "lower", price)
-LEAST = Quantity("ratio_least", "at least", None, _bound("least", "most"))
-MOST = Quantity("ratio_most", "at most", None, _bound("most", "least"))
+LEAST = Quantity("ratio_least", "at least", None, _bound(0))
+MOST = Quantity("ratio_most", "at most", None, _bound(1))
 
 
 def _rows(scale: Scale, _: Results) -> list[Row]:

@@ -139,6 +139,17 @@ def of_cost(name: str) -> RunNumber:
     return value
 
 
+def pace_bounds(paced: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """Between what the ratio of `pace` lies in every round: the least of one's seconds by the most of the other's, and
+    the other way; None where the seconds are not known.
+    """
+    seconds = list(((paced or {}).get("seconds") or {}).values())
+    if not seconds:
+        return None
+    ours, theirs = seconds[0], seconds[-1]
+    return ours["least"] / theirs["most"], ours["most"] / theirs["least"]
+
+
 def seconds_per_epoch(run: RunResults) -> float | None:
     """The median over epochs, as the machine stood."""
     seconds = [line["seconds"] for line in run.epochs]

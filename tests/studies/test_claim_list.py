@@ -193,6 +193,15 @@ def test_a_file_that_is_no_study_s_is_named(tmp_path, content, said):
     assert str(tmp_path / "study.json") in str(raised.value)
 
 
+def test_numbers_of_another_s_making_are_one_line_that_names_the_study(study, tmp_path):
+    numbers = {MOE[0]: {"test": "t", "p_seeds": "none", "seeds": 3}}
+    study("table1", [{"name": "ordering", "verdicts": [{"measure": "PGD", "numbers": numbers}]}])
+    with pytest.raises(ValueError, match=r"^table1-cpu/study.json must hold a study's numbers"):
+        judge(stored(tmp_path))
+    odd = {"claims": [{"name": "ordering", "verdicts": [{"measure": "PGD", "numbers": numbers}]}], "notes": []}
+    assert judged_anew(odd) == odd  # a page shows it as it is
+
+
 def test_a_folder_without_studies_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^--out must be a folder of studies \(a study.json in each\), got "):
         stored(tmp_path)
