@@ -24,6 +24,7 @@ from advmoe.config import (
     Pixels,
     Seed,
     Threads,
+    is_source,
     near_matches,
     network,
     overlaid,
@@ -35,7 +36,6 @@ from advmoe.config import (
 )
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.evaluation.targets import is_source
 from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
@@ -233,6 +233,8 @@ def _metavar(hint: Any) -> str:
         return f"{{{','.join([*table, *(each.spelling.split()[0] for each in table.families)])}}}"
     while get_args(hint):  # `Annotated`
         hint = get_args(hint)[0]
+    if get_args(hint):
+        return f"{{{','.join(get_args(hint))}}}"
     return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 
 

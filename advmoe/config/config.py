@@ -104,8 +104,14 @@ class Config(Strict):
             add("training", "attack_steps step_size beta attack_routing", f"training.method is {t.method}")
         if t.objective == "pgd-at":
             add("training", "beta", f"training.objective is {t.objective}")
+        if t.teacher is None:
+            add("training", "distill_weight", "training.teacher is left out")
+        else:
+            add("training", "beta", "training.teacher is given")
         if t.warm:
             add("training", "attack_steps", f"training.alternation is {t.alternation}")
+        if t.fixed_norms is None:
+            add("training", "frozen_norms", f"training.method is {t.method}")
         if t.method != "sparse":
             add("training", "prune_epochs finetune_epochs", f"training.method is {t.method}")
         if t.router_objective != "codes":
@@ -169,10 +175,7 @@ class Config(Strict):
 
     def digest(self) -> str:
         """The SHA-256 of all fields but those that say where things lie, which change no result."""
-        groups = self.to_dict()
-        for group, name in PLACES:
-            del groups[group][name]
-        return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
+        return _digest(self.to_dict())
 
     def to_yaml(self) -> str:
         """The text of `config.yaml`."""
@@ -184,18 +187,35 @@ class Config(Strict):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Config:
-        """Read what `dump` or a user wrote. Raises `ValueError`, which names the file, or `FileNotFoundError`."""
+        """Read what `dump` wrote, be it of a version with fewer fields: the run was trained as these say nothing of.
+
+        Raises `ValueError`, which names the file, or `FileNotFoundError`.
+        """
         values = read_yaml(path)
         try:
-            return Config.from_dict(values)
+            config = Config.from_dict(values)
+            if "frozen_norms" not in (values.get("training") or {}):
+                config.training.frozen_norms = METHODS[config.training.method].earlier_norms  # type: ignore[assignment]
+            return config
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
 
 
 PLACES = (
     ("model", "source"), ("data", "root"), ("data", "download"), ("data", "workers"), ("training", "init_from"),
+    ("training", "teacher"), ("training", "teacher_weights"),
 )  # fmt: skip
 """Fields that say where things lie or how they are fetched."""
+
+
+def _digest(groups: Mapping[str, Any]) -> str:
+    told = {group: {n: v for n, v in fields.items() if (group, n) not in PLACES} for group, fields in groups.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """`Config.digest` of what `dump` wrote, as it was when it did: without the fields of later versions."""
+    return _digest({group: fields or {} for group, fields in read_yaml(path).items()})
 
 
 def field_names() -> list[str]:

@@ -32,6 +32,7 @@ Optimizer = Literal["sgd", "adamw"]
 Decay = Literal["all", "weights"]
 AttackStart = Literal["noise", "uniform"]
 AttackLoss = Literal["kl", "ce"]
+FrozenNorms = Literal["refresh", "keep", "running"]
 
 ModelKind = Annotated[str, KINDS]
 RouterKind = Annotated[str, ROUTERS]
@@ -211,6 +212,14 @@ def require_path(name: str, value: str, longest: int = 255) -> None:
     path = os.fsencode(value)
     ok = len(path) <= 3840 and all(len(part) <= longest for part in path.split(b"/"))
     require(ok, name, f"a path of at most 3840 bytes, each of its parts of at most {longest}", value)
+
+
+def is_source(text: str) -> bool:
+    """Whether `text` means a Python file and a name in it (`model.py:net`), not a run directory.
+
+    A file with its name missing or misspelt is meant as one too, so that `load_classifier` can say what is wrong.
+    """
+    return re.fullmatch(r".*\.py(:[^/\\]*)?", text) is not None
 
 
 class Strict:

@@ -14,6 +14,7 @@ from advmoe.config.fields import (
     Decay,
     Epochs,
     FollowingStep,
+    FrozenNorms,
     LearningRate,
     MethodName,
     Norm,
@@ -34,6 +35,7 @@ from advmoe.config.fields import (
     Workers,
     check_types,
     first_epochs,
+    is_source,
     require,
     require_path,
 )
@@ -208,6 +210,12 @@ class TrainingConfig(Strict):
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
+    frozen_norms: FrozenNorms | None = None
+    """What becomes of the batch norms' statistics in the part that stays fixed: of the backbone in `at-routers`, of the
+    routers in `at-experts`, of all weights while `sparse` learns scores. `refresh` estimates them anew, on clean
+    training images under the routing that there is now, before the first epoch and before each validation; `keep`
+    leaves them as they were; `running` has them follow in every step. By default `refresh`, of `sparse` `running`.
+    """
     compute: Compute = "auto"
     """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
     layer; `masked` computes every expert for all images, without a wait; `kernel` computes each image's own expert,
@@ -229,6 +237,15 @@ class TrainingConfig(Strict):
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
     `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on.
     """
+    teacher: str | None = None
+    """A trained network to learn from instead of classes: a run, `zoo:NAME`, or your own as FILE.py:FACTORY, which is
+    executed. It says what the clean images are; attacks lead away from that, and the loss is KL from it on clean and
+    attacked images (RSLAD, Zi et al., ICCV 2021). It may be of another kind and width.
+    """
+    teacher_weights: str | None = None
+    """A `.safetensors` file, for a teacher of your own."""
+    distill_weight: Annotated[float, Within(0, 1)] = 5 / 6
+    """Weight, with a teacher, of the term on attacked images, that on clean ones having the rest."""
     prune_epochs: Epochs | None = None
     """Of `sparse`: epochs that learn which channels to keep, weights fixed; by default a fifth of `epochs`, which are
     those of pretraining. With 0 the channels of the largest weights are kept.
@@ -249,6 +266,7 @@ class TrainingConfig(Strict):
             require_path("training.init_from", self.init_from)
         self._check_options()
         self._check_first_epochs()
+        self._check_teacher()
         if METHODS[self.method].start:
             rule = f"a run directory to start from when training.method is {self.method}"
             require(self.init_from is not None, "training.init_from", rule, self.init_from)
@@ -310,9 +328,28 @@ class TrainingConfig(Strict):
         first = self._first("first_image_sizes")
         return first[epoch] if epoch < len(first) else None
 
+    def _check_teacher(self) -> None:
+        if self.teacher is not None:
+            require_path("training.teacher", self.teacher)
+            rule = "one that trains against attacks when training.teacher is given"
+            require(METHODS[self.method].adversarial, "training.method", rule, self.method)
+            for name, usual in (("objective", "trades"), ("label_smoothing", 0)):
+                value = getattr(self, name)
+                require(value == usual, f"training.{name}", f"{usual} when training.teacher is given", value)
+        if self.teacher_weights is not None:
+            require_path("training.teacher_weights", self.teacher_weights)
+            rule = "left out unless training.teacher is a FILE.py:FACTORY"
+            require(is_source(self.teacher or ""), "training.teacher_weights", rule, self.teacher_weights)
+
     def levels(self) -> tuple[Level, ...]:
         """The levels of the method, in the order in which an iteration runs those due."""
         return levels(self.method, self.alternation)
+
+    @property
+    def fixed_norms(self) -> str | None:
+        """What `frozen_norms` comes to; None where no part stays fixed for good."""
+        usual = METHODS[self.method].frozen_norms
+        return usual and (self.frozen_norms or usual)
 
     @property
     def warm(self) -> bool:

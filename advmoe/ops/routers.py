@@ -50,7 +50,7 @@ def router_scores(
         if scorer is not None:
             scored: Tensor = _Scored.apply(pooled, scorer)  # type: ignore[no-untyped-call]
             return scored
-    if training or learns or not isinstance(norm, nn.BatchNorm1d):
+    if training or norm.training or learns or not isinstance(norm, nn.BatchNorm1d):
         scores: Tensor = last(hidden(norm(global_pool(x) if pooled is None else pooled)).relu())
         return scores
     # Functions have less around them than modules.

@@ -68,6 +68,28 @@ def trades(
     return terms, clean_routing, adversarial_routing, logits
 
 
+def distillation(
+    model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, taught: Tensor, weight: float
+) -> tuple[Terms, Routing, Routing, Tensor]:
+    """(1 - weight) * KL(T(x) || f(x)) + weight * KL(T(x) || f(x_adv)): a teacher's soft labels in the place of classes.
+
+    Args:
+        model: the student f, (N, C, H, W) -> logits (N, K); in train mode (`learning`).
+        x, x_adv: clean and adversarial pixels in [0, 1], (N, C, H, W). taught: the teacher's logits of `x`, (N, K).
+        weight: of the term on attacked images, in [0, 1]; 5/6 in the authors' code.
+
+    Returns what `trades` does, the terms as `{"clean_kl": scalar, "adv_kl": scalar}`; no gradient reaches the teacher.
+
+    Source: RSLAD, Zi et al., ICCV 2021, eq. 6, at temperature 1.
+    """
+    with route() as clean_routing:
+        logits = model(x).float()
+    terms = {"clean_kl": (1 - weight) * kl_divergence(taught, logits)}
+    with route() as adversarial_routing:
+        terms["adv_kl"] = weight * kl_divergence(taught, model(x_adv))
+    return terms, clean_routing, adversarial_routing, logits
+
+
 def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:
     """weight * E * sum_i f_i P_i, mean over MoE layers and `routings`: f_i the share of samples whose choice is expert
     i, P_i the mean of its gate probability (Fedus et al., JMLR 2022, eq. 4 to 6). It is `weight` where both are even,

@@ -47,6 +47,7 @@ from advmoe.training.objectives import (
     code_loss,
     codewords,
     cross_entropy,
+    distillation,
     trades,
 )
 from advmoe.training.optim import clip, make_optimizers, set_rates
@@ -54,6 +55,8 @@ from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.resizing import require_sizes, shrunk
 from advmoe.training.schedule import rate
+from advmoe.training.statistics import fixed_norms, refresh
+from advmoe.training.teacher import Teacher, teacher_of
 
 _GLANCED = 64
 """Training images whose logits must be finite, where there are none to validate with."""
@@ -72,6 +75,8 @@ class Trainer:
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
     """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
+    teacher: Teacher | None = field(default=None, kw_only=True)
+    """Whom the model learns from; by default whom `training.teacher` names, which is loaded."""
     network: Network = field(init=False)
     """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
@@ -97,6 +102,7 @@ class Trainer:
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
         t = c.training
+        self.teacher = self.teacher or teacher_of(t, self.dataset, device)
         self.optimizers = make_optimizers(self.model, t)
         self.attacking, self.side = (t.attack_steps, float(t.step_size)), None
         sides = [each for each in map(t.image_size_at, range(t.epochs)) if each is not None]
@@ -106,6 +112,9 @@ class Trainer:
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
             self.table = codewords(t.codes, *arguments).to(device)
         self.levels = t.levels()
+        self.follow = None if t.fixed_norms is None else t.fixed_norms == "running"
+        fixed = fixed_norms(self.model, self.levels[0].part) if t.fixed_norms == "refresh" else []
+        self.refresh = partial(refresh, self.model, fixed, self.train_set, t.batch_size, t.seed)
         if t.ema > 0:
             self.average = WeightAverage(self.model, t.ema)
         if t.warm:
@@ -125,7 +134,8 @@ class Trainer:
     def attack(
         self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
-        """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
+        """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W). It leads away from the
+        clean prediction: the model's own or, where there is a teacher, that one's.
 
         With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these. An attack that ascends
         the cross-entropy (`training.attack_loss`) needs the images' classes `y` (N,).
@@ -137,19 +147,20 @@ class Trainer:
             trades_attack, threat=self.threat, steps=steps if earlier is None else 1, step_size=step_size,
             generator=generator, uniform=start == "uniform",
         )  # fmt: skip
+        taught = None if self.teacher is None else self.teacher(x)
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.network, x, held=earlier, labels=labels)
+                return search(self.network, x, held=earlier, labels=labels, target=taught)
             soft = soft_routing(self.network)
             if t.attack_routing == "soft":
-                return search(soft, x, held=earlier, labels=labels)
+                return search(soft, x, held=earlier, labels=labels, target=taught)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
             for predict, chosen in ((self.network, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
-                    held, known = (None if each is None else each[index] for each in (earlier, labels))
-                    x_adv[index] = search(predict, part, held=held, labels=known)
+                    held, known, target = (None if each is None else each[index] for each in (earlier, labels, taught))
+                    x_adv[index] = search(predict, part, held=held, labels=known, target=target)
             return x_adv
 
     def step(
@@ -164,7 +175,7 @@ class Trainer:
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator, None, y)
-        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
+        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part, follow=self.follow):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
             if self.watch.add(self._place, terms):
@@ -190,7 +201,11 @@ class Trainer:
                 terms, routing, logits = cross_entropy(self.network, seen, y, t.label_smoothing)
                 passes = [routing]
             else:
-                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta, t.label_smoothing)
+                if self.teacher is None:
+                    found = trades(self.network, x, x_adv, y, t.beta, t.label_smoothing)
+                else:
+                    found = distillation(self.network, x, x_adv, self.teacher(x), t.distill_weight)
+                terms, routing, adversarial, logits = found
                 passes = [routing, adversarial]
             if self.table is not None and x_adv is not None and level.part == "routers":
                 terms["codes"] = code_loss(passes[-1], y, self.table, t.alpha)
@@ -236,6 +251,8 @@ class Trainer:
         self.attacking, self.side = t.attack_at(epoch), t.image_size_at(epoch)
         begun, self.begun = self.begun, None
         first = 0 if begun is None else begun.iterations
+        if epoch == 0 and begun is None:
+            self.refresh()
         handed_out = sum(len(run) for run in plan[:first])
         drawing = self.train_set.batches(shares, varied if self.perturbations is None else None, handed_out)
         layers = drawing_for(t.seed, "layers", epoch, fabric.global_rank, device=fabric.device)
@@ -300,9 +317,12 @@ class Trainer:
         average_buffers(fabric, self.model.buffers())
         if self.average is not None:
             average_buffers(fabric, self.average.buffers(self.model))
+        self.refresh()
         share = val.subset(torch.arange(len(val))[fabric.global_rank :: fabric.world_size])
         sums = torch.zeros(3, device=device)
         with self.averaged():
+            if self.average is not None:
+                self.refresh()
             if len(share):
                 attacks = ("pgd", "pgd-soft") if self.model.routed else ("pgd",)
                 measurement = Measurement(threat=self.threat, attack=self.val_attack, attacks=attacks, seed=t.seed)
