@@ -22,6 +22,7 @@ from advmoe.config.fields import (
     Processes,
     RoutePer,
     RouterKind,
+    RouterNorm,
     Seed,
     Share,
     Side,
@@ -35,11 +36,10 @@ from advmoe.config.fields import (
     require_text,
     typed,
 )
+from advmoe.config.network import OWN_MODEL, ModelConfig
 from advmoe.config.sections import (
-    OWN_MODEL,
     AttackConfig,
     DataConfig,
-    ModelConfig,
     ThreatConfig,
     TrainingConfig,
 )
@@ -47,7 +47,7 @@ from advmoe.config.sections import (
 __all__ = [
     "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
     "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
-    "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
-    "Within", "field_names", "file_digest", "is_source", "merged", "near_matches", "overlaid", "read_yaml",
+    "RoutePer", "RouterKind", "RouterNorm", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig",
+    "Width", "Within", "field_names", "file_digest", "is_source", "merged", "near_matches", "overlaid", "read_yaml",
     "require", "require_one_of", "require_path", "require_text", "typed",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from advmoe.config.fields import FollowingStep, Pixels, Strict, check_types, require
-from advmoe.config.sections import AttackConfig, DataConfig, ModelConfig, ThreatConfig, TrainingConfig
+from advmoe.config.network import ModelConfig
+from advmoe.config.sections import AttackConfig, DataConfig, ThreatConfig, TrainingConfig
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
@@ -44,6 +45,9 @@ class Config(Strict):
                 require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
+        for name in ("router_lr", "router_momentum", "router_weight_decay"):
+            if getattr(self.training, name) is not None:
+                require(routed, "model.kind", f"moe when training.{name} is given", self.model.kind)
         if self.training.warm:
             streamed = ", ".join(name for name, each in DATASETS.items() if each.streamed)
             rule = f"of images held in memory (not {streamed}) when training.alternation is {self.training.alternation}"
@@ -93,11 +97,13 @@ class Config(Strict):
             add("model", "num_experts router", "model.to_moe is false")
         elif not own and model.kind != "moe":
             reason = f"model.kind is {model.kind}"
-            add("model", "num_experts router route_per experts experts_init", reason)
+            add("model", "num_experts router router_norm route_per experts experts_init", reason)
             add("model", "scale" if model.kind == "dense" else "", reason)
             add("training", "attack_routing", reason)
         if not METHODS[t.method].adversarial:
             add("training", "attack_steps step_size beta attack_routing", f"training.method is {t.method}")
+        if t.objective == "pgd-at":
+            add("training", "beta", f"training.objective is {t.objective}")
         if t.teacher is None:
             add("training", "distill_weight", "training.teacher is left out")
         else:
@@ -123,6 +129,8 @@ class Config(Strict):
             lines.append(f"model.scale 1 makes the {model.num_experts} experts of every layer the same")
         if self.training.lr < 1e-9:
             lines.append(f"training.lr {self.training.lr:g} changes no weight that fp32 would show")
+        if self.training.optimizer == "adamw" and self.training.lr > 0.01:
+            lines.append(f"training.lr {self.training.lr:g} is long for adamw, whose steps are of about that size")
         if METHODS[self.training.method].adversarial and not self.training.warm:
             lines += self._steps("training", self.training.attack_steps, self.training.step_size)
         return lines + self._steps("attack", self.attack.steps, self.attack.step_size)

@@ -21,7 +21,7 @@ _NO_RESULT = {
     "training": ("init_from", "teacher_weights", "checkpoint_minutes"),
 }
 """Fields that change no result, or that are told apart by content: where images lie, and what a run starts from."""
-_ROUTED = ("num_experts", "router", "route_per", "experts", "experts_init")
+_ROUTED = ("num_experts", "router", "router_norm", "route_per", "experts", "experts_init")
 """Fields of the model that say nothing about a plain one."""
 
 

@@ -35,6 +35,10 @@ from advmoe.documents import parse_yaml
             "model.num_experts must be >= 2 when training.margin is > 0, got 1",
         ),
         (
+            lambda: Config(model=ModelConfig(kind="dense"), training=TrainingConfig(router_lr=0.1, method="at")),
+            "model.kind must be moe when training.router_lr is given, got 'dense'",
+        ),
+        (
             lambda: Config(data=DataConfig(name="imagenet"), training=TrainingConfig(alternation="warm-start")),
             "data.name must be of images held in memory (not imagenet) when training.alternation is warm-start",
         ),
@@ -78,6 +82,13 @@ def test_notes_tell_what_fields_do_not_do() -> None:
     ]
     assert notes("training.beta", training={"method": "standard"}) == [
         "training.beta changes nothing: training.method is standard"
+    ]
+    assert notes("training.beta", training={"objective": "pgd-at"}) == [
+        "training.beta changes nothing: training.objective is pgd-at"
+    ]
+    assert notes("", training={"optimizer": "adamw", "lr": 0.01}) == []
+    assert notes("", training={"optimizer": "adamw"}) == [
+        "training.lr 0.1 is long for adamw, whose steps are of about that size"
     ]
     assert notes("model.scale", model={"scale": 1}) == ["model.scale 1 makes the 2 experts of every layer the same"]
     assert notes("model.scale", model={"scale": 1, "experts": "independent"}) == []

@@ -5,7 +5,9 @@ import pytest
 from advmoe.config import Config, field_names
 from advmoe.studies.keys import digest, measure_key, run_key
 
-OF_ROUTED = {"model.num_experts", "model.router", "model.route_per", "model.experts", "model.experts_init"}
+OF_ROUTED = {
+    "model.num_experts", "model.router", "model.router_norm", "model.route_per", "model.experts", "model.experts_init",
+}  # fmt: skip
 NO_RESULT = {
     "data.root", "data.download", "data.workers", "training.init_from", "training.alternation",
     "training.checkpoint_minutes", "training.frozen_norms", "training.teacher_weights",
