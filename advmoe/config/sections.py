@@ -336,6 +336,8 @@ class TrainingConfig(Strict):
             for name, usual in (("objective", "trades"), ("label_smoothing", 0)):
                 value = getattr(self, name)
                 require(value == usual, f"training.{name}", f"{usual} when training.teacher is given", value)
+            rule = "kl, or left out, when training.teacher is given"
+            require(self.attack_loss != "ce", "training.attack_loss", rule, self.attack_loss)
         if self.teacher_weights is not None:
             require_path("training.teacher_weights", self.teacher_weights)
             rule = "left out unless training.teacher is a FILE.py:FACTORY"
