@@ -143,10 +143,6 @@ from advmoe.tables import DATASETS
             "training.first_image_sizes must be left out when training.teacher is given, got '8'",
         ),
         (
-            lambda: TrainingConfig(objective="pgd-at", teacher="zoo:x"),
-            "training.objective must be trades when training.teacher is given, got 'pgd-at'",
-        ),
-        (
             lambda: TrainingConfig(finetune_lr=0.01),
             "training.method must be sparse when training.finetune_lr is 0.01, got 'advmoe'",
         ),
