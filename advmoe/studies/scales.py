@@ -17,6 +17,7 @@ from advmoe.config import Pixels, merged, require_one_of
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
+from advmoe.tables import METHODS
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ class PaperMethod:
     def routed(self) -> bool:
         """Whether its models have routers."""
         return bool(self.settings["model"]["kind"] == "moe")
+
+    @property
+    def fixes(self) -> bool:
+        """Whether it leaves a part fixed for good, whose statistics are a matter of choice."""
+        return METHODS[self.settings["training"]["method"]].frozen_norms is not None
 
 
 def _method(kind: str, method: str, start: str | None = None, **training: Any) -> PaperMethod:
@@ -103,6 +109,7 @@ class Scale:
         dataset: str | None = None,
         backbone: str | None = None,
         more: Settings | None = None,
+        statistics: str | None = None,
         **labels: Any,
     ) -> TrainingRun:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
@@ -110,6 +117,7 @@ class Scale:
         Args:
             more: settings over those of the scale, data, backbone and method; a run that it starts from has those of
                 the model, the data and the threat too.
+            statistics: `training.frozen_norms` of the run and of those that it starts from, where a part stays fixed.
             labels: what the study varies, for its tables and figures; the run's name has them in this order.
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
@@ -119,7 +127,12 @@ class Scale:
         start = None
         if how.start is not None:
             shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
-            start = self.run(how.start, dataset=dataset, backbone=backbone, more=shared, **labels)
+            start = self.run(
+                how.start, dataset=dataset, backbone=backbone, more=shared, statistics=statistics, **labels
+            )
+        if statistics is not None and how.fixes:
+            labels["statistics"] = statistics
+            more = merged(more, {"training": {"frozen_norms": statistics}})
         usual = merged(self.base, data.settings, net.settings, how.settings, more)
         settings = merged(usual, self.overrides)
         elsewhere = other_folder(usual, settings)

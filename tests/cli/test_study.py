@@ -85,21 +85,26 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
     code, out, err = advmoe("study", "fig5", "--dry-run", "--seeds", "2", "--jobs", "2")
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
     *lines, last = out.splitlines()
-    assert last == "14 tasks, 14 to do, by 2 processes"
+    assert last == "26 tasks, 26 to do, by 2 processes"
     found = [
         re.fullmatch(
             r"missing +(\w+) +(.*), ResNet-18 of width 8, digits at 16 pixels, seed (\d)  (\w{12})", line
         ).groups()
         for line in lines
     ]
-    standard, routers, experts = "standard MoE", "router-robustified MoE", "router-robustified MoE, then its experts"
-    first = [("train", standard), ("train", routers), ("evaluate", routers), ("dissect", routers)]
-    second = [(what, experts) for what in ("train", "evaluate", "dissect")]
-    expected = [(*each, seed) for row in (first, second) for seed in "01" for each in row]
+    expected = []
+    for statistics in ("refresh", "keep"):
+        routers, experts = (
+            f"router-robustified MoE{then}, statistics = {statistics}" for then in ("", ", then its experts")
+        )
+        start = [("train", "standard MoE")] if statistics == "refresh" else []  # the same for both
+        first = [*start, ("train", routers), ("evaluate", routers), ("dissect", routers)]
+        second = [(what, experts) for what in ("train", "evaluate", "dissect")]
+        expected += [(*each, seed) for row in (first, second) for seed in "01" for each in row]
     assert [each[:3] for each in found] == expected
-    assert len({key for *_, key in found}) == 6  # a run of each method and seed
+    assert len({key for *_, key in found}) == 10  # a run of each method and seed
     code, out, _ = advmoe("study", "fig5", "--dry-run", "--only", "then its experts")
-    assert code == 0 and out.endswith("5 tasks, 5 to do, by 1 process\n")
+    assert code == 0 and out.endswith("9 tasks, 9 to do, by 1 process\n")
 
 
 CONTENT = {
@@ -200,7 +205,7 @@ def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, 
     code, out, err = advmoe(*words)
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
     *lines, last = out.splitlines()
-    assert last == "7 tasks: 7 waiting" and all(line.startswith("waiting    ") for line in lines)
+    assert last == "13 tasks: 13 waiting" and all(line.startswith("waiting    ") for line in lines)
     key, ledger = lines[0].split()[-1], Ledger(tmp_path / "there" / "logs")
     ledger.submitted(key, "12_3")
     with pytest.raises(OSError), ledger.doing(lines[1].split()[-1], log=Path("a.log")):
@@ -209,7 +214,7 @@ def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, 
     first, second, *_, last = out.splitlines()
     assert first.startswith("queued       train     standard MoE") and "  job 12_3  log there/logs/" in first
     assert second.startswith("failed  ") and second.endswith("  OSError: no disk  log a.log")
-    assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
+    assert last == "13 tasks: 1 queued, 1 failed, 11 waiting"
 
 
 def test_where_a_cluster_s_tasks_print_is_told(advmoe, monkeypatch):

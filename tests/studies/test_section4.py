@@ -2,6 +2,7 @@
 
 import pytest
 
+from advmoe.config import Config, merged
 from advmoe.studies.catalogue import STUDIES
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
@@ -93,3 +94,68 @@ def test_insight_3_wants_a_more_robust_model_of_less_robust_routers(row_of):
     assert verdicts(show("fig5", row_of(THETA, HIGH, categories=survived), row_of(THETA2, LOW, categories=lost))) == {
         "PGD": "does not hold", "worst case": "does not hold",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fig3", "fig4", "fig5"])
+def test_what_stays_fixed_is_run_under_both_conventions(name):
+    rows = STUDIES[name].stages[0](scale_named("cpu"), Results())
+    fixed = [row.run for row in rows if "statistics" in row.run.labels]
+    assert {run.labels["statistics"] for run in fixed} == {"refresh", "keep"}
+    for run in fixed:
+        assert run.labels["method"] not in (M1, M2)
+        chosen = run.labels["statistics"]
+        while run is not None:
+            config = Config.from_dict(merged(run.settings, {"training": {"init_from": "start"}}))
+            # A start that leaves no part fixed is the same run under both.
+            assert config.training.fixed_norms in (chosen, None)
+            assert (config.training.frozen_norms is None) == (config.training.fixed_norms is None)
+            assert ("statistics" in run.labels) == (config.training.fixed_norms is not None)
+            run = run.start
+    assert all("frozen_norms" not in row.run.settings["training"] for row in rows if row.run not in fixed)
+    assert "training.frozen_norms" in STUDIES[name].varies
+
+
+def test_each_convention_is_judged_by_itself(row_of):
+    survived, lost = [1] * 6 + [3] * 6, [2] * 6 + [4] * 6
+    kept = [row_of(THETA, LOW, categories=survived, statistics="keep")]
+    kept += [row_of(THETA2, HIGH, categories=lost, statistics="keep")]
+    fresh = [row_of(THETA, LOW, categories=lost, statistics="refresh")]
+    fresh += [row_of(THETA2, HIGH, categories=survived, statistics="refresh")]
+    outcome = show("fig5", *fresh, *kept)
+    judged = {each["name"]: [verdict["verdict"] for verdict in each["verdicts"]] for each in outcome.claims}
+    assert judged == {"insight-3": ["does not hold"] * 2, "insight-3-keep": ["holds"] * 2}
+    assert outcome.claims[1]["statement"].endswith("each other. Here statistics are kept as they came.")
+    names = [f"{method} ({statistics})" for statistics in ("refresh", "keep") for method in (THETA, THETA2)]
+    assert [line["method"] for line in outcome.tables[1]["rows"]] == names
+    assert [line["method"] for line in outcome.tables[0]["rows"]] == [name for name in names for _ in range(2)]
+
+
+def test_a_standard_model_stands_beside_both_conventions(row_of):
+    at = {"scale": 0.5}
+    robustified = [row_of(THETA, MIDDLE, statistics="refresh", **at), row_of(THETA, LOW, statistics="keep", **at)]
+    robustified += [row_of(M3, LOW, statistics=statistics, **at) for statistics in ("refresh", "keep")]
+    outcome = show("fig3", *robustified, row_of(M1, LOW, **at), row_of(M2, HIGH, **at))
+    judged = {each["name"]: each["verdicts"][0]["verdict"] for each in outcome.claims}
+    assert judged == {
+        "insight-1": "holds", "insight-1-keep": "undecided", "above-the-mask": "holds",
+        "above-the-mask-keep": "undecided",
+    }  # fmt: skip
+    both = {f"{method} ({statistics})" for method in (THETA, M3) for statistics in ("refresh", "keep")}
+    assert {*both, M1, M2} == set(outcome.figures[0].data)
+
+
+def test_pathways_in_use_stand_beside_the_routers_robustness(row, evaluated):
+    def dissected(pathways):
+        shares = dict.fromkeys(PARTS, 0.25)
+        found = {"categories": shares, "distinct_pathways": {"clean": pathways, "adversarial": 99}}
+        return {"accuracy": evaluated("11", {"pgd-10": "10"}), "dissection": ("dissect", {"pgd-10": found}, {})}
+
+    theta = row({"method": THETA}, {0: dissected(3), 1: dissected(4)})
+    (line,) = show("fig5", theta).tables[0]["rows"]
+    assert (line["routers"], line["pathways"]) == (pytest.approx(50), 3.5)
+
+
+def test_a_standard_model_that_is_robust_by_itself_is_told(row_of):
+    (note,) = show("fig4", row_of(THETA, MIDDLE, categories=[1] * 12), row_of(M1, MIDDLE)).notes
+    assert note.startswith(f"{M1}: 50% robust under PGD by itself") and "under 3% it is trained long enough" in note
+    assert not show("fig4", row_of(THETA, MIDDLE, categories=[1] * 12), row_of(M1, LOW)).notes

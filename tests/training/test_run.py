@@ -268,7 +268,10 @@ REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [REMEMBERING, {"method": "at"}], ids=["warm-start", "at"])
+@pytest.mark.parametrize(
+    "training", [REMEMBERING, {"method": "at"}, {"objective": "pgd-at", "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}],
+    ids=["warm-start", "at", "pgd-at"],
+)  # fmt: skip
 def test_two_processes_end_with_the_same_weights_and_memories_on_both(tmp_path, training):
     script = tmp_path / "script.py"
     script.write_text(
