@@ -333,9 +333,11 @@ class TrainingConfig(Strict):
             require_path("training.teacher", self.teacher)
             rule = "one that trains against attacks when training.teacher is given"
             require(METHODS[self.method].adversarial, "training.method", rule, self.method)
-            for name, usual in (("objective", "trades"), ("label_smoothing", 0)):
+            # A teacher sees what the student sees, in the size that it was trained for.
+            for name, usual in (("objective", "trades"), ("label_smoothing", 0), ("first_image_sizes", None)):
                 value = getattr(self, name)
-                require(value == usual, f"training.{name}", f"{usual} when training.teacher is given", value)
+                rule = f"{'left out' if usual is None else usual} when training.teacher is given"
+                require(value == usual, f"training.{name}", rule, value)
             rule = "kl, or left out, when training.teacher is given"
             require(self.attack_loss != "ce", "training.attack_loss", rule, self.attack_loss)
         if self.teacher_weights is not None:

@@ -139,6 +139,10 @@ from advmoe.tables import DATASETS
         ),
         (lambda: TrainingConfig(first_image_sizes="4:2"), "training.first_image_sizes must be >= 8, got 4"),
         (
+            lambda: TrainingConfig(first_image_sizes="8", teacher="zoo:x"),
+            "training.first_image_sizes must be left out when training.teacher is given, got '8'",
+        ),
+        (
             lambda: TrainingConfig(finetune_lr=0.01),
             "training.method must be sparse when training.finetune_lr is 0.01, got 'advmoe'",
         ),
