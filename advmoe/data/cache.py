@@ -1,7 +1,8 @@
 """Images decoded once and stored as arrays, whatever the layout of their folder.
 
-The arrays lie in `root/.advmoe-cache`, or in the user's cache folder where `root` cannot be written. They are used as
-long as every file has the name, size and time of change that it had when it was decoded.
+The arrays lie in `root/.advmoe-cache`, or in the user's cache folder where `root` cannot be written; and in a folder of
+this machine, if `ADVMOE_CACHE` names one, which is read first. They are used as long as every file has the name, size
+and time of change that it had when it was decoded. Of several processes one decodes, and the others wait for it.
 Axes: `N` images, `C` channels (always 3), `H W` size.
 """
 
@@ -12,8 +13,9 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from advmoe.decode import Bytes, decode, middle_square, shorter_side
 from advmoe.documents import read_array
 from advmoe.errors import InputError
 from advmoe.files import read_object, write_array, write_text
+from advmoe.locks import hold
 from advmoe.progress import bar, tracked
 from advmoe.text import one_line
 
@@ -83,19 +86,38 @@ def load_decoded(root: Path, listings: dict[str, Listing], *, image_size: int | 
     parts = {part: [_stamped(root, path) for path, _ in listing] for part, listing in listings.items()}
     fingerprint = _fingerprint(parts, image_size)
     stem = f"{'own' if image_size is None else image_size}"
-    folders = _cache_folders(root)
-    cached = next(filter(None, (_open_cache(folder, stem, fingerprint) for folder in folders)), None)
+    node = _node_folder(root)
+    cached = None if node is None else _open_cache(node, stem, fingerprint)
     if cached is None:
-        arrays, note = cached = _decode_parts(root, parts, image_size)
-        if not any(_write_cache(folder, stem, fingerprint, arrays, note) for folder in folders):
-            tried = ", ".join(str(folder) for folder in folders)
-            warnings.warn(f"the decoded images could not be kept for the next time (tried {tried})", stacklevel=2)
+        cached = _shared(root, parts, image_size, stem, fingerprint)
+        if node is not None:
+            with _alone((node,), stem):
+                _write_cache(node, stem, fingerprint, *cached)
     arrays, note = cached
     images = {
         part: ImageSet(torch.from_numpy(arrays[part]), torch.tensor([label for _, label in listing]))
         for part, listing in listings.items()
     }
     return Decoded(images, () if note is None else (note,))
+
+
+def _shared(
+    root: Path, parts: dict[str, list[_File]], image_size: int | None, stem: str, fingerprint: str
+) -> tuple[dict[str, Bytes], str | None]:
+    """Return the arrays that all machines share, decoded and stored where there are none yet, and the note on them."""
+    folders = _cache_folders(root)
+    cached = _found(folders, stem, fingerprint)
+    if cached is not None:
+        return cached
+    with _alone(folders, stem):
+        cached = _found(folders, stem, fingerprint)  # of another process, for which this one waited
+        if cached is not None:
+            return cached
+        arrays, note = _decode_parts(root, parts, image_size)
+        if not any(_write_cache(folder, stem, fingerprint, arrays, note) for folder in folders):
+            tried = ", ".join(str(folder) for folder in folders)
+            warnings.warn(f"the decoded images could not be kept for the next time (tried {tried})", stacklevel=3)
+        return arrays, note
 
 
 def _stamped(root: Path, path: str) -> _File:
@@ -118,12 +140,48 @@ def _fingerprint(parts: dict[str, list[_File]], image_size: int | None) -> str:
     return digest.hexdigest()
 
 
-def _cache_folders(root: Path) -> tuple[Path, Path]:
+def _cache_folders(root: Path) -> tuple[Path, ...]:
     """Return where the arrays may lie: in `root`, else in the user's cache under a name that depends on `root`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     user = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    return root / CACHE_FOLDER, user / "advmoe" / key
+    return root / CACHE_FOLDER, user / "advmoe" / _key(root)
+
+
+def _node_folder(root: Path) -> Path | None:
+    """Return where the arrays may lie on this machine alone, if the user names a place. Raises `ValueError` for a
+    relative one, which would be another in every folder.
+    """
+    place = os.environ.get("ADVMOE_CACHE", "")
+    if place and not os.path.isabs(place):
+        raise InputError(f"ADVMOE_CACHE must be an absolute path, got {place!r}")
+    return Path(place) / _key(root) if place else None
+
+
+def _key(root: Path) -> str:
+    return hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(folders: Sequence[Path], stem: str) -> Iterator[None]:
+    """Inside, no other process makes these arrays, where one of `folders` can hold a lock."""
+    lock = None
+    for file in (folder / f"{stem}.lock" for folder in folders):
+        with suppress(OSError, InputError):
+            lock = hold(file, wait=True)
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):
+                file.unlink()  # `hold` sees that what it locked is gone
+                file.parent.rmdir()  # where nothing came of it
+            lock.close()
+
+
+def _found(folders: Sequence[Path], stem: str, fingerprint: str) -> tuple[dict[str, Bytes], str | None] | None:
+    """Return what the first of `folders` holds that has the arrays."""
+    return next(filter(None, (_open_cache(folder, stem, fingerprint) for folder in folders)), None)
 
 
 def _open_cache(folder: Path, stem: str, fingerprint: str) -> tuple[dict[str, Bytes], str | None] | None:

@@ -1,5 +1,7 @@
 """Decoded images kept as arrays. What data sets do with them is in test_folder.py, test_tiny_imagenet.py."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,40 @@ def test_a_missing_file_is_named_before_anything_is_decoded(root: Path, image_si
     with pytest.raises(ValueError, match=r"data\.root must hold readable files in a, got .*a/absent\.png"):
         load_decoded(root, listings([("10.png", 0)], [("a/absent.png", 0)]), image_size=image_size)
     assert not (root / CACHE_FOLDER).exists()
+
+
+def test_of_several_processes_one_decodes(root: Path, tmp_path: Path) -> None:
+    code = """
+import sys, time
+import subprocess
+import sys
+from pathlib import Path
+from advmoe.data import cache
+decode_parts = cache._decode_parts
+def slowly(*arguments):
+    print("decodes", flush=True)
+    time.sleep(1.5)
+    return decode_parts(*arguments)
+cache._decode_parts = slowly
+parts, _ = cache.load_decoded(Path(sys.argv[1]), {"train": [("10.png", 0)], "test": [("20.png", 0)]}, image_size=None)
+print(parts["train"].images[0, 0, 0, 0].item())
+"""
+    command = [sys.executable, "-c", code, str(root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert sorted(said) == [["10"], ["10"], ["decodes", "10"]]
+    assert not list((root / CACHE_FOLDER).glob("*lock*"))
+
+
+def test_a_machine_has_a_copy_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, node = listings([("10.png", 0)], [("20.png", 0)]), tmp_path / "node"
+    load_decoded(root, asked, image_size=None)
+    monkeypatch.setenv("ADVMOE_CACHE", str(node))
+    for _ in range(2):  # copied, then read there: what all share is gone by then
+        assert load_decoded(root, asked, image_size=None).parts["train"].images[0, 0, 0, 0] == 10
+        (copy,) = node.rglob("*-train.npy")
+        (root / CACHE_FOLDER / copy.name).unlink(missing_ok=True)
+    assert not (root / CACHE_FOLDER / copy.name).exists()
+    monkeypatch.setenv("ADVMOE_CACHE", "node")
+    with pytest.raises(ValueError, match="ADVMOE_CACHE must be an absolute path, got 'node'"):
+        load_decoded(root, asked, image_size=None)
