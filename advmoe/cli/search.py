@@ -44,6 +44,7 @@ def parser() -> Parser:
     add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
     add("--jobs", metavar="K", help=f"trials done at once (default: 1; on a cluster {JOBS_ELSEWHERE})")
     add("--out", metavar="DIR", help="the search's folder (default: runs/search-<SPACE>)")
+    add("--dry-run", action="store_true", help="print about how long it takes and how much it leaves, and stop")
     add("--status", action="store_true", help="print how far each trial is and where its log lies, and stop")
     add_engine(parser, "1")
     add_engines(parser)
@@ -64,6 +65,12 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         jobs=number("--jobs", Processes, args.get("jobs", "1" if engine.local else JOBS_ELSEWHERE)),
         threads=here["threads"] or 1, accelerator=here["accelerator"], engine=engine, command=["advmoe", *argv],
     )  # fmt: skip
+    if "dry_run" in args:
+        from advmoe.cli.study import print_estimate
+        from advmoe.search.work import works
+
+        print_estimate(works(options.tasks(settings).values()), options.out, options)
+        return 0
     if "status" in args:
         return _status(settings, options)
     engine.require()

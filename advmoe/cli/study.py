@@ -35,7 +35,11 @@ def parser() -> Parser:
     add("--jobs", metavar="K", help=f"tasks done at once (default: 1; on a cluster {USUAL_JOBS})")
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
     add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
-    add("--dry-run", action="store_true", help="print what would be done and stop")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what would be done, about how long it takes and how much it leaves, and stop",
+    )
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
     add_engines(parser)
@@ -90,7 +94,22 @@ def _plan(name: str, options: Any) -> int:
         print(f"{task.state():11}  {described(task)}")
     left = sum(task.state() != "finished" for task in tasks.values())
     print(f"{len(tasks)} tasks, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
+    if left:
+        from advmoe.studies.estimate_work import works
+
+        print_estimate(works(tasks), options.root, options)
     return 0
+
+
+def print_estimate(works: Any, folder: Path, options: Any) -> None:
+    """Print how long `works` will take, with the options of a study or a search, and how much they leave."""
+    import torch
+
+    from advmoe.studies.estimate import estimated, lines
+
+    gpus = options.accelerator != "cpu" and torch.cuda.is_available()
+    of = estimated(works, folder, threads=options.threads, accelerator=options.accelerator)
+    print("\n".join(["", *lines(of, jobs=options.jobs, threads=options.threads, gpus=gpus)]))
 
 
 def _status(name: str, options: Any) -> int:
