@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -20,8 +21,10 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.cli.engine import add_engines, engine_of
+from advmoe.cli.study import print_estimate
 from advmoe.cli.train import config_source
 from advmoe.config import Config, Count, Processes, Seed, Within, merged, require
+from advmoe.rundir import CALIBRATION
 from advmoe.text import aligned, duration, percent
 
 JOBS_ELSEWHERE = "8"
@@ -44,7 +47,8 @@ def parser() -> Parser:
     add("--allow", metavar="CHECK,...", help="checks made before an attack that may fail")
     add("--jobs", metavar="K", help=f"trials done at once (default: 1; on a cluster {JOBS_ELSEWHERE})")
     add("--out", metavar="DIR", help="the search's folder (default: runs/search-<SPACE>)")
-    add("--dry-run", action="store_true", help="print about how long it takes and how much it leaves, and stop")
+    add("--dry-run", action="store_true", help="print what is left and stop; how long too, once calibrated")
+    add("--calibrate", action="store_true", help="with --dry-run: time the networks for about a minute, and keep that")
     add("--status", action="store_true", help="print how far each trial is and where its log lies, and stop")
     add_engine(parser, "1")
     add_engines(parser)
@@ -66,11 +70,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         threads=here["threads"] or 1, accelerator=here["accelerator"], engine=engine, command=["advmoe", *argv],
     )  # fmt: skip
     if "dry_run" in args:
-        from advmoe.cli.study import print_estimate
-        from advmoe.search.work import works
-
-        print_estimate(works(options.tasks(settings).values()), options.out, options)
-        return 0
+        return _plan(settings, options, "calibrate" in args)
+    require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
     if "status" in args:
         return _status(settings, options)
     engine.require()
@@ -104,17 +105,30 @@ def _settings(args: dict[str, Any]) -> Any:
     return settings
 
 
+def _plan(settings: Any, options: Any, calibrate: bool) -> int:
+    tasks = options.tasks(settings)
+    left = sum(task.state() != "finished" for task in tasks.values())
+    print(f"{len(tasks)} trials, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
+    if left and (calibrate or (options.out / CALIBRATION).is_file()):
+        from advmoe.search.work import works
+
+        print_estimate(works(tasks.values()), options.out, options)
+    return 0
+
+
 def _status(settings: Any, options: Any) -> int:
     from advmoe.search.session import Standing
-    from advmoe.studies.status import counted, status_of
+    from advmoe.studies.status import status_of
 
     tasks, ledger = options.tasks(settings), options.workers().ledger
     standing = Standing.of(tasks)
-    states = {name: status_of(task, ledger) for name, task in tasks.items()}
-    for name, now in states.items():
-        end = standing.ends.get(name)
+    counts = Counter[str]()
+    for name, task in tasks.items():
+        now, end = status_of(task, ledger), standing.ends.get(name)
+        state = end["state"] if end else now.state
+        counts[state] += 1
         words = [
-            f"{end['state'] if end else now.state:11}  trial {name}",
+            f"{state:11}  trial {name}",
             _came_to(settings, end) if end else "",
             f"since {now.since}" if now.since and not end else "",
             f"on {now.host}" if now.host and not end else "",
@@ -124,7 +138,7 @@ def _status(settings: Any, options: Any) -> int:
         ]
         print("  ".join(filter(None, words)))
     best = "" if standing.best is None else f"; best so far: {_best(settings, standing)}"
-    print(f"{len(tasks)} trials: {counted(states.values())}{best}")
+    print(f"{len(tasks)} trials: {_counted(counts)}{best}")
     return 0
 
 
@@ -170,9 +184,11 @@ def _ranking(settings: Any, standing: Any) -> list[str]:
     rows = [["trial", f"{settings.objective} %", *fields]]
     for name in ranked[:MOST_SHOWN]:
         rows.append([name, percent(ends[name]["value"]), *(_shown(ends[name]["parameters"][each]) for each in fields)])
-    left = {state: sum(end["state"] == state for end in ends.values()) for state in ("finished", "pruned", "failed")}
-    counts = ", ".join(f"{count} {state}" for state, count in left.items() if count)
-    return [*aligned(rows, "<>>"), f"{len(ends)} trials: {counts}"]
+    return [*aligned(rows, "<>>"), f"{len(ends)} trials: {_counted(Counter(end['state'] for end in ends.values()))}"]
+
+
+def _counted(states: Counter[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in states.items())
 
 
 def _told(settings: Any, step: Any, task: Any, standing: Any) -> None:

@@ -20,7 +20,8 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
-from advmoe.config import Config, Count, Processes, Within
+from advmoe.config import Config, Count, Processes, Within, require
+from advmoe.rundir import CALIBRATION
 from advmoe.text import duration, listing, wrapped
 
 
@@ -35,11 +36,8 @@ def parser() -> Parser:
     add("--jobs", metavar="K", help=f"tasks done at once (default: 1; on a cluster {USUAL_JOBS})")
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
     add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print what would be done, about how long it takes and how much it leaves, and stop",
-    )
+    add("--dry-run", action="store_true", help="print what would be done and stop; how long too, once calibrated")
+    add("--calibrate", action="store_true", help="with --dry-run: time the networks for about a minute, and keep that")
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
     add_engines(parser)
@@ -71,7 +69,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         command=["advmoe", *argv],
     )
     if "dry_run" in args:
-        return _plan(args["name"], options)
+        return _plan(args["name"], options, "calibrate" in args)
+    require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
     if "status" in args:
         return _status(args["name"], options)
     engine.require()
@@ -86,7 +85,7 @@ def _list() -> int:
     return 0
 
 
-def _plan(name: str, options: Any) -> int:
+def _plan(name: str, options: Any, calibrate: bool) -> int:
     from advmoe.studies.session import plan_study
 
     tasks = plan_study(name, options)
@@ -94,7 +93,7 @@ def _plan(name: str, options: Any) -> int:
         print(f"{task.state():11}  {described(task)}")
     left = sum(task.state() != "finished" for task in tasks.values())
     print(f"{len(tasks)} tasks, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
-    if left:
+    if left and (calibrate or (options.root / CALIBRATION).is_file()):
         from advmoe.studies.estimate_work import works
 
         print_estimate(works(tasks), options.root, options)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import Trial
 
-VALIDATION = "validation.json"
-"""What was measured on the validation split, in a trial's run directory."""
+VALIDATION, UNDER_WAY = "validation.json", ".validation"
+"""In a trial's run directory: what was measured on the validation split, and the folder of finished batches until then.
+"""
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 """How a trial ends, in Optuna's words and in ours."""
 
@@ -151,11 +152,19 @@ def _measured(task: TrialTask, *, threads: int, accelerator: str) -> float:
     file = task.path / VALIDATION
     result = read_result(file) if file.is_file() else {}
     if result.get(DIGEST) is None or result[DIGEST] != digest_at(task.path):
+        before = _batches(task)
         try:
             result = write_result(file, validate(task.path, task.settings, threads=threads, accelerator=accelerator))
         except Ended as stop:
-            raise Preempted(f"{described(stop)[0]} within the measurement of trial {task.id}") from stop
+            if _batches(task) - before:
+                raise Preempted(f"{described(stop)[0]} within the measurement of trial {task.id}") from stop
+            raise
     return float(result[task.settings.objective])
+
+
+def _batches(task: TrialTask) -> set[Path]:
+    """The finished batches of a measurement under way."""
+    return set((task.path / UNDER_WAY).glob("*.*.json"))
 
 
 def _write_end(task: TrialTask, study: Study) -> None:

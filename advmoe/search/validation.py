@@ -19,11 +19,9 @@ from advmoe.models.runs import load_run
 from advmoe.pruning import deployed
 from advmoe.rundir import CONFIG, DIGEST, digest_at
 from advmoe.search.settings import SearchSettings
+from advmoe.search.trials import UNDER_WAY
 from advmoe.threat import ThreatModel
 from advmoe.training.run import load_data
-
-UNDER_WAY = ".validation"
-"""The folder of finished batches, in a run directory, until the end."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ from advmoe.files import read_object, write_text
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import soft_routing
 from advmoe.pool import threads_set
-from advmoe.progress import tracked
+from advmoe.progress import tell, tracked
+from advmoe.rundir import CALIBRATION
 from advmoe.studies.estimate_work import Network
 from advmoe.tables import Level
 from advmoe.training.launch import Engine
 from advmoe.training.trainer import Trainer, build_model
 
-CALIBRATION = "calibration.json"
-"""The file of times, in a study's or a search's folder."""
 MINUTE = 60.0
-"""Seconds that all timing may take, about: of a network that comes when they are over, each pass is timed once."""
+"""Seconds that all timing may take, about: what comes when they are over is not timed but the first."""
 REPEATS = 3
 KINDS = ("forward", "gradient", "soft", "train")
 
@@ -52,13 +51,35 @@ def calibrated(
             known = read_object(folder / CALIBRATION)
         times: Times = known.get("times", {}) if known.get("here") == here else {}
         new = [each for each in dict.fromkeys(networks) if each.key not in times]
+        # The smallest images first: what the minute is too short for follows from these.
+        new.sort(key=lambda each: each.area)
         end, share = clock() + MINUTE, MINUTE / max(1, len(KINDS) * len(new))
+        timed = dict[Network, dict[str, float]]()
         for network in tracked(new, "timing", unit="network"):
-            times[network.key] = _timed(network, accelerator, clock, end, share)
+            trainer = _trainer(network, accelerator)
+            weights = float(parameters(trainer.model)[0])
+            if timed and clock() > end:
+                seconds = _scaled(network, weights, timed)
+            else:
+                seconds = timed[network] = _timed(trainer, clock, end, share)
+            times[network.key] = {**seconds, "parameters": weights}
+            if network in timed:
+                timed[network] = times[network.key]
     if new:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CALIBRATION, json.dumps({"here": here, "times": times}, indent=1) + "\n")
+        if len(timed) < len(new):
+            tell(f"note  {len(timed)} of {len(new)} networks were timed; times of the others follow from their sizes")
     return times
+
+
+def _scaled(network: Network, weights: float, timed: Mapping[Network, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of an image in each pass, from those of the most alike of the networks that were timed: they go with the
+    area of what blocks compute on, times the weights, each of which is used at every place.
+    """
+    like = min(timed, key=lambda each: (each.model != network.model, abs(timed[each]["parameters"] - weights)))
+    ratio = network.area / like.area * weights / timed[like]["parameters"]
+    return {kind: ratio * timed[like][kind] for kind in KINDS if kind in timed[like]}
 
 
 def buildable(network: Network) -> bool:
@@ -70,11 +91,10 @@ def buildable(network: Network) -> bool:
     return True
 
 
-def _timed(network: Network, accelerator: str, clock: Clock, end: float, share: float) -> dict[str, float]:
+def _timed(trainer: Trainer, clock: Clock, end: float, share: float) -> dict[str, float]:
     """Seconds of an image in each pass of a network. `end`: when the clock says so, nothing is done twice; `share`: of
     each kind of pass.
     """
-    trainer = _trainer(network, accelerator)
     model, device = trainer.model, trainer.fabric.device
     x = trainer.train_set.pixels(slice(None))
     y = trainer.train_set.labels
@@ -91,7 +111,7 @@ def _timed(network: Network, accelerator: str, clock: Clock, end: float, share: 
     }  # fmt: skip
     if model.routed:
         passes["soft"] = lambda: _gradient(trainer, soft_routing(model), x, y)
-    seconds: dict[str, float] = {"parameters": float(parameters(model)[0])}
+    seconds = dict[str, float]()
     for kind, run in passes.items():
         took, begun = list[float](), clock()
         while len(took) <= REPEATS and (not took or clock() < min(end, begun + share)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from advmoe.config import Config, merged
 from advmoe.evaluation.suite import ATTACKS, Setting, default_attacks
+from advmoe.models.stem import stem_stride
 from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask, kind_of
 from advmoe.threat import ThreatModel
 from advmoe.training.pace import ITERATIONS
@@ -66,6 +67,11 @@ class Network:
         """The network of a configuration on images of this shape."""
         model = json.dumps(config.to_dict()["model"], sort_keys=True)
         return Network(model, shape.channels, shape.size, shape.classes)
+
+    @property
+    def area(self) -> float:
+        """Places that its blocks compute on: a stem shrinks large images first."""
+        return float((self.size / stem_stride(self.size)) ** 2)
 
     @property
     def key(self) -> str:

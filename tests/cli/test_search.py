@@ -33,6 +33,7 @@ def advmoe(tmp_path, monkeypatch, capsys):
         (["space.yaml", *FIELDS, "--training.lr", "0.1"], "--training.lr must be left out, as the space varies it"),
         (["space.yaml", *FIELDS, "--objective", "best"], "--objective must be one of worst_case, clean_accuracy"),
         (["space.yaml", *FIELDS, "--pruner", "half"], "--pruner must be one of none, median, asha, got 'half'"),
+        (["space.yaml", *FIELDS, "--calibrate"], "--calibrate must be with --dry-run, got 'no --dry-run'"),
         (["space.yaml", *FIELDS, "--trials", "0"], "--trials must be >= 1"),
         (["space.yaml", *FIELDS, "--partition", "gpu"], "--partition must go with --engine slurm"),
         (["space.yaml", *FIELDS, "--data.val_fraction", "0"], "data.val_fraction must be > 0, as trials are compared"),
@@ -65,7 +66,7 @@ def test_status_tells_how_far_each_trial_is(advmoe, tmp_path):
         "finished     trial 0000  worst_case 25.0 %  (training.lr 0.05)",
         "pruned       trial 0001  after epoch 1, robust_accuracy 30.0 %  (training.lr 0.1)",
         "waiting      trial 0002",
-        "3 trials: 2 finished, 1 waiting; best so far: trial 0000, worst_case 25.0 %  (training.lr 0.05)",
+        "3 trials: 1 finished, 1 pruned, 1 waiting; best so far: trial 0000, worst_case 25.0 %  (training.lr 0.05)",
     ]  # fmt: skip
 
 
@@ -76,5 +77,7 @@ def test_a_dry_run_says_how_long_and_how_much(advmoe, tmp_path, monkeypatch):
 
     monkeypatch.setattr("advmoe.studies.estimate.calibrated", calibrated)
     code, out, _ = advmoe("space.yaml", *FIELDS, "--trials", "4", "--accelerator", "cpu", "--dry-run")
-    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:4]] == [["trial", "4"], ["total", "4"]]
+    assert (code, out) == (0, "4 trials, 4 to do, by 1 process\n") and not (tmp_path / "runs").exists()
+    code, out, _ = advmoe("space.yaml", *FIELDS, "--trials", "4", "--accelerator", "cpu", "--dry-run", "--calibrate")
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()[3:5]] == [["trial", "4"], ["total", "4"]]
     assert "1 process here: about" in out and not (tmp_path / "runs").exists()

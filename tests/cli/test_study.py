@@ -99,6 +99,19 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
     assert code == 0 and out.endswith("5 tasks, 5 to do, by 1 process\n")
 
 
+def test_with_times_of_here_a_dry_run_tells_how_long(advmoe, tmp_path):
+    words = ["study", "fig5", "--dry-run", "--accelerator", "cpu", "--out", "there", "--jobs", "2"]
+    plan = advmoe(*words)[1]
+    code, out, _ = advmoe(*words, "--calibrate")
+    assert code == 0 and out.startswith(plan) and [each.name for each in (tmp_path / "there").iterdir()] == [
+        "calibration.json"
+    ]  # fmt: skip
+    told = [line.split()[:2] for line in out.removeprefix(plan).splitlines()[2:]]
+    assert told == [["train", "3"], ["evaluate", "2"], ["dissect", "2"], ["total", "7"], ["2", "processes"]]
+    assert advmoe(*words) == (0, out, "")  # by the times that are kept
+    assert advmoe("study", "fig5", "--calibrate")[0] == 2
+
+
 CONTENT = {
     "size": "3 epochs",
     "tables": [{"title": "Ours", "columns": [{"key": "a", "title": "A"}], "rows": [{"a": 1.5}]}],

@@ -1,8 +1,11 @@
 """What a search varies: ranges and choices, and every mistake as one line that names field, rule and value."""
 
 import pytest
+from pages import DOCS, blocks
 
+from advmoe.documents import parse_yaml
 from advmoe.errors import InputError
+from advmoe.search.settings import SearchSettings
 from advmoe.search.space import Dimension, overrides, read_space, space
 
 
@@ -65,3 +68,16 @@ def test_dotted_values_become_groups():
     assert overrides({"training.lr": 0.1, "model.width": 8, "training.beta": 2.0}) == {
         "training": {"lr": 0.1, "beta": 2.0}, "model": {"width": 8},
     }  # fmt: skip
+
+
+def test_the_page_s_space_and_configuration_make_a_search():
+    files = {each.title: parse_yaml(each.text, "page") for each in blocks(DOCS / "how-to" / "search.md", "yaml")}
+    settings = SearchSettings(space=space(files["space.yaml"]), base=files["digits.yaml"], pruner="asha")
+    assert [each.name for each in settings.space] == [
+        "training.lr",
+        "training.attack_steps",
+        "training.beta",
+        "training.momentum",
+    ]
+    config = settings.configured({"training.lr": 0.1, "training.attack_steps": 3})
+    assert config.training.attack_steps == 3 and config.training.epochs == 4

@@ -7,7 +7,8 @@ import pytest
 from advmoe import ThreatModel, evaluate, load_run
 from advmoe.rundir import DIGEST, digest_at
 from advmoe.search import validation
-from advmoe.search.validation import UNDER_WAY, validate
+from advmoe.search.trials import UNDER_WAY
+from advmoe.search.validation import validate
 from advmoe.training.run import load_data, train
 
 HERE = {"threads": 1, "accelerator": "cpu"}

@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from advmoe.config import Config
-from advmoe.studies.estimate_times import CALIBRATION, REPEATS, buildable, calibrated
+from advmoe.rundir import CALIBRATION
+from advmoe.studies.estimate_times import REPEATS, buildable, calibrated
 from advmoe.studies.estimate_work import Network, Shape
 
 SHAPE = Shape(100, 100, 1, 8, 10)
@@ -55,6 +57,18 @@ def test_once_the_minute_is_over_nothing_is_done_twice(tmp_path):
     looks = [round(clock.now / clock.seconds) for clock in (slow, quick)]
     # Each of 3 kinds: the begin, then a look before each repetition and two around it.
     assert looks == [1 + 3 * (1 + 2 + 1), 1 + 3 * (1 + 2 + 3 * REPEATS)]
+
+
+def test_what_the_minute_is_too_short_for_follows_from_the_smallest(tmp_path, capsys):
+    small, large = network(kind="dense"), replace(network(kind="dense"), size=16)
+    photos, wide = replace(small, size=224), network(kind="dense", width=8)
+    times = calibrated(tmp_path, [large, photos, wide, small], clock=Clock(100.0), **HERE)
+    timed = times[wide.key]  # of the two smallest the one that came first
+    for each, places in ((small, 1), (large, 4), (photos, 49)):  # 16 and 224 / 4 pixels a side, against 8
+        weights = times[each.key]["parameters"] / timed["parameters"]
+        for kind in ("forward", "gradient", "train"):
+            assert times[each.key][kind] == pytest.approx(places * weights * timed[kind])
+    assert "1 of 4 networks were timed" in capsys.readouterr().err
 
 
 def test_a_network_that_cannot_be_is_told(tmp_path):
