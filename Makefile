@@ -62,9 +62,10 @@ cuda: $(INSTALLED)
 
 # The kernels for GPUs, in Triton's interpreter on the CPU; and that they compile for GPUs, which needs none.
 triton: .venv/.triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and not gpu"
+	PYTHONPATH=.venv/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "triton and not gpu"
 	$(BIN)/python tests/cuda/pretended.py
-	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site ADVMOE_NATIVE=0 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "triton and gpu"
+	PRETENDED_CUDA=2 PYTHONPATH=tests/cuda/site:.venv/triton ADVMOE_NATIVE=0 TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -m "triton and gpu"
 
 # A real SLURM of two nodes on this machine: as root, with slurm-wlm and munge installed; it takes /etc/slurm.
 slurm: $(INSTALLED)
@@ -144,8 +145,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps timm -c constraints.txt
 	@touch $@
 
+# Beside the environment: where PyTorch finds Triton it compiles otherwise.
 .venv/.triton: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[triton]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton -c constraints.txt
 	@touch $@
 
 .venv/.docs: $(INSTALLED)

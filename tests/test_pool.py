@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from advmoe.errors import BugElsewhere, InputError
-from advmoe.pool import Died, Place, Pool, threads_set
+from advmoe.pool import Died, Place, Pool, Preempted, threads_set
 
 
 @contextmanager
@@ -19,6 +19,8 @@ def doing(place, factor):
     def work(order):
         if order == "mistake":
             raise InputError("order must be a number, got 'mistake'")
+        if order == "stop":
+            raise Preempted("stopped within epoch 1")
         if order == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if order == "place":
@@ -43,7 +45,7 @@ def run(tmp_path_factory):
     """
     log = tmp_path_factory.mktemp("pool") / "log"
     places = [Place(1, "cuda:0", "7", log), Place(2, "cuda:1", "GPU-5a", log)]
-    asked, orders, answers = ["place"] * 2, [1, 2, "mistake", {}, "die", "xx", 4], []
+    asked, orders, answers = ["place"] * 2, [1, 2, "mistake", {}, "die", "xx", "stop", 4], []
     expected = len(asked) + len(orders)
     with closing(Pool(doing, (3,), places)) as pool:
         while pool.start():
@@ -66,11 +68,13 @@ def run(tmp_path_factory):
 
 def test_what_they_answer_and_what_goes_wrong_in_between(run):
     _, by_order, left, _ = run
-    assert left <= 2 and len(by_order) == 7
+    assert left <= 2 and len(by_order) == 8
     assert {order: by_order[order].result for order in ("1", "2", "4")} == {"1": 3, "2": 6, "4": 12}
     assert by_order["'xx'"].result == "xxxxxx"
     mistake = by_order["'mistake'"].error
     assert isinstance(mistake, InputError) and "got 'mistake'" in str(mistake)
+    stopped = by_order["'stop'"].error
+    assert isinstance(stopped, Preempted) and str(stopped) == "stopped within epoch 1"
     died = by_order["'die'"].error
     assert isinstance(died, Died) and died.exit_code == -signal.SIGKILL and not died.at_start
 

@@ -228,7 +228,8 @@ def gradient_passes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, int |
     """How many passes with a gradient an image goes through that withstands them: `straight_through`, of the PGD that
     the masking gap starts from, and `worst_case`, of all attacks that were made.
 
-    entries: those of `collected`, by attack. None where a number is not known, or there is no such PGD.
+    Where no image withstands an attack it is the most that any went through. entries: those of `collected`, by attack.
+    None where a number is not known, or there is no such PGD.
     """
     made = {name: entry["gradient_passes"] for name, entry in entries.items() if "skipped" not in entry}
     usual = straight_through({name: entries[name]["robust_accuracy"] for name in made})

@@ -150,7 +150,8 @@ def _summed(parts: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whosever the memory is
+        kernel[grid](*arguments, **constants)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

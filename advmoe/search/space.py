@@ -25,6 +25,8 @@ FIXED = {
     "model.to_moe": "belongs to the user's own network",
     "training.seed": "decides which images trials are compared on",
     "training.init_from": "names what every trial starts from",
+    "training.teacher": "names what every trial learns from",
+    "training.teacher_weights": "names what every trial learns from",
     "training.val_attack_steps": "decides how trials are compared while they train",
 }
 """Fields, and groups of them, that no search varies, and why: trials would no longer be measured alike."""

@@ -24,6 +24,9 @@ class Router:
     apart: bool = True
     """Whether layers are chosen for apart; else one choice holds for all."""
 
+    norms: bool = False
+    """Whether it takes `norm`, the kind of its norms (`model.router_norm`)."""
+
     @property
     def in_layers(self) -> bool:
         """Whether each MoE layer has a router of its own."""
@@ -35,8 +38,8 @@ _LAYER, _IMAGE = "advmoe.moe.routers:LayerRouter", "advmoe.moe.routers:ImageRout
 ROUTERS: Table[Router] = Table(
     "model.router",
     {
-        "layer": Router(layer=lazily(_LAYER)),
-        "embedding": Router(lazily(_IMAGE, shared=False)),
-        "image": Router(lazily(_IMAGE, shared=True), apart=False),
+        "layer": Router(layer=lazily(_LAYER), norms=True),
+        "embedding": Router(lazily(_IMAGE, shared=False), norms=True),
+        "image": Router(lazily(_IMAGE, shared=True), apart=False, norms=True),
     },
 )

@@ -80,4 +80,4 @@ def test_the_page_s_space_and_configuration_make_a_search():
         "training.momentum",
     ]
     config = settings.configured({"training.lr": 0.1, "training.attack_steps": 3})
-    assert config.training.attack_steps == 3 and config.training.epochs == 4
+    assert config.training.attack_steps == 3 and config.training.epochs == 3
