@@ -30,8 +30,8 @@ LAST, BEST, BOARD = "last", "best", "tensorboard"
 EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".evaluation"
 TASKS = ".evaluation-tasks"
 SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
-# and what studies write: of a measurement, and of all.
-DONE, STUDY = "done.json", "study.json"
+# and what studies write: of a measurement, of all, and how long passes take.
+DONE, STUDY, CALIBRATION = "done.json", "study.json", "calibration.json"
 
 DIGEST = "model_sha256"
 """The model's digest (`model_digest`), in the header of its weights and in every result."""

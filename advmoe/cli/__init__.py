@@ -30,6 +30,7 @@ from advmoe.cli import (
     push,
     recipes,
     report,
+    search,
     study,
     sweep_eps,
     train,
@@ -59,6 +60,7 @@ COMMANDS: dict[str, Any] = {
     "recipes": recipes,
     "zoo": zoo,
     "study": study,
+    "search": search,
 }
 """The module of each command."""
 

@@ -20,9 +20,10 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
-from advmoe.config import Config, Count, Processes, Within
+from advmoe.config import Config, Count, Processes, Within, require
 from advmoe.errors import InputError
 from advmoe.files import require_writable, write_text
+from advmoe.rundir import CALIBRATION
 from advmoe.text import duration, listing, wrapped
 
 
@@ -39,7 +40,8 @@ def parser() -> Parser:
     add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies; of `claims` first "
         "docs/results)")  # fmt: skip
     add("--page", metavar="FILE", help="of `claims`: where to write the list as a page of Markdown")
-    add("--dry-run", action="store_true", help="print what would be done and stop")
+    add("--dry-run", action="store_true", help="print what would be done and stop; how long too, once calibrated")
+    add("--calibrate", action="store_true", help="with --dry-run: time the networks for about a minute, and keep that")
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
     add_engines(parser)
@@ -75,7 +77,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         command=["advmoe", *argv],
     )
     if "dry_run" in args:
-        return _plan(args["name"], options)
+        return _plan(args["name"], options, "calibrate" in args)
+    require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
     if "status" in args:
         return _status(args["name"], options)
     engine.require()
@@ -110,7 +113,7 @@ def _claims(args: dict[str, Any]) -> int:
     return 0
 
 
-def _plan(name: str, options: Any) -> int:
+def _plan(name: str, options: Any, calibrate: bool) -> int:
     from advmoe.studies.session import plan_study
 
     tasks = plan_study(name, options)
@@ -118,7 +121,22 @@ def _plan(name: str, options: Any) -> int:
         print(f"{task.state():11}  {described(task)}")
     left = sum(task.state() != "finished" for task in tasks.values())
     print(f"{len(tasks)} tasks, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
+    if left and (calibrate or (options.root / CALIBRATION).is_file()):
+        from advmoe.studies.estimate_work import works
+
+        print_estimate(works(tasks), options.root, options)
     return 0
+
+
+def print_estimate(works: Any, folder: Path, options: Any) -> None:
+    """Print how long `works` will take, with the options of a study or a search, and how much they leave."""
+    import torch
+
+    from advmoe.studies.estimate import estimated, lines
+
+    gpus = options.accelerator != "cpu" and torch.cuda.is_available()
+    of = estimated(works, folder, threads=options.threads, accelerator=options.accelerator)
+    print("\n".join(["", *lines(of, jobs=options.jobs, threads=options.threads, gpus=gpus)]))
 
 
 def _status(name: str, options: Any) -> int:

@@ -139,7 +139,7 @@ def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Pa
 def _new(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
     """Of a new run: its name, its directory and its configuration."""
     model = overrides.get("model", {})
-    name, values = _source(args.get("config"), overrides)
+    name, values = config_source(args.get("config"), overrides)
     config = Config.from_dict(merged(values, overrides))
     for field in OWN_MODEL if config.model.source is not None else ():
         require(field not in model, f"model.{field}", "left out with a network of your own (--model)", model.get(field))
@@ -157,7 +157,7 @@ def _unused(metrics: Path) -> list[str]:
     return [f"note  experts chosen for no image in the last epoch, in {len(dead)} of {len(layers)} layers ({named})"]
 
 
-def _source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def config_source(text: str | None, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name and the fields of `--config`: a recipe's, or a YAML file's; where there is none, those of the recipe of
     the data set that `overrides` name, and none to train a network of the user's own.
     """

@@ -240,7 +240,7 @@ def open_subject(
         ours, theirs = next(pair for pair in zip(names, data.classes, strict=True) if pair[0] != pair[1])
         raise InputError(f"data must have the model's classes in their order, got {theirs!r} for {ours!r}")
     seed = config.training.seed if options.seed is None else options.seed
-    index = _sampled(len(data.test), options.num_examples, seed)
+    index = sampled(len(data.test), options.num_examples, seed)
     load = replace(load, digest=digest_of(model))
     return Subject(
         target=target, options=options, load=load, data=data.test.subset(index), index=index, config=config, home=home,
@@ -265,7 +265,7 @@ def _config(target: str, options: Options) -> Config:
     return Config.from_dict(overlaid(settings, options.overrides or {}))
 
 
-def _sampled(images: int, number: int | None, seed: int) -> Tensor:
+def sampled(images: int, number: int | None, seed: int) -> Tensor:
     """The positions of `number` of so many `images`, in their order."""
     if number is None or number >= images:
         return torch.arange(images)

@@ -66,6 +66,17 @@ class Setting:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Passes that an attack makes on an image which withstands all of its parts."""
+
+    gradient: float
+    """Forward and back to the image."""
+    forward: float = 0.0
+    soft: bool = False
+    """Whether the gradients come through soft routing."""
+
+
 class NamedAttack(Protocol):
     """What a name among `--attacks` means."""
 
@@ -82,6 +93,9 @@ class NamedAttack(Protocol):
 
     def steps(self, setting: Setting) -> int:
         """Steps that have to cross the ball."""
+
+    def passes(self, setting: Setting) -> Passes:
+        """About how much work it is."""
 
     def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
         """The attack on `predict`; `plan` is what `routed` needs."""
@@ -102,6 +116,10 @@ class _Pgd:
 
     def steps(self, setting: Setting) -> int:
         return self.number or setting.attack.steps
+
+    def passes(self, setting: Setting) -> Passes:
+        restarts = setting.attack.restarts
+        return Passes(self.steps(setting) * restarts, restarts, self.soft)
 
     def named(self, setting: Setting) -> str:
         loss, soft = "" if self.loss == "ce" else f"-{self.loss}", "-soft" if self.soft else ""
@@ -128,6 +146,19 @@ class _Pgd:
         return Attack(self.named(setting), (AttackPart("pgd", run),), settings, (short,) if reach < threat.eps else ())
 
 
+_PASSES = {
+    "apgd-ce": (100, 0), "apgd-dlr": (100, 0), "apgd-t": (900, 0), "fab": (1000, 100), "fab-t": (1800, 900),
+    "square": (0, 5000),
+}  # fmt: skip
+"""Of AutoAttack's parts, gradient and forward passes: 100 steps, against 9 classes where targeted; FAB takes two
+gradients a step, and of all classes where it is not.
+"""
+_OF_VERSION = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "custom": (),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), "rand": ("apgd-ce", "apgd-dlr"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _AutoAttack:
     name: str
@@ -142,6 +173,10 @@ class _AutoAttack:
 
     def steps(self, setting: Setting) -> int:
         return setting.attack.steps
+
+    def passes(self, setting: Setting) -> Passes:
+        parts = self.parts or _OF_VERSION[self.version]
+        return Passes(sum(_PASSES[part][0] for part in parts), sum(_PASSES[part][1] for part in parts))
 
     def named(self, setting: Setting) -> str:
         official_library()
@@ -158,6 +193,9 @@ class _Routed:
 
     def steps(self, setting: Setting) -> int:
         return setting.attack.steps
+
+    def passes(self, setting: Setting) -> Passes:
+        return Passes(setting.budget.gradient_steps(CHANGED), setting.attack.queries)
 
     def named(self, setting: Setting) -> str:
         if setting.routed and setting.attack.queries:
@@ -189,6 +227,9 @@ class _Restarts:
         wanted = self.number or attack.restarts * attack.steps + setting.budget.gradient_steps(CHANGED)
         return -(-wanted // attack.steps)
 
+    def passes(self, setting: Setting) -> Passes:
+        return Passes(self.restarts(setting) * self.steps(setting), setting.attack.queries)
+
     def named(self, setting: Setting) -> str:
         if setting.attack.queries:
             official_library()
@@ -214,6 +255,10 @@ class FunctionAttack:
     def steps(self, setting: Setting) -> int:
         """Those of the setting: how far the function goes is its own affair."""
         return setting.attack.steps
+
+    def passes(self, setting: Setting) -> Passes:
+        """Those of a PGD with the setting's steps."""
+        return Passes(self.steps(setting))
 
     def named(self, setting: Setting) -> str:
         """Its name. Raises `InputError` for a model that has no use for it."""

@@ -114,7 +114,7 @@ ALONE = ("cost", "pace")
 StudyTask = PlannedRun | PlannedMeasure
 
 
-def kind_of(task: StudyTask) -> str:
+def kind_of(task: object) -> str:
     """What a task does: `train`, or what is measured."""
     return task.kind if isinstance(task, PlannedMeasure) else "train"
 

@@ -174,7 +174,7 @@ def plan_study(name: str, options: StudyOptions) -> dict[str, StudyTask]:
 
 
 def run_study(
-    name: str, options: StudyOptions, told: OnProgress = lambda word, task: None
+    name: str, options: StudyOptions, told: OnProgress[StudyTask] = lambda word, task: None
 ) -> tuple[Path, dict[str, Any]]:
     """Train and measure what a study needs and is not there yet, then write `study.json` and its figures.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from advmoe.engines import Ledger
 from advmoe.locks import busy
-from advmoe.studies.plan import StudyTask
-from advmoe.studies.tasks import lock_of
+from advmoe.studies.task_pool import Resumable
+from advmoe.studies.tasks import Placed, lock_of
 
 STATES = ("finished", "running", "queued", "interrupted", "failed", "waiting")
 
@@ -32,7 +33,11 @@ class TaskStatus:
     """The file that its output goes to."""
 
 
-def status_of(task: StudyTask, ledger: Ledger) -> TaskStatus:
+class Told(Resumable, Placed, Protocol):
+    """A task that files tell of."""
+
+
+def status_of(task: Told, ledger: Ledger) -> TaskStatus:
     """How far a task is: what lies where its result belongs counts before what its ledger says."""
     told, submitted = ledger.read(task.id), ledger.job(task.id)
     here = {name: told.get(name) for name in ("host", "job", "log")}

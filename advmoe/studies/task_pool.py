@@ -1,4 +1,5 @@
-"""A study's tasks, done by several processes, here or on a cluster (`engines`), each after those that it needs.
+"""The tasks of a study or a search, done by several processes, here or on a cluster (`engines`), each after those that
+it needs.
 
 A worker imports PyTorch once and takes task after task. Each has one thread unless asked otherwise, as the number of
 threads changes rounding: so results do not depend on how many processes share the work.
@@ -13,13 +14,24 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Protocol, TypeVar
 
-from advmoe.engines import Engine, EngineOptions, Ledger, MachineFailed, Skipped, run
-from advmoe.pool import Place
+from advmoe.engines import Engine, EngineOptions, Ledger, MachineFailed, Skipped, Task, run
+from advmoe.pool import Place, Prepare
 from advmoe.progress import bar
 from advmoe.studies.plan import PlannedMeasure, StudyTask, kind_of
 
 __all__ = ["MachineFailed", "OnProgress", "Skipped", "Step", "TaskWorkers", "run_tasks"]
+
+
+class Resumable(Task, Protocol):
+    """A task that says how far it is."""
+
+    def state(self) -> str:
+        """`finished`, or anything else."""
+
+
+T = TypeVar("T", bound=Resumable)
 
 
 class Step(str):
@@ -35,13 +47,13 @@ class Step(str):
     """About how long the tasks left will take; None before the first has ended well."""
 
 
-OnProgress = Callable[[Step, StudyTask], None]
+OnProgress = Callable[[Step, T], None]
 """Called with a task and what happens to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskWorkers:
-    """The processes that do a study's tasks."""
+    """The processes that do the tasks."""
 
     jobs: int
     """How many there are at most."""
@@ -52,6 +64,12 @@ class TaskWorkers:
     logs: Path
     """Folder of their output, and of what is known of the tasks."""
     engine: EngineOptions = field(default_factory=EngineOptions)
+    prepare: Prepare | None = None
+    """What has a process do tasks, given the threads, the accelerator and the ledger, if it is to say so there; None:
+    what does those of studies.
+    """
+    retries: int = 0
+    """How often a task is tried again whose process died, at least."""
 
     @property
     def ledger(self) -> Ledger:
@@ -71,11 +89,14 @@ class TaskWorkers:
     def open(self, number: int, *, alone: bool) -> Engine:
         """The engine, which does up to `number` tasks at once; `alone`: with nothing else on the same machine."""
         arguments = (self.threads, self.accelerator, self.ledger if self.engine.local else None)
-        return self.engine.open(_doing, arguments, places=self.places(number), ledger=self.ledger, alone=alone)
+        prepare = _doing if self.prepare is None else self.prepare
+        engine = self.engine.open(prepare, arguments, places=self.places(number), ledger=self.ledger, alone=alone)
+        engine.retries = max(engine.retries, self.retries)
+        return engine
 
 
 def run_tasks(
-    tasks: Mapping[str, StudyTask], errors: Mapping[str, str], workers: TaskWorkers, told: OnProgress
+    tasks: Mapping[str, T], errors: Mapping[str, str], workers: TaskWorkers, told: OnProgress[T]
 ) -> dict[str, str]:
     """Do those of `tasks` that are not finished; those that must run alone come last, one by one.
 
@@ -93,7 +114,7 @@ def run_tasks(
     clock = _Clock(todo, workers.jobs)
     with bar("study", len(todo), unit="task") as progress:
 
-        def counted(word: str, task: StudyTask, seconds: float | None) -> None:
+        def counted(word: str, task: T, seconds: float | None) -> None:
             step = clock.step(word, task, seconds)
             if word not in BEGUN:
                 progress.update()
@@ -116,12 +137,12 @@ BEGUN = ("starts", "queued")
 class _Clock:
     """How long tasks take, by kind, and so about how long those left will take `jobs` processes."""
 
-    def __init__(self, tasks: Mapping[str, StudyTask], jobs: int) -> None:
+    def __init__(self, tasks: Mapping[str, Resumable], jobs: int) -> None:
         self.left, self.jobs = dict(tasks), jobs
         self.begun: dict[str, float] = {}
         self.took: dict[str, list[float]] = {}
 
-    def step(self, word: str, task: StudyTask, seconds: float | None = None) -> Step:
+    def step(self, word: str, task: Resumable, seconds: float | None = None) -> Step:
         """What is told of a task's start or end; `seconds`: what it took, where that is known."""
         step, now = Step(word), time.perf_counter()
         if word == "starts":

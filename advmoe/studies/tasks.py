@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from advmoe.config import Config
 from advmoe.errors import OtherSettings
@@ -33,7 +33,19 @@ def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
             _train(task, threads=threads, accelerator=accelerator)
 
 
-def lock_of(task: StudyTask) -> Path:
+class Placed(Protocol):
+    """A task whose result has a place of its own."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def path(self) -> Path:
+        """The folder of its results."""
+
+
+def lock_of(task: Placed) -> Path:
     """The file that is locked by who does a task."""
     run = task.run if isinstance(task, PlannedMeasure) else task
     return run.path.with_name(f".{task.id.replace('/', '-')}.lock")

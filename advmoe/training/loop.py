@@ -92,6 +92,7 @@ def fit(
                 trainer = enter(phase, run)
                 progress["best"] = None
             if fabric.is_global_zero:
+                requests.hear(line)  # before the checkpoint: an epoch that is done again is heard of again
                 checkpoints.save(run_dir / LAST, trainer.state(progress))
             fabric.barrier()
             if epoch + 1 < epochs and (reason := requests.agreed(fabric)[1]) is not None:

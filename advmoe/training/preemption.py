@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -24,6 +25,10 @@ REQUEUE = 85
 SIGNALS = ("SIGTERM", "SIGUSR1")
 parent_asks: Callable[[], bool] = bool
 """Whether the process that started this one, if one of ours did, wants it to stop."""
+
+
+AfterEpoch = Callable[[Mapping[str, Any]], str | None]
+"""Called after each epoch, by the run's first process, with its entry of `metrics.jsonl`: why to stop there, if so."""
 
 
 class Stopped(RuntimeError):
@@ -45,6 +50,9 @@ class Requests:
     """Seconds between checkpoints within an epoch."""
     deadline: float = math.inf
     """When to stop, of `time.monotonic`."""
+    after_epoch: AfterEpoch | None = None
+    enough: str | None = field(default=None, init=False)
+    """What that has answered last."""
     told: int | None = field(default=None, init=False)
     """The signal that came."""
     saved: float = field(default_factory=time.monotonic, init=False)
@@ -62,13 +70,18 @@ class Requests:
         with handled(SIGNALS, hear, unless=lambda handler: handler == signal.SIG_IGN):
             yield
 
+    def hear(self, epoch: Mapping[str, Any]) -> None:
+        """Ask whether the run is to stop after an epoch, of this entry of `metrics.jsonl`."""
+        if self.after_epoch is not None:
+            self.enough = self.after_epoch(epoch)
+
     def reason(self) -> str | None:
         """Why this process is to stop now; None where it may go on."""
         if self.told is not None:
             return f"stopped by {signal.Signals(self.told).name}"
         if time.monotonic() >= self.deadline:
             return "stopped at --max-hours"
-        return "stopped by the process that began it" if parent_asks() else None
+        return "stopped by the process that began it" if parent_asks() else self.enough
 
     def agreed(self, fabric: Fabric) -> tuple[bool, str | None]:
         """Whether to save now, and why to stop after it, on every process alike."""

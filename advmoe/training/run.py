@@ -45,7 +45,7 @@ from advmoe.training.launchers import launched, rank
 from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.loop import fit
 from advmoe.training.model import build_model
-from advmoe.training.preemption import Requests
+from advmoe.training.preemption import AfterEpoch, Requests
 from advmoe.training.teacher import load_teacher
 from advmoe.training.trainer import Trainer, TrainingDiverged
 
@@ -69,6 +69,7 @@ class _Launch:
     notes: Sequence[str] = ()
     """Lines to print once the run can begin."""
     max_hours: float | None = None
+    after_epoch: AfterEpoch | None = None
     begun: float = field(default_factory=time.monotonic)
     """When the command began, of `time.monotonic`."""
 
@@ -138,7 +139,7 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
 def _requests(launch: _Launch) -> Requests:
     minutes, hours = launch.config.training.checkpoint_minutes, launch.max_hours
     deadline = math.inf if hours is None else launch.begun + 3600 * hours
-    return Requests(60 * minutes if minutes else math.inf, deadline)
+    return Requests(60 * minutes if minutes else math.inf, deadline, launch.after_epoch)
 
 
 def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, Any]:
@@ -269,6 +270,7 @@ def train(
     command: list[str] | None = None,
     tensorboard: bool = False,
     notes: Sequence[str] = (),
+    after_epoch: AfterEpoch | None = None,
 ) -> Path:
     """Train `config` from its start and fill `run_dir`, which must be new or empty.
 
@@ -282,9 +284,11 @@ def train(
         tensorboard: show every epoch in `run_dir/tensorboard` too (extra `tensorboard`): the scalars of
             `metrics.jsonl`, and a few validation images, clean and adversarial.
         notes: lines to be printed once data and model are known to be good.
+        after_epoch: called with each epoch's entry of `metrics.jsonl`; a reason that it returns ends the run there.
 
     Returns `run_dir`. Raises `ValueError` before anything is created for input that cannot be used, `TrainingDiverged`
-    for a NaN or infinite loss, `Stopped` where a signal (SIGTERM, SIGUSR1) or `max_hours` ended it, once all is kept.
+    for a NaN or infinite loss, `Stopped` where a signal (SIGTERM, SIGUSR1), `max_hours` or `after_epoch` ended it, once
+    all is kept.
     """
     run_dir = Path(run_dir)
     require_path("run_dir", str(run_dir))
@@ -297,7 +301,7 @@ def train(
     return _start(
         _Launch(
             config, run_dir, name, devices, accelerator, threads, command, fresh=True, tensorboard=tensorboard,
-            notes=notes, max_hours=max_hours,
+            notes=notes, max_hours=max_hours, after_epoch=after_epoch,
         )
     )  # fmt: skip
 
@@ -323,6 +327,7 @@ def resume(
     threads: int | None = None,
     max_hours: float | None = None,
     tensorboard: bool = False,
+    after_epoch: AfterEpoch | None = None,
 ) -> Path:
     """Continue the run in `run_dir` from its last sound checkpoint, by default with the accelerator, processes and
     threads that it began with.
@@ -366,5 +371,6 @@ def resume(
             fresh=False,
             tensorboard=tensorboard,
             max_hours=max_hours,
+            after_epoch=after_epoch,
         )
     )

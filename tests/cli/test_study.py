@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,20 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
     assert len({key for *_, key in found}) == 10  # a run of each method and seed
     code, out, _ = advmoe("study", "fig5", "--dry-run", "--only", "then its experts")
     assert code == 0 and out.endswith("9 tasks, 9 to do, by 1 process\n")
+
+
+def test_with_times_of_here_a_dry_run_tells_how_long(advmoe, tmp_path):
+    words = ["study", "fig5", "--dry-run", "--accelerator", "cpu", "--out", "there", "--jobs", "2"]
+    plan = advmoe(*words)[1]
+    code, out, _ = advmoe(*words, "--calibrate")
+    assert code == 0 and out.startswith(plan) and [each.name for each in (tmp_path / "there").iterdir()] == [
+        "calibration.json"
+    ]  # fmt: skip
+    told = [line.split()[:2] for line in out.removeprefix(plan).splitlines()[2:]]
+    kinds = Counter(line.split()[1] for line in plan.splitlines()[:-1])
+    assert told == [*([kind, str(n)] for kind, n in kinds.items()), ["total", str(kinds.total())], ["2", "processes"]]
+    assert advmoe(*words) == (0, out, "")  # by the times that are kept
+    assert advmoe("study", "fig5", "--calibrate")[0] == 2
 
 
 CONTENT = {

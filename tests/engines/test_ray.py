@@ -1,7 +1,7 @@
 """A real Ray on this machine does a study and an evaluation, and a process of it is killed."""
 
 import pytest
-from clusters import EVALUATE, assert_same_evaluation, finish, kill_one, start, study_with_a_death
+from clusters import EVALUATE, assert_same_evaluation, finish, kill_one, search_with_a_death, start, study_with_a_death
 
 from advmoe.engines import EngineOptions, Ledger
 from advmoe.errors import InputError
@@ -13,6 +13,11 @@ ray = pytest.importorskip("ray", reason="needs Ray (extra ray): make ray")
 
 def test_a_study_of_which_a_worker_is_killed_has_the_tables_of_local(tmp_path):
     study_with_a_death(tmp_path, "ray")
+
+
+def test_a_search_of_which_a_worker_is_killed_has_the_trials_of_local(tmp_path):
+    pytest.importorskip("optuna", reason="needs Optuna (extra search)")
+    search_with_a_death(tmp_path, "ray")
 
 
 def test_an_evaluation_of_which_a_worker_is_killed_has_the_numbers_of_one_process(tmp_path, make_digits_run):

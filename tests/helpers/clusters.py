@@ -24,6 +24,12 @@ EVALUATE = [
     "--allow", "gradients",
 ]  # fmt: skip
 TASKS = 16
+SEARCH = [
+    "search", "space.yaml", "--trials", "2", "--sampler", "random", "--accelerator", "cpu", "--attacks", "pgd-1",
+    "--allow", "gradients", "--data.name", "digits", "--data.image_size", "8", "--data.train_examples", "200",
+    "--data.val_fraction", "0.2", "--model.width", "4", "--training.method", "at", "--training.epochs", "1",
+    "--training.batch_size", "32", "--training.attack_steps", "1", "--training.val_attack_steps", "1",
+]  # fmt: skip
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
@@ -92,3 +98,18 @@ def assert_same_evaluation(folder: Path, ours: str, theirs: str) -> None:
     a, b = (read(folder / name / "evaluation.json") for name in (ours, theirs))
     assert a and a["checksum"] == b["checksum"]
     assert not (folder / theirs / ".evaluation").exists() and not (folder / theirs / ".evaluation-tasks").exists()
+
+
+def search_with_a_death(folder: Path, engine: str) -> None:
+    """Run a search by an engine of which a worker is killed; its trials are those of this machine's processes."""
+    (folder / "space.yaml").write_text("training.lr: {low: 0.01, high: 0.2, log: true}\n")
+    process = start(*SEARCH, "--out", engine, "--engine", engine, cwd=folder)
+    kill_one(folder / engine / "logs")
+    _, err = finish(process)
+    print(err)
+    assert err.count("; tried again") == 1, err
+    finish(start(*SEARCH, "--out", "local", cwd=folder))
+    for trial in ("0000", "0001"):
+        ours, theirs = (read(folder / name / "trials" / f"{trial}.json") for name in ("local", engine))
+        assert ours["state"] == theirs["state"] == "finished" and ours["checksum"] == theirs["checksum"]
+    assert (folder / engine / "best.yaml").read_text() == (folder / "local" / "best.yaml").read_text()

@@ -3,7 +3,17 @@
 import subprocess
 
 import pytest
-from clusters import EVALUATE, TASKS, assert_same_evaluation, finish, kill_one, running, start, study_with_a_death
+from clusters import (
+    EVALUATE,
+    TASKS,
+    assert_same_evaluation,
+    finish,
+    kill_one,
+    running,
+    search_with_a_death,
+    start,
+    study_with_a_death,
+)
 from waiting import until
 
 pytest.importorskip("submitit", reason="needs submitit (extra slurm)")
@@ -27,6 +37,11 @@ def kill_one_and_preempt_the_next(ledger):
 
 def test_a_study_of_which_a_job_is_killed_and_one_preempted_has_the_tables_of_local(tmp_path):
     study_with_a_death(tmp_path, "slurm", kill_one_and_preempt_the_next, again=2)
+
+
+def test_a_search_of_which_a_job_is_killed_has_the_trials_of_local(tmp_path):
+    pytest.importorskip("optuna", reason="needs Optuna (extra search)")
+    search_with_a_death(tmp_path, "slurm")
 
 
 def test_an_evaluation_whose_process_is_killed_waits_for_the_jobs_that_run(tmp_path, make_digits_run):

@@ -48,6 +48,22 @@ def assert_same(ours, theirs):
         assert {**a, "seconds": 0, "images_per_second": 0} == {**b, "seconds": 0, "images_per_second": 0}
 
 
+def test_who_hears_of_each_epoch_may_end_the_run_there(tmp_path):
+    whole, stopped, heard = tmp_path / "whole", tmp_path / "stopped", []
+
+    def after_epoch(line):
+        heard.append((line["epoch"], line["val"]["robust_accuracy"]))
+        return "enough" if len(heard) == 1 else None
+
+    train(config(), run_dir=whole, **THREADS)
+    with pytest.raises(Stopped, match="enough after epoch 1 of 2"):
+        train(config(), run_dir=stopped, after_epoch=after_epoch, **THREADS)
+    resume(stopped, after_epoch=after_epoch)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert heard == [(line["epoch"], line["val"]["robust_accuracy"]) for line in lines]
+    assert_same(stopped, whole)
+
+
 class StopsAfter(Requests):
     """Asked to stop when it was looked at so many times."""
 
