@@ -19,6 +19,7 @@ EXTRAS = (
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "optuna",
     "pyautoattack",
     "ray",
     "submitit",
@@ -44,11 +45,14 @@ def main() -> None:
         call("evaluate", run, "--num-examples", "20", "--attack.steps", "2")
         call("export", run, "--format", "torch-export", "--out", str(Path(folder, "model.pt2")))
         other = ["--run-dir", str(Path(folder, "other")), "--tensorboard"]
+        space = Path(folder, "space.yaml")
+        space.write_text("training.lr: {low: 0.01, high: 0.2}\n")
         lacking = {
             "export": ["export", run, "--out", str(Path(folder, "model.onnx"))],
             "autoattack": ["evaluate", run, "--attacks", "autoattack", "--num-examples", "20"],
             "slurm": ["evaluate", run, "--engine", "slurm"],
             "ray": ["evaluate", run, "--engine", "ray"],
+            "search": ["search", str(space), "--config", "digits-advmoe", "--out", str(Path(folder, "search"))],
             "figures": ["report", run, "-o", str(Path(folder, "report.html"))],
             "hub": ["push", run, "somebody/something"],
             "tensorboard": ["train", "--config", "digits-advmoe", *other, *TINY],
