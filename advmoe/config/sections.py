@@ -61,7 +61,11 @@ class ModelConfig(Strict):
     num_experts: Experts = 2
     """Experts N per MoE layer."""
     router: RouterKind = "layer"
-    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all."""
+    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all
+    (`image`). `fixed-FORM` and `linear`: whether the image's brightness in a part of it, or a learnt average of its
+    pixels, exceeds a threshold, which is the training images' median or starts there: choices that can be proved
+    (`advmoe certify`). `fixed-top-bottom` and `linear-2` decide twice, for each half of the layers.
+    """
     route_per: RoutePer = "image"
     """One choice of experts per image, or one per token (transformers, layer routers): no pathway per image then."""
     experts: ExpertLayout = "subset"
@@ -88,6 +92,9 @@ class ModelConfig(Strict):
             require(
                 ROUTERS[self.router].in_layers, "model.router", f"{able} when model.route_per is token", self.router
             )
+        if self.kind == "moe" and (experts := ROUTERS[self.router].experts) is not None:
+            rule = f"{experts} when model.router is {self.router}"
+            require(self.num_experts == experts, "model.num_experts", rule, self.num_experts)
         for name in ("skip", "linear"):
             patterns = getattr(self, name)
             require(patterns is None or self.to_moe, f"model.{name}", "left out without model.to_moe", patterns)
@@ -209,6 +216,10 @@ class TrainingConfig(Strict):
     """Weight of a term that has routers choose clearly under attack: by how much the chosen expert's lead on the
     runner-up, in scores on adversarial images, stays below 1; mean over MoE layers and images.
     """
+    radius: Weight = 0.0
+    """Weight of a term that has a `linear` router choose with room: by how much the radius within which a choice is
+    proved stays below `threat.eps`, in units of that and as if pixels could leave [0, 1]; mean over bits and images.
+    """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
     validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so); 0 keeps the weights themselves, and beyond 0.999999
@@ -272,6 +283,7 @@ class TrainingConfig(Strict):
         for name, rule, fit in (
             ("balance", "one that trains routers", method.trains_routers),
             ("margin", "one that trains routers against attacks", method.trains_routers and method.adversarial),
+            ("radius", "one that trains routers", method.trains_routers),
             ("awp", "one that trains against attacks", method.adversarial),
         ):
             if getattr(self, name) > 0:

@@ -21,7 +21,7 @@ from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, st
 from advmoe.tables import DATASETS, METHODS
 from advmoe.text import few, macs_unit, passes, percent, radius
 
-_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "radius", "ema", "awp")
 """Fields of a run's training that the line on its method does not tell."""
 
 RECORDED = (CONFIG, MANIFEST, EVALUATION, MASKS)

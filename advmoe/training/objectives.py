@@ -93,6 +93,14 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
     return weight * (1 - (first - second)).relu().mean()
 
 
+def radius_loss(radii: Tensor, eps: float, weight: float) -> Tensor:
+    """weight * max(0, 1 - radius / eps), mean over bits and samples: zero where every choice is proved at `eps`.
+
+    radii: (N, B), in the unit of pixels (`HalfspaceRouter.radii`).
+    """
+    return weight * (1 - radii / eps).relu().mean()
+
+
 def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:
     """The table (K, L) of each class's codeword: one expert per MoE layer.
 

@@ -14,6 +14,7 @@ from advmoe.training.objectives import (
     codewords,
     cross_entropy,
     kl_divergence,
+    radius_loss,
     trades,
 )
 
@@ -152,6 +153,14 @@ def test_choice_margin_by_hand():
     assert clear.tolist() == [0, 0] and unclear.tolist() == pytest.approx([1 / 6, -1 / 6])
     # Of three experts only the runner-up counts.
     assert choice_margin_loss(routed([[0.0, 0.5, 0.75]]), 1.0).item() == pytest.approx(0.75)
+
+
+def test_radius_by_hand():
+    # Hinges 1, 1/2, 0 and 0 at eps 0.1: the third and the fourth choice are proved there.
+    radii = torch.tensor([[0.0, 0.05], [0.1, 0.3]], requires_grad=True)
+    assert radius_loss(radii, 0.1, 2.0).item() == pytest.approx(2 * 1.5 / 4)
+    radius_loss(radii, 0.1, 1.0).backward()
+    assert radii.grad[0, 1].item() == pytest.approx(-1 / (4 * 0.1)) and radii.grad[1, 1].item() == 0
 
 
 def test_tokens_are_samples_of_the_router_terms():
