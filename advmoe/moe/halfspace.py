@@ -86,8 +86,8 @@ class HalfspaceRouter(nn.Module):
         """The dual norm of each bit's w, (B,): a cell shares its weight out among its pixels."""
         cells = self.weight.flatten(1)
         size: Tensor = torch.linalg.vector_norm(cells, 1 if norm == "linf" else 2, dim=1)
-        pixels = 1.0 if norm == "linf" else x.shape[2] * x.shape[3] / GRID**2
-        return (size / pixels**0.5).clamp_min(1e-12)
+        pixels: float = 1 if norm == "linf" else x.shape[2] * x.shape[3] / GRID**2
+        return size.div(pixels**0.5).clamp_min(1e-12)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
