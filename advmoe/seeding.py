@@ -7,6 +7,8 @@ continued from a checkpoint needs no saved generator state to go on as if it had
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +22,13 @@ def seed_for(*purpose: int | str) -> int:
 def generator_for(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator on `device`, seeded by `seed_for(*purpose)`."""
     return torch.Generator(device).manual_seed(seed_for(*purpose))
+
+
+@contextmanager
+def drawing_for(*purpose: int | str, device: torch.device) -> Iterator[None]:
+    """Inside, what draws from PyTorch's own generators (dropout, on `device`) follows from `purpose`; these are left as
+    they were.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_for(*purpose))
+        yield

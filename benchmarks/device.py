@@ -33,7 +33,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -377,7 +377,8 @@ def training(bench: Bench) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as folder:
         described = manifests.describe(name="advmoe", seed=options.seed, device=bench.device, devices=1, command=[])
         trainer = Trainer(config, model, dataset, fabric)
-        fit(trainer, Path(folder), described)
+        with redirect_stdout(sys.stderr):  # lines alone go to standard output
+            fit(trainer, Path(folder), described)
         epochs_told = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     yield {"name": "epochs", "configuration": config.to_dict()["training"], "epochs": epochs_told}
     test = dataset.test.subset(torch.arange(32)) if options.smoke else dataset.test

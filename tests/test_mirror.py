@@ -34,6 +34,7 @@ BEYOND: dict[str, str] = {
     "test_modes.py": "permissions of all that is written",
     "test_mirror.py": "this file",
     "test_package.py": "the package as it is imported",
+    "test_reimplementation.py": "AdvMoE, dissection, IoU and costs, written a second time",
     "test_plugin_tutorial.py": "what docs/how-to/extend.md says",
     "cli/test_nearest.py": "mistyped names, in every command",
     "cli/test_to_run.py": "what commands print to be run next",

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from advmoe.seeding import generator_for, seed_for
+from advmoe.seeding import drawing_for, generator_for, seed_for
 
 
 def test_a_seed_is_a_hash_of_its_purpose():
@@ -24,3 +24,14 @@ def test_the_same_purpose_draws_the_same_numbers():
     before = torch.get_rng_state()
     generator_for(0)
     assert torch.equal(torch.get_rng_state(), before)  # PyTorch's own generator is left alone
+
+
+def test_what_layers_draw_follows_from_its_purpose():
+    def drawn(*purpose):
+        with drawing_for(*purpose, device=torch.device("cpu")):
+            return torch.rand(4)
+
+    before = torch.get_rng_state()
+    assert torch.equal(drawn(0, "layers", 1), torch.rand(4, generator=generator_for(0, "layers", 1)))
+    assert not torch.equal(drawn(0, "layers", 1), drawn(0, "layers", 2))
+    assert torch.equal(torch.get_rng_state(), before)

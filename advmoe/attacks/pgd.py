@@ -222,8 +222,12 @@ def trades_attack(
     step_size: float,
     generator: torch.Generator | None = None,
     held: Tensor | None = None,
+    labels: Tensor | None = None,
+    uniform: bool = False,
+    target: Tensor | None = None,
 ) -> Tensor:
-    """TRADES' inner maximisation: KL(f(x) || f(x_adv)) ascended from x + 0.001 * N(0, 1), each step projected.
+    """TRADES' inner maximisation: KL(f(x) || f(x_adv)) ascended from x + 0.001 * N(0, 1), each step projected; with
+    `labels` and `uniform` that of Madry et al.
 
     Args:
         predict: pixels (N, C, H, W) -> logits (N, K). It should be in eval mode: a model inside `training.frozen`.
@@ -231,17 +235,24 @@ def trades_attack(
         threat: the ball, in the unit of pixels. steps: K. step_size: of each, in the unit of pixels.
         generator: source of the noise.
         held: perturbations of an earlier attack, (N, C, H, W), which this one goes on from where they are not 0.
+        labels: true classes, (N,); the cross-entropy with these is ascended in place of the KL.
+        uniform: start from a uniform draw from the ball, not from noise on the image.
+        target: logits (N, K) in the place of f(x): a teacher's.
 
     Under autocast the clean logits and the first step are in fp32 all the same: so close to the clean image the KL is
     all rounding in bf16, and its gradient points elsewhere.
 
     Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
 
-    Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020.
+    Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020; `labels`: Madry et al., ICLR
+    2018; `target`: RSLAD, Zi et al., ICCV 2021, eq. 7.
     """
-    with torch.no_grad(), _fp32(x.device):
-        loss = kl_loss(predict(x))
-    delta = 0.001 * randn_like(x, generator)
+    if labels is not None:
+        loss = cross_entropy_loss(labels)
+    else:
+        with torch.no_grad(), _fp32(x.device):
+            loss = kl_loss(predict(x) if target is None else target)
+    delta = threat.random_start(x, generator) - x if uniform else 0.001 * randn_like(x, generator)
     if held is not None:
         delta = torch.where(held == 0, delta, held)
     climb, sizes = partial(ascend, lambda x_adv: loss(predict(x_adv)), x, threat=threat), [step_size] * steps

@@ -24,7 +24,9 @@ from advmoe.config import (
     Pixels,
     Seed,
     Threads,
+    is_source,
     near_matches,
+    network,
     overlaid,
     require,
     require_path,
@@ -34,7 +36,6 @@ from advmoe.config import (
 )
 from advmoe.documents import parse_yaml
 from advmoe.errors import InputError, of_machine, reason
-from advmoe.evaluation.targets import is_source
 from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
@@ -200,9 +201,9 @@ def add_fields(parser: Parser, wanted: dict[str, Any], *, defaults: bool) -> Non
 
 @cache
 def field_docs() -> dict[str, dict[str, str]]:
-    """The docstring after each field of each dataclass in `config/sections.py`: Python itself does not keep them."""
+    """The docstring after each field of each section of the settings: Python itself does not keep them."""
     docs: dict[str, dict[str, str]] = {}
-    for cls in ast.parse(inspect.getsource(sections)).body:
+    for cls in (each for module in (network, sections) for each in ast.parse(inspect.getsource(module)).body):
         if isinstance(cls, ast.ClassDef):
             by_field = docs.setdefault(cls.name, {})
             for item, after in zip(cls.body, cls.body[1:], strict=False):
@@ -224,12 +225,16 @@ def _table(hint: Any) -> Table[Any] | None:
 
 
 def _metavar(hint: Any) -> str:
+    if type(None) in get_args(hint):  # `T | None`
+        hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return f"{{{','.join(get_args(hint))}}}"
     if (table := _table(hint)) is not None:
         return f"{{{','.join([*table, *(each.spelling.split()[0] for each in table.families)])}}}"
-    while get_args(hint):  # `Annotated`, `T | None`
+    while get_args(hint):  # `Annotated`
         hint = get_args(hint)[0]
+    if get_args(hint):
+        return f"{{{','.join(get_args(hint))}}}"
     return {bool: "{true,false}", int: "INT", float: "NUMBER", Pixels: "NUMBER|N/255", str: "TEXT"}[hint]
 
 

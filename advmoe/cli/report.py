@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,20 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     out = Path(args.get("out", "report.html"))
     figures_of(out)  # what cannot be written shows before anything is computed
     require_writable("path", out.parent)
-    results = load_results(args["results"])
+    results = [_judged(each) for each in load_results(args["results"])]
     if "no_gallery" not in args:
         results = [_with_gallery(each, options) for each in results]
     folder = write_report(results, out, title=args.get("title"), made_by=shlex.join(["advmoe", *argv]))
     print(f"written to {out}" + (f", its figures to {folder}" if folder is not None else ""))
     return 0
+
+
+def _judged(result: Any) -> Any:
+    """A study with its verdicts by the present rule; a run as it is."""
+    from advmoe.report.results import StudyFolder
+    from advmoe.studies.claim_list import judged_anew
+
+    return replace(result, content=judged_anew(result.content)) if isinstance(result, StudyFolder) else result
 
 
 def _with_gallery(result: Any, options: dict[str, Any]) -> Any:

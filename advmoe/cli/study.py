@@ -21,6 +21,8 @@ from advmoe.cli.arguments import (
 )
 from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
 from advmoe.config import Config, Count, Processes, Within
+from advmoe.errors import InputError
+from advmoe.files import require_writable, write_text
 from advmoe.text import duration, listing, wrapped
 
 
@@ -28,13 +30,15 @@ def parser() -> Parser:
     """The command's options."""
     parser = new_parser("Regenerate a table or figure of the paper, or answer a question beyond it (`study list`).")
     add = parser.add_argument
-    add("name", metavar="NAME", help="a study, or `list`")
+    add("name", metavar="NAME", help="a study, `list`, or `claims`: those of the paper, judged on what is stored")
     add("--scale", metavar="{smoke,cpu,paper}", help="minutes on digits, a night of two cores, the paper's own (smoke)")
-    add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 3 and 3)")
+    add("--seeds", metavar="S", help="runs of each row, seeds 0 to S - 1 (default: the scale's, 1, 5 and 5)")
     add("--only", metavar="WORD,...", help="rows whose run's name holds one of these; of A+B both, as in AdvMoE+ResNet")
     add("--jobs", metavar="K", help=f"tasks done at once (default: 1; on a cluster {USUAL_JOBS})")
     add("--num-examples", metavar="N", help="test images attacked (default: the scale's)")
-    add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies)")
+    add("--out", metavar="DIR", help="folder of studies and their runs (default: runs/studies; of `claims` first "
+        "docs/results)")  # fmt: skip
+    add("--page", metavar="FILE", help="of `claims`: where to write the list as a page of Markdown")
     add("--dry-run", action="store_true", help="print what would be done and stop")
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
     add_engine(parser, "1")
@@ -47,6 +51,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     if args["name"] == "list":
         return _list()
+    if args["name"] == "claims":
+        return _claims(args)
+    if "page" in args:
+        raise InputError(f"--page must be left out of a study, as it is of `claims`, got {args['page']!r}")
     from advmoe.studies.catalogue import study_named
     from advmoe.studies.session import StudyOptions
 
@@ -79,6 +87,26 @@ def _list() -> int:
     from advmoe.studies.catalogue import STUDIES
 
     print("\n".join(listing([(name, study.shows) for name, study in STUDIES.items()])))
+    return 0
+
+
+def _claims(args: dict[str, Any]) -> int:
+    """Print the paper's claims beside what stored studies say of them."""
+    if idle := [f"--{name.replace('_', '-')}" for name in args if name not in ("name", "out", "page")]:
+        raise InputError(f"`study claims` must have no options but --out and --page, got {', '.join(idle)}")
+    from advmoe.studies.claim_list import as_page, as_text, judge, stored
+
+    usual = Path("docs/results") if Path("docs/results/studies").is_dir() else Path("runs/studies")
+    studies = stored(Path(args["out"]) if "out" in args else usual)
+    listed = judge(studies)
+    if "page" in args:
+        page = Path(args["page"])
+        require_writable("--page", page.parent)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, as_page(listed, studies))
+    print(as_text(listed))
+    if "page" in args:
+        print(f"\nwritten to {args['page']}")
     return 0
 
 
@@ -131,7 +159,8 @@ def _run(name: str, options: Any, argv: list[str]) -> int:
         print("\n".join(wrapped(claim["statement"])))
         for each in claim["verdicts"]:
             p = "" if each["p_value"] is None else f" (p = {each['p_value']:.3g})"
-            print(f"  {each['measure']}: {each['verdict']} at this size{p}")
+            these = f"; these models: {models['verdict']}" if (models := each.get("these_models")) else ""
+            print(f"  {each['measure']}: {each['verdict']} at this size{p}{these}")
     for note in content["notes"]:
         print("\n".join(wrapped(note)))
     bad = [run for run in content["runs"] if run["status"] != "finished"]

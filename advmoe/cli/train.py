@@ -20,7 +20,7 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.cli.sbatch import Job, script, without
-from advmoe.config import OWN_MODEL, Config, Hours, Processes, merged, read_yaml, require
+from advmoe.config import OWN_MODEL, Config, Hours, Processes, is_source, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
 from advmoe.files import require_writable, write_text
@@ -76,7 +76,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         require(startable(run_dir), "the run directory", rule, str(run_dir))
     named = model.get("source", config.model.source)
     own = ["--model", named] if named is not None else []
-    again = to_run("train", "--resume", run_dir, *own, plugins_of=argv)
+    taught = overrides.get("training", {}).get("teacher", config.training.teacher)
+    learns = ["--training.teacher", taught] if taught is not None and is_source(taught) else []
+    again = to_run("train", "--resume", run_dir, *own, *learns, plugins_of=argv)
     if "sbatch" in args:
         return _write_script(Path(args["sbatch"]), run_dir, engine, argv, again)
     with continuable(run_dir, again, CONFIG):
@@ -95,7 +97,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
             else:
                 if "accelerator" not in args:
                     del engine["accelerator"]  # the run's own
-                runs.resume(run_dir, source=model.get("source"), **engine)
+                runs.resume(run_dir, source=model.get("source"), **overrides.get("training", {}), **engine)
         except TrainingDiverged as error:
             return fail(error, 1)
         except Stopped as error:
@@ -123,8 +125,8 @@ def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], argv: list[
 
 def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
     """Of the run to be continued: its name, which it keeps, its directory and its configuration."""
-    resumed, own = args["resume"], {"model": {"source": overrides.get("model", {}).get("source")}}
-    alone = (not overrides or overrides == own) and "config" not in args and "run_dir" not in args
+    resumed, given = args["resume"], {(group, name) for group, fields in overrides.items() for name in fields}
+    alone = given <= {("model", "source"), ("training", "teacher")} and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
     if begun(Path(resumed)) and not (Path(resumed) / CONFIG).is_file():
         raise InputError(

@@ -4,7 +4,7 @@ Pixels lie in [0, 1] and every strength (`eps`, `step_size`) is in the same unit
 Whatever is wrong with a value is a `ValueError` of one line that names the field, the rule and the value received.
 """
 
-from advmoe.config.config import Config, field_names, merged, near_matches, overlaid, read_yaml
+from advmoe.config.config import Config, field_names, file_digest, merged, near_matches, overlaid, read_yaml
 from advmoe.config.fields import (
     Batch,
     Channels,
@@ -22,23 +22,24 @@ from advmoe.config.fields import (
     Processes,
     RoutePer,
     RouterKind,
+    RouterNorm,
     Seed,
     Share,
     Side,
     Threads,
     Width,
     Within,
+    is_source,
     require,
     require_one_of,
     require_path,
     require_text,
     typed,
 )
+from advmoe.config.network import OWN_MODEL, ModelConfig
 from advmoe.config.sections import (
-    OWN_MODEL,
     AttackConfig,
     DataConfig,
-    ModelConfig,
     ThreatConfig,
     TrainingConfig,
 )
@@ -46,7 +47,7 @@ from advmoe.config.sections import (
 __all__ = [
     "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
     "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
-    "RoutePer", "RouterKind", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig", "Width",
-    "Within", "field_names", "merged", "near_matches", "overlaid", "read_yaml", "require", "require_one_of",
-    "require_path", "require_text", "typed",
+    "RoutePer", "RouterKind", "RouterNorm", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig",
+    "Width", "Within", "field_names", "file_digest", "is_source", "merged", "near_matches", "overlaid", "read_yaml",
+    "require", "require_one_of", "require_path", "require_text", "typed",
 ]  # fmt: skip

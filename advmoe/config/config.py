@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from advmoe.config.fields import FollowingStep, Pixels, Strict, check_types, require
-from advmoe.config.sections import AttackConfig, DataConfig, ModelConfig, ThreatConfig, TrainingConfig
+from advmoe.config.network import ModelConfig
+from advmoe.config.sections import AttackConfig, DataConfig, ThreatConfig, TrainingConfig
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
@@ -45,6 +46,9 @@ class Config(Strict):
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
         self._require_learnt(routed)
+        for name in ("router_lr", "router_momentum", "router_weight_decay"):
+            if getattr(self.training, name) is not None:
+                require(routed, "model.kind", f"moe when training.{name} is given", self.model.kind)
         if self.training.warm:
             streamed = ", ".join(name for name, each in DATASETS.items() if each.streamed)
             rule = f"of images held in memory (not {streamed}) when training.alternation is {self.training.alternation}"
@@ -109,13 +113,21 @@ class Config(Strict):
             add("model", "num_experts router", "model.to_moe is false")
         elif not own and model.kind != "moe":
             reason = f"model.kind is {model.kind}"
-            add("model", "num_experts router route_per experts experts_init", reason)
+            add("model", "num_experts router router_norm route_per experts experts_init", reason)
             add("model", "scale" if model.kind == "dense" else "", reason)
             add("training", "attack_routing", reason)
         if not METHODS[t.method].adversarial:
             add("training", "attack_steps step_size beta attack_routing", f"training.method is {t.method}")
+        if t.objective == "pgd-at":
+            add("training", "beta", f"training.objective is {t.objective}")
+        if t.teacher is None:
+            add("training", "distill_weight", "training.teacher is left out")
+        else:
+            add("training", "beta", "training.teacher is given")
         if t.warm:
             add("training", "attack_steps", f"training.alternation is {t.alternation}")
+        if t.fixed_norms is None:
+            add("training", "frozen_norms", f"training.method is {t.method}")
         if t.method != "sparse":
             add("training", "prune_epochs finetune_epochs", f"training.method is {t.method}")
         if t.router_objective != "codes":
@@ -133,6 +145,8 @@ class Config(Strict):
             lines.append(f"model.scale 1 makes the {model.num_experts} experts of every layer the same")
         if self.training.lr < 1e-9:
             lines.append(f"training.lr {self.training.lr:g} changes no weight that fp32 would show")
+        if self.training.optimizer == "adamw" and self.training.lr > 0.01:
+            lines.append(f"training.lr {self.training.lr:g} is long for adamw, whose steps are of about that size")
         if METHODS[self.training.method].adversarial and not self.training.warm:
             lines += self._steps("training", self.training.attack_steps, self.training.step_size)
         return lines + self._steps("attack", self.attack.steps, self.attack.step_size)
@@ -177,10 +191,7 @@ class Config(Strict):
 
     def digest(self) -> str:
         """The SHA-256 of all fields but those that say where things lie, which change no result."""
-        groups = self.to_dict()
-        for group, name in PLACES:
-            del groups[group][name]
-        return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
+        return _digest(self.to_dict())
 
     def to_yaml(self) -> str:
         """The text of `config.yaml`."""
@@ -192,18 +203,35 @@ class Config(Strict):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Config:
-        """Read what `dump` or a user wrote. Raises `ValueError`, which names the file, or `FileNotFoundError`."""
+        """Read what `dump` wrote, be it of a version with fewer fields: the run was trained as these say nothing of.
+
+        Raises `ValueError`, which names the file, or `FileNotFoundError`.
+        """
         values = read_yaml(path)
         try:
-            return Config.from_dict(values)
+            config = Config.from_dict(values)
+            if "frozen_norms" not in (values.get("training") or {}):
+                config.training.frozen_norms = METHODS[config.training.method].earlier_norms  # type: ignore[assignment]
+            return config
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
 
 
 PLACES = (
     ("model", "source"), ("data", "root"), ("data", "download"), ("data", "workers"), ("training", "init_from"),
+    ("training", "teacher"), ("training", "teacher_weights"),
 )  # fmt: skip
 """Fields that say where things lie or how they are fetched."""
+
+
+def _digest(groups: Mapping[str, Any]) -> str:
+    told = {group: {n: v for n, v in fields.items() if (group, n) not in PLACES} for group, fields in groups.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """`Config.digest` of what `dump` wrote, as it was when it did: without the fields of later versions."""
+    return _digest({group: fields or {} for group, fields in read_yaml(path).items()})
 
 
 def field_names() -> list[str]:

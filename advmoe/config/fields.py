@@ -25,6 +25,14 @@ RouterObjective = Literal["trades", "codes"]
 Codes = Literal["mod", "random"]
 Precision = Literal["32-true", "bf16-mixed"]
 Compute = Literal["auto", "dispatch", "masked", "kernel"]
+RouterNorm = Literal["batch", "layer", "none"]
+Objective = Literal["trades", "pgd-at"]
+Schedule = Literal["cosine", "one-cycle", "step"]
+Optimizer = Literal["sgd", "adamw"]
+Decay = Literal["all", "weights"]
+AttackStart = Literal["noise", "uniform"]
+AttackLoss = Literal["kl", "ce"]
+FrozenNorms = Literal["refresh", "keep", "running"]
 
 ModelKind = Annotated[str, KINDS]
 RouterKind = Annotated[str, ROUTERS]
@@ -113,6 +121,8 @@ class Within:
 Share = Annotated[float, Within(0, 1, open=True)]
 Weight = Annotated[float, Within(0, 1e6)]
 """Of a term of a loss."""
+LearningRate = Annotated[float, Within(0, 1e30, open=True)]
+WeightDecay = Annotated[float, Within(0, 10)]
 Epochs = Annotated[int, Within(0, 100_000)]
 Steps = Annotated[int, Within(1, 10_000)]
 """Of an attack."""
@@ -173,6 +183,20 @@ def typed(name: str, hint: Any, value: Any) -> Any:
         return math.inf  # an int that no float holds: the field's range refuses it
 
 
+def first_epochs(name: str, text: str | None, hint: Any) -> list[int]:
+    """The numbers of type `hint` that `text` gives the first epochs, one each: `1:3,2` is 1, 1, 1, 2. Raises the
+    `ValueError` that names the field for what is not written so.
+    """
+    numbers = list[int]()
+    for part in [] if text is None else text.split(","):
+        number, _, epochs = part.strip().partition(":")
+        written = re.fullmatch(r"[0-9]{1,9}(:[0-9]{1,6})?", part.strip(), re.ASCII)
+        ok = written is not None and (epochs == "" or 1 <= int(epochs) <= 100_000)
+        require(ok, name, "numbers, or numbers and epochs such as 1:5, separated by commas", text)
+        numbers += [typed(name, hint, int(number))] * int(epochs or 1)
+    return numbers
+
+
 def require_text(name: str, value: str, *, empty: bool = False) -> None:
     """Raise `ValueError` for text that no line or file of YAML holds as it is, or, unless it may be `empty`, that says
     nothing.
@@ -188,6 +212,14 @@ def require_path(name: str, value: str, longest: int = 255) -> None:
     path = os.fsencode(value)
     ok = len(path) <= 3840 and all(len(part) <= longest for part in path.split(b"/"))
     require(ok, name, f"a path of at most 3840 bytes, each of its parts of at most {longest}", value)
+
+
+def is_source(text: str) -> bool:
+    """Whether `text` means a Python file and a name in it (`model.py:net`), not a run directory.
+
+    A file with its name missing or misspelt is meant as one too, so that `load_classifier` can say what is wrong.
+    """
+    return re.fullmatch(r".*\.py(:[^/\\]*)?", text) is not None
 
 
 class Strict:

@@ -2,116 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from advmoe.config.fields import (
+    AttackLoss,
     AttackRouting,
+    AttackStart,
     Codes,
     Compute,
+    Decay,
     Epochs,
-    ExpertInit,
-    ExpertLayout,
-    Experts,
     FollowingStep,
+    FrozenNorms,
+    LearningRate,
     MethodName,
-    ModelKind,
     Norm,
+    Objective,
+    Optimizer,
     Pixels,
     Precision,
-    RoutePer,
-    RouterKind,
     RouterObjective,
+    Schedule,
     Seed,
-    Share,
     Side,
     Step,
     Steps,
     Strict,
     Weight,
-    Width,
+    WeightDecay,
     Within,
     Workers,
     check_types,
+    first_epochs,
+    is_source,
     require,
     require_path,
 )
-from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, ROUTERS, Level, levels
-
-OWN_MODEL: dict[str, Any] = {
-    "name": "own", "kind": "dense", "scale": 1.0, "route_per": "image", "experts": "independent",
-    "experts_init": "shared", "width": None,
-}  # fmt: skip
-"""What the fields that describe a backbone hold for a network of the user's own (`kind`: `moe` if converted)."""
-
-
-@dataclass(kw_only=True)
-class ModelConfig(Strict):
-    """Which network: a backbone and how it is made a mixture of experts."""
-
-    name: str = "resnet18"
-    """Backbone, by its registered name."""
-    kind: ModelKind = "moe"
-    """`moe`, the `dense` backbone, `s-dense`: the backbone with every layer's channels multiplied by `scale`, or
-    `sparse`: the backbone under masks, learnt by the method of that name, that keep `scale` of every layer's channels.
-    """
-    scale: Share = 0.5
-    """Model scale r: the fraction of a layer's channels that one pathway uses. In (0, 1]."""
-    num_experts: Experts = 2
-    """Experts N per MoE layer."""
-    router: RouterKind = "layer"
-    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all
-    (`image`). `fixed-FORM` and `linear`: whether the image's brightness in a part of it, or a learnt average of its
-    pixels, exceeds a threshold, which is the training images' median or starts there: choices that can be proved
-    (`advmoe certify`). `fixed-top-bottom` and `linear-2` decide twice, for each half of the layers.
-    """
-    route_per: RoutePer = "image"
-    """One choice of experts per image, or one per token (transformers, layer routers): no pathway per image then."""
-    experts: ExpertLayout = "subset"
-    """Experts as windows of the backbone's channels (`subset`), or with no channel shared (`independent`)."""
-    experts_init: ExpertInit = "independent"
-    """Whether experts start as copies of one another (`shared`) or not."""
-    width: Width | None = None
-    """Channels of the first stage at scale 1; by default the backbone's own, which is the paper's (ResNet: 64)."""
-    source: str | None = None
-    """A network of your own, FILE.py:FACTORY, which is executed. The fields above but `num_experts` and `router` then
-    say nothing, and take the values that describe it.
-    """
-    to_moe: bool = False
-    """Convert the source: every convolution becomes an MoE layer of `num_experts` copies of it."""
-    skip: str | None = None
-    """Layers of the source that stay plain, by name or pattern, separated by commas: `conv1,*.downsample`."""
-    linear: str | None = None
-    """Linear layers of the source to convert too, by name or pattern, separated by commas: `*.mlp`."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "model")
-        if self.route_per == "token":
-            able = " or ".join(name for name, each in ROUTERS.items() if each.in_layers)
-            require(
-                ROUTERS[self.router].in_layers, "model.router", f"{able} when model.route_per is token", self.router
-            )
-        if self.kind == "moe" and (experts := ROUTERS[self.router].experts) is not None:
-            rule = f"{experts} when model.router is {self.router}"
-            require(self.num_experts == experts, "model.num_experts", rule, self.num_experts)
-        for name in ("skip", "linear"):
-            patterns = getattr(self, name)
-            require(patterns is None or self.to_moe, f"model.{name}", "left out without model.to_moe", patterns)
-        if self.source is None:
-            rule = "false without a source (--model FILE.py:FACTORY)"
-            require(not self.to_moe, "model.to_moe", rule, self.to_moe)
-            return
-        require_path("model.source", self.source)
-        require(bool(re.fullmatch(r".+\.py:\w+", self.source)), "model.source", "FILE.py:FACTORY", self.source)
-        for name, value in OWN_MODEL.items():
-            setattr(self, name, value)
-        self.kind = "moe" if self.to_moe else "dense"
-
-    def backbone(self) -> dict[str, Any]:
-        """The fields that describe a backbone of ours: what `create_model` takes."""
-        own = ("source", "to_moe", "skip", "linear")
-        return {name: value for name, value in vars(self).items() if name not in own}
+from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, Level, levels
 
 
 @dataclass(kw_only=True)
@@ -180,16 +108,52 @@ class TrainingConfig(Strict):
     `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng et al., CVPR 2020;
     `attack_steps` says nothing then), which takes 2 bytes for each value of the training images.
     """
+    objective: Objective = "trades"
+    """What is minimised against attacks. `trades` (Zhang et al., ICML 2019): cross-entropy on clean images, and `beta`
+    times the KL divergence of the attacked images' predictions from theirs. `pgd-at` (Madry et al., ICLR 2018), the
+    paper's min-max: cross-entropy on the attacked images alone, which the attack ascends.
+    """
     epochs: Annotated[int, Within(1, 100_000)] = 100
     """Passes over the training set, as the experts see it (of `advmoe`, see `alternation`)."""
     batch_size: Annotated[int, Within(2, 1_000_000)] = 128
     """Images per step, over all processes."""
-    lr: Annotated[float, Within(0, 1e30, open=True)] = 0.1
-    """Peak learning rate, annealed to 0 by a cosine; the same for routers and experts."""
+    lr: LearningRate = 0.1
+    """Peak learning rate, annealed to 0 by a cosine (see `schedule`); routers may have their own, `router_lr`."""
+    schedule: Schedule = "cosine"
+    """The learning rate's course from its peak: a `cosine` to 0 (Loshchilov & Hutter, ICLR 2017), `one-cycle` from 0 to
+    the peak at two fifths of the run and back to 0, linearly (Wong et al., ICLR 2020), or a `step` to a tenth at half
+    of the run and again at three quarters (Rice et al., ICML 2020).
+    """
+    warmup_epochs: Epochs = 0
+    """Epochs in which the learning rate first rises linearly to its peak (Goyal et al., 2017); of `sparse`, in each
+    phase. The schedule takes the rest.
+    """
+    optimizer: Optimizer = "sgd"
+    """`sgd`, or `adamw` (Loshchilov & Hutter, ICLR 2019), by which transformers are trained (DeiT: lr 5e-4 for batches
+    of 512, weight decay 0.05).
+    """
     momentum: Annotated[float, Within(0, 0.9999)] = 0.9
-    """SGD momentum."""
-    weight_decay: Annotated[float, Within(0, 10)] = 5e-4
-    """SGD weight decay."""
+    """Momentum of SGD; AdamW's beta1 (its beta2 is 0.999)."""
+    weight_decay: WeightDecay = 5e-4
+    """Weight decay; AdamW's does not pass through its moments."""
+    decay: Decay = "all"
+    """What decays: `all` parameters, or `weights`: no biases, no parameters of norms, and of routers not the last
+    layer, which makes their scores. The paper does not say; transformers are trained by `weights` (DeiT, ICML 2021).
+    """
+    router_lr: LearningRate | None = None
+    """The routers' own peak learning rate; by default `lr`."""
+    router_momentum: Annotated[float, Within(0, 0.9999)] | None = None
+    """The routers' own momentum; by default `momentum`."""
+    router_weight_decay: WeightDecay | None = None
+    """The routers' own weight decay; by default `weight_decay`."""
+    clip: Weight = 0.0
+    """Longest gradient of an update, as the l2 norm over the parameters that it moves; a longer one is scaled to it
+    (Pascanu et al., ICML 2013). 0 clips nothing.
+    """
+    label_smoothing: Annotated[float, Within(0, 0.999)] = 0.0
+    """Share of the label that all classes have evenly in the cross-entropy that is minimised (Szegedy et al., CVPR
+    2016; in adversarial training Pang et al., ICLR 2021: 0.1 to 0.2). Attacks ascend that with the true class.
+    """
     beta: Weight = 6.0
     """Weight of the KL term of TRADES (1/lambda)."""
     attack_steps: Steps = 2
@@ -197,6 +161,24 @@ class TrainingConfig(Strict):
     step_size: Step = field(default_factory=lambda: FollowingStep("5/255"))
     """Step of the inner maximisation, in pixel units; by default 1.25 `threat.eps` / `attack_steps`: the paper's 5/255
     at its radius.
+    """
+    attack_start: AttackStart | None = None
+    """Where the inner attack starts: `noise` of 0.001 on the image (TRADES), or `uniform` in the ball (Madry et al.);
+    by default each objective's own.
+    """
+    attack_loss: AttackLoss | None = None
+    """What the inner attack ascends: `kl`, the divergence from the clean prediction (TRADES), or `ce`, the
+    cross-entropy with the class (Madry et al.); by default each objective's own.
+    """
+    first_attack_steps: str | None = None
+    """Steps of the inner attack in the first epochs, where not `attack_steps`: `1:5,2` is 1 in each of the first five
+    and 2 in the sixth (Cai et al., IJCAI 2018: weak attacks first). With K times fewer, steps are K times longer. Of
+    `sparse`, in each phase.
+    """
+    first_image_sizes: str | None = None
+    """Sides in pixels to which the first epochs' images are shrunk before they are attacked: `16:30,24:30` is 16 for
+    thirty epochs and 24 for thirty more (progressive resizing; Wong et al., ICLR 2020), at a cost that falls with the
+    pixels. The backbone must take them: CNNs do. Of `sparse`, in each phase.
     """
     attack_routing: AttackRouting = "straight-through"
     """How the inner attack sees the routing: through the hard choice, through experts mixed by softmax, or `mixed`: for
@@ -232,6 +214,12 @@ class TrainingConfig(Strict):
     """
     precision: Precision = "32-true"
     """Arithmetic of training steps and their attacks; accuracies are always measured in fp32."""
+    frozen_norms: FrozenNorms | None = None
+    """What becomes of the batch norms' statistics in the part that stays fixed: of the backbone in `at-routers`, of the
+    routers in `at-experts`, of all weights while `sparse` learns scores. `refresh` estimates them anew, on clean
+    training images under the routing that there is now, before the first epoch and before each validation; `keep`
+    leaves them as they were; `running` has them follow in every step. By default `refresh`, of `sparse` `running`.
+    """
     compute: Compute = "auto"
     """How a batch's experts are computed: `dispatch` groups the images by expert, for which a GPU's host waits in each
     layer; `masked` computes every expert for all images, without a wait; `kernel` computes each image's own expert,
@@ -253,12 +241,23 @@ class TrainingConfig(Strict):
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
     `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on.
     """
+    teacher: str | None = None
+    """A trained network to learn from instead of classes: a run, `zoo:NAME`, or your own as FILE.py:FACTORY, which is
+    executed. It says what the clean images are; attacks lead away from that, and the loss is KL from it on clean and
+    attacked images (RSLAD, Zi et al., ICCV 2021). It may be of another kind and width.
+    """
+    teacher_weights: str | None = None
+    """A `.safetensors` file, for a teacher of your own."""
+    distill_weight: Annotated[float, Within(0, 1)] = 5 / 6
+    """Weight, with a teacher, of the term on attacked images, that on clean ones having the rest."""
     prune_epochs: Epochs | None = None
     """Of `sparse`: epochs that learn which channels to keep, weights fixed; by default a fifth of `epochs`, which are
     those of pretraining. With 0 the channels of the largest weights are kept.
     """
     finetune_epochs: Epochs | None = None
     """Of `sparse`: epochs that train what remains, by default `epochs`; with 0 the mask alone makes robust."""
+    finetune_lr: LearningRate | None = None
+    """Of `sparse`: peak learning rate of finetuning, by default `lr`. HYDRA finetunes from a tenth of it."""
     val_attack_steps: Steps = 10
     """PGD steps on the validation split, once per epoch, to choose the best checkpoint."""
 
@@ -270,6 +269,8 @@ class TrainingConfig(Strict):
         if self.init_from is not None:
             require_path("training.init_from", self.init_from)
         self._check_options()
+        self._check_first_epochs()
+        self._check_teacher()
         if METHODS[self.method].start:
             rule = f"a run directory to start from when training.method is {self.method}"
             require(self.init_from is not None, "training.init_from", rule, self.init_from)
@@ -280,18 +281,84 @@ class TrainingConfig(Strict):
         if self.alternation not in (type(self).alternation, "both"):  # older runs name `both` whatever their method
             rule = f"advmoe when training.alternation is {self.alternation}"
             require(self.method == "advmoe", "training.method", rule, self.method)
-        for name, rule, fit in (
-            ("balance", "one that trains routers", method.trains_routers),
+        against = "one that trains against attacks"
+        for names, rule, fit in (
+            ("balance router_lr router_momentum router_weight_decay", "one that trains routers", method.trains_routers),
             ("margin", "one that trains routers against attacks", method.trains_routers and method.adversarial),
             ("radius", "one that trains routers", method.trains_routers),
-            ("awp", "one that trains against attacks", method.adversarial),
+            ("awp objective attack_start attack_loss first_attack_steps", against, method.adversarial),
+            ("finetune_lr", "sparse", self.method == "sparse"),
         ):
-            if getattr(self, name) > 0:
-                require(fit, "training.method", f"{rule} when training.{name} is > 0", self.method)
+            for name in names.split():
+                value = getattr(self, name)
+                if value != getattr(type(self), name):
+                    told = "> 0" if name in ("balance", "margin", "radius", "awp") else value
+                    require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method)
+
+    def _check_first_epochs(self) -> None:
+        """Refuse what is said of more first epochs than there are."""
+        epochs = [each for each in self.phase_epochs().values() if each] if self.method == "sparse" else [self.epochs]
+        rule = f"< the {min(epochs)} epochs of {'the shortest phase' if self.method == 'sparse' else 'the run'}"
+        require(self.warmup_epochs < min(epochs), "training.warmup_epochs", rule, self.warmup_epochs)
+        if self.schedule == "one-cycle":
+            rule = "0 when training.schedule is one-cycle, which rises by itself"
+            require(self.warmup_epochs == 0, "training.warmup_epochs", rule, self.warmup_epochs)
+        for name in ("first_attack_steps", "first_image_sizes"):
+            text = getattr(self, name)
+            rule = f"of at most the {min(epochs)} epochs that there are"
+            require(len(self._first(name)) <= min(epochs), f"training.{name}", rule, text)
+            if self.warm:
+                rule = f"left out when training.alternation is {self.alternation}"
+                require(text is None, f"training.{name}", rule, text)
+
+    def _first(self, name: str) -> list[int]:
+        """What the field `name` says of the first epochs, a number each."""
+        return first_epochs(f"training.{name}", getattr(self, name), Steps if "steps" in name else Side)
+
+    @property
+    def inner(self) -> tuple[AttackStart, AttackLoss]:
+        """Start and loss of the inner attack: those named, or the objective's own."""
+        own: tuple[AttackStart, AttackLoss] = ("uniform", "ce") if self.objective == "pgd-at" else ("noise", "kl")
+        return self.attack_start or own[0], self.attack_loss or own[1]
+
+    def attack_at(self, epoch: int) -> tuple[int, float]:
+        """The inner attack's steps in `epoch` (from 0), and the length of each, in pixel units."""
+        first, size = self._first("first_attack_steps"), float(self.step_size)
+        if epoch >= len(first):
+            return self.attack_steps, size
+        return first[epoch], size * self.attack_steps / first[epoch]
+
+    def image_size_at(self, epoch: int) -> int | None:
+        """The side in pixels to which images are shrunk in `epoch` (from 0); None where they are not."""
+        first = self._first("first_image_sizes")
+        return first[epoch] if epoch < len(first) else None
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None:
+            require_path("training.teacher", self.teacher)
+            rule = "one that trains against attacks when training.teacher is given"
+            require(METHODS[self.method].adversarial, "training.method", rule, self.method)
+            # A teacher sees what the student sees, in the size that it was trained for.
+            for name, usual in (("objective", "trades"), ("label_smoothing", 0), ("first_image_sizes", None)):
+                value = getattr(self, name)
+                rule = f"{'left out' if usual is None else usual} when training.teacher is given"
+                require(value == usual, f"training.{name}", rule, value)
+            rule = "kl, or left out, when training.teacher is given"
+            require(self.attack_loss != "ce", "training.attack_loss", rule, self.attack_loss)
+        if self.teacher_weights is not None:
+            require_path("training.teacher_weights", self.teacher_weights)
+            rule = "left out unless training.teacher is a FILE.py:FACTORY"
+            require(is_source(self.teacher or ""), "training.teacher_weights", rule, self.teacher_weights)
 
     def levels(self) -> tuple[Level, ...]:
         """The levels of the method, in the order in which an iteration runs those due."""
         return levels(self.method, self.alternation)
+
+    @property
+    def fixed_norms(self) -> str | None:
+        """What `frozen_norms` comes to; None where no part stays fixed for good."""
+        usual = METHODS[self.method].frozen_norms
+        return usual and (self.frozen_norms or usual)
 
     @property
     def warm(self) -> bool:

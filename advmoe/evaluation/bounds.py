@@ -21,7 +21,10 @@ _ROUNDING = 1e-4
 
 def bounded(model: object) -> bool:
     """Whether bounds of the model's choices can be computed."""
-    return isinstance(model, Classifier) and type(model.router) is ImageRouter
+    if not isinstance(model, Classifier) or type(model.router) is not ImageRouter:
+        return False
+    known = nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.ReLU
+    return all(isinstance(each, known) for each in (*model.router.embedding.children(), model.router.norm))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
-from advmoe.config import Config, overlaid
+from advmoe.config import Config, file_digest, is_source, overlaid
 from advmoe.data import Images, load_dataset
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Execution, checked, placed, positive
@@ -23,7 +23,7 @@ from advmoe.evaluation.harness import Job, Load
 from advmoe.evaluation.outcomes import Measurement, make_job
 from advmoe.evaluation.scoring import measuring, stream
 from advmoe.evaluation.suite import build
-from advmoe.evaluation.targets import home_of, is_source
+from advmoe.evaluation.targets import home_of
 from advmoe.files import require_writable
 from advmoe.models import Classifier
 from advmoe.models.runs import load_run
@@ -275,7 +275,7 @@ def _sampled(images: int, number: int | None, seed: int) -> Tensor:
 def _settings(run: Path) -> dict[str, dict[str, Any]]:
     """The fields of a run's configuration; says where it is not what the run began with, or where training diverged."""
     config = Config.load(run / CONFIG)
-    for note in (config_note(run, config.digest()), diverged_note(run)):
+    for note in (config_note(run, file_digest(run / CONFIG)), diverged_note(run)):
         if note is not None:
             tell(f"note  {note}")
     return config.to_dict()

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-
-def is_source(text: str) -> bool:
-    """Whether `text` means a Python file and a name in it (`model.py:net`), not a run directory.
-
-    A file with its name missing or misspelt is meant as one too, so that `load_classifier` can say what is wrong.
-    """
-    return re.fullmatch(r".*\.py(:[^/\\]*)?", text) is not None
+from advmoe.config import is_source
 
 
 def home_of(target: str, out: str | Path | None = None) -> Path:

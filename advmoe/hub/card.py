@@ -21,7 +21,12 @@ from advmoe.rundir import CONFIG, EVALUATION, MANIFEST, MASKS, require_plain, st
 from advmoe.tables import DATASETS, METHODS
 from advmoe.text import few, macs_unit, passes, percent, radius
 
-_OPTIONS = ("alternation", "attack_routing", "balance", "margin", "radius", "ema", "awp")
+_OPTIONS = (
+    "alternation", "attack_routing", "balance", "margin", "radius", "ema", "awp", "objective", "schedule",
+    "warmup_epochs", "optimizer", "decay", "router_lr", "router_momentum", "router_weight_decay", "clip",
+    "label_smoothing", "attack_start", "attack_loss", "first_attack_steps", "first_image_sizes", "finetune_lr",
+    "frozen_norms",
+)  # fmt: skip
 """Fields of a run's training that the line on its method does not tell."""
 
 RECORDED = (CONFIG, MANIFEST, EVALUATION, MASKS)
@@ -72,7 +77,8 @@ class Record:
 def _without_places(config: Config) -> bool:
     """Cut the folders of this machine off the paths in `config`; whether there were any."""
     changed = False
-    for group, name in (("data", "root"), ("training", "init_from"), ("model", "source")):
+    of_training = [("training", name) for name in ("init_from", "teacher", "teacher_weights")]
+    for group, name in (("data", "root"), *of_training, ("model", "source")):
         value = getattr(getattr(config, group), name)
         if value is not None and (short := portable(value)) != value:
             setattr(getattr(config, group), name, short)
@@ -249,11 +255,19 @@ def _training(record: Record) -> str:
         lines.append("Unknown: this model came without a run's settings.")
     else:
         t, threat = config.training, config.threat
-        lines.append(f"- Method `{t.method}`: {METHODS[t.method].sentence}.")
+        trades = t.objective == "trades"
+        sentence = METHODS[t.method].sentence if trades else METHODS[t.method].sentence.replace("TRADES", "PGD-AT")
+        lines.append(f"- Method `{t.method}`: {sentence}.")
         if METHODS[t.method].adversarial:
             steps = "1 step" if t.warm else f"{t.attack_steps} steps"
-            inner = f"inner attack of {steps} of {t.step_size}, beta {t.beta:g}"
+            beta = f", beta {t.beta:g}" if trades and not t.teacher else ""
+            inner = f"inner attack of {steps} of {t.step_size}{beta}"
             lines.append(f"- Threat model in training: {threat.norm}, eps {threat.eps} (pixels in [0, 1]); {inner}.")
+        if t.teacher is not None:
+            rslad = f"[RSLAD](https://arxiv.org/abs/2108.07969), weight {t.distill_weight:.3g}"
+            lines.append(
+                f"- Taught by {_code(t.teacher)}: its soft labels in the place of classes and TRADES ({rslad})."
+            )
         usual = TrainingConfig(alternation="both" if t.method == "advmoe" else t.alternation)  # the paper's
         chosen = [f"{each} {getattr(t, each)}" for each in _OPTIONS if getattr(t, each) != getattr(usual, each)]
         if chosen:

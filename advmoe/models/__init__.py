@@ -28,6 +28,7 @@ from advmoe.config import (
     ModelKind,
     RoutePer,
     RouterKind,
+    RouterNorm,
     Side,
     Within,
     typed,
@@ -61,6 +62,7 @@ def create_model(
     scale: float = 0.5,
     num_experts: int = 2,
     router: RouterKind = "layer",
+    router_norm: RouterNorm = "batch",
     route_per: RoutePer = "image",
     experts: ExpertLayout = "subset",
     experts_init: ExpertInit = "independent",
@@ -79,7 +81,8 @@ def create_model(
         name: backbone (`find_backbone`). num_classes: K. input_size: side of the images in pixels. in_channels: their
         channels. kind: `moe`, the `dense` backbone, `s-dense`, whose every layer has `scale` times the channels, or
         `sparse`: the Dense backbone (no transformer) under masks that keep `scale` of every layer's channels.
-        scale: r, in (0, 1]. num_experts: E. router, route_per, experts, experts_init: see `config.ModelConfig`.
+        scale: r, in (0, 1]. num_experts: E. router, router_norm, route_per, experts, experts_init: see
+        `config.ModelConfig`.
         width: channels of the first stage at scale 1, by default the backbone's own (64 in ResNets and VGG, 160 in
         WRN-28-10, 24 in DenseNet-BC-40, 192 in DeiT-Tiny). mean, std: pixel statistics per channel, normalised inside
         the model. classes: their K names, for `predict`. cut: how a picture of any shape becomes one of the model's
@@ -96,7 +99,7 @@ def create_model(
     Within(entry.min_size, 4096).require("input_size", input_size)
     config = ModelConfig(
         name=name, kind=kind, scale=scale, num_experts=num_experts, router=router, route_per=route_per,
-        experts=experts, experts_init=experts_init, width=width,
+        router_norm=router_norm, experts=experts, experts_init=experts_init, width=width,
     )  # fmt: skip
     if route_per == "token" and not entry.tokens:
         able = ", ".join(each for each, backbone in BACKBONES.items() if backbone.tokens)
@@ -129,7 +132,9 @@ def create_model(
     image_router = None
     if kind == "moe" and (build_router := ROUTERS[router].build) is not None:
         pool = getattr(backbone, "router_pool", 1)
-        image_router = build_router(in_channels, wide, layers.num_moe_layers, num_experts, pool=pool)
+        image_router = build_router(
+            in_channels, wide, layers.num_moe_layers, num_experts, pool=pool, **layers.router_options
+        )
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     spec |= {"mean": mean, "std": std, **labels(num_classes, classes, cut)}
     return Classifier(Normalize(mean, std), backbone, image_router, spec)

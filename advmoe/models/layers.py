@@ -7,6 +7,7 @@ Axes: `N` batch, `C` channels, `H W` size, `T` tokens, `D` embedding.
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ class LayerFactory:
     def __init__(self, config: ModelConfig, most: int = MOST_PARAMETERS) -> None:
         self.config, self.left, self.most = config, most, most
         self.kind, self.router = KINDS[config.kind], ROUTERS[config.router]
+        # Routers of other packages know nothing of norms.
+        self.router_options = {} if config.router_norm == "batch" else {"norm": config.router_norm}
+        layer = self.router.layer
+        self.make_router = partial(layer, **self.router_options) if layer and self.router_options else layer
         self.num_moe_layers = 0
 
     def _take(self, weights: int) -> None:
@@ -137,7 +142,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            make_router=self.router.layer,
+            make_router=self.make_router,
             shared_init=config.experts_init == "shared",
         )
 
@@ -159,7 +164,7 @@ class LayerFactory:
             bank_rows=rows,
             num_experts=config.num_experts,
             layer=self.num_moe_layers - 1,
-            make_router=self.router.layer,
+            make_router=self.make_router,
             per_token=config.route_per == "token",
             shared_init=config.experts_init == "shared",
         )

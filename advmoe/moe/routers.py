@@ -7,6 +7,7 @@ the precision of the backbone: a choice must not depend on rounding to 8 bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,35 @@ from torch.nn import functional as F
 from advmoe.moe.routing import active_routing
 from advmoe.ops import router_scores
 
+NormKind = Literal["batch", "layer", "none"]
+
+
+def _norm(kind: NormKind, channels: int, *, maps: bool = False) -> nn.Module:
+    """A norm of features (N, C), or of `maps` (N, C, H, W): over the data, over an image's own values, or none."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "layer":
+        return nn.GroupNorm(1, channels) if maps else nn.LayerNorm(channels)
+    return nn.BatchNorm2d(channels) if maps else nn.BatchNorm1d(channels)
+
 
 class LayerRouter(nn.Module):
     """An MoE layer's own router: its input -> global average pool -> norm -> small MLP -> scores (N, E).
 
-    The norm is a batch norm: pooled features of different images lie close together, and only centred over the data do
-    they let an untrained router tell images apart. In eval mode its statistics are fixed, so the choice depends on the
-    sample alone. A second norm, ahead of the scores, would split untrained loads evenly (now 73-87% to the busier of
-    two experts on CIFAR images), but experts that share the data from the first step learn far slower: digits, 5
-    epochs, 14% robust validation accuracy against 54%, and 26% against 58% with `experts_init="shared"`.
+    By default the `norm` is a batch norm: pooled features of different images lie close together, and only centred over
+    the data do they let an untrained router tell images apart. In eval mode its statistics are fixed, so the choice
+    depends on the sample alone. A second norm, ahead of the scores, would split untrained loads evenly (now 73-87% to
+    the busier of two experts on CIFAR images), but experts that share the data from the first step learn far slower:
+    digits, 5 epochs, 14% robust validation accuracy against 54%, and 26% against 58% with `experts_init="shared"`.
 
     With `per_token` nothing is pooled: tokens (N, T, C) have scores of their own, (N, T, E).
     """
 
-    def __init__(self, channels: int, num_experts: int, *, per_token: bool = False) -> None:
+    def __init__(self, channels: int, num_experts: int, *, per_token: bool = False, norm: NormKind = "batch") -> None:
         super().__init__()
         self.per_token = per_token
         hidden = max(8, min(64, channels // 4))
-        self.norm = nn.BatchNorm1d(channels)
+        self.norm = _norm(norm, channels)
         self.hidden = nn.Linear(channels, hidden)
         self.scores = nn.Linear(hidden, num_experts)
 
@@ -58,8 +70,9 @@ class ImageRouter(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, width: int, num_layers: int, num_experts: int, *, shared: bool, pool: int = 1
-    ) -> None:
+        self, in_channels: int, width: int, num_layers: int, num_experts: int, *, shared: bool, pool: int = 1,
+        norm: NormKind = "batch",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_layers, self.num_experts, self.shared, self.pool = num_layers, num_experts, shared, pool
         base = max(8, width // 4)
@@ -68,10 +81,10 @@ class ImageRouter(nn.Module):
             shape.append((4 * base, 4 * base, 2))
         layers: list[nn.Module] = []
         for c_in, c_out, stride in shape:
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), _norm(norm, c_out, maps=True), nn.ReLU()]
         self.embedding = nn.Sequential(*layers)
         # Centred over the data, as in `LayerRouter`: without it one untrained expert got 82-100% of the images.
-        self.norm = nn.BatchNorm1d(4 * base)
+        self.norm = _norm(norm, 4 * base)
         self.heads = nn.Linear(4 * base, num_experts * (1 if shared else num_layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -16,7 +16,11 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 def chosen(every: Tensor, choice: Tensor) -> Tensor:
     """every[n, choice[n]] for each sample, (N, ...), of all experts' outputs `every` (N, E, ...)."""
-    if every.is_cuda and not torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
+        # Not `where`: fused with a batch norm's statistics, inductor (2.13, CPU) mixed up the samples of large batches.
+        index = choice.view(-1, *[1] * (every.dim() - 1)).expand(-1, 1, *every.shape[2:])
+        return every.gather(1, index)[:, 0]
+    if every.is_cuda:
         picked: Tensor = _Picked.apply(every, choice)  # type: ignore[no-untyped-call]
         return picked
     y, *others = every.unbind(1)

@@ -34,7 +34,7 @@ def global_pool(x: Tensor) -> Tensor:
 
 
 def router_scores(
-    x: Tensor, pooled: Tensor | None, norm: nn.BatchNorm1d, hidden: nn.Linear, last: nn.Linear, *, training: bool
+    x: Tensor, pooled: Tensor | None, norm: nn.Module, hidden: nn.Linear, last: nn.Linear, *, training: bool
 ) -> Tensor:
     """last(relu(hidden(norm(global_pool(x))))), (N, E), for `x` (N, C, H, W), (N, T, C) or (N, C), whose mean may be
     known: `pooled` (N, C). `training` is the router's own mode.
@@ -50,7 +50,7 @@ def router_scores(
         if scorer is not None:
             scored: Tensor = _Scored.apply(pooled, scorer)  # type: ignore[no-untyped-call]
             return scored
-    if training or learns:
+    if training or norm.training or learns or not isinstance(norm, nn.BatchNorm1d):
         scores: Tensor = last(hidden(norm(global_pool(x) if pooled is None else pooled)).relu())
         return scores
     # Functions have less around them than modules.
@@ -62,7 +62,7 @@ def router_scores(
 
 
 def whole_layer(
-    router: tuple[nn.BatchNorm1d, nn.Linear, nn.Linear],
+    router: tuple[nn.Module, nn.Linear, nn.Linear],
     pooled: Tensor,
     filters: raw.Packed,
     x: Tensor,
@@ -84,7 +84,7 @@ def whole_layer(
     return raw.whole_layer(scorer, pooled, filters, x, shortcut, pool=pool)
 
 
-def _scorer(pooled: Tensor, norm: nn.BatchNorm1d, hidden: nn.Linear, last: nn.Linear) -> raw.Scorer | None:
+def _scorer(pooled: Tensor, norm: nn.Module, hidden: nn.Linear, last: nn.Linear) -> raw.Scorer | None:
     """These three as kernels compute them on `pooled` (N, C) in eval mode; None where a parameter learns, a part has
     hooks, or is of another class.
     """

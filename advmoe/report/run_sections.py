@@ -20,7 +20,10 @@ from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, number, pairs, percent, seconds, share_cell, table
 from advmoe.text import few, macs, passes
 
-_LOSSES = {"ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)"}
+_LOSSES = {
+    "ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)",
+    "clean_kl": "KL(teacher || clean)", "adv_kl": "KL(teacher || adversarial)",
+}  # fmt: skip
 """Terms of the loss, which are logged as they are added up, with their weights."""
 
 

@@ -79,10 +79,12 @@ def _judged(entry: Mapping[str, Any]) -> Html:
     """A verdict under one measure: in words, what was compared, by which test."""
     p = entry.get("p_value")
     judged = [element("b", str(entry.get("measure"))), " ", verdict(entry.get("verdict")).content]
+    these = entry.get("these_models")
     below = [str(entry[name]) for name in ("test", "note") if entry.get(name)]
     return element(
         "div",
         element("p", judged, None if p is None else [" p\N{NON-BREAKING HYPHEN}value ", p_value(p).content]),
+        element("p", these_models(these), f", {these.get('test')}", class_="quiet") if these else None,
         element("ul", [element("li", _compared(name, each)) for name, each in (entry.get("numbers") or {}).items()]),
         [element("p", text, class_="quiet") for text in below],
         class_="judged",
@@ -95,6 +97,10 @@ def _compared(name: str, numbers: Any) -> str:
         return f"{name}: {flat(numbers)}"
     if "mean_less" not in numbers:
         return f"{name}: not compared, {numbers['test'].removeprefix('none: ')}"
+    if "unit" in numbers:
+        apart = ", ".join(f"{each:+.3g}" for each in numbers["differences"].values())
+        less, more = (f"{numbers[side]:.4g}" for side in ("mean_less", "mean_more"))
+        return f"{name}: {less} against {more} {numbers['unit']}, by seed {apart}"
     points = ", ".join(f"{100 * each:+.1f}" for each in numbers["differences"].values())
     less, more = (f"{percent(numbers[name])}\N{NO-BREAK SPACE}%" for name in ("mean_less", "mean_more"))
     return f"{name}: {less} against {more}, by seed {points} points"
@@ -105,6 +111,14 @@ def verdict(word: Any) -> Cell:
     kind, mark = _VERDICTS.get(str(word), ("neutral", "?"))
     shown = element("span", element("span", f"{mark} ", aria_hidden="true"), str(word), class_=f"verdict {kind}")
     return Cell(shown, str(word))
+
+
+def these_models(judged: Mapping[str, Any] | None) -> str:
+    """What the images of these very models say, in words; nothing of None."""
+    if not judged:
+        return ""
+    p = judged.get("p_value")
+    return f"these models: {judged.get('verdict')}" + ("" if p is None else f" (p = {p:.2g})")
 
 
 def p_value(p: float | None) -> Cell:

@@ -11,7 +11,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder, StudyFolder
 from advmoe.report.run_sections import introduction
 from advmoe.report.sections import Section, section
-from advmoe.report.study_sections import p_value, verdict
+from advmoe.report.study_sections import p_value, these_models, verdict
 from advmoe.report.tables import Cell, Column, share_cell, table
 from advmoe.text import macs_unit
 
@@ -43,9 +43,10 @@ def _verdicts(studies: Sequence[StudyFolder]) -> Content:
                 rows.append([
                     str(claim.get("statement") or claim.get("name")), *([study.title] if len(studies) > 1 else []),
                     str(each.get("measure")), verdict(each.get("verdict")), p_value(each.get("p_value")),
+                    these_models(each.get("these_models")).removeprefix("these models: "),
                 ])  # fmt: skip
     of = ["Study"] if len(studies) > 1 else []
-    columns = ["Claim", *of, "Measure", "Verdict at this size", "p\N{NON-BREAKING HYPHEN}value"]
+    columns = ["Claim", *of, "Measure", "Verdict at this size", "p\N{NON-BREAKING HYPHEN}value", "These models alone"]
     return [element("ul", shown), table("Claims and their verdicts.", columns, rows) if rows else None]
 
 

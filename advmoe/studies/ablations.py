@@ -8,8 +8,9 @@ from typing import Any
 
 from advmoe.config import Config
 from advmoe.report.pictures import Picture
+from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import measured, ordering
-from advmoe.studies.results import Results, RunResults, best_validation
+from advmoe.studies.results import Results, RunNumber, RunResults, best_validation
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
@@ -60,6 +61,26 @@ def _trades(part: str) -> Callable[[RunResults], list[float | None]]:
     return of
 
 
+def _loss(part: str, epoch: int) -> RunNumber:
+    """TRADES' loss of a level in the first (0) or the last (-1) of the epochs that have it."""
+
+    def value(run: RunResults) -> float | None:
+        known = [loss for loss in _trades(part)(run) if loss is not None]
+        return known[epoch] if known else None
+
+    return value
+
+
+def _converges(results: Results) -> dict[str, Any]:
+    """The claim that the loss of both of AdvMoE's levels falls."""
+    row, verdicts = results.one(method="AdvMoE"), []
+    for part in _LEVELS["AdvMoE"]:
+        ends = [row.values(_loss(part, epoch)) if row is not None else {} for epoch in (0, -1)]
+        verdicts.append(verdict(part, [Comparison("first epoch", "last epoch", *ends, unit="loss")]))
+    statement = "The training losses of AdvMoE's two levels fall from the first epoch to the last."
+    return claim("converges", statement, verdicts, "Zhang et al., ICCV 2023, sec. 4, app. C")
+
+
 def _validated(run: RunResults) -> list[float | None]:
     return [None if line["val"] is None else line["val"]["robust_accuracy"] for line in run.epochs]
 
@@ -93,7 +114,8 @@ def _convergence_show(scale: Scale, results: Results) -> StudyFindings:
         for id, title, series, unit in drawn
     ]
     validated = Quantity("val", "best validation RA %", "higher", best_validation, 100)
-    return StudyFindings(tables=[table("After training", results, ["method"], [validated, SECONDS])], figures=figures)
+    shown = table("After training", results, ["method"], [validated, SECONDS])
+    return StudyFindings(tables=[shown], figures=figures, claims=[_converges(results)])
 
 
 _LEVELS = {"AdvMoE": ("routers", "experts"), "AT (MoE)": ("all",)}

@@ -7,6 +7,7 @@ from typing import Any
 
 from advmoe.rundir import METRICS, Epochs, read_result
 from advmoe.studies.plan import PlannedRun, StudyTask
+from advmoe.studies.results import pace_bounds
 from advmoe.text import macs, percent
 
 
@@ -62,7 +63,9 @@ def _costed(found: dict[str, Any]) -> str:
 
 
 def _paced(found: dict[str, Any]) -> str:
-    return f"{found['ratio']:.2f} of the other's time"
+    bounds = pace_bounds(found)
+    spread = "" if bounds is None else f" ({bounds[0]:.2f} to {bounds[1]:.2f})"
+    return f"{found['ratio']:.2f} of the other's time{spread}"
 
 
 _MEASURED: Mapping[str, Callable[[dict[str, Any]], str]] = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from advmoe.errors import InputError
 from advmoe.studies.ablations import ATTACK_STEPS, CONVERGENCE
 from advmoe.studies.efficiency import EFFICIENCY
+from advmoe.studies.fig1b import FIG1B
 from advmoe.studies.paper_figures import FIG2, FIG6, FIG7, FIG8
 from advmoe.studies.paper_tables import TABLE1, TABLE2, TABLE3
 from advmoe.studies.recipe_search import RECIPES
@@ -17,8 +18,8 @@ from advmoe.text import nearest
 STUDIES: Mapping[str, Study] = {
     study.name: study
     for study in (
-        TABLE1, TABLE2, TABLE3, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, FIG8, ATTACK_STEPS, CONVERGENCE, EFFICIENCY,
-        RECIPES,
+        TABLE1, TABLE2, TABLE3, FIG1B, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, FIG8, ATTACK_STEPS, CONVERGENCE,
+        EFFICIENCY, RECIPES,
     )
 }  # fmt: skip
 

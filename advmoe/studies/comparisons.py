@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advmoe.report.pictures import Picture
-from advmoe.studies.claims import Comparison, claim, verdict
-from advmoe.studies.results import PGD, Results, RunNumber, outcomes, point
+from advmoe.studies.claims import MARGIN, SOURCE, Comparison, claim, verdict
+from advmoe.studies.results import PGD, Results, RowResults, RunNumber, of_cost, outcomes, point
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.tables import Quantity, table, with_heights
@@ -28,40 +28,108 @@ def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Mea
 
 
 def compared(
-    results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", **labels: Any
-) -> Comparison:
-    """The comparison that the method `more` is right more often than `less`, all else alike."""
+    results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", *, margin: float = 0.0,
+    **labels: Any,
+) -> Comparison:  # fmt: skip
+    """The comparison that the method `more` is right more often than `less`, all else alike (see `Comparison`)."""
     sides = [outcomes(results.one(method=name, **labels), attack, measure) for name in (more, less)]
-    return Comparison(more, less, *sides)
+    return Comparison(more, less, *sides, margin=margin)
+
+
+def between(more: RowResults | None, less: RowResults | None, names: Sequence[str], attack: str | None) -> Comparison:
+    """The comparison that the row `more` is right more often than `less`, called `names` in this order."""
+    of_more, of_less = names
+    return Comparison(of_more, of_less, outcomes(more, attack), outcomes(less, attack))
+
+
+def numbered(more: str, less: str, rows: Sequence[RowResults | None], value: RunNumber, unit: str = "") -> Comparison:
+    """The comparison that a number of the first of two `rows` exceeds the second's."""
+    sides = [row.values(value) if row is not None else {} for row in rows]
+    return Comparison(more, less, *sides, unit=unit)
+
+
+def above(
+    results: Results, name: str, statement: str, pairs: Sequence[tuple[str, str]], *, strong: str = "AutoAttack",
+    margin: float = 0.0, source: str = SOURCE, **labels: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The claim that of each pair of methods the second is more robust, under all that was measured.
+
+    Args:
+        strong: the name of the attack that stands for AutoAttack. margin: of each comparison.
+    """
+    ways: dict[str, tuple[str | None, str]] = {way: (attack, "accuracy") for way, attack in MEASURED.items()}
+    if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
+        ways[strong] = ("autoattack.*", "autoattack")
+    verdicts = [
+        verdict(way, [compared(results, more, less, *how, margin=margin, **labels) for less, more in pairs])
+        for way, how in ways.items()
+    ]
+    return claim(name, statement, verdicts, source)
 
 
 def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> dict[str, Any]:
     """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: the name of the attack that stands for AutoAttack."""
-    ways: dict[str, tuple[str | None, str]] = {name: (attack, "accuracy") for name, attack in MEASURED.items()}
-    if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
-        ways[strong] = ("autoattack.*", "autoattack")
-    verdicts = [
-        verdict(
-            name,
-            [
-                compared(results, "AT (S-Dense)", "AT (MoE)", *way, **labels),
-                compared(results, "AdvMoE", "AT (S-Dense)", *way, **labels),
-            ],
-        )
-        for name, way in ways.items()
+    pairs = [("AT (MoE)", "AT (S-Dense)"), ("AT (S-Dense)", "AdvMoE")]
+    statement = f"AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy{where}."
+    return above(results, f"ordering{where}", statement, pairs, strong=strong, **labels)
+
+
+def leads(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> list[dict[str, Any]]:
+    """The claims that AdvMoE is above the baselines that `ordering` leaves out, above AT (Dense) and by how much."""
+    how = {"strong": strong, "source": "Zhang et al., ICCV 2023, sec. 5.2", **labels}
+    dense = [("AT (Dense)", "AdvMoE")]
+    baselines = [(name, "AdvMoE") for name in ("AT (S-Dense)", "AT (Sparse)", "AT (MoE)")]
+    return [
+        above(
+            results, f"above-other-baselines{where}", f"AdvMoE is more robust than AT (Sparse) and AT (MoE){where}.",
+            baselines[1:], **how,
+        ),
+        above(
+            results, f"above-baselines-by-a-point{where}",
+            f"AdvMoE is a point or more above AT (S-Dense), AT (Sparse) and AT (MoE){where}.", baselines,
+            margin=-MARGIN, **how,
+        ),
+        above(results, f"above-dense{where}", f"AdvMoE is more robust than AT (Dense){where}.", dense, **how),
+        above(
+            results, f"above-dense-by-a-point{where}", f"AdvMoE is a point or more above AT (Dense){where}.", dense,
+            margin=-MARGIN, **how,
+        ),
+    ]  # fmt: skip
+
+
+def saving(dense: float | None, ours: float | None) -> dict[str, Any]:
+    """The verdict of whether `ours` costs less than half of `dense`, both in GMACs; undecided where one is None."""
+    judgement, numbers = "undecided", {"AT (Dense)": dense, "AdvMoE": ours}
+    if dense and ours is not None:
+        judgement = "holds" if ours < dense / 2 else "does not hold"
+        numbers["share saved"] = 1 - ours / dense
+    test = "counted: the same for every seed"
+    return {
+        "measure": "GMACs", "verdict": judgement, "p_value": None, "test": test, "these_models": None,
+        "numbers": numbers, "note": "",
+    }  # fmt: skip
+
+
+def half_the_cost(results: Results, where: str = "", **labels: Any) -> dict[str, Any]:
+    """The claim that AdvMoE saves more than half of AT (Dense)'s multiply-accumulates, routers included."""
+    rows = [results.one(method=name, **labels) for name in ("AT (Dense)", "AdvMoE")]
+    costs = [None if row is None else row.mean(of_cost("gmacs")) for row in rows]
+    statement = f"AdvMoE saves more than half of AT (Dense)'s inference{where}."
+    return claim(f"half-the-cost{where}", statement, [saving(*costs)], "Zhang et al., ICCV 2023, sec. 5.2")
+
+
+def setups(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Each data set and backbone of a table: in words as a claim's name and statement end, and as labels."""
+    return [
+        (f", {backbone}, {dataset}", {"dataset": dataset, "backbone": backbone})
+        for dataset in results.distinct("dataset")
+        for backbone in results.select(dataset=dataset).distinct("backbone")
     ]
-    return claim(f"ordering{where}", f"AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy{where}.", verdicts)
 
 
 def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
     """The claim of `ordering` for each data set and backbone."""
-    claims = []
-    for dataset in results.distinct("dataset"):
-        for backbone in results.select(dataset=dataset).distinct("backbone"):
-            claims.append(
-                ordering(results, f", {backbone}, {dataset}", strong=strong, dataset=dataset, backbone=backbone)
-            )
-    return claims
+    return [ordering(results, where, strong=strong, **labels) for where, labels in setups(results)]
 
 
 def overview(title: str, results: Results, quantities: Sequence[Quantity], paper_table: str) -> dict[str, Any]:
@@ -74,10 +142,11 @@ def overview(title: str, results: Results, quantities: Sequence[Quantity], paper
 def method_bars(id: str, title: str, results: Results, value: RunNumber, unit: str) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
-    for dataset in results.distinct("dataset"):
-        for backbone in results.select(dataset=dataset).distinct("backbone"):
-            rows = results.select(dataset=dataset, backbone=backbone)
-            groups[f"{backbone}, {dataset}"] = {str(row.labels["method"]): point(row, value, 0) for row in rows}
+    for _, labels in setups(results):
+        rows = results.select(**labels)
+        groups[f"{labels['backbone']}, {labels['dataset']}"] = {
+            str(row.labels["method"]): point(row, value, 0) for row in rows
+        }
     caption = "Mean over seeds, with one standard deviation to each side."
     return Picture("bars", id, title, with_heights(groups), {"ylabel": unit}, caption)
 

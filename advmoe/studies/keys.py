@@ -10,11 +10,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from advmoe.config import Config, ModelConfig, Pixels
+from advmoe.config import Config, ModelConfig, Pixels, is_source
+from advmoe.files import checksum
+from advmoe.rundir import digest_at
+from advmoe.tables import METHODS
+from advmoe.zoo import PREFIX, find
 
-_NO_RESULT = {"data": ("root", "download", "workers"), "training": ("init_from", "checkpoint_minutes")}
+_NO_RESULT = {
+    "data": ("root", "download", "workers"),
+    "training": ("init_from", "teacher_weights", "checkpoint_minutes"),
+}
 """Fields that change no result, or that are told apart by content: where images lie, and what a run starts from."""
-_ROUTED = ("num_experts", "router", "route_per", "experts", "experts_init")
+_ROUTED = ("num_experts", "router", "router_norm", "route_per", "experts", "experts_init")
 """Fields of the model that say nothing about a plain one."""
 
 
@@ -42,6 +49,12 @@ def run_key(config: Config, start: str | None = None) -> str:
         model["scale"] = ModelConfig().scale
     if config.training.method != "advmoe":
         groups["training"]["alternation"] = _DEFAULTS.training.alternation
+    if config.training.teacher is not None:
+        groups["training"]["teacher"] = _teacher(config.training.teacher, config.training.teacher_weights)
+    # Runs of before the field keep their keys.
+    method = METHODS.get(config.training.method)
+    norms = method and config.training.fixed_norms
+    groups["training"]["frozen_norms"] = None if method is None or norms == method.earlier_norms else norms
     for group, fields in groups.items():
         defaults = vars(getattr(_DEFAULTS, group))
         for name in list(fields):
@@ -54,6 +67,16 @@ def run_key(config: Config, start: str | None = None) -> str:
 
 _DEFAULTS = Config.from_dict({"training": {"alternation": "both"}})
 """The defaults that keys leave out: those of the first version that had keys. One that changes later changes no key."""
+
+
+def _teacher(name: str, weights: str | None) -> Any:
+    """What tells a teacher apart: checksums; its name where there is nothing of that name."""
+    if name.startswith(PREFIX):
+        return find(name).digest
+    if is_source(name):
+        files = (Path(name.rpartition(":")[0]).expanduser(), *([] if weights is None else [Path(weights).expanduser()]))
+        return [checksum(file) if file.is_file() else str(file) for file in files]
+    return digest_at(Path(name).expanduser()) or name
 
 
 def measure_key(kind: str, options: Mapping[str, Any], against: str | None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from advmoe.report.pictures import Picture
-from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import RA_LABEL, measured, ordering, scales_of
-from advmoe.studies.results import Results, RowResults, RunNumber, RunResults, unchanged_pathways
+from advmoe.studies.figure_claims import by_scale, drops, pathway_claims, regimes
+from advmoe.studies.results import Results, RowResults, RunNumber, of_pathways, swept
 from advmoe.studies.rows import Row
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
@@ -21,19 +21,13 @@ def _fig2_rows(scale: Scale, _: Results) -> list[Row]:
 
 def _curve(row: RowResults, curve: str) -> list[dict[str, Any]]:
     """Mean robust accuracy (%) of a sweep at each radius, in 1/255."""
-    sweeps = [sweep for run in row.by_seed.values() if (sweep := run.measurement("sweep")) is not None]
-    names = [next(iter(each["curves"])) if curve == "pgd" else curve for each in sweeps]
-    points = [
-        {p["eps"]: 100 * p["robust_accuracy"] for p in each["curves"][name]["points"]}
-        for each, name in zip(sweeps, names, strict=True)
-    ]
-    radii = sorted({eps for each in points for eps in each})
+    points = [swept(run, curve) for run in row.by_seed.values()]
     series = []
-    for eps in radii:
-        values = [each[eps] for each in points if eps in each]
+    for radius in sorted({radius for each in points for radius in each}):
+        values = [100 * each[radius] for each in points if radius in each]
         spread = len(values) > 1
         series.append({
-            "x": round(255 * eps, 4), "y": sum(values) / len(values), "low": min(values) if spread else None,
+            "x": radius, "y": sum(values) / len(values), "low": min(values) if spread else None,
             "high": max(values) if spread else None,
         })  # fmt: skip
     return series
@@ -56,7 +50,7 @@ def _fig2_show(scale: Scale, results: Results) -> StudyFindings:
         for curve in ((run.measurement("sweep") or {}).get("curves") or {}).values()
         for reason in curve["masking"]["reasons"]
     ]
-    claims = [ordering(results)]
+    claims = [ordering(results), *drops(results)]
     return StudyFindings(
         tables=[table("At the radius trained for", results, ["method"], [RA, WORST, SA])],
         figures=figures, claims=claims, notes=list(dict.fromkeys(suspected)),
@@ -71,26 +65,14 @@ def _fig6_rows(scale: Scale, _: Results) -> list[Row]:
     return [*rows, measured(scale, mask)]
 
 
-def _of_pathways(*path: str) -> RunNumber:
-    """A number of `pathways.json`, by the names that lead to it."""
-
-    def value(run: RunResults) -> float | None:
-        entry: Any = run.measurement("pathways")
-        for name in path:
-            entry = entry.get(name) if isinstance(entry, dict) else None
-        return entry if isinstance(entry, int | float) else None
-
-    return value
-
-
 _FIG6 = [
-    Quantity("clean", "IoU with the mask, clean", None, _of_pathways("against", "clean", "mean")),
-    Quantity("attacked", "attacked", None, _of_pathways("against", "adversarial", "mean")),
-    Quantity("spread", "std, clean", None, _of_pathways("against", "clean", "std")),
-    Quantity("chance", "random pathways", None, _of_pathways("against", "random_pathways", "mean")),
-    Quantity("distinct", "distinct pathways", None, _of_pathways("clean", "distinct")),
-    Quantity("entropy", "their entropy (bits)", None, _of_pathways("clean", "entropy")),
-    Quantity("kept", "pathways that survive the attack %", "higher", _of_pathways("attack", "unchanged"), 100),
+    Quantity("clean", "IoU with the mask, clean", None, of_pathways("against", "clean", "mean")),
+    Quantity("attacked", "attacked", None, of_pathways("against", "adversarial", "mean")),
+    Quantity("spread", "std, clean", None, of_pathways("against", "clean", "std")),
+    Quantity("chance", "random pathways", None, of_pathways("against", "random_pathways", "mean")),
+    Quantity("distinct", "distinct pathways", None, of_pathways("clean", "distinct")),
+    Quantity("entropy", "their entropy (bits)", None, of_pathways("clean", "entropy")),
+    Quantity("kept", "pathways that survive the attack %", "higher", of_pathways("attack", "unchanged"), 100),
 ]
 
 
@@ -114,24 +96,13 @@ def _fig6_show(scale: Scale, results: Results) -> StudyFindings:
             title = f"Pathways against the static mask: {method}"
             options = {"xlabel": "IoU", "ylabel": "share of images (%)", "bins": 50}
             figures.append(Picture("histogram", f"fig6-{len(figures) + 1}", title, series, options, caption))
-    moe, advmoe = (results.one(method=name) for name in ("AT (MoE)", "AdvMoE"))
-    fragile = Comparison("AdvMoE's pathways", "AT (MoE)'s", *(unchanged_pathways(row) for row in (advmoe, moe)))
-    note = "Whether the attack leaves every choice as it was."
-    claims = [
-        claim(
-            "routers-of-at-moe-are-fragile",
-            "The routers of AT (MoE) are more fragile than those of AdvMoE: an attack changes more of its pathways.",
-            [verdict("PGD", [fragile], note)],
-            "Zhang et al., ICCV 2023, sec. 5, fig. 6",
-        )
-    ]
     routed = Results([row for row in results if row.labels["routed"]])
     return StudyFindings(
         tables=[
             table("Pathways and the mask", routed, ["method"], _FIG6),
             table("Accuracy", results, ["method"], [RA, WORST, SA]),
         ],
-        figures=figures, claims=claims,
+        figures=figures, claims=pathway_claims(results),
     )  # fmt: skip
 
 
@@ -170,6 +141,7 @@ def _fig7_show(scale: Scale, results: Results) -> StudyFindings:
     return StudyFindings(
         tables=[table("Experts N and model scale r", results, ["method", "experts", "scale"], [RA, WORST, SA, GMACS])],
         figures=figures,
+        claims=regimes(results),
     )
 
 
@@ -199,6 +171,8 @@ def _fig8_show(scale: Scale, results: Results) -> StudyFindings:
         )  # fmt: skip
     ratios, backbones = results.distinct("scale"), results.distinct("backbone")
     claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
+    for b in backbones:
+        claims += by_scale(results.select(backbone=b), f", {b}")
     columns = [RA, WORST, SA, GMACS]
     return StudyFindings(
         tables=[table("Methods by model scale", results, ["backbone", "scale", "method"], columns)],

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from advmoe.studies import paper
-from advmoe.studies.comparisons import measured, method_bars, orderings, overview
-from advmoe.studies.results import Results, of_evaluation
+from advmoe.studies.claims import MARGIN, Comparison, claim, verdict
+from advmoe.studies.comparisons import (
+    above,
+    half_the_cost,
+    leads,
+    measured,
+    method_bars,
+    orderings,
+    overview,
+    setups,
+)
+from advmoe.studies.results import Results, clean_outcomes, of_evaluation
 from advmoe.studies.rows import Row, TrainingRun
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
@@ -40,7 +51,15 @@ def _table1_show(scale: Scale, results: Results) -> StudyFindings:
                 "table1-worst", f"{title}: worst case", results, WORST.value, "robust accuracy, worst case (%)"
             ),
         ],
-        claims=orderings(results, scale.strong),
+        claims=[
+            *orderings(results, scale.strong),
+            *(
+                each
+                for where, labels in setups(results)
+                for each in leads(results, where, strong=scale.strong, **labels)
+            ),
+            *(half_the_cost(results, where, **labels) for where, labels in setups(results)),
+        ],
     )
 
 
@@ -55,7 +74,14 @@ def _table2_show(scale: Scale, results: Results) -> StudyFindings:
     return StudyFindings(
         tables=[overview("Under AutoAttack", results, [RA, under_autoattack, WORST, SA, GMACS, MS], "table2")],
         figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
-        claims=orderings(results, scale.strong),
+        claims=[
+            *orderings(results, scale.strong),
+            *(
+                each
+                for where, labels in setups(results)
+                for each in leads(results, where, strong=scale.strong, **labels)
+            ),
+        ],
     )
 
 
@@ -67,12 +93,30 @@ def _table3_rows(scale: Scale, _: Results) -> list[Row]:
     ]
 
 
+def _table3_claims(results: Results) -> list[dict[str, Any]]:
+    pair, source = [("AT (MoE)", "AdvMoE")], "Zhang et al., ICCV 2023, sec. 5.2, table 3"
+    ours, theirs = (results.one(method=name) for name in ("AdvMoE", "AT (MoE)"))
+    alike = Comparison("AdvMoE", "AT (MoE)", clean_outcomes(ours), clean_outcomes(theirs), margin=MARGIN)
+    return [
+        above(results, "vit-above-at", "On a ViT AdvMoE is more robust than AT (MoE).", pair, source=source),
+        above(
+            results, "vit-by-a-point", "On a ViT AdvMoE is a point or more above AT (MoE).", pair, source=source,
+            margin=-MARGIN,
+        ),
+        claim(
+            "vit-keeps-accuracy", "On a ViT AdvMoE loses no more than a point of AT (MoE)'s clean accuracy.",
+            [verdict("clean", [alike])], source,
+        ),
+    ]  # fmt: skip
+
+
 def _table3_show(scale: Scale, results: Results) -> StudyFindings:
     reported = {row["method"]: row for row in paper.reported()["rows"] if row["table"] == "table3"}
     rows = "; ".join(f"{name}: RA {row['ra_pgd50']}, SA {row['sa']}" for name, row in reported.items())
     return StudyFindings(
         tables=[overview("A vision transformer", results, [RA, WORST, SA, GMACS, MS], "table3")],
         figures=[method_bars("table3-ra", "A vision transformer", results, RA.value, "robust accuracy under PGD (%)")],
+        claims=_table3_claims(results),
         notes=[
             f"The paper's table 3 (ImageNet, DeiT-Tiny, percent): {rows}.",
             "Its 0.27 GMACs are not those of DeiT-Tiny at 224 pixels (about 1.25 Dense): here what runs is counted.",

@@ -139,6 +139,17 @@ def of_cost(name: str) -> RunNumber:
     return value
 
 
+def pace_bounds(paced: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """Between what the ratio of `pace` lies in every round: the least of one's seconds by the most of the other's, and
+    the other way; None where the seconds are not known.
+    """
+    seconds = list(((paced or {}).get("seconds") or {}).values())
+    if not seconds:
+        return None
+    ours, theirs = seconds[0], seconds[-1]
+    return ours["least"] / theirs["most"], ours["most"] / theirs["least"]
+
+
 def seconds_per_epoch(run: RunResults) -> float | None:
     """The median over epochs, as the machine stood."""
     seconds = [line["seconds"] for line in run.epochs]
@@ -149,6 +160,25 @@ def best_validation(run: RunResults) -> float | None:
     """Robust accuracy on the validation split of the best epoch: of routed models, in the worst of two."""
     accuracies = [line["val"]["robust_accuracy"] for line in run.epochs if line["val"] is not None]
     return max(accuracies, default=None)
+
+
+def of_pathways(*path: str) -> RunNumber:
+    """A number of `pathways.json`, by the names that lead to it."""
+
+    def value(run: RunResults) -> float | None:
+        entry: Any = run.measurement("pathways")
+        for name in path:
+            entry = entry.get(name) if isinstance(entry, dict) else None
+        return entry if isinstance(entry, int | float) else None
+
+    return value
+
+
+def swept(run: RunResults, curve: str) -> dict[float, float]:
+    """Robust accuracy of a run's sweep by radius, in 1/255; `curve`: `pgd`, the first that was swept, or a name."""
+    curves = (run.measurement("sweep") or {}).get("curves") or {}
+    points = curves[next(iter(curves)) if curve == "pgd" else curve]["points"] if curves else []
+    return {round(255 * point["eps"], 4): point["robust_accuracy"] for point in points}
 
 
 PGD = r"pgd-\d+"
@@ -169,6 +199,14 @@ def outcomes(row: RowResults | None, attack: str | None, measure: str = "accurac
             right = np.logical_and.reduce([arrays["clean_correct"], *(arrays[name] for name in names)])
             by_seed[seed] = dict(zip(arrays["index"].tolist(), right.tolist(), strict=True))
     return by_seed
+
+
+def clean_outcomes(row: RowResults | None, measure: str = "accuracy") -> ImageOutcomes:
+    """Per seed, whether each image was classified right without an attack."""
+    return {
+        seed: dict(zip(arrays["index"].tolist(), arrays["clean_correct"].tolist(), strict=True))
+        for seed, arrays in _arrays_by_seed(row, measure, EXAMPLES)
+    }
 
 
 def categories(

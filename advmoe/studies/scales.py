@@ -17,6 +17,7 @@ from advmoe.config import Pixels, merged, require_one_of
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
+from advmoe.tables import METHODS
 
 T = TypeVar("T")
 
@@ -33,6 +34,11 @@ class PaperMethod:
         """Whether its models have routers."""
         return bool(self.settings["model"]["kind"] == "moe")
 
+    @property
+    def fixes(self) -> bool:
+        """Whether it leaves a part fixed for good, whose statistics are a matter of choice."""
+        return METHODS[self.settings["training"]["method"]].frozen_norms is not None
+
 
 def _method(kind: str, method: str, start: str | None = None, **training: Any) -> PaperMethod:
     return PaperMethod({"model": {"kind": kind}, "training": {"method": method, **training}}, start)
@@ -48,6 +54,9 @@ PAPER_METHODS: Mapping[str, PaperMethod] = {
     "router-robustified MoE": _method("moe", "at-routers", "standard MoE"),
     "router-robustified MoE, then its experts": _method("moe", "at-experts", "router-robustified MoE"),
     "standard Dense": _method("dense", "standard"),
+    "standard S-Dense": _method("s-dense", "standard"),
+    # Pruned like AT (Sparse), but with nothing to defend: TRADES without its KL, on images that noise of 0.001 moves.
+    "standard Sparse": _method("sparse", "sparse", "standard Dense", beta=0.0, attack_steps=1, step_size=1e-6),
     "robust mask of standard Dense": _method("sparse", "sparse", "standard Dense", finetune_epochs=0),
 }
 """The paper's methods and the models of its section 4: M1 is the standard MoE, M3 the mask."""
@@ -100,6 +109,7 @@ class Scale:
         dataset: str | None = None,
         backbone: str | None = None,
         more: Settings | None = None,
+        statistics: str | None = None,
         **labels: Any,
     ) -> TrainingRun:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
@@ -107,6 +117,7 @@ class Scale:
         Args:
             more: settings over those of the scale, data, backbone and method; a run that it starts from has those of
                 the model, the data and the threat too.
+            statistics: `training.frozen_norms` of the run and of those that it starts from, where a part stays fixed.
             labels: what the study varies, for its tables and figures; the run's name has them in this order.
         """
         dataset, backbone = dataset or next(iter(self.datasets)), backbone or next(iter(self.backbones))
@@ -116,7 +127,12 @@ class Scale:
         start = None
         if how.start is not None:
             shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
-            start = self.run(how.start, dataset=dataset, backbone=backbone, more=shared, **labels)
+            start = self.run(
+                how.start, dataset=dataset, backbone=backbone, more=shared, statistics=statistics, **labels
+            )
+        if statistics is not None and how.fixes:
+            labels["statistics"] = statistics
+            more = merged(more, {"training": {"frozen_norms": statistics}})
         usual = merged(self.base, data.settings, net.settings, how.settings, more)
         settings = merged(usual, self.overrides)
         elsewhere = other_folder(usual, settings)
@@ -227,7 +243,7 @@ _SMOKE = Scale(
 
 _CPU = Scale(
     name="cpu",
-    seeds=3,
+    seeds=5,
     base={
         "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
         "threat": {"norm": "linf", "eps": "8/255"},
@@ -264,7 +280,7 @@ def _paper_part(data: str, label: str) -> DataOrBackbone:
 _PAPER_BASE = recipe("cifar10-resnet18-at-dense")
 _PAPER = Scale(
     name="paper",
-    seeds=3,
+    seeds=5,
     base={**_PAPER_BASE, "model": {"scale": 0.5, "num_experts": 2, "router": "layer"}},
     datasets={
         label: _paper_part(data, label)

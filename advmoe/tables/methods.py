@@ -49,11 +49,18 @@ class Method:
     """Whether it begins with another run's weights (`training.init_from`)."""
     kind: str | None = None
     """The one kind of network that it trains, where it trains no other."""
+    frozen_norms: str | None = None
+    """What `training.frozen_norms` is where it is left out; None where no part stays fixed for good."""
 
     @property
     def adversarial(self) -> bool:
         """Whether any level is trained against attacks."""
         return any(level.adversarial for level in self.levels)
+
+    @property
+    def earlier_norms(self) -> str | None:
+        """What became of a fixed part's statistics before `training.frozen_norms` could say it."""
+        return "keep" if self.frozen_norms == "refresh" else self.frozen_norms
 
     @property
     def apart(self) -> bool:
@@ -82,16 +89,18 @@ METHODS: Table[Method] = Table(
         "at-routers": Method(
             (Level("routers"),), "at-routers",
             "adversarial training (TRADES) of the routers, the experts fixed", start=True,
+            frozen_norms="refresh",
         ),
         "at-experts": Method(
             (Level("experts"),), "at-experts",
             "adversarial training (TRADES) of the experts, the routers fixed", start=True,
+            frozen_norms="refresh",
         ),
         # Its second phase; before and after it is `at` (see `training.phases`).
         "sparse": Method(
             (Level("scores"),), "AT (Sparse)",
             "robust structured pruning (HYDRA): TRADES of the Dense backbone, of channel scores, of what they keep",
-            kind="sparse",
+            kind="sparse", frozen_norms="running",
         ),
         "advmoe": Method(
             _BOTH, "AdvMoE",

@@ -30,6 +30,9 @@ class Router:
     experts: int | None = None
     """The one number of experts that it chooses among, where it knows no other."""
 
+    norms: bool = False
+    """Whether it takes `norm`, the kind of its norms (`model.router_norm`)."""
+
     @property
     def in_layers(self) -> bool:
         """Whether each MoE layer has a router of its own."""
@@ -51,9 +54,9 @@ def _linear(bits: int) -> Router:
 ROUTERS: Table[Router] = Table(
     "model.router",
     {
-        "layer": Router(layer=lazily(_LAYER)),
-        "embedding": Router(lazily(_IMAGE, shared=False)),
-        "image": Router(lazily(_IMAGE, shared=True), apart=False),
+        "layer": Router(layer=lazily(_LAYER), norms=True),
+        "embedding": Router(lazily(_IMAGE, shared=False), norms=True),
+        "image": Router(lazily(_IMAGE, shared=True), apart=False, norms=True),
         "fixed-top": _fixed("top"),
         "fixed-top-bottom": _fixed("top-bottom"),
         "fixed-mean": _fixed("mean"),

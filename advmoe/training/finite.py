@@ -1,13 +1,15 @@
-"""Loss terms that must stay finite: how they are watched without waiting for a GPU at every step."""
+"""What must stay finite: loss terms, watched without waiting for a GPU at every step, and what is measured or saved."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from advmoe.evaluation.outcomes import Clean
 from advmoe.training.objectives import Terms
 from advmoe.training.processes import total
 
@@ -53,3 +55,17 @@ class Watch:
         place, names, values = next(step for step, sound in zip(steps, each, strict=True) if not bool(sound.all()))
         named = ", ".join(f"{name}={value:g}" for name, value in zip(names, values.tolist(), strict=True))
         return f"{place}{': ' if place else ''}loss terms must stay finite, got {named}"
+
+
+def require_sound(
+    fabric: Fabric, weights: Sequence[Tensor], clean: Clean | None, loads: Callable[[], list[list[float]]]
+) -> None:
+    """Raise `TrainingDiverged`, on every process, where `weights` or the logits of `clean` are NaN or infinite on one:
+    such a model is neither measured nor saved. `loads` gives each expert's share, per MoE layer, for the error.
+    """
+    sound = torch.stack([each.isfinite().all() for each in weights]).all()
+    sure = clean is None or bool(clean.finite.all())
+    broken = total(fabric, torch.stack([~sound, torch.tensor(not sure, device=sound.device)]).float()).tolist()
+    if any(broken):
+        what = " and ".join(name for name, bad in zip(("weights", "logits"), broken, strict=True) if bad)
+        raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from advmoe.text import aligned, duration, percent
 
@@ -11,9 +11,10 @@ from advmoe.text import aligned, duration, percent
 def epoch_line(line: Mapping[str, Any], *, epochs: int, best: bool, left: float | None) -> str:
     """An epoch as it is told: `line` is its entry of `metrics.jsonl`.
 
-    Of each level the means of its losses, of the last one its accuracy on clean images too; the validation's accuracies
-    (in percent), clean and under attack, and whether they are the `best` yet; the mean over MoE layers of the largest
-    expert's share, and how many experts no image chose; the epoch's seconds, and about how many are `left`.
+    Of each level the means of its losses, of the last one its accuracy on clean images too (under PGD-AT on attacked
+    ones); the validation's accuracies (in percent), clean and under attack, and whether they are the `best` yet; the
+    mean over MoE layers of the largest expert's share, and how many experts no image chose; the epoch's seconds, and
+    about how many are `left`.
     """
     words = [f"epoch {line['epoch']}/{epochs}", *([line["phase"]] if "phase" in line else [])]
     # Experts last, whichever level an epoch began with.
@@ -39,6 +40,11 @@ def _level(part: str, means: Mapping[str, float], *, last: bool) -> str:
     if last and "accuracy" in means:
         terms.append(f"acc {percent(means['accuracy'])}%")
     return " ".join([part, *terms])
+
+
+def terms_line(terms: Mapping[str, SupportsFloat]) -> str:
+    """A step's loss terms as the bar shows them."""
+    return " ".join(f"{name} {float(value):.3g}" for name, value in terms.items())
 
 
 def summary(progress: Mapping[str, Any], *, epochs: int, steps: int) -> str:

@@ -28,7 +28,7 @@ from advmoe.training.lines import epoch_line, summary
 from advmoe.training.midway import ITERATIONS, Midway
 from advmoe.training.phases import Phase, enter, leave, phase_at, phases
 from advmoe.training.preemption import Requests, Stopped
-from advmoe.training.schedule import batches, cosine
+from advmoe.training.schedule import batches, rate
 from advmoe.training.trainer import Trainer, TrainingDiverged
 
 
@@ -223,7 +223,7 @@ def _epoch_line(
     return {
         "epoch": epoch + 1,
         **({} if phase.name is None else {"phase": phase.name}),
-        "lr": t.lr * cosine((epoch - phase.first) * iterations, t.epochs * iterations),
+        "lr": t.lr * rate(t, (epoch - phase.first) * iterations, iterations),
         "train": trainer.means.report(trainer.fabric),
         "val": measured,
         "seconds": round(seconds, 3),

@@ -53,12 +53,20 @@ def parts_of(model: nn.Module) -> dict[Part, list[nn.Parameter]]:
     return {"experts": [p for p in psi if id(p) not in known], "routers": phi, "scores": scores}
 
 
-def _is_batch_norm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+def is_batch_norm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    """Whether `module` normalises by batches, of whatever kind."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
+def untouched(model: nn.Module, part: Part) -> list[nn.Module]:
+    """The modules whose parameters stay fixed while `part` learns."""
+    routers = {id(module) for router in routers_of(model) for module in router.modules()}
+    of = {"all": (), "experts": (True,), "routers": (False,), "scores": (True, False)}[part]
+    return [module for module in model.modules() if (id(module) in routers) in of]
+
+
 @contextmanager
-def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[None]:
+def learning(model: nn.Module, part: Part, *, record: bool = True, follow: bool | None = None) -> Iterator[None]:
     """Train mode in which one part learns and the rest stays fixed bit for bit, buffers included. Restores everything.
 
     Args:
@@ -66,11 +74,13 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
         part: `routers` (phi), `experts` (psi: experts, norms, stem, classifier), `scores` (a sparse model's channels')
             or `all`.
         record: whether the part's own buffers move; without it none does.
+        follow: whether those of what stays fixed move too (`training.frozen_norms`); by default while `scores` learn.
 
     Inside, take gradients; the optimiser may step inside or after. Fixed batch norms go on normalising by the batch,
     without recording it. Running statistics lag behind fast early weights: by them the routers' step saw a broken
     backbone (digits, 2 epochs: cross-entropy 5.0 against 1.6). While `scores` learn, weights are fixed but statistics
-    move: the dense network's do not fit what its masks let through, and attacks and measurements go by them.
+    move unless told otherwise: the dense network's do not fit what its masks let through, and attacks and measurements
+    go by them.
 
     Raises `ValueError` for a part that the model does not have. Source: AdvMoE (Zhang et al., ICCV 2023), Algorithm 1,
     which updates one part with the other fixed; what holds of buffers is ours.
@@ -79,15 +89,13 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
     known = ["all", *(name for name, parameters in parts.items() if parameters)]
     if part not in known:
         raise InputError(f"part must be one of {', '.join(known)} of this model, got {part!r}")
-    router_modules = {id(module) for router in routers_of(model) for module in router.modules()}
     modules = list(model.modules())
-    norms = [module for module in modules if _is_batch_norm(module)]
-
-    def fixed(module: nn.Module) -> bool:
-        return not record or part == ("experts" if id(module) in router_modules else "routers")
-
+    norms = [module for module in modules if is_batch_norm(module)]
+    follows = part == "scores" if follow is None else follow
+    fixed_modules = modules if not record else [] if follows else untouched(model, part)
+    fixed = {id(module) for module in fixed_modules}
     # What moves its buffers in its own way (instance norms, spectral norms) gets them back.
-    moving = (module for module in modules if not _is_batch_norm(module) and fixed(module))
+    moving = (module for module in fixed_modules if not is_batch_norm(module))
     others = [buffer for module in moving for buffer in module.buffers(recurse=False)]
     values = [buffer.clone() for buffer in others]
     modes = [module.training for module in modules]
@@ -98,7 +106,7 @@ def learning(model: nn.Module, part: Part, *, record: bool = True) -> Iterator[N
         parameter.requires_grad_(needs and id(parameter) not in still)
     model.train()
     for norm in norms:
-        norm.track_running_stats = not fixed(norm)
+        norm.track_running_stats = id(norm) not in fixed
     try:
         yield
     finally:

@@ -13,24 +13,30 @@ from torch.nn import functional as F
 
 from advmoe.config import Codes
 from advmoe.errors import InputError
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing, route
 from advmoe.seeding import generator_for
+from advmoe.threat import ThreatModel
 
 Terms = dict[str, Tensor]
 """Scalar terms by name; what is minimised is their sum."""
 
 
-def cross_entropy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Terms, Routing, Tensor]:
-    """Standard training's loss, cross-entropy on clean images.
+def cross_entropy(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, smoothing: float = 0.0
+) -> tuple[Terms, Routing, Tensor]:
+    """Cross-entropy: standard training's loss on clean images, PGD-AT's (Madry et al., ICLR 2018, eq. 2.1) on attacked
+    ones.
 
     Args:
         model: (N, C, H, W) -> logits (N, K). x: pixels in [0, 1], (N, C, H, W). y: classes, (N,).
+        smoothing: share of the label that all classes have evenly (Szegedy et al., CVPR 2016).
 
     Returns the term by name, `{"ce": scalar}`, the routing of the pass, and the logits (N, K) in fp32.
     """
     with route() as routing:
         logits = model(x).float()
-    return {"ce": F.cross_entropy(logits, y)}, routing, logits
+    return {"ce": F.cross_entropy(logits, y, label_smoothing=smoothing)}, routing, logits
 
 
 def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
@@ -42,7 +48,7 @@ def kl_divergence(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
 
 
 def trades(
-    model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, y: Tensor, beta: float
+    model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, y: Tensor, beta: float, smoothing: float = 0.0
 ) -> tuple[Terms, Routing, Routing, Tensor]:
     """CE(f(x), y) + beta * KL(f(x) || f(x_adv)): the loss of TRADES on images and attacked ones.
 
@@ -50,6 +56,7 @@ def trades(
         model: (N, C, H, W) -> logits (N, K); in train mode (`learning`).
         x, x_adv: clean and adversarial pixels in [0, 1], (N, C, H, W). y: classes, (N,).
         beta: weight of the KL term, 6 in both papers.
+        smoothing: of the labels in CE, as of `cross_entropy`.
 
     Returns the terms by name, `{"ce": scalar, "kl": scalar}`, means over the batch, whose sum is minimised; the routing
     of the clean and of the adversarial pass; the clean logits (N, K) in fp32. Gradient flows through both arguments of
@@ -57,9 +64,31 @@ def trades(
 
     Source: Zhang et al., ICML 2019, eq. 5; the AdvMoE paper's eq. (AT), beta = 1/lambda.
     """
-    terms, clean_routing, logits = cross_entropy(model, x, y)
+    terms, clean_routing, logits = cross_entropy(model, x, y, smoothing)
     with route() as adversarial_routing:
         terms["kl"] = beta * kl_divergence(logits, model(x_adv))
+    return terms, clean_routing, adversarial_routing, logits
+
+
+def distillation(
+    model: Callable[[Tensor], Tensor], x: Tensor, x_adv: Tensor, taught: Tensor, weight: float
+) -> tuple[Terms, Routing, Routing, Tensor]:
+    """(1 - weight) * KL(T(x) || f(x)) + weight * KL(T(x) || f(x_adv)): a teacher's soft labels in the place of classes.
+
+    Args:
+        model: the student f, (N, C, H, W) -> logits (N, K); in train mode (`learning`).
+        x, x_adv: clean and adversarial pixels in [0, 1], (N, C, H, W). taught: the teacher's logits of `x`, (N, K).
+        weight: of the term on attacked images, in [0, 1]; 5/6 in the authors' code.
+
+    Returns what `trades` does, the terms as `{"clean_kl": scalar, "adv_kl": scalar}`; no gradient reaches the teacher.
+
+    Source: RSLAD, Zi et al., ICCV 2021, eq. 6, at temperature 1.
+    """
+    with route() as clean_routing:
+        logits = model(x).float()
+    terms = {"clean_kl": (1 - weight) * kl_divergence(taught, logits)}
+    with route() as adversarial_routing:
+        terms["adv_kl"] = weight * kl_divergence(taught, model(x_adv))
     return terms, clean_routing, adversarial_routing, logits
 
 
@@ -93,12 +122,11 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
     return weight * (1 - (first - second)).relu().mean()
 
 
-def radius_loss(radii: Tensor, eps: float, weight: float) -> Tensor:
-    """weight * max(0, 1 - radius / eps), mean over bits and samples: zero where every choice is proved at `eps`.
-
-    radii: (N, B), in the unit of pixels (`HalfspaceRouter.radii`).
+def radius_loss(router: HalfspaceRouter, x: Tensor, threat: ThreatModel, weight: float) -> Tensor:
+    """weight * max(0, 1 - radius / eps), mean over bits and images `x` (N, C, H, W): zero where every choice is proved
+    at `threat.eps`, as if pixels could leave [0, 1] (`HalfspaceRouter.radii`).
     """
-    return weight * (1 - radii / eps).relu().mean()
+    return weight * (1 - router.radii(x, threat.norm) / threat.eps).relu().mean()
 
 
 def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:

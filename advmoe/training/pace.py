@@ -66,12 +66,15 @@ def pace(
 
 
 def _trainer(config: Config, rounds: int, accelerator: str) -> Trainer:
-    """A trainer of a new model whose epochs are `ITERATIONS` iterations."""
+    """A trainer of a new model whose epochs are `ITERATIONS` iterations, none of them a first one of a run."""
     examples = ITERATIONS * config.training.batch_size
     short = Config(
         model=config.model, threat=config.threat, attack=config.attack,
         data=replace(config.data, train_examples=examples, val_fraction=0.0),
-        training=replace(config.training, epochs=rounds + 1, init_from=None),
+        training=replace(
+            config.training, epochs=rounds + 1, init_from=None, warmup_epochs=0, first_attack_steps=None,
+            first_image_sizes=None,
+        ),
     )  # fmt: skip
     dataset = load_data(short)
     fabric = Engine(accelerator, 1, config.training.precision).fabric()

@@ -59,7 +59,11 @@ def phases(config: Config) -> tuple[Phase, ...]:
             continue
         kind, method = _FORMS[name]
         seed = t.seed if name == "pretrain" else seed_for(t.seed, name) % 2**32
-        training = replace(t, method=method, epochs=epochs, seed=seed, init_from=None)
+        lr = t.lr if name != "finetune" or t.finetune_lr is None else t.finetune_lr
+        training = replace(
+            t, method=method, epochs=epochs, prune_epochs=epochs, finetune_epochs=epochs, lr=lr, finetune_lr=None,
+            seed=seed, init_from=None,
+        )  # fmt: skip
         plan.append(Phase(name, first, replace(config, model=replace(config.model, kind=kind), training=training)))
         first += epochs
     return tuple(plan)

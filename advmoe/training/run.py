@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from advmoe.config import Config, require_path
+from advmoe.config import Config, file_digest, is_source, require_path
 from advmoe.data import Dataset, load_dataset
 from advmoe.errors import InputError
 from advmoe.files import checksum, require_writable
@@ -46,7 +46,11 @@ from advmoe.training.leftovers import START_ANEW, begun, clear, startable
 from advmoe.training.loop import fit
 from advmoe.training.model import build_model
 from advmoe.training.preemption import Requests
+from advmoe.training.teacher import load_teacher
 from advmoe.training.trainer import Trainer, TrainingDiverged
+
+TEACHER = "teacher_sha256"
+"""The teacher's digest in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     model = build_model(config, dataset, resumed=launch.resumed())
     trainer = Trainer(config, model, dataset, fabric)
     described = _described(fabric, launch, dataset)
+    if trainer.teacher is not None:
+        described[TEACHER] = trainer.teacher.digest
     if fabric.is_global_zero and launch.fresh:
         if isinstance(model, ConvertedClassifier):
             print(model.conversion)
@@ -108,10 +114,13 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
         config.dump(folder / CONFIG)
     fabric.barrier()
     manifest = manifests.read(folder)
+    if manifest.get(TEACHER) != described.get(TEACHER):
+        was, now = (str(each.get(TEACHER))[:16] for each in (manifest, described))
+        raise InputError(f"training.teacher must be what the run began with (SHA-256 {was}), got {now}")
     began_with = manifest.get("source_sha256")
     if fabric.is_global_zero and began_with is not None and began_with != described["source_sha256"]:
         print(f"note  the code of {config.model.source} is not what the run began with")
-    if fabric.is_global_zero and (note := config_note(folder, described[CONFIG_DIGEST])) is not None:
+    if fabric.is_global_zero and (note := config_note(folder, file_digest(folder / CONFIG))) is not None:
         print(f"note  {note}")
     board = Board(folder) if launch.tensorboard and fabric.is_global_zero else None
     try:
@@ -140,12 +149,10 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
         command=launch.command,
     )  # fmt: skip
     described[CONFIG_DIGEST] = config.digest()
-    compute = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if config.model.kind == "moe":
-        described["compute"] = compute
+        described["compute"] = compute_on(fabric.device, config.training.compute, config.model.num_experts)
     if config.training.compile:
-        pieces = config.model.kind == "moe" and compute != "masked"
-        described["compiled"] = "pieces" if pieces else "whole passes"
+        described["compiled"] = "whole passes" if described.get("compute", "masked") == "masked" else "pieces"
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
     if config.training.init_from is not None and launch.fresh:
@@ -238,7 +245,9 @@ def _start(run: _Launch) -> Path:
     if devices > 1 and member is None:
         # Here first, so that bad input is one line from one process and a first decode or download happens once.
         with shown():
-            build_model(run.config, load_data(run.config), resumed=run.resumed())
+            build_model(run.config, dataset := load_data(run.config), resumed=run.resumed())
+            if run.config.training.teacher is not None:
+                load_teacher(run.config.training, dataset)
     threads = run.threads or max(1, torch.get_num_threads() // here)
     launch(
         partial(_process, launch=run, threads=threads),
@@ -293,10 +302,21 @@ def train(
     )  # fmt: skip
 
 
+def _take_teacher(config: Config, given: str | None) -> None:
+    """Have `config`, of a run to be resumed, name the teacher that was `given`, if one was or must be."""
+    named = config.training.teacher
+    if named is None and given is not None:
+        raise InputError(f"training.teacher must be left out for a run without a teacher, got {given!r}")
+    if named is not None and given is None and is_source(named):
+        raise InputError(f"training.teacher must be given again for {named} (code is never run unasked), got nothing")
+    config.training.teacher = given or named
+
+
 def resume(
     run_dir: str | Path,
     *,
     source: str | None = None,
+    teacher: str | None = None,
     devices: int | None = None,
     num_nodes: int | None = None,
     accelerator: str | None = None,
@@ -308,8 +328,9 @@ def resume(
     threads that it began with.
 
     `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
-    executed. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the weights
-    end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
+    executed. So it is with the `teacher` of a run that learns from the user's own network; any may be given that lies
+    elsewhere by now. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the
+    weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     run_dir = Path(run_dir)
@@ -326,6 +347,7 @@ def resume(
             rule = f"given again for a run of {config.model.source} (code is never run unasked)"
         raise InputError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
+    _take_teacher(config, teacher)
     devices = _processes(devices, num_nodes) or manifest["devices"]
     threads = threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"

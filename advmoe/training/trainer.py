@@ -29,14 +29,15 @@ from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import postfix, shown
 from advmoe.pruning import compact, expand
-from advmoe.seeding import generator_for, seed_for
-from advmoe.tables import Level
+from advmoe.seeding import drawing_for, generator_for
+from advmoe.tables import Level, Part
 from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
-from advmoe.training.finite import TrainingDiverged, Watch
-from advmoe.training.methods import epoch_plan, learning, parts_of
+from advmoe.training.finite import TrainingDiverged, Watch, require_sound
+from advmoe.training.lines import terms_line
+from advmoe.training.methods import epoch_plan, learning
 from advmoe.training.midway import Midway
 from advmoe.training.model import build_model
 from advmoe.training.monitor import EpochMeans, LayerUse
@@ -47,12 +48,17 @@ from advmoe.training.objectives import (
     code_loss,
     codewords,
     cross_entropy,
+    distillation,
     radius_loss,
     trades,
 )
+from advmoe.training.optim import clip, make_optimizers, set_rates
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
-from advmoe.training.schedule import cosine
+from advmoe.training.resizing import require_sizes, shrunk
+from advmoe.training.schedule import rate
+from advmoe.training.statistics import fixed_norms, refresh
+from advmoe.training.teacher import Teacher, teacher_of
 
 _GLANCED = 64
 """Training images whose logits must be finite, where there are none to validate with."""
@@ -71,10 +77,16 @@ class Trainer:
     fabric: Fabric
     whole: Classifier | None = field(default=None, kw_only=True)
     """The sparse model whose compacted form `model` is, where that is trained; checkpoints hold it whole."""
+    teacher: Teacher | None = field(default=None, kw_only=True)
+    """Whom the model learns from; by default whom `training.teacher` names, which is loaded."""
     network: Network = field(init=False)
     """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
-    optimizers: dict[str, torch.optim.SGD] = field(init=False)
+    optimizers: dict[Part, torch.optim.Optimizer] = field(init=False)
+    attacking: tuple[int, float] = field(init=False)
+    """Steps of the inner attack and the length of each, in pixel units, as of the epoch under way."""
+    side: int | None = field(init=False)
+    """The side in pixels to which the epoch's images are shrunk, if they are."""
     levels: tuple[Level, ...] = field(init=False)
     """Of the method, in the order in which an iteration runs those that are due."""
     table: Tensor | None = field(init=False, default=None)
@@ -92,16 +104,19 @@ class Trainer:
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
         t = c.training
-        self.optimizers = {
-            part: torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
-            for part, parameters in parts_of(self.model).items()
-            if parameters
-        }
+        self.teacher = self.teacher or teacher_of(t, self.dataset, device)
+        self.optimizers = make_optimizers(self.model, t)
+        self.attacking, self.side = (t.attack_steps, float(t.step_size)), None
+        sides = [each for each in map(t.image_size_at, range(t.epochs)) if each is not None]
+        require_sizes(self.model, sides, self.dataset.image_size, self.dataset.in_channels)
         if t.router_objective == "codes":
             layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
             arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
             self.table = codewords(t.codes, *arguments).to(device)
         self.levels = t.levels()
+        self.follow = None if t.fixed_norms is None else t.fixed_norms == "running"
+        fixed = fixed_norms(self.model, self.levels[0].part) if t.fixed_norms == "refresh" else []
+        self.refresh = partial(refresh, self.model, fixed, self.train_set, t.batch_size, t.seed)
         if t.ema > 0:
             self.average = WeightAverage(self.model, t.ema)
         if t.warm:
@@ -114,32 +129,40 @@ class Trainer:
 
     def _compiled(self) -> Network:
         """The model, compiled; on a GPU each of its graphs is replayed whole, where batches have one size."""
-        one_size = self.config.training.attack_routing != "mixed"
+        one_size = self.config.training.attack_routing != "mixed" and not self.config.training.first_image_sizes
         replayed = self.fabric.device.type == "cuda" and one_size
         return compiled(self.model, **({"mode": "reduce-overhead"} if replayed else {}))
 
-    def attack(self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None) -> Tensor:
-        """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W).
+    def attack(
+        self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
+        """The inner maximisation on the current model in eval mode, of images `x`; (N, C, H, W). It leads away from the
+        clean prediction: the model's own or, where there is a teacher, that one's.
 
-        With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these.
+        With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these. An attack that ascends
+        the cross-entropy (`training.attack_loss`) needs the images' classes `y` (N,).
         """
-        t = self.config.training
+        t, (steps, step_size) = self.config.training, self.attacking
+        start, loss = t.inner
+        labels = y if loss == "ce" else None
         search = partial(
-            trades_attack, threat=self.threat, steps=t.attack_steps if earlier is None else 1,
-            step_size=float(t.step_size), generator=generator,
+            trades_attack, threat=self.threat, steps=steps if earlier is None else 1, step_size=step_size,
+            generator=generator, uniform=start == "uniform",
         )  # fmt: skip
+        taught = None if self.teacher is None else self.teacher(x)
         with frozen(self.model), self.fabric.autocast(), shown(False):
             if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.network, x, held=earlier)
+                return search(self.network, x, held=earlier, labels=labels, target=taught)
             soft = soft_routing(self.network)
             if t.attack_routing == "soft":
-                return search(soft, x, held=earlier)
+                return search(soft, x, held=earlier, labels=labels, target=taught)
             x_adv = torch.empty_like(x)
             softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
             for predict, chosen in ((self.network, ~softly), (soft, softly)):
                 if len(index := chosen.nonzero()[:, 0]):
                     part = x[index].contiguous(memory_format=torch.channels_last)
-                    x_adv[index] = search(predict, part, held=None if earlier is None else earlier[index])
+                    held, known, target = (None if each is None else each[index] for each in (earlier, labels, taught))
+                    x_adv[index] = search(predict, part, held=held, labels=known, target=target)
             return x_adv
 
     def step(
@@ -153,13 +176,14 @@ class Trainer:
         within `LOOK_EVERY` steps, or at `require_finite`.
         """
         if level.adversarial and x_adv is None:
-            x_adv = self.attack(x, generator)
-        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part):
+            x_adv = self.attack(x, generator, None, y)
+        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part, follow=self.follow):
             terms, routing, logits = self._loss(level, x, x_adv, y)
             self.use.add(routing)
             if self.watch.add(self._place, terms):
                 self.require_finite()
             self._backward(terms)
+            clip(self.model.parameters(), self.config.training.clip)
         for part, optimizer in self.optimizers.items():
             if level.part in ("all", part):
                 optimizer.step()
@@ -171,24 +195,28 @@ class Trainer:
         return terms
 
     def _loss(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Terms, Routing, Tensor]:
-        """The terms that `level` minimises, the clean pass's routing, and its logits (N, K)."""
+        """The terms that `level` minimises, the clean pass's routing and logits (N, K); of PGD-AT, its only pass's."""
         t = self.config.training
         with self.fabric.autocast():
-            if x_adv is None:
-                terms, routing, logits = cross_entropy(self.network, x, y)
+            if x_adv is None or t.objective == "pgd-at":
+                seen = x if x_adv is None else x_adv
+                terms, routing, logits = cross_entropy(self.network, seen, y, t.label_smoothing)
                 passes = [routing]
             else:
-                terms, routing, adversarial, logits = trades(self.network, x, x_adv, y, t.beta)
+                if self.teacher is None:
+                    found = trades(self.network, x, x_adv, y, t.beta, t.label_smoothing)
+                else:
+                    found = distillation(self.network, x, x_adv, self.teacher(x), t.distill_weight)
+                terms, routing, adversarial, logits = found
                 passes = [routing, adversarial]
-                if self.table is not None and level.part == "routers":
-                    terms["codes"] = code_loss(adversarial, y, self.table, t.alpha)
+            if self.table is not None and x_adv is not None and level.part == "routers":
+                terms["codes"] = code_loss(passes[-1], y, self.table, t.alpha)
             if t.balance > 0 and level.part != "experts":
                 terms["balance"] = balance_loss(passes, t.balance)
             if t.margin > 0 and level.part != "experts":
                 terms["margin"] = choice_margin_loss(passes[-1], t.margin)
             if t.radius > 0 and level.part != "experts":
-                radii = cast(HalfspaceRouter, self.model.router).radii(x, self.threat.norm)
-                terms["radius"] = radius_loss(radii, self.threat.eps, t.radius)
+                terms["radius"] = radius_loss(cast(HalfspaceRouter, self.model.router), x, self.threat, t.radius)
         return terms, routing, logits
 
     def _backward(self, terms: Terms) -> None:
@@ -224,24 +252,26 @@ class Trainer:
         variation = Variation(generator, purpose=(t.seed, "crops", epoch), flip=self.dataset.flip)
         varied = variation if self.config.data.augment else None
         self.use, self.means = LayerUse(), EpochMeans()
+        self.attacking, self.side = t.attack_at(epoch), t.image_size_at(epoch)
         begun, self.begun = self.begun, None
         first = 0 if begun is None else begun.iterations
+        if epoch == 0 and begun is None:
+            self.refresh()
         handed_out = sum(len(run) for run in plan[:first])
         drawing = self.train_set.batches(shares, varied if self.perturbations is None else None, handed_out)
-        with self._layers_seeded(epoch), closing(drawing) as drawn:
+        layers = drawing_for(t.seed, "layers", epoch, fabric.global_rank, device=fabric.device)
+        with layers, closing(drawing) as drawn:
             if begun is not None:
                 begun.restore(self, generator)
             for done, run in enumerate(plan[first:], first + 1):
                 step = epoch * len(plan) + done - 1
-                factor = cosine(step, t.epochs * len(plan))
-                for optimizer in self.optimizers.values():
-                    optimizer.param_groups[0]["lr"] = t.lr * factor
+                set_rates(self.optimizers, t, rate(t, step, len(plan)))
                 for (index, levels), (images, y) in zip(run, islice(drawn, len(run)), strict=True):
-                    x, x_adv = self._prepared(levels[0], index, images, varied, generator)
+                    x, x_adv = self._prepared(levels[0], index, images, y, varied, generator)
                     for level in levels:
                         self._place = f"step {step} (epoch {epoch + 1}, {level.part})"
                         losses = self.step(level, x, y, generator, x_adv)
-                    postfix(bar, partial(_terms_line, losses))
+                    postfix(bar, partial(terms_line, losses))
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
@@ -250,16 +280,14 @@ class Trainer:
             self.require_finite()
         self._place = ""
 
-    @contextmanager
-    def _layers_seeded(self, epoch: int) -> Iterator[None]:
-        """Inside, what layers draw by themselves (dropout) follows from the seed and the epoch."""
-        device = self.fabric.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_for(self.config.training.seed, "layers", epoch, self.fabric.global_rank))
-            yield
-
     def _prepared(
-        self, level: Level, index: Tensor, images: Tensor, varied: Variation | None, generator: torch.Generator
+        self,
+        level: Level,
+        index: Tensor,
+        images: Tensor,
+        y: Tensor,
+        varied: Variation | None,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor | None]:
         """Pixels (N, C, H, W) of a batch and, for an adversarial `level`, the adversarial images.
 
@@ -269,10 +297,10 @@ class Trainer:
         if stored is not None and varied is not None:
             view = varied.view(images)
             images = view.of(images)
-        x = images.float().div_(255).contiguous(memory_format=torch.channels_last)
+        x = shrunk(images.float().div_(255).contiguous(memory_format=torch.channels_last), self.side)
         if not level.adversarial:
             return x, None
-        x_adv = self.attack(x, generator, None if stored is None else stored.take(index, view))
+        x_adv = self.attack(x, generator, None if stored is None else stored.take(index, view), y)
         if stored is not None:
             stored.keep(index, view, x_adv - x)
         return x, x_adv
@@ -293,9 +321,12 @@ class Trainer:
         average_buffers(fabric, self.model.buffers())
         if self.average is not None:
             average_buffers(fabric, self.average.buffers(self.model))
+        self.refresh()
         share = val.subset(torch.arange(len(val))[fabric.global_rank :: fabric.world_size])
         sums = torch.zeros(3, device=device)
         with self.averaged():
+            if self.average is not None:
+                self.refresh()
             if len(share):
                 attacks = ("pgd", "pgd-soft") if self.model.routed else ("pgd",)
                 measurement = Measurement(threat=self.threat, attack=self.val_attack, attacks=attacks, seed=t.seed)
@@ -324,13 +355,9 @@ class Trainer:
         are NaN or infinite: such a model is neither measured nor saved.
         """
         states = [floats(self.model)] if self.average is None else [floats(self.model), self.average.state]
-        sound = torch.stack([weights[name].isfinite().all() for weights in states for name in self._finite]).all()
-        sure = clean is None or bool(clean.finite.all())
-        broken = total(self.fabric, torch.stack([~sound, torch.tensor(not sure, device=sound.device)]).float()).tolist()
-        if any(broken):
-            what = " and ".join(name for name, bad in zip(("weights", "logits"), broken, strict=True) if bad)
-            loads = self.use.loads()
-            raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads}")
+        require_sound(
+            self.fabric, [weights[name] for weights in states for name in self._finite], clean, self.use.loads
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that are measured and saved: their average, if one is taken, or its own."""
@@ -371,7 +398,3 @@ class Trainer:
 
 
 __all__ = ["Trainer", "TrainingDiverged", "build_model"]
-
-
-def _terms_line(losses: Terms) -> str:
-    return " ".join(f"{name} {value.item():.3g}" for name, value in losses.items())

@@ -277,3 +277,18 @@ def test_the_first_step_is_fp32_s_under_autocast():
         ours, alone = attacked(), in_bf16_alone()
     assert reached(ours) == pytest.approx(full, rel=0.02)
     assert reached(alone) < 0.97 * full
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_attack_of_training_ascends_the_cross_entropy_with_labels(uniform):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    x, y, seeds = torch.rand(5, 3, 2, 2), torch.arange(5) % 3, [torch.Generator().manual_seed(5) for _ in range(2)]
+    got = trades_attack(model, x, threat=LINF, steps=2, step_size=0.02, generator=seeds[0], labels=y, uniform=uniform)
+    noise = 0.001 * torch.randn(x.shape, generator=seeds[1])
+    start = LINF.random_start(x, seeds[1].manual_seed(5)) if uniform else LINF.project(x + noise, x)
+    loss = cross_entropy_loss(y)
+    expected = ascend(lambda x_adv: loss(model(x_adv)), x, start, threat=LINF, step_sizes=[0.02] * 2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # x + (start - x) rounds
+    assert F.cross_entropy(model(got), y) > F.cross_entropy(model(x), y)
+    assert bool(((got - x).abs() > 0.05).any()) == uniform  # two steps alone reach 0.041

@@ -54,6 +54,9 @@ def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
         (["fig2", "--training.lr", "-1"], "training.lr must be > 0, got -1"),
         (["fig2", "--training.lr", "fast"], "training.lr must be a number, got 'fast'"),
         (["fig2", "--training.epoch", "1"], "--training.epoch is no option of study: did you mean --training.epochs?"),
+        (["fig2", "--page", "a.md"], "--page must be left out of a study, as it is of `claims`, got 'a.md'"),
+        (["claims", "--seeds", "5"], "`study claims` must have no options but --out and --page, got --seeds"),
+        (["claims", "--training.lr", "1"], "`study claims` must have no options but --out and --page, got "),
         ([], "NAME"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -82,21 +85,26 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(advmoe, tmp_path):
     code, out, err = advmoe("study", "fig5", "--dry-run", "--seeds", "2", "--jobs", "2")
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
     *lines, last = out.splitlines()
-    assert last == "14 tasks, 14 to do, by 2 processes"
+    assert last == "26 tasks, 26 to do, by 2 processes"
     found = [
         re.fullmatch(
             r"missing +(\w+) +(.*), ResNet-18 of width 8, digits at 16 pixels, seed (\d)  (\w{12})", line
         ).groups()
         for line in lines
     ]
-    standard, routers, experts = "standard MoE", "router-robustified MoE", "router-robustified MoE, then its experts"
-    first = [("train", standard), ("train", routers), ("evaluate", routers), ("dissect", routers)]
-    second = [(what, experts) for what in ("train", "evaluate", "dissect")]
-    expected = [(*each, seed) for row in (first, second) for seed in "01" for each in row]
+    expected = []
+    for statistics in ("refresh", "keep"):
+        routers, experts = (
+            f"router-robustified MoE{then}, statistics = {statistics}" for then in ("", ", then its experts")
+        )
+        start = [("train", "standard MoE")] if statistics == "refresh" else []  # the same for both
+        first = [*start, ("train", routers), ("evaluate", routers), ("dissect", routers)]
+        second = [(what, experts) for what in ("train", "evaluate", "dissect")]
+        expected += [(*each, seed) for row in (first, second) for seed in "01" for each in row]
     assert [each[:3] for each in found] == expected
-    assert len({key for *_, key in found}) == 6  # a run of each method and seed
+    assert len({key for *_, key in found}) == 10  # a run of each method and seed
     code, out, _ = advmoe("study", "fig5", "--dry-run", "--only", "then its experts")
-    assert code == 0 and out.endswith("5 tasks, 5 to do, by 1 process\n")
+    assert code == 0 and out.endswith("9 tasks, 9 to do, by 1 process\n")
 
 
 CONTENT = {
@@ -164,6 +172,24 @@ def test_everything_is_passed_on_and_what_was_found_is_printed(advmoe, monkeypat
     assert defaults.root == Path("runs/studies") and defaults.overrides == {} and defaults.only == []
 
 
+def test_claims_are_listed_and_written_as_a_page(advmoe, tmp_path):
+    home = tmp_path / "studies" / "fig1b-cpu"
+    home.mkdir(parents=True)
+    (home / "study.json").write_text('{"study": "fig1b", "seeds": [0], "command": "c"}')
+    code, out, err = advmoe("study", "claims", "--out", "studies", "--page", "claims.md")
+    assert (code, err) == (0, "") and out.endswith("written to claims.md\n") and "fig1b-cpu not judged" in out
+    assert (tmp_path / "claims.md").read_text().startswith("# Claims\n")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "studies").rename(tmp_path / "runs" / "studies")
+    assert advmoe("study", "claims")[:2] == (0, out.removesuffix("\nwritten to claims.md\n"))
+    code, _, err = advmoe("study", "claims", "--out", "nowhere")
+    assert code == 2 and "--out must be a folder of studies (a study.json in each), got 'nowhere'" in err
+    assert advmoe("study", "claims", "--page", "some/where.md")[0] == 0 and (tmp_path / "some/where.md").is_file()
+    (tmp_path / "file").touch()
+    code, _, err = advmoe("study", "claims", "--page", "file/claims.md")
+    assert code == 2 and "--page must be where files can be written" in err
+
+
 def test_a_plan_and_the_list_need_no_torch(tmp_path):
     code = (
         "import sys\nfrom advmoe.cli import main\n"
@@ -179,7 +205,7 @@ def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, 
     code, out, err = advmoe(*words)
     assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
     *lines, last = out.splitlines()
-    assert last == "7 tasks: 7 waiting" and all(line.startswith("waiting    ") for line in lines)
+    assert last == "13 tasks: 13 waiting" and all(line.startswith("waiting    ") for line in lines)
     key, ledger = lines[0].split()[-1], Ledger(tmp_path / "there" / "logs")
     ledger.submitted(key, "12_3")
     with pytest.raises(OSError), ledger.doing(lines[1].split()[-1], log=Path("a.log")):
@@ -188,7 +214,7 @@ def test_the_status_tells_each_task_s_state_and_log_and_creates_nothing(advmoe, 
     first, second, *_, last = out.splitlines()
     assert first.startswith("queued       train     standard MoE") and "  job 12_3  log there/logs/" in first
     assert second.startswith("failed  ") and second.endswith("  OSError: no disk  log a.log")
-    assert last == "7 tasks: 1 queued, 1 failed, 5 waiting"
+    assert last == "13 tasks: 1 queued, 1 failed, 11 waiting"
 
 
 def test_where_a_cluster_s_tasks_print_is_told(advmoe, monkeypatch):

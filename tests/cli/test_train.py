@@ -68,9 +68,11 @@ def test_train_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     argv = [*TRAIN, "--training.seed", "3", "--devices", "2", "--threads", "1", "--accelerator", "cpu", "--tensorboard"]
     argv += ["--max-hours", "0.5"]
+    argv += ["--training.attack_start", "uniform", "--training.attack_loss", "null", "--training.router_lr", "0.01"]
     assert cli.main(argv) == 0
     (config,) = seen.pop("args")
     assert config.training.seed == 3 and config.model.width == 16
+    assert config.training.inner == ("uniform", "kl") and config.training.router_lr == 0.01
     assert seen == {
         "run_dir": Path("runs/digits-advmoe-3"),
         "name": "digits-advmoe",

@@ -16,6 +16,7 @@ from advmoe.config import (
     Pixels,
     ThreatConfig,
     TrainingConfig,
+    file_digest,
     merged,
     overlaid,
 )
@@ -49,6 +50,10 @@ from advmoe.documents import parse_yaml
         (
             lambda: Config(model=ModelConfig(num_experts=1), training=TrainingConfig(margin=1)),
             "model.num_experts must be >= 2 when training.margin is > 0, got 1",
+        ),
+        (
+            lambda: Config(model=ModelConfig(kind="dense"), training=TrainingConfig(router_lr=0.1, method="at")),
+            "model.kind must be moe when training.router_lr is given, got 'dense'",
         ),
         (
             lambda: Config(data=DataConfig(name="imagenet"), training=TrainingConfig(alternation="warm-start")),
@@ -94,6 +99,13 @@ def test_notes_tell_what_fields_do_not_do() -> None:
     ]
     assert notes("training.beta", training={"method": "standard"}) == [
         "training.beta changes nothing: training.method is standard"
+    ]
+    assert notes("training.beta", training={"objective": "pgd-at"}) == [
+        "training.beta changes nothing: training.objective is pgd-at"
+    ]
+    assert notes("", training={"optimizer": "adamw", "lr": 0.01}) == []
+    assert notes("", training={"optimizer": "adamw"}) == [
+        "training.lr 0.1 is long for adamw, whose steps are of about that size"
     ]
     assert notes("model.scale", model={"scale": 1}) == ["model.scale 1 makes the 2 experts of every layer the same"]
     assert notes("model.scale", model={"scale": 1, "experts": "independent"}) == []
@@ -232,3 +244,20 @@ def test_configurations_take_no_attribute_that_they_lack(group: str | None, name
         setattr(getattr(config, group) if group else config, name, 3)
     config.training.epochs = 3
     assert config.training.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"), [("at-routers", "keep"), ("at-experts", "keep"), ("sparse", "running"), ("at", None)]
+)
+def test_a_run_of_an_earlier_version_means_what_it_was_trained_with(tmp_path, method, meant):
+    kind = "sparse" if method == "sparse" else "moe"
+    config = Config.from_dict({"model": {"kind": kind}, "training": {"method": method, "init_from": "start"}})
+    assert config.training.fixed_norms == ("refresh" if meant == "keep" else meant)
+    config.dump(path := tmp_path / "config.yaml")
+    assert Config.load(path) == config and file_digest(path) == config.digest()
+    stored = yaml.safe_load(path.read_text())
+    del stored["training"]["frozen_norms"]
+    path.write_text(yaml.safe_dump(stored))
+    assert Config.load(path).training.fixed_norms == meant
+    # Such a run's manifest holds a digest of the fields that there were.
+    assert file_digest(path) not in (config.digest(), Config.load(path).digest())

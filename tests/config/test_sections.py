@@ -1,6 +1,7 @@
 """Every section's fields: their ranges, what they demand of one another, and what follows from them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,65 @@ from advmoe.tables import DATASETS
         (lambda: TrainingConfig(prune_epochs=-1), "training.prune_epochs must be >= 0, got -1"),
         (lambda: TrainingConfig(finetune_epochs=1.5), "training.finetune_epochs must be a whole number, got 1.5"),
         (
+            lambda: TrainingConfig(schedule="linear"),
+            "training.schedule must be one of cosine, one-cycle, step, got 'lin",
+        ),
+        (
+            lambda: TrainingConfig(warmup_epochs=100),
+            "training.warmup_epochs must be < the 100 epochs of the run, got 100",
+        ),
+        (
+            lambda: TrainingConfig(warmup_epochs=5, method="sparse", epochs=20),
+            "training.warmup_epochs must be < the 4 epochs of the shortest phase, got 5",
+        ),
+        (
+            lambda: TrainingConfig(warmup_epochs=1, schedule="one-cycle"),
+            "training.warmup_epochs must be 0 when training.schedule is one-cycle, which rises by itself, got 1",
+        ),
+        (lambda: TrainingConfig(optimizer="adam"), "training.optimizer must be one of sgd, adamw, got 'adam'"),
+        (lambda: TrainingConfig(decay="bias"), "training.decay must be one of all, weights, got 'bias'"),
+        (lambda: TrainingConfig(router_lr=0), "training.router_lr must be > 0, got 0.0"),
+        (
+            lambda: TrainingConfig(router_lr=1, method="at-experts", init_from="x"),
+            "training.method must be one that trains routers when training.router_lr is 1.0, got 'at-experts'",
+        ),
+        (lambda: TrainingConfig(clip=-1), "training.clip must be >= 0, got -1.0"),
+        (lambda: TrainingConfig(label_smoothing=1), "training.label_smoothing must be >= 0 and <= 0.999, got 1.0"),
+        (
+            lambda: TrainingConfig(objective="pgd-at", method="standard"),
+            "training.method must be one that trains against attacks when training.objective is pgd-at, got 'standard'",
+        ),
+        (
+            lambda: TrainingConfig(attack_start="uniform", method="standard"),
+            "training.method must be one that trains against attacks when training.attack_start is uniform, got",
+        ),
+        (
+            lambda: TrainingConfig(first_attack_steps="2;3"),
+            "training.first_attack_steps must be numbers, or numbers and epochs such as 1:5, separated by commas, got",
+        ),
+        (lambda: TrainingConfig(first_attack_steps="0"), "training.first_attack_steps must be >= 1, got 0"),
+        (
+            lambda: TrainingConfig(first_attack_steps="1:0"),
+            "training.first_attack_steps must be numbers, or numbers and",
+        ),
+        (
+            lambda: TrainingConfig(first_attack_steps="1:2,2", epochs=2),
+            "training.first_attack_steps must be of at most the 2 epochs that there are, got '1:2,2'",
+        ),
+        (
+            lambda: TrainingConfig(first_attack_steps="1", alternation="warm-start"),
+            "training.first_attack_steps must be left out when training.alternation is warm-start, got '1'",
+        ),
+        (lambda: TrainingConfig(first_image_sizes="4:2"), "training.first_image_sizes must be >= 8, got 4"),
+        (
+            lambda: TrainingConfig(first_image_sizes="8", teacher="zoo:x"),
+            "training.first_image_sizes must be left out when training.teacher is given, got '8'",
+        ),
+        (
+            lambda: TrainingConfig(finetune_lr=0.01),
+            "training.method must be sparse when training.finetune_lr is 0.01, got 'advmoe'",
+        ),
+        (
             lambda: TrainingConfig(prune_epochs=0, finetune_epochs=0),
             "training.finetune_epochs must be left out or >= 1 when training.prune_epochs is 0, got 0",
         ),
@@ -107,10 +167,18 @@ def test_values_are_converted_to_the_field_s_type(tmp_path: Path) -> None:
     assert ThreatConfig(norm="l2", eps=Pixels(2)).eps == 2  # an l2 ball may be wider than the pixel range
 
 
+YOUNGER = {
+    "objective": "trades", "schedule": "cosine", "warmup_epochs": 0, "optimizer": "sgd", "decay": "all",
+    "router_lr": None, "router_momentum": None, "router_weight_decay": None, "clip": 0, "label_smoothing": 0,
+    "attack_start": None, "attack_loss": None, "first_attack_steps": None, "first_image_sizes": None,
+    "finetune_lr": None,
+}  # fmt: skip
+
+
 def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
-    options = ("alternation", "attack_routing", "balance", "margin", "ema", "awp")
+    options = ("alternation", "attack_routing", "balance", "margin", "ema", "awp", *YOUNGER)
     training = Config().to_dict()["training"]
-    assert [training[name] for name in options] == ["every-4", "straight-through", 0, 0, 0, 0]
+    assert [training[name] for name in options] == ["every-4", "straight-through", 0, 0, 0, 0, *YOUNGER.values()]
     assert Config().to_dict()["data"]["train_examples"] is None
     # Runs of before these fields existed are read as what they were.
     older = {group: {n: v for n, v in fields.items() if n not in (*options, "train_examples")}
@@ -127,6 +195,28 @@ def test_options_leave_the_paper_s_setting_alone_unless_asked_for() -> None:
     # It says nothing about other methods: they take the default, and what older runs of theirs name.
     assert TrainingConfig(method="at", alternation="both").alternation == "both"
     assert TrainingConfig(method="at").alternation == TrainingConfig().alternation
+
+
+def test_first_epochs_by_hand() -> None:
+    training = TrainingConfig(attack_steps=3, step_size=0.02, first_attack_steps="1:2, 2", first_image_sizes="8:1,12")
+    assert [training.attack_at(epoch) for epoch in range(4)] == [(1, 0.06), (1, 0.06), (2, 0.03), (3, 0.02)]
+    assert [training.image_size_at(epoch) for epoch in range(3)] == [8, 12, None]
+    assert TrainingConfig().attack_at(0) == (2, float(TrainingConfig().step_size))
+    assert TrainingConfig().image_size_at(0) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "inner"),
+    [
+        ({}, ("noise", "kl")),
+        ({"objective": "pgd-at"}, ("uniform", "ce")),
+        ({"attack_start": "uniform"}, ("uniform", "kl")),
+        ({"objective": "pgd-at", "attack_loss": "kl"}, ("uniform", "kl")),
+        ({"objective": "pgd-at", "attack_start": "noise"}, ("noise", "ce")),
+    ],
+)
+def test_an_objective_has_an_attack_of_its_own(fields: dict[str, Any], inner: tuple[str, str]) -> None:
+    assert TrainingConfig(**fields).inner == inner
 
 
 def test_a_source_decides_what_describes_a_backbone():

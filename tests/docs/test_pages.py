@@ -123,7 +123,7 @@ def require_command(words: list[str], capsys) -> None:
     assert not unknown, words
     if words[0] == "train" and "resume" not in found:
         assert main([*words, "--print_config"]) == 0, f"{words}: {capsys.readouterr().err}"
-    elif words[0] == "study" and found.name != "list":
+    elif words[0] == "study" and found.name not in ("list", "claims"):
         study_named(found.name)
     fields: dict = {}
     for name, text in vars(found).items():

@@ -14,7 +14,7 @@ from waiting import until
 ROOT = Path(__file__).parents[2]
 PATIENCE = 400
 STUDY = [
-    "study", "fig4", "--only", "router", "--accelerator", "cpu", "--num-examples", "20", "--model.width", "4",
+    "study", "fig4", "--only", "refresh", "--accelerator", "cpu", "--num-examples", "20", "--model.width", "4",
     "--data.image_size", "8", "--data.train_examples", "200", "--training.epochs", "1", "--training.batch_size", "32",
     "--training.attack_steps", "1", "--training.val_attack_steps", "1", "--attack.steps", "2", "--attack.queries", "0",
 ]  # fmt: skip
@@ -80,7 +80,7 @@ def study_with_a_death(
     print(err)
     assert err.count("; tried again") == again, err
     finish(start(*STUDY, "--out", "local", cwd=folder))
-    ours, theirs = (read(folder / name / "fig4-smoke-router" / "study.json") for name in ("local", engine))
+    ours, theirs = (read(folder / name / "fig4-smoke-refresh" / "study.json") for name in ("local", engine))
     assert ours["tables"] and ours["tables"] == theirs["tables"]
     assert [run["status"] for run in theirs["runs"]] == ["finished", "finished"]
     out, _ = finish(start(*STUDY, "--status", "--out", engine, cwd=folder))

@@ -164,6 +164,16 @@ def test_a_card_tells_the_options_of_the_training(stored_run: Path, tmp_path: Pa
         Config.from_dict(values).dump(other / "config.yaml")
         saved = advmoe.save_pretrained(other, tmp_path / each["alternation"])
         assert "Options" not in (saved / "README.md").read_text()
+    values["training"] |= {"objective": "pgd-at", "optimizer": "adamw", "router_lr": 0.01}
+    Config.from_dict(values).dump(other / "config.yaml")
+    card = (advmoe.save_pretrained(other, tmp_path / "pgd-at") / "README.md").read_text()
+    assert "- Options: objective pgd-at, optimizer adamw, router_lr 0.01.\n" in card
+    assert "adversarial training (PGD-AT) of all parameters.\n" in card and ", beta 6" not in card
+    values["training"] |= {"objective": "trades", "teacher": "/somewhere/wide"}
+    Config.from_dict(values).dump(other / "config.yaml")
+    card = (advmoe.save_pretrained(other, tmp_path / "taught") / "README.md").read_text()
+    assert "- Taught by `wide`: its soft labels in the place of classes and TRADES ([RSLAD]" in card
+    assert "weight 0.833)" in card and ", beta" not in card
 
 
 def test_a_card_says_what_is_unknown(stored_run: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def masked(name, images, **settings):
     for seed in range(20):
         torch.manual_seed(seed)
         model = create_model(name, num_classes=5, width=8, input_size=16, **settings)
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(images.dtype).to(memory_format=torch.channels_last)
         with torch.no_grad():
             for _ in range(4):
                 model(images)
@@ -68,6 +68,7 @@ def passed(network, model, x, **settings):
 
 
 def assert_graph_agrees(name, images, backend="aot_eager", **settings):
+    images = images.double()  # in fp32 a rectifier's kink, or a close choice, would be decided by rounding
     model = masked(name, images, **settings)
     other = copy.deepcopy(model)
     network, counter = graphs_of(model, backend)
@@ -75,8 +76,10 @@ def assert_graph_agrees(name, images, backend="aot_eager", **settings):
         model.train(training)
         other.train(training)
         expected = passed(other, other, images)
-        torch.testing.assert_close(passed(network, model, images), expected, rtol=1e-3, atol=1e-4)
-        assert counter.frame_count == number
+        torch.testing.assert_close(passed(network, model, images), expected, rtol=1e-6, atol=1e-9)
+        assert counter.frame_count in (
+            {number} if name != "deit-tiny" else {1, number}
+        )  # without batch norms, one for both
         assert bool(expected[4]) == model.routed
 
 
@@ -97,7 +100,8 @@ def test_every_backbone_of_every_kind_is_one_graph(name, settings, make_images):
 @pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("name", ["wrn-10-1", "deit-tiny"])
 def test_the_usual_compiler_makes_the_same_of_it(name, make_images):
-    assert_graph_agrees(name, make_images(), "inductor")
+    # Of fewer images it fuses other operations.
+    assert_graph_agrees(name, make_images(144), "inductor")
 
 
 @pytest.mark.usefixtures("shallow_backbones")

@@ -24,6 +24,8 @@ def saved(tmp_path):
     "kwargs",
     [
         {"router": "layer", "num_experts": 3, "scale": 0.4},
+        {"router": "layer", "router_norm": "layer"},
+        {"router": "embedding", "router_norm": "none"},
         {"router": "image", "experts_init": "shared", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 1 / 3]},
         {"kind": "s-dense", "in_channels": 1},
     ],

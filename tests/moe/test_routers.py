@@ -41,6 +41,28 @@ def test_per_token_each_token_has_scores_of_its_own():
             torch.testing.assert_close(scores[image], router(tokens[image]))
 
 
+@pytest.mark.parametrize("kind", ["layer", "none"])
+def test_norms_over_an_image_or_none_keep_no_statistics(kind):
+    torch.manual_seed(0)
+    router, x = LayerRouter(4, 3, norm=kind), torch.rand(6, 4, 5, 3)
+    pooled = x.mean((2, 3))
+    spread = pooled.var(1, correction=0, keepdim=True) + 1e-5
+    normed = (pooled - pooled.mean(1, keepdim=True)) / spread.sqrt() if kind == "layer" else pooled
+    expected = router.scores(router.hidden(normed).relu())
+    for mode in (True, False):  # train, eval
+        router.train(mode)
+        with route():
+            torch.testing.assert_close(router(x), expected)  # with gradients
+            with torch.no_grad():
+                torch.testing.assert_close(router(x), expected)
+                torch.testing.assert_close(router(x[:1]), expected[:1])
+                tokens = router(x.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(tokens, expected)
+    assert not [*router.buffers()] and not [*image_router(norm=kind).buffers()]
+    image, pixels = image_router(norm=kind).train(), torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(image(pixels)[0][:1], image(pixels[:1])[0])
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_router_of_the_image_scores_every_layer(shared):
     router, x = image_router(shared=shared), torch.rand(4, 3, 16, 16)

@@ -55,10 +55,25 @@ def test_claims_with_verdicts_tests_and_numbers(shown):
     assert page.texts("p", "quiet")[0] == "ordering (sec. 4)"
 
 
+def test_what_these_models_say_stands_beside_what_training_again_would(parsed):
+    these = {"verdict": "holds", "p_value": 0.016, "test": "exact sign-flip test over 6 images of these models"}
+    verdict = {"measure": "PGD", "verdict": "undecided", "p_value": 0.125, "these_models": these}
+    page = parsed(*claims([{"name": "c", "verdicts": [verdict]}]))
+    assert (
+        page.texts("p", "quiet")[1]
+        == "these models: holds (p = 0.016), exact sign-flip test over 6 images of these models"
+    )
+    verdict["these_models"] = None
+    assert len(parsed(*claims([{"name": "c", "verdicts": [verdict]}])).texts("p", "quiet")) == 1
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"),
     [({"points": 3.0}, "gap: points 3"), (0.25, "gap: 0.25"),
-     ({"test": "none: no seed has both", "p": 1.0}, "gap: not compared, no seed has both")],
+     ({"test": "none: no seed has both", "p": 1.0}, "gap: not compared, no seed has both"),
+     ({"test": "over 5 seeds", "unit": "bits", "mean_less": 1.5, "mean_more": 2.0,
+       "differences": {"0": 0.25, "1": 0.75}},
+      "gap: 1.5 against 2 bits, by seed +0.25, +0.75")],
 )  # fmt: skip
 def test_numbers_of_another_kind(parsed, numbers, text):
     verdict = {"measure": "PGD", "verdict": "does not hold", "p_value": 0.0001, "numbers": {"gap": numbers}}

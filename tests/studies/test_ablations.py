@@ -52,6 +52,15 @@ def test_convergence_is_the_loss_of_both_levels_epoch_by_epoch(row):
     assert heights == {"AdvMoE: routers": [2.5, None], "AdvMoE: experts": [1.75, 0.75], "AT (MoE)": [2.0]}
     assert [point["y"] for point in right.data["AdvMoE: experts"]] == [20.0, 40.0]
     assert [point["y"] for point in validation.data["AdvMoE"]] == [10.0, 30.0]
+    (claim,) = outcome.claims
+    assert [(each["measure"], each["verdict"]) for each in claim["verdicts"]] == [
+        ("routers", "undecided"), ("experts", "undecided"),
+    ]  # fmt: skip
+    # From 1.75 to 0.75; of the routers' level one epoch alone is known. One seed decides nothing.
+    ends = [each["numbers"]["last epoch < first epoch"] for each in claim["verdicts"]]
+    assert [(each["mean_more"], each["mean_less"], each["unit"]) for each in ends] == [
+        (2.5, 2.5, "loss"), (1.75, 0.75, "loss"),
+    ]  # fmt: skip
     first, second = outcome.tables[0]["rows"]
     assert (first["val"]["mean"], first["seconds"]["mean"]) == (30.0, 3.0)
     assert (second["val"]["mean"], second["seconds"]["mean"]) == (20.0, 2.0)

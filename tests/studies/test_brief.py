@@ -33,7 +33,10 @@ RESULTS = {
         {"models": {"moe": {"gmacs": 0.0312}}, "batches": [{"ms_per_image": {"moe": 0.25}}]},
         "31.2 MMACs, 0.25 ms/image",
     ),
-    "pace": ({"ratio": 1.254}, "1.25 of the other's time"),
+    "pace": (
+        {"ratio": 1.254, "seconds": {"a": {"least": 1.0, "most": 1.5}, "b": {"least": 0.75, "most": 2.0}}},
+        "1.25 of the other's time (0.50 to 2.00)",
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from advmoe.studies.catalogue import STUDIES, study_named
+from advmoe.studies.paper_claims import PAPER_CLAIMS
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, only
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
@@ -20,7 +21,7 @@ EVERY = pytest.mark.parametrize("name", STUDIES)
 
 def test_every_study_is_there_by_its_name():
     assert list(STUDIES) == [
-        "table1", "table2", "table3", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "attack-steps",
+        "table1", "table2", "table3", "fig1b", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "attack-steps",
         "convergence", "efficiency", "recipes",
     ]  # fmt: skip
     assert all(study.name == name and study.title and study.shows.endswith(".") for name, study in STUDIES.items())
@@ -111,7 +112,8 @@ def made_up(task: PlannedRun | PlannedMeasure, evaluated: Any) -> tuple[Any, dic
             kind = run.config["model"]["kind"]
             return {"models": {kind: {"gmacs": 0.1}}, "batches": [{"batch": 1, "ms_per_image": {kind: 2.0}}]}, {}
         case "pace":
-            return {"ratio": 1.1}, {}
+            timed = {"median": 1.0, "least": 0.9, "most": 1.2}
+            return {"ratio": 1.1, "seconds": {"ours": timed, "theirs": timed}}, {}
         case _:
             raise AssertionError(task.kind)
 
@@ -135,9 +137,10 @@ def test_studies_show_full_results_and_those_with_gaps(name, tmp_path, evaluated
     *_, rows = stages(name, Planner(tmp_path / "runs", range(3)), evaluated, record)
     complete = study.show(scale, Results.read(rows))
     for key, number in assert_tables(complete):
-        assert number == (1 if key in ("ms", "ratio") else 3)  # a time is measured once
+        assert number == (1 if key in ("ms", "ratio", "ratio_least", "ratio_most") else 3)  # a time is measured once
     assert_figures(complete, tmp_path)
     assert_claims(complete)
+    assert_listed(name, complete)
 
     for measure in rows[0].measures[1].values():
         (measure.path / "done.json").unlink(missing_ok=True)
@@ -182,3 +185,14 @@ def assert_claims(outcome: StudyFindings) -> None:
         for each in claim["verdicts"]:
             assert each["verdict"] in ("holds", "does not hold", "undecided")
             assert each["p_value"] is None or 0 <= each["p_value"] <= 1
+
+
+def assert_listed(name: str, outcome: StudyFindings) -> None:
+    """What the list of the paper's claims looks for in a study is there."""
+    there: dict[str, set[str]] = {}
+    for claim in outcome.claims:
+        word, _, _ = claim["name"].partition(", ")
+        there.setdefault(word, set()).update(*(each["numbers"] for each in claim["verdicts"]))
+    wanted = [each for each in PAPER_CLAIMS if each.study == name and each.claim != "ineffective-regime"]  # N >= 8
+    assert wanted and all(each.claim in there for each in wanted)
+    assert all({*each.comparisons} <= there[each.claim] for each in wanted)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from advmoe.studies.claims import Comparison, claim, compare, verdict
+from advmoe.studies.claims import MARGIN, Comparison, claim, compare, verdict
+from advmoe.studies.claims import judged as again
 
 
 def side(*seeds, first=0):
@@ -28,6 +29,15 @@ def three(marks):
     return side(marks, marks, marks)
 
 
+def over_images(*comparisons):
+    these = verdict("PGD", comparisons)["these_models"]
+    return these["verdict"], these["p_value"]
+
+
+def five(marks):
+    return side(*[marks] * 5)
+
+
 def test_the_numbers_of_a_comparison():
     result = compare(versus(side("1111", "1100", "0110"), side("0011", "0000", "1000")))
     assert result["seeds"] == [0, 1, 2] and result["images"] == 4
@@ -37,41 +47,29 @@ def test_the_numbers_of_a_comparison():
     assert result["p_seeds"] == 1 / 8 and result["p_seeds_opposite"] == 1.0
     # Images 0 to 3, summed over seeds: 1 + 1 - 1, 1 + 1 + 1, 0 + 0 + 1, 0: signs of 1, 3 and 1 reach 5 once in 8.
     assert result["p_images"] == 1 / 8 and result["p_images_opposite"] == 1.0
-    assert result["p"] == 1 / 8  # every seed agrees in sign, so the images decide
+    assert result["p"] == result["p_seeds"]  # seeds decide, however many images there are
+    assert "margin" not in result and "unit" not in result
 
 
-def test_one_seed_decides_nothing_however_clear():
-    assert judged(versus(ALL, NONE)) == ("undecided", None)
-    result = verdict("PGD", [versus(ALL, NONE)], "A note.")
-    assert result["note"] == "Too little data: less < more: none: 1 of at least 3 seeds. A note."
-    numbers = result["numbers"]["less < more"]
-    assert (numbers["mean_more"], numbers["mean_less"], numbers["p"]) == (1.0, 0.0, 1.0)
-    assert numbers["p_images"] == 1 / 64  # said, though it decides nothing
-
-
-def test_three_seeds_need_one_sign_and_significant_images():
-    # 5 images of 6 differ, on every seed: 1/32 over images, while seeds alone cannot go below 1/8.
-    assert judged(versus(three("111110"), three("000000"))) == ("holds", 1 / 32)
-    # 4 images: 1/16.
-    assert judged(versus(three("111100"), three("000000"))) == ("undecided", 1 / 16)
-    # A seed that is level, or the other way: undecided, whatever the images say.
-    assert judged(versus(side("111111", "111111", "000000"), three("000000"))) == ("undecided", 1.0)
-    assert judged(versus(side("111111", "111111", "000000"), side("000000", "000000", "100000"))) == ("undecided", 1.0)
-    result = verdict("worst case", [versus(three("111110"), three("000000"))])
-    assert result["measure"] == "worst case" and result["note"] == ""
-    assert result["test"] == (
-        "exact sign-flip test over 6 images, where all 3 seeds agree in sign (over seeds alone p >= 0.125)"
-    )
-
-
-def test_what_is_significantly_the_other_way_does_not_hold():
-    assert judged(versus(three("000000"), three("111110"))) == ("does not hold", 1 / 32)
-    assert judged(versus(three("000000"), three("111100"))) == ("undecided", 1.0)
+def test_fewer_than_five_seeds_decide_nothing_however_clear_the_images():
+    """These models are told apart at once; of others the same number of seeds says nothing."""
+    for seeds in (1, 3, 4):
+        more, less = side(*["111111"] * seeds), side(*["000000"] * seeds)
+        assert judged(versus(more, less)) == ("undecided", 0.5**seeds)
+        assert over_images(versus(more, less)) == ("holds", 1 / 64)
+        assert judged(versus(less, more)) == ("undecided", 1.0)
+        assert over_images(versus(less, more)) == ("does not hold", 1 / 64)
+    result = verdict("PGD", [versus(three("111110"), three("000000"))], "A note.")
+    assert result["measure"] == "PGD" and result["note"] == "A note."
+    assert result["test"] == "exact sign-flip test over 3 seeds: 5 or more can decide"
+    assert result["these_models"]["test"] == "exact sign-flip test over 6 images of these models"
+    assert verdict("PGD", [versus(ALL, NONE)])["test"] == "exact sign-flip test over 1 seed: 5 or more can decide"
 
 
 def test_five_seeds_decide_by_seeds_alone():
-    more, less = side(*["10"] * 5), side(*["00"] * 5)
-    assert judged(versus(more, less)) == ("holds", 1 / 32)  # one image of two: over images 1/2
+    more, less = five("10"), five("00")
+    assert judged(versus(more, less)) == ("holds", 1 / 32)
+    assert over_images(versus(more, less)) == ("undecided", 1 / 2)  # one image of two
     assert judged(versus(less, more)) == ("does not hold", 1 / 32)
     assert compare(versus(more, less))["test"] == "exact sign-flip test over 5 seeds"
     # Four seeds by 1/2, one the other way by as much: 3/2 of 5/2 is reached by no or one flip of five: 6/32.
@@ -80,19 +78,69 @@ def test_five_seeds_decide_by_seeds_alone():
     assert compare(mixed)["p_opposite"] == 31 / 32  # all but the single pattern of five pluses
 
 
+def test_over_images_what_is_the_other_way_does_not_hold():
+    assert over_images(versus(three("000000"), three("111110"))) == ("does not hold", 1 / 32)
+    assert over_images(versus(three("000000"), three("111100"))) == ("undecided", 1.0)
+
+
 def test_a_claim_is_as_sure_as_its_least_sure_comparison():
-    sure, surer = versus(three("111110"), three("000000")), versus(three("111111"), three("000000"))
-    assert judged(sure, surer) == ("holds", 1 / 32) and judged(surer) == ("holds", 1 / 64)
-    open_ = versus(three("111100"), three("000000"))
-    assert judged(surer, open_) == ("undecided", 1 / 16)
+    surer = versus(three("111111"), three("000000"))
+    sure = Comparison("third", "less", three("111110"), three("000000"))
+    assert over_images(sure, surer) == ("holds", 1 / 32) and over_images(surer) == ("holds", 1 / 64)
+    open_ = Comparison("other", "less", three("111100"), three("000000"))
+    assert over_images(surer, open_) == ("undecided", 1 / 16)
+    six = side(*["1"] * 6), side(*["0"] * 6)
+    assert judged(versus(*six), Comparison("other", "less", five("1"), five("0"))) == ("holds", 1 / 32)
 
 
 def test_a_claim_of_several_comparisons_falls_with_one_at_the_price_of_having_looked_at_all():
-    sure, against = versus(three("111111"), three("000000")), versus(three("000000"), three("111111"))
+    ones, zeros = side(*["1"] * 6), side(*["0"] * 6)
+    sure, against = versus(ones, zeros), Comparison("low", "high", zeros, ones)
     assert judged(sure, against) == ("does not hold", 2 / 64)
-    against = versus(three("000000"), three("111110"))
-    assert judged(sure, against) == ("undecided", 1.0)  # 2/32 is too much
-    assert judged(against) == ("does not hold", 1 / 32)
+    assert judged(versus(five("1"), five("0")), Comparison("low", "high", five("0"), five("1"))) == ("undecided", 1.0)
+    assert judged(against) == ("does not hold", 1 / 64)
+
+
+def test_non_inferiority_needs_every_seed_above_the_margin():
+    """A point less is lost by nobody who loses half a point, on each of five seeds."""
+
+    def numbers(*differences, margin):
+        seeds = dict(enumerate(differences))
+        return Comparison("new", "old", seeds, dict.fromkeys(seeds, 0.0), margin=margin)
+
+    half = numbers(-0.005, -0.005, 0.0, -0.005, 0.02, margin=MARGIN)
+    assert half.name == "old - 1 point < new" and judged(half) == ("holds", 1 / 32)
+    assert compare(half)["margin"] == 0.01 and verdict("PGD", [half])["these_models"] is None
+    two = numbers(-0.02, -0.03, -0.02, -0.02, -0.04, margin=MARGIN)
+    assert judged(two) == ("does not hold", 1 / 32)
+    assert judged(numbers(-0.02, 0.0, 0.0, 0.0, 0.0, margin=MARGIN))[0] == "undecided"
+    # Not told apart is not the same as losing nothing: without a margin neither is shown.
+    assert judged(numbers(-0.005, 0.005, 0.0, -0.005, 0.005, margin=0.0))[0] == "undecided"
+    # A point more must be shown, too.
+    more = numbers(0.02, 0.03, 0.02, 0.02, 0.04, margin=-MARGIN)
+    assert more.name == "old + 1 point < new" and judged(more) == ("holds", 1 / 32)
+    assert judged(numbers(*[0.005] * 5, margin=-MARGIN)) == ("does not hold", 1 / 32)
+
+
+def test_images_are_not_tested_against_a_margin():
+    result = compare(Comparison("a", "b", five("11"), five("11"), margin=MARGIN))
+    assert result["p_seeds"] == 1 / 32 and "p_images" not in result and "images" not in result
+
+
+def test_numbers_that_are_no_shares_keep_their_unit():
+    result = compare(Comparison("a", "b", {0: 4.0, 1: 5.0}, {0: 3.0, 1: 3.0, 2: 9.0}, unit="bits"))
+    assert (result["mean_more"], result["mean_less"], result["unit"]) == (4.5, 3.0, "bits")
+    assert result["differences"] == {"0": 1.0, "1": 2.0} and result["p_seeds"] == 1 / 4
+
+
+def test_stored_numbers_are_judged_like_fresh_ones():
+    """As `study.json` has them, also those of the first form, whose own verdict was by images."""
+    fresh = compare(versus(three("111110"), three("000000")))
+    old = {**fresh, "p": 1 / 32, "test": "exact sign-flip test over 6 images, where all 3 seeds agree in sign"}
+    result = again({"less < more": old})
+    assert (result["verdict"], result["p_value"]) == ("undecided", 1 / 8)
+    assert result["test"] == "exact sign-flip test over 3 seeds: 5 or more can decide"
+    assert result["these_models"]["verdict"] == "holds"
 
 
 def test_only_seeds_and_images_that_both_have_are_compared():
@@ -120,11 +168,12 @@ def test_where_nothing_can_be_compared_nothing_is_decided(more, less, why):
 
 def test_a_missing_comparison_leaves_the_rest_able_to_refute_but_not_to_confirm():
     missing = Comparison("a", "b", {}, {})
-    assert judged(versus(three("111111"), three("000000")), missing) == ("undecided", 1.0)
-    result = verdict("PGD", [versus(three("000000"), three("111111")), missing])
+    ones, zeros = side(*["1"] * 6), side(*["0"] * 6)
+    assert judged(versus(ones, zeros), missing) == ("undecided", 1.0)
+    result = verdict("PGD", [versus(zeros, ones), missing])
     assert (result["verdict"], result["p_value"]) == ("does not hold", 2 / 64)
     assert result["note"] == "Too little data: b < a: none: no seed has both."
-    assert set(result["numbers"]) == {"less < more", "b < a"}
+    assert set(result["numbers"]) == {"less < more", "b < a"} and result["these_models"] is None
 
 
 def test_a_claim_s_shape():

@@ -2,7 +2,19 @@
 
 import pytest
 
-from advmoe.studies.comparisons import measured, method_bars, named, ordering, orderings, overview, scales_of
+from advmoe.studies.comparisons import (
+    half_the_cost,
+    leads,
+    measured,
+    method_bars,
+    named,
+    ordering,
+    orderings,
+    overview,
+    saving,
+    scales_of,
+    setups,
+)
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
 from advmoe.studies.tables import RA
@@ -10,7 +22,7 @@ from advmoe.studies.tables import RA
 
 @pytest.fixture
 def row_of(row, evaluated):
-    """Makes a row of three seeds, each with the same outcomes under PGD and under a second attack."""
+    """Makes a row of six seeds, each with the same outcomes under PGD and under a second attack."""
 
     def make(method, pgd, second=None, autoattack=None, **labels):
         attacks = {"pgd-10": pgd, "pgd-10-margin": second or pgd}
@@ -18,7 +30,7 @@ def row_of(row, evaluated):
         if autoattack:
             measurements["autoattack"] = evaluated("1" * len(pgd), {"autoattack:apgd-ce": autoattack})
         where = {"dataset": "digits", "backbone": "ResNet-18", **labels}
-        return row({"method": method, **where}, dict.fromkeys(range(3), measurements))
+        return row({"method": method, **where}, dict.fromkeys(range(6), measurements))
 
     return make
 
@@ -40,7 +52,7 @@ def test_the_ordering_is_judged_under_pgd_and_in_the_worst_case(row_of):
     assert verdicts(claim) == {"PGD": "holds", "worst case": "does not hold"}
     pgd, worst = claim["verdicts"]
     assert set(pgd["numbers"]) == {"AT (MoE) < AT (S-Dense)", "AT (S-Dense) < AdvMoE"}
-    assert pgd["p_value"] == 1 / 64 and worst["p_value"] == 2 / 64  # six images of one sign; two comparisons
+    assert pgd["p_value"] == 1 / 64 and worst["p_value"] == 2 / 64  # six seeds of one sign; two comparisons
     assert pgd["numbers"]["AT (S-Dense) < AdvMoE"]["mean_more"] == 1.0
 
 
@@ -48,6 +60,35 @@ def test_the_ordering_is_judged_under_autoattack_where_that_was_run(row_of):
     rows = [row_of("AT (MoE)", LOW, autoattack=LOW), row_of("AT (S-Dense)", MIDDLE, autoattack=MIDDLE)]
     assert verdicts(ordering(Results([*rows, row_of("AdvMoE", HIGH, autoattack=HIGH)])))["AutoAttack"] == "holds"
     assert verdicts(ordering(Results([*rows, row_of("AdvMoE", HIGH)])))["AutoAttack"] == "undecided"
+
+
+def test_what_else_advmoe_is_above_and_by_how_much(row_of):
+    """By half of the images of every baseline, but level with AT (Dense)."""
+    rows = [row_of(method, LOW) for method in ("AT (S-Dense)", "AT (Sparse)", "AT (MoE)")]
+    rows += [row_of(method, MIDDLE) for method in ("AT (Dense)", "AdvMoE")]
+    claims = {claim["name"]: claim for claim in leads(Results(rows), ", here")}
+    assert {name: verdicts(claim)["PGD"] for name, claim in claims.items()} == {
+        "above-other-baselines, here": "holds", "above-baselines-by-a-point, here": "holds",
+        "above-dense, here": "undecided", "above-dense-by-a-point, here": "does not hold",
+    }  # fmt: skip
+    first = claims["above-other-baselines, here"]["verdicts"][0]
+    assert set(first["numbers"]) == {"AT (Sparse) < AdvMoE", "AT (MoE) < AdvMoE"}
+    assert first["these_models"]["verdict"] == "holds"
+    (by,) = claims["above-dense-by-a-point, here"]["verdicts"][0]["numbers"].values()
+    assert (by["margin"], by["p_seeds_opposite"]) == (-0.01, 1 / 64)
+
+
+def test_what_an_inference_saves_is_counted(row, evaluated):
+    def costing(method, gmacs):
+        measured = evaluated("11", {"pgd-10": "10"}, cost={"gmacs": gmacs})
+        return row({"method": method, "dataset": "d", "backbone": "b"}, {0: {"accuracy": measured}})
+
+    results = Results([costing("AT (Dense)", 0.54), costing("AdvMoE", 0.15)])
+    assert setups(results) == [(", b, d", {"dataset": "d", "backbone": "b"})]
+    (verdict,) = half_the_cost(results)["verdicts"]
+    assert verdict["verdict"] == "holds" and verdict["numbers"]["share saved"] == pytest.approx(0.7222, abs=1e-4)
+    assert saving(0.5, 0.25)["verdict"] == "does not hold" and saving(0.5, 0.249)["verdict"] == "holds"
+    assert saving(None, 0.1)["verdict"] == saving(0.5, None)["verdict"] == "undecided"
 
 
 def test_an_ordering_for_each_data_set_and_backbone(row_of):

@@ -5,12 +5,14 @@ import pytest
 from advmoe.config import Config, field_names
 from advmoe.studies.keys import digest, measure_key, run_key
 
-OF_ROUTED = {"model.num_experts", "model.router", "model.route_per", "model.experts", "model.experts_init"}
+OF_ROUTED = {
+    "model.num_experts", "model.router", "model.router_norm", "model.route_per", "model.experts", "model.experts_init",
+}  # fmt: skip
 NO_RESULT = {
     "data.root", "data.download", "data.workers", "training.init_from", "training.alternation",
-    "training.checkpoint_minutes",
+    "training.checkpoint_minutes", "training.frozen_norms", "training.teacher_weights",
 }  # fmt: skip
-"""An alternation is of `advmoe` alone."""
+"""An alternation is of `advmoe` alone, `at` leaves no norms frozen, and a teacher's weights are told apart with it."""
 OF_ATTACKS = {name for name in field_names() if name.startswith("attack.")}
 
 
@@ -44,6 +46,34 @@ def test_a_key_holds_no_defaults_so_that_fields_to_come_leave_it_alone():
     groups = {"model": {"width": 16}, "data": {}, "threat": {}, "training": {"method": "at", "lr": 0.2}}
     assert key(model={"width": 16}, training={"method": "at", "lr": 0.2}) == digest({"config": groups, "start": None})
     assert key(model={"num_experts": 2, "router": "layer"}, threat={"eps": "8/255"}) == key()
+
+
+def test_runs_of_before_frozen_norms_could_be_chosen_keep_their_keys():
+    def of(method, **chosen):
+        model = {"kind": "sparse"} if method == "sparse" else {}
+        return key(model=model, training={"method": method, "init_from": "start", **chosen})
+
+    for method, earlier, other in (("at-routers", "keep", "refresh"), ("sparse", "running", "keep")):
+        groups = {"model": {"kind": "sparse"} if method == "sparse" else {}, "data": {}, "threat": {}}
+        before = digest({"config": {**groups, "training": {"method": method}}, "start": None})
+        assert of(method, frozen_norms=earlier) == before != of(method, frozen_norms=other)
+    assert of("at-routers") == of("at-routers", frozen_norms="refresh")
+    assert of("sparse") == of("sparse", frozen_norms="running")
+
+
+def test_a_teacher_counts_by_what_it_is(tmp_path):
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.safetensors").write_text(text)
+
+    def of(name, weights=None):
+        file = None if weights is None else f"{tmp_path / weights}.safetensors"
+        return key(training={"method": "at", "teacher": f"{tmp_path / name}.py:net", "teacher_weights": file})
+
+    assert of("a") == of("b") != of("c")
+    assert of("a", "a") == of("b", "b") != of("a", "c") and of("a", "a") != of("a")
+    zoo = [key(training={"method": "at", "teacher": f"zoo:{name}"}) for name in ("advmoe", "at-moe")]
+    assert len({*zoo, of("a"), key()}) == 4
 
 
 def test_a_strength_counts_by_its_value_and_not_its_spelling():

@@ -68,25 +68,26 @@ def traced(shares, unchanged):
 def test_fig6_is_the_mean_distribution_and_whose_pathways_survive(row):
     steady = {
         seed: {"pathways": traced([0.25 + 0.25 * (seed == 1), 0.75 - 0.25 * (seed == 1)], "111111")}
-        for seed in range(3)
+        for seed in range(5)
     }
-    fragile = {seed: {"pathways": traced([1.0, 0.0], "000000")} for seed in range(3)}
+    fragile = {seed: {"pathways": traced([1.0, 0.0], "000000")} for seed in range(5)}
     rows = [row({"method": "AdvMoE", "routed": True}, steady), row({"method": "AT (MoE)", "routed": True}, fragile)]
     outcome = show("fig6", *rows, row({"method": "AT (Sparse)", "routed": False}, {0: {}}))
     first, second = outcome.figures
-    assert first.kind == "histogram" and first.data["clean"]["shares"] == pytest.approx([1 / 3, 2 / 3])
-    assert first.data["adversarial"]["shares"] == pytest.approx([2 / 3, 1 / 3])
+    assert first.kind == "histogram" and first.data["clean"]["shares"] == pytest.approx([0.3, 0.7])
+    assert first.data["adversarial"]["shares"] == pytest.approx([0.7, 0.3])
     assert second.data["clean"] == {"edges": [0, 0.5, 1], "shares": [1.0, 0.0]}
-    (claim,) = outcome.claims
-    assert [(each["verdict"], each["p_value"]) for each in claim["verdicts"]] == [("holds", 1 / 64)]
+    claim = outcome.claims[0]
+    assert [each["verdict"] for each in claim["verdicts"]] == ["holds", "holds"]
+    assert claim["verdicts"][0]["p_value"] == 1 / 32 and claim["verdicts"][0]["these_models"]["p_value"] == 1 / 64
     pathways = outcome.tables[0]["rows"]
     assert [line["method"] for line in pathways] == ["AdvMoE", "AT (MoE)"]
     assert [line["kept"]["mean"] for line in pathways] == [100.0, 0.0]
-    assert [line["clean"]["mean"] for line in pathways] == pytest.approx([2 / 3, 0.0])
+    assert [line["clean"]["mean"] for line in pathways] == pytest.approx([0.7, 0.0])
     swapped = show(
         "fig6", row({"method": "AdvMoE", "routed": True}, fragile), row({"method": "AT (MoE)", "routed": True}, steady)
     )
-    assert [each["verdict"] for each in swapped.claims[0]["verdicts"]] == ["does not hold"]
+    assert [each["verdict"] for each in swapped.claims[0]["verdicts"]] == ["does not hold", "does not hold"]
 
 
 @pytest.fixture
@@ -124,4 +125,7 @@ def test_fig8_is_a_figure_for_each_backbone(row_of):
     assert second.options["references"] == [["AT (Dense)", pytest.approx(80)]]
     assert "WRN" in second.title
     names = [claim["name"] for claim in outcome.claims]
-    assert names == ["ordering, ResNet-18, r = 0.5", "ordering, WRN, r = 0.5"]
+    assert [name for name in names if name.startswith("ordering")] == [
+        "ordering, ResNet-18, r = 0.5",
+        "ordering, WRN, r = 0.5",
+    ]

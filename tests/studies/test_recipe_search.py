@@ -13,13 +13,13 @@ FIRST, SECOND = STUDIES["recipes"].stages
 
 @pytest.fixture
 def row_of(row, evaluated):
-    """Makes a row of three seeds: its robust accuracy on validation images, and outcomes on test images."""
+    """Makes a row of six seeds: its robust accuracy on validation images, and outcomes on test images."""
 
     def make(variant, validated, pgd=MIDDLE, soft=None, method="AdvMoE"):
         epochs = [{"seconds": 1.0, "val": {"robust_accuracy": share}} for share in (0.0, validated)]
         measurements = {"epochs": epochs, "accuracy": evaluated(HIGH, {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
         labels = {"method": method, **({"variant": variant} if variant else {})}
-        return row(labels, dict.fromkeys(range(3), measurements))
+        return row(labels, dict.fromkeys(range(6), measurements))
 
     return make
 

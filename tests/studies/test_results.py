@@ -14,9 +14,11 @@ from advmoe.studies.results import (
     best_validation,
     categories,
     cell,
+    clean_outcomes,
     of_cost,
     of_evaluation,
     outcomes,
+    pace_bounds,
     point,
     seconds_per_epoch,
     unchanged_pathways,
@@ -45,6 +47,14 @@ def run(row, evaluated):
         "epochs": [epoch(3.0, 0.1), epoch(9.0, 0.4), epoch(2.0, 0.3)],
     }
     return row({"method": "AT (MoE)"}, {0: measurements}).by_seed[0]
+
+
+def test_a_ratio_of_times_has_bounds():
+    """The least of one by the most of the other; a run timed against itself has one entry."""
+    timed = {"a": {"least": 2.0, "most": 3.0}, "b": {"least": 1.0, "most": 4.0}}
+    assert pace_bounds({"seconds": timed}) == (0.5, 3.0)
+    assert pace_bounds({"seconds": {"a": timed["a"]}}) == (2 / 3, 1.5)
+    assert pace_bounds({"ratio": 1.0}) is None and pace_bounds(None) is None
 
 
 def test_numbers_of_a_run(run):
@@ -160,3 +170,8 @@ def test_rows_by_their_labels(row):
     assert results.one(method="AdvMoE") is rows[1] and results.one(method="none") is None
     assert results.distinct("scale") == [0.5, 0.8] and results.distinct("method") == ["AT", "AdvMoE"]
     assert list(results) == [*rows, results.rows[-1]] and list(Results()) == []
+
+
+def test_outcomes_without_an_attack(row, evaluated):
+    results = row({"method": "a"}, {0: {"accuracy": evaluated("110", {"pgd-10": "100"}, first=5)}, 1: {}})
+    assert clean_outcomes(results) == {0: {5: True, 6: True, 7: False}} and clean_outcomes(None) == {}

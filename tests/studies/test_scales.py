@@ -8,6 +8,7 @@ import pytest
 from advmoe.config import Config
 from advmoe.recipes import SETTINGS, recipe
 from advmoe.studies.catalogue import STUDIES
+from advmoe.studies.claims import ENOUGH_SEEDS
 from advmoe.studies.results import Results
 from advmoe.studies.scales import COMPARED, PAPER_METHODS, scale_named
 
@@ -160,3 +161,14 @@ def test_every_method_has_a_start_that_there_is():
             seen.add(method.start)
             method = PAPER_METHODS[method.start]
     assert set(COMPARED) <= set(PAPER_METHODS)
+
+
+def test_a_test_over_seeds_has_five_wherever_one_is_to_decide():
+    assert [scale_named(name).seeds for name in NAMES] == [1, ENOUGH_SEEDS, ENOUGH_SEEDS] and ENOUGH_SEEDS == 5
+
+
+def test_a_sparse_network_trained_without_attacks_is_pruned_for_clean_accuracy():
+    for name in NAMES:
+        training = Config.from_dict(scale_named(name).run("standard Sparse").settings).training
+        assert (training.method, training.beta, training.attack_steps) == ("sparse", 0, 1)
+        assert training.step_size < 1e-5

@@ -269,7 +269,7 @@ def test_only_must_leave_something(studies, tmp_path):
 
 def test_a_study_is_sized_by_its_scale_and_its_user():
     sized = StudyOptions(scale="cpu").sized()
-    assert (sized.seeds, sized.examples, sized.autoattack[2]) == (3, 500, 100)
+    assert (sized.seeds, sized.examples, sized.autoattack[2]) == (5, 500, 100)
     sized = StudyOptions(scale="cpu", seeds=2, num_examples=7, overrides={"training": {"lr": 1.0}}).sized()
     assert (sized.seeds, sized.examples, sized.autoattack) == (2, 7, ("RA AutoAttack %", "autoattack", 7))
     assert sized.overrides == {"training": {"lr": 1.0}}

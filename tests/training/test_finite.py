@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from advmoe.training.finite import LOOK_EVERY, Watch
+from advmoe.evaluation.outcomes import Clean
+from advmoe.training.finite import LOOK_EVERY, TrainingDiverged, Watch, require_sound
 
 
 @pytest.fixture
@@ -41,3 +42,18 @@ def test_a_gpu_is_asked_every_so_many_steps():
         device = torch.device("cuda")
 
     assert Watch.on(OnGpu()).every == LOOK_EVERY > 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "finite", "what"),
+    [(1.0, True, None), (math.nan, True, "weights"), (1.0, False, "logits"), (math.inf, False, "weights and logits")],
+)
+def test_a_model_that_is_no_model_is_neither_measured_nor_saved(fabric, weight, finite, what):
+    weights = [torch.ones(2), torch.tensor([0.0, weight])]
+    clean = Clean(torch.ones(2).bool(), torch.zeros(2), torch.zeros(2, 0), torch.tensor([True, finite]))
+    if what is None:
+        require_sound(fabric, weights, clean, lambda: [[0.25, 0.75]])
+        require_sound(fabric, weights, None, lambda: [[0.25, 0.75]])
+        return
+    with pytest.raises(TrainingDiverged, match=f"^{what} must stay finite, got NaN or infinity; expert loads"):
+        require_sound(fabric, weights, clean, lambda: [[0.25, 0.75]])

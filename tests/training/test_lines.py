@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from advmoe.training.lines import epoch_line, summary
+from advmoe.training.lines import epoch_line, summary, terms_line
 
 LINE: dict[str, Any] = {
     "epoch": 3,
@@ -39,3 +39,7 @@ def test_the_end() -> None:
     assert best == "best  epoch 5 of 7: clean 58.3 %, robust 38.9 % under PGD-10 (validation)"
     assert time == "time  4 min"
     assert summary({"best": {"epoch": 7, "val": None}, "wall_seconds": 3.0}, epochs=7, steps=10) == "time  3 s"
+
+
+def test_the_terms_of_a_step() -> None:
+    assert terms_line({"ce": 1.23456, "kl": 0.012}) == "ce 1.23 kl 0.012"

@@ -21,7 +21,10 @@ def config(method, **training):
 
 def test_the_setting_stands_beside_the_times(monkeypatch):
     monkeypatch.setattr(module, "ITERATIONS", 2)
-    configs = {"ours": config("advmoe"), "against": config("at", precision="bf16-mixed")}
+    configs = {
+        "ours": config("advmoe"),
+        "against": config("at", precision="bf16-mixed", warmup_epochs=3, first_attack_steps="1:4"),
+    }
     with threads_set(2):
         times = pace(configs, rounds=1, accelerator="cpu", threads=1)
         assert torch.get_num_threads() == 2

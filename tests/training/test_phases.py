@@ -119,6 +119,15 @@ def test_phases_of_no_epoch_are_left_out(training, expected):
     assert [(phase.name, phase.first, phase.end) for phase in phases(tiny(training=training))] == expected
 
 
+def test_options_hold_for_each_phase_and_a_rate_for_finetuning_alone():
+    training = {"epochs": 7, "prune_epochs": None, "finetune_epochs": None, "warmup_epochs": 1}
+    plan = phases(tiny(training={**training, "first_attack_steps": "1:2", "lr": 0.1, "finetune_lr": 0.01}))
+    told = [(p.config.training.lr, p.config.training.warmup_epochs, p.config.training.finetune_lr) for p in plan]
+    assert told == [(0.1, 1, None), (0.1, 1, None), (0.01, 1, None)]
+    assert [p.config.training.epochs for p in plan] == [7, 2, 7]
+    assert {p.config.training.lr for p in phases(tiny(training=training | {"lr": 0.1}))} == {0.1}
+
+
 def test_every_other_method_has_one_phase():
     config = tiny(model={"kind": "moe"}, training={"method": "advmoe"})
     (phase,) = phases(config)

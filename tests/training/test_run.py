@@ -268,7 +268,10 @@ REMEMBERING = {"alternation": "warm-start", "attack_routing": "mixed", "balance"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [REMEMBERING, {"method": "at"}], ids=["warm-start", "at"])
+@pytest.mark.parametrize(
+    "training", [REMEMBERING, {"method": "at"}, {"objective": "pgd-at", "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}],
+    ids=["warm-start", "at", "pgd-at"],
+)  # fmt: skip
 def test_two_processes_end_with_the_same_weights_and_memories_on_both(tmp_path, training):
     script = tmp_path / "script.py"
     script.write_text(
@@ -357,11 +360,12 @@ def test_every_method_router_objective_and_precision_trains(groups, tmp_path):
         assert tensor.dtype in (torch.float32, torch.int64) and torch.isfinite(tensor).all(), name
 
 
-def test_router_then_expert_training_moves_one_half_each(tmp_path):
+@pytest.mark.parametrize("statistics", ["keep", "refresh"])
+def test_router_then_expert_training_moves_one_half_each(tmp_path, statistics):
     standard = train(tiny(training={"method": "standard", "epochs": 1}), run_dir=tmp_path / "standard", **THREADS)
-    settings = {"method": "at-routers", "init_from": str(standard), "epochs": 1}
+    settings = {"method": "at-routers", "init_from": str(standard), "epochs": 1, "frozen_norms": statistics}
     routers = train(tiny(training=settings), run_dir=tmp_path / "routers", **THREADS)
-    settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1}
+    settings = {"method": "at-experts", "init_from": str(routers), "epochs": 1, "frozen_norms": statistics}
     experts = train(tiny(training=settings), run_dir=tmp_path / "experts", **THREADS)
     trained = weights(experts)
     shutil.move(routers, tmp_path / "elsewhere")  # a run that has a checkpoint needs no more what it started from
@@ -372,9 +376,9 @@ def test_router_then_expert_training_moves_one_half_each(tmp_path):
     routers = tmp_path / "elsewhere"
     before, middle, after = (load_file(run / "model.safetensors") for run in (standard, routers, experts))
     for name in before:
-        phi = ".router." in name
-        assert torch.equal(before[name], middle[name]) != phi, name
-        assert torch.equal(middle[name], after[name]) == (phi or name.startswith("normalize")), name
+        phi, fresh = ".router." in name, statistics == "refresh" and ".running_" in name
+        assert torch.equal(before[name], middle[name]) != (phi or fresh), name
+        assert torch.equal(middle[name], after[name]) == ((phi and not fresh) or name.startswith("normalize")), name
 
 
 @pytest.mark.slow

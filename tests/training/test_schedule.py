@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advmoe.training.schedule import batches, cosine
+from advmoe.config import TrainingConfig
+from advmoe.training.schedule import batches, cosine, one_cycle, rate, tenths
 
 
 def test_cosine_by_hand():
@@ -16,6 +17,25 @@ def test_cosine_by_hand():
     values = [cosine(step, 100) for step in range(101)]
     assert values == sorted(values, reverse=True)
     assert cosine(25, 100) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_one_cycle_and_tenths_by_hand():
+    # The middles of five iterations are at 0.1, 0.3, 0.5, 0.7, 0.9; up to 0.4, down from there.
+    assert [one_cycle(step, 5) for step in range(5)] == pytest.approx([0.25, 0.75, 0.5 / 0.6, 0.5, 0.1 / 0.6])
+    assert [tenths(step, 8) for step in range(8)] == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
+
+
+@pytest.mark.parametrize(("schedule", "course"), [("cosine", cosine), ("one-cycle", one_cycle), ("step", tenths)])
+def test_a_run_s_rate_is_its_schedule_s(schedule, course):
+    training = TrainingConfig(epochs=4, schedule=schedule)
+    assert [rate(training, step, 3) for step in range(12)] == [course(step, 12) for step in range(12)]
+
+
+@pytest.mark.parametrize(("schedule", "course"), [("cosine", cosine), ("step", tenths)])
+def test_a_rate_that_warms_up_leaves_the_rest_to_its_schedule(schedule, course):
+    training = TrainingConfig(epochs=3, schedule=schedule, warmup_epochs=1)
+    assert [rate(training, step, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert [rate(training, step, 4) for step in range(4, 12)] == [course(step, 8) for step in range(8)]
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

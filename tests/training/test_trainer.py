@@ -10,11 +10,14 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 
+from advmoe.attacks import trades_attack
 from advmoe.config import Config
 from advmoe.data import load_dataset
 from advmoe.models import split_parameters
 from advmoe.models.compiled import compiled
+from advmoe.models.modes import frozen
 from advmoe.moe import routers_of
 from advmoe.tables import METHODS, Level
 from advmoe.training import trainer as trainers
@@ -88,8 +91,8 @@ def watched(monkeypatch):
     attacks, updates = [], []
     attack, step = Trainer.attack, Trainer.step
 
-    def attacking(self, x, generator, earlier=None):
-        x_adv = attack(self, x, generator, earlier)
+    def attacking(self, x, generator, earlier=None, y=None):
+        x_adv = attack(self, x, generator, earlier, y)
         attacks.append((x, earlier, x_adv))
         return x_adv
 
@@ -265,6 +268,117 @@ def test_the_average_is_what_is_validated_and_the_weights_train_on(monkeypatch):
     assert torch.equal(measured[0], trainer.average.state[name])
     # Training goes the same way as without an average.
     assert not changed(trainer.model, plain.model.state_dict())
+
+
+@pytest.mark.parametrize("level", [ROUTERS, EXPERTS, Level("all")], ids=named)
+def test_pgd_at_is_cross_entropy_on_what_its_attack_makes(level):
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.2}
+    trainer, x, y = make({"objective": "pgd-at", **settings})
+    model = copy.deepcopy(trainer.model)
+    with frozen(model):
+        x_adv = trades_attack(
+            model, x, threat=trainer.threat, steps=2, step_size=0.06, generator=seeded(), labels=y, uniform=True
+        )
+    assert torch.equal(trainer.attack(x, seeded(), y=y), x_adv)
+    before = state(trainer.model)
+    terms = trainer.step(level, x, y, seeded())
+    with learning(model, level.part):
+        loss = F.cross_entropy(model(x_adv), y, label_smoothing=0.2)
+        loss.backward()
+    assert list(terms) == ["ce"] and terms["ce"].item() == loss.item()
+    psi, phi_ = split_parameters(model)
+    mine = {"routers": phi_, "experts": psi, "all": psi + phi_}[level.part]
+    torch.optim.SGD(mine, lr=0.1).step()
+    after = model.state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, after[name], msg=name, rtol=1e-5, atol=1e-7)
+    assert changed(trainer.model, before)
+
+
+def test_smoothed_labels_change_one_term_and_clipping_the_length_of_an_update():
+    settings = {"momentum": 0.0, "weight_decay": 0.0}
+    plain, x, y = make(settings)
+    x_adv, before = plain.attack(x, seeded()), state(plain.model)
+    terms = plain.step(EXPERTS, x, y, seeded(), x_adv)
+    moved = {name: tensor - before[name] for name, tensor in plain.model.named_parameters()}
+    length = torch.stack([each.detach().norm() for each in moved.values()]).norm() / 0.1  # lr
+    clipped, *_ = make({**settings, "clip": float(length) / 4})
+    assert clipped.step(EXPERTS, x, y, seeded(), x_adv) == terms
+    for name, tensor in clipped.model.named_parameters():
+        torch.testing.assert_close(tensor - before[name], moved[name] / 4, rtol=1e-3, atol=1e-6)
+    smooth, *_ = make({**settings, "label_smoothing": 0.3})
+    smoothed = smooth.step(EXPERTS, x, y, seeded(), x_adv)
+    assert smoothed["kl"] == terms["kl"] and smoothed["ce"] != terms["ce"]
+
+
+def test_first_epochs_have_their_own_attack_and_size(watched, monkeypatch):
+    settings = {"method": "at", "first_attack_steps": "1", "first_image_sizes": "8,12"}
+    trainer, *_ = make(settings, data={"image_size": 16, "augment": True})
+    made, real = [], trainers.trades_attack
+    monkeypatch.setattr(
+        trainers, "trades_attack", lambda *a, **kw: made.append((kw["steps"], kw["step_size"])) or real(*a, **kw)
+    )
+    sides = []
+    for epoch in range(3):
+        watched[0].clear()
+        trainer.train_epoch(epoch, Bar())
+        sides.append({tuple(x.shape[2:]) for x, *_ in watched[0]})
+    assert sides == [{(8, 8)}, {(12, 12)}, {(16, 16)}]
+    assert made == [(1, 0.12)] * 3 + [(2, 0.06)] * 6
+
+
+def test_each_part_goes_at_its_own_rate():
+    trainer, *_ = make({"alternation": "both", "router_lr": 0.01, "schedule": "step", "warmup_epochs": 1})
+    for epoch, factor in ((0, 1.0), (1, 1.0), (2, 0.01)):  # of the last of three iterations
+        trainer.train_epoch(epoch, Bar())
+        rates = {part: optimizer.param_groups[0]["lr"] for part, optimizer in trainer.optimizers.items()}
+        assert rates == {"experts": pytest.approx(0.1 * factor), "routers": pytest.approx(0.01 * factor)}
+
+
+LONG_RUNS = [
+    {"training": {
+        "objective": "pgd-at", "optimizer": "adamw", "lr": 1e-3, "decay": "weights", "clip": 1.0, "warmup_epochs": 1,
+        "router_lr": 1e-2, "first_attack_steps": "1:3",
+    }, "model": {"router_norm": "layer"}},
+    {"training": {
+        "schedule": "one-cycle", "label_smoothing": 0.1, "attack_start": "uniform", "attack_loss": "ce",
+        "router_momentum": 0.5, "router_weight_decay": 0.0, "first_image_sizes": "8,12:2",
+    }, "model": {"router_norm": "none"}, "data": {"image_size": 16}},
+    {"training": {
+        "method": "sparse", "schedule": "step", "warmup_epochs": 1, "prune_epochs": 2, "finetune_epochs": 2,
+        "finetune_lr": 0.01, "optimizer": "adamw", "lr": 1e-2, "decay": "weights",
+    }, "model": {"kind": "sparse"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", LONG_RUNS, ids=["adamw", "one-cycle", "sparse"])
+def test_long_runs_resume_bit_identical(tmp_path, groups):
+    whole = train(small(**groups), run_dir=tmp_path / "whole", **THREADS)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "last")  # as if stopped within the last of the epochs
+    resume(run)
+    for name in ("last/model.safetensors", "best/model.safetensors", "model.safetensors"):
+        assert_same(load_file(run / name), load_file(whole / name))
+    states = [torch.load(each / "last/state.pt", weights_only=True)["optimizers"] for each in (run, whole)]
+    moments = {key for optimizer in states[1] for each in optimizer["state"].values() for key in each}
+    adamw = groups["training"].get("optimizer") == "adamw"
+    assert moments == ({"step", "exp_avg", "exp_avg_sq"} if adamw else {"momentum_buffer"})
+    for mine, other in zip(*states, strict=True):
+        assert mine["param_groups"] == other["param_groups"]
+        assert all(torch.equal(t, other["state"][i][n]) for i, each in mine["state"].items() for n, t in each.items())
+    first, *_ = (json.loads(line)["lr"] for line in (whole / "metrics.jsonl").read_text().splitlines())
+    assert first < groups["training"].get("lr", 0.1)  # it rises first
+
+
+def test_long_runs_in_bf16():
+    settings = {**LONG_RUNS[0]["training"], **EVERYTHING, "precision": "bf16-mixed"}
+    del settings["first_attack_steps"]  # of which attacks that go on from the last have none
+    trainer, *_ = make(settings, model={"router_norm": "layer"})
+    before = state(trainer.model)
+    trainer.train_epoch(0, Bar())
+    assert all(tensor.isfinite().all() and tensor.dtype != torch.bfloat16 for tensor in state(trainer.model).values())
+    assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
 
 
 EVERYTHING = {

@@ -1,0 +1,98 @@
+"""Optimisers: what each part decays, at which rate it goes, and how long its gradients may be."""
+
+import pytest
+import torch
+
+from advmoe.config import TrainingConfig
+from advmoe.models import create_model
+from advmoe.models.sparse import scores_of
+from advmoe.training.methods import parts_of
+from advmoe.training.optim import clip, make_optimizers, set_rates
+
+
+@pytest.fixture
+def model(shallow_backbones):
+    torch.manual_seed(0)
+    return create_model("resnet18", num_classes=3, width=8, input_size=8)
+
+
+def names_of(model, parameters):
+    known = {id(each) for each in parameters}
+    return {name for name, each in model.named_parameters() if id(each) in known}
+
+
+def test_the_paper_s_is_sgd_on_all_of_a_part(model):
+    optimizers = make_optimizers(model, TrainingConfig())
+    assert list(optimizers) == ["experts", "routers"]
+    for part, optimizer in optimizers.items():
+        plain = torch.optim.SGD(parts_of(model)[part], lr=0.1, momentum=0.9, weight_decay=5e-4)
+        assert optimizer.state_dict() == plain.state_dict() and type(optimizer) is torch.optim.SGD
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in parts_of(model)[part]]
+
+
+def test_routers_have_their_own_where_it_is_given(model):
+    training = TrainingConfig(router_lr=0.01, router_momentum=0.5, router_weight_decay=0.0)
+    optimizers = make_optimizers(model, training)
+    told = {p: [o.param_groups[0][n] for n in ("lr", "momentum", "weight_decay")] for p, o in optimizers.items()}
+    assert told == {"experts": [0.1, 0.9, 5e-4], "routers": [0.01, 0.5, 0.0]}
+    set_rates(optimizers, training, 0.5)
+    assert [o.param_groups[0]["lr"] for o in optimizers.values()] == [0.05, 0.005]
+    only = make_optimizers(model, TrainingConfig(router_lr=0.01))["routers"].param_groups[0]
+    assert (only["lr"], only["momentum"], only["weight_decay"]) == (0.01, 0.9, 5e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("router", ["layer", "embedding"])
+def test_weights_alone_decay(shallow_backbones, optimizer, router):
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=3, width=8, input_size=8, router=router)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    training = TrainingConfig(decay="weights", optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    for each in make_optimizers(model, training).values():
+        each.step()
+    shrunk = {name for name, each in model.named_parameters() if not bool((each == 1).all())}
+    assert all(torch.allclose(model.get_parameter(name), torch.tensor(0.95)) for name in shrunk)  # 1 - 0.1 * 0.5
+    kept = {name for name, _ in model.named_parameters()} - shrunk
+    last = "scores.weight" if router == "layer" else "heads.weight"
+    assert {name for name in kept if model.get_parameter(name).dim() > 1} == {
+        name for name, _ in model.named_parameters() if name.endswith(last)
+    }
+    assert {name for name, each in model.named_parameters() if each.dim() == 1} <= kept
+    assert any("bank" in name for name in shrunk) and any("hidden" in n or "embedding" in n for n in shrunk)
+
+
+def test_no_group_is_empty(shallow_backbones):
+    sparse = create_model("resnet18", num_classes=3, width=8, input_size=8, kind="sparse")
+    optimizers = make_optimizers(sparse, TrainingConfig(decay="weights"))
+    assert list(optimizers) == ["experts", "scores"] and len(optimizers["experts"].param_groups) == 2
+    (scores,) = optimizers["scores"].param_groups  # numbers a channel
+    assert scores["weight_decay"] == 0 and len(scores["params"]) == len(scores_of(sparse))
+
+
+def test_adamw_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(2.0)
+    model.weight.grad = torch.full((1, 1), 3.0)
+    training = TrainingConfig(optimizer="adamw", lr=0.1, momentum=0.5, weight_decay=0.25)
+    optimizer = make_optimizers(model, training)["experts"]
+    optimizer.step()
+    # Decay: 2 * (1 - 0.1 * 0.25) = 1.95. The first step is lr in the gradient's direction, whatever its length.
+    assert model.weight.item() == pytest.approx(1.85, abs=1e-6)
+    state = optimizer.state[model.weight]
+    assert state["exp_avg"].item() == pytest.approx(1.5) and state["exp_avg_sq"].item() == pytest.approx(0.009)
+    model.weight.grad = torch.full((1, 1), -3.0)
+    set_rates({"experts": optimizer}, training, 0.0)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(1.85, abs=1e-6)
+
+
+def test_clipping_by_hand():
+    a, b, c = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])  # 5 together; c does not learn
+    clip([a, b, c], 0)
+    clip([a, b, c], 5.1)
+    assert (a.grad.item(), b.grad.item(), c.grad) == (3, 4, None)
+    clip([a, b, c], 1)
+    assert (a.grad.item(), b.grad.item()) == (pytest.approx(0.6, abs=1e-5), pytest.approx(0.8, abs=1e-5))
