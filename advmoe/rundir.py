@@ -30,6 +30,7 @@ LAST, BEST, BOARD = "last", "best", "tensorboard"
 EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".evaluation"
 TASKS = ".evaluation-tasks"
 SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
+CERTIFICATION = "certification.json"
 # and what studies write: of a measurement, of all, and how long passes take.
 DONE, STUDY, CALIBRATION = "done.json", "study.json", "calibration.json"
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from advmoe import __version__
 from advmoe.cli import (
+    certify,
     cost,
     data,
     dissect,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Any] = {
     "sweep-eps": sweep_eps,
     "dissect": dissect,
     "pathways": pathways,
+    "certify": certify,
     "cost": cost,
     "push": push,
     "export": export,

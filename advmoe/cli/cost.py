@@ -31,7 +31,7 @@ def parser() -> Parser:
     section.add_argument("--input-size", metavar="INT", help="side of the images in pixels (default: 32)")
     section.add_argument("--num-classes", metavar="INT", help="classes (default: 10)")
     section.add_argument("--width", metavar="INT", help="channels of the first stage (default: the backbone's own)")
-    section.add_argument("--router", metavar="{layer,embedding,image}", help="kind of router (default: layer)")
+    section.add_argument("--router", metavar="NAME", help="kind of router, as model.router (default: layer)")
     section.add_argument("--num-experts", metavar="INT", help="experts per MoE layer (default: 2)")
     section.add_argument("--scale", metavar="NUMBER", help="share of the width that one pathway uses (default: 0.5)")
     add_fields(parser, COST_FIELDS, defaults=False)

@@ -59,6 +59,8 @@ def _table(result: dict[str, Any]) -> str:
         rows.append((name, f"{percent(value)} %", note))
         if len(parts := report.get("parts", {})) > 1:
             rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
+        if (routing := report.get("settings", {}).get("routing")) is not None:
+            rows.append(("  routing", str(routing), "every pathway within reach was attacked"))
         if (known := report.get("settings", {}).get("pathways")) is not None and isinstance(known, dict):
             rows.append(("  pathways reached", f"{known['reached']}", f"of them attacked: {known['attacked']}"))
     rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))

@@ -45,6 +45,7 @@ class Config(Strict):
                 require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
+        self._require_learnt(routed)
         for name in ("router_lr", "router_momentum", "router_weight_decay"):
             if getattr(self.training, name) is not None:
                 require(routed, "model.kind", f"moe when training.{name} is given", self.model.kind)
@@ -67,6 +68,21 @@ class Config(Strict):
                 able = " or ".join(name for name, each in ROUTERS.items() if each.apart)
                 rule = f"{able} when training.codes is random (one choice per layer)"
                 require(ROUTERS[self.model.router].apart, "model.router", rule, self.model.router)
+
+    def _require_learnt(self, routed: bool) -> None:
+        """Refuse training for a router that has nothing to train, and a proved radius for one that has none."""
+        name, router, training = self.model.router, ROUTERS[self.model.router], self.training
+        if self.model.kind == "moe" and not router.learnt:
+            rule = f"one that trains no routers alone, such as at, when model.router is {name} (nothing to train there)"
+            apart = METHODS[training.method].routers_apart
+            require(not apart, "training.method", rule, training.method)
+            for weight in ("balance", "margin"):
+                value = getattr(training, weight)
+                require(value == 0, f"training.{weight}", f"0 when model.router is {name}", value)
+        if training.radius > 0:
+            able = " or ".join(each for each, entry in ROUTERS.items() if entry.pixels and entry.learnt)
+            rule = f"{able} when training.radius is > 0"
+            require(routed and router.pixels and router.learnt, "model.router", rule, name)
 
     def _follow(self) -> None:
         """Have steps that nobody has set follow the radius: 1.25 eps / K in training and eps / 4 in attacks, which are

@@ -45,7 +45,11 @@ class ModelConfig(Strict):
     num_experts: Experts = 2
     """Experts N per MoE layer."""
     router: RouterKind = "layer"
-    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all."""
+    """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all
+    (`image`). `fixed-FORM` and `linear`: whether the image's brightness in a part of it, or a learnt average of its
+    pixels, exceeds a threshold, which is the training images' median or starts there: choices that can be proved
+    (`advmoe certify`). `fixed-top-bottom` and `linear-2` decide twice, for each half of the layers.
+    """
     router_norm: RouterNorm = "batch"
     """Norms of the routers: batch norms, norms over an image's own channels (and pixels), which keep no statistics (Ba
     et al., 2016; Wu & He, ECCV 2018), or none. The paper does not say; centred over the data alone, untrained routers
@@ -77,6 +81,9 @@ class ModelConfig(Strict):
             require(
                 ROUTERS[self.router].in_layers, "model.router", f"{able} when model.route_per is token", self.router
             )
+        if self.kind == "moe" and (experts := ROUTERS[self.router].experts) is not None:
+            rule = f"{experts} when model.router is {self.router}"
+            require(self.num_experts == experts, "model.num_experts", rule, self.num_experts)
         if self.router_norm != "batch":
             able = " or ".join(name for name, each in ROUTERS.items() if each.norms)
             rule = f"{able} when model.router_norm is {self.router_norm}"

@@ -198,6 +198,10 @@ class TrainingConfig(Strict):
     """Weight of a term that has routers choose clearly under attack: by how much the chosen expert's lead on the
     runner-up, in scores on adversarial images, stays below 1; mean over MoE layers and images.
     """
+    radius: Weight = 0.0
+    """Weight of a term that has a `linear` router choose with room: by how much the radius within which a choice is
+    proved stays below `threat.eps`, in units of that and as if pixels could leave [0, 1]; mean over bits and images.
+    """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
     validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so); 0 keeps the weights themselves, and beyond 0.999999
@@ -281,13 +285,14 @@ class TrainingConfig(Strict):
         for names, rule, fit in (
             ("balance router_lr router_momentum router_weight_decay", "one that trains routers", method.trains_routers),
             ("margin", "one that trains routers against attacks", method.trains_routers and method.adversarial),
+            ("radius", "one that trains routers", method.trains_routers),
             ("awp objective attack_start attack_loss first_attack_steps", against, method.adversarial),
             ("finetune_lr", "sparse", self.method == "sparse"),
         ):
             for name in names.split():
                 value = getattr(self, name)
                 if value != getattr(type(self), name):
-                    told = "> 0" if name in ("balance", "margin", "awp") else value
+                    told = "> 0" if name in ("balance", "margin", "radius", "awp") else value
                     require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method)
 
     def _check_first_epochs(self) -> None:

@@ -18,6 +18,7 @@ from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, RoutedTarget, plan_attack
 from advmoe.config import AttackConfig
 from advmoe.errors import InputError
+from advmoe.evaluation.halfspaces import halfspaces_of
 from advmoe.evaluation.harness import Job, Journal, run_tasks
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.randomised import averaged
@@ -115,7 +116,11 @@ def make_job(
 ) -> tuple[Job, tuple[str, ...]]:
     """The job, but for what `routed` has to plan, and the full names of the attacks asked for."""
     routed = is_routed(predict, data, device)
-    setting = Setting(threat=measurement.threat, attack=measurement.attack, routed=routed, eot=measurement.eot)
+    x, _ = take(data, slice(0, 1), device)
+    setting = Setting(
+        threat=measurement.threat, attack=measurement.attack, routed=routed, halfspaces=halfspaces_of(predict, x),
+        eot=measurement.eot,
+    )  # fmt: skip
     attacks = default_attacks(setting) if measurement.attacks is None else measurement.attacks
     job = Job(data=data, setting=setting, batch_size=measurement.batch_size, seed=measurement.seed)
     return job, named(attacks, setting)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from advmoe.attacks.autoattack import autoattack_attack, official_library
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import LOSSES, Predict, pgd
 from advmoe.attacks.restarts import restarts_attack
-from advmoe.attacks.routed import Budget, RoutedPlan, RoutedTarget, routed_attack
+from advmoe.attacks.routed import Budget, Halfspaces, RoutedPlan, RoutedTarget, routed_attack
 from advmoe.config import AttackConfig, Pixels
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
@@ -44,6 +44,8 @@ class Setting:
     attack: AttackConfig
     routed: bool
     """Whether the model has MoE layers."""
+    halfspaces: Halfspaces | None = field(default=None, compare=False, repr=False)
+    """Of a model whose choices are the sides of hyperplanes in pixel space."""
     eot: int | None = None
     """Draws that a randomised model is averaged over (see `randomised`); None for any other."""
 
@@ -204,7 +206,8 @@ class _Routed:
 
     def build(self, predict: Predict, setting: Setting, plan: RoutedPlan | None) -> Attack:
         assert plan is not None
-        return routed_attack(RoutedTarget(OpenRouting(predict), predict, setting.threat), plan, setting.budget)
+        target = RoutedTarget(OpenRouting(predict), predict, setting.threat, setting.halfspaces)
+        return routed_attack(target, plan, setting.budget)
 
 
 CHANGED = 16

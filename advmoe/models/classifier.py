@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.models.predictions import Picture, predict
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import RouterOwner
 from advmoe.moe.routing import Routing, forward_scope, keep, route
@@ -92,10 +93,11 @@ class Classifier(RouterOwner):
 
     def routed_by(self, routing: Routing, x: Tensor) -> Tensor:
         """Logits (N, K) of pixels `x` in the pass that has this `routing`, which is the active one."""
-        x = self.normalize(x)
+        pixels, x = x, self.normalize(x)
         if self.router is not None:
+            seen = pixels if isinstance(self.router, HalfspaceRouter) else x
             with nullcontext() if routing.repeats is None else unrecorded(self.router):
-                routing.shared = self.router(x)
+                routing.shared = self.router(seen)
         logits: Tensor = self.backbone(x)
         return logits
 

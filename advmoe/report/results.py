@@ -9,7 +9,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from advmoe.rundir import (
     stale,
     unsealed,
 )
-from advmoe.tables import KINDS, METHODS
+from advmoe.tables import KINDS, METHODS, ROUTERS
 from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -86,6 +86,7 @@ class RunFolder:
     """Their names, where the model has them."""
     notes: tuple[str, ...] = ()
     """What is wrong with its files: epochs that are damaged, results of other weights, which are left out."""
+    certification: dict[str, Any] = field(default_factory=dict)
     gallery: Arrays | None = None
     no_gallery: str | None = None
     """Why there is no gallery, where something is known."""
@@ -138,6 +139,8 @@ class RunFolder:
                 ("dissection of the attack", self.dissection, f"dissect {run}{own}{dissect}"),
                 ("pathways", self.pathways, f"pathways {run}{own}{trace}"),
             ]
+        if self.certification or (str(router := self.field("model", "router")) in ROUTERS and ROUTERS[router].pixels):
+            wanted.append(("proved routing", self.certification, f"certify {run}{own}{self._certified()}"))
         wanted.append(("gallery", self.gallery, f"report {run}{own}"))
         return [
             self._trained(own),
@@ -183,6 +186,14 @@ class RunFolder:
         against = (pathways.get("against") or {}).get("run")
         compared = "" if against is None else f" --against {shlex.quote(str(against))}"
         return compared + self._options(attacks, pathways.get("num_examples"), setting)
+
+    def _certified(self) -> str:
+        result = self.certification
+        norm = str((result.get("threat") or {}).get("norm"))
+        radii = [radius(point["eps"], norm) for point in result.get("points", ())]
+        setting = {"threat": result.get("threat"), "attack": {"seed": result.get("seed")}}
+        words = f" --radii {','.join(radii)}" if radii else ""
+        return words + self._options((), result.get("num_examples"), setting)
 
     def _options(self, attacks: Iterable[str], count: int | None, result: Mapping[str, Any]) -> str:
         """The options that make `result` again, where they differ from the run's own settings."""
@@ -255,7 +266,10 @@ def _load_run(path: Path, label: str) -> RunFolder:
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG} must hold fields by name, got {type(config).__name__}")
     digest, epochs = digest_at(path), Epochs.read(path / METRICS, strict=True)
-    results = {name: _json(path / f"{name}.json") for name in ("evaluation", "sweep", "dissection", "pathways")}
+    results = {
+        name: _json(path / f"{name}.json")
+        for name in ("evaluation", "sweep", "dissection", "pathways", "certification")
+    }
     results["dissection"] = {
         attack: unsealed(each, f"{path / 'dissection.json'}: {attack}") if isinstance(each, dict) else each
         for attack, each in results["dissection"].items()
@@ -273,6 +287,7 @@ def _load_run(path: Path, label: str) -> RunFolder:
         sweep=results["sweep"],
         dissection=results["dissection"],
         pathways=results["pathways"],
+        certification=results["certification"],
         classes=_classes(path / MODEL),
         notes=(*epochs.problems, *(f"{name}.json is of other weights than these, and left out" for name in others)),
         gallery=_current_gallery(path),

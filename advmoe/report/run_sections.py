@@ -10,6 +10,7 @@ from typing import Any
 
 from advmoe.report import words
 from advmoe.report.album import Album
+from advmoe.report.certification import certification
 from advmoe.report.gallery import gallery
 from advmoe.report.html import Content, Html, element
 from advmoe.report.pathways import pathways
@@ -36,6 +37,7 @@ def run_section(run: RunFolder, album: Album, number_: int, *, alone: bool) -> S
         Subsection("sweep", "Robustness against the attack's strength", sweep(run, album)),
         Subsection("dissection", "The attack, dissected", dissection(run, album)),
         Subsection("pathways", "Pathways", pathways(run, album)),
+        Subsection("certification", "Proved routing", certification(run, album)),
         Subsection("gallery", "Gallery", None if run.gallery is None else gallery(run.gallery)),
         Subsection("made", "Commands and configuration", commands(run)),
     ]

@@ -15,6 +15,7 @@ from advmoe.models import Classifier, create_model, labels
 from advmoe.models.convert import own_classifier
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.pruning import adopt
 from advmoe.seeding import generator_for
 from advmoe.tables import METHODS
@@ -47,6 +48,8 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
                 in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
             )  # fmt: skip
     model.spec |= labels(dataset.num_classes, dataset.classes, dataset.cut)
+    if isinstance(model.router, HalfspaceRouter) and not resumed:
+        _fit(model.router, dataset, config.training.seed)
     if start is not None and upcycled is None:
         try:
             if config.model.kind == "sparse":
@@ -57,6 +60,17 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise InputError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
     return model
+
+
+_FITTED = 5_000
+"""Training images, drawn by seed, whose median a threshold is."""
+
+
+def _fit(router: HalfspaceRouter, dataset: Dataset, seed: int) -> None:
+    """Put the router's thresholds at the training median."""
+    images = dataset.train
+    index = torch.randperm(len(images), generator=generator_for(seed, "thresholds"))[:_FITTED].sort().values
+    router.fit(images.pixels(each).cpu() for each in index.split(500))
 
 
 def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifier:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from advmoe.config import Codes
 from advmoe.errors import InputError
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing, route
 from advmoe.seeding import generator_for
+from advmoe.threat import ThreatModel
 
 Terms = dict[str, Tensor]
 """Scalar terms by name; what is minimised is their sum."""
@@ -118,6 +120,13 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
     """
     first, second = _scores(routing).topk(2, 2).values.unbind(2)
     return weight * (1 - (first - second)).relu().mean()
+
+
+def radius_loss(router: HalfspaceRouter, x: Tensor, threat: ThreatModel, weight: float) -> Tensor:
+    """weight * max(0, 1 - radius / eps), mean over bits and images `x` (N, C, H, W): zero where every choice is proved
+    at `threat.eps`, as if pixels could leave [0, 1] (`HalfspaceRouter.radii`).
+    """
+    return weight * (1 - router.radii(x, threat.norm) / threat.eps).relu().mean()
 
 
 def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -25,6 +25,7 @@ from advmoe.models.compiled import Network, compiled
 from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing, soft_routing
 from advmoe.progress import postfix, shown
 from advmoe.pruning import compact, expand
@@ -48,6 +49,7 @@ from advmoe.training.objectives import (
     codewords,
     cross_entropy,
     distillation,
+    radius_loss,
     trades,
 )
 from advmoe.training.optim import clip, make_optimizers, set_rates
@@ -213,6 +215,8 @@ class Trainer:
                 terms["balance"] = balance_loss(passes, t.balance)
             if t.margin > 0 and level.part != "experts":
                 terms["margin"] = choice_margin_loss(passes[-1], t.margin)
+            if t.radius > 0 and level.part != "experts":
+                terms["radius"] = radius_loss(cast(HalfspaceRouter, self.model.router), x, self.threat, t.radius)
         return terms, routing, logits
 
     def _backward(self, terms: Terms) -> None:

@@ -31,6 +31,23 @@ from advmoe.documents import parse_yaml
             "model.kind must be moe when training.balance is > 0, got 's-dense'",
         ),
         (
+            lambda: Config(model=ModelConfig(router="fixed-top")),
+            "training.method must be one that trains no routers alone, such as at, when model.router is fixed-top "
+            "(nothing to train there), got 'advmoe'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(router="fixed-mean"), training=TrainingConfig(method="at", balance=1)),
+            "training.balance must be 0 when model.router is fixed-mean, got 1",
+        ),
+        (
+            lambda: Config(training=TrainingConfig(radius=1)),
+            "model.router must be linear or linear-2 when training.radius is > 0, got 'layer'",
+        ),
+        (
+            lambda: Config(model=ModelConfig(router="linear", num_experts=3)),
+            "model.num_experts must be 2 when model.router is linear, got 3",
+        ),
+        (
             lambda: Config(model=ModelConfig(num_experts=1), training=TrainingConfig(margin=1)),
             "model.num_experts must be >= 2 when training.margin is > 0, got 1",
         ),

@@ -92,7 +92,11 @@ def test_other_images(in_channels, size):
         ({"scale": 0.0}, "model.scale must be > 0 and <= 1, got 0.0"),
         ({"num_experts": 0}, "model.num_experts must be >= 1, got 0"),
         ({"width": 0}, "model.width must be >= 1, got 0"),
-        ({"router": "none"}, "model.router must be one of layer, embedding, image, got 'none'"),
+        (
+            {"router": "none"},
+            "model.router must be one of layer, embedding, image, "
+            "fixed-top, fixed-top-bottom, fixed-mean, linear, linear-2, got 'none'",
+        ),
         ({"kind": "pruned"}, "model.kind must be one of moe, dense, s-dense, sparse, got 'pruned'"),
         ({"experts": "all"}, "model.experts must be one of subset, independent, got 'all'"),
         ({"experts_init": "zero"}, "model.experts_init must be one of independent, shared, got 'zero'"),

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from advmoe.moe import Routing
+from advmoe.moe.halfspace import linear_router
+from advmoe.threat import ThreatModel
 from advmoe.training.objectives import (
     balance_loss,
     choice_margin_loss,
@@ -14,6 +16,7 @@ from advmoe.training.objectives import (
     codewords,
     cross_entropy,
     kl_divergence,
+    radius_loss,
     trades,
 )
 
@@ -152,6 +155,18 @@ def test_choice_margin_by_hand():
     assert clear.tolist() == [0, 0] and unclear.tolist() == pytest.approx([1 / 6, -1 / 6])
     # Of three experts only the runner-up counts.
     assert choice_margin_loss(routed([[0.0, 0.5, 0.75]]), 1.0).item() == pytest.approx(0.75)
+
+
+def test_radius_by_hand():
+    # Means 0.5, 0.55, 0.6 and 0.8 against 0.5: radii 0, 0.05, 0.1 and 0.3, of hinges 1, 1/2, 0 and 0 at eps 0.1.
+    router = linear_router(1, 8, 1, 2, bits=1)
+    with torch.no_grad():
+        router.weight.fill_(1 / 16)
+        router.threshold.fill_(0.5)
+    x = torch.tensor([0.5, 0.55, 0.6, 0.8]).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    assert radius_loss(router, x, ThreatModel("linf", 0.1), 2.0).item() == pytest.approx(2 * 1.5 / 4, rel=1e-5)
+    radius_loss(router, x[1:2], ThreatModel("linf", 0.1), 1.0).backward()
+    assert router.threshold.grad.item() == pytest.approx(1 / 0.1, rel=1e-5)
 
 
 def test_tokens_are_samples_of_the_router_terms():

@@ -22,13 +22,18 @@ from torch import Tensor
 from advmoe.attacks.autoattack import square_part
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.routed.ascent import Combination, along_pathway, combined, step_sizes, stride
+from advmoe.attacks.routed.regions import inside_regions
 from advmoe.attacks.routed.search import Budget, RoutedPlan, Tried, plan_attack, search
-from advmoe.attacks.routed.target import Pass, RoutedModel, RoutedTarget, hard_choice, router_margins
+from advmoe.attacks.routed.target import Halfspaces, Pass, RoutedModel, RoutedTarget, hard_choice, router_margins
 from advmoe.progress import BRIEF, tracked
 
 
 def routed_attack(target: RoutedTarget, plan: RoutedPlan, budget: Budget) -> Attack:
-    """The attack `routed`: soft routing, router losses, fixed pathways, the strongest combination, Square."""
+    """The attack `routed`: soft routing, router losses, fixed pathways, the strongest combination, Square.
+
+    Of a target with `halfspaces` it is complete in the routing: every pathway that can be reached is attacked inside
+    its own region too, as its settings say.
+    """
     eps = target.threat.eps
 
     def climbing(name: str, combination: Combination, *, effort: int = 1) -> AttackPart:
@@ -45,12 +50,16 @@ def routed_attack(target: RoutedTarget, plan: RoutedPlan, budget: Budget) -> Att
     parts = [climbing(f"soft T={t:g}", Combination(temperature=t)) for t in budget.temperatures]
     parts += [climbing(f"routers w={w:g}", Combination(weight=w)) for w in budget.weights]
     parts.append(AttackPart("pathways", lambda x, y, seed: _pathways(target, plan, budget, x, y, seed)))
+    settings = {**asdict(budget), **plan.to_dict()}
+    if target.halfspaces is not None:
+        parts.append(AttackPart("regions", lambda x, y, seed: _regions(target, budget, x, y, seed)))
+        settings["routing"] = "complete"
     parts.append(climbing("strongest", plan.best, effort=2))
     flags: tuple[str, ...] = ("the black-box part is left out (0 queries)",)
     if budget.queries:
         parts.append(square_part(target.predict, threat=target.threat, queries=budget.queries))
         flags = ()
-    return Attack("routed", tuple(parts), {**asdict(budget), **plan.to_dict()}, flags)
+    return Attack("routed", tuple(parts), settings, flags)
 
 
 def _repeated(attack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, y: Tensor, *, times: int) -> Tensor:
@@ -62,6 +71,11 @@ def _repeated(attack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tens
             break
         result[left], fooled[left] = attack(x[left], y[left])
     return result
+
+
+def _regions(target: RoutedTarget, budget: Budget, x: Tensor, y: Tensor, seed: int) -> Proposals:
+    sizes = budget.sizes(budget.steps, target.threat.eps)
+    return Proposals(inside_regions(target, x, y, sizes, torch.Generator().manual_seed(seed))[0])
 
 
 def _pathways(target: RoutedTarget, plan: RoutedPlan, budget: Budget, x: Tensor, y: Tensor, seed: int) -> Proposals:
@@ -94,6 +108,7 @@ def _candidates(clean: Pass, plan: RoutedPlan) -> Iterator[Tensor]:
 
 
 __all__ = [
-    "Budget", "Combination", "Pass", "RoutedModel", "RoutedPlan", "RoutedTarget", "Tried", "along_pathway",
-    "combined", "hard_choice", "plan_attack", "routed_attack", "router_margins", "search", "step_sizes", "stride",
+    "Budget", "Combination", "Halfspaces", "Pass", "RoutedModel", "RoutedPlan", "RoutedTarget", "Tried",
+    "along_pathway", "combined", "hard_choice", "plan_attack", "routed_attack", "router_margins", "search",
+    "step_sizes", "stride",
 ]  # fmt: skip

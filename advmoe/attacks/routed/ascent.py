@@ -69,7 +69,7 @@ def _exchange(clean: Pass, loss: str) -> Tensor:
     return (1 if LOSSES[loss].scale_free else spread(clean.logits)) / routers
 
 
-class _FirstFooling:
+class FirstFooling:
     """For each image the first iterate that fools the model as deployed; until there is one, the last iterate seen.
 
     Nothing counts but `predict` without gradients: other passes round otherwise, and routers near a tie then choose
@@ -128,7 +128,7 @@ def combined(
             first.look(x_adv, promising)
 
     start = target.threat.random_start(x, generator)
-    first = _FirstFooling(target, y, start)
+    first = FirstFooling(target, y, start)
     first.look(ascend(objective, x, start, threat=target.threat, step_sizes=sizes, visit=visit))
     return first.x_adv, first.fooled
 
@@ -164,6 +164,6 @@ def along_pathway(
         first.look(x_adv, None if step % 4 == 3 else promising)
 
     start = target.threat.random_start(x, generator)
-    first = _FirstFooling(target, y, start)
+    first = FirstFooling(target, y, start)
     first.look(ascend(objective, x, start, threat=target.threat, step_sizes=sizes, visit=visit))
     return first.x_adv, first.fooled

@@ -35,6 +35,19 @@ class RoutedModel(Protocol):
         ...
 
 
+class Halfspaces(NamedTuple):
+    """Choices of experts that are the sides of hyperplanes in pixel space: bit b of image x is w_b . x > t_b."""
+
+    weights: Tensor
+    """w of each bit, (B, C, H, W) in fp64."""
+    thresholds: Tensor
+    """t of each bit, (B,) in fp64."""
+    layers: Tensor
+    """The bit that each layer's choice is, (L,)."""
+    slack: Tensor
+    """By how much rounding can move a score w . x - t that the model computes, (B,)."""
+
+
 @dataclass(frozen=True)
 class RoutedTarget:
     """What is attacked, and within which threat model."""
@@ -44,6 +57,8 @@ class RoutedTarget:
     predict: Predict
     """The same model as deployed: it alone decides what fools."""
     threat: ThreatModel
+    halfspaces: Halfspaces | None = None
+    """Of a model whose pathway is known from the pixels: then the attack is complete in the routing."""
 
 
 def hard_choice(scores: tuple[Tensor, ...]) -> Tensor:

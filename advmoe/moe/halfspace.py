@@ -1,0 +1,124 @@
+"""Routers whose choices can be proved: each is the side of a hyperplane on which the image lies.
+
+Axes: `N` batch, `C` channels, `H W` size, `B` bits, `G` side of the grid, `L` MoE layers. Pixels are in [0, 1].
+
+A bit of image x is w . x > t; w is constant on each cell of a G x G grid, hence of low frequency. In linf the bit keeps
+its value within |w . x - t| / ||w||_1 of x (in l2: / ||w||_2), and further where pixels stop at 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advmoe.errors import InputError
+
+GRID = 4
+STEEPNESS = 32.0
+"""Scores in units of the linf radius: experts differ by 1 where a choice has room for 8/255."""
+
+_FORMS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "top": ((0,),), "top-bottom": ((0,), (GRID - 1,)), "mean": (tuple(range(GRID)),),
+}  # fmt: skip
+"""Of each form the grid's rows whose mean brightness is a bit."""
+
+
+class HalfspaceRouter(nn.Module):
+    """[0, 1] pixels, not normalised -> scores (N, 2) for each of the L layers, from B bits.
+
+    Layer l takes expert 1 where bit floor(l B / L) is set: with two bits the first drives the first half of the layers,
+    the second the others. There are no more bits than layers. At the threshold itself a bit is not set.
+
+    Args:
+        weight: of each cell's mean, (B, C, G, G). learnt: whether it and the thresholds are parameters.
+
+    Raises `ValueError` for another number of experts than two.
+    """
+
+    weight: Tensor
+    threshold: Tensor
+
+    def __init__(self, weight: Tensor, num_layers: int, num_experts: int, *, learnt: bool) -> None:
+        super().__init__()
+        if num_experts != 2:
+            raise InputError(f"model.num_experts must be 2 for a router that chooses by bits, got {num_experts!r}")
+        weight = weight[:num_layers]
+        self.num_layers, self.learnt = num_layers, learnt
+        threshold = weight.flatten(1).sum(1) / 2  # of an image of middle grey
+        if learnt:
+            self.weight, self.threshold = nn.Parameter(weight), nn.Parameter(threshold)
+        else:
+            self.register_buffer("weight", weight)
+            self.register_buffer("threshold", threshold)
+
+    @property
+    def layers(self) -> list[int]:
+        """The bit of each layer."""
+        return [layer * len(self.weight) // self.num_layers for layer in range(self.num_layers)]
+
+    def projections(self, x: Tensor) -> Tensor:
+        """w . x of each bit, (N, B), for pixels `x` (N, C, H, W)."""
+        return F.linear(F.adaptive_avg_pool2d(x, GRID).flatten(1), self.weight.flatten(1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Scores (N, 2) of each of the L layers for pixels `x` (N, C, H, W) in [0, 1]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            half = STEEPNESS / 2 * (self.projections(x) - self.threshold) / self._norm("linf", x)
+            scores = torch.stack([-half, half], 2).unbind(1)
+        return [scores[bit] for bit in self.layers]
+
+    def radii(self, x: Tensor, norm: Literal["linf", "l2"]) -> Tensor:
+        """|w . x - t| / ||w||_1 (l2: / ||w||_2) of each bit, (N, B), as far as pixels may leave [0, 1].
+
+        Exact where the images' sides are multiples of `GRID`; cells overlap by a pixel otherwise.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            distance = self.projections(x.float()) - self.threshold
+            radii: Tensor = distance.abs() / self._norm(norm, x)
+        return radii
+
+    def _norm(self, norm: str, x: Tensor) -> Tensor:
+        """The dual norm of each bit's w, (B,): a cell shares its weight out among its pixels."""
+        cells = self.weight.flatten(1)
+        size: Tensor = torch.linalg.vector_norm(cells, 1 if norm == "linf" else 2, dim=1)
+        pixels: float = 1 if norm == "linf" else x.shape[2] * x.shape[3] / GRID**2
+        return size.div(pixels**0.5).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Put each threshold at the median over images, pixels (N, C, H, W): both experts get half of them."""
+        self.threshold.copy_(torch.cat([self.projections(x) for x in batches]).quantile(0.5, dim=0))
+
+    def pixel_weights(self, channels: int, height: int, width: int) -> Tensor:
+        """w of each bit as an image, (B, C, H, W) in fp64."""
+        weight = self.weight.detach().double()
+        x = torch.zeros(len(weight), channels, height, width, dtype=weight.dtype, device=weight.device)
+        x.requires_grad_()
+        with torch.enable_grad():
+            value = (F.adaptive_avg_pool2d(x, GRID) * weight).sum()
+            (weights,) = torch.autograd.grad(value, x)
+        return weights
+
+
+def fixed_router(
+    in_channels: int, width: int, num_layers: int, num_experts: int, *, pool: int = 1, form: str
+) -> HalfspaceRouter:
+    """A router that nothing trains: bits are the mean brightness of the image's `top` quarter, of `top-bottom` quarters
+    (two bits), or of all (`mean`).
+    """
+    weight = torch.zeros(len(_FORMS[form]), in_channels, GRID, GRID)
+    for bit, rows in enumerate(_FORMS[form]):
+        weight[bit, :, list(rows)] = 1 / (in_channels * GRID * len(rows))
+    return HalfspaceRouter(weight, num_layers, num_experts, learnt=False)
+
+
+def linear_router(
+    in_channels: int, width: int, num_layers: int, num_experts: int, *, pool: int = 1, bits: int
+) -> HalfspaceRouter:
+    """A router of so many `bits` that is learnt through the straight-through estimate, from random weights on."""
+    return HalfspaceRouter(torch.randn(bits, in_channels, GRID, GRID), num_layers, num_experts, learnt=True)

@@ -1,0 +1,76 @@
+"""`certify_run`: exact for half-spaces, bounds and an attack for others, and what is written."""
+
+import json
+
+import pytest
+import torch
+
+from advmoe import load_run
+from advmoe.config import Config
+from advmoe.evaluation.certify import certify_run, shares, table
+from advmoe.training.run import train
+
+
+def trained(folder, router, method="at"):
+    groups = {
+        "model": {"width": 4, "router": router}, "data": {"name": "digits", "train_examples": 128, "augment": False},
+        "training": {"method": method, "epochs": 1, "batch_size": 64, "attack_steps": 1, "val_attack_steps": 1},
+    }  # fmt: skip
+    return train(Config.from_dict(groups), run_dir=folder / router)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("certified")
+
+
+def test_a_fixed_router_is_trained_by_at_and_certified(folder):
+    run = trained(folder, "fixed-top")
+    model = load_run(run)
+    home, result = certify_run(run, num_examples=40, epsilons=[8 / 255, 2 / 255, 0.5])
+    assert home == run and result["method"] == "exact" and result["bits"] == 1
+    assert [each["eps"] for each in result["points"]] == sorted([8 / 255, 2 / 255, 0.5])
+    # The top quarter's brightness of the images themselves, as far as pixels can move it to the threshold.
+    x = load_test_images(result["index"])
+    top = x[:, 0, : x.shape[2] // 4].double()
+    away = top.mean((1, 2)) - model.router.threshold.double()
+    for point in result["points"]:
+        room = torch.where((away > 0)[:, None, None], top, 1 - top).clamp_max(point["eps"]).mean((1, 2))
+        kept = (away.abs() > room + 1e-6).double().mean().item()
+        assert point["proved"] == pytest.approx(kept)
+        assert point["proved"] + point["changed"] + point["unknown"] == pytest.approx(1)
+        assert point["interval"][0] <= point["proved"] <= point["interval"][1]
+        assert point["pathways"].get("1", 0) == pytest.approx(point["proved"])
+    assert result["points"][-1]["changed"] > 0.9
+    assert all(l2 >= linf for linf, l2 in zip(*result["radius"].values(), strict=True))
+    assert json.loads((run / "certification.json").read_text())["points"] == result["points"]
+    assert "exact radii" in table(result) and list(shares(result)) == ["2/255", "8/255", "0.5"]
+
+
+def load_test_images(index):
+    return load_digits_test().pixels(torch.tensor(index))
+
+
+def load_digits_test():
+    from advmoe import load_dataset
+
+    return load_dataset("digits").test
+
+
+@pytest.mark.parametrize(("router", "method"), [("image", "bounds"), ("layer", "attack")])
+def test_other_routers_have_three_shares(folder, router, method):
+    run = trained(folder, router)
+    _, result = certify_run(run, num_examples=24, epsilons=[0.01 / 255, 16 / 255], overrides={"attack": {"steps": 3}})
+    small, large = result["points"]
+    assert result["method"] == method and "radius" not in result
+    for each in (small, large):
+        assert each["proved"] + each["changed"] + each["unknown"] == pytest.approx(1)
+    assert small["changed"] <= large["changed"]
+    assert (small["proved"] > 0) == (method == "bounds") and large["proved"] == 0
+    assert "pathways within reach" not in table(result)
+
+
+def test_no_radii_and_plain_models_are_refused(folder):
+    run = folder / "fixed-top" if (folder / "fixed-top").exists() else trained(folder, "fixed-top")
+    with pytest.raises(ValueError, match="radii must hold at least one, got none"):
+        certify_run(run, epsilons=[])
