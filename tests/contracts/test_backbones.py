@@ -69,15 +69,18 @@ def _warmed(case: Case, seed: int) -> Classifier:
 
 
 def cases() -> list[Case]:
-    """Every backbone in every kind that it has, routed ones with every router and for every thing that is routed."""
-    found = []
-    for name in BACKBONES.examples():
+    """Every backbone in every kind that it has, routed ones with every router and for every thing that is routed. Of
+    routers that see pixels alone, whatever the backbone, the first backbone has all, the others one.
+    """
+    found, pixels = [], [router for router, each in ROUTERS.items() if each.pixels]
+    for place, name in enumerate(BACKBONES.examples()):
+        left_out = pixels[1:] if place else []
         tokens = BACKBONES.find(name).tokens
         for kind, facts in KINDS.items():
             if not facts.routed:
                 found += [Case(name, kind)] if not (facts.masked and tokens) else []
                 continue
-            found += [Case(name, kind, router) for router in ROUTERS]
+            found += [Case(name, kind, router) for router in ROUTERS if router not in left_out]
             if tokens:
                 found += [Case(name, kind, router, "token") for router, each in ROUTERS.items() if each.in_layers]
     return found
@@ -103,7 +106,8 @@ def a_step_trains_every_part(case: Case, folder: Path) -> None:
     """One step of SGD has a finite loss, reaches every weight, and moves the backbone and the routers."""
     model, x = case.model().train(), case.images()
     psi, phi = split_parameters(model)
-    assert bool(phi) == model.routed and len(psi) + len(phi) == len(list(model.parameters()))
+    learnt = model.routed and ROUTERS[case.router].learnt
+    assert bool(phi) == learnt and len(psi) + len(phi) == len(list(model.parameters()))
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
     loss = F.cross_entropy(model(x), torch.arange(IMAGES) % CLASSES)
     loss.backward()
