@@ -224,9 +224,8 @@ def test_a_trained_plain_network_is_upcycled(place):
         each.backbone.norm.train()
     torch.testing.assert_close(after(x), before(x), rtol=1e-4, atol=1e-4)
     # A converted run goes on as such: routers by themselves, then experts.
-    further = settings(
-        model={"source": "own.py:net", "to_moe": True}, training={"method": "at-routers", "init_from": str(run)}
-    )
+    learns = {"method": "at-routers", "init_from": str(run), "frozen_norms": "keep"}
+    further = settings(model={"source": "own.py:net", "to_moe": True}, training=learns)
     routers = train(further, run_dir="routers", **ENGINE)
     a, b = (load_file(each / "model.safetensors") for each in (run, routers))
     assert {name for name in a if not torch.equal(a[name], b[name])} == {name for name in a if ".router." in name}
