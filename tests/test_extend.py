@@ -108,6 +108,7 @@ def beside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained
 
 
+@pytest.mark.slow
 def test_one_of_each_is_trained_and_evaluated(beside: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     # In two processes, which both know the plugin by the environment this time.
     monkeypatch.setenv("ADVMOE_PLUGINS", PLUGIN)

@@ -50,6 +50,7 @@ def test_names_probabilities_and_pathways(run: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_an_exported_file_says_what_the_run_says(run: Path, capsys: Any, dynamic: bool) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -39,6 +39,7 @@ def bare(tmp_path):
     Config().dump(tmp_path / "bare" / "config.yaml")
 
 
+@pytest.mark.slow
 def test_a_trained_run_gets_its_gallery_once(trained, report, tmp_path):
     told = report(str(trained), "-o", "out/page.html", "--threads", "1")
     assert told == (0, "written to out/page.html, its figures to out/page-figures\n", "")

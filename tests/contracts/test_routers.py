@@ -54,6 +54,7 @@ def test_a_network_of_ones_own_computes_the_same(router):
 
 
 @pytest.mark.parametrize("router", ["fixed-top-bottom", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_half_spaces_are_exported(tmp_path, router):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -54,6 +54,7 @@ def test_a_missing_file_is_named_before_anything_is_decoded(root: Path, image_si
     assert not (root / CACHE_FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_decodes(root: Path, tmp_path: Path) -> None:
     code = """
 import sys, time

@@ -173,6 +173,7 @@ def test_closing_ends_the_processes(files: FileSet) -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_killed_caller_leaves_no_process(root: Path, tmp_path: Path) -> None:
     # A script without the guard for `__main__`, which processes that import it again would need.
     script = tmp_path / "script.py"

@@ -315,6 +315,7 @@ def test_processes_are_as_many_as_the_cores_that_are_asked_for(monkeypatch):
     assert runs._processes(3, "cuda") == 3
 
 
+@pytest.mark.slow
 def test_a_dissection_adds_up_and_is_drawn(run_dir, command):
     code, out, err = command("dissect", run_dir, *SMALL[:-1], "12", "--accelerator", "cpu", "--batch-size", "1")
     assert (code, err) == (0, "")

@@ -103,6 +103,7 @@ def test_onnx_runtime_computes_the_chosen_experts_and_nothing_else(tmp_path, kwa
 @pytest.mark.parametrize(
     "name", ["vgg16", "deit-tiny", *(slow(name) for name in ("resnet50", "densenet40", "wrn-10-1"))]
 )
+@pytest.mark.slow
 def test_every_backbone_gathers_its_banks(tmp_path, name, warmed):
     model = warmed(name)
     export_model(model, tmp_path / "net.onnx", images=random_images((3, SIDE, SIDE))[:24], threads=1)
@@ -176,6 +177,7 @@ class Small(nn.Module):
         ("layer", "newest", False),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_converted_network_in_every_form(tmp_path, router, opset, dynamic):
     torch.manual_seed(0)
     images = random_images((3, SIDE, SIDE))
@@ -207,6 +209,7 @@ def test_a_converted_network_in_every_form(tmp_path, router, opset, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_tokens_routed_one_by_one_have_all_experts_computed(tmp_path, dynamic, warmed):
     model = warmed("deit-tiny", route_per="token")
     path, images = tmp_path / "net.pt2", random_images((3, SIDE, SIDE))[:20]

@@ -312,6 +312,7 @@ def client(hub: Hub, home: Path, *command: str, **environment: str) -> subproces
     return subprocess.run(words, env=inherited | extra, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_push_sends_every_file_and_the_hub_gives_the_model_back(run: Path, tmp_path: Path, hub: Hub) -> None:
     words = ("-m", "advmoe", "push", str(run), "lab/tiny", "--private", "--license", "mit")
     done = client(hub, tmp_path / "home", *words, HF_HUB_DISABLE_XET="1")  # its own protocol is not HTTP alone

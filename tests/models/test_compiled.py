@@ -85,6 +85,7 @@ def assert_graph_agrees(name, images, backend="aot_eager", **settings):
 
 @pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.slow
 def test_a_masked_pass_is_one_graph(router, make_images):
     assert_graph_agrees("vgg16", make_images(), router=router)
 

@@ -42,6 +42,7 @@ def kill_workers(*, wait=True):
             process.join()
 
 
+@pytest.mark.slow
 def test_a_failed_task_is_reported_what_needs_it_skipped_and_the_rest_done(tmp_path, planner, tiny_run):
     bad = tiny_run("bad", data={"name": "folder", "root": str(tmp_path / "nowhere")})
     child = tiny_run("child", start=bad, data={"name": "folder", "root": str(tmp_path / "nowhere")})

@@ -210,6 +210,7 @@ class Killed(BaseException):
     """What no code of ours catches."""
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_every_checkpoint_it_ends_bit_identical(finished, tmp_path, monkeypatch):
     whole, _ = finished
     run, real, seen = tmp_path / "run", checkpoints.save, set()

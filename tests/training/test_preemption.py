@@ -48,6 +48,7 @@ def assert_same(ours, theirs):
         assert {**a, "seconds": 0, "images_per_second": 0} == {**b, "seconds": 0, "images_per_second": 0}
 
 
+@pytest.mark.slow
 def test_who_hears_of_each_epoch_may_end_the_run_there(tmp_path):
     whole, stopped, heard = tmp_path / "whole", tmp_path / "stopped", []
 
@@ -97,6 +98,7 @@ def test_a_run_goes_on_from_any_iteration(looks, where, whole, tmp_path, monkeyp
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_again_and_again(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("advmoe.training.run._requests", lambda launch: StopsAfter(1))
     with pytest.raises(Stopped):

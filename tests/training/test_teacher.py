@@ -172,6 +172,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_and_goes_on_bit_identical(taught_by, tmp_path, capsys):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert cli.main(["train", *FIELDS, "--training.teacher", str(taught_by), "--run-dir", str(whole)]) == 0

@@ -438,6 +438,7 @@ def test_options_train_compiled():
     assert {name for name, _ in trainer.model.named_parameters()} <= changed(trainer.model, before)
 
 
+@pytest.mark.slow
 def test_a_compiled_epoch_makes_its_graphs_in_the_first_iteration(monkeypatch):
     settings = {"compute": "masked", "lr": 0.01}
     model = {"name": "vgg16"}
