@@ -17,6 +17,11 @@ class OtherSettings(InputError):
     """These settings do not continue that unfinished work, which was begun with others."""
 
 
+def lacking(what: str, extra: str, error: ImportError) -> InputError:
+    """The error of `what` in an installation without an `extra`, whose import failed with `error`."""
+    return InputError(f"{what} needs the extra {extra}: pip install 'advmoe[{extra}]', got: {error}")
+
+
 def of_machine(error: BaseException) -> bool:
     """Whether the machine failed: no room on the disk or in memory, a file or permission that went, no descriptors."""
     if isinstance(error, OSError | MemoryError):

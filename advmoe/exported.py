@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.models.predictions import Picture, predict, require_labels
 from advmoe.text import one_line
 
@@ -23,9 +23,7 @@ class ExportedModel:
         try:
             import onnxruntime
         except ImportError as error:
-            raise InputError(
-                f"an ONNX file needs the extra export: pip install 'advmoe[export]', got: {error}"
-            ) from error
+            raise lacking("an ONNX file", "export", error) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # errors are raised

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import Predict
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
@@ -144,9 +144,7 @@ def official_library() -> Any:
     try:
         import pyautoattack
     except ImportError as error:
-        raise InputError(
-            f"autoattack needs the extra autoattack: pip install 'advmoe[autoattack]', got: {error}"
-        ) from error
+        raise lacking("autoattack", "autoattack", error) from error
     return pyautoattack
 
 

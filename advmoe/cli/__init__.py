@@ -39,7 +39,7 @@ from advmoe.cli import (
 )
 from advmoe.cli.arguments import FAILED, Unfinished, fail, grouped, new_parser, require_sound, unknown_option
 from advmoe.config import require_one_of, require_path
-from advmoe.errors import InputError, of_machine, reason
+from advmoe.errors import InputError, lacking, of_machine, reason
 from advmoe.progress import LOG_FORMAT, LOG_FORMATS, log_format, shown, warnings_told
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
@@ -256,9 +256,7 @@ def _complete(shell: str) -> NoReturn:
     try:
         import shtab
     except ImportError as error:
-        raise InputError(
-            f"--completion needs the extra completion: pip install 'advmoe[completion]', got: {error}"
-        ) from error
+        raise lacking("--completion", "completion", error) from error
     parser = new_parser("Adversarially robust mixture-of-experts vision models.")
     parser.prog = "advmoe"
     commands = parser.add_subparsers()

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from advmoe.engines.remote import RETRIES, Call, answer, lost
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.pool import Answer
 from advmoe.text import one_line
 
@@ -27,7 +27,7 @@ def require_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InputError(f"--engine ray needs the extra ray: pip install 'advmoe[ray]', got: {error}") from error
+        raise lacking("--engine ray", "ray", error) from error
     return ray
 
 

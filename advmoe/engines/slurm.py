@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from advmoe.engines.remote import RETRIES, Call, answer, lost
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.pool import Answer
 from advmoe.progress import tell
 from advmoe.text import few, one_line
@@ -37,7 +37,7 @@ def require_slurm() -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise InputError(f"--engine slurm needs the extra slurm: pip install 'advmoe[slurm]', got: {error}") from error
+        raise lacking("--engine slurm", "slurm", error) from error
     if missing := [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]:
         raise InputError(f"--engine slurm must be called where SLURM's programs are, got no {', '.join(missing)}")
     return submitit

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 
 from advmoe.config import typed
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.files import require_writable
 from advmoe.moe import MoELayer, routers_of
 from advmoe.moe.routing import RoutingMode
@@ -80,7 +80,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"format onnx needs the extra export: pip install 'advmoe[export]', got: {error}") from error
+        raise lacking("format onnx", "export", error) from error
 
 
 def _require_opset(opset: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from advmoe.errors import InputError
+from advmoe.errors import InputError, lacking
 from advmoe.files import read_object
 from advmoe.hub.checkpoint import LIBRARY, PublishedModel
 from advmoe.models import Classifier
@@ -127,7 +127,7 @@ def _mixin() -> type[HubCheckpoint]:
     try:
         from advmoe.hub.mixin import HubCheckpoint
     except ImportError as error:
-        raise InputError(f"the Hub needs the extra hub: pip install 'advmoe[hub]', got: {error}") from error
+        raise lacking("the Hub", "hub", error) from error
     return HubCheckpoint
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe.errors import InputError
+from advmoe.errors import lacking
 from advmoe.search.settings import JOURNAL, SearchSettings
 from advmoe.search.space import Dimension
 
@@ -29,7 +29,7 @@ def require_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise InputError(f"search needs the extra search: pip install 'advmoe[search]', got: {error}") from error
+        raise lacking("search", "search", error) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
