@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from advmoe.config import require
-from advmoe.engines import EngineOptions
 from advmoe.engines.remote import RETRIES
 from advmoe.errors import InputError
 from advmoe.files import require_writable
@@ -21,28 +20,20 @@ from advmoe.search.findings import write_findings
 from advmoe.search.settings import BEST, SearchSettings
 from advmoe.search.storage import open_study, ready, require_optuna
 from advmoe.search.trials import TrialTask, doing
-from advmoe.studies.task_pool import Step, TaskWorkers, run_tasks
+from advmoe.studies.task_pool import Step, TaskWorkers, WorkOptions, run_tasks
 
 Told = Callable[[Step, TrialTask, "Standing"], None]
 """Called as trials start and end: see `task_pool.Step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class SearchOptions(WorkOptions):
     """How a search is run. Raises `InputError`, which names the option, for a value that cannot be."""
 
     out: Path
     """Its folder."""
     trials: int = 20
     """How many there are in all; a later call may ask for more."""
-    jobs: int = 1
-    """How many are done at the same time."""
-    threads: int = 1
-    """CPU threads of each."""
-    accelerator: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    """Where trials are done."""
     command: Sequence[str] | None = None
     """What the user typed, for the record."""
 
@@ -53,10 +44,7 @@ class SearchOptions:
 
     def workers(self) -> TaskWorkers:
         """The processes that do the trials."""
-        return TaskWorkers(
-            jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.out / "logs",
-            engine=self.engine, prepare=doing, retries=RETRIES,
-        )  # fmt: skip
+        return self.workers_in(self.out / "logs", prepare=doing, retries=RETRIES)
 
     def tasks(self, settings: SearchSettings) -> dict[str, TrialTask]:
         """The trials by id."""

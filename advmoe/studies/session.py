@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.config import Config, require
-from advmoe.engines import EngineOptions
 from advmoe.errors import InputError
 from advmoe.files import require_writable
 from advmoe.rundir import require_plain
@@ -27,7 +26,7 @@ from advmoe.studies.rows import Row, Settings
 from advmoe.studies.scales import DataOrBackbone, Scale, scale_named
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
-from advmoe.studies.task_pool import OnProgress, TaskWorkers, run_tasks
+from advmoe.studies.task_pool import OnProgress, TaskWorkers, WorkOptions, run_tasks
 from advmoe.tables import BACKBONES, DATASETS, Table
 
 FIXED = (
@@ -40,7 +39,7 @@ STAND_IN: Mapping[str, Table[Any]] = {"data.name": DATASETS, "model.name": BACKB
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class StudyOptions(WorkOptions):
     """How a study is run. Raises `ValueError`, which names the command's option, for a value that cannot be."""
 
     scale: str = "smoke"
@@ -55,14 +54,6 @@ class StudyOptions:
     """Test images attacked; by default the scale's number."""
     root: Path = Path("runs/studies")
     """Folder of the studies, and of their runs in `runs`."""
-    jobs: int = 1
-    """Processes that train and measure at the same time."""
-    threads: int = 1
-    """CPU threads of each."""
-    accelerator: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    """Where tasks are done."""
     command: Sequence[str] | None = None
     """What the user typed, for the record."""
 
@@ -76,10 +67,7 @@ class StudyOptions:
 
     def workers(self) -> TaskWorkers:
         """The processes that do the tasks."""
-        return TaskWorkers(
-            jobs=self.jobs, threads=self.threads, accelerator=self.accelerator, logs=self.root / "logs",
-            engine=self.engine,
-        )  # fmt: skip
+        return self.workers_in(self.root / "logs")
 
     def sized(self) -> Scale:
         """The scale with what the user changed of it."""

@@ -11,10 +11,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import mean
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from advmoe.engines import Engine, EngineOptions, Ledger, MachineFailed, Skipped, Task, run
 from advmoe.pool import Place, Prepare
@@ -52,18 +52,30 @@ OnProgress = Callable[[Step, T], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskWorkers:
+class WorkOptions:
+    """Which processes do tasks, as the user chooses."""
+
+    jobs: int = 1
+    """How many there are at most, each with a task."""
+    threads: int = 1
+    """CPU threads of each."""
+    accelerator: str = "auto"
+    """`auto`, `cpu` or `cuda`; GPUs are shared out in turn."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """Who starts them, and where."""
+
+    def workers_in(self, logs: Path, **more: Any) -> TaskWorkers:
+        """The processes, whose output goes to the folder `logs`; `more` are fields of `TaskWorkers`."""
+        chosen = {each.name: getattr(self, each.name) for each in fields(WorkOptions)}
+        return TaskWorkers(**chosen, logs=logs, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskWorkers(WorkOptions):
     """The processes that do the tasks."""
 
-    jobs: int
-    """How many there are at most."""
-    threads: int
-    """CPU threads of each."""
-    accelerator: str
-    """`auto`, `cpu` or `cuda`; GPUs are shared out in turn."""
     logs: Path
     """Folder of their output, and of what is known of the tasks."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
     prepare: Prepare | None = None
     """What has a process do tasks, given the threads, the accelerator and the ledger, if it is to say so there; None:
     what does those of studies.
