@@ -73,7 +73,7 @@ class HalfspaceRouter(nn.Module):
         return [scores[bit] for bit in self.layers]
 
     def radii(self, x: Tensor, norm: Literal["linf", "l2"]) -> Tensor:
-        """|w . x - t| / ||w||_1 (l2: / ||w||_2) of each bit, (N, B), as far as pixels may leave [0, 1].
+        """|w . x - t| / ||w||_1 (l2: / ||w||_2) of each bit, (N, B), were pixels free to leave [0, 1].
 
         Exact where the images' sides are multiples of `GRID`; cells overlap by a pixel otherwise.
         """
