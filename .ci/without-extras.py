@@ -24,6 +24,7 @@ EXTRAS = (
     "ray",
     "submitit",
     "tensorboard",
+    "triton",
 )
 
 
@@ -55,6 +56,7 @@ def main() -> None:
             "search": ["search", str(space), "--config", "digits-advmoe", "--out", str(Path(folder, "search"))],
             "figures": ["report", run, "-o", str(Path(folder, "report.html"))],
             "hub": ["push", run, "somebody/something"],
+            "triton": ["train", "--config", "digits-advmoe", *other[:2], "--training.compute", "kernel", *TINY],
             "tensorboard": ["train", "--config", "digits-advmoe", *other, *TINY],
         }
         with ThreadPoolExecutor(2) as pool:
