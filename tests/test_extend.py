@@ -118,6 +118,7 @@ def test_one_of_each_is_trained_and_evaluated(beside: Path, monkeypatch: pytest.
     assert set(robust) == {"corner", "pgd-2-logit"}
 
 
+@pytest.mark.slow
 def test_reports_and_costs_know_them(beside: Path, capsys: Any) -> None:
     assert cli.main(["cost", "run", f"--plugin={PLUGIN}", "--batch", "1", "--seconds", "0"]) == 0
     assert cli.main(["report", "run", "--plugin", PLUGIN, "--no-gallery"]) == 0, capsys.readouterr().err
@@ -136,6 +137,7 @@ def test_help_names_them(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert all(name in told for name in ("tiny", "brightness", "shifted-digits", "experts-twice"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("predict", "run", "x.png"), ("evaluate", "run")])
 def test_a_run_that_needs_a_plugin_says_so_without_it(beside: Path, capsys: Any, words: tuple[str, ...]) -> None:
     assert cli.main([*words]) == 2

@@ -89,6 +89,7 @@ def test_the_numbers_are_those_of_one_process_and_a_death_changes_none(run_dir, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation-examples.npz", "evaluation.json"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(run_dir, whole, tmp_path, here):
     endings, shards = here
     endings += [None, KeyboardInterrupt()]

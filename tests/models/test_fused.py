@@ -144,6 +144,7 @@ def test_experts_are_mixed_alike(name, kwargs, make_images, monkeypatch):
     assert_alike(*results, 5e-3)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 def test_in_bf16_they_are_as_far_from_fp32_as_pytorch_is(mode, make_images):

@@ -224,7 +224,7 @@ def test_model_files_are_exact(tmp_path, kwargs):
     x = torch.rand(4, 3, 16, 16)
     model(x)  # statistics of its own
     save_model(model, tmp_path)
-    loaded = load_model(tmp_path)
+    loaded = load_model(tmp_path).to(memory_format=torch.channels_last)  # in another format CPUs may round otherwise
     assert loaded.spec == model.spec
     with torch.no_grad():
         assert torch.equal(loaded(x), model.eval()(x))

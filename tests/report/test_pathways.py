@@ -65,6 +65,7 @@ def test_a_section_says_what_was_found(tmp_path):
     ElementTree.fromstring(f"<div>{html}</div>")
 
 
+@pytest.mark.slow
 def test_a_section_of_another_run_s_pathways(tmp_path):
     text = text_of(section(planted("pathways"), tmp_path / "figures", tmp_path))
     assert "IoU with the pathways of runs/&lt;other&gt;" in text and "random masks" not in text
@@ -106,6 +107,7 @@ def test_names_of_classes_may_be_unknown():
     assert classes.data["rows"] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_beside_the_numbers(tmp_path):
     paths = draw_pictures(planted(), tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(paths) and paths[0].name == "pathways-flow.svg" and len(paths) == 6
