@@ -40,11 +40,14 @@ class Config(Strict):
         method, data = METHODS[self.training.method], DATASETS[self.data.name]
         if method.apart:
             require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
-        for name in ("balance", "margin"):
+        for name in ("balance", "margin", "runner_up"):
             if getattr(self.training, name) > 0:
                 require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
+        if self.training.runner_up > 0:
+            rule = "image when training.runner_up is > 0"
+            require(self.model.route_per == "image", "model.route_per", rule, self.model.route_per)
         self._require_learnt(routed)
         for name in ("router_lr", "router_momentum", "router_weight_decay"):
             if getattr(self.training, name) is not None:

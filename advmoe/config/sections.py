@@ -202,6 +202,12 @@ class TrainingConfig(Strict):
     """Weight of a term that has a `linear` router choose with room: by how much the radius within which a choice is
     proved stays below `threat.eps`, in units of that and as if pixels could leave [0, 1]; mean over bits and images.
     """
+    runner_up: Annotated[float, Within(0, 1)] = 0.0
+    """Share of a batch, the images whose choices are closest, on which experts learn to forgive a flip: on the other
+    side of the closest choice an attack of its own is made, and the pathway there is to say of it what the image's own
+    pathway, or the teacher, says of the clean image. Its weight is that of the attacked images' term, times how close
+    the choice is.
+    """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
     validated and kept (Rebuffi et al., NeurIPS 2021: 0.999 or so); 0 keeps the weights themselves, and beyond 0.999999
@@ -239,7 +245,8 @@ class TrainingConfig(Strict):
     """Everything random follows from it."""
     init_from: str | None = None
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
-    `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on.
+    `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on. A mixture may
+    start from an S-Dense or Sparse run too: every expert is a copy of it.
     """
     teacher: str | None = None
     """A trained network to learn from instead of classes: a run, `zoo:NAME`, or your own as FILE.py:FACTORY, which is
@@ -286,14 +293,22 @@ class TrainingConfig(Strict):
             ("balance router_lr router_momentum router_weight_decay", "one that trains routers", method.trains_routers),
             ("margin", "one that trains routers against attacks", method.trains_routers and method.adversarial),
             ("radius", "one that trains routers", method.trains_routers),
+            ("runner_up", "one that trains experts against attacks", method.adversarial and method.trains_experts),
             ("awp objective attack_start attack_loss first_attack_steps", against, method.adversarial),
             ("finetune_lr", "sparse", self.method == "sparse"),
         ):
             for name in names.split():
                 value = getattr(self, name)
                 if value != getattr(type(self), name):
-                    told = "> 0" if name in ("balance", "margin", "radius", "awp") else value
+                    told = "> 0" if name in ("balance", "margin", "radius", "runner_up", "awp") else value
                     require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method)
+
+        require(
+            self.runner_up == 0 or self.objective == "trades",
+            "training.objective",
+            "trades when training.runner_up is > 0",
+            self.objective,
+        )
 
     def _check_first_epochs(self) -> None:
         """Refuse what is said of more first epochs than there are."""

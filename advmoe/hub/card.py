@@ -22,7 +22,7 @@ from advmoe.tables import DATASETS, METHODS
 from advmoe.text import few, macs_unit, passes, percent, radius
 
 _OPTIONS = (
-    "alternation", "attack_routing", "balance", "margin", "radius", "ema", "awp", "objective", "schedule",
+    "alternation", "attack_routing", "balance", "margin", "radius", "runner_up", "ema", "awp", "objective", "schedule",
     "warmup_epochs", "optimizer", "decay", "router_lr", "router_momentum", "router_weight_decay", "clip",
     "label_smoothing", "attack_start", "attack_loss", "first_attack_steps", "first_image_sizes", "finetune_lr",
     "frozen_norms",

@@ -70,6 +70,10 @@ class MoELayer(RouterOwner, ABC):
     def banks(self) -> tuple[Tensor, ...]:
         """The parameters that the experts share out, (M, ...) each."""
 
+    def common(self) -> tuple[Tensor, ...]:
+        """Parameters of the layer that are no expert's own."""
+        return ()
+
     @abstractmethod
     def compute(self, x: Tensor, *weights: Tensor) -> Tensor:
         """One expert's output for `x` (N, ...), `weights` being its rows (R, ...) of each bank."""

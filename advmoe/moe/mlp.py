@@ -61,6 +61,10 @@ class MoEMLP(MoELayer):
         """Incoming weights (M, D), biases (M,) and outgoing weights (M, D) of the hidden units."""
         return self.fc1_weight, self.fc1_bias, self.fc2_weight
 
+    def common(self) -> tuple[Tensor, ...]:
+        """The second layer's bias (D,)."""
+        return (self.fc2_bias,)
+
     def by_kernels(self, x: Tensor, gate: Tensor | None, choice: Tensor, *banks: Tensor) -> Output | None:
         """By `ops.routed_linear`, twice."""
         assert gate is None  # which stands ahead of layers that are `linear` alone

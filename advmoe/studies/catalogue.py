@@ -10,6 +10,7 @@ from advmoe.studies.efficiency import EFFICIENCY
 from advmoe.studies.fig1b import FIG1B
 from advmoe.studies.paper_figures import FIG2, FIG6, FIG7, FIG8
 from advmoe.studies.paper_tables import TABLE1, TABLE2, TABLE3
+from advmoe.studies.pathway import PATHWAY
 from advmoe.studies.recipe_search import RECIPES
 from advmoe.studies.section4 import FIG3, FIG4, FIG5
 from advmoe.studies.study import Study
@@ -19,7 +20,7 @@ STUDIES: Mapping[str, Study] = {
     study.name: study
     for study in (
         TABLE1, TABLE2, TABLE3, FIG1B, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, FIG8, ATTACK_STEPS, CONVERGENCE,
-        EFFICIENCY, RECIPES,
+        EFFICIENCY, RECIPES, PATHWAY,
     )
 }  # fmt: skip
 

@@ -22,9 +22,9 @@ def named(labels: Mapping[str, Any]) -> str:
     return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
-def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, **more: Measure) -> Row:
-    """A row whose accuracy is measured, and its cost where a table shows time."""
-    return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more})
+def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, seeds: int | None = None, **more: Measure) -> Row:
+    """A row whose accuracy is measured, and its cost where a table shows time, with all or the first `seeds`."""
+    return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more}, seeds)
 
 
 def compared(

@@ -30,8 +30,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run_key(config: Config, start: str | None = None) -> str:
-    """The key of a training run. `start`: that of the run it starts from.
+def run_key(config: Config, start: str | None = None, teacher: str | None = None) -> str:
+    """The key of a training run. `start`, `teacher`: those of the runs that it starts and learns from, where these are
+    planned too; any other teacher is told apart by its weights.
 
     Every field counts but those that change no result: where images lie and how they are read, how the trained model
     is attacked later (`attack`), and what does not concern the model's kind or the method. Fields at their defaults are
@@ -50,7 +51,8 @@ def run_key(config: Config, start: str | None = None) -> str:
     if config.training.method != "advmoe":
         groups["training"]["alternation"] = _DEFAULTS.training.alternation
     if config.training.teacher is not None:
-        groups["training"]["teacher"] = _teacher(config.training.teacher, config.training.teacher_weights)
+        known = teacher or _teacher(config.training.teacher, config.training.teacher_weights)
+        groups["training"]["teacher"] = known
     # Runs of before the field keep their keys.
     method = METHODS.get(config.training.method)
     norms = method and config.training.fixed_norms

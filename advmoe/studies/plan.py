@@ -27,6 +27,13 @@ class PlannedRun:
     path: Path
     start: PlannedRun | None
     """The run that it starts from."""
+    teacher: PlannedRun | None = None
+    """The run that it learns from."""
+
+    @property
+    def sources(self) -> tuple[PlannedRun, ...]:
+        """The runs that it begins with: whom it starts from, and whom it learns from."""
+        return tuple(each for each in (self.start, self.teacher) if each is not None)
 
     @property
     def id(self) -> str:
@@ -36,7 +43,7 @@ class PlannedRun:
     @property
     def needs(self) -> tuple[str, ...]:
         """Tasks that come before."""
-        return () if self.start is None else (self.start.id,)
+        return tuple(each.id for each in self.sources)
 
     def state(self) -> str:
         """`finished`, `interrupted` or `missing`."""
@@ -56,10 +63,14 @@ class PlannedRun:
             return
         config = Config.load(file)
         config.data.root = self.config["data"]["root"]  # images that were moved are still the same
-        if (key := run_key(config, None if self.start is None else self.start.key)) != self.key:
+        if (key := run_key(config, *_keys(self.start, self.teacher))) != self.key:
             raise InputError(
                 f"{self.path} must hold the run {self.key}, got {key} (with other defaults?): move it away"
             )
+
+
+def _keys(start: PlannedRun | None, teacher: PlannedRun | None) -> tuple[str | None, str | None]:
+    return None if start is None else start.key, None if teacher is None else teacher.key
 
 
 @dataclass(frozen=True)
@@ -142,11 +153,13 @@ class Planner:
         known = self._known.get((run, seed))
         if known is not None:
             return known
-        start = None if run.start is None else self.run(run.start, seed)
-        training = {"seed": seed, "init_from": None if start is None else str(start.path)}
+        start, teacher = (None if each is None else self.run(each, seed) for each in (run.start, run.teacher))
+        training = {"seed": seed, "init_from": start and str(start.path)}
+        if teacher is not None:
+            training["teacher"] = str(teacher.path)
         config = Config.from_dict(merged(run.settings, {"training": training}))
-        key = run_key(config, None if start is None else start.key)
-        planned = PlannedRun(key, run.name, seed, config.to_dict(), self.root / key, start)
+        key = run_key(config, *_keys(start, teacher))
+        planned = PlannedRun(key, run.name, seed, config.to_dict(), self.root / key, start, teacher)
         self._known[run, seed] = planned
         return planned
 
@@ -163,7 +176,7 @@ class Planner:
         """Every row, with a run and its measurements for each seed, those of time for the first alone."""
         planned = []
         for row in rows:
-            runs = {seed: self.run(row.run, seed) for seed in self.seeds}
+            runs = {seed: self.run(row.run, seed) for seed in self.seeds[: row.seeds]}
             measures = {
                 seed: {
                     name: self.measure(each, run)
@@ -180,8 +193,8 @@ class Planner:
         tasks: dict[str, StudyTask] = {}
 
         def add(run: PlannedRun) -> None:
-            if run.start is not None:
-                add(run.start)
+            for source in run.sources:
+                add(source)
             tasks.setdefault(run.id, run)
 
         for row in rows:

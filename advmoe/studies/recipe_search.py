@@ -54,7 +54,7 @@ MOST = 3
 """Changes that are combined at most."""
 
 
-def _recipe(scale: Scale, settings: Settings, **labels: str) -> TrainingRun:
+def _recipe(scale: Scale, settings: Settings, **labels: Any) -> TrainingRun:
     """AdvMoE with changed settings."""
     return scale.run("AdvMoE", more=settings, **labels)
 

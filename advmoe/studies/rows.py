@@ -26,6 +26,8 @@ class TrainingRun:
     """What tables and figures sort by: method, backbone, dataset, and whatever a study varies."""
     start: TrainingRun | None = None
     """The run that this one starts from (`training.init_from`), of the same seed."""
+    teacher: TrainingRun | None = None
+    """The run that this one learns from (`training.teacher`), of the same seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,3 +47,5 @@ class Row:
 
     run: TrainingRun
     measures: Mapping[str, Measure] = field(default_factory=dict)
+    seeds: int | None = None
+    """With how many of the study's seeds, the first ones; None for all."""

@@ -110,6 +110,8 @@ class Scale:
         backbone: str | None = None,
         more: Settings | None = None,
         statistics: str | None = None,
+        start: TrainingRun | None = None,
+        teacher: TrainingRun | None = None,
         **labels: Any,
     ) -> TrainingRun:
         """A method on a data set and a backbone, by the paper's names; by default the first ones.
@@ -117,6 +119,7 @@ class Scale:
         Args:
             more: settings over those of the scale, data, backbone and method; a run that it starts from has those of
                 the model, the data and the threat too.
+            start, teacher: runs that it starts from, in the place of the method's own, and learns from.
             statistics: `training.frozen_norms` of the run and of those that it starts from, where a part stays fixed.
             labels: what the study varies, for its tables and figures; the run's name has them in this order.
         """
@@ -124,8 +127,7 @@ class Scale:
         data, net, how, more = self.datasets[dataset], self.backbones[backbone], PAPER_METHODS[method], more or {}
         if how.settings["model"]["kind"] == "dense":
             labels.pop("scale", None)  # r says nothing about a Dense model, the start of sparse ones of any r
-        start = None
-        if how.start is not None:
+        if how.start is not None and start is None:
             shared = {group: fields for group, fields in more.items() if group in ("model", "data", "threat")}
             start = self.run(
                 how.start, dataset=dataset, backbone=backbone, more=shared, statistics=statistics, **labels
@@ -143,7 +145,7 @@ class Scale:
             "backbone": of_backbone(net.label, settings), "paper_dataset": data.paper if comparable else None,
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
-        return TrainingRun(", ".join([*name, every["backbone"], every["dataset"]]), settings, every, start)
+        return TrainingRun(", ".join([*name, every["backbone"], every["dataset"]]), settings, every, start, teacher)
 
     # What is measured
 

@@ -73,6 +73,11 @@ class Method:
         return any(level.part == "routers" for level in self.levels)
 
     @property
+    def trains_experts(self) -> bool:
+        """Whether any level moves experts."""
+        return any(level.part in ("all", "experts") for level in self.levels)
+
+    @property
     def trains_routers(self) -> bool:
         """Whether any level moves routers."""
         return any(level.part != "experts" for level in self.levels)

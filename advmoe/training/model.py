@@ -15,8 +15,9 @@ from advmoe.models import Classifier, create_model, labels
 from advmoe.models.convert import own_classifier
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
+from advmoe.models.upcycle import upcycle
 from advmoe.moe.halfspace import HalfspaceRouter
-from advmoe.pruning import adopt
+from advmoe.pruning import adopt, deployed
 from advmoe.seeding import generator_for
 from advmoe.tables import METHODS
 from advmoe.text import one_line
@@ -54,6 +55,8 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
         try:
             if config.model.kind == "sparse":
                 adopt(model, start)
+            elif config.model.kind == "moe" and start.spec["kind"] in ("s-dense", "sparse"):
+                upcycle(model, deployed(start))
             else:
                 model.load_state_dict(start.state_dict())
         except RuntimeError as error:
@@ -86,7 +89,7 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
         raise InputError(f"model.source must make logits of the data's {dataset.num_classes} classes, got {classes}")
     _require_train_mode(model, example, source)
     t = config.training
-    reasons = [f"training.{name} is > 0" for name in ("balance", "margin") if getattr(t, name) > 0]
+    reasons = [f"training.{name} is > 0" for name in ("balance", "margin", "runner_up") if getattr(t, name) > 0]
     if METHODS[method].apart:
         reasons.append(f"training.method is {method}")
     if reasons and not model.routed:

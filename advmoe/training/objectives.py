@@ -122,6 +122,16 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
     return weight * (1 - (first - second)).relu().mean()
 
 
+def routing_terms(passes: Sequence[Routing], balance: float, margin: float) -> Terms:
+    """`balance_loss` of the `passes` and `choice_margin_loss` of the last, by name, each where its weight is not 0."""
+    terms = {}
+    if balance > 0:
+        terms["balance"] = balance_loss(passes, balance)
+    if margin > 0:
+        terms["margin"] = choice_margin_loss(passes[-1], margin)
+    return terms
+
+
 def radius_loss(router: HalfspaceRouter, x: Tensor, threat: ThreatModel, weight: float) -> Tensor:
     """weight * max(0, 1 - radius / eps), mean over bits and images `x` (N, C, H, W): zero where every choice is proved
     at `threat.eps`, as if pixels could leave [0, 1] (`HalfspaceRouter.radii`).

@@ -26,7 +26,7 @@ from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
 from advmoe.moe import MoELayer
 from advmoe.moe.halfspace import HalfspaceRouter
-from advmoe.moe.routing import Routing, soft_routing
+from advmoe.moe.routing import Routing
 from advmoe.progress import postfix, shown
 from advmoe.pruning import compact, expand
 from advmoe.seeding import drawing_for, generator_for
@@ -36,6 +36,7 @@ from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
 from advmoe.training.finite import TrainingDiverged, Watch, require_sound
+from advmoe.training.inner import through
 from advmoe.training.lines import terms_line
 from advmoe.training.methods import epoch_plan, learning
 from advmoe.training.midway import Midway
@@ -43,19 +44,19 @@ from advmoe.training.model import build_model
 from advmoe.training.monitor import EpochMeans, LayerUse
 from advmoe.training.objectives import (
     Terms,
-    balance_loss,
-    choice_margin_loss,
     code_loss,
     codewords,
     cross_entropy,
     distillation,
     radius_loss,
+    routing_terms,
     trades,
 )
 from advmoe.training.optim import clip, make_optimizers, set_rates
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.resizing import require_sizes, shrunk
+from advmoe.training.runner_up import OtherWay
 from advmoe.training.schedule import rate
 from advmoe.training.statistics import fixed_norms, refresh
 from advmoe.training.teacher import Teacher, teacher_of
@@ -142,28 +143,29 @@ class Trainer:
         With perturbations of an `earlier` attack, (N, C, H, W), it takes one step from these. An attack that ascends
         the cross-entropy (`training.attack_loss`) needs the images' classes `y` (N,).
         """
-        t, (steps, step_size) = self.config.training, self.attacking
-        start, loss = t.inner
-        labels = y if loss == "ce" else None
-        search = partial(
-            trades_attack, threat=self.threat, steps=steps if earlier is None else 1, step_size=step_size,
-            generator=generator, uniform=start == "uniform",
-        )  # fmt: skip
-        taught = None if self.teacher is None else self.teacher(x)
+        t = self.config.training
+        search = self._search(generator, None if earlier is None else 1)
+        labels = y if t.inner[1] == "ce" else None
+        each = {"held": earlier, "labels": labels, "target": None if self.teacher is None else self.teacher(x)}
         with frozen(self.model), self.fabric.autocast(), shown(False):
-            if t.attack_routing == "straight-through" or not self.model.routed:
-                return search(self.network, x, held=earlier, labels=labels, target=taught)
-            soft = soft_routing(self.network)
-            if t.attack_routing == "soft":
-                return search(soft, x, held=earlier, labels=labels, target=taught)
-            x_adv = torch.empty_like(x)
-            softly = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5
-            for predict, chosen in ((self.network, ~softly), (soft, softly)):
-                if len(index := chosen.nonzero()[:, 0]):
-                    part = x[index].contiguous(memory_format=torch.channels_last)
-                    held, known, target = (None if each is None else each[index] for each in (earlier, labels, taught))
-                    x_adv[index] = search(predict, part, held=held, labels=known, target=target)
-            return x_adv
+            routing = t.attack_routing if self.model.routed else "straight-through"
+            return through(routing, search, self.network, x, generator, each)
+
+    def _other_way(self, level: Level, x: Tensor, generator: torch.Generator) -> OtherWay | None:
+        """An attack on the runner-up pathways of images `x` (N, C, H, W), where experts learn to forgive a flip."""
+        share, taught = self.config.training.runner_up, None if self.teacher is None else self.teacher(x)
+        if share == 0 or level.part == "routers" or not level.adversarial:
+            return None
+        with frozen(self.model), self.fabric.autocast(), shown(False):
+            return OtherWay.of(self.network, x, share, self._search(generator), taught)
+
+    def _search(self, generator: torch.Generator, steps: int | None = None) -> Callable[..., Tensor]:
+        """The inner attack of the epoch under way, in so many steps where they are given."""
+        usual, step_size = self.attacking
+        return partial(
+            trades_attack, threat=self.threat, steps=steps or usual, step_size=step_size, generator=generator,
+            uniform=self.config.training.inner[0] == "uniform",
+        )  # fmt: skip
 
     def step(
         self, level: Level, x: Tensor, y: Tensor, generator: torch.Generator, x_adv: Tensor | None = None
@@ -177,8 +179,9 @@ class Trainer:
         """
         if level.adversarial and x_adv is None:
             x_adv = self.attack(x, generator, None, y)
-        with self._perturbed(level, x, x_adv, y), learning(self.model, level.part, follow=self.follow):
-            terms, routing, logits = self._loss(level, x, x_adv, y)
+        loss = partial(self._loss, level, x, x_adv, y, self._other_way(level, x, generator))
+        with self._perturbed(level, loss), learning(self.model, level.part, follow=self.follow):
+            terms, routing, logits = loss()
             self.use.add(routing)
             if self.watch.add(self._place, terms):
                 self.require_finite()
@@ -194,7 +197,9 @@ class Trainer:
         self.means.add(level.part, means, len(y))
         return terms
 
-    def _loss(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Terms, Routing, Tensor]:
+    def _loss(
+        self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor, other: OtherWay | None
+    ) -> tuple[Terms, Routing, Tensor]:
         """The terms that `level` minimises, the clean pass's routing and logits (N, K); of PGD-AT, its only pass's."""
         t = self.config.training
         with self.fabric.autocast():
@@ -203,18 +208,19 @@ class Trainer:
                 terms, routing, logits = cross_entropy(self.network, seen, y, t.label_smoothing)
                 passes = [routing]
             else:
-                if self.teacher is None:
-                    found = trades(self.network, x, x_adv, y, t.beta, t.label_smoothing)
+                taught, weight = (None, t.beta) if self.teacher is None else (self.teacher(x), t.distill_weight)
+                if taught is None:
+                    found = trades(self.network, x, x_adv, y, weight, t.label_smoothing)
                 else:
-                    found = distillation(self.network, x, x_adv, self.teacher(x), t.distill_weight)
+                    found = distillation(self.network, x, x_adv, taught, weight)
                 terms, routing, adversarial, logits = found
                 passes = [routing, adversarial]
+                if other is not None:
+                    terms["runner_up"] = other.loss(self.network, logits if taught is None else taught, weight)
             if self.table is not None and x_adv is not None and level.part == "routers":
                 terms["codes"] = code_loss(passes[-1], y, self.table, t.alpha)
-            if t.balance > 0 and level.part != "experts":
-                terms["balance"] = balance_loss(passes, t.balance)
-            if t.margin > 0 and level.part != "experts":
-                terms["margin"] = choice_margin_loss(passes[-1], t.margin)
+            if level.part != "experts":
+                terms |= routing_terms(passes, t.balance, t.margin)
             if t.radius > 0 and level.part != "experts":
                 terms["radius"] = radius_loss(cast(HalfspaceRouter, self.model.router), x, self.threat, t.radius)
         return terms, routing, logits
@@ -227,14 +233,14 @@ class Trainer:
         average_gradients(self.fabric, self.model.parameters())
 
     @contextmanager
-    def _perturbed(self, level: Level, x: Tensor, x_adv: Tensor | None, y: Tensor) -> Iterator[None]:
+    def _perturbed(self, level: Level, loss: Callable[[], tuple[Terms, Routing, Tensor]]) -> Iterator[None]:
         """The weights of `level`'s part moved against it by `training.awp` inside."""
         gamma = self.config.training.awp
         if gamma == 0 or level.part == "scores":  # of which there is no direction to perturb in: a number a channel
             yield
             return
         with learning(self.model, level.part, record=False):
-            self._backward(self._loss(level, x, x_adv, y)[0])
+            self._backward(loss()[0])
         with perturbed(self.model.parameters(), gamma):
             yield
 

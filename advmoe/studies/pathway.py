@@ -1,0 +1,277 @@
+"""A pathway that pays: the study `pathway`, beyond the paper. Imports no torch.
+
+Registered in `docs/results/pathway/README.md`, which says what is asked, measured and tested. Its stages are the gate
+(does capacity bind here at all), one seed of every arm, then those that the answer needs with all seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from advmoe.config import merged
+from advmoe.report.pictures import Picture
+from advmoe.studies.claims import claim, verdict
+from advmoe.studies.comparisons import MEASURED, between, measured
+from advmoe.studies.results import (
+    Results,
+    RowResults,
+    best_validation,
+    of_cost,
+    of_evaluation,
+    point,
+)
+from advmoe.studies.rows import Row, Settings, TrainingRun
+from advmoe.studies.scales import Scale, scale_named
+from advmoe.studies.study import Study, StudyFindings
+from advmoe.studies.tables import GMACS, RA, SA, WORST, Quantity, table, with_heights
+
+GATE = 0.015
+"""By how much Dense must exceed S-Dense for a mixture to have something to gain."""
+SOURCE = "beyond the paper"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train a network of a pathway's cost."""
+
+    method: str
+    """One of `scales.PAPER_METHODS`."""
+    settings: Settings
+    started: bool = False
+    """Whether its experts are copies of an S-Dense network that was trained for the first half of the epochs."""
+
+
+def _router(name: str, **training: Any) -> Settings:
+    return {"model": {"router": name}, "training": training}
+
+
+ARMS: Mapping[str, Arm] = {
+    "AT (MoE)": Arm("AT (MoE)", {}),
+    "AdvMoE": Arm("AdvMoE", {}),
+    "AdvMoE, image router, codes": Arm("AdvMoE", _router("image", router_objective="codes", codes="mod")),
+    "fixed-top": Arm("AT (MoE)", _router("fixed-top")),
+    "fixed-top-bottom": Arm("AT (MoE)", _router("fixed-top-bottom")),
+    "linear": Arm("AT (MoE)", _router("linear", radius=1.0)),
+    "fixed-top, from S-Dense": Arm("AT (MoE)", _router("fixed-top", lr=0.05), started=True),
+}
+"""Routed arms of one seed, by name."""
+LEARNT = ("AT (MoE)", "AdvMoE", "AdvMoE, image router, codes", "linear")
+"""Those whose router learns: the best of them is trained to forgive a flip."""
+FORGIVING: Settings = {"training": {"runner_up": 0.25}}
+SMOOTH: Settings = {"training": {"label_smoothing": 0.1}}
+S_DENSE, DENSE, TAUGHT = "AT (S-Dense)", "AT (Dense)", "S-Dense, taught"
+
+
+def _size(scale: Scale) -> Settings:
+    """What all runs share: the setting that the study is registered with."""
+    if scale.name == "smoke":
+        return {"training": {"schedule": "one-cycle", "ema": 0.9}}
+    shared = {"batch_size": 128, "lr": 0.1, "schedule": "one-cycle", "ema": 0.999, "precision": "bf16-mixed"}
+    if scale.name == "paper":
+        return {"training": shared}
+    return {
+        "model": {"width": 32}, "data": {"train_examples": None, "val_fraction": 0.02},
+        "training": {**shared, "epochs": 20},
+    }  # fmt: skip
+
+
+def _plain(scale: Scale, method: str, arm: str, more: Settings | None = None, **sources: Any) -> TrainingRun:
+    return scale.run(method, more=merged(_size(scale), more or {}), variant=arm, **sources)
+
+
+def s_dense(scale: Scale) -> TrainingRun:
+    """The baseline: a pathway's cost without routing."""
+    return _plain(scale, "AT (S-Dense)", S_DENSE)
+
+
+def dense(scale: Scale) -> TrainingRun:
+    """Whose cost a pathway is to save, and who teaches."""
+    return _plain(scale, "AT (Dense)", DENSE)
+
+
+def routed(scale: Scale, arm: str, *, forgiving: bool = False, taught: bool = False) -> TrainingRun:
+    """A routed arm by its name in `ARMS`, trained to forgive a flip, or by the dense network."""
+    this = ARMS[arm]
+    name = arm + ", forgiving" * forgiving + ", taught" * taught
+    more = merged(this.settings, FORGIVING if forgiving else {})
+    teacher = dense(scale) if taught else None
+    if not this.started:
+        return _plain(scale, this.method, name, more, teacher=teacher)
+    start = _half(_plain(scale, "AT (S-Dense)", "S-Dense, half of the epochs", teacher=teacher))
+    return _half(_plain(scale, this.method, name, more, start=start, teacher=teacher))
+
+
+def _half(run: TrainingRun) -> TrainingRun:
+    """A run of half the epochs, of which two together cost what others do."""
+    epochs = max(1, run.settings["training"]["epochs"] // 2)
+    return replace(run, settings=merged(run.settings, {"training": {"epochs": epochs}}))
+
+
+def _attacked(scale: Scale) -> Scale:
+    """The scale with the images that this study attacks, unless the user said how many."""
+    if scale.name != "cpu" or scale.examples != scale_named(scale.name).examples:
+        return scale
+    return replace(scale, examples=2_000, autoattack=(*scale.autoattack[:2], 1_000))
+
+
+def _measured(scale: Scale, runs: Iterable[TrainingRun], seeds: int | None = None) -> list[Row]:
+    return [measured(_attacked(scale), run, seeds=seeds, timed=True) for run in runs]
+
+
+def _gate(scale: Scale, _: Results) -> list[Row]:
+    runs = [s_dense(scale), dense(scale)]
+    if scale.name != "smoke":
+        runs += [
+            _plain(scale, run.labels["method"], f"{run.labels['method']}, label smoothing", SMOOTH) for run in runs
+        ]
+    return _measured(scale, runs, seeds=1)
+
+
+def _arms(scale: Scale, _: Results) -> list[Row]:
+    names = scale.pick(smoke=["AdvMoE", "fixed-top"], cpu=list(ARMS), paper=list(ARMS))
+    return _measured(scale, [routed(scale, name) for name in names], seeds=1)
+
+
+def best(results: Results, names: Any) -> str | None:
+    """Of the arms `names` the one of the best worst case on the validation split; None before any is trained."""
+    scores = {
+        name: score
+        for name in names
+        if (row := results.one(variant=name)) is not None and (score := row.mean(best_validation)) is not None
+    }
+    return max(scores, key=lambda name: scores[name], default=None)
+
+
+def _taught(scale: Scale, results: Results) -> list[Row]:
+    learnt, any_arm = best(results, LEARNT), best(results, ARMS)
+    runs = [_plain(scale, "AT (S-Dense)", TAUGHT, teacher=dense(scale))]
+    if learnt is not None:
+        runs.append(routed(scale, learnt, forgiving=True))
+    if any_arm is not None:
+        runs.append(routed(scale, any_arm, taught=True))
+    return _measured(scale, runs, seeds=1)
+
+
+def chosen(results: Results) -> tuple[str, bool] | None:
+    """The best routed arm that nobody taught, by validation, and whether it forgives flips."""
+    every = [name + end for name in ARMS for end in ("", ", forgiving")]
+    name = best(results, every)
+    return None if name is None else (name.removesuffix(", forgiving"), name.endswith(", forgiving"))
+
+
+def _finals(scale: Scale, results: Results) -> list[Row]:
+    choice = chosen(results)
+    runs = [s_dense(scale), _plain(scale, "AT (S-Dense)", TAUGHT, teacher=dense(scale)), routed(scale, "AdvMoE")]
+    if choice is not None:
+        arm, forgiving = choice
+        runs += [routed(scale, arm, forgiving=forgiving, taught=taught) for taught in (False, True)]
+    attacked = _attacked(scale)
+    return [
+        *_measured(scale, runs),
+        # AutoAttack is of the first seed: an hour of it for each of the others would tell little more.
+        *(Row(run, {"autoattack": attacked.under_autoattack()}, seeds=1) for run in runs),
+    ]
+
+
+def _best_rows(results: Results) -> dict[str, RowResults]:
+    """Of each arm its row with most seeds, of those whose accuracy is measured."""
+    rows: dict[str, RowResults] = {}
+    for row in results:
+        name = str(row.labels["variant"])
+        if not any("accuracy" in run.measures for run in row.by_seed.values()):
+            continue
+        if name not in rows or len(row.by_seed) >= len(rows[name].by_seed):
+            rows[name] = row
+    return rows
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points (cost, accuracy) that no other beats in one and equals in the other."""
+    return [
+        name
+        for name, (cost, accuracy) in points.items()
+        if not any(
+            (c <= cost and a >= accuracy) and (c < cost or a > accuracy)
+            for other, (c, a) in points.items()
+            if other != name
+        )
+    ]
+
+
+def _show(scale: Scale, results: Results) -> StudyFindings:
+    rows = _best_rows(results)
+    validated = Quantity("val", "validation RA (worst) %", "higher", best_validation, 100)
+    gap = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
+    milliseconds = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
+    shown = table(
+        "Every arm", Results(list(rows.values())), ["variant"], [validated, SA, RA, WORST, gap, GMACS, milliseconds],
+        caption="Mean and standard deviation over seeds, where there are several.",
+    )  # fmt: skip
+    groups = {name: {q.title: point(row, q.value, 0) for q in (RA, WORST)} for name, row in rows.items()}
+    figures = [Picture("bars", "pathway", "Every arm", with_heights(groups), {"ylabel": "robust accuracy (%)"})]
+    figures += [_against(rows, value, name, words) for value, name, words in COSTS]
+    notes, claims = [_gate_note(rows)], []
+    choice = chosen(results)
+    if choice is not None:
+        arm = choice[0] + ", forgiving" * choice[1]
+        claims = [
+            _above(rows, arm, S_DENSE, "worst-case-pathway", f"The routed arm best on validation images ({arm})"),
+            _above(rows, f"{arm}, taught", TAUGHT, "worst-case-taught", f"Taught by Dense, that arm ({arm})"),
+        ]
+        notes.append(f"Of the routed arms {arm} is best on validation images.")
+    for value, _, words in COSTS:
+        points = {
+            name: (cost, accuracy)
+            for name, row in rows.items()
+            if (cost := row.mean(value)) is not None and (accuracy := row.mean(WORST.value)) is not None
+        }
+        if points:
+            notes.append(f"Worst case against {words}: on the front are {'; '.join(front(points))}.")
+    return StudyFindings(tables=[shown], figures=figures, claims=claims, notes=notes)
+
+
+COSTS = ((of_cost("gmacs"), "pathway-gmacs", "GMACs"), (of_cost("ms_per_image"), "pathway-ms", "ms/image"))
+
+
+def _against(rows: Mapping[str, RowResults], value: Any, name: str, words: str) -> Picture:
+    """The worst case against a cost, a point for each arm."""
+    series = {}
+    for arm, row in rows.items():
+        cost, accuracy = row.mean(value), row.mean(WORST.value)
+        if cost is not None and accuracy is not None:
+            series[arm] = [{**point(row, WORST.value, cost), "x": cost}]
+    title = f"Worst case against {words}"
+    return Picture("lines", name, title, series, {"xlabel": words, "ylabel": "robust accuracy, worst case (%)"})
+
+
+def _gate_note(rows: Mapping[str, RowResults]) -> str:
+    """Whether capacity binds at this size."""
+    small, large = (rows[name].mean(WORST.value) if name in rows else None for name in (S_DENSE, DENSE))
+    if small is None or large is None:
+        return "The gate is not measured yet."
+    opened = "is passed" if large - small >= GATE else "is not passed: capacity does not bind here"
+    return (
+        f"The gate {opened}. In the worst case Dense is {100 * (large - small):+.1f} points from S-Dense (one seed; "
+        f"{100 * GATE:g} were asked for)."
+    )
+
+
+def _above(rows: Mapping[str, RowResults], more: str, less: str, name: str, who: str) -> dict[str, Any]:
+    """The claim that the arm `more` is more robust than `less`."""
+    pair = rows.get(more), rows.get(less)
+    verdicts = [verdict(way, [between(*pair, (more, less), attack)]) for way, attack in MEASURED.items()]
+    return claim(name, f"{who} is more robust than {less}.", verdicts, SOURCE)
+
+
+PATHWAY = Study(
+    name="pathway", title="A pathway that pays",
+    shows="Routed networks of a pathway's cost, with routing that learns, that is proved, that forgives a flip, taught "
+    "by a dense network or not, against S-Dense of the same cost, in the worst case.",
+    stages=(_gate, _arms, _taught, _finals), show=_show,
+    varies=(
+        "model.router", "training.router_objective", "training.codes", "training.radius", "training.runner_up",
+        "training.label_smoothing", "training.teacher",
+    ),
+)  # fmt: skip
