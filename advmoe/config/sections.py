@@ -203,10 +203,10 @@ class TrainingConfig(Strict):
     proved stays below `threat.eps`, in units of that and as if pixels could leave [0, 1]; mean over bits and images.
     """
     runner_up: Annotated[float, Within(0, 1)] = 0.0
-    """Share of a batch, the images whose choices are closest, on which experts learn to forgive a flip: on the other
-    side of the closest choice an attack of its own is made, and the pathway there is to say of it what the image's own
-    pathway, or the teacher, says of the clean image. Its weight is that of the attacked images' term, times how close
-    the choice is.
+    """Share of a batch, the images whose choices are closest, on which experts learn to forgive a flip: the pathway
+    behind an image's closest choice is attacked on its own, and is to say of that what the image's own pathway, or the
+    teacher, says of the clean image. The weight is that of the attacked images' term, times how close the choice is. Of
+    `fixed` and `linear` routers it is the worst pathway that can be reached, with the whole weight.
     """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is

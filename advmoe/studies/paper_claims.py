@@ -163,4 +163,11 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
     PaperClaim(
         "The recipe best on validation images is more robust than AT (S-Dense)", BEYOND, "recipes", "worst-case-recipe"
     ),
+    PaperClaim(
+        "The routed arm best on validation images is more robust than AT (S-Dense)", BEYOND, "pathway",
+        "worst-case-pathway",
+    ),
+    PaperClaim(
+        "Taught by Dense that arm is more robust than S-Dense taught so", BEYOND, "pathway", "worst-case-taught"
+    ),
 )  # fmt: skip

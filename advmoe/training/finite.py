@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from advmoe.evaluation.outcomes import Clean
+from advmoe.data import Images
+from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job
 from advmoe.training.objectives import Terms
 from advmoe.training.processes import total
 
@@ -69,3 +70,14 @@ def require_sound(
     if any(broken):
         what = " and ".join(name for name, bad in zip(("weights", "logits"), broken, strict=True) if bad)
         raise TrainingDiverged(f"{what} must stay finite, got NaN or infinity; expert loads per layer: {loads()}")
+
+
+GLANCED = 64
+"""Training images whose logits must be finite, where there are none to validate with."""
+
+
+def glance(model: nn.Module, images: Images, measurement: Measurement, device: torch.device) -> Clean:
+    """The clean pass on a few of the training `images`."""
+    few = images.subset(torch.arange(min(GLANCED, len(images)), device=images.labels.device))
+    job, _ = make_job(model, few, replace(measurement, batch_size=GLANCED), device)
+    return classified(model, job, device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
-from advmoe.evaluation.outcomes import Clean, Measurement, classified, make_job, outcomes, summary
+from advmoe.evaluation.outcomes import Clean, Measurement, outcomes, summary
 from advmoe.models import Classifier
 from advmoe.models.compiled import Network, compiled
 from advmoe.models.compute import set_compute
@@ -35,7 +35,7 @@ from advmoe.threat import ThreatModel
 from advmoe.training.averaging import WeightAverage, floats
 from advmoe.training.awp import perturbed
 from advmoe.training.checkpoint import TrainingState
-from advmoe.training.finite import TrainingDiverged, Watch, require_sound
+from advmoe.training.finite import TrainingDiverged, Watch, glance, require_sound
 from advmoe.training.inner import through
 from advmoe.training.lines import terms_line
 from advmoe.training.methods import epoch_plan, learning
@@ -60,9 +60,6 @@ from advmoe.training.runner_up import OtherWay
 from advmoe.training.schedule import rate
 from advmoe.training.statistics import fixed_norms, refresh
 from advmoe.training.teacher import Teacher, teacher_of
-
-_GLANCED = 64
-"""Training images whose logits must be finite, where there are none to validate with."""
 
 
 @dataclass
@@ -157,7 +154,8 @@ class Trainer:
         if share == 0 or level.part == "routers" or not level.adversarial:
             return None
         with frozen(self.model), self.fabric.autocast(), shown(False):
-            return OtherWay.of(self.network, x, share, self._search(generator), taught)
+            search = self._search(generator)
+            return OtherWay.of(self.network, self.model.router, x, share, search, self.threat, taught)
 
     def _search(self, generator: torch.Generator, steps: int | None = None) -> Callable[..., Tensor]:
         """The inner attack of the epoch under way, in so many steps where they are given."""
@@ -341,20 +339,13 @@ class Trainer:
                 shares = [numbers["clean_accuracy"], numbers["worst_case"], 1.0]
                 sums = len(share) * torch.tensor(shares, device=device)
             else:
-                self._require_sound(self._glance() if len(val) == 0 else None)
+                measurement = Measurement(threat=self.threat, attack=self.val_attack, seed=t.seed)
+                seen = glance(self.model, self.train_set, measurement, device) if len(val) == 0 else None
+                self._require_sound(seen)
         if len(val) == 0:
             return None
         clean, robust, count = total(fabric, sums).tolist()
         return {"clean_accuracy": clean / count, "robust_accuracy": robust / count}
-
-    def _glance(self) -> Clean:
-        """The clean pass on a few training images, where there are none to validate with."""
-        count, place = min(_GLANCED, len(self.train_set)), self.train_set.labels.device
-        few = self.train_set.subset(torch.arange(count, device=place))
-        seed, device = self.config.training.seed, self.fabric.device
-        measurement = Measurement(threat=self.threat, attack=self.val_attack, batch_size=_GLANCED, seed=seed)
-        job, _ = make_job(self.model, few, measurement, device)
-        return classified(self.model, job, device)
 
     def _require_sound(self, clean: Clean | None) -> None:
         """Raise `TrainingDiverged`, on every process, where the weights of one, their average or the logits of `clean`

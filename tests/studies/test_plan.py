@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from advmoe.config import Config
-from advmoe.studies.plan import PlannedMeasure, Planner, only
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, Planner, only
 from advmoe.studies.results import Results
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import scale_named
@@ -199,3 +199,27 @@ def test_results_read_what_is_finished_alone(planner, tiny_run, write_weights):
     (result,) = Results.read(rows)
     assert list(result.by_seed) == [0] and result.by_seed[0].run is run
     assert result.by_seed[0].measurement("cost") is None and result.by_seed[0].measurement("accuracy") is None
+
+
+def test_a_teacher_is_planned_trained_first_and_part_of_the_key(tmp_path, tiny_run):
+    planner = Planner(tmp_path / "runs", [0, 1, 2])
+    start, teacher = tiny_run("start"), tiny_run("teacher", training={"lr": 0.4, "method": "at"})
+    taught = replace(tiny_run("taught", start=start, training={"lr": 0.3, "method": "at"}), teacher=teacher)
+    alone = replace(taught, teacher=None)
+    (row,) = planner.rows([Row(taught, {"accuracy": Measure("evaluate")}, seeds=2)])
+    assert list(row.runs) == list(row.measures) == [0, 1]  # of the first seeds alone
+    for seed, run in row.runs.items():
+        whom = planner.run(teacher, seed)
+        assert run.config["training"]["teacher"] == str(whom.path) and whom.seed == seed
+        assert run.needs == (planner.run(start, seed).id, whom.id)
+        assert run.key != planner.run(alone, seed).key
+        run.require_same()
+    names = [task.name for task in planner.tasks([row]).values() if isinstance(task, PlannedRun)]
+    assert names == ["start", "teacher", "taught"] * 2
+    # The key does not change once the teacher is there, whose weights tell any other one apart.
+    key, whom = row.runs[0].key, planner.run(teacher, 0)
+    row.runs[0].path.mkdir(parents=True)
+    Config.from_dict(row.runs[0].config).dump(row.runs[0].path / "config.yaml")
+    whom.path.mkdir(parents=True)
+    row.runs[0].require_same()
+    assert Planner(tmp_path / "runs", [0]).run(taught, 0).key == key

@@ -105,6 +105,19 @@ def test_weights_are_taken_over_from_the_run_to_start_from(tmp_path: Path) -> No
         build_model(further, DATASET)
 
 
+@pytest.mark.parametrize("kind", ["s-dense", "sparse"])
+def test_a_mixture_starts_as_the_plain_network_of_a_pathway_s_cost(tmp_path: Path, kind: str) -> None:
+    plain = {"method": "sparse" if kind == "sparse" else "at"}
+    start = build_model(settings(plain, kind=kind), DATASET).eval()
+    run = saved(start, settings(plain, kind=kind), tmp_path / "start")
+    model = build_model(settings({"method": "at", "init_from": run, "seed": 3}), DATASET).eval()
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(model(x), start(x), atol=1e-5)
+    drawn = build_model(settings({"method": "at", "seed": 3}), DATASET)
+    assert model.spec == drawn.spec and model.spec["kind"] == "moe"
+
+
 @pytest.mark.parametrize(("model", "shape"), [({"width": 8}, "a moe resnet18"), ({"num_experts": 3}, "a moe resnet18")])
 def test_a_start_of_another_shape_is_named(tmp_path: Path, model: dict[str, object], shape: str) -> None:
     config = settings({"method": "standard"}, **model)
