@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from advmoe.config import TrainingConfig
@@ -58,7 +58,42 @@ def set_rates(optimizers: Mapping[Part, Optimizer], training: TrainingConfig, fa
     """Have each part learn at `factor` times its peak learning rate."""
     for part, optimizer in optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = _own(part, training, "lr") * factor
+            rate = _own(part, training, "lr") * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def compile_step(optimizer: Optimizer, **options: Any) -> Callable[[], Any]:
+    """`optimizer.step` as a graph by `torch.compile`, whose `options` these are. Its rate becomes a tensor beside its
+    parameters: a number would be part of the graph, which each iteration made anew.
+    """
+    _rates_to_tensors(optimizer)
+    return torch.compile(optimizer.step, **options)
+
+
+def _rates_to_tensors(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+
+
+def states_of(optimizers: Mapping[Part, Optimizer]) -> list[dict[str, Any]]:
+    """The optimisers' states for a checkpoint, rates as numbers."""
+    states = [optimizer.state_dict() for optimizer in optimizers.values()]
+    for state in states:
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+    return states
+
+
+def restore_states(optimizers: Mapping[Part, Optimizer], states: Iterable[dict[str, Any]]) -> None:
+    """Take over what `states_of` returned; a rate that is a tensor stays one."""
+    for optimizer, state in zip(optimizers.values(), states, strict=True):
+        compiled = isinstance(optimizer.param_groups[0]["lr"], Tensor)
+        optimizer.load_state_dict(state)
+        if compiled:
+            _rates_to_tensors(optimizer)
 
 
 def clip(parameters: Iterable[nn.Parameter], longest: float) -> None:

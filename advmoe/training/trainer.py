@@ -52,7 +52,7 @@ from advmoe.training.objectives import (
     routing_terms,
     trades,
 )
-from advmoe.training.optim import clip, make_optimizers, set_rates
+from advmoe.training.optim import clip, compile_step, make_optimizers, restore_states, set_rates, states_of
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.resizing import require_sizes, shrunk
@@ -81,6 +81,8 @@ class Trainer:
     """The model as training's passes and attacks compute it; measurements take the model itself."""
     threat: ThreatModel = field(init=False)
     optimizers: dict[Part, torch.optim.Optimizer] = field(init=False)
+    steps: dict[Part, Callable[[], Any]] = field(init=False)
+    """Each optimiser's."""
     attacking: tuple[int, float] = field(init=False)
     """Steps of the inner attack and the length of each, in pixel units, as of the epoch under way."""
     side: int | None = field(init=False)
@@ -98,12 +100,12 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c, device = self.config, self.fabric.device
-        self.threat = ThreatModel(c.threat.norm, float(c.threat.eps))
+        self.threat, t = ThreatModel(c.threat.norm, float(c.threat.eps)), c.training
         self.model = self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = self.dataset.train.to(device)
-        t = c.training
         self.teacher = self.teacher or teacher_of(t, self.dataset, device)
         self.optimizers = make_optimizers(self.model, t)
+        self.steps = {part: optimizer.step for part, optimizer in self.optimizers.items()}
         self.attacking, self.side = (t.attack_steps, float(t.step_size)), None
         sides = [each for each in map(t.image_size_at, range(t.epochs)) if each is not None]
         require_sizes(self.model, sides, self.dataset.image_size, self.dataset.in_channels)
@@ -126,10 +128,13 @@ class Trainer:
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
     def _compiled(self) -> Network:
-        """The model, compiled; on a GPU each of its graphs is replayed whole, where batches have one size."""
-        one_size = self.config.training.attack_routing != "mixed" and not self.config.training.first_image_sizes
-        replayed = self.fabric.device.type == "cuda" and one_size
-        return compiled(self.model, **({"mode": "reduce-overhead"} if replayed else {}))
+        """The model, compiled; a GPU replays each graph whole, the steps as well, where batches have one size."""
+        t, cuda = self.config.training, self.fabric.device.type == "cuda"
+        replayed = cuda and t.attack_routing != "mixed" and not t.first_image_sizes
+        network = compiled(self.model, **(mode := {"mode": "reduce-overhead"} if replayed else {}))
+        if cuda and network is not self.model:
+            self.steps = {part: compile_step(each, **mode) for part, each in self.optimizers.items()}
+        return network
 
     def attack(
         self, x: Tensor, generator: torch.Generator, earlier: Tensor | None = None, y: Tensor | None = None
@@ -185,9 +190,9 @@ class Trainer:
                 self.require_finite()
             self._backward(terms)
             clip(self.model.parameters(), self.config.training.clip)
-        for part, optimizer in self.optimizers.items():
+        for part, step in self.steps.items():
             if level.part in ("all", part):
-                optimizer.step()
+                step()
         means = dict(terms)
         # Reported in the precision of fp32 or not at all; what a GPU makes of that in training is TF32.
         if self.config.training.precision == "32-true":
@@ -374,19 +379,17 @@ class Trainer:
 
     def state(self, progress: dict[str, Any]) -> TrainingState:
         """What a later process needs to go on from here, with the `progress` counters."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers.values()]
         more = {}
         if self.average is not None:
             more = {f"average.{name}": tensor for name, tensor in self.average.state.items()}
         if self.perturbations is not None:
             more["perturbations"] = self.perturbations.stored
-        return TrainingState(self.as_saved().state_dict(), states, progress, more)
+        return TrainingState(self.as_saved().state_dict(), states_of(self.optimizers), progress, more)
 
     def restore(self, checkpoint: TrainingState) -> None:
         """Go back to the state in `checkpoint`."""
         self.load(checkpoint.weights)
-        for optimizer, state in zip(self.optimizers.values(), checkpoint.optimizers, strict=True):
-            optimizer.load_state_dict(state)
+        restore_states(self.optimizers, checkpoint.optimizers)
         if self.average is not None:
             self.average.load({name.removeprefix("average."): tensor for name, tensor in checkpoint.more.items()})
         if self.perturbations is not None:

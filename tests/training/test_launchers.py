@@ -121,6 +121,20 @@ def test_torchruns_processes_train_one_run_on_one_machine_or_two(tmp_path):
 
 
 @pytest.mark.slow
+def test_eight_processes_train_one_run(tmp_path):
+    for name, start in {
+        "ours": advmoe("-m", "advmoe", *SMALL, "--devices", "8", "--run-dir", "ours", cwd=tmp_path),
+        "theirs": torchrun(
+            "--standalone", "--nproc-per-node", "8", words=[*SMALL, "--run-dir", "theirs"], cwd=tmp_path
+        ),
+    }.items():
+        codes, outputs = finished(start)
+        assert codes == [0], (name, outputs)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line_of_each_process(tmp_path):
     words = [*SMALL, "--devices", "3", "--run-dir", "run"]
     (code,), ((_, error),) = finished(torchrun("--standalone", "--nproc-per-node", "2", words=words, cwd=tmp_path))

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from advmoe.config import TrainingConfig
 from advmoe.models import create_model
 from advmoe.models.sparse import scores_of
 from advmoe.training.methods import parts_of
-from advmoe.training.optim import clip, make_optimizers, set_rates
+from advmoe.training.optim import clip, compile_step, make_optimizers, restore_states, set_rates, states_of
 
 
 @pytest.fixture
@@ -96,3 +97,37 @@ def test_clipping_by_hand():
     assert (a.grad.item(), b.grad.item(), c.grad) == (3, 4, None)
     clip([a, b, c], 1)
     assert (a.grad.item(), b.grad.item()) == (pytest.approx(0.6, abs=1e-5), pytest.approx(0.8, abs=1e-5))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_compiled_step_is_the_same_step_and_a_rate_makes_no_new_graph(kind):
+    training = TrainingConfig(optimizer=kind, decay="weights", lr=0.01, router_lr=0.002)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = create_model("wrn-10-1", num_classes=3, width=4)
+        optimizers = make_optimizers(network, training)
+        steps = [compile_step(each, backend=counter) if compiled else each.step for each in optimizers.values()]
+        for iteration in range(6):
+            torch.manual_seed(iteration)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            set_rates(optimizers, training, 1 / (iteration + 1))
+            for step in steps:
+                step()
+            if iteration == 2:
+                graphs = counter.frame_count
+        assert [float(each.param_groups[0]["lr"]) for each in optimizers.values()] == pytest.approx(
+            [0.01 / 6, 0.002 / 6]
+        )
+        ends.append((network.state_dict(), states_of(optimizers)))
+    assert counter.frame_count == graphs >= 2
+    (plain, states), (made, theirs) = ends
+    assert all(torch.allclose(plain[name], made[name], rtol=1e-4, atol=1e-5) for name in plain)
+    # A checkpoint holds numbers whichever it was, and either goes on from it.
+    assert [type(group["lr"]) for state in theirs for group in state["param_groups"]] == [float] * 4
+    restore_states(optimizers, states)
+    assert all(isinstance(group["lr"], torch.Tensor) for each in optimizers.values() for group in each.param_groups)
+    assert [group["lr"] for group in states_of(optimizers)[0]["param_groups"]] == pytest.approx([0.01 / 6] * 2)
