@@ -20,6 +20,7 @@ from advmoe.attacks.routed import Pass
 from advmoe.data import FileSet, Images, ImageSet
 from advmoe.errors import InputError, of_machine
 from advmoe.evaluation.randomised import draws_of, mean_of
+from advmoe.models.compute import computing
 from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
@@ -47,8 +48,11 @@ def in_memory(data: EvaluationData | Iterable[tuple[Tensor, Tensor]]) -> Evaluat
 
 @contextmanager
 def measuring(predict: Predict, device: torch.device) -> Iterator[None]:
-    """Inside: eval mode, frozen parameters, hard routing, full fp32. Restores what was set before."""
-    with full_fp32(), frozen(predict), route(), torch.autocast(device.type, enabled=False):
+    """Inside: eval mode, frozen parameters, hard routing, full fp32, and experts computed in the way that suits
+    `device` (`compute_on`). Restores what was set before.
+    """
+    autocast = torch.autocast(device.type, enabled=False)
+    with full_fp32(), frozen(predict), route(), autocast, computing(predict, "auto", device):
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -38,3 +40,17 @@ def set_compute(model: nn.Module, wanted: str, device: torch.device) -> None:
         if isinstance(layer, MoELayer):
             way = compute_on(device, wanted, layer.num_experts)
             layer.masks, layer.kernels = way == "masked", way == "kernel"
+
+
+@contextmanager
+def computing(model: object, wanted: str, device: torch.device) -> Iterator[None]:
+    """Inside, `model`, where it is a network, computes by `wanted` on `device` (`set_compute`); then as before."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(layer, layer.masks, layer.kernels) for layer in modules if isinstance(layer, MoELayer)]
+    if isinstance(model, nn.Module):
+        set_compute(model, wanted, device)
+    try:
+        yield
+    finally:
+        for layer, masks, kernels in before:
+            layer.masks, layer.kernels = masks, kernels

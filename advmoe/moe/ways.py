@@ -127,7 +127,20 @@ def _expert_by_expert(
     else:
         rows = [tuple(layer.of_expert(e, bank) for bank in banks) for e in plan.experts]
     parts = zip(ops.split(x, plan.members, gate), rows, strict=True)
-    return ops.Grouped(tuple(layer.compute(part, *weights) for part, weights in parts), plan.members)
+    return ops.Grouped(tuple(_padded(layer, part, weights) for part, weights in parts), plan.members)
+
+
+_MULTIPLE = 16
+"""Samples of which a group has a multiple where a GPU times its ways to convolve anew for each number of them."""
+
+
+def _padded(layer: MoELayer, part: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """One expert's output for its samples `part` (n_e, ...): of few sizes where sizes cost (`cudnn.benchmark`)."""
+    short = -len(part) % _MULTIPLE
+    if short == 0 or part.device.type == "cpu" or not torch.backends.cudnn.benchmark:
+        return layer.compute(part, *weights)
+    whole = F.pad(part, (0, 0) * (part.dim() - 1) + (0, short))
+    return layer.compute(whole, *weights)[: len(part)]
 
 
 def _whole(y: Tensor) -> Output:

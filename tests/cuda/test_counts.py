@@ -5,6 +5,8 @@ import torch
 from lightning_fabric import Fabric
 
 from advmoe.data import load_dataset
+from advmoe.evaluation.scoring import measuring
+from advmoe.moe import MoEConv2d
 from advmoe.training.trainer import Trainer, build_model
 
 BATCH = 8
@@ -73,3 +75,36 @@ def test_kernels_wait_for_no_choice(make_trainer, pretended, monkeypatch):
     print("advmoe, kernel", counts.waited, counts.launched, kernels)
     assert counts.waited == 0 and counts.launched + kernels <= 5_150
     assert launched.count("_convolve") == 2 * 16 * 10  # layers; of each level an attack has 3 passes, its loss 2
+
+
+@pytest.mark.parametrize("name", ["at", "advmoe"])
+def test_measurements_wait_for_no_choice_and_answer_as_by_dispatch(name, make_trainer, pretended):
+    model = make_trainer(training={"compute": "dispatch", "method": name}).model
+    x = torch.rand(BATCH, 1, 8, 8, device="cuda")
+    with torch.no_grad():
+        expected = model.eval()(x)
+        with pretended.counting() as counts, measuring(model, x.device):
+            logits = model(x)
+        assert counts.waited == 0
+        with pretended.counting() as counts:
+            model(x)
+        assert counts.waited > 0  # as before
+    torch.testing.assert_close(logits, expected)
+
+
+def test_groups_of_few_sizes_where_a_gpu_tries_every_size(make_trainer, monkeypatch):
+    model = make_trainer(training={"compute": "dispatch"}).model.train()
+    x, sizes, results = torch.rand(40, 1, 8, 8, device="cuda"), [], []
+    for layer in model.modules():
+        if isinstance(layer, MoEConv2d):
+            compute = layer.compute
+            monkeypatch.setattr(layer, "compute", lambda x, *w, f=compute: sizes.append(len(x)) or f(x, *w))
+    for benchmark in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        sizes.clear()
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [p.grad for p in model.parameters()]))
+        assert all(size % 16 == 0 for size in sizes) is benchmark and sizes
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ from advmoe.config import Config, merged
 from advmoe.data import load_dataset
 from advmoe.errors import InputError
 from advmoe.models import create_model
-from advmoe.models.compute import compute_on, set_compute
+from advmoe.models.compute import compute_on, computing, set_compute
 from advmoe.models.folding import folding
 from advmoe.moe import MoEConv2d, route
 from advmoe.recipes import recipe
@@ -39,6 +39,18 @@ def test_every_layer_computes_by_its_own_number_of_experts():
                                      ("cpu", "auto", (False, False))):  # fmt: skip
         set_compute(model, wanted, torch.device(device))
         assert (few.masks, many.masks) == expected and not few.kernels
+
+
+def test_a_measurement_computes_in_its_own_way_and_leaves_the_model_s(monkeypatch):
+    few, many = (MoEConv2d(2, 2, 1, bank_rows=2 * number, num_experts=number, layer=0) for number in (4, 5))
+    model = nn.Sequential(few, many)
+    few.kernels = many.masks = True
+    with pytest.raises(RuntimeError), computing(model, "auto", torch.device("cuda")):
+        assert (few.masks, few.kernels, many.masks, many.kernels) == (True, False, False, False)
+        raise RuntimeError
+    assert (few.masks, few.kernels, many.masks, many.kernels) == (False, True, True, False)
+    with computing(lambda x: x, "auto", torch.device("cuda")):  # no network: nothing to set
+        pass
 
 
 def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
