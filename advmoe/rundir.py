@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,8 +32,8 @@ EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".
 TASKS = ".evaluation-tasks"
 SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
 CERTIFICATION = "certification.json"
-# and what studies write: of a measurement, of all, and how long passes take.
-DONE, STUDY, CALIBRATION = "done.json", "study.json", "calibration.json"
+# and what studies write: of a measurement, of all, how long passes take, and of a run whose weights were dropped.
+DONE, STUDY, CALIBRATION, PUT_AWAY = "done.json", "study.json", "calibration.json", "put-away.json"
 
 DIGEST = "model_sha256"
 """The model's digest (`model_digest`), in the header of its weights and in every result."""
@@ -149,6 +150,29 @@ def _damaged(folder: Path, changed: int, size: int) -> bool:
     """As `damaged`; a file is read once for each time of change (nanoseconds) and size (bytes)."""
     stored, actual = stored_digest(folder / WEIGHTS), digest_at(folder, stored=False)
     return actual is None or stored not in (None, actual)
+
+
+def put_away(folder: Path) -> int:
+    """Drop the weights and checkpoints of a finished run, whose results stay; returns how many bytes that frees.
+
+    `put-away.json` keeps the weights' digest.
+    """
+    if (digest := digest_at(folder)) is not None:
+        write_text(folder / PUT_AWAY, json.dumps({DIGEST: digest}) + "\n")
+    dropped = [folder / WEIGHTS, *(each for name in (LAST, BEST) for each in folder.glob(f"{name}*"))]
+    files = [file for path in dropped for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    freed = sum(file.stat().st_size for file in files)
+    for path in dropped:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return freed
+
+
+def is_put_away(folder: Path) -> bool:
+    """Whether a run's weights were dropped by `put_away`."""
+    return (folder / PUT_AWAY).is_file() and not (folder / WEIGHTS).exists()
 
 
 def stale(result: Mapping[str, Any], digest: str | None) -> bool:

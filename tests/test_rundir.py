@@ -16,10 +16,22 @@ from advmoe.cli import main
 from advmoe.evaluation.runs import dissect_run, evaluate_run
 from advmoe.evaluation.subject import open_subject
 from advmoe.hub.card import Record
-from advmoe.models import save_model
+from advmoe.models import create_model, save_model
 from advmoe.models.state import digest
 from advmoe.report.results import load_results
-from advmoe.rundir import Epochs, config_note, damaged, digest_at, require_plain, sealed, stale, stored_digest, unsealed
+from advmoe.rundir import (
+    Epochs,
+    config_note,
+    damaged,
+    digest_at,
+    is_put_away,
+    put_away,
+    require_plain,
+    sealed,
+    stale,
+    stored_digest,
+    unsealed,
+)
 from advmoe.training.run import resume
 
 FAST = {"num_examples": 12, "accelerator": "cpu", "threads": 1}
@@ -368,3 +380,20 @@ def test_a_configuration_that_is_not_the_one_it_began_with_is_said(tmp_path):
     assert config_note(tmp_path, "b") == f"{tmp_path / 'config.yaml'} is not what the run began with"
     (tmp_path / "manifest.json").write_text("{}")
     assert config_note(tmp_path, "b") is None and config_note(tmp_path / "none", "b") is None
+
+
+def test_a_run_whose_weights_are_put_away_keeps_the_rest(tmp_path):
+    model = create_model("wrn-10-1", num_classes=3, width=4)
+    save_model(model, tmp_path)
+    for name in ("best", "last", "last-previous"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"1234")
+    (tmp_path / "manifest.json").write_text("{}")
+    size, known = (tmp_path / "model.safetensors").stat().st_size, digest_at(tmp_path)
+    assert not is_put_away(tmp_path)
+    assert put_away(tmp_path) == size + 3 * 4 and is_put_away(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["manifest.json", "model.json", "put-away.json"]
+    assert json.loads((tmp_path / "put-away.json").read_text()) == {"model_sha256": known}
+    assert put_away(tmp_path) == 0 and json.loads((tmp_path / "put-away.json").read_text()) == {"model_sha256": known}
+    save_model(model, tmp_path)  # trained again
+    assert not is_put_away(tmp_path)

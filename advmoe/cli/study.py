@@ -43,6 +43,8 @@ def parser() -> Parser:
     add("--dry-run", action="store_true", help="print what would be done and stop; how long too, once calibrated")
     add("--calibrate", action="store_true", help="with --dry-run: time the networks for about a minute, and keep that")
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
+    add("--put-away", action="store_true", help="drop the weights of finished runs whose results are all there, and "
+        "stop; further measurements of them would have to train again")  # fmt: skip
     add_engine(parser, "1")
     add_engines(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)
@@ -81,6 +83,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
     if "status" in args:
         return _status(args["name"], options)
+    if "put_away" in args:
+        return _put_away(args["name"], options)
     engine.require()
     with continuable(options.root, to_run(*argv), "runs"):
         return _run(args["name"], options, argv)
@@ -156,6 +160,16 @@ def _status(name: str, options: Any) -> int:
         ]
         print("  ".join(filter(None, words)))
     print(f"{len(tasks)} tasks: {counted(states)}")
+    return 0
+
+
+def _put_away(name: str, options: Any) -> int:
+    from advmoe.studies.session import put_away_runs
+
+    dropped = put_away_runs(name, options)
+    for run, _ in dropped:
+        print(f"put away  {described(run)}")
+    print(f"{len(dropped)} runs without weights, {sum(freed for _, freed in dropped) / 1e6:.1f} MB freed; results stay")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from advmoe.config import Config, merged
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, require_plain, stale
+from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, is_put_away, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.rows import Measure, Row, TrainingRun
 
@@ -51,7 +51,8 @@ class PlannedRun:
             finished = read_object(self.path / MANIFEST).get("finished") is not None
         except (OSError, ValueError):
             finished = False
-        if finished and not damaged(self.path):  # a damaged one is continued from its best checkpoint
+        # A damaged one is continued from its best checkpoint.
+        if finished and (is_put_away(self.path) or not damaged(self.path)):
             return "finished"
         return "interrupted" if self.path.exists() else "missing"
 

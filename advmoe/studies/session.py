@@ -17,7 +17,7 @@ from typing import Any
 from advmoe.config import Config, require
 from advmoe.errors import InputError
 from advmoe.files import require_writable
-from advmoe.rundir import require_plain
+from advmoe.rundir import put_away, require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.exact_tests import MOST_SEEDS
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
@@ -159,6 +159,16 @@ def plan_study(name: str, options: StudyOptions) -> dict[str, StudyTask]:
         if any(task.state() != "finished" for task in tasks.values()):
             break
     return tasks
+
+
+def put_away_runs(name: str, options: StudyOptions) -> list[tuple[PlannedRun, int]]:
+    """Drop the weights of a study's finished runs whose measurements are all there and that no task to come begins
+    with, as far as these are planned; returns the runs, with the bytes that each freed.
+    """
+    tasks = plan_study(name, options)
+    needed = {each for task in tasks.values() if task.state() != "finished" for each in task.needs}
+    runs = [task for task in tasks.values() if isinstance(task, PlannedRun) and task.id not in needed]
+    return [(run, put_away(run.path)) for run in runs if run.state() == "finished"]
 
 
 def run_study(

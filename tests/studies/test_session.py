@@ -14,7 +14,7 @@ from advmoe.studies.comparisons import ordering
 from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import Results, best_validation, point
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.session import Session, StudyOptions, plan_study, run_study
+from advmoe.studies.session import Session, StudyOptions, plan_study, put_away_runs, run_study
 from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import RA, SA, table
 
@@ -277,3 +277,30 @@ def test_a_study_is_sized_by_its_scale_and_its_user():
     session = Session(TINY, StudyOptions(seeds=4))
     assert list(session.planner.seeds) == [0, 1, 2, 3] and session.home.name == "tiny-smoke"
     assert Results.read([]).rows == []
+
+
+@pytest.mark.slow
+def test_weights_are_put_away_and_the_study_stays_what_it_was(done, tmp_path):
+    root, _, _, content = done
+    shutil.copytree(root, tmp_path / "studies")
+    here = options(tmp_path / "studies")
+    waiting = plan_study("tiny", here)
+    measured = next(task for task in waiting.values() if isinstance(task, PlannedMeasure) and task.run.name == ROUTED)
+    result = (measured.path / "done.json").read_text()
+    (measured.path / "done.json").unlink()
+    # The run that is to be measured keeps its weights, and whatever is done with keeps none.
+    assert {run.name for run, freed in put_away_runs("tiny", here) if freed > 10_000} == {DENSE, START}
+    left = {path.parent.name for path in (tmp_path / "studies" / "runs").glob("*/*.safetensors")}
+    assert left == {measured.run.key}
+    (measured.path / "done.json").write_text(result)
+    assert {run.name for run, freed in put_away_runs("tiny", here) if freed} == {ROUTED}
+    heard = []
+    _, second = run_study("tiny", here, lambda word, task: heard.append(word))
+    assert heard == []
+    for part in ("tables", "claims", "figures"):
+        assert second[part] == content[part]
+    # What would need the weights says so, and how to have them again.
+    (measured.path / "done.json").unlink()
+    _, third = run_study("tiny", here)
+    (failed,) = [each for each in third["runs"] if each["status"] != "finished"]
+    assert "must hold its weights, which --put-away dropped: remove the folder" in failed["error"]
