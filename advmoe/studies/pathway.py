@@ -26,6 +26,7 @@ from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.study import Study, StudyFindings
 from advmoe.studies.tables import GMACS, RA, SA, WORST, Quantity, table, with_heights
+from advmoe.tables import BACKBONES
 
 GATE = 0.015
 """By how much Dense must exceed S-Dense for a mixture to have something to gain."""
@@ -109,6 +110,15 @@ def _half(run: TrainingRun) -> TrainingRun:
     return replace(run, settings=merged(run.settings, {"training": {"epochs": epochs}}))
 
 
+def _half_width(scale: Scale) -> list[TrainingRun]:
+    """The baseline and a routed arm of half the channels, at a quarter of the cost, for what capacity is worth."""
+    model = s_dense(scale).settings["model"]
+    width = (model.get("width") or BACKBONES[model["name"]].width) // 2
+    narrow = replace(scale, overrides=merged(scale.overrides, {"model": {"width": width}}))
+    runs = s_dense(narrow), routed(narrow, "fixed-top")
+    return [replace(run, labels={**run.labels, "variant": f"{run.labels['variant']}, half width"}) for run in runs]
+
+
 def _attacked(scale: Scale) -> Scale:
     """The scale with the images that this study attacks, unless the user said how many."""
     if scale.name != "cpu" or scale.examples != scale_named(scale.name).examples:
@@ -131,7 +141,7 @@ def _gate(scale: Scale, _: Results) -> list[Row]:
 
 def _arms(scale: Scale, _: Results) -> list[Row]:
     names = scale.pick(smoke=["AdvMoE", "fixed-top"], cpu=list(ARMS), paper=list(ARMS))
-    return _measured(scale, [routed(scale, name) for name in names], seeds=1)
+    return _measured(scale, [*(routed(scale, name) for name in names), *_half_width(scale)], seeds=1)
 
 
 def best(results: Results, names: Any) -> str | None:

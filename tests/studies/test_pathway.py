@@ -34,8 +34,13 @@ def test_the_first_stages_are_of_one_seed_and_the_last_of_all(row_of):
         [row_of(name, share, 1) for name, share in zip(ARMS, (0.1, 0.2, 0.3, 0.5, 0.4, 0.2, 0.1), strict=True)]
     )
     gate, arms, after, finals = (stage(CPU, rows) for stage in (GATE, EVERY, AFTER, FINALS))
-    assert names(gate)[:2] == [S_DENSE, DENSE] and len(gate) == 4 and names(arms) == list(ARMS)
+    assert (
+        names(gate)[:2] == [S_DENSE, DENSE]
+        and len(gate) == 4
+        and names(arms) == [*ARMS, f"{S_DENSE}, half width", "fixed-top, half width"]
+    )
     assert {row.seeds for row in (*gate, *arms, *after)} == {1}
+    assert [row.run.settings["model"]["width"] for row in arms[-3:]] == [32, 16, 16]
     # Of learnt routers the image router is best, of all fixed-top.
     assert names(after) == [TAUGHT, "AdvMoE, image router, codes, forgiving", "fixed-top, taught"]
     measured = [row for row in finals if "accuracy" in row.measures]
