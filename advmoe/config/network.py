@@ -48,7 +48,8 @@ class ModelConfig(Strict):
     """One router per layer, a shallow embedding with one head per layer, or one small CNN that chooses for all
     (`image`). `fixed-FORM` and `linear`: whether the image's brightness in a part of it, or a learnt average of its
     pixels, exceeds a threshold, which is the training images' median or starts there: choices that can be proved
-    (`advmoe certify`). `fixed-top-bottom` and `linear-2` decide twice, for each half of the layers.
+    (`advmoe certify`). `fixed-top-bottom` and `linear-2` decide twice, for each half of the layers,
+    `fixed-late` for the second half alone.
     """
     router_norm: RouterNorm = "batch"
     """Norms of the routers: batch norms, norms over an image's own channels (and pixels), which keep no statistics (Ba

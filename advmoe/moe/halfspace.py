@@ -22,9 +22,9 @@ STEEPNESS = 32.0
 """Scores in units of the linf radius: experts differ by 1 where a choice has room for 8/255."""
 
 _FORMS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "top": ((0,),), "top-bottom": ((0,), (GRID - 1,)), "mean": (tuple(range(GRID)),),
+    "top": ((0,),), "top-bottom": ((0,), (GRID - 1,)), "mean": (tuple(range(GRID)),), "late": ((), (0,)),
 }  # fmt: skip
-"""Of each form the grid's rows whose mean brightness is a bit."""
+"""Of each form the grid's rows whose mean brightness is a bit; a bit of no rows is never set."""
 
 
 class HalfspaceRouter(nn.Module):
@@ -49,6 +49,7 @@ class HalfspaceRouter(nn.Module):
         weight = weight[:num_layers]
         self.num_layers, self.learnt = num_layers, learnt
         threshold = weight.flatten(1).sum(1) / 2  # of an image of middle grey
+        threshold[_empty(weight)] = 1.0
         if learnt:
             self.weight, self.threshold = nn.Parameter(weight), nn.Parameter(threshold)
         else:
@@ -92,7 +93,8 @@ class HalfspaceRouter(nn.Module):
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Put each threshold at the median over images, pixels (N, C, H, W): both experts get half of them."""
-        self.threshold.copy_(torch.cat([self.projections(x) for x in batches]).quantile(0.5, dim=0))
+        median = torch.cat([self.projections(x) for x in batches]).quantile(0.5, dim=0)
+        self.threshold.copy_(torch.where(_empty(self.weight), self.threshold, median))
 
     def pixel_weights(self, channels: int, height: int, width: int) -> Tensor:
         """w of each bit as an image, (B, C, H, W) in fp64."""
@@ -105,15 +107,20 @@ class HalfspaceRouter(nn.Module):
         return weights
 
 
+def _empty(weight: Tensor) -> Tensor:
+    """Which bits no image sets, (B,)."""
+    return (weight == 0).flatten(1).all(1)
+
+
 def fixed_router(
     in_channels: int, width: int, num_layers: int, num_experts: int, *, pool: int = 1, form: str
 ) -> HalfspaceRouter:
     """A router that nothing trains: bits are the mean brightness of the image's `top` quarter, of `top-bottom` quarters
-    (two bits), or of all (`mean`).
+    (two bits), or of all (`mean`). `late` is `top` in the second half of the layers; the first half has expert 0 alone.
     """
     weight = torch.zeros(len(_FORMS[form]), in_channels, GRID, GRID)
     for bit, rows in enumerate(_FORMS[form]):
-        weight[bit, :, list(rows)] = 1 / (in_channels * GRID * len(rows))
+        weight[bit, :, list(rows)] = 1 / (in_channels * GRID * max(1, len(rows)))
     return HalfspaceRouter(weight, num_layers, num_experts, learnt=False)
 
 

@@ -54,6 +54,7 @@ ARMS: Mapping[str, Arm] = {
     "AdvMoE, image router, codes": Arm("AdvMoE", _router("image", router_objective="codes", codes="mod")),
     "fixed-top": Arm("AT (MoE)", _router("fixed-top")),
     "fixed-top-bottom": Arm("AT (MoE)", _router("fixed-top-bottom")),
+    "fixed-late": Arm("AT (MoE)", _router("fixed-late")),
     "linear": Arm("AT (MoE)", _router("linear", radius=1.0)),
     "fixed-top, from S-Dense": Arm("AT (MoE)", _router("fixed-top", lr=0.05), started=True),
 }

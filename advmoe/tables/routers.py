@@ -60,6 +60,7 @@ ROUTERS: Table[Router] = Table(
         "fixed-top": _fixed("top"),
         "fixed-top-bottom": _fixed("top-bottom"),
         "fixed-mean": _fixed("mean"),
+        "fixed-late": _fixed("late"),
         "linear": _linear(1),
         "linear-2": _linear(2),
     },

@@ -95,7 +95,7 @@ def test_other_images(in_channels, size):
         (
             {"router": "none"},
             "model.router must be one of layer, embedding, image, "
-            "fixed-top, fixed-top-bottom, fixed-mean, linear, linear-2, got 'none'",
+            "fixed-top, fixed-top-bottom, fixed-mean, fixed-late, linear, linear-2, got 'none'",
         ),
         ({"kind": "pruned"}, "model.kind must be one of moe, dense, s-dense, sparse, got 'pruned'"),
         ({"experts": "all"}, "model.experts must be one of subset, independent, got 'all'"),

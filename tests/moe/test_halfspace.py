@@ -30,6 +30,19 @@ def test_two_bits_drive_the_first_and_the_last_layers():
     assert fixed_router(1, 8, 1, 2, form="top-bottom").layers == [0]
 
 
+def test_late_layers_alone_may_be_routed():
+    router = fixed_router(3, 8, 5, 2, form="late")
+    dark, bright = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    router.fit([torch.cat([dark, bright, bright])])
+    assert router.threshold.tolist() == [1.0, 1.0]  # the first bit's is left alone: no image reaches it
+    router.fit([torch.cat([dark, dark, bright])])
+    assert router.threshold.tolist() == [1.0, 0.0]
+    chosen = [scores.argmax(1).tolist() for scores in router(torch.cat([dark, bright]))]
+    assert chosen == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
+    assert all(scores.isfinite().all() for scores in router(bright))
+    assert router.radii(bright, "linf")[0, 0] > 1e6 and router.radii(bright, "linf")[0, 1] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_thresholds_are_medians(channels):
     router = fixed_router(channels, 8, 2, 2, form="mean")

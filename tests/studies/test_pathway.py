@@ -31,7 +31,7 @@ def names(rows):
 
 def test_the_first_stages_are_of_one_seed_and_the_last_of_all(row_of):
     rows = Results(
-        [row_of(name, share, 1) for name, share in zip(ARMS, (0.1, 0.2, 0.3, 0.5, 0.4, 0.2, 0.1), strict=True)]
+        [row_of(name, share, 1) for name, share in zip(ARMS, (0.1, 0.2, 0.3, 0.5, 0.4, 0.1, 0.2, 0.1), strict=True)]
     )
     gate, arms, after, finals = (stage(CPU, rows) for stage in (GATE, EVERY, AFTER, FINALS))
     assert (

@@ -11,8 +11,8 @@ from advmoe.tables import ROUTERS
 def test_where_each_chooses():
     assert {name: (each.in_layers, each.apart) for name, each in ROUTERS.items()} == {
         "layer": (True, True), "embedding": (False, True), "image": (False, False), "fixed-top": (False, False),
-        "fixed-top-bottom": (False, False), "fixed-mean": (False, False), "linear": (False, False),
-        "linear-2": (False, False),
+        "fixed-top-bottom": (False, False), "fixed-mean": (False, False), "fixed-late": (False, False),
+        "linear": (False, False), "linear-2": (False, False),
     }  # fmt: skip
     for each in ROUTERS.values():  # one of the two, never both
         assert (each.build is None) != (each.layer is None)

@@ -211,7 +211,7 @@ class Wrong(nn.Module):
         (lambda: to_moe(make(Plain), 0), "num_experts must be a whole number >= 1 and <= 1024, got 0"),
         (lambda: to_moe(make(Plain), True), "num_experts must be a whole number >= 1 and <= 1024, got True"),
         (lambda: to_moe(make(Plain), router="none"), "router must be one of layer, embedding, image, "
-            "fixed-top, fixed-top-bottom, fixed-mean, linear, linear-2, got 'none'"),
+            "fixed-top, fixed-top-bottom, fixed-mean, fixed-late, linear, linear-2, got 'none'"),
         (lambda: to_moe(make(Plain), skip=["conv2"]), "skip must name layers to convert of the network (did you mean "
          "conv1?), got 'conv2'"),
         (lambda: to_moe(make(Plain), linear=["mlp"]), "linear must name Linear layers of the network (there are head.1"
