@@ -43,8 +43,8 @@ def parser() -> Parser:
     add("--dry-run", action="store_true", help="print what would be done and stop; how long too, once calibrated")
     add("--calibrate", action="store_true", help="with --dry-run: time the networks for about a minute, and keep that")
     add("--status", action="store_true", help="print how far each task is and where its log lies, and stop")
-    add("--put-away", action="store_true", help="drop the weights of finished runs whose results are all there, and "
-        "stop; further measurements of them would have to train again")  # fmt: skip
+    add("--put-away", action="store_true", help="drop the weights of a finished study's runs, keep their results, "
+        "and stop; further measurements would have to train again, another study's of the same runs too")  # fmt: skip
     add_engine(parser, "1")
     add_engines(parser)
     add_fields(parser, dict.fromkeys(get_type_hints(Config)), defaults=False)

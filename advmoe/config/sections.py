@@ -206,7 +206,9 @@ class TrainingConfig(Strict):
     """Share of a batch, the images whose choices are closest, on which experts learn to forgive a flip: the pathway
     behind an image's closest choice is attacked on its own, and is to say of that what the image's own pathway, or the
     teacher, says of the clean image. The weight is that of the attacked images' term, times how close the choice is. Of
-    `fixed` and `linear` routers it is the worst pathway that can be reached, with the whole weight.
+    `fixed` and `linear` routers it is the worst pathway that can be reached, with the whole weight. Of several
+    processes each takes the share of its own images, two at least. The attack ascends the KL along that pathway,
+    whatever `attack_loss` and `attack_routing` are.
     """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is

@@ -38,12 +38,17 @@ class Pass(NamedTuple):
 
 
 def routed_pass(
-    model: Classifier, x: Tensor, mode: RoutingMode = "hard", temperature: float = 1.0, forced: Tensor | None = None
+    model: Classifier,
+    x: Tensor,
+    mode: RoutingMode = "hard",
+    temperature: float = 1.0,
+    forced: Tensor | None = None,
+    gated: bool = True,
 ) -> Pass:
     """The pass of `model` over pixels `x` (N, C, H, W), routed as `Routing` says, as a function of its arguments: with
     no context around it, so that `torch.compile(..., fullgraph=True)` takes it, which it is for.
     """
-    routing = Routing(mode, temperature, forced, one_pass=True)
+    routing = Routing(mode, temperature, forced, gated, one_pass=True)
     with in_graph(routing):
         logits = model.routed_by(routing, x)
     return Pass(logits, routing.scores, routing.choices, routing.shared)
@@ -68,7 +73,7 @@ class WholePasses:
             return self.model(x)  # type: ignore[no-any-return]
         routing = active_routing()
         try:
-            made = self.graph(x, routing.mode, routing.temperature, routing.forced)
+            made = self.graph(x, routing.mode, routing.temperature, routing.forced, routing.gated)
         except torch._dynamo.exc.Unsupported as error:
             logits: Tensor = self.model(x)  # which raises an error of its own where the input is at fault
             tell(f"note  the model is compiled in pieces: PyTorch cannot trace it whole ({one_line(error, 200)})")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
 from advmoe.models.classifier import Classifier
 from advmoe.moe import MoELayer
 
@@ -21,9 +22,14 @@ def upcycle(model: Classifier, start: Classifier) -> None:
     Raises `RuntimeError` for another shape, `ValueError` where experts overlap, so that they cannot all be copies.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    if any(layer.overlapping for layer in layers.values()):
+        rule = "left out, or name a mixture, where experts overlap (model.scale * model.num_experts > 1)"
+        raise InputError(f"training.init_from must be {rule}, got one of kind {start.spec['kind']!r}")
     known = dict(start.named_modules())
     for name, layer in layers.items():
         rows, shared = _rows(known.get(name))
+        if len(rows) != len(layer.banks()) or len(shared) != len(layer.common()):
+            raise RuntimeError(f"{name} must be a layer like that of the mixture, got {known.get(name)}")
         for bank, values in zip(layer.banks(), rows, strict=True):
             _require_shape(name, (layer.expert_rows, *bank.shape[1:]), values.shape)
             bank[layer.rows[0]] = values
@@ -34,6 +40,9 @@ def upcycle(model: Classifier, start: Classifier) -> None:
     inside = tuple(f"{name}." for name in layers)
     theirs = start.state_dict()
     ours = {name: value for name, value in model.state_dict().items() if not name.startswith((*inside, "router."))}
+    more = [name for name in theirs if name not in ours and not name.startswith(inside)]
+    if more:
+        raise RuntimeError(f"{more[0]} must be part of the mixture too")
     for name, value in ours.items():
         _require_shape(name, value.shape, theirs[name].shape if name in theirs else None)
         value.copy_(theirs[name])

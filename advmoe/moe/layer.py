@@ -114,11 +114,15 @@ class MoELayer(RouterOwner, ABC):
         """How many of the banks' numbers one pathway leaves unused."""
         return sum(bank[0].numel() * (len(bank) - self.expert_rows) for bank in self.banks())
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether experts share some of their rows, not none or all."""
+        every = [row for rows in self.rows for row in rows]
+        return any(rows != self.rows[0] for rows in self.rows) and len(set(every)) < len(every)
+
     def copy_first_expert(self) -> None:
         """Make every expert a copy of the first (`experts_init="shared"`). Raises `ValueError` where they overlap."""
-        every = [row for rows in self.rows for row in rows]
-        same = all(rows == self.rows[0] for rows in self.rows)
-        if not same and len(set(every)) < len(every):
+        if self.overlapping:
             raise InputError(
                 f"model.experts_init must be independent where experts overlap (scale * num_experts > 1), got 'shared' "
                 f"with {self.num_experts} experts of {self.expert_rows} of {self.bank_rows} channels"
@@ -155,7 +159,8 @@ class MoELayer(RouterOwner, ABC):
         if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
             rule = f"{self.title} must get one row for each of the {len(scores)} images"
             raise InputError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
-        return Decision(scores, routing.choose(self.layer, scores), routing)
+        choice = routing.choose(self.layer, scores)
+        return Decision(scores if routing.gated else scores.detach(), choice, routing)
 
     def _computed(self, x: Tensor, decision: Decision, weights: Weights) -> Output:
         """The output for samples `x` (N, ...), in the way of the routing's mode."""

@@ -54,6 +54,7 @@ class Routing:
     mode: RoutingMode = "hard"
     temperature: float = 1.0
     forced: Tensor | None = None
+    gated: bool = True  # whether the choice has a gradient, straight through, or the pathway alone
     scores: dict[int, Tensor] = field(default_factory=dict)
     """Scores (N, E) of each MoE layer that ran, by layer index."""
     choices: dict[int, Tensor] = field(default_factory=dict)
@@ -75,6 +76,10 @@ class Routing:
     """The least and the largest expert that `forced` holds for each layer, on an accelerator, once they are known."""
     _unseen: dict[int, int] = field(default_factory=dict)
     """The number of experts of each layer that has run before they are."""
+
+    def settings(self) -> Routing:
+        """How a pass is to be routed, without what one recorded."""
+        return Routing(self.mode, self.temperature, self.forced, self.gated)
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Record `scores` of `layer`, (N, E) or (N, T, E), and return the choice, (N,) or (N, T)."""
@@ -270,11 +275,10 @@ def _common(routings: list[Routing]) -> Routing:
     first = routings[0]
     if len(routings) == 1:
         return first
-    if any((each.mode, each.temperature) != (first.mode, first.temperature) for each in routings) or any(
-        each.forced is not first.forced or each.shared for each in routings
-    ):
+    modes = {(each.mode, each.temperature, each.gated) for each in routings}
+    if len(modes) > 1 or any(each.forced is not first.forced or each.shared for each in routings):
         raise RuntimeError("passes of several threads must have one routing where a backward pass runs layers again")
-    return Routing(first.mode, first.temperature, first.forced, one_pass=first.one_pass, shares=first.shares)
+    return replace(first.settings(), one_pass=first.one_pass, shares=first.shares)
 
 
 def _forget(backward: int) -> None:
@@ -301,7 +305,7 @@ def keep(y: Tensor) -> None:
 @contextmanager
 def opened(routing: Routing) -> Iterator[Routing]:
     """Make `routing` the active one."""
-    settings, at = Routing(routing.mode, routing.temperature, routing.forced), moment()
+    settings, at = routing.settings(), moment()
     if at is None:
         _forget_here()
     with stretching(settings, None, lasting=True) as stretch:
@@ -329,7 +333,7 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
     current, at = _active.get(), moment()
     if current is None or current.at != at:
         repeated = None if at is None else _repeated_at(at)
-        settings = Routing() if repeated is None else Routing(repeated.mode, repeated.temperature, repeated.forced)
+        settings = Routing() if repeated is None else repeated.settings()
         if at is None:
             _forget_here()
         current = _Open(replace(settings, repeats=None if repeated is None else settings), at, None)
@@ -350,8 +354,11 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
 
 
 @contextmanager
-def route(mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None) -> Iterator[Routing]:
-    """Route the forward passes inside by `mode`; the value yielded holds the last pass's scores and choices.
+def route(
+    mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None, gated: bool = True
+) -> Iterator[Routing]:
+    """Route the forward passes inside by `mode`; the value yielded holds the last pass's scores and choices. `forced`,
+    `gated`: as of `Routing`.
 
     Raises `ValueError` for an unknown mode or a temperature that is not positive.
     """
@@ -359,7 +366,7 @@ def route(mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tenso
         raise InputError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
     if not temperature > 0:
         raise InputError(f"temperature must be > 0, got {temperature!r}")
-    with opened(Routing(mode, temperature, forced)) as routing:
+    with opened(Routing(mode, temperature, forced, gated)) as routing:
         yield routing
 
 

@@ -162,13 +162,16 @@ def plan_study(name: str, options: StudyOptions) -> dict[str, StudyTask]:
 
 
 def put_away_runs(name: str, options: StudyOptions) -> list[tuple[PlannedRun, int]]:
-    """Drop the weights of a study's finished runs whose measurements are all there and that no task to come begins
-    with, as far as these are planned; returns the runs, with the bytes that each freed.
+    """Drop the weights of a finished study's runs, or of the part of it that `only` names; returns the runs, with the
+    bytes that each freed. Other studies that share these runs can measure nothing more of them.
+
+    Raises `ValueError` where tasks are left to do.
     """
     tasks = plan_study(name, options)
-    needed = {each for task in tasks.values() if task.state() != "finished" for each in task.needs}
-    runs = [task for task in tasks.values() if isinstance(task, PlannedRun) and task.id not in needed]
-    return [(run, put_away(run.path)) for run in runs if run.state() == "finished"]
+    left = sum(task.state() != "finished" for task in tasks.values())
+    require(left == 0, "--put-away", "of a study, or a part of it by --only, with no task left to do", f"{left} left")
+    runs = [task for task in tasks.values() if isinstance(task, PlannedRun)]
+    return [(run, put_away(run.path)) for run in runs]
 
 
 def run_study(

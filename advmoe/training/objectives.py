@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.config import Codes
+from advmoe.config import Codes, TrainingConfig
 from advmoe.errors import InputError
 from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing, route
@@ -90,6 +90,20 @@ def distillation(
     with route() as adversarial_routing:
         terms["adv_kl"] = weight * kl_divergence(taught, model(x_adv))
     return terms, clean_routing, adversarial_routing, logits
+
+
+def robust(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    training: TrainingConfig,
+    taught: Tensor | None,
+) -> tuple[Terms, Routing, Routing, Tensor]:
+    """`trades` or, with what a teacher has `taught` of `x`, logits (N, K), `distillation`; weights are `training`'s."""
+    if taught is None:
+        return trades(model, x, x_adv, y, training.beta, training.label_smoothing)
+    return distillation(model, x, x_adv, taught, training.distill_weight)
 
 
 def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts that forgive a flip: the pathway that an image would take if a choice went the other way is trained too
+"""Experts that forgive a flip: a pathway that an image would take if a choice went the other way is trained too
 (`training.runner_up`).
 
 Axes: `N` batch, `M` images of it, `L` MoE layers, `E` experts, `B` bits, `C H W` image, `K` classes.
@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe.moe.halfspace import HalfspaceRouter
+from advmoe.attacks.routed import Halfspaces
+from advmoe.attacks.routed.regions import radii
+from advmoe.errors import InputError
 from advmoe.moe.routing import Routing, route
 from advmoe.threat import ThreatModel
+from advmoe.training.methods import learning
 
 Predict = Callable[[Tensor], Tensor]
+FEWEST = 2
+"""Images that a pass in train mode needs: batch norms of one have no variance."""
 
 
 class Search(Protocol):
@@ -41,44 +46,56 @@ class Flips(NamedTuple):
 
 
 def runner_up(routing: Routing) -> Flips:
-    """The pathways behind the closest choices of a finished pass.
+    """The pathways behind the closest choices of a finished pass, in which images, not tokens, were routed.
 
     The layer whose best two scores are closest takes its second expert, and with it every layer that is as close. The
     weight is twice the second expert's probability beside the first's: 1 at a tie.
     """
-    scores = torch.stack([routing.scores[layer].float() for layer in sorted(routing.scores)], 1)
-    values, experts = scores.topk(2, 2)
-    lead = values[..., 0] - values[..., 1]
-    least = lead.amin(1, keepdim=True)
-    weights = 2 * torch.sigmoid(-least[:, 0])
-    return Flips(torch.where(lead <= least, experts[..., 1], experts[..., 0]), weights, weights)
+    if any(scores.dim() > 2 or scores.shape[1] < 2 for scores in routing.scores.values()):
+        rule = "0 for a model whose tokens are routed one by one, or with an MoE layer of one expert"
+        raise InputError(f"training.runner_up must be {rule}, got more")
+    pairs = {layer: scores.float().topk(2, 1) for layer, scores in routing.scores.items()}
+    leads = {layer: (pair.values[:, 0] - pair.values[:, 1]) for layer, pair in pairs.items()}
+    least = torch.stack(list(leads.values())).amin(0)
+    unused = torch.zeros_like(least, dtype=torch.long)
+    columns = [
+        torch.where(leads[layer] <= least, pairs[layer].indices[:, 1], pairs[layer].indices[:, 0])
+        if layer in pairs
+        else unused
+        for layer in range(max(pairs) + 1)
+    ]
+    weights = 2 * torch.sigmoid(-least)
+    return Flips(torch.stack(columns, 1), weights, weights)
 
 
 def worst_reachable(
-    predict: Predict, router: HalfspaceRouter, x: Tensor, pathway: Tensor, target: Tensor, threat: ThreatModel
+    predict: Predict, space: Halfspaces, x: Tensor, pathway: Tensor, target: Tensor, threat: ThreatModel
 ) -> Flips:
-    """Of the pathways (N, L) that bits within `threat.eps` of flipping lead to, other than the image's own `pathway`,
-    the one on which the clean image `x` (N, C, H, W) is told furthest from `target`, logits (N, K). The weight is 1
-    where there is one, else 0.
+    """Of the pathways (N, L) behind bits that a perturbation within `threat` can flip, other than the image's own
+    `pathway`, the one on which the clean image `x` (N, C, H, W) is told furthest from `target`, logits (N, K). The
+    weight is 1 where there is one, else 0.
+
+    Each bit can be flipped; several at once perhaps not, where they look at the same pixels, or in l2.
     """
-    radii = router.radii(x, threat.norm)
-    layers = torch.tensor(router.layers, device=x.device)
+    away = radii(space, x, threat.norm, proved=True)
     worst = torch.full((len(x),), -torch.inf, device=x.device)
     pathways = pathway
-    for flipped in list(product((False, True), repeat=radii.shape[1]))[1:]:
+    for flipped in list(product((False, True), repeat=away.shape[1]))[1:]:
         bits = torch.tensor(flipped, device=x.device)
-        there = torch.where(bits[layers], 1 - pathway, pathway)
+        there = torch.where(bits[space.layers], 1 - pathway, pathway)
         far = _divergence(target, along(predict, there)(x))
-        better = ((radii <= threat.eps) | ~bits).all(1) & (far > worst)
+        better = ((away <= threat.eps) | ~bits).all(1) & (far > worst)
         worst, pathways = torch.where(better, far, worst), torch.where(better[:, None], there, pathways)
-    return Flips(pathways, worst.isfinite().float(), -radii.amin(1))
+    return Flips(pathways, worst.isfinite().float(), -away.amin(1))
 
 
 def along(predict: Predict, pathways: Tensor) -> Predict:
-    """`predict` with every image on the pathway that `pathways` (M, L) names for it."""
+    """`predict` with every image on the pathway that `pathways` (M, L) names for it, and the gradient of that pathway
+    alone: none for the choice.
+    """
 
     def predicted(x: Tensor) -> Tensor:
-        with route(forced=pathways):
+        with route(forced=pathways, gated=False):
             return predict(x)
 
     return predicted
@@ -105,11 +122,11 @@ class OtherWay:
 
     @staticmethod
     def of(
-        predict: Predict, router: nn.Module | None, x: Tensor, share: float, search: Search, threat: ThreatModel,
+        predict: Predict, space: Halfspaces | None, x: Tensor, share: float, search: Search, threat: ThreatModel,
         target: Tensor | None = None,
     ) -> OtherWay:  # fmt: skip
-        """The `share` of images `x` (N, C, H, W) that are nearest to another pathway, one at least, attacked on it: the
-        worst that can be reached, where `router` chooses by half-spaces, else the runner-up.
+        """The `share` of images `x` (N, C, H, W) that are nearest to another pathway, two at least, attacked on it: the
+        worst that can be reached, where choices are the half-spaces `space`, else the runner-up.
 
         Args:
             predict: a routed model in eval mode, (N, C, H, W) -> logits (N, K).
@@ -117,21 +134,26 @@ class OtherWay:
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             with route() as routing:
-                clean = predict(x)
+                clean = predict(x).clone()  # what a replayed graph returns is overwritten by the next
             target = clean if target is None else target
-            if isinstance(router, HalfspaceRouter):
-                flips = worst_reachable(predict, router, x, routing.pathway(), target, threat)
-            else:
+            if space is None:
                 flips = runner_up(routing)
-        index = flips.near.topk(max(1, round(share * len(x)))).indices
+            else:
+                flips = worst_reachable(predict, space, x, routing.pathway(), target, threat)
+        index = flips.near.topk(min(len(x), max(FEWEST, round(share * len(x))))).indices
         few = x[index].contiguous(memory_format=torch.channels_last)
         pathways = flips.pathways[index]
         x_adv = search(along(predict, pathways), few, target=target[index])
         return OtherWay(index, pathways, flips.weights[index], x_adv)
 
-    def loss(self, predict: Predict, logits: Tensor, weight: float) -> Tensor:
+    def loss(self, model: nn.Module, predict: Predict, logits: Tensor, weight: float) -> Tensor:
         """weight / N * sum_i w_i * KL(logits_i || f'(x_i + delta_i)): what the clean image is by `logits` (N, K), it is
-        to remain on the other pathway f' under attack.
+        to remain on the other pathway f' under attack. Its gradient moves experts, not routers, and no statistics are
+        recorded: images do not go that way.
+
+        Args:
+            model: the network behind `predict`, in train mode.
         """
-        far = _divergence(logits[self.index], along(predict, self.pathways)(self.x_adv))
-        return weight * (self.weights * far).sum() / len(logits)
+        with learning(model, "experts", record=False):
+            there = along(predict, self.pathways)(self.x_adv)
+        return weight * (self.weights * _divergence(logits[self.index], there)).sum() / len(logits)

@@ -19,6 +19,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
+from advmoe.evaluation.halfspaces import halfspaces_of
 from advmoe.evaluation.outcomes import Clean, Measurement, outcomes, summary
 from advmoe.models import Classifier
 from advmoe.models.compiled import Network, compiled
@@ -47,10 +48,9 @@ from advmoe.training.objectives import (
     code_loss,
     codewords,
     cross_entropy,
-    distillation,
     radius_loss,
+    robust,
     routing_terms,
-    trades,
 )
 from advmoe.training.optim import clip, compile_step, make_optimizers, restore_states, set_rates, states_of
 from advmoe.training.perturbations import Perturbations
@@ -130,7 +130,7 @@ class Trainer:
     def _compiled(self) -> Network:
         """The model, compiled; a GPU replays each graph whole, the steps as well, where batches have one size."""
         t, cuda = self.config.training, self.fabric.device.type == "cuda"
-        replayed = cuda and t.attack_routing != "mixed" and not t.first_image_sizes
+        replayed = cuda and t.attack_routing != "mixed" and not t.first_image_sizes and t.runner_up == 0
         network = compiled(self.model, **(mode := {"mode": "reduce-overhead"} if replayed else {}))
         if cuda and network is not self.model:
             self.steps = {part: compile_step(each, **mode) for part, each in self.optimizers.items()}
@@ -159,8 +159,8 @@ class Trainer:
         if share == 0 or level.part == "routers" or not level.adversarial:
             return None
         with frozen(self.model), self.fabric.autocast(), shown(False):
-            search = self._search(generator)
-            return OtherWay.of(self.network, self.model.router, x, share, search, self.threat, taught)
+            search, space = self._search(generator), halfspaces_of(self.model, x)
+            return OtherWay.of(self.network, space, x, share, search, self.threat, taught)
 
     def _search(self, generator: torch.Generator, steps: int | None = None) -> Callable[..., Tensor]:
         """The inner attack of the epoch under way, in so many steps where they are given."""
@@ -211,15 +211,12 @@ class Trainer:
                 terms, routing, logits = cross_entropy(self.network, seen, y, t.label_smoothing)
                 passes = [routing]
             else:
-                taught, weight = (None, t.beta) if self.teacher is None else (self.teacher(x), t.distill_weight)
-                if taught is None:
-                    found = trades(self.network, x, x_adv, y, weight, t.label_smoothing)
-                else:
-                    found = distillation(self.network, x, x_adv, taught, weight)
-                terms, routing, adversarial, logits = found
+                taught = None if self.teacher is None else self.teacher(x)
+                terms, routing, adversarial, logits = robust(self.network, x, x_adv, y, t, taught)
                 passes = [routing, adversarial]
                 if other is not None:
-                    terms["runner_up"] = other.loss(self.network, logits if taught is None else taught, weight)
+                    told, weight = (logits, t.beta) if taught is None else (taught, t.distill_weight)
+                    terms["runner_up"] = other.loss(self.model, self.network, told, weight)
             if self.table is not None and x_adv is not None and level.part == "routers":
                 terms["codes"] = code_loss(passes[-1], y, self.table, t.alpha)
             if level.part != "experts":

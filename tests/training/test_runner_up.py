@@ -4,14 +4,18 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from advmoe.attacks import trades_attack
+from advmoe.attacks.routed import Halfspaces
 from advmoe.config import Config
+from advmoe.errors import InputError
 from advmoe.models import create_model
-from advmoe.moe.halfspace import linear_router
+from advmoe.moe.routers import routers_of
 from advmoe.moe.routing import Routing, active_routing, route
 from advmoe.threat import ThreatModel
+from advmoe.training.methods import learning
 from advmoe.training.run import train
 from advmoe.training.runner_up import OtherWay, along, runner_up, worst_reachable
 
@@ -53,36 +57,58 @@ def test_of_three_experts_it_is_the_second_and_layers_that_share_scores_go_toget
     assert runner_up(scored([[1.0, 1.0]])).weights.item() == 1
 
 
-def bits(*thresholds):
-    """A router of a bit for the mean of each half of the picture, upper and lower, over four layers."""
-    router = linear_router(1, 8, 4, 2, bits=len(thresholds))
-    with torch.no_grad():
-        router.weight.zero_()
-        for bit in range(len(thresholds)):
-            router.weight[bit, :, 2 * bit : 2 * bit + 2] = 1 / 8
-        router.threshold.copy_(torch.tensor(thresholds))
-    return router
+def test_layers_that_do_not_run_and_layers_of_other_sizes_have_their_column():
+    routing = Routing()
+    routing.choose(0, torch.tensor([[1.0, 0.0]]))
+    routing.choose(2, torch.tensor([[0.0, 3.0, 2.5]]))
+    assert runner_up(routing).pathways.tolist() == [[0, 0, 2]]
+
+
+def test_tokens_and_single_experts_have_no_runner_up():
+    for scores in (torch.zeros(2, 3, 2), torch.zeros(2, 1)):
+        routing = Routing()
+        routing.choose(0, scores)
+        with pytest.raises(InputError, match=r"training\.runner_up must be 0"):
+            runner_up(routing)
+
+
+def halves(*thresholds):
+    """Half-spaces of images of 8x8 pixels over four layers: a bit for the mean of each half, upper and lower."""
+    weights = torch.zeros(len(thresholds), 1, 8, 8, dtype=torch.double)
+    for bit in range(len(thresholds)):
+        weights[bit, :, 4 * bit : 4 * bit + 4] = 1 / 32
+    layers = torch.arange(4) * len(thresholds) // 4
+    return Halfspaces(weights, torch.tensor(thresholds).double(), layers, torch.zeros(len(thresholds)).double())
 
 
 def test_only_what_can_be_reached_matters_and_of_that_the_worst():
-    router = bits(0.5, 0.5)
+    space = halves(0.5, 0.5)
     upper, lower = torch.tensor([0.55, 0.55, 0.9, 0.9]), torch.tensor([0.55, 0.9, 0.55, 0.9])
     x = torch.stack([upper, lower], 1).view(4, 1, 2, 1).repeat_interleave(4, 2).expand(4, 1, 8, 8).contiguous()
     pathway = torch.ones(4, 4, dtype=torch.long)
     # What a pathway says: class 1 the more, the more layers took expert 0 in the lower half; class 0 in the upper.
     says = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
 
-    class Told:
-        def __call__(self, images):
-            forced = active_routing().forced
-            return ((1 - forced).float() @ says).to(images.dtype)
+    def told(images):
+        return ((1 - active_routing().forced).float() @ says).to(images.dtype)
 
-    target = torch.zeros(4, 2)
-    flips = worst_reachable(Told(), router, x, pathway, target, ThreatModel("linf", 0.1))
+    flips = worst_reachable(told, space, x, pathway, torch.zeros(4, 2), ThreatModel("linf", 0.1))
     # Flipped alone the lower bit is worst (class 1 by 6), with the upper one class 1 leads by 2 alone.
     assert flips.pathways.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert flips.weights.tolist() == [1, 1, 1, 0]
     assert flips.near.tolist() == pytest.approx([-0.05, -0.05, -0.05, -0.4], abs=1e-6)
+
+
+def test_pixels_that_cannot_go_further_do_not_count():
+    """Half of the upper pixels are black: they cannot get darker, so that the others must by twice as much."""
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., :4] = 1.0
+    for eps, weight in ((0.15, 0.0), (0.25, 1.0)):
+        flips = worst_reachable(
+            lambda z: torch.zeros(len(z), 2), halves(0.4), x, torch.ones(1, 4, dtype=torch.long),
+            torch.zeros(1, 2), ThreatModel("linf", eps),
+        )  # fmt: skip
+        assert flips.weights.item() == weight  # the mean of 1/2 comes down by eps / 2
 
 
 @pytest.fixture
@@ -115,7 +141,19 @@ def test_the_attack_is_on_the_other_pathway_and_the_loss_is_its_divergence(model
         assert torch.allclose(target, clean[other.index], atol=1e-6)
         p, q = (F.softmax(each, 1) for each in (clean[other.index], along(model, other.pathways)(other.x_adv)))
         by_hand = 6 * (other.weights * (p * (p / q).log()).sum(1)).sum() / 8
-    assert other.loss(model, clean, 6.0).item() == pytest.approx(by_hand.item(), rel=1e-4)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    logits = clean.detach().requires_grad_()
+    with learning(model, "all"):
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)):
+            norm.eval()  # by the statistics, as the attack was made
+        model.train = lambda: model
+        loss = other.loss(model, model, logits, 6.0)
+        del model.train
+    loss.backward()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert all(parameter.grad is None for router in routers_of(model) for parameter in router.parameters())
+    assert any(parameter.grad is not None for parameter in model.parameters()) and logits.grad.abs().sum() > 0
     assert (other.x_adv - x[other.index]).abs().max() <= 0.1 + 1e-6
 
 
@@ -126,6 +164,7 @@ def test_the_attack_is_on_the_other_pathway_and_the_loss_is_its_divergence(model
         ({"router": "image"}, {"method": "advmoe", "alternation": "shared-attack", "awp": 0.005}),
         ({"router": "fixed-top-bottom"}, {"method": "at"}),
         ({"router": "linear"}, {"method": "at", "radius": 1.0, "ema": 0.9}),
+        ({}, {"method": "advmoe", "runner_up": 0.01, "precision": "bf16-mixed"}),  # two images
     ],
 )
 def test_runs_learn_by_it_and_repeat_bit_for_bit(tmp_path, model, training):
