@@ -86,6 +86,15 @@ def percent(share: float | None, digits: int = 1, *, missing: str = "-") -> str:
     return missing if share is None else f"{100 * share:.{digits}f}"
 
 
+def by_layer(shares: Sequence[float]) -> str:
+    """Fractions of layers 0, 1, ... in percent, neighbours of one value together: 0: 98.0, 1 to 3: 0.0."""
+    told: list[tuple[int, int, str]] = []
+    for layer, share in enumerate(map(percent, shares)):
+        first = told.pop()[0] if told and told[-1][2] == share else layer
+        told.append((first, layer, share))
+    return ", ".join(f"{first if first == last else f'{first} to {last}'}: {share}" for first, last, share in told)
+
+
 def radius(eps: float, norm: str) -> str:
     """An attack's radius, as `--eps` takes it: in l-inf in grey levels of 255 where that is shorter, 8/255 but 0.1."""
     decimal = f"{eps:.6g}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from advmoe.text import aligned, duration, passes, percent, radius
+from advmoe.text import aligned, by_layer, duration, passes, percent, radius
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,11 @@ from advmoe.text import aligned, duration, passes, percent, radius
 )  # fmt: skip
 def test_a_radius_is_written_as_one_types_it(eps, norm, text):
     assert radius(eps, norm) == text
+
+
+def test_layers_of_one_share_stand_together():
+    assert by_layer([1, 0.985, 0.985, 0, 0, 0]) == "0: 100.0, 1 to 2: 98.5, 3 to 5: 0.0"
+    assert by_layer([]) == ""
 
 
 def test_percent():

@@ -18,16 +18,16 @@ from advmoe.attacks.routed import Halfspaces, stride
 from advmoe.attacks.routed.flips import changed_choices
 from advmoe.attacks.routed.regions import radii, reachable
 from advmoe.errors import InputError
-from advmoe.evaluation.bounds import bounded, proved_choices
+from advmoe.evaluation.bounds import ChoiceBounds
+from advmoe.evaluation.boxes import Unbounded
 from advmoe.evaluation.intervals import wilson
-from advmoe.evaluation.scoring import OpenRouting, measuring, stream
+from advmoe.evaluation.scoring import OpenRouting, measuring, stream, take
 from advmoe.evaluation.subject import Options, UnderAttack, open_subject, options_of
-from advmoe.models import Classifier
 from advmoe.pool import threads_set
 from advmoe.progress import tracked
 from advmoe.rundir import CERTIFICATION, write_result
 from advmoe.seeding import generator_for
-from advmoe.text import percent, radius, tabular, wrapped
+from advmoe.text import by_layer, listing, percent, radius, tabular, wrapped
 from advmoe.threat import ThreatModel
 
 RADII = (2 / 255, 4 / 255, 8 / 255)
@@ -44,8 +44,9 @@ def certify_run(
         options, keywords: see `Options`; the attack on choices takes steps and restarts of `attack`.
 
     Writes `certification.json`; returns its folder and its content: `method` (`exact` for choices that are sides of
-    hyperplanes, else `bounds` or, where none are computed, `attack`), and for each radius in `points` the shares of
-    images whose every choice is `proved` (with a 95% `interval`), `changed` by some perturbation, and `unknown`. Exact
+    hyperplanes, else `bounds` or, where none can be computed, `attack`, with `unbounded`, of what none are known), and
+    for each radius in `points` the shares of images whose every choice is `proved` (with a 95% `interval`), `changed`
+    by some perturbation, and `unknown`. By bounds `points` also hold the share proved in each of the L `layers`. Exact
     results hold the `radius` of each image in both norms (null where nothing changes a choice) with `quantiles`, and in
     `points` the share of images by the number of `pathways` within reach. Raises `InputError` for a model without MoE
     layers and whatever else cannot be used.
@@ -102,21 +103,46 @@ def _quantiles(values: Tensor) -> dict[str, float | None]:
 
 
 def _by_attack(attacked: UnderAttack, threats: Sequence[ThreatModel]) -> dict[str, Any]:
+    """Proved where bounds can be computed, changed where an attack changes a choice."""
+    changed = _changed(attacked, threats)
+    attack = attacked.job.setting.attack
+    told = {"attack": {"steps": attack.steps, "restarts": attack.restarts}}
+    try:
+        proved = _proved(attacked, threats)
+    except Unbounded as none:
+        points = [_point(t.eps, torch.zeros_like(moved), moved) for t, moved in zip(threats, changed, strict=True)]
+        return {"method": "attack", "unbounded": str(none), **told, "points": points}
+    points = [
+        _point(threat.eps, sure.all(1), moved) | {"layers": sure.double().mean(0).tolist()}
+        for threat, sure, moved in zip(threats, proved, changed, strict=True)
+    ]
+    return {"method": "bounds", **told, "points": points}
+
+
+def _proved(attacked: UnderAttack, threats: Sequence[ThreatModel]) -> list[Tensor]:
+    """Which choices bounds prove at each radius, (N, L) booleans. Raises `Unbounded`."""
+    predict, data, device = attacked.predict, attacked.job.data, attacked.device
+    with measuring(predict, device):
+        bounds = ChoiceBounds(predict)
+        bounds.check(take(data, slice(0, 1), device)[0])
+    proved: list[list[Tensor]] = [[] for _ in threats]
+    with closing(stream(data, slices := _batches(attacked), device)) as examples:
+        for x, _ in tracked(examples, "bounds", total=len(slices)):
+            for threat, sure in zip(threats, proved, strict=True):
+                sure.append(bounds.proved(x, threat.eps).cpu())
+    return list(map(torch.cat, proved))
+
+
+def _changed(attacked: UnderAttack, threats: Sequence[ThreatModel]) -> list[Tensor]:
+    """Of which images an attack changes a choice within each radius, (N,) booleans."""
     predict, job, device = attacked.predict, attacked.job, attacked.device
     steps, restarts = job.setting.attack.steps, job.setting.attack.restarts
-    bounds = isinstance(predict, Classifier) and bounded(predict)
-    proved: list[list[Tensor]] = [[] for _ in threats]
     changed: list[list[Tensor]] = [[] for _ in threats]
     slices = _batches(attacked)
     with closing(stream(job.data, slices, device)) as examples, measuring(predict, device):
         for index, (x, _) in zip(slices, tracked(examples, "choices", total=len(slices)), strict=True):
             before = torch.zeros(len(x), dtype=torch.bool, device=device)
-            for threat, sure, moved in zip(threats, proved, changed, strict=True):
-                if bounds:
-                    assert isinstance(predict, Classifier)
-                    sure.append(proved_choices(predict, x, threat.eps).cpu())
-                else:
-                    sure.append(torch.zeros(len(x), dtype=torch.bool))
+            for threat, moved in zip(threats, changed, strict=True):
                 sizes = [stride(float(job.setting.attack.step_size), steps, threat.eps)] * steps
                 for restart in range(restarts):
                     generator = generator_for(job.seed, "choices", index.start, restart)
@@ -124,15 +150,7 @@ def _by_attack(attacked: UnderAttack, threats: Sequence[ThreatModel]) -> dict[st
                         OpenRouting(predict), x, threat=threat, sizes=sizes, generator=generator
                     )
                 moved.append(before.cpu())  # a ball contains every smaller one
-    points = [
-        _point(threat.eps, torch.cat(sure), torch.cat(moved))
-        for threat, sure, moved in zip(threats, proved, changed, strict=True)
-    ]
-    return {
-        "method": "bounds" if bounds else "attack",
-        "attack": {"steps": steps, "restarts": restarts},
-        "points": points,
-    }
+    return list(map(torch.cat, changed))
 
 
 def _point(eps: float, proved: Tensor, changed: Tensor) -> dict[str, Any]:
@@ -149,7 +167,7 @@ def _point(eps: float, proved: Tensor, changed: Tensor) -> dict[str, Any]:
 _METHODS = {
     "exact": "choices are sides of hyperplanes: exact radii",
     "bounds": "proved by interval bounds, changed by an attack",
-    "attack": "no bounds are known of a router that sees features: changed by an attack, else unknown",
+    "attack": "no bounds are known of {unbounded}: changed by an attack, else unknown",
 }
 
 
@@ -167,9 +185,11 @@ def table(result: dict[str, Any]) -> str:
     heads = ["eps", "proved", "95% interval", "changed", "unknown"]
     heads += ["images by pathways within reach, %"] if exact else []
     lines = [
-        *wrapped(f"{result['num_examples']} images, {norm}; {_METHODS[result['method']]}"), "",
+        *wrapped(f"{result['num_examples']} images, {norm}; {_METHODS[result['method']].format_map(result)}"), "",
         *tabular(heads, rows, "><><><"),
     ]  # fmt: skip
+    layers = [(radius(each["eps"], norm), by_layer(each["layers"])) for each in result["points"] if "layers" in each]
+    lines += ["", *listing([("eps", "proved in layer, %"), *layers], ">")] if layers else []
     for name, each in result.get("quantiles", {}).items():
         known = ", ".join(f"{q} {'none' if v is None else f'{v:.4f}'}" for q, v in each.items())
         lines += ["", *wrapped(f"smallest perturbation that changes a choice, {name}: {known}", "  ")]

@@ -5,17 +5,19 @@ Results hold fractions; the page shows percent.
 
 from __future__ import annotations
 
+from typing import Any
+
 from advmoe.report.album import Album
 from advmoe.report.html import Content, element
 from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder
 from advmoe.report.tables import Cell, number, percent, share_cell, table
-from advmoe.text import radius
+from advmoe.text import by_layer, radius
 
 _METHODS = {
     "exact": "Choices are sides of hyperplanes in pixel space: radii are exact.",
     "bounds": "Proved by interval bounds, changed by an attack on the choices.",
-    "attack": "No bounds are known of routers that see features: what no attack changes is unknown.",
+    "attack": "No bounds are known of {unbounded}: what no attack changes is unknown.",
 }
 
 
@@ -33,11 +35,14 @@ def certification(run: RunFolder, album: Album) -> Content:
         [
             radius(each["eps"], norm), share_cell(each["proved"]), " to ".join(map(percent, each["interval"])),
             share_cell(each["unknown"]), share_cell(each["changed"]), _within(each.get("pathways") or {}),
+            by_layer(each.get("layers") or ()) or None,
         ]
         for each in result["points"]
     ]  # fmt: skip
     caption = f"Choices of {run.label} on {result['num_examples']} test images, percent of them, {norm}."
-    columns = ["eps", "Proved", "95 % interval", "Unknown", "Changed", "Images by pathways within reach"]
+    columns = [
+        "eps", "Proved", "95 % interval", "Unknown", "Changed", "Images by pathways within reach", "Proved in layer",
+    ]  # fmt: skip
     picture = Picture(
         "stacked", "certification", "Choices of experts within a radius", shares, {"xlabel": "images (%)"}
     )
@@ -46,13 +51,18 @@ def certification(run: RunFolder, album: Album) -> Content:
         for name, each in (result.get("quantiles") or {}).items()
     ]
     return [
-        element("p", _METHODS.get(str(result.get("method")), "")),
+        element("p", _method(result)),
         element("div", album.draw(picture, run.label), class_="figures"),
         table(caption, columns, rows),
         element("p", f"Smallest perturbation that changes a choice, by percentile; {'; '.join(smallest)}.")
         if smallest
         else None,
     ]
+
+
+def _method(result: dict[str, Any]) -> str:
+    text = _METHODS.get(str(result.get("method")), "")
+    return text.replace("{unbounded}", str(result.get("unbounded", "routers that see features")))
 
 
 def _within(pathways: dict[str, float]) -> str | None:

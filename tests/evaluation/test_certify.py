@@ -11,12 +11,13 @@ from advmoe.evaluation.certify import certify_run, shares, table
 from advmoe.training.run import train
 
 
-def trained(folder, router, method="at"):
+def trained(folder, router, method="at", name="resnet18", width=4):
     groups = {
-        "model": {"width": 4, "router": router}, "data": {"name": "digits", "train_examples": 128, "augment": False},
+        "model": {"name": name, "width": width, "router": router},
+        "data": {"name": "digits", "train_examples": 128, "augment": False},
         "training": {"method": method, "epochs": 1, "batch_size": 64, "attack_steps": 1, "val_attack_steps": 1},
     }  # fmt: skip
-    return train(Config.from_dict(groups), run_dir=folder / router)
+    return train(Config.from_dict(groups), run_dir=folder / f"{name}-{router}")
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +58,30 @@ def load_digits_test():
     return load_dataset("digits").test
 
 
-@pytest.mark.parametrize(("router", "method"), [("image", "bounds"), ("layer", "attack")])
-def test_other_routers_have_three_shares(folder, router, method):
+@pytest.mark.parametrize("router", ["image", "layer"])
+def test_other_routers_have_three_shares(folder, router):
     run = trained(folder, router)
-    _, result = certify_run(run, num_examples=24, epsilons=[0.01 / 255, 16 / 255], overrides={"attack": {"steps": 3}})
-    small, large = result["points"]
-    assert result["method"] == method and "radius" not in result
-    for each in (small, large):
+    radii = [0.0, 0.01 / 255, 16 / 255]
+    _, result = certify_run(run, num_examples=24, epsilons=radii, overrides={"attack": {"steps": 3}})
+    zero, small, large = result["points"]
+    assert result["method"] == "bounds" and "radius" not in result
+    for each in result["points"]:
         assert each["proved"] + each["changed"] + each["unknown"] == pytest.approx(1)
-    assert small["changed"] <= large["changed"]
-    assert (small["proved"] > 0) == (method == "bounds") and large["proved"] == 0
-    assert "pathways within reach" not in table(result)
+        assert len(each["layers"]) == 16 and each["proved"] <= min(each["layers"])
+    assert zero["proved"] > 0.9 and small["layers"][0] > 0.5 and large["proved"] == 0
+    assert zero["changed"] == 0 and small["changed"] <= large["changed"]
+    assert "0 to 15: 100.0" in table(result) and "pathways within reach" not in table(result)
+
+
+def test_where_no_bounds_are_known_the_reason_is_told(folder):
+    run = trained(folder, "layer", name="deit-tiny", width=8)
+    _, result = certify_run(run, num_examples=8, epsilons=[0.0], overrides={"attack": {"steps": 2}})
+    assert (result["method"], result["unbounded"]) == ("attack", "layer_norm")
+    assert result["points"][0]["unknown"] == 1 and "layers" not in result["points"][0]
+    assert "no bounds are known of layer_norm" in table(result)
 
 
 def test_no_radii_and_plain_models_are_refused(folder):
-    run = folder / "fixed-top" if (folder / "fixed-top").exists() else trained(folder, "fixed-top")
+    run = folder / "resnet18-fixed-top" if (folder / "resnet18-fixed-top").exists() else trained(folder, "fixed-top")
     with pytest.raises(ValueError, match="radii must hold at least one, got none"):
         certify_run(run, epsilons=[])

@@ -19,7 +19,7 @@ EXACT = {
 
 def loaded(tmp_path, result, router="layer"):
     run = tmp_path / "run"
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "config.yaml").write_text(
         f"model: {{kind: moe, router: {router}}}\ntraining: {{seed: 0}}\nthreat: {{norm: linf}}\n"
     )
@@ -35,6 +35,14 @@ def test_the_section_says_what_was_proved(tmp_path, album, exact):
     assert "2/255 75.0 50.0 to 90.0 12.5 12.5" in text
     assert ("radii are exact" in text) == ("1: 75.0, 2: 25.0" in text) == ("p50 none" in text) == exact
     assert len(album.names) == 1
+
+
+def test_layers_proved_and_why_there_are_no_bounds(tmp_path, album):
+    bounds = {**EXACT, "method": "bounds", "points": [POINT | {"layers": [1.0, 0.25, 0.25]}], "quantiles": {}}
+    said = joined(certification(loaded(tmp_path / "a", bounds), album))
+    assert "0: 100.0, 1 to 2: 25.0" in said
+    none = {**EXACT, "method": "attack", "unbounded": "layer_norm", "points": [POINT], "quantiles": {}}
+    assert "layer_norm" in joined(certification(loaded(tmp_path / "b", none), album))
 
 
 def test_a_run_without_one_has_no_section(tmp_path, album):
