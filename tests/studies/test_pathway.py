@@ -3,7 +3,22 @@
 import pytest
 
 from advmoe.studies.catalogue import STUDIES
-from advmoe.studies.pathway import ARMS, DENSE, S_DENSE, TAUGHT, best, chosen, front, routed, s_dense
+from advmoe.studies.pathway import (
+    ARMS,
+    DENSE,
+    LONGER,
+    RESTARTED,
+    S_DENSE,
+    SMOOTHED,
+    TAUGHT,
+    against,
+    baseline,
+    best,
+    chosen,
+    front,
+    routed,
+    s_dense,
+)
 from advmoe.studies.plan import Planner
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
@@ -37,7 +52,7 @@ def test_the_first_stages_are_of_one_seed_and_the_last_of_all(row_of):
     assert (
         names(gate)[:2] == [S_DENSE, DENSE]
         and len(gate) == 4
-        and names(arms) == [*ARMS, f"{S_DENSE}, half width", "fixed-top, half width"]
+        and names(arms) == [*ARMS, RESTARTED, LONGER, f"{S_DENSE}, half width", "fixed-top, half width"]
     )
     assert {row.seeds for row in (*gate, *arms, *after)} == {1}
     assert [row.run.settings["model"]["width"] for row in arms[-3:]] == [32, 16, 16]
@@ -74,6 +89,17 @@ def test_the_best_is_chosen_on_validation_images_among_those_that_nobody_taught(
     assert names(FINALS(CPU, Results()))[:3] == [S_DENSE, TAUGHT, "AdvMoE"]
 
 
+def test_the_baseline_is_chosen_as_the_arm_is_and_may_cost_what_that_costs(row_of):
+    rows = [row_of(S_DENSE, 0.3, 1), row_of(SMOOTHED, 0.32, 1), row_of(RESTARTED, 0.31, 1), row_of(LONGER, 0.4, 1)]
+    assert against(Results([*rows, row_of("fixed-top", 0.5, 1)])) == SMOOTHED
+    assert against(Results([*rows, row_of("AdvMoE", 0.5, 1)])) == LONGER  # an epoch of it costs two of AT
+    assert against(Results([row_of("fixed-top", 0.5, 1)])) == S_DENSE
+    finals = FINALS(CPU, Results([*rows, row_of("AdvMoE", 0.5, 1)]))
+    assert names(finals)[:5] == [S_DENSE, LONGER, TAUGHT, "AdvMoE", "AdvMoE, taught"]
+    epochs = [baseline(CPU, name).settings["training"]["epochs"] for name in (S_DENSE, SMOOTHED, RESTARTED, LONGER)]
+    assert epochs == [20, 20, 10, 40] and baseline(CPU, RESTARTED).start.settings["training"]["epochs"] == 10
+
+
 def test_the_front():
     points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.6), "d": (0.5, 0.1), "e": (0.6, 0.05), "f": (1.0, 0.5)}
     assert front(points) == ["a", "c", "d", "f"]
@@ -83,13 +109,14 @@ def test_the_front():
 def test_what_is_said_of_the_gate_and_of_the_arm_that_is_best(row_of, dense, said):
     rows = [
         row_of(S_DENSE, 0.3, 4), row_of(DENSE, 0.3, dense), row_of("AdvMoE", 0.2, 9), row_of("fixed-top", 0.3, 8),
-        row_of(S_DENSE, 0.3, 4, seeds=5), row_of("fixed-top", 0.3, 8, seeds=5),
+        row_of(S_DENSE, 0.3, 4, seeds=6), row_of("fixed-top", 0.3, 8, seeds=6),
     ]  # fmt: skip
     found = STUDIES["pathway"].show(CPU, Results(rows))
     assert any(said in note for note in found.notes)
     (own, taught) = found.claims
     assert [each["verdict"] for each in own["verdicts"]] == ["holds", "holds"]  # 8 of 10 against 4, over five seeds
+    assert own["verdicts"][0]["numbers"][f"{S_DENSE} < fixed-top"]["seeds"] == [1, 2, 3, 4, 5]  # not the one that chose
     assert [each["verdict"] for each in taught["verdicts"]] == ["undecided", "undecided"]  # not trained
     (shown,) = found.tables
-    assert [(line["variant"], line["worst"]["n"]) for line in shown["rows"]][:2] == [(S_DENSE, 5), (DENSE, 1)]
+    assert [(line["variant"], line["worst"]["n"]) for line in shown["rows"]][:2] == [(S_DENSE, 6), (DENSE, 1)]
     assert any("against GMACs" in note and note.endswith("AdvMoE.") for note in found.notes)
