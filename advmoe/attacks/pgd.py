@@ -245,7 +245,7 @@ def trades_attack(
     Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
 
     Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020; `labels`: Madry et al., ICLR
-    2018; `target`: RSLAD, Zi et al., ICCV 2021, eq. 7.
+    2018; `target`: RSLAD, Zi et al., ICCV 2021.
     """
     if labels is not None:
         loss = cross_entropy_loss(labels)
