@@ -82,7 +82,7 @@ def distillation(
 
     Returns what `trades` does, the terms as `{"clean_kl": scalar, "adv_kl": scalar}`; no gradient reaches the teacher.
 
-    Source: RSLAD, Zi et al., ICCV 2021, at temperature 1. The authors' code takes the mean over classes too, a K-th of this.
+    Source: RSLAD, Zi et al., ICCV 2021, at temperature 1. The authors' code averages over classes too: a K-th of this.
     """
     with route() as clean_routing:
         logits = model(x).float()
