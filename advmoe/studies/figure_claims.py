@@ -34,7 +34,7 @@ def drops(results: Results) -> list[dict[str, Any]]:
     for radius in sorted({radius for run in runs for radius in swept(run, "pgd")} - {0.0}):
         verdicts = [
             verdict(way, [numbered(*names, rows, _at_radius(curve, radius))])
-            for way, curve in (("PGD", "pgd"), ("worst of two", "worst case"))
+            for way, curve in (("PGD", "pgd"), ("worst of three", "worst case"))
         ]
         statement = f"AT (MoE) is less robust than AT (S-Dense) at a radius of {radius:g}/255."
         claims.append(claim(f"drop, {radius:g}/255", statement, verdicts, f"{_PLACE}sec. 3, fig. 2"))

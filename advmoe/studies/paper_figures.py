@@ -41,7 +41,7 @@ def _fig2_show(scale: Scale, results: Results) -> StudyFindings:
             with_points({str(row.labels["method"]): _curve(row, curve) for row in results}),
             {"xlabel": "radius (1/255)", "ylabel": "robust accuracy (%)"}, caption,
         )
-        for curve, title in (("pgd", "PGD"), ("worst case", "the worst of two attacks"))
+        for curve, title in (("pgd", "PGD"), ("worst case", "the worst of three attacks"))
     ]  # fmt: skip
     suspected = [
         f"Gradient masking suspected in {row.name}, seed {seed}: {reason}"

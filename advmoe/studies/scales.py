@@ -162,8 +162,9 @@ class Scale:
         return Measure("evaluate", {"attacks": [name], "num_examples": examples})
 
     def sweep(self, run: TrainingRun) -> Measure:
-        """RA against the radius, in parts of the run's own."""
-        attacks = ["pgd", *(["pgd-soft"] if run.labels["routed"] else ["pgd-margin"])]
+        """RA against the radius, in parts of the run's own: under three attacks on routed and plain models alike."""
+        steps = run.settings["attack"]["steps"]
+        attacks = ["pgd", "pgd-margin", "pgd-soft" if run.labels["routed"] else f"restarts-{steps}"]
         shares = self.pick(
             smoke=(0, 0.5, 1, 2), cpu=(0, 0.25, 0.5, 0.75, 1, 1.5, 2), paper=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)
         )

@@ -25,8 +25,8 @@ def test_every_radius_of_figure_2_is_judged(row):
     moe = {seed: {"sweep": swept({0: 0.8, 4: 0.5, 8: 0.3}, less=0.1)} for seed in range(5)}
     results = Results([row({"method": "AT (S-Dense)"}, dense), row({"method": "AT (MoE)"}, moe)])
     assert verdicts(drops(results)) == {
-        "drop, 4/255": {"PGD": "holds", "worst of two": "undecided"},
-        "drop, 8/255": {"PGD": "undecided", "worst of two": "does not hold"},
+        "drop, 4/255": {"PGD": "holds", "worst of three": "undecided"},
+        "drop, 8/255": {"PGD": "undecided", "worst of three": "does not hold"},
     }
     numbers = drops(results)[0]["verdicts"][0]["numbers"]["AT (MoE) < AT (S-Dense)"]
     assert numbers["mean_less"] == pytest.approx(0.5) and numbers["p_seeds"] == 1 / 32

@@ -143,9 +143,9 @@ def test_what_is_measured_fits_the_model(name):
     assert scale.accuracy(plain).options["num_examples"] == scale.examples
     _, attack, examples = scale.autoattack
     assert scale.under_autoattack().options == {"attacks": [attack], "num_examples": examples}
-    for run, second in ((plain, "pgd-margin"), (routed, "pgd-soft")):
+    for run, third in ((plain, f"restarts-{plain.settings['attack']['steps']}"), (routed, "pgd-soft")):
         sweep = scale.sweep(run).options
-        assert sweep["attacks"] == ["pgd", second]
+        assert sweep["attacks"] == ["pgd", "pgd-margin", third]  # of as many steps
         assert sweep["epsilons"][0] == 0 and sweep["epsilons"] == sorted(set(sweep["epsilons"]))
         eps = Config.from_dict(run.settings).threat.eps
         assert float(eps) in sweep["epsilons"] and max(sweep["epsilons"]) == 2 * eps  # the very radius trained for
