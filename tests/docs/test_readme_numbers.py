@@ -84,16 +84,28 @@ def test_the_papers_claims_at_that_size() -> None:
 
 
 def test_what_training_again_would_give() -> None:
-    assert "takes five seeds to decide, and no study has had more than three" in BOX and ENOUGH_SEEDS == 5
     studies = stored(ROOT / "docs/results")
-    assert max(len(each["seeds"]) for each in studies.values()) == 3
-    assert "those on cost hold (more than half of the inference saved, about twice the time of training)" in BOX
-    assert "on robustness none is decided" in BOX
-    costs = {"half-the-cost", "twice-the-time"}
+    assert "Five seeds at a smaller size" in BOX and len(studies["table1"]["seeds"]) == ENOUGH_SEEDS == 5
     paper = [(claim, told) for claim, judged in judge(studies) for told in judged if claim.place != BEYOND]
+
+    def worst(statement: str) -> set[str]:
+        return {
+            told.models.partition(" (")[0]
+            for claim, told in paper
+            if claim.study == "table1" and claim.statement == statement and told.measure == "worst case"
+        }
+
+    assert "put AdvMoE *below* AT (Dense) and AT (Sparse) in the worst case" in BOX
+    assert worst("AdvMoE is more robust than AT (Dense)") == {"does not hold"}
+    assert worst("AdvMoE is more robust than AT (Sparse)") == {"does not hold"}
+    assert "do not tell it from AT (S-Dense)" in BOX
+    assert worst("AdvMoE is more robust than AT (S-Dense)") == {"undecided"}
+    assert "those on cost hold (more than half of the inference saved, about twice the time of training)" in BOX
+    costs = {"half-the-cost", "twice-the-time"}
     assert {told.models for claim, told in paper if claim.claim in costs} == {"holds"}
-    words = {told.models.partition(" (")[0] for claim, told in paper if claim.claim not in costs}
-    assert words == {"undecided", NOT_RUN, NOT_JUDGED}
+    assert "on robustness most are undecided or not run" in BOX
+    words = [told.models.partition(" (")[0] for claim, told in paper if claim.claim not in costs]
+    assert sum(word in ("undecided", NOT_RUN, NOT_JUDGED) for word in words) > len(words) / 2
 
 
 def test_how_far_the_worst_case_lies_under_pgd() -> None:
