@@ -369,7 +369,7 @@ def test_another_backbone_in_half_precision_without_validation(tmp_path):
 
 
 def test_a_diverging_phase_is_named(tmp_path, monkeypatch):
-    real = trainers.trades
+    real = trainers.robust
 
     def poisoned(model, *args):
         terms, *rest = real(model, *args)
@@ -377,7 +377,7 @@ def test_a_diverging_phase_is_named(tmp_path, monkeypatch):
             terms["kl"] = terms["kl"] * float("nan")
         return terms, *rest
 
-    monkeypatch.setattr(trainers, "trades", poisoned)
+    monkeypatch.setattr(trainers, "robust", poisoned)
     with pytest.raises(TrainingDiverged, match=r"^prune: step 0 \(epoch 1, scores\): .*kl=nan"):
         train(tiny(training={"epochs": 1}), run_dir=tmp_path / "run", **THREADS)
 

@@ -313,7 +313,7 @@ if __name__ == "__main__":
 def test_diverging_loss_stops_with_step_term_and_loads_and_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
     from advmoe.training import trainer
 
-    real, calls = trainer.trades, []
+    real, calls = trainer.robust, []
 
     def poisoned(*args, **kwargs):
         terms, *rest = real(*args, **kwargs)
@@ -322,7 +322,7 @@ def test_diverging_loss_stops_with_step_term_and_loads_and_keeps_the_last_checkp
             terms["kl"] = terms["kl"] * float("nan")
         return terms, *rest
 
-    monkeypatch.setattr(trainer, "trades", poisoned)
+    monkeypatch.setattr(trainer, "robust", poisoned)
     with pytest.raises(TrainingDiverged, match=r"step \d+ \(epoch 2, experts\).*kl=nan.*loads per layer: \[\["):
         train(tiny(), run_dir=tmp_path / "run", **THREADS)
     monkeypatch.undo()
