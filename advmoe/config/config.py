@@ -46,8 +46,11 @@ class Config(Strict):
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
         if self.training.runner_up > 0:
-            rule = "image when training.runner_up is > 0"
-            require(self.model.route_per == "image", "model.route_per", rule, self.model.route_per)
+            when = "when training.runner_up is > 0"
+            require(self.model.route_per == "image", "model.route_per", f"image {when}", self.model.route_per)
+            require(
+                self.training.objective == "trades", "training.objective", f"trades {when}", self.training.objective
+            )
         self._require_learnt(routed)
         for name in ("router_lr", "router_momentum", "router_weight_decay"):
             if getattr(self.training, name) is not None:

@@ -203,12 +203,10 @@ class TrainingConfig(Strict):
     proved stays below `threat.eps`, in units of that and as if pixels could leave [0, 1]; mean over bits and images.
     """
     runner_up: Annotated[float, Within(0, 1)] = 0.0
-    """Share of a batch, the images whose choices are closest, on which experts learn to forgive a flip: the pathway
-    behind an image's closest choice is attacked on its own, and is to say of that what the image's own pathway, or the
-    teacher, says of the clean image. The weight is that of the attacked images' term, times how close the choice is. Of
-    `fixed` and `linear` routers it is the worst pathway that can be reached, with the whole weight. Of several
-    processes each takes the share of its own images, two at least. The attack ascends the KL along that pathway,
-    whatever `attack_loss` and `attack_routing` are.
+    """Share of a batch, its images nearest to another pathway, on which experts learn to forgive a flip: the pathway
+    behind the closest choice is to say of an attack of its own what the image's own pathway, or the teacher, says of
+    the clean image. It weighs as the attacked images' term, times how close the choice is; of `fixed` and `linear`
+    routers it is the worst pathway within reach, at full weight. Each process takes two of its own images at least.
     """
     ema: Annotated[float, Within(0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, taken after every iteration, which is then what is
@@ -247,9 +245,8 @@ class TrainingConfig(Strict):
     """Everything random follows from it."""
     init_from: str | None = None
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
-    `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on. A mixture may
-    start from an S-Dense or Sparse run too: every expert is a copy of it.
-    """
+    `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on. The experts of
+    a mixture may all start as copies of an S-Dense or Sparse run."""
     teacher: str | None = None
     """A trained network to learn from instead of classes: a run, `zoo:NAME`, or your own as FILE.py:FACTORY, which is
     executed. It says what the clean images are; attacks lead away from that, and the loss is KL from it on clean and
@@ -304,13 +301,6 @@ class TrainingConfig(Strict):
                 if value != getattr(type(self), name):
                     told = "> 0" if name in ("balance", "margin", "radius", "runner_up", "awp") else value
                     require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method)
-
-        require(
-            self.runner_up == 0 or self.objective == "trades",
-            "training.objective",
-            "trades when training.runner_up is > 0",
-            self.objective,
-        )
 
     def _check_first_epochs(self) -> None:
         """Refuse what is said of more first epochs than there are."""

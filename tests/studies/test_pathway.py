@@ -73,6 +73,8 @@ def test_every_arm_can_be_and_costs_a_pathway(tmp_path):
         for forgiving in (False, True):
             run = planner.run(routed(CPU, name, forgiving=forgiving, taught=True), 0)
             keys.add(run.key)
+            model = run.config["model"]
+            assert (model["kind"], model["scale"], model["width"]) == ("moe", 0.5, 32)
             teacher, training = run.config["training"]["teacher"], run.config["training"]
             assert teacher == str(planner.run(routed(CPU, name, taught=True).teacher, 0).path)
             assert training["runner_up"] == (0.25 if forgiving else 0)

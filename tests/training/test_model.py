@@ -35,6 +35,13 @@ def net():
 def three():
     return Net(3)
 
+def single():
+    from advmoe.moe import MoEConv2d
+
+    made = Net()
+    made.conv = MoEConv2d(1, 4, 3, bank_rows=4, num_experts=1, layer=0)
+    return made
+
 class Pair(Net):
     def forward(self, x):
         logits = super().forward(x)
@@ -158,6 +165,7 @@ def test_a_trained_plain_network_is_converted_with_its_weights(place: Path) -> N
          "advmoe, got 'own.py:net' without"),
         ("net", {"method": "at", "balance": 1, "margin": 1}, "model.source must be converted (--to-moe), or have MoE "
          "layers of its own, when training.balance is > 0 and training.margin is > 0, got 'own.py:net' without"),
+        ("single", {"method": "at", "runner_up": 0.5}, "model.source must be of two experts or more in each MoE layer"),
         ("Pair", {"method": "at"}, "must make logits (N, K) in train mode too, got tuple"),
         ("Fewer", {"method": "at"}, "must make logits (N, K) in train mode too, got (2, 2)"),
         ("Fails", {"method": "at"}, "must make logits (N, K) in train mode too, got AssertionError: never"),
