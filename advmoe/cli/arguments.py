@@ -159,6 +159,11 @@ def split_words(text: str) -> list[str]:
     return [word for word in (part.strip() for part in text.split(",")) if word]
 
 
+def radii(option: str, text: str) -> list[float]:
+    """The radii, in the unit of pixels, that an `option` lists. Raises `ValueError` for one that is none."""
+    return [float(typed(option, Pixels, word)) for word in split_words(text)]
+
+
 def drawing(args: dict[str, Any]) -> Any:
     """The module that draws, unless no figure is wanted. Raises `ValueError` where it cannot."""
     if "no_figure" in args:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, measuring_parser, split_words, target_and_options
-from advmoe.config import Pixels
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, radii, target_and_options
 
 
 def parser() -> Parser:
@@ -20,7 +19,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     target, options = target_and_options(args)
     if "radii" in args:
-        options["epsilons"] = [float(Pixels(text)) for text in split_words(args["radii"])]
+        options["epsilons"] = radii("--radii", args["radii"])
     draw = drawing(args)
 
     from advmoe.evaluation.certify import certify_run, shares, table

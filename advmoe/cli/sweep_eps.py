@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import Parser, drawing, measuring_parser, number, split_words, target_and_options
-from advmoe.config import Count, Pixels, require
+from advmoe.cli.arguments import Parser, drawing, measuring_parser, number, radii, target_and_options
+from advmoe.config import Count, require
 from advmoe.text import wrapped
 
 
@@ -23,7 +23,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     target, options = target_and_options(args)
     rule = "radii in pixels of [0, 1] separated by commas"
     require("eps" in args, "--eps", rule, None)
-    epsilons = [float(Pixels(text)) for text in split_words(args["eps"])]
+    epsilons = radii("--eps", args["eps"])
     if "eot" in args:
         options["eot"] = number("--eot", Count, args["eot"])
     draw = drawing(args)

@@ -13,6 +13,7 @@ from advmoe.cli.arguments import (
     grouped,
     new_parser,
     number,
+    radii,
     require_sound,
     split_words,
     unknown_option,
@@ -109,3 +110,10 @@ def test_parsing_errors_are_mistakes_of_the_input():
     assert isinstance(parser, argparse.ArgumentParser)
     with pytest.raises(InputError, match="required: run"):
         parser.parse_args([])
+
+
+def test_a_list_of_radii_names_its_option():
+    assert radii("--eps", "0, 2/255,0.5") == [0, 2 / 255, 0.5]
+    for text, told in (("nine", "'nine'"), ("2/255,1/0", "'1/0'")):
+        with pytest.raises(ValueError, match=f"^--radii must be a number or a fraction such as 8/255, got {told}$"):
+            radii("--radii", text)
