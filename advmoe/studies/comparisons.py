@@ -7,7 +7,7 @@ from typing import Any
 
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import MARGIN, SOURCE, Comparison, claim, verdict
-from advmoe.studies.results import PGD, Results, RowResults, RunNumber, of_cost, outcomes, point
+from advmoe.studies.results import PGD, Results, RowResults, RunNumber, of_cost, of_evaluation, outcomes, point
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.tables import Quantity, table, with_heights
@@ -25,6 +25,13 @@ def named(labels: Mapping[str, Any]) -> str:
 def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, seeds: int | None = None, **more: Measure) -> Row:
     """A row whose accuracy is measured, and its cost where a table shows time, with all or the first `seeds`."""
     return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more}, seeds)
+
+
+def under_autoattack(scale: Scale) -> Quantity:
+    """Robust accuracy under what stands for AutoAttack at this scale."""
+    return Quantity(
+        "ra_aa", scale.autoattack[0], "higher", of_evaluation("worst_case", "autoattack"), 100, "ra_autoattack"
+    )
 
 
 def compared(

@@ -16,12 +16,13 @@ from advmoe.studies.comparisons import (
     orderings,
     overview,
     setups,
+    under_autoattack,
 )
-from advmoe.studies.results import Results, clean_outcomes, of_evaluation
+from advmoe.studies.results import Results, clean_outcomes
 from advmoe.studies.rows import Row, TrainingRun
 from advmoe.studies.scales import COMPARED, Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import GMACS, MS, RA, SA, WORST, Quantity
+from advmoe.studies.tables import GMACS, MS, RA, SA, WORST
 
 
 def _grid(scale: Scale, datasets: Sequence[str], backbones: Sequence[str]) -> list[TrainingRun]:
@@ -69,11 +70,10 @@ def _table2_rows(scale: Scale, _: Results) -> list[Row]:
 
 
 def _table2_show(scale: Scale, results: Results) -> StudyFindings:
-    title, value = scale.autoattack[0], of_evaluation("worst_case", "autoattack")
-    under_autoattack = Quantity("ra_aa", title, "higher", value, 100, "ra_autoattack")
+    strong = under_autoattack(scale)
     return StudyFindings(
-        tables=[overview("Under AutoAttack", results, [RA, under_autoattack, WORST, SA, GMACS, MS], "table2")],
-        figures=[method_bars("table2-aa", "Under AutoAttack", results, value, title)],
+        tables=[overview("Under AutoAttack", results, [RA, strong, WORST, SA, GMACS, MS], "table2")],
+        figures=[method_bars("table2-aa", "Under AutoAttack", results, strong.value, strong.title)],
         claims=[
             *orderings(results, scale.strong),
             *(

@@ -13,19 +13,17 @@ from typing import Any
 from advmoe.config import merged
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import claim, verdict
-from advmoe.studies.comparisons import MEASURED, between, measured
+from advmoe.studies.comparisons import MEASURED, between, measured, under_autoattack
 from advmoe.studies.results import (
     Results,
     RowResults,
     best_validation,
-    of_cost,
-    of_evaluation,
     point,
 )
 from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale, scale_named
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import GMACS, RA, SA, WORST, Quantity, table, with_heights
+from advmoe.studies.tables import GAP, GMACS, MS, RA, SA, VALIDATED, WORST, Quantity, table, with_heights
 from advmoe.tables import BACKBONES
 
 GATE = 0.015
@@ -243,17 +241,14 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def _show(scale: Scale, results: Results) -> StudyFindings:
     rows = _best_rows(results)
-    validated = Quantity("val", "validation RA (worst) %", "higher", best_validation, 100)
-    gap = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
-    milliseconds = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
     shown = table(
-        "Every arm", Results(list(rows.values())), ["variant"], [validated, SA, RA, WORST, gap, GMACS, milliseconds],
+        "Every arm", Results(list(rows.values())), ["variant"], [VALIDATED, SA, RA, WORST, GAP, GMACS, MS],
         caption="Mean and standard deviation over seeds, where there are several.",
     )  # fmt: skip
     groups = {name: {q.title: point(row, q.value, 0) for q in (RA, WORST)} for name, row in rows.items()}
     figures = [Picture("bars", "pathway", "Every arm", with_heights(groups), {"ylabel": "robust accuracy (%)"})]
-    figures += [_against(rows, value, name, words) for value, name, words in COSTS]
-    notes, claims = [_gate_note(rows)], []
+    figures += [_by_cost(rows, each) for each in (GMACS, MS)]
+    notes, claims = [_gate_note(results)], []
     choice = chosen(results)
     if choice is not None:
         arm, plain = choice[0] + ", forgiving" * choice[1], against(results)
@@ -265,34 +260,40 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
             f"On validation images of the first seed, which the tests leave out, {arm} is the best routed arm and "
             f"{plain} the best way to train S-Dense."
         )
-    for value, _, words in COSTS:
-        points = {
-            name: (round(cost, 9), accuracy)  # a mean of equal costs is off by rounding
-            for name, row in rows.items()
-            if (cost := row.mean(value)) is not None and (accuracy := row.mean(WORST.value)) is not None
-        }
-        if points:
-            notes.append(f"Worst case against {words}: on the front are {'; '.join(front(points))}.")
-    return StudyFindings(tables=[shown], figures=figures, claims=claims, notes=notes)
+    for each in (GMACS, MS):
+        if points := _costs(rows, each):
+            notes.append(f"Worst case against {each.title}: on the front are {'; '.join(front(points))}.")
+    return StudyFindings(tables=[shown, *_strong(scale, results)], figures=figures, claims=claims, notes=notes)
 
 
-COSTS = ((of_cost("gmacs"), "pathway-gmacs", "GMACs"), (of_cost("ms_per_image"), "pathway-ms", "ms/image"))
+def _strong(scale: Scale, results: Results) -> list[dict[str, Any]]:
+    """The table of AutoAttack on the first seed's models, where any was attacked so."""
+    attacked = [row for row in results if any("autoattack" in run.measures for run in row.by_seed.values())]
+    if not attacked:
+        return []
+    return [table("Under AutoAttack, first seed", Results(attacked), ["variant"], [under_autoattack(scale)])]
 
 
-def _against(rows: Mapping[str, RowResults], value: Any, name: str, words: str) -> Picture:
+def _costs(rows: Mapping[str, RowResults], cost: Quantity) -> dict[str, tuple[float, float]]:
+    """What each arm costs and its worst case, where both are known. A mean of equal costs is off by rounding."""
+    return {
+        name: (round(each, 9), accuracy)
+        for name, row in rows.items()
+        if (each := row.mean(cost.value)) is not None and (accuracy := row.mean(WORST.value)) is not None
+    }
+
+
+def _by_cost(rows: Mapping[str, RowResults], cost: Quantity) -> Picture:
     """The worst case against a cost, a point for each arm."""
-    series = {}
-    for arm, row in rows.items():
-        cost, accuracy = row.mean(value), row.mean(WORST.value)
-        if cost is not None and accuracy is not None:
-            series[arm] = [{**point(row, WORST.value, cost), "x": cost}]
-    title = f"Worst case against {words}"
-    return Picture("lines", name, title, series, {"xlabel": words, "ylabel": "robust accuracy, worst case (%)"})
+    series = {name: [point(rows[name], WORST.value, at)] for name, (at, _) in _costs(rows, cost).items()}
+    labels = {"xlabel": cost.title, "ylabel": "robust accuracy, worst case (%)"}
+    return Picture("lines", f"pathway-{cost.key}", f"Worst case against {cost.title}", series, labels)
 
 
-def _gate_note(rows: Mapping[str, RowResults]) -> str:
-    """Whether capacity binds at this size."""
-    small, large = (rows[name].mean(WORST.value) if name in rows else None for name in (S_DENSE, DENSE))
+def _gate_note(results: Results) -> str:
+    """Whether capacity binds at this size, by the seed that the gate is run with."""
+    first = (results.one(variant=name) for name in (S_DENSE, DENSE))
+    small, large = (None if row is None else row.mean(WORST.value) for row in first)
     if small is None or large is None:
         return "The gate is not measured yet."
     opened = "is passed" if large - small >= GATE else "is not passed: capacity does not bind here"

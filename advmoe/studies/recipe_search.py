@@ -13,11 +13,11 @@ from advmoe.config import Config, merged
 from advmoe.report.pictures import Picture
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import MEASURED, measured, named
-from advmoe.studies.results import Results, best_validation, of_evaluation, outcomes, point
+from advmoe.studies.results import Results, best_validation, outcomes, point
 from advmoe.studies.rows import Row, Settings, TrainingRun
 from advmoe.studies.scales import Scale
 from advmoe.studies.study import Study, StudyFindings
-from advmoe.studies.tables import RA, SA, WORST, Quantity, table, with_heights
+from advmoe.studies.tables import GAP, RA, SA, VALIDATED, WORST, table, with_heights
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def _together(scale: Scale, results: Results) -> list[Row]:
 def _show(scale: Scale, results: Results) -> StudyFindings:
     routed = results.select(method="AdvMoE")
     scored = [(score, row) for row in routed if (score := row.mean(best_validation)) is not None]
-    validated = Quantity("val", "validation RA (worst of two) %", "higher", best_validation, 100)
-    gap = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
-    shown = table("Changes to the recipe", results, ["method", "variant"], [validated, RA, WORST, gap, SA])
+    shown = table("Changes to the recipe", results, ["method", "variant"], [VALIDATED, RA, WORST, GAP, SA])
     groups = {
         str(row.labels["variant"]) if row.labels["method"] == "AdvMoE" else named(row.labels): {
             each.title: point(row, each.value, 0) for each in (RA, WORST)

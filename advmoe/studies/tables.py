@@ -16,6 +16,7 @@ from advmoe.studies.results import (
     RunNumber,
     RunResults,
     accuracy_under,
+    best_validation,
     cell,
     of_cost,
     of_evaluation,
@@ -43,6 +44,9 @@ WORST = Quantity("worst", "RA worst case %", "higher", of_evaluation("worst_case
 SA = Quantity("sa", "SA %", "higher", of_evaluation("clean_accuracy"), 100, "sa")
 GMACS = Quantity("gmacs", "GMACs", "lower", of_cost("gmacs"), 1, "gmacs")
 MS = Quantity("ms", "ms/image", "lower", of_cost("ms_per_image"))
+GAP = Quantity("gap", "masking gap (points)", "lower", of_evaluation("masking_gap"), 100)
+VALIDATED = Quantity("val", "validation RA (worst of two) %", "higher", best_validation, 100)
+"""Of plain models under the one attack."""
 SECONDS = Quantity("seconds", "s/epoch", "lower", seconds_per_epoch)
 
 

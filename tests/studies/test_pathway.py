@@ -91,6 +91,14 @@ def test_the_best_is_chosen_on_validation_images_among_those_that_nobody_taught(
     assert names(FINALS(CPU, Results()))[:3] == [S_DENSE, TAUGHT, "AdvMoE"]
 
 
+def test_autoattack_is_shown_of_whom_it_was_run_on(row, evaluated):
+    strong = {"autoattack": evaluated("1" * 10, {"autoattack": "1" * 3 + "0" * 7})}
+    found = STUDIES["pathway"].show(CPU, Results([row({"variant": "fixed-top"}, {0: strong})]))
+    (line,) = found.tables[1]["rows"]
+    assert (line["variant"], line["ra_aa"]["mean"]) == ("fixed-top", pytest.approx(30))
+    assert found.tables[0]["rows"] == []
+
+
 def test_the_baseline_is_chosen_as_the_arm_is_and_may_cost_what_that_costs(row_of):
     rows = [row_of(S_DENSE, 0.3, 1), row_of(SMOOTHED, 0.32, 1), row_of(RESTARTED, 0.31, 1), row_of(LONGER, 0.4, 1)]
     assert against(Results([*rows, row_of("fixed-top", 0.5, 1)])) == SMOOTHED
@@ -111,14 +119,14 @@ def test_the_front():
 def test_what_is_said_of_the_gate_and_of_the_arm_that_is_best(row_of, dense, said):
     rows = [
         row_of(S_DENSE, 0.3, 4), row_of(DENSE, 0.3, dense), row_of("AdvMoE", 0.2, 9), row_of("fixed-top", 0.3, 8),
-        row_of(S_DENSE, 0.3, 4, seeds=6), row_of("fixed-top", 0.3, 8, seeds=6),
+        row_of(S_DENSE, 0.3, 3, seeds=6), row_of("fixed-top", 0.3, 8, seeds=6),
     ]  # fmt: skip
     found = STUDIES["pathway"].show(CPU, Results(rows))
     assert any(said in note for note in found.notes)
     (own, taught) = found.claims
-    assert [each["verdict"] for each in own["verdicts"]] == ["holds", "holds"]  # 8 of 10 against 4, over five seeds
+    assert [each["verdict"] for each in own["verdicts"]] == ["holds", "holds"]  # 8 of 10 against 3, over five seeds
     assert own["verdicts"][0]["numbers"][f"{S_DENSE} < fixed-top"]["seeds"] == [1, 2, 3, 4, 5]  # not the one that chose
     assert [each["verdict"] for each in taught["verdicts"]] == ["undecided", "undecided"]  # not trained
-    (shown,) = found.tables
+    (shown,) = found.tables  # and no other, as nobody ran AutoAttack
     assert [(line["variant"], line["worst"]["n"]) for line in shown["rows"]][:2] == [(S_DENSE, 6), (DENSE, 1)]
     assert any("against GMACs" in note and note.endswith("AdvMoE.") for note in found.notes)
