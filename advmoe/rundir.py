@@ -159,14 +159,12 @@ def put_away(folder: Path) -> int:
     """
     if (digest := digest_at(folder)) is not None:
         write_text(folder / PUT_AWAY, json.dumps({DIGEST: digest}) + "\n")
-    dropped = [folder / WEIGHTS, *(each for name in (LAST, BEST) for each in folder.glob(f"{name}*"))]
-    files = [file for path in dropped for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
-    freed = sum(file.stat().st_size for file in files)
-    for path in dropped:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    checkpoints = [folder / f"{name}{which}" for name in (LAST, BEST) for which in ("", "-previous")]
+    files = [folder / WEIGHTS, *(file for path in checkpoints for file in path.rglob("*"))]
+    freed = sum(file.stat().st_size for file in files if file.is_file())
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    for path in checkpoints:
+        shutil.rmtree(path, ignore_errors=True)
     return freed
 
 

@@ -389,10 +389,16 @@ def test_a_run_whose_weights_are_put_away_keeps_the_rest(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"1234")
     (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "best-of-all.txt").write_text("the user's")
     size, known = (tmp_path / "model.safetensors").stat().st_size, digest_at(tmp_path)
     assert not is_put_away(tmp_path)
     assert put_away(tmp_path) == size + 3 * 4 and is_put_away(tmp_path)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["manifest.json", "model.json", "put-away.json"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "best-of-all.txt",
+        "manifest.json",
+        "model.json",
+        "put-away.json",
+    ]
     assert json.loads((tmp_path / "put-away.json").read_text()) == {"model_sha256": known}
     assert put_away(tmp_path) == 0 and json.loads((tmp_path / "put-away.json").read_text()) == {"model_sha256": known}
     save_model(model, tmp_path)  # trained again
