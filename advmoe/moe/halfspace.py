@@ -31,7 +31,7 @@ class HalfspaceRouter(nn.Module):
     """[0, 1] pixels, not normalised -> scores (N, 2) for each of the L layers, from B bits.
 
     Layer l takes expert 1 where bit floor(l B / L) is set: with two bits the first drives the first half of the layers,
-    the second the others. There are no more bits than layers. At the threshold itself a bit is not set.
+    the second the others. Of more bits than layers the last are kept. At the threshold itself a bit is not set.
 
     Args:
         weight: of each cell's mean, (B, C, G, G). learnt: whether it and the thresholds are parameters.
@@ -46,7 +46,7 @@ class HalfspaceRouter(nn.Module):
         super().__init__()
         if num_experts != 2:
             raise InputError(f"model.num_experts must be 2 for a router that chooses by bits, got {num_experts!r}")
-        weight = weight[:num_layers]
+        weight = weight[-num_layers:]
         self.num_layers, self.learnt = num_layers, learnt
         threshold = weight.flatten(1).sum(1) / 2  # of an image of middle grey
         threshold[_empty(weight)] = 1.0

@@ -40,6 +40,8 @@ def test_late_layers_alone_may_be_routed():
     chosen = [scores.argmax(1).tolist() for scores in router(torch.cat([dark, bright]))]
     assert chosen == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
     assert all(scores.isfinite().all() for scores in router(bright))
+    only = fixed_router(3, 8, 1, 2, form="late")
+    assert [scores.argmax(1).tolist() for scores in only(torch.cat([dark, bright]))] == [[0, 1]]
     assert router.radii(bright, "linf")[0, 0] > 1e6 and router.radii(bright, "linf")[0, 1] == pytest.approx(1.0)
 
 
