@@ -48,94 +48,120 @@ def fit(
     checkpoint of the one before it; when a phase is over, `last` holds the start of the next. Raises `Stopped` where
     `requests` say so, once the run is saved.
     """
-    requests = requests or Requests()
-    fabric, t, plan = run.fabric, run.config.training, phases(run.config)
-    phase, trainer, progress = _begin(run, plan, run_dir, board)
-    epochs, iterations = plan[-1].end, len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
-    if resumption is not None and progress["epoch"] < epochs:
-        if fabric.is_global_zero and (progress["epoch"] or ITERATIONS in progress):
+    course = _Course(run, run_dir, board, requests or Requests())
+    if resumption is not None and course.left:
+        if course.writes and course.begun:
             _tell_differences(manifest, resumption)
         manifest = manifests.noted(manifest, resumption)
-        if fabric.is_global_zero:
+        if course.writes:
             manifests.write(run_dir, manifest)
-    before, resumed_at, done = progress["wall_seconds"], progress["epoch"], progress.get(ITERATIONS, 0)
-    earlier = progress.get("epoch_seconds", 0.0)  # of an epoch that was begun before
-    whole = bar("train", epochs * iterations, unit="it", done=resumed_at * iterations + done)
-    with whole as progress_bar, requests.listening():
-        for epoch in range(progress["epoch"], epochs):
-            started = time.perf_counter()
-            progress_bar.set_description(f"{f'{phase.name}, ' if phase.name else ''}epoch {epoch + 1}/{epochs}")
-            trainer.after_iteration = partial(_heed, requests, trainer, run_dir, progress, started - earlier)
-            with _named(phase):
-                trainer.train_epoch(epoch - phase.first, progress_bar)
-            seconds, earlier = time.perf_counter() - started + earlier, 0.0
-            with _named(phase), shown(fabric.is_global_zero, delay=BRIEF):
-                measured = _measured(trainer, epoch)
-            line = _epoch_line(trainer, phase, epoch, seconds, iterations, measured)
-            score = _score(t.method, measured)
-            best = progress["best"]
-            better = best is None or score is None or score >= best["score"]
-            progress = {
-                "epoch": epoch + 1,
-                "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
-                "wall_seconds": progress["wall_seconds"] + time.perf_counter() - started,
-            }
-            if fabric.is_global_zero:
-                _log(trainer, run_dir, line, board)
-                pace = (progress["wall_seconds"] - before) / (epoch + 1 - resumed_at)
-                _tell_epoch(line, epochs=epochs, best=better, left=pace * (epochs - epoch - 1))
-                if better:
-                    _keep_best(trainer, run_dir, progress)
-            if epoch + 1 == phase.end < epochs:
-                _leave_with_best(phase, trainer, run, run_dir)
-                phase = phase_at(plan, epoch + 1)
-                trainer = enter(phase, run)
-                progress["best"] = None
-            if fabric.is_global_zero:
-                requests.hear(line)  # before the checkpoint: an epoch that is done again is heard of again
-                checkpoints.save(run_dir / LAST, trainer.state(progress))
-            fabric.barrier()
-            if epoch + 1 < epochs and (reason := requests.agreed(fabric)[1]) is not None:
-                raise Stopped(reason, f"after epoch {epoch + 1} of {epochs}")
-    if fabric.is_global_zero:
-        _finish(trainer, run_dir, manifest, progress)
-        print(summary(progress, epochs=epochs, steps=t.val_attack_steps), flush=True)
+    course.follow()
+    if course.writes:
+        _finish(course.trainer, run_dir, manifest, course.progress)
+        print(summary(course.progress, epochs=course.epochs, steps=run.config.training.val_attack_steps), flush=True)
 
 
-def _leave_with_best(phase: Phase, trainer: Trainer, run: Trainer, run_dir: Path) -> None:
-    """End a phase: the whole run's model goes on from the phase's best checkpoint."""
-    run.fabric.barrier()
-    best = checkpoints.load_latest(run_dir / BEST) or checkpoints.load(run_dir / BEST)
-    leave(phase, trainer, run, best.weights)
+class _Course:
+    """A run on its way: its phase, the phase's trainer, and how far it is.
 
+    `progress` is what a checkpoint holds: the `epoch`s that are done, the `best` one, `wall_seconds` and, within an
+    epoch, `epoch_seconds` and the iterations that are done.
+    """
 
-def _heed(
-    requests: Requests,
-    trainer: Trainer,
-    run_dir: Path,
-    progress: dict[str, Any],
-    started: float,
-    done: int,
-    generator: torch.Generator,
-) -> None:
-    """Save a run within an epoch of which `done` iterations are done, and stop it, where `requests` ask for that."""
-    fabric = trainer.fabric
-    if fabric.world_size > 1 and fabric.device.type == "cuda" and done % LOOK_EVERY:
-        return  # to agree, every GPU would have to catch up
-    save, reason = requests.agreed(fabric)
-    if not save:
-        return
-    trainer.require_finite()
-    midway = Midway.now(trainer, done, generator)
-    if trainer.fabric.is_global_zero:
-        seconds = time.perf_counter() - started
-        spent = progress["wall_seconds"] + seconds - progress.get("epoch_seconds", 0.0)
-        now = progress | {ITERATIONS: done, "epoch_seconds": seconds, "wall_seconds": spent}
-        state = trainer.state(now)
-        checkpoints.save(run_dir / LAST, replace(state, more=state.more | midway.tensors()))
-    trainer.fabric.barrier()
-    if reason is not None:
-        raise Stopped(reason, f"within epoch {progress['epoch'] + 1}, after {done} of its iterations")
+    def __init__(self, run: Trainer, run_dir: Path, board: Board | None, requests: Requests) -> None:
+        t = run.config.training
+        self.run, self.run_dir, self.board, self.requests = run, run_dir, board, requests
+        self.plan = phases(run.config)
+        self.epochs = self.plan[-1].end
+        self.iterations = len(batches(len(run.train_set), t.batch_size, seed=t.seed, epoch=0))
+        self.writes = run.fabric.is_global_zero
+        self.phase, self.trainer, self.progress = _begin(run, self.plan, run_dir, board)
+        self.resumed_at, self.wall_seconds = self.progress["epoch"], self.progress["wall_seconds"]
+        self.earlier = self.progress.get("epoch_seconds", 0.0)
+        """Seconds that were spent before on the epoch under way."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether any iteration is done."""
+        return bool(self.progress["epoch"] or ITERATIONS in self.progress)
+
+    @property
+    def left(self) -> int:
+        """Epochs that are not done."""
+        return self.epochs - int(self.progress["epoch"])
+
+    def follow(self) -> None:
+        """Train every epoch that is left. Raises `Stopped` where the requests say so."""
+        done = self.resumed_at * self.iterations + self.progress.get(ITERATIONS, 0)
+        whole = bar("train", self.epochs * self.iterations, unit="it", done=done)
+        with whole as progress_bar, self.requests.listening():
+            while self.left:
+                name = f"{self.phase.name}, " if self.phase.name else ""
+                progress_bar.set_description(f"{name}epoch {self.progress['epoch'] + 1}/{self.epochs}")
+                line = self._train(progress_bar)
+                self._turn()
+                if self.writes:
+                    self.requests.hear(line)  # before the checkpoint: an epoch that is done again is heard of again
+                    checkpoints.save(self.run_dir / LAST, self.trainer.state(self.progress))
+                self.run.fabric.barrier()
+                if self.left and (reason := self.requests.agreed(self.run.fabric)[1]) is not None:
+                    raise Stopped(reason, f"after epoch {self.progress['epoch']} of {self.epochs}")
+
+    def _train(self, progress_bar: Any) -> dict[str, Any]:
+        """Train the next epoch, validate, log, and keep the weights where they are the best. Returns the log's line."""
+        epoch, trainer, phase, started = self.progress["epoch"], self.trainer, self.phase, time.perf_counter()
+        trainer.after_iteration = partial(self._heed, started - self.earlier)
+        with _named(phase):
+            trainer.train_epoch(epoch - phase.first, progress_bar)
+        seconds, self.earlier = time.perf_counter() - started + self.earlier, 0.0
+        with _named(phase), shown(self.writes, delay=BRIEF):
+            measured = _measured(trainer, epoch)
+        line = _epoch_line(trainer, phase, epoch, seconds, self.iterations, measured)
+        score, best = _score(trainer.config.training.method, measured), self.progress["best"]
+        better = best is None or score is None or score >= best["score"]
+        self.progress = {
+            "epoch": epoch + 1,
+            "best": {"epoch": epoch + 1, "score": score, "val": measured} if better else best,
+            "wall_seconds": self.progress["wall_seconds"] + time.perf_counter() - started,
+        }
+        if self.writes:
+            _log(trainer, self.run_dir, line, self.board)
+            pace = (self.progress["wall_seconds"] - self.wall_seconds) / (epoch + 1 - self.resumed_at)
+            _tell_epoch(line, epochs=self.epochs, best=better, left=pace * self.left)
+            if better:
+                _keep_best(trainer, self.run_dir, self.progress)
+        return line
+
+    def _turn(self) -> None:
+        """Enter the next phase where this one is over: the whole run's model goes on from the best of this one."""
+        if self.progress["epoch"] != self.phase.end or not self.left:
+            return
+        self.run.fabric.barrier()
+        best = checkpoints.load_latest(self.run_dir / BEST) or checkpoints.load(self.run_dir / BEST)
+        leave(self.phase, self.trainer, self.run, best.weights)
+        self.phase = phase_at(self.plan, self.progress["epoch"])
+        self.trainer = enter(self.phase, self.run)
+        self.progress["best"] = None
+
+    def _heed(self, started: float, done: int, generator: torch.Generator) -> None:
+        """Save the run within an epoch of which `done` iterations are done, and stop it, where the requests ask it."""
+        trainer, fabric = self.trainer, self.run.fabric
+        if fabric.world_size > 1 and fabric.device.type == "cuda" and done % LOOK_EVERY:
+            return  # to agree, every GPU would have to catch up
+        save, reason = self.requests.agreed(fabric)
+        if not save:
+            return
+        trainer.require_finite()
+        midway = Midway.now(trainer, done, generator)
+        if self.writes:
+            seconds = time.perf_counter() - started
+            spent = self.progress["wall_seconds"] + seconds - self.progress.get("epoch_seconds", 0.0)
+            now = self.progress | {ITERATIONS: done, "epoch_seconds": seconds, "wall_seconds": spent}
+            state = trainer.state(now)
+            checkpoints.save(self.run_dir / LAST, replace(state, more=state.more | midway.tensors()))
+        fabric.barrier()
+        if reason is not None:
+            raise Stopped(reason, f"within epoch {self.progress['epoch'] + 1}, after {done} of its iterations")
 
 
 def _tell_differences(manifest: dict[str, Any], resumption: dict[str, Any]) -> None:
