@@ -114,14 +114,14 @@ def _entry(args: dict[str, Any]) -> int:
             raise InputError(f"zoo entry must get --{option} (see advmoe zoo --help), got none")
     overrides = config_fields(args)
     Config.from_dict(overrides)
-    from advmoe.zoo.entry import make_entry
+    from advmoe.zoo.entry import Label, make_entry
 
     out = Path(args.get("out", "zoo"))
-    entry, folder = make_entry(
-        args["what"], name=args["name"], title=args["title"], licence=args["licence"], data=args["of"],
-        url=args.get("url"), hardware=args.get("hardware"), out=out, overrides=overrides,
-        evaluations=split_words(args.get("evaluations", "")),
-    )  # fmt: skip
+    label = Label(
+        args["name"], args["title"], args["licence"], args["of"], url=args.get("url"), hardware=args.get("hardware")
+    )
+    evaluations = split_words(args.get("evaluations", ""))
+    entry, folder = make_entry(args["what"], label, evaluations=evaluations, out=out, overrides=overrides)
     print("\n".join(lines([entry])))
     print(f"written to {folder} and {out / INDEX}")
     print(f"next  {PLACE}={shlex.quote(str(out))} {to_run('zoo', 'show', entry.name)}")

@@ -109,15 +109,28 @@ def rounded(model: Classifier) -> tuple[Classifier, dict[str, Tensor]]:
     return small, state
 
 
+@dataclass(frozen=True)
+class Label:
+    """What an entry says of a model that no file of a run does."""
+
+    name: str
+    """In the zoo: small letters, digits and hyphens."""
+    title: str
+    """What the model is, in words."""
+    licence: str
+    """Of the weights, as `apache-2.0`."""
+    data: str
+    """What the test images are, in words."""
+    url: str | None = None
+    """The address of the folder where the files are to lie; by default they are read from the zoo."""
+    hardware: str | None = None
+    """On what the evaluations' `ms_per_image` was taken; without it the time is left out."""
+
+
 def make_entry(
     run: str | Path,
+    label: Label,
     *,
-    name: str,
-    title: str,
-    licence: str,
-    data: str,
-    url: str | None = None,
-    hardware: str | None = None,
     evaluations: Sequence[str | Path] = (),
     out: str | Path = "zoo",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -125,10 +138,7 @@ def make_entry(
     """Put a run's model into the zoo `out`, new or existing, and return its entry and its folder there.
 
     Args:
-        name: in the zoo: small letters, digits and hyphens; an entry of that name is replaced. title: what it is, in
-            words. licence: of the weights, as `apache-2.0`. data: what the test images are, in words.
-        url: the address of the folder where its files are to lie; by default they are read from the zoo.
-        hardware: on what the evaluations' `ms_per_image` was taken; without it the time is left out.
+        label: with the name; an entry of that name is replaced.
         evaluations: folders of evaluations of this run (`advmoe evaluate --out`); by default the run.
         overrides: fields that replace those of the run's configuration: where the test images lie.
 
@@ -143,34 +153,41 @@ def make_entry(
     if record.config is None:
         raise InputError(f"a run directory must hold {CONFIG}, got {str(run)!r}")
     measured = [Evaluated.read(Path(each), digest_at(run)) for each in evaluations or [run]]
-    told = {
-        "title": title, "url": url or name, "licence": licence, "data": data, "architecture": model.spec["name"],
-        "kind": model.spec["kind"], "method": record.config.training.method,
-        **numbers([each.result for each in measured], hardware),
-    }  # fmt: skip
+    results = [each.result for each in measured]
+    known = numbers(results, label.hardware)
     subject = open_subject(run, overrides=overrides, accelerator="cpu", writes=False)
     small, state = rounded(model)
     small.spec.setdefault("classes", list(subject.classes))
     agreements = [_agreement(small, subject, each) for each in measured]
-    told["agreement"] = max(agreements, key=lambda each: each["images"])
-    told["model_sha256"] = digest(small)
+    told = {
+        "title": label.title, "url": label.url or label.name, "licence": label.licence, "data": label.data,
+        "architecture": model.spec["name"], "kind": model.spec["kind"], "method": record.config.training.method,
+        **known, "agreement": max(agreements, key=lambda each: each["images"]), "model_sha256": digest(small),
+    }  # fmt: skip
+    shown = replace(record, evaluation=_strongest(results), note=None)
+    texts = {
+        CONFIG: record.texts[CONFIG], MODEL: json.dumps(small.spec, indent=2) + "\n",
+        "README.md": model_card(small.spec, shown, name=label.name, license=label.licence),
+    }  # fmt: skip
+    return _write(out, label.name, told, texts, state), out / label.name
+
+
+def _write(out: Path, name: str, told: dict[str, Any], texts: Mapping[str, str], state: Mapping[str, Tensor]) -> Entry:
+    """Write an entry's files and weights into the zoo `out`, and its line of the index last."""
     index = read_object(out / INDEX) if (out / INDEX).is_file() else {"models": {}}
     if not isinstance(index.get("models"), dict):
         raise InputError(f"{out / INDEX} must hold an object `models`, got {show(index.get('models'))}")
     Entry.of(name, told | {"files": dict.fromkeys(FILES, "0" * 64)}, out)
-    require_writable("--out", out / name)
-
     folder = out / name
+    require_writable("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, record.texts[CONFIG])
-    write_text(folder / MODEL, json.dumps(small.spec, indent=2) + "\n")
+    for file, text in texts.items():
+        write_text(folder / file, text)
     write_whole(folder / WEIGHTS, lambda path: write_tensors(path, savable(state), {DIGEST: told["model_sha256"]}))
-    shown = replace(record, evaluation=_strongest([each.result for each in measured]), note=None)
-    write_text(folder / "README.md", model_card(small.spec, shown, name=name, license=licence))
-    told["files"] = {file: checksum(folder / file) for file in FILES}
+    told = told | {"files": {file: checksum(folder / file) for file in FILES}}
     index["models"][name] = told
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
-    return Entry.of(name, told, out), folder
+    return Entry.of(name, told, out)
 
 
 def _agreement(model: Classifier, subject: Subject, evaluated: Evaluated) -> dict[str, int]:
