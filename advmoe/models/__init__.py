@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,28 +107,14 @@ def create_model(
         raise InputError(f"model.route_per must be {rule}, got {route_per!r}")
     if kind == "sparse" and entry.tokens:
         raise InputError(f"model.name must be a CNN when model.kind is sparse, got {name!r}")
-    mean = [0.5] * in_channels if mean is None else list(mean)
-    std = [0.25] * in_channels if std is None else list(std)
-    if len(mean) != in_channels or len(std) != in_channels:
-        raise InputError(f"mean and std must have in_channels={in_channels} entries, got {mean!r} and {std!r}")
-    if not all(map(math.isfinite, mean)):
-        raise InputError(f"mean must be finite in every channel, got {show(mean)}")
-    if not 0 < min(std) <= max(std) < math.inf:
-        raise InputError(f"std must be > 0 in every channel, got {show(std)}")
+    mean, std = _pixel_statistics(in_channels, mean, std)
     layers = LayerFactory(config, most_parameters)
     config.width = wide = config.width or entry.width
     build = partial(entry.build, width=wide, in_channels=in_channels, num_classes=num_classes, input_size=input_size)
-    try:
-        if wide > 256 or num_experts > 16:  # tried without memory first: it may be more than there is
-            with torch.device("meta"), Undrawn():
-                build(LayerFactory(config, most_parameters))
-        backbone = build(layers)
-        if kind == "sparse":
-            backbone = SparseBackbone(backbone, scale)
-    except TooNarrow as error:
+    if wide > 256 or num_experts > 16:  # tried without memory first: it may be more than there is
         with torch.device("meta"), Undrawn():
-            dense = build(LayerFactory(replace(config, kind="dense")))
-        raise TooNarrow(scale, error.channels, _layer_of(dense, error.channels)) from None
+            _build(build, config, LayerFactory(config, most_parameters))
+    backbone = _build(build, config, layers)
     image_router = None
     if kind == "moe" and (build_router := ROUTERS[router].build) is not None:
         pool = getattr(backbone, "router_pool", 1)
@@ -138,6 +124,31 @@ def create_model(
     spec = {**config.backbone(), "num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     spec |= {"mean": mean, "std": std, **labels(num_classes, classes, cut)}
     return Classifier(Normalize(mean, std), backbone, image_router, spec)
+
+
+def _pixel_statistics(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    mean = [0.5] * channels if mean is None else list(mean)
+    std = [0.25] * channels if std is None else list(std)
+    if len(mean) != channels or len(std) != channels:
+        raise InputError(f"mean and std must have in_channels={channels} entries, got {mean!r} and {std!r}")
+    if not all(map(math.isfinite, mean)):
+        raise InputError(f"mean must be finite in every channel, got {show(mean)}")
+    if not 0 < min(std) <= max(std) < math.inf:
+        raise InputError(f"std must be > 0 in every channel, got {show(std)}")
+    return mean, std
+
+
+def _build(build: Callable[[LayerFactory], nn.Module], config: ModelConfig, layers: LayerFactory) -> nn.Module:
+    """The backbone that `build` makes of `layers`. Raises `TooNarrow`, which names the layer."""
+    try:
+        backbone = build(layers)
+        return SparseBackbone(backbone, config.scale) if config.kind == "sparse" else backbone
+    except TooNarrow as error:
+        with torch.device("meta"), Undrawn():
+            dense = build(LayerFactory(replace(config, kind="dense")))
+        raise TooNarrow(config.scale, error.channels, _layer_of(dense, error.channels)) from None
 
 
 def labels(num_classes: int, classes: Sequence[str] | None, cut: str | None) -> dict[str, Any]:
