@@ -36,6 +36,16 @@ class PlannedRun:
         return tuple(each for each in (self.start, self.teacher) if each is not None)
 
     @property
+    def lineage(self) -> tuple[PlannedRun, ...]:
+        """The run, what it starts from, what that starts from, and so on."""
+        return (self, *(() if self.start is None else self.start.lineage))
+
+    @property
+    def standard(self) -> bool:
+        """Whether it is trained without attacks."""
+        return bool(self.config["training"]["method"] == "standard")
+
+    @property
     def id(self) -> str:
         """Its task's name."""
         return self.key

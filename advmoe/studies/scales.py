@@ -95,6 +95,9 @@ class Scale:
     """How `cost` measures time."""
     paced: Mapping[str, Any]
     """How `pace` measures the time of training."""
+    standard_longer: int = 1
+    """How many times the epochs of others a standard model is trained for: one that is robust by itself, as all are at
+    first, is not what the paper compares with. Its epochs take a fraction of the time."""
     overrides: Settings = field(default_factory=dict)
     """Fields that the user sets for all runs."""
 
@@ -137,6 +140,9 @@ class Scale:
             more = merged(more, {"training": {"frozen_norms": statistics}})
         usual = merged(self.base, data.settings, net.settings, how.settings, more)
         settings = merged(usual, self.overrides)
+        if how.settings["training"]["method"] == "standard":
+            longer = self.standard_longer * settings["training"]["epochs"]
+            settings = merged(settings, {"training": {"epochs": longer}})
         elsewhere = other_folder(usual, settings)
         comparable = elsewhere is None and same_threat(usual, settings)
         name = [method, *(in_name(label, value) for label, value in labels.items())]
@@ -247,6 +253,7 @@ _SMOKE = Scale(
 _CPU = Scale(
     name="cpu",
     seeds=5,
+    standard_longer=6,
     base={
         "model": {"scale": 0.5, "num_experts": 2, "router": "layer", "experts_init": "shared"},
         "threat": {"norm": "linf", "eps": "8/255"},

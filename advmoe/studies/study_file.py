@@ -118,10 +118,14 @@ def of_size(rows: Iterable[PlannedRow]) -> str:
     rows = list(rows)
     configs = [run.config for row in rows for run in row.runs.values()]
     attacked = [each for each in configs if each["training"]["method"] != "standard"]
+    usual = {field_of(each, "training", "epochs") for each in attacked or configs}
+    standard = [run.config for row in rows for each in row.runs.values() for run in each.lineage if run.standard]
+    longer = [each for each in standard if field_of(each, "training", "epochs") not in usual]
     partial = [each for each in configs if each["model"]["kind"] != "dense"]
     routed = [each for each in configs if each["model"]["kind"] == "moe"]
     trained = [
-        *_told(configs, "training", "epochs", "{} epochs"),
+        *_told(attacked or configs, "training", "epochs", "{} epochs"),
+        *_told(longer, "training", "epochs", "{} without attacks"),
         *_told(configs, "data", "train_examples", "{:,} training images", "all training images"),
         *_told(configs, "threat", "norm", "{}"),
         *_told(configs, "threat", "eps", "eps {}"),

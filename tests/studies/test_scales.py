@@ -134,6 +134,17 @@ def test_what_the_user_sets_holds_for_every_run():
         assert each.settings["data"]["image_size"] == 8 and each.settings["data"]["name"] == "digits"
 
 
+def test_a_standard_model_is_trained_longer_where_epochs_are_few():
+    scale = replace(scale_named("cpu"), overrides={"training": {"epochs": 2}})
+    robust = scale.run("router-robustified MoE")
+    assert robust.settings["training"]["epochs"] == 2 and robust.start.settings["training"]["epochs"] == 12
+    assert scale.run("standard Dense").settings["training"]["epochs"] == 12
+    paper = scale_named("paper")
+    assert (
+        paper.run("standard MoE").settings["training"]["epochs"] == paper.run("AT (MoE)").settings["training"]["epochs"]
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_measured_fits_the_model(name):
     scale = scale_named(name)

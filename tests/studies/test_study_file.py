@@ -28,6 +28,12 @@ def test_numbers_of_images(tiny_run, planner, number, images):
     assert size == f"1 epoch, {images}, linf, eps 0.1; PGD of 2 steps"
 
 
+def test_a_longer_standard_training_is_told_where_another_run_starts_from_it(tiny_run, planner):
+    first = tiny_run("standard", training={"method": "standard", "epochs": 6})
+    then = tiny_run("robust", start=first, training={"method": "at", "attack_steps": 3})
+    assert of_size(planner.rows([Row(then, {})])).startswith("1 epoch, 6 without attacks, ")
+
+
 def test_nothing_is_told_of_nothing():
     assert of_size([]) == "" and shared([]) == {}
 
