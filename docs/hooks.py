@@ -33,6 +33,7 @@ def commands() -> str:
         "| 1 | training diverged, an exported file differs, a checked folder is unsound, a part of a study failed |\n"
         "| 2 | a mistake in the input, told in one line; nothing was created |\n"
         "| 3 | the machine failed: one line tells what is kept and how to go on |\n"
+        "| 85 | training stopped as asked and saved itself; `--resume` goes on |\n"
         "| 129, 130, 143 | ended by SIGHUP, Ctrl-C, SIGTERM |\n| 141 | nobody reads the output any more |",
         f"```text\n{_overview()}```",
     ]

@@ -94,10 +94,13 @@ def new_parser(description: str) -> Parser:
     return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, formatter_class=_Help)
 
 
-def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
+ANY_PGD = "pgd-50, pgd-50-soft, pgd-50-margin"
+
+
+def measuring_parser(description: str, threads: str = USUAL_THREADS, *, attacks: str | None = "") -> Parser:
     """A parser with the options of all commands that attack a run, or a classifier of the user's own.
 
-    `threads`: see `add_engine`.
+    `threads`: see `add_engine`. `attacks`: the help of `--attacks`, by default what names any; None without it.
     """
     parser = new_parser(description)
     add = parser.add_argument
@@ -105,12 +108,12 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS) -> Parser:
     add("--weights", metavar="FILE", help="safetensors for FILE.py:FACTORY")
     add("--model", dest="source", metavar="FILE.py:FACTORY", help="the network of your own that RUN trained; executed")
     add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
-    add(
-        "--attacks", metavar="NAME,...",
-        help="pgd-50, pgd-50-soft, pgd-50-margin, autoattack, autoattack-plus, autoattack-rand, "
-        f"autoattack:apgd-ce+square, restarts, routed{_added_attacks()} (default: PGD, and through soft routing or, of "
-        "a plain model, on the margin)",
-    )  # fmt: skip
+    if attacks is not None:
+        every = (
+            f"{ANY_PGD}, autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square, restarts, routed"
+            f"{_added_attacks()} (default: PGD, and through soft routing or, of a plain model, on the margin)"
+        )
+        add("--attacks", metavar="NAME,...", help=attacks or every)
     add("--num-examples", metavar="N", help="test images, drawn by --seed (default: all)")
     add("--batch-size", metavar="B", help="images attacked at once, which share random draws (default: 250)")
     add("--seed", metavar="SEED", help="of the images drawn and the attacks' random draws (default: the run's)")

@@ -9,7 +9,7 @@ from advmoe.cli.arguments import Parser, drawing, measuring_parser, radii, targe
 
 def parser() -> Parser:
     """The command's options."""
-    parser = measuring_parser("Prove within which radii a routed run keeps its choices of experts.")
+    parser = measuring_parser("Prove within which radii a routed run keeps its choices of experts.", attacks=None)
     parser.add_argument("--radii", metavar="E,E,...", help="radii (default: 2/255,4/255,8/255)")
     parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
     return parser

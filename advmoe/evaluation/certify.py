@@ -27,7 +27,7 @@ from advmoe.pool import threads_set
 from advmoe.progress import tracked
 from advmoe.rundir import CERTIFICATION, write_result
 from advmoe.seeding import generator_for
-from advmoe.text import by_layer, listing, percent, radius, tabular, wrapped
+from advmoe.text import by_layer, listing, percent, radius, show, tabular, wrapped
 from advmoe.threat import ThreatModel
 
 RADII = (2 / 255, 4 / 255, 8 / 255)
@@ -51,7 +51,11 @@ def certify_run(
     `points` the share of images by the number of `pathways` within reach. Raises `InputError` for a model without MoE
     layers and whatever else cannot be used.
     """
-    subject = open_subject(target, options := options_of(options, keywords))
+    options = options_of(options, keywords)
+    if options.attacks is not None:
+        rule = "left out: choices are attacked with the steps and restarts of `attack`"
+        raise InputError(f"attacks to certify must be {rule}, got {show(options.attacks)}")
+    subject = open_subject(target, options)
     attacked = subject.routed_under_pgd("certify")
     threats = [ThreatModel(subject.threat.norm, float(eps)) for eps in sorted(set(epsilons))]
     if not threats:

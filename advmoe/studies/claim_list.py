@@ -123,6 +123,8 @@ def _judgement(claim: PaperClaim, run: str, verdict: Mapping[str, Any]) -> Judge
     result, found = _anew({**verdict, "numbers": kept}), [text for each in compared if (text := _means(each))]
     if isinstance(cost := kept.get("price"), float | int):
         found.insert(0, _time(cost))
+    if isinstance(cost, float | int) and cost > PRICE:
+        return Judgement(run, measure, "; ".join(found), f"does not hold (takes more than {PRICE} of the time)", "")
     seeds = min((len(each["seeds"]) for each in compared if "seeds" in each), default=0)
     these = result["these_models"]
     images = "" if these is None else _words(these, _count(max(each["images"] for each in compared), "image"))
@@ -283,8 +285,10 @@ def _count(number: int, noun: str) -> str:
 
 _RULE = (
     f"A verdict speaks of trained models: an exact sign-flip test over seeds at {100 * LEVEL:g}%, which fewer than "
-    f"{ENOUGH_SEEDS} seeds cannot pass. Beside it, under a name of its own, stands what the images of these very "
-    "models say, which says nothing of training again. Losing nothing is a test of non-inferiority with a margin of "
+    f"{ENOUGH_SEEDS} seeds cannot pass. It is one-sided, made in both directions, and not corrected for the number of "
+    f"claims: with {ENOUGH_SEEDS} seeds one in {2 ** (ENOUGH_SEEDS - 1)} is decided by chance where nothing differs. "
+    "Beside it, under a name of its own, stands what the images of these very models say, which says nothing of "
+    "training again. Losing nothing is a test of non-inferiority with a margin of "
     f"{100 * MARGIN:g} point. Not judged is what was run, but stored without the numbers that the test needs."
 )
 
@@ -306,7 +310,8 @@ def as_page(listed: Iterable[tuple[PaperClaim, Sequence[Judgement]]], studies: M
     lines = [
         "# Claims", "", "Every claim of the paper, where it stands, and what the stored studies say of it. Written by",
         "`advmoe study claims --page docs/results/claims.md`; none of it is written by hand.", "", _RULE,
-        "Of two means the first ought to be the smaller.", "",
+        "Of two means the first ought to be the smaller, or larger by less than a point where the claim is to lose at",
+        "most a point.", "",
         "| claim | where | study | measure | means | trained models, over seeds | these models, over images |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
