@@ -83,7 +83,7 @@ def test_where_no_bounds_are_known_the_reason_is_told(folder):
 
 def test_no_radii_and_plain_models_are_refused(folder):
     run = folder / "resnet18-fixed-top" if (folder / "resnet18-fixed-top").exists() else trained(folder, "fixed-top")
-    with pytest.raises(ValueError, match="attacks to certify must be left out: .*got"):
+    with pytest.raises(ValueError, match=r"attacks to certify must be left out: .*got"):
         certify_run(folder / "resnet18-fixed-top", attacks=["pgd-5"])
     with pytest.raises(ValueError, match="radii must hold at least one, got none"):
         certify_run(run, epsilons=[])
