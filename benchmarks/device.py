@@ -7,15 +7,17 @@ The first makes 10,000 + 2,000 raw images (37 MB) of an archive of class folders
 torch, numpy, pillow, scikit-learn, safetensors, tqdm, PyYAML, pytest and `lightning_fabric` (which `pytorch_lightning`
 contains), and no network. `--smoke` runs all of it, tiny, on a CPU.
 
-Each phase has a cap in seconds; what it measured until then is kept, and a phase that fails says so in its line.
+Each phase is a process of its own, as a GPU that failed once fails until the process ends, and has a cap in seconds;
+what it measured until then is kept, and a phase that fails says so in its line.
 
 `about`    versions, commit, hardware; the ceilings: bytes per second of a copy, operations per second of a product
+`steps`    a training step of S-Dense, AdvMoE and AT (MoE) by each way to compute its experts: ms, kernels launched,
+           the share of the time in which one ran, the losses that ways have to agree in; beside what was predicted
+`compiled` the same of AdvMoE and S-Dense, compiled
 `tests`    the tests of every path on a GPU, `pytest -m gpu`
-`steps`    a training step of S-Dense, AT (MoE) and AdvMoE by each way to compute its experts: ms, kernels launched,
-           the share of the time in which one ran; beside what was predicted
-`compiled` the same of S-Dense and AdvMoE, compiled
 `layers`   a routed convolution by each way to compute it, against one expert's convolution of all images
 `plans`    what a group's size costs cuDNN: sizes that differ from call to call, and the same padded to 16s
+`larger`   `steps` at batch 512
 `training` the longest training of AdvMoE on the images that the time left allows, and PGD on it
 """
 
@@ -37,6 +39,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
@@ -60,14 +63,17 @@ from advmoe.moe.conv import MoEConv2d
 from advmoe.moe.routing import route
 from advmoe.ops import kernels_missing
 from advmoe.recipes import recipe
+from advmoe.rundir import METRICS, Epochs
 from advmoe.seeding import generator_for
 from advmoe.threat import ThreatModel
 from advmoe.training import manifest as manifests
 from advmoe.training.loop import fit
-from advmoe.training.trainer import Trainer, build_model
+from advmoe.training.preemption import Requests, Stopped
+from advmoe.training.trainer import Trainer, TrainingDiverged, build_model
 
 ROOT = Path(__file__).parents[1]
 Line = dict[str, Any]
+PLAIN = "at s-dense"
 COMPUTES = tuple(way for way in get_args(Compute) if way != "auto")
 TRAIN, TEST = 10_000, 2_000
 """Images that `--pack` takes, the first ones of each class."""
@@ -206,6 +212,8 @@ def tests(bench: Bench) -> Iterator[Line]:
     """The suite's tests of paths on a GPU, in a process of their own."""
     where = "tests/cuda/test_operations.py" if bench.options.smoke else "tests/cuda"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rf", where]
+    if find_spec("xdist") is not None and not bench.options.smoke:
+        command += ["-n", "8", "--dist", "worksteal"]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -213,7 +221,7 @@ def tests(bench: Bench) -> Iterator[Line]:
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         text = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        yield {"finished": False, "passed": text.count("."), "tail": text[-2000:]}
+        yield {"finished": False, "tail": text[-2000:]}
         return
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout)}
     failed = re.findall(r"^FAILED (\S+.*)$", done.stdout, re.M)
@@ -223,56 +231,65 @@ def tests(bench: Bench) -> Iterator[Line]:
 
 def steps(bench: Bench) -> Iterator[Line]:
     """Training steps as PyTorch runs them, operator by operator."""
-    sides = {
-        "at s-dense": ("s-dense", "at", {}),
-        **{f"advmoe {way}": ("moe", "advmoe", {"compute": way}) for way in ways(bench)},
-        **{f"at {way}": ("moe", "at", {"compute": way}) for way in ways(bench)},
+    yield from timed(bench, 8 if bench.options.smoke else 128, eager(bench))
+
+
+def larger(bench: Bench) -> Iterator[Line]:
+    """The same of a larger batch."""
+    yield from timed(bench, 16 if bench.options.smoke else 512, eager(bench))
+
+
+def eager(bench: Bench) -> dict[str, Any]:
+    """Kinds of step: of models, methods and ways to compute experts; our own kernels last, as they compile longest."""
+    made = sorted(ways(bench), key=("masked", "dispatch", "kernel").index)
+    return {
+        f"{method} {way}": ("moe", method, {"compute": way})
+        for way, method in [*((way, "advmoe") for way in made), *((way, "at") for way in made)]
     }  # fmt: skip
-    for batch in batches(bench):
-        yield from timed(bench, batch, sides)
 
 
 def compiled(bench: Bench) -> Iterator[Line]:
     """Training steps compiled, beside S-Dense's as it is."""
     sides = {
-        "at s-dense": ("s-dense", "at", {}), "at s-dense compiled": ("s-dense", "at", {"compile": True}),
         "advmoe compiled": ("moe", "advmoe", {"compute": "masked", "compile": True}),
+        "at s-dense compiled": ("s-dense", "at", {"compile": True}),
     }  # fmt: skip
     if bench.options.smoke:  # minutes of a C++ compiler, else
         torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]
-    for batch in batches(bench):
-        yield from timed(bench, batch, sides)
-
-
-def batches(bench: Bench) -> tuple[int, ...]:
-    """Sizes of the batches that steps are timed with."""
-    return (8,) if bench.options.smoke else (128, 512)
+    yield from timed(bench, 8 if bench.options.smoke else 128, sides)
 
 
 def timed(bench: Bench, batch: int, sides: dict[str, Any]) -> Iterator[Line]:
-    """A line a side, all timed in turn; a side that fails has its error for a line."""
+    """A line of S-Dense and one a side, each timed in turn with S-Dense, as soon as it is; the error of one that fails.
+
+    `terms` are the means of the losses over all steps, in which ways to compute the same model agree: they begin with
+    the same weights, and have the same batches and random draws.
+    """
     small = {"width": 8, "image_size": 16, "repeats": 2, "settle": 2} if bench.options.smoke else {"repeats": 10}
     setting = speed.Setting(batch=batch, precision="bf16-mixed", device=bench.options.accelerator, **small)
-    steppers: dict[str, speed.Side] = {}
-    starts = {kind: speed.starting_model(setting, kind) for kind in {kind for kind, *_ in sides.values()}}
-    for name, (kind, method, training) in sides.items():
+    starts = {kind: speed.starting_model(setting, kind) for kind in {"s-dense", *(kind for kind, *_ in sides.values())}}
+    plain: speed.Stepper | None = None
+    for name, (kind, method, training) in {PLAIN: ("s-dense", "at", {}), **sides}.items():
+        began = time.monotonic()
         try:
             stepper = make_stepper(setting, kind, method, training, starts[kind])
             for _ in range(3):  # compiles, and chooses algorithms
                 stepper.step()
-            steppers[name] = stepper.step
+            ready, terms = time.monotonic() - began, stepper.trainer.means.report(stepper.trainer.fabric)
+            turns = {PLAIN: plain.step} if plain is not None else {}
+            laps = speed.interleaved({**turns, name: stepper.step}, setting, warm_up=2)
+            ran = launches(stepper.step, bench)
         except OverCap:
             raise
         except Exception as error:  # one side's end must not take the others' results along
             yield {"name": name, "batch": batch, "error": f"{type(error).__name__}: {error}"[:500]}
-    laps = speed.interleaved(steppers, setting, warm_up=2)
-    for name, side in steppers.items():
-        ms = statistics.median(laps[name])
+            continue
+        plain, ms = plain or stepper, statistics.median(laps[name])
         yield {
             "name": name, "batch": batch, "precision": setting.precision, "width": setting.width, "ms": round(ms, 3),
-            "range_ms": [round(min(laps[name]), 3), round(max(laps[name]), 3)],
-            "over_s_dense": round(ms / statistics.median(laps["at s-dense"]), 3) if "at s-dense" in laps else None,
-            "predicted_ms": PREDICTED.get(name) if batch == 128 else None, **launches(side, bench),
+            "range_ms": [round(min(laps[name]), 3), round(max(laps[name]), 3)], "ready_s": round(ready, 1),
+            "over_s_dense": round(ms / statistics.median(laps[PLAIN]), 3) if PLAIN in laps else None,
+            "predicted_ms": PREDICTED.get(name) if batch == 128 else None, **ran, "terms": terms,
         }  # fmt: skip
 
 
@@ -377,17 +394,24 @@ def training(bench: Bench) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as folder:
         described = manifests.describe(name="advmoe", seed=options.seed, device=bench.device, devices=1, command=[])
         trainer = Trainer(config, model, dataset, fabric)
+        requests, ended = Requests(deadline=time.monotonic() + bench.left() - 45), None
         with redirect_stdout(sys.stderr):  # lines alone go to standard output
-            fit(trainer, Path(folder), described)
-        epochs_told = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    yield {"name": "epochs", "configuration": config.to_dict()["training"], "epochs": epochs_told}
+            try:
+                fit(trainer, Path(folder), described, requests=requests)
+            except (Stopped, TrainingDiverged) as error:  # what is there is measured all the same
+                ended = str(error)
+        told = ("epoch", "train", "val", "seconds", "images_per_second")
+        lines = Epochs.read(Path(folder) / METRICS).lines
+        epochs_told = [{key: line[key] for key in told} for line in lines]
     test = dataset.test.subset(torch.arange(32)) if options.smoke else dataset.test
     threat = ThreatModel(config.threat.norm, float(config.threat.eps))
     found = evaluate(
-        trainer.model, test, threat=threat, steps=2 if options.smoke else 50, batch_size=500, device=bench.device
-    )
-    keep = ("clean_accuracy", "robust_accuracy", "worst_case", "num_examples")
-    yield {"name": "evaluation", **{key: found[key] for key in keep}}
+        trainer.model, test, threat=threat, steps=2 if options.smoke else 50, batch_size=500, device=bench.device,
+        allow=("batch-independent", "deterministic"),  # their records say how it was
+    )  # fmt: skip
+    keep = ("clean_accuracy", "robust_accuracy", "worst_case", "num_examples", "checks")
+    yield {"name": "evaluation", "ended": ended, **{key: found[key] for key in keep}}
+    yield {"name": "epochs", "configuration": config.to_dict()["training"], "epochs": epochs_told}
 
 
 def quickest(lines: list[Line]) -> Line:
@@ -422,26 +446,51 @@ def median_ms(call: Callable[[], Any], bench: Bench, repeats: int = 20) -> float
 
 
 PHASES: dict[str, Callable[[Bench], Iterator[Line]]] = {
-    "about": about, "tests": tests, "steps": steps, "compiled": compiled, "layers": layers, "plans": plans,
-    "training": training,
+    "about": about, "steps": steps, "compiled": compiled, "tests": tests, "layers": layers, "plans": plans,
+    "larger": larger, "training": training,
 }  # fmt: skip
-CAPS = {"about": 20, "tests": 110, "steps": 80, "compiled": 130, "layers": 30, "plans": 15, "training": 540}
+CAPS = {
+    "about": 25, "steps": 60, "compiled": 160, "tests": 75, "layers": 30, "plans": 15, "larger": 25, "training": 540,
+}  # fmt: skip
 """Seconds of each phase; training has all that is left."""
 
 
-def run(bench: Bench, names: list[str]) -> bool:
-    """The phases `names`, each within its cap and what is left; False where one failed."""
-    good = True
-    for name in names:
-        began, error = time.monotonic(), None
-        try:
-            with capped(min(CAPS[name] * (10 if bench.options.smoke else 1), bench.left())):
-                for line in PHASES[name](bench):
-                    bench.write({"phase": name, **line})
-        except Exception as problem:  # the next phase may do
-            error, good = f"{type(problem).__name__}: {problem}"[:1000], False
-        bench.write({"phase": name, "name": "end", "seconds": round(time.monotonic() - began, 1), "error": error})
-    return good
+def cap(bench: Bench, name: str) -> float:
+    """Seconds that a phase has."""
+    return min(CAPS[name] * (10 if bench.options.smoke else 1), bench.left())
+
+
+def run(bench: Bench, name: str) -> bool:
+    """A phase, within its cap and what is left; False where it failed."""
+    began, error = time.monotonic(), None
+    try:
+        with capped(cap(bench, name)):
+            for line in PHASES[name](bench):
+                bench.write({"phase": name, **line})
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"[:1000]
+    bench.write({"phase": name, "name": "end", "seconds": round(time.monotonic() - began, 1), "error": error})
+    return error is None
+
+
+def apart(bench: Bench, name: str) -> bool:
+    """`run` in a process of its own; one that dies, or waits for a GPU beyond its cap, has its end told here."""
+    options = bench.options
+    words = ["--only", name, "--into", str(bench.out), "--minutes", str(bench.left() / 60), "--seed", str(options.seed)]
+    words += ["--accelerator", options.accelerator, *(["--smoke"] if options.smoke else [])]
+    words += ["--images", str(options.images)] if options.images is not None else []
+    began = time.monotonic()
+    try:
+        code = subprocess.run(
+            [sys.executable, __file__, *words], timeout=max(1.0, cap(bench, name)) + 15, check=False
+        ).returncode
+        error = f"ended with exit code {code}"
+    except subprocess.TimeoutExpired:
+        code, error = None, "ended 15 s beyond its cap"
+    if code not in (0, 1):
+        seconds = round(time.monotonic() - began, 1)
+        bench.write({"phase": name, "name": "end", "seconds": seconds, "error": error})
+    return code == 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -454,13 +503,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--only", default=",".join(PHASES), help="phases, separated by commas (default: all)")
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="tiny sizes")
+    add("--into", type=Path, help=argparse.SUPPRESS)  # the file of lines, of a process for one phase
     add("--accelerator", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(argv)
     if unknown := sorted(set(options.only.split(",")) - set(PHASES)):
         parser.error(f"--only must name some of {', '.join(PHASES)}, got {', '.join(unknown)}")
     if options.pack is not None and options.images is None:
         parser.error("--images must name the file to write when --pack is given")
-    if options.smoke:  # however slow the machine
+    if options.smoke and options.into is None:  # however slow the machine
         options.minutes = max(options.minutes, 60)
     if options.accelerator == "auto":
         options.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -475,13 +525,19 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if options.images is not None:
             packed(options.images)
-        options.out.mkdir(parents=True, exist_ok=True)
+        if options.into is None:
+            options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, tarfile.TarError) as error:
         speed.log(f"device.py: error: {error}")
         return 2
+    if options.into is not None:
+        bench = Bench(options, options.into)
+        bench.lines += [json.loads(line) for line in options.into.read_text().splitlines()]
+        return 0 if run(bench, options.only) else 1
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     bench = Bench(options, options.out / f"device-{stamp}.jsonl")
-    return 0 if run(bench, options.only.split(",")) else 1
+    bench.out.touch()
+    return 0 if all([apart(bench, name) for name in options.only.split(",")]) else 1
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def test_device_smoke_has_a_line_for_everything(tmp_path: Path) -> None:
     (file,) = (tmp_path / "flat").iterdir()
     assert file.read_text() == done.stdout
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    phases = ["about", "tests", "steps", "compiled", "layers", "plans", "training"]
+    phases = ["about", "steps", "compiled", "tests", "layers", "plans", "larger", "training"]
     assert [line["phase"] for line in lines if line.get("name") == "end"] == phases
     assert not [line for line in lines if line.get("error")]
     by_phase = {phase: [line for line in lines if line["phase"] == phase] for phase in phases}
@@ -195,8 +195,12 @@ def test_device_smoke_has_a_line_for_everything(tmp_path: Path) -> None:
     for line in steps:
         low, high = line["range_ms"]
         assert 0 < low <= line["ms"] <= high and line["over_s_dense"] > 0
+    agreeing = [line["terms"]["experts"]["ce"] for line in steps if line["name"].startswith("advmoe")]
+    assert len(agreeing) == 3 and max(agreeing) - min(agreeing) < 0.05 * min(agreeing)
+    assert {line["batch"] for line in by_phase["larger"] if "ms" in line} == {16}
     assert {line["name"] for line in by_phase["layers"]} >= {"one expert", "dispatch", "masked"}
-    epochs, evaluation, _ = by_phase["training"]
+    evaluation, epochs, _ = by_phase["training"]
+    assert evaluation["ended"] is None
     assert len(epochs["epochs"]) == epochs["configuration"]["epochs"] == 1
     assert evaluation["num_examples"] == 32 and 0 <= evaluation["worst_case"] <= evaluation["clean_accuracy"] <= 1
 
@@ -218,7 +222,7 @@ def test_device_keeps_what_a_phase_measured_until_its_cap(tmp_path: Path, device
         device.PHASES[name], device.CAPS[name] = phase, 0.03
     try:
         bench = device.Bench(device.parse(["--smoke", "--accelerator", "cpu"]), tmp_path / "lines.jsonl")
-        assert not device.run(bench, ["endless", "broken", "good"])
+        assert [device.run(bench, name) for name in ("endless", "broken", "good")] == [False, False, True]
     finally:
         for name in ("endless", "broken", "good"):
             del device.PHASES[name], device.CAPS[name]
@@ -228,6 +232,17 @@ def test_device_keeps_what_a_phase_measured_until_its_cap(tmp_path: Path, device
     ]  # fmt: skip
     errors = [line["error"] for line in lines if line["name"] == "end"]
     assert errors[0].startswith("OverCap: ") and errors[1] == "RuntimeError: no such kernel" and errors[2] is None
+
+
+def test_device_tells_of_a_phase_that_died(tmp_path: Path, device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose GPU is lost: what it wrote stays, and the others go on."""
+    script = tmp_path / "phase.py"
+    script.write_text("import os, sys\nif sys.argv[2] == 'steps': os.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(device, "__file__", str(script))
+    bench = device.Bench(device.parse(["--smoke", "--accelerator", "cpu"]), tmp_path / "lines.jsonl")
+    assert [device.apart(bench, name) for name in ("about", "steps")] == [True, False]
+    (line,) = map(json.loads, bench.out.read_text().splitlines())
+    assert (line["phase"], line["name"], line["error"]) == ("steps", "end", "ended with exit code -9")
 
 
 def test_device_packs_the_first_images_of_each_class(tmp_path: Path, device: ModuleType) -> None:

@@ -122,7 +122,7 @@ class FileSet(Dataset[tuple[Tensor, int]]):
                 except (RuntimeError, EOFError, OSError) as error:  # each by another way for a process to end
                     rule = "a number of processes that can run (0 decodes in this one; they need shared memory)"
                     raise InputError(f"data.workers must be {rule}, got {self.workers}: {one_line(error)}") from error
-                yield _unpacked(batch).to(device, non_blocking=True), self.labels[index.to(device)]
+                yield _unpacked(batch).to(device, non_blocking=True), self.labels[index.to(device, non_blocking=True)]
         finally:
             del batches  # which ends the processes, even where a traceback keeps this frame
 

@@ -68,7 +68,7 @@ class ImageSet(TorchDataset[tuple[Tensor, int]]):
     def pixels(self, index: Tensor | slice) -> Tensor:
         """Return the chosen images as float32 in [0, 1], (B, C, H, W), on the images' device."""
         if isinstance(index, Tensor):
-            index = index.to(self.images.device)
+            index = index.to(self.images.device, non_blocking=True)  # a GPU goes on with what it has
         return self.images[index].to(torch.float32).div_(255)
 
     def subset(self, index: Tensor) -> ImageSet:
@@ -86,7 +86,7 @@ class ImageSet(TorchDataset[tuple[Tensor, int]]):
             start: Batches to leave out, which were handed out before.
         """
         for index in islice(plan, start, None):
-            index = index.to(self.images.device)
+            index = index.to(self.images.device, non_blocking=True)
             images, labels = self.images[index], self.labels[index]
             if variation is not None:
                 # On bytes, which is several times cheaper than on floats.

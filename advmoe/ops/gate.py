@@ -37,7 +37,7 @@ def mix(every: Tensor, weights: Tensor) -> Tensor:
         if raw.mixes(together, every.shape[1]):
             y: Tensor = _Mix.apply(together, weights.contiguous())  # type: ignore[no-untyped-call]
             return y
-    return (every * weights.to(every.dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1)
+    return (every * weights.to(every.dtype).view(*weights.shape, *[1] * (every.dim() - 2))).sum(1, dtype=every.dtype)
 
 
 class _Chosen(torch.autograd.Function):

@@ -60,7 +60,9 @@ def sorted_by_expert(x: Tensor, choice: Tensor, experts: int, *widths: int) -> S
 
 
 def _without_waiting(x: Tensor) -> bool:
-    """Whether `F.grouped_mm` leaves the experts' shares on the device: elsewhere (PyTorch 2.13) it reads them."""
+    """Whether `F.grouped_mm` leaves the experts' shares on the device: elsewhere (PyTorch 2.13) it reads them, and on
+    Blackwell an expert without samples was reported to get a gradient that is not 0 (pytorch#172439).
+    """
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return torch.cuda.get_device_capability(x.device)[0] == 9

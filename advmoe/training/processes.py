@@ -31,7 +31,7 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
     for parameter, mean in zip(learning, _averaged(fabric, gradients), strict=True):
-        parameter.grad = mean.clone()
+        parameter.grad = torch.empty_like(parameter).copy_(mean)  # in the parameter's memory format
 
 
 def average_buffers(fabric: Fabric, buffers: Iterable[Tensor]) -> None:

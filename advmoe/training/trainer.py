@@ -128,12 +128,13 @@ class Trainer:
         self._finite = [name for name, tensor in floats(self.model).items() if bool(tensor.isfinite().all())]
 
     def _compiled(self) -> Network:
-        """The model, compiled; a GPU replays each graph whole, the steps as well, where batches have one size."""
+        """The model, compiled; a GPU replays each graph whole, where batches have one size."""
         t, cuda = self.config.training, self.fabric.device.type == "cuda"
         replayed = cuda and t.attack_routing != "mixed" and not t.first_image_sizes and t.runner_up == 0
-        network = compiled(self.model, **(mode := {"mode": "reduce-overhead"} if replayed else {}))
+        network = compiled(self.model, **({"mode": "reduce-overhead", "dynamic": False} if replayed else {}))
         if cuda and network is not self.model:
-            self.steps = {part: compile_step(each, **mode) for part, each in self.optimizers.items()}
+            # Not replayed: gradients are what replays left, and a new replay takes their memory.
+            self.steps = {part: compile_step(each) for part, each in self.optimizers.items()}
         return network
 
     def attack(

@@ -27,6 +27,7 @@ def both(run, tmp_path):
 
 
 def test_attacks_break_the_same_images(both, tmp_path, exact):
+    pytest.importorskip("pyautoattack")
     attacks = ["pgd-3", "pgd-3-soft", "pgd-3-margin", "routed", "autoattack:apgd-ce+square"]
     small = {"attack": {"steps": 3, "pathways": 2, "queries": 10}}
     results = both(evaluate_run, attacks=attacks, overrides=small)

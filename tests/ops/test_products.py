@@ -71,7 +71,7 @@ def test_an_expert_without_samples(products):
     ("capability", "dtype", "used"),
     [
         ((9, 0), torch.bfloat16, True),
-        ((10, 0), torch.bfloat16, True),
+        ((10, 0), torch.bfloat16, False),
         ((8, 0), torch.bfloat16, False),
         ((9, 0), torch.float32, False),
     ],
