@@ -173,6 +173,14 @@ def is_put_away(folder: Path) -> bool:
     return (folder / PUT_AWAY).is_file() and not (folder / WEIGHTS).exists()
 
 
+def put_away_digest(folder: Path) -> str | None:
+    """The digest of the model whose weights `put_away` dropped; None where it dropped none."""
+    if not is_put_away(folder):
+        return None
+    digest = read_object(folder / PUT_AWAY).get(DIGEST)
+    return digest if isinstance(digest, str) else None
+
+
 def stale(result: Mapping[str, Any], digest: str | None) -> bool:
     """Whether `result` says that it is of another model than the one with this digest."""
     known = result.get(DIGEST)

@@ -209,7 +209,7 @@ def pgd(
 
 
 def _fp32(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, no autocast. A GPU's TF32 stays: emulated on three zoo models, two steps reach 0.99 to 1.01 of fp32's KL."""
+    """Inside, no autocast. TF32 stays: emulated on three zoo models, two steps reach 0.99 to 1.01 of fp32's KL."""
     return torch.autocast(device.type, enabled=False)
 
 

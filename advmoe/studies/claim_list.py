@@ -16,9 +16,11 @@ from advmoe.files import read_object
 from advmoe.rundir import STUDY
 from advmoe.studies.claims import ENOUGH_SEEDS, LEVEL, MARGIN, judged
 from advmoe.studies.comparisons import saving
-from advmoe.studies.efficiency import PRICE, VARIANTS, twice
+from advmoe.studies.efficiency import PRICE, VARIANTS, cheap, twice
 from advmoe.studies.exact_tests import sign_flip
 from advmoe.studies.paper_claims import PAPER_CLAIMS, PaperClaim
+from advmoe.studies.section4 import BY_ITSELF, ROBUST_FROM, too_short
+from advmoe.studies.section4 import M1 as STANDARD
 from advmoe.text import one_line, percent, wrapped
 
 NOT_RUN, NOT_JUDGED = "not run at this size", "not judged at this size"
@@ -91,8 +93,9 @@ def _of_study(claim: PaperClaim, folder: str, content: Mapping[str, Any]) -> lis
     entries = [
         (setting, verdict)
         for entry in content["claims"]
-        for name, _, setting in [entry["name"].partition(", ")]
-        if name == claim.claim and claim.setting in setting
+        for name, _, rest in [entry["name"].partition(", ")]
+        for setting in [f"{rest}{', ' * bool(rest)}statistics kept" if name.endswith(KEPT) else rest]
+        if name.removesuffix(KEPT) == claim.claim and claim.setting in setting
         for stored_verdict in entry["verdicts"]
         for verdict in _by_measure(stored_verdict)
         if str(verdict.get("measure")).startswith(claim.measure) and _speaks(claim, verdict["numbers"])
@@ -123,7 +126,7 @@ def _judgement(claim: PaperClaim, run: str, verdict: Mapping[str, Any]) -> Judge
     result, found = _anew({**verdict, "numbers": kept}), [text for each in compared if (text := _means(each))]
     if isinstance(cost := kept.get("price"), float | int):
         found.insert(0, _time(cost))
-    if isinstance(cost, float | int) and cost > PRICE:
+    if "price" in kept and (cheap(kept) or {}).get("verdict") == "does not hold":
         return Judgement(run, measure, "; ".join(found), f"does not hold (takes more than {PRICE} of the time)", "")
     seeds = min((len(each["seeds"]) for each in compared if "seeds" in each), default=0)
     these = result["these_models"]
@@ -149,6 +152,8 @@ def judged_anew(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "claims": anew, "notes": notes}
 
 
+KEPT = "-keep"
+"""How the names of claims end that are made under `training.frozen_norms=keep`."""
 _SUPERSEDED = "The cheapest variant that loses nothing at this size"
 """How a note began that concluded from the older rule."""
 
@@ -166,13 +171,12 @@ def _anew(verdict: Mapping[str, Any]) -> dict[str, Any]:
     compared = {name: each for name, each in numbers.items() if isinstance(each, dict) and "test" in each}
     if not compared:
         return dict(verdict)
-    cost, result = numbers.get("price"), judged(compared)
+    result = judged(compared)
     if "price" in numbers:
         result |= {"these_models": None}
-        if isinstance(cost, float | int) and cost > PRICE:
-            result |= {"verdict": "does not hold", "p_value": None}
-        elif cost is None:
-            result |= {"verdict": "undecided"}
+        result |= cheap(numbers) or {}
+    if any(STANDARD in name for name in compared) and numbers.get(BY_ITSELF, 0.0) >= ROBUST_FROM:
+        result |= too_short(result)
     return {**verdict, **result}
 
 
@@ -185,7 +189,8 @@ def _by_measure(verdict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A stored verdict. One of the first form on a variant's price, of what it loses under all measures together, is
     split by measure, its losses turned into tests of non-inferiority.
     """
-    price, *losses = verdict["numbers"].items() or [("", None)]
+    price, *rest = verdict["numbers"].items() or [("", None)]
+    losses = [(name, each) for name, each in rest if isinstance(each, Mapping)]
     if price[0] != "price" or not losses or any("margin" in each for _, each in losses):
         return [verdict]
     return [
@@ -287,8 +292,9 @@ _RULE = (
     f"A verdict speaks of trained models: an exact sign-flip test over seeds at {100 * LEVEL:g}%, which fewer than "
     f"{ENOUGH_SEEDS} seeds cannot pass. It is one-sided, made in both directions, and not corrected for the number of "
     f"claims: with {ENOUGH_SEEDS} seeds one in {2 ** (ENOUGH_SEEDS - 1)} is decided by chance where nothing differs. "
-    "Beside it, under a name of its own, stands what the images of these very models say, which says nothing of "
-    "training again. Losing nothing is a test of non-inferiority with a margin of "
+    "All seeds are attacked on the same test images, whose number each study tells: of other images it says as much as "
+    "these are like them. Beside it, under a name of its own, stands what the images of these very models say, which "
+    "says nothing of training again. Losing nothing is a test of non-inferiority with a margin of "
     f"{100 * MARGIN:g} point. Not judged is what was run, but stored without the numbers that the test needs."
 )
 

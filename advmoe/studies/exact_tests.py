@@ -1,7 +1,8 @@
-"""Means, and exact tests of whether one method is better than another: no distribution is assumed.
+"""Means, and exact tests of whether one method is better than another.
 
 A test's p-value is one-sided: the chance, were the two alike, of a difference at least as large in the direction asked
-about.
+about. That two are alike makes their differences symmetric about 0. With a margin it is assumed that they are symmetric
+about their centre, which is what is tested.
 """
 
 from __future__ import annotations

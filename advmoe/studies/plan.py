@@ -11,7 +11,7 @@ from typing import Any
 from advmoe.config import Config, merged
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, is_put_away, require_plain, stale
+from advmoe.rundir import CONFIG, DONE, MANIFEST, damaged, digest_at, is_put_away, put_away_digest, require_plain, stale
 from advmoe.studies.keys import measure_key, run_key
 from advmoe.studies.rows import Measure, Row, TrainingRun
 
@@ -127,7 +127,7 @@ class PlannedMeasure:
         done = dict[str, Any]()
         with suppress(ValueError):  # a measurement that is there, though what it says of itself is damaged
             done = read_object(self.path / DONE)
-        return "missing" if stale(done, digest_at(self.run.path)) else "finished"
+        return "missing" if stale(done, digest_at(self.run.path) or put_away_digest(self.run.path)) else "finished"
 
 
 ALONE = ("cost", "pace")

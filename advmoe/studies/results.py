@@ -210,14 +210,27 @@ def clean_outcomes(row: RowResults | None, measure: str = "accuracy") -> ImageOu
 
 
 def categories(
-    row: RowResults | None, attack: str, wanted: Sequence[int], measure: str = "dissection"
+    row: RowResults | None,
+    attacks: Sequence[str],
+    wanted: Sequence[int],
+    *,
+    right: bool = False,
+    measure: str = "dissection",
 ) -> ImageOutcomes:
-    """Per seed, whether each image fell into one of the categories 1 to 4 of a dissection."""
+    """Per seed, whether each image fell into one of the categories 1 to 4 of a dissection, in the worst case over
+    `attacks`: what one of them changes has not survived. `right`: of images alone that are right without an attack.
+    """
     by_seed: ImageOutcomes = {}
     for seed, arrays in _arrays_by_seed(row, measure, "dissection-examples.npz"):
-        name = next((name for name in arrays if re.fullmatch(attack, name)), None)
-        if name is not None:
-            by_seed[seed] = dict(enumerate(np.isin(arrays[name], wanted).tolist()))
+        found = [next((arrays[name] for name in arrays if re.fullmatch(attack, name)), None) for attack in attacks]
+        kept = [each for each in found if each is not None]
+        if len(kept) < len(attacks) or (right and "clean_correct" not in arrays):
+            continue
+        lost = np.logical_or.reduce([np.isin(each, (3, 4)) for each in kept])
+        changed = np.logical_or.reduce([np.isin(each, (2, 4)) for each in kept])
+        fell = np.isin(1 + changed + 2 * lost, wanted)
+        counted = np.flatnonzero(arrays["clean_correct"]) if right else np.arange(len(fell))
+        by_seed[seed] = {int(image): bool(fell[image]) for image in counted}
     return by_seed
 
 

@@ -142,7 +142,9 @@ def _dissect(task: PlannedMeasure, threads: int, accelerator: str) -> None:
     from advmoe.evaluation.runs import dissect_run
 
     _, dissections = dissect_run(task.run.path, **_arguments(task, threads, accelerator))
-    write_arrays(task.path / "dissection-examples.npz", {n: each.categories.numpy() for n, each in dissections.items()})
+    arrays = {name: each.categories.numpy() for name, each in dissections.items()}
+    right = next(iter(dissections.values())).clean_correct.numpy()
+    write_arrays(task.path / "dissection-examples.npz", {**arrays, "clean_correct": right})
 
 
 def _pathways(task: PlannedMeasure, threads: int, accelerator: str) -> None:

@@ -145,7 +145,7 @@ def test_settings_stand_apart_and_a_claim_may_name_one(study, tmp_path):
         and each.study == "table1"
     }  # fmt: skip
     assert runs == {
-        "": ["table1-cpu, ResNet-18, CIFAR-10", "table1-cpu, WRN-28-10, CIFAR-10"], "WRN": ["table1-cpu"],
+        "": ["table1-cpu, ResNet-18, CIFAR-10", "table1-cpu, WRN-28-10, CIFAR-10"], "WRN-28-10": ["table1-cpu"],
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from advmoe.studies.plan import Planner
 from advmoe.studies.results import Results
 from advmoe.studies.scales import scale_named
 
-CPU = scale_named("cpu")
+CPU, SMOKE = scale_named("cpu"), scale_named("smoke")
 GATE, EVERY, AFTER, FINALS = STUDIES["pathway"].stages
 
 
@@ -85,9 +85,9 @@ def test_every_arm_can_be_and_costs_a_pathway(tmp_path):
 
 def test_the_best_is_chosen_on_validation_images_among_those_that_nobody_taught(row_of):
     rows = [row_of("AdvMoE", 0.3, 1), row_of("fixed-top", 0.2, 9), row_of("AdvMoE, taught", 0.9, 9)]
-    assert chosen(Results(rows)) == ("AdvMoE", False) and best(Results(rows), ["fixed-top"]) == "fixed-top"
-    assert chosen(Results([*rows, row_of("fixed-top, forgiving", 0.4, 1)])) == ("fixed-top", True)
-    assert chosen(Results()) is None and best(Results(rows), ["linear"]) is None
+    assert chosen(SMOKE, Results(rows)) == ("AdvMoE", False) and best(Results(rows), ["fixed-top"]) == "fixed-top"
+    assert chosen(SMOKE, Results([*rows, row_of("fixed-top, forgiving", 0.4, 1)])) == ("fixed-top", True)
+    assert chosen(SMOKE, Results()) is None and best(Results(rows), ["linear"]) is None
     assert names(FINALS(CPU, Results()))[:3] == [S_DENSE, TAUGHT, "AdvMoE"]
 
 
@@ -101,11 +101,25 @@ def test_autoattack_is_shown_of_whom_it_was_run_on(row, evaluated):
 
 def test_the_baseline_is_chosen_as_the_arm_is_and_may_cost_what_that_costs(row_of):
     rows = [row_of(S_DENSE, 0.3, 1), row_of(SMOOTHED, 0.32, 1), row_of(RESTARTED, 0.31, 1), row_of(LONGER, 0.4, 1)]
-    assert against(Results([*rows, row_of("fixed-top", 0.5, 1)])) == SMOOTHED
-    assert against(Results([*rows, row_of("AdvMoE", 0.5, 1)])) == LONGER  # an epoch of it costs two of AT
-    assert against(Results([row_of("fixed-top", 0.5, 1)])) == S_DENSE
-    finals = FINALS(CPU, Results([*rows, row_of("AdvMoE", 0.5, 1)]))
+    arms = every_arm(row_of)
+    assert against(CPU, Results([*rows, row_of("fixed-top", 0.5, 1), *arms])) == SMOOTHED
+    assert against(CPU, Results([*rows, row_of("AdvMoE", 0.5, 1), *arms])) == LONGER  # an epoch of it costs two of AT
+    assert against(CPU, Results([row_of("fixed-top", 0.5, 1), *arms])) == S_DENSE
+    finals = FINALS(CPU, Results([*rows, row_of("AdvMoE", 0.5, 1), *arms]))
     assert names(finals)[:5] == [S_DENSE, LONGER, TAUGHT, "AdvMoE", "AdvMoE, taught"]
+
+
+def test_no_arm_is_chosen_before_all_are_measured(row_of):
+    """One whose training diverged is told, not left out."""
+    rows = [row_of("AdvMoE", 0.5, 1), *every_arm(row_of, "linear")]
+    found = STUDIES["pathway"].show(CPU, Results(rows))
+    assert chosen(CPU, Results(rows)) is None and found.claims == []
+    assert "No arm is chosen before all are measured: linear missing." in found.notes
+
+
+def every_arm(row_of, *but):
+    """The registered arms, not good ones."""
+    return [row_of(name, 0.01, 1) for name in ARMS if name not in but]
     epochs = [baseline(CPU, name).settings["training"]["epochs"] for name in (S_DENSE, SMOOTHED, RESTARTED, LONGER)]
     assert epochs == [20, 20, 10, 40] and baseline(CPU, RESTARTED).start.settings["training"]["epochs"] == 10
 
@@ -120,6 +134,7 @@ def test_what_is_said_of_the_gate_and_of_the_arm_that_is_best(row_of, dense, sai
     rows = [
         row_of(S_DENSE, 0.3, 4), row_of(DENSE, 0.3, dense), row_of("AdvMoE", 0.2, 9), row_of("fixed-top", 0.3, 8),
         row_of(S_DENSE, 0.3, 3, seeds=6), row_of("fixed-top", 0.3, 8, seeds=6),
+        *every_arm(row_of, "AdvMoE", "fixed-top"),
     ]  # fmt: skip
     found = STUDIES["pathway"].show(CPU, Results(rows))
     assert any(said in note for note in found.notes)

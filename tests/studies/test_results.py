@@ -108,12 +108,17 @@ def test_outcomes_of_images_under_one_attack_and_in_the_worst_case(row, evaluate
 
 
 def test_categories_of_a_dissection(row):
-    arrays = {"dissection_examples": {"pgd-10-soft": [4, 4, 4, 4], "pgd-10": [1, 2, 3, 1]}}
+    attacks = {"pgd-10-soft": [4, 4, 1, 2], "pgd-10": [1, 2, 3, 1], "clean_correct": [True, True, True, False]}
+    arrays = {"dissection_examples": attacks}
     result = row({}, {0: {"dissection": ("dissect", {}, arrays)}, 1: {}})
-    assert categories(result, PGD, [1]) == {0: {0: True, 1: False, 2: False, 3: True}}
-    assert categories(result, PGD, [1, 3]) == {0: {0: True, 1: False, 2: True, 3: True}}
-    assert categories(result, rf"{PGD}-soft", [4]) == {0: dict.fromkeys(range(4), True)}
-    assert categories(result, "routed", [1]) == {} and categories(None, PGD, [1]) == {}
+    assert categories(result, [PGD], [1]) == {0: {0: True, 1: False, 2: False, 3: True}}
+    assert categories(result, [PGD], [1, 3]) == {0: {0: True, 1: False, 2: True, 3: True}}
+    assert categories(result, [PGD], [3], right=True) == {0: {0: False, 1: False, 2: True}}
+    # Of two attacks what either changes is changed: 4, 4, 3, 2.
+    both = [PGD, rf"{PGD}-soft"]
+    assert categories(result, both, [4]) == {0: {0: True, 1: True, 2: False, 3: False}}
+    assert categories(result, both, [3]) == {0: {0: False, 1: False, 2: True, 3: False}}
+    assert categories(result, ["routed"], [1]) == {} and categories(None, [PGD], [1]) == {}
 
 
 def test_pathways_that_an_attack_left_alone(row):

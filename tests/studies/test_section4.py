@@ -17,12 +17,13 @@ PARTS = ("both_survive", "only_routing_fails", "only_prediction_fails", "both_fa
 def row_of(row, evaluated):
     """Makes a row of six seeds: outcomes under PGD and through soft routing, and the category of each image."""
 
-    def make(method, pgd, soft=None, categories=None, **labels):
+    def make(method, pgd, soft=None, categories=None, right=None, **labels):
         measurements = {"accuracy": evaluated("1" * len(pgd), {"pgd-10": pgd, "pgd-10-soft": soft or pgd})}
         if categories is not None:
             shares = {part: categories.count(number) / len(categories) for number, part in enumerate(PARTS, start=1)}
             content = {name: {"categories": shares} for name in ("pgd-10", "pgd-10-soft")}
-            arrays = {"dissection_examples": dict.fromkeys(content, categories)}
+            right = [True] * len(categories) if right is None else right
+            arrays = {"dissection_examples": {**dict.fromkeys(content, categories), "clean_correct": right}}
             measurements["dissection"] = ("dissect", content, arrays)
         return row({"method": method, **labels}, dict.fromkeys(range(6), measurements))
 
@@ -65,6 +66,10 @@ def test_insight_2_compares_categories_3_and_1(row_of):
     assert (numbers["mean_more"], numbers["mean_less"]) == pytest.approx((9 / 12, 1 / 12))
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=seldom_fooled), standard)
     assert verdicts(outcome) == {"PGD": "does not hold", "worst case": "does not hold"}
+    # Where all of category 3 is wrong without an attack, nothing was fooled.
+    outcome = show("fig4", row_of(THETA, MIDDLE, categories=often_fooled, right=[False] * 9 + [True] * 3), standard)
+    (numbers, _, _) = outcome.claims[0]["verdicts"][0]["numbers"].values()
+    assert (numbers["mean_more"], numbers["mean_less"]) == pytest.approx((0, 1 / 3))
 
 
 def test_a_dissection_as_a_table_and_bars(row_of):
@@ -159,3 +164,8 @@ def test_a_standard_model_that_is_robust_by_itself_is_told(row_of):
     (note,) = show("fig4", row_of(THETA, MIDDLE, categories=[1] * 12), row_of(M1, MIDDLE)).notes
     assert note.startswith(f"{M1}: 50% robust under PGD by itself") and "under 3% it is trained long enough" in note
     assert not show("fig4", row_of(THETA, MIDDLE, categories=[1] * 12), row_of(M1, LOW)).notes
+    # Nothing is decided beside such a one, whatever the numbers say.
+    often_fooled = [3] * 9 + [1] * 1 + [2, 4]
+    for standard, said in ((MIDDLE, "undecided"), (LOW, "holds")):
+        outcome = show("fig4", row_of(THETA, HIGH, categories=often_fooled), row_of(M1, standard))
+        assert verdicts(outcome) == {"PGD": said, "worst case": said}
