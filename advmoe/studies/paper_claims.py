@@ -113,7 +113,7 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
     PaperClaim("Robust routers do more than a robust mask", "sec. 4, fig. 3", "fig3", "above-the-mask"),
     PaperClaim(
         "More than half of what robust routers withstand fools the prediction (insight 2)", "sec. 4, fig. 4", "fig4",
-        "insight-2", ("1 both survive < 3 only prediction fails",),
+        "insight-2", ("1 both survive < 3 only prediction fails, of images right clean",),
     ),
     PaperClaim(
         "Robust routers make the prediction more robust (insight 2)", "sec. 4, fig. 4", "fig4", "insight-2",

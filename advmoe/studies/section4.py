@@ -202,7 +202,7 @@ def _fig4_show(scale: Scale, results: Results) -> StudyFindings:
                 name,
                 [
                     Comparison(
-                        "3 only prediction fails",
+                        "3 only prediction fails, of images right clean",
                         "1 both survive",
                         *(categories(theta, dissected, [k], right=True) for k in (3, 1)),
                     ),

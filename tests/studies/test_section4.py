@@ -62,7 +62,9 @@ def test_insight_2_compares_categories_3_and_1(row_of):
     standard = row_of(M1, LOW)
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=often_fooled), standard)
     assert verdicts(outcome) == {"PGD": "holds", "worst case": "holds"}
-    numbers = outcome.claims[0]["verdicts"][0]["numbers"]["1 both survive < 3 only prediction fails"]
+    numbers = outcome.claims[0]["verdicts"][0]["numbers"][
+        "1 both survive < 3 only prediction fails, of images right clean"
+    ]
     assert (numbers["mean_more"], numbers["mean_less"]) == pytest.approx((9 / 12, 1 / 12))
     outcome = show("fig4", row_of(THETA, MIDDLE, categories=seldom_fooled), standard)
     assert verdicts(outcome) == {"PGD": "does not hold", "worst case": "does not hold"}
