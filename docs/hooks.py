@@ -20,8 +20,11 @@ from advmoe.zoo import PACKED, entries_of
 from advmoe.zoo.leaderboard import leaderboard
 
 ROOT = Path(__file__).parent.parent
-BESIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-"""Pages made of files in the repository's root."""
+BESIDE = {
+    "index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md", "benchmarks.md": "benchmarks/README.md",
+}  # fmt: skip
+"""Pages made of files of the repository outside this folder."""
 
 
 def commands() -> str:
