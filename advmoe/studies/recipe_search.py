@@ -138,11 +138,13 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
     statement = "The recipe best on validation images, of the other seeds, is more robust than AT (S-Dense)."
     judgements = {each["measure"]: each["verdict"] for each in verdicts}
     sentences = {
-        "holds": " In the worst case it is above AT (S-Dense) at this size.",
-        "does not hold": " In the worst case it is below AT (S-Dense) at this size: no recipe here gets there.",
-        "undecided": " In the worst case it is not told apart from AT (S-Dense) at this size.",
+        "holds": " What the other seeds choose is above AT (S-Dense) in the worst case at this size.",
+        "does not hold": " What the other seeds choose is below AT (S-Dense) in the worst case at this size.",
+        "undecided": " What the other seeds choose is not told apart from AT (S-Dense) in the worst case at this size.",
     }
-    note = f"The best recipe by validation: {label}." + (sentences[judgements["worst case"]] if judgements else "")
+    note = f"The best recipe by validation, over all seeds: {label}." + (
+        sentences[judgements["worst case"]] if judgements else ""
+    )
     source = "beyond the paper"
     return StudyFindings(
         tables=[shown], figures=[figure], claims=[claim("worst-case-recipe", statement, verdicts, source)], notes=[note]

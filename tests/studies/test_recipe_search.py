@@ -70,7 +70,7 @@ def test_the_figure_tells_a_recipe_from_the_baseline_that_has_it_too(row_of):
     shown = {group: round(values["RA PGD %"]["y"]) for group, values in figure.data.items()}
     assert shown == {"AT (S-Dense)": 0, BASE: 50, "EMA": 100, "AT (S-Dense), EMA": 50}
     outcome = STUDIES["recipes"].show(scale_named("smoke"), Results(rows[1:3]))  # --only: nothing to compare with
-    assert outcome.notes == ["The best recipe by validation: EMA."]
+    assert outcome.notes == ["The best recipe by validation, over all seeds: EMA."]
 
 
 @pytest.mark.parametrize(("name", "start"), [("smoke", None), ("cpu", "independent start"), ("paper", "shared start")])
@@ -98,13 +98,14 @@ def test_the_recipe_is_chosen_on_validation_images_and_judged_on_others(row_of):
         "PGD": "holds", "worst case": "does not hold",
     }  # fmt: skip
     assert outcome.notes == [
-        "The best recipe by validation: EMA. In the worst case it is below AT (S-Dense) at this size: no recipe here "
-        "gets there."
+        "The best recipe by validation, over all seeds: EMA. What the other seeds choose is below AT (S-Dense) in the "
+        "worst case at this size."
     ]
     assert list(outcome.figures[0].data) == ["AT (S-Dense)", BASE, "EMA"]
     above = STUDIES["recipes"].show(scale_named("smoke"), Results(rows[:2]))
     assert above.notes == [
-        f"The best recipe by validation: {BASE}. In the worst case it is above AT (S-Dense) at this size."
+        f"The best recipe by validation, over all seeds: {BASE}. What the other seeds choose is above AT (S-Dense) in "
+        "the worst case at this size."
     ]
 
 
