@@ -94,7 +94,14 @@ def new_parser(description: str) -> Parser:
     return Parser(description=description, argument_default=SUPPRESS, allow_abbrev=False, formatter_class=_Help)
 
 
-ANY_PGD = "pgd-50, pgd-50-soft, pgd-50-margin"
+def any_pgd() -> str:
+    """Names of PGD, for help: those of losses that plugins have added too, and without any nothing is imported."""
+    names = ["pgd-50", "pgd-50-soft", "pgd-50-margin"]
+    if executed():
+        from advmoe.attacks.pgd import LOSSES
+
+        names += [f"pgd-50-{loss}" for loss in LOSSES if LOSSES.added(loss)]
+    return ", ".join(names)
 
 
 def measuring_parser(description: str, threads: str = USUAL_THREADS, *, attacks: str | None = "") -> Parser:
@@ -110,7 +117,7 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS, *, attacks:
     add("--out", metavar="DIR", help="where results go (default: the run, or evaluations/<file>-<factory>)")
     if attacks is not None:
         every = (
-            f"{ANY_PGD}, autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square, restarts, routed"
+            f"{any_pgd()}, autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square, restarts, routed"
             f"{_added_attacks()} (default: PGD, and through soft routing or, of a plain model, on the margin)"
         )
         add("--attacks", metavar="NAME,...", help=attacks or every)
@@ -124,15 +131,12 @@ def measuring_parser(description: str, threads: str = USUAL_THREADS, *, attacks:
 
 
 def _added_attacks() -> str:
-    """The attacks and losses that plugins have added, for help; without any nothing is imported for that."""
+    """The attacks that plugins have added, for help; without any nothing is imported for that."""
     if not executed():
         return ""
-    from advmoe.attacks.pgd import LOSSES
     from advmoe.evaluation.suite import ATTACKS
 
-    names = [name for name in ATTACKS if ATTACKS.added(name)]
-    names += [f"pgd-50-{loss}" for loss in LOSSES if LOSSES.added(loss)]
-    return "".join(f", {name}" for name in names)
+    return "".join(f", {name}" for name in ATTACKS if ATTACKS.added(name))
 
 
 def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:

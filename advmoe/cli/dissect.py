@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from advmoe.cli.arguments import ANY_PGD, Parser, drawing, measuring_parser, target_and_options
+from advmoe.cli.arguments import Parser, any_pgd, drawing, measuring_parser, target_and_options
 from advmoe.report.words import class_shares
 from advmoe.rundir import DISSECTION
 from advmoe.text import listing, percent, tabular, wrapped
@@ -15,7 +15,7 @@ def parser() -> Parser:
     """The command's options."""
     parser = measuring_parser(
         "Dissect an attack on a routed run: predictions and choices of experts that survive.",
-        attacks=f"PGD's: {ANY_PGD} (default: PGD as configured)",
+        attacks=f"PGD's: {any_pgd()} (default: PGD as configured)",
     )
     parser.add_argument("--no-figure", action="store_true", help="write the numbers alone")
     return parser

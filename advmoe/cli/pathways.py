@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from advmoe.cli.arguments import ANY_PGD, Parser, drawing, measuring_parser, opened_run, target_and_options
+from advmoe.cli.arguments import Parser, any_pgd, drawing, measuring_parser, opened_run, target_and_options
 
 
 def parser() -> Parser:
     """The command's options."""
     parser = measuring_parser(
         "Trace the pathways of a routed run: how many, how classes share them, how an attack moves them.",
-        attacks=f"one of PGD's: {ANY_PGD} (default: PGD as configured)",
+        attacks=f"one of PGD's: {any_pgd()} (default: PGD as configured)",
     )
     parser.add_argument(
         "--against", metavar="RUN", help="a sparse run, or a routed one of the same banks: how much is in common"
