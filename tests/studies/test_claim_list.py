@@ -205,3 +205,17 @@ def test_numbers_of_another_s_making_are_one_line_that_names_the_study(study, tm
 def test_a_folder_without_studies_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^--out must be a folder of studies \(a study.json in each\), got "):
         stored(tmp_path)
+
+
+@pytest.mark.parametrize(("percent", "models"), [(9.1, "undecided (5 seeds)"), (2.0, "holds (5 seeds, p = 0.031)")])
+def test_nothing_is_decided_beside_a_standard_model_that_is_robust_by_itself(study, tmp_path, percent, models):
+    """A study of before has that in its table alone; both conventions have a row."""
+    standard, robust = "standard MoE", "router-robustified MoE"
+    verdicts = [verdict("PGD", [compared(standard, robust, 5)])]
+    rows = [{"method": standard, "ra_pgd": {"mean": percent, "std": 1.0, "n": 5}}]
+    tables = [{"title": "Accuracy", "columns": [], "rows": rows}]
+    study("fig4", [claim(f"insight-2{end}", "It is so.", verdicts) for end in ("", "-keep")], tables=tables)
+    told = listed(tmp_path)["fig4", "insight-2", (f"{standard} < {robust}",)]
+    assert [(each.run, each.models) for each in told] == [
+        ("fig4-cpu", models), ("fig4-cpu, statistics kept", models),
+    ]  # fmt: skip

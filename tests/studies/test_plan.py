@@ -134,6 +134,11 @@ def test_states(planner, tiny_run, write_weights):
     assert measure.state() == "missing"
     (measure.path / "done.json").touch()
     assert measure.state() == "finished"
+    # Of weights that were put away the digest stays, and says whose measurements count.
+    (run.path / "put-away.json").write_text(json.dumps({"model_sha256": "a" * 64}))
+    for digest, state in (("a", "finished"), ("b", "missing")):
+        (measure.path / "done.json").write_text(json.dumps({"model_sha256": digest * 64}))
+        assert measure.state() == state
 
 
 def test_a_run_trained_with_another_configuration_is_refused_by_name(planner, tiny_run):
