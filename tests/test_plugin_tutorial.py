@@ -134,7 +134,7 @@ def test_help_names_attacks_and_losses(tmp_path, monkeypatch):
     (tmp_path / "mine.py").touch()
     monkeypatch.setenv(plugins.PLUGINS, "")
     plugins.add_plugin(tmp_path / "mine.py")
-    assert "routed, corner, pgd-50-logit (default" in told()
+    assert "pgd-50-margin, pgd-50-logit, autoattack," in told() and "routed, corner (default" in told()
 
 
 FEWER = {

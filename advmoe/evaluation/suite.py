@@ -8,7 +8,8 @@
 `routed`                    the attacks that hard routing calls for (routed models)
 `restarts`                  their counterpart for plain models: PGD on margin and cross-entropy from as many random
                             starts as make the gradient steps of `pgd-soft` and `routed`, then Square;
-                            `restarts-1000` makes 1000
+                            `restarts-1000` makes 1000; `restarts:48` as many as `routed` on a network with 48
+                            choices to change, L (E - 1), in place of 16
 """
 
 from __future__ import annotations
@@ -211,13 +212,15 @@ class _Routed:
 
 
 CHANGED = 16
-"""Pathways with one choice changed that `restarts` makes up for: of ResNet-18, whose 16 layers have two experts."""
+"""Choices to change, L (E - 1), that `restarts` makes up for: of ResNet-18, whose 16 layers have two experts."""
 
 
 @dataclass(frozen=True)
 class _Restarts:
     number: int | None = None
     """Of gradient steps, rounded up to whole restarts; None: those of `pgd-soft` and `routed`."""
+    changed: int = CHANGED
+    """Choices to change of the network that it is to be compared with."""
 
     for_routed = False
     least_classes = 2
@@ -227,7 +230,7 @@ class _Restarts:
 
     def restarts(self, setting: Setting) -> int:
         attack = setting.attack
-        wanted = self.number or attack.restarts * attack.steps + setting.budget.gradient_steps(CHANGED)
+        wanted = self.number or attack.restarts * attack.steps + setting.budget.gradient_steps(self.changed)
         return -(-wanted // attack.steps)
 
     def passes(self, setting: Setting) -> Passes:
@@ -321,8 +324,8 @@ def _custom(name: str) -> NamedAttack | None:
 
 
 def _restarts(name: str) -> NamedAttack | None:
-    match = re.fullmatch(r"restarts(?:-([1-9][0-9]{0,6}))?", name)
-    return match and _Restarts(int(match[1]) if match[1] else None)
+    match = re.fullmatch(r"restarts(?:-([1-9][0-9]{0,6})|:([1-9][0-9]{0,4}))?", name)
+    return match and _Restarts(int(match[1]) if match[1] else None, int(match[2] or CHANGED))
 
 
 _CUSTOM = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -343,7 +346,7 @@ ATTACKS: Table[NamedAttack] = Table(
             *(f"pgd-50{loss}{soft}" for loss in ("", "-margin", "-dlr", "-kl", "-pma") for soft in ("", "-soft")),
         ),
     ),
-    Family("restarts-STEPS", _restarts, usual=("restarts",)),
+    Family("restarts[-STEPS|:CHOICES]", _restarts, usual=("restarts",)),
     Family("autoattack:NAME+NAME", _custom, usual=("autoattack:apgd-ce+square",)),
 )
 

@@ -17,10 +17,10 @@ from advmoe.rundir import STUDY
 from advmoe.studies.claims import ENOUGH_SEEDS, LEVEL, MARGIN, judged
 from advmoe.studies.comparisons import saving
 from advmoe.studies.efficiency import PRICE, VARIANTS, cheap, twice
-from advmoe.studies.exact_tests import sign_flip
 from advmoe.studies.paper_claims import PAPER_CLAIMS, PaperClaim
 from advmoe.studies.section4 import BY_ITSELF, ROBUST_FROM, too_short
 from advmoe.studies.section4 import M1 as STANDARD
+from advmoe.studies.significance import sign_flip
 from advmoe.studies.tables import RA
 from advmoe.text import one_line, percent, wrapped
 
@@ -297,13 +297,14 @@ def _count(number: int, noun: str) -> str:
 
 
 _RULE = (
-    f"A verdict speaks of trained models: an exact sign-flip test over seeds at {100 * LEVEL:g}%, which fewer than "
-    f"{ENOUGH_SEEDS} seeds cannot pass. It is one-sided, made in both directions, and not corrected for the number of "
-    f"claims: with {ENOUGH_SEEDS} seeds one in {2 ** (ENOUGH_SEEDS - 1)} is decided by chance where nothing differs. "
-    "All seeds are attacked on the same test images, whose number each study tells: of other images it says as much as "
-    "these are like them. Beside it, under a name of its own, stands what the images of these very models say, which "
-    "says nothing of training again. Losing nothing is a test of non-inferiority with a margin of "
-    f"{100 * MARGIN:g} point. Not judged is what was run, but stored without the numbers that the test needs."
+    "A verdict speaks of trained models, on other images too: a t test at "
+    f"{100 * LEVEL:g}% for which both the seeds and the images, the same for all, are drawn from many; an exact "
+    "sign-flip test over seeds where what is compared is no share of images, or stored without its images. Fewer than "
+    f"{ENOUGH_SEEDS} seeds decide nothing. Tests are one-sided, made in both directions, and not corrected for the "
+    f"number of claims: of those where nothing differs about one in {round(1 / (2 * LEVEL))} is decided by chance. "
+    "Beside it, under a name of its own, stands what the images of these very models say, which says nothing of "
+    f"training again. Losing nothing is a test of non-inferiority with a margin of {100 * MARGIN:g} point. Not judged "
+    "is what was run, but stored without the numbers that the test needs."
 )
 
 

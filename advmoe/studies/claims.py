@@ -3,8 +3,9 @@
 A claim is a conjunction of comparisons "this is more than that". Each is tested on runs that share seeds and test
 images, so in pairs, and twice:
 
-- over seeds, by the exact sign-flip test, which asks whether training again would come out alike. This is the claim's
-  verdict. Fewer than 5 seeds cannot decide;
+- over seeds and images, both drawn from many: whether training again would come out alike, on other images too. This
+  is the claim's verdict. A number of each seed that is no share of images is tested by the exact sign-flip test over
+  seeds. Fewer than 5 seeds cannot decide;
 - over the images of the given seeds, where outcomes of images are known. This speaks about these trained models alone,
   on other images of the kind, and stands under a name of its own: `these_models`.
 
@@ -14,16 +15,19 @@ where the opposite of any is (the least p-value times their number), and is unde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from advmoe.studies.exact_tests import bonferroni, image_test, sign_flip
+import numpy as np
+from numpy.typing import NDArray
+
 from advmoe.studies.results import ImageOutcomes
+from advmoe.studies.significance import bonferroni, crossed_test, image_test, sign_flip
 
 LEVEL = 0.05
 ENOUGH_SEEDS = 5
-"""Seeds with which the exact test over seeds can reach 5%."""
+"""Seeds with which the exact test over them can reach 5%; with fewer no test decides."""
 MARGIN = 0.01
 """One point of accuracy: the most that counts as losing nothing (non-inferiority), and the least that is a point more.
 """
@@ -43,6 +47,8 @@ class Comparison:
     """How much `more` may be below `less` (a test of non-inferiority); negative: how much it must be above. Over
     images there is no test then.
     """
+    among: int = field(default=1, kw_only=True)
+    """Of how many comparisons this is one, any of which would make the statement true: so often p-values count."""
     unit: str = field(default="", kw_only=True)
     """Of numbers that are no share of images."""
 
@@ -56,77 +62,117 @@ class Comparison:
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """The numbers of one comparison: means, differences per seed, p-values both ways over seeds and over images."""
+    """The numbers of one comparison: means, differences per seed, p-values both ways (see the module)."""
     seeds = sorted(comparison.of_more.keys() & comparison.of_less.keys())
     result: dict[str, Any] = {
-        "more": comparison.more, "less": comparison.less, "seeds": seeds, "p": 1.0, "p_opposite": 1.0,
+        "more": comparison.more, "less": comparison.less, "seeds": seeds,
         **({"margin": comparison.margin} if comparison.margin else {}),
+        **({"among": comparison.among} if comparison.among > 1 else {}),
         **({"unit": comparison.unit} if comparison.unit else {}),
     }  # fmt: skip
     if not seeds:
         return {**result, "test": "none: no seed has both"}
-    differences, images = dict[int, float](), dict[int, int]()
-    totals = [0.0, 0.0]
-    for seed in seeds:
-        more, less = comparison.of_more[seed], comparison.of_less[seed]
-        if isinstance(more, Mapping) and isinstance(less, Mapping):
-            common = sorted(more.keys() & less.keys())
-            if not common:
-                return {**result, "test": "none: no image in common"}
-            for image in common:
-                images[image] = images.get(image, 0) + int(more[image]) - int(less[image])
-            sides = [sum(side[image] for image in common) / len(common) for side in (more, less)]
-        else:
-            sides = [float(each) for each in (more, less) if not isinstance(each, Mapping)]
-        differences[seed] = sides[0] - sides[1]
-        totals = [total + side for total, side in zip(totals, sides, strict=True)]
-    values = [each + comparison.margin for each in differences.values()]
+    by_image = [_per_image(comparison.of_more[seed], comparison.of_less[seed]) for seed in seeds]
+    if any(each is not None and not each for each in by_image):
+        return {**result, "test": "none: no image in common"}
+    images = [each for each in by_image if each is not None]
+    sides = [_means(comparison.of_more[seed], comparison.of_less[seed]) for seed in seeds]
+    differences = [more - less for more, less in sides]
     result |= {
-        "mean_more": totals[0] / len(seeds), "mean_less": totals[1] / len(seeds),
-        "differences": {str(seed): each for seed, each in differences.items()},
-        "p_seeds": sign_flip(values), "p_seeds_opposite": sign_flip([-each for each in values]),
-    }  # fmt: skip
-    if images and not comparison.margin:
-        counts = list(images.values())
-        result |= {
-            "images": len(images), "p_images": image_test(counts), "p_images_opposite": image_test([-c for c in counts])
-        }  # fmt: skip
-    return {**result, "p": result["p_seeds"], "p_opposite": result["p_seeds_opposite"], "test": _over_seeds(len(seeds))}
+        "mean_more": sum(more for more, _ in sides) / len(seeds),
+        "mean_less": sum(less for _, less in sides) / len(seeds),
+        "differences": {str(seed): each for seed, each in zip(seeds, differences, strict=True)},
+        **_both_ways("p_seeds", sign_flip, np.array(differences) + comparison.margin),
+    }
+    if images:
+        result["images"] = len(set().union(*images))
+        if len(seeds) >= ENOUGH_SEEDS and result["images"] > 1:
+            result |= _both_ways("p_crossed", crossed_test, _matrix(images) + comparison.margin)
+        if not comparison.margin:
+            result |= _both_ways("p_images", image_test, np.array(_summed(images)))
+    return {**result, "test": _tested(result)}
 
 
-def _over_seeds(number: int) -> str:
-    few = "" if number >= ENOUGH_SEEDS else f": {ENOUGH_SEEDS} or more can decide"
-    return f"exact sign-flip test over {number} seed{'s' * (number > 1)}{few}"
+_Side = Mapping[int, bool] | float
+
+
+def _per_image(more: _Side, less: _Side) -> dict[int, int] | None:
+    """By image that both have, whether the one is right less whether the other is; None of numbers."""
+    if not isinstance(more, Mapping) or not isinstance(less, Mapping):
+        return None
+    return {image: int(more[image]) - int(less[image]) for image in sorted(more.keys() & less.keys())}
+
+
+def _means(more: _Side, less: _Side) -> list[float]:
+    if not isinstance(more, Mapping) or not isinstance(less, Mapping):
+        return [float(each) for each in (more, less) if not isinstance(each, Mapping)]
+    common = more.keys() & less.keys()
+    return [sum(side[image] for image in common) / len(common) for side in (more, less)]
+
+
+def _summed(seeds: Sequence[Mapping[int, int]]) -> list[int]:
+    """By image, the sum over the seeds that have it."""
+    return [sum(seed.get(image, 0) for seed in seeds) for image in sorted(set().union(*seeds))]
+
+
+def _matrix(seeds: Sequence[Mapping[int, int]]) -> NDArray[np.float64]:
+    """Differences by seed and image, (S, N), whose rows have the seeds' means. Where seeds have other images, each
+    counts by how far it moves its seed's mean, and one that the seed has not by nothing.
+    """
+    images = sorted(set().union(*seeds))
+    rows = []
+    for seed in seeds:
+        mean, weight = sum(seed.values()) / len(seed), len(images) / len(seed)
+        rows.append([mean + weight * (seed[image] - mean) if image in seed else mean for image in images])
+    return np.array(rows)
+
+
+def _both_ways(name: str, test: Callable[[Any], float], differences: NDArray[Any]) -> dict[str, float]:
+    """The p-values of `test` that differences are above 0, and below."""
+    return {name: test(differences), f"{name}_opposite": test(-differences)}
+
+
+def _tested(numbers: Mapping[str, Any]) -> str:
+    """In words, the test that decides a comparison of known numbers."""
+    seeds = len(numbers["seeds"])
+    if "p_crossed" in numbers:
+        among = f", times {numbers['among']} for so many looked at" if "among" in numbers else ""
+        return f"t test over {seeds} seeds and {numbers['images']} images, crossed{among}"
+    few = "" if seeds >= ENOUGH_SEEDS else f": {ENOUGH_SEEDS} or more can decide"
+    return f"exact sign-flip test over {seeds} seed{'s' * (seeds > 1)}{few}"
+
+
+def _p_value(numbers: Mapping[str, Any], over: str, opposite: str = "") -> float:
+    """That of a comparison `over` trained models or the images of these; of opposites, against the claim."""
+    names = ["p_images"] if over == "images" else ["p_crossed", "p_seeds"]
+    found = next((float(numbers[name + opposite]) for name in names if name in numbers), 1.0)
+    return min(1.0, found * int(numbers.get("among", 1)))
 
 
 def _judged(numbers: Sequence[Mapping[str, Any]], over: str) -> dict[str, Any]:
-    """Verdict and p-value of comparisons all of which must hold, by their p-values `over` seeds or images."""
-    holds = max(each.get(f"p_{over}", 1.0) for each in numbers)
-    fails = bonferroni([each.get(f"p_{over}_opposite", 1.0) for each in numbers])
+    """Verdict and p-value of comparisons all of which must hold, over trained `models` or `images` of these."""
+    holds = max(_p_value(each, over) for each in numbers)
+    fails = bonferroni([_p_value(each, over, "_opposite") for each in numbers])
     judgement, p_value = "undecided", holds
     if holds < LEVEL:
         judgement = "holds"
     elif fails < LEVEL:
         judgement, p_value = "does not hold", fails
-    return {"verdict": judgement, "p_value": p_value if any(f"p_{over}" in each for each in numbers) else None}
+    known = "p_images" if over == "images" else "p_seeds"
+    return {"verdict": judgement, "p_value": p_value if any(known in each for each in numbers) else None}
 
 
 def judged(numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The verdict of a claim that needs all of the comparisons `numbers` (see `compare`), fresh or stored: `verdict`,
-    `p_value` and `test` over seeds, the same over images in `these_models`, which is None where none are known.
+    `p_value` and `test` of trained models, the same of images in `these_models`, which is None where none are known.
     """
     results = list(numbers.values())
-    tested = [each for each in results if "p_seeds" in each]
-    tests = [_over_seeds(len(each["seeds"])) for each in tested]
-    tests += [each["test"] for each in results if "p_seeds" not in each]
-    images = [each["images"] for each in results if "p_images" in each]
+    tests = [_tested(each) if "p_seeds" in each else each["test"] for each in results]
     these: dict[str, Any] | None = None
-    if len(images) == len(results):
-        counts = " and ".join(map(str, dict.fromkeys(images)))
+    if all("p_images" in each for each in results):
+        counts = " and ".join(dict.fromkeys(str(each["images"]) for each in results))
         these = {**_judged(results, "images"), "test": f"exact sign-flip test over {counts} images of these models"}
-    return {
-        **_judged(results, "seeds"), "test": "; ".join(dict.fromkeys(tests)), "these_models": these
-    }  # fmt: skip
+    return {**_judged(results, "models"), "test": "; ".join(dict.fromkeys(tests)), "these_models": these}
 
 
 def verdict(measure: str, comparisons: Sequence[Comparison], note: str = "") -> dict[str, Any]:

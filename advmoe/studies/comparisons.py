@@ -22,9 +22,14 @@ def named(labels: Mapping[str, Any]) -> str:
     return ", ".join(str(labels[name]) for name in ("method", "variant") if name in labels)
 
 
-def measured(scale: Scale, run: TrainingRun, *, timed: bool = False, seeds: int | None = None, **more: Measure) -> Row:
-    """A row whose accuracy is measured, and its cost where a table shows time, with all or the first `seeds`."""
-    return Row(run, {"accuracy": scale.accuracy(run), **({"cost": scale.cost()} if timed else {}), **more}, seeds)
+def measured(
+    scale: Scale, run: TrainingRun, *, timed: bool = False, seeds: int | None = None, experts: int = 1, **more: Measure
+) -> Row:
+    """A row whose accuracy is measured, and its cost where a table shows time, with all or the first `seeds`; `experts`
+    as in `Scale.accuracy`.
+    """
+    accuracy = scale.accuracy(run, experts)
+    return Row(run, {"accuracy": accuracy, **({"cost": scale.cost()} if timed else {}), **more}, seeds)
 
 
 def under_autoattack(scale: Scale) -> Quantity:

@@ -109,7 +109,7 @@ def _fig6_show(scale: Scale, results: Results) -> StudyFindings:
 def _fig7_rows(scale: Scale, _: Results) -> list[Row]:
     experts = scale.pick(smoke=(2, 4), cpu=(2, 4, 8), paper=(2, 4, 6, 8, 10))
     ratios = scales_of(scale, smoke=(0.5, 0.8), cpu=(0.2, 0.5, 0.8), paper=(0.2, 0.35, 0.5, 0.65, 0.8, 0.9))
-    rows = [measured(scale, scale.run("AT (Dense)"))]
+    rows = [measured(scale, scale.run("AT (Dense)"), experts=max(experts))]
     for number in experts:
         for r, more in ratios:
             settings = {"model": {**more["model"], "num_experts": number}}

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from advmoe.documents import read_arrays
 from advmoe.rundir import EXAMPLES, METRICS, Epochs, read_result
-from advmoe.studies.exact_tests import mean_std
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
+from advmoe.studies.significance import mean_std
 
 ImageOutcomes = dict[int, dict[int, bool]]
 """Per seed and position of an image in the test set, whether the model was right."""

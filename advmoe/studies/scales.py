@@ -13,13 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from advmoe.config import Pixels, merged, require_one_of
+from advmoe.config import Config, Pixels, merged, require_one_of
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
-from advmoe.tables import METHODS
+from advmoe.tables import BACKBONES, METHODS
 
 T = TypeVar("T")
+
+_EXPERTS = Config().model.num_experts
+_USUAL_CHOICES = 16
+"""Those that `restarts` makes up for without a number, which this cannot import (`suite.CHANGED`)."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,12 @@ class Scale:
 
     # What is measured
 
-    def accuracy(self, run: TrainingRun) -> Measure:
-        """SA, RA and the worst case: PGD with two losses, then what a routed model's routing calls for, or as many
-        gradient steps on a plain model.
+    def accuracy(self, run: TrainingRun, experts: int = 1) -> Measure:
+        """SA, RA and the worst case: PGD with two losses, then what a routed model's routing calls for, or on a plain
+        model as many gradient steps as one of its backbone with `experts`, or as many as its settings say, would take.
         """
-        attacks = ["pgd", "pgd-margin", *(["pgd-soft", "routed"] if run.labels["routed"] else ["restarts"])]
+        routed = ["pgd-soft", "routed"]
+        attacks = ["pgd", "pgd-margin", *(routed if run.labels["routed"] else [_restarts(run.settings, experts)])]
         return Measure("evaluate", {"attacks": attacks, "num_examples": self.examples})
 
     def under_autoattack(self) -> Measure:
@@ -202,6 +207,16 @@ class Scale:
     def eps(run: TrainingRun) -> float:
         """The radius of a run's threat."""
         return float(Pixels(run.settings["threat"]["eps"]))
+
+
+def _restarts(settings: Settings, experts: int) -> str:
+    """The attack `restarts` of a plain model, by the choices of its MoE-CNN that `routed` would change."""
+    model = settings["model"]
+    layers, usual = BACKBONES.find(model["name"]).moe_layers, "restarts"
+    if layers is None:
+        return usual
+    choices = layers * (max(experts, model.get("num_experts", _EXPERTS)) - 1)
+    return usual if choices == _USUAL_CHOICES else f"{usual}:{choices}"
 
 
 def scale_named(name: str) -> Scale:

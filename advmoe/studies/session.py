@@ -19,11 +19,11 @@ from advmoe.errors import InputError
 from advmoe.files import require_writable
 from advmoe.rundir import put_away, require_plain
 from advmoe.studies.catalogue import study_named
-from advmoe.studies.exact_tests import MOST_SEEDS
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
 from advmoe.studies.results import Results
 from advmoe.studies.rows import Row, Settings
 from advmoe.studies.scales import DataOrBackbone, Scale, scale_named
+from advmoe.studies.significance import MOST_SEEDS
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
 from advmoe.studies.task_pool import OnProgress, TaskWorkers, WorkOptions, run_tasks

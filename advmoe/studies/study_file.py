@@ -37,7 +37,7 @@ def write_study_file(
     folder = home / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     size = of_size(rows)
-    drawn, notes = [], [*findings.notes, *_left_out(rows)]
+    drawn, notes = [], [*findings.notes, *unfinished(rows), *_left_out(rows)]
     for figure in findings.figures:
         if not figure.data:
             notes.append(f"Nothing was measured for the figure {figure.title!r}.")
@@ -65,6 +65,23 @@ def write_study_file(
 def _with_size(caption: str, size: str) -> str:
     """A caption that tells how large the study is: tables and figures are shown elsewhere, too."""
     return f"{caption} {size[:1].upper()}{size[1:]}.".strip() if size else caption
+
+
+def unfinished(rows: Iterable[PlannedRow]) -> list[str]:
+    """A line for each row of which seeds are not trained or measured: means and verdicts are of the others, and what
+    fails may fail for being worse.
+    """
+    lines = []
+    for row in rows:
+        parts: dict[int, list[StudyTask]] = {
+            seed: [run, *row.measures[seed].values()] for seed, run in row.runs.items()
+        }
+        missing = [str(seed) for seed, each in parts.items() if any(part.state() != "finished" for part in each)]
+        if missing and len(missing) < len(row.runs):
+            lines.append(
+                f"Not finished, and left out of means and verdicts: {row.row.run.name}, seed {', '.join(missing)}."
+            )
+    return lines
 
 
 def _left_out(rows: Iterable[PlannedRow]) -> list[str]:

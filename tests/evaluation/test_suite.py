@@ -24,6 +24,8 @@ def test_the_usual_attacks_are_pgd_and_as_many_steps_through_soft_routing_or_on_
         ("restarts", {"steps": 50}, "restarts-1550"),  # 50 of pgd-soft + 500 + 960 = 1510, which is 31 starts
         ("restarts", {"steps": 50, "pathways": 4}, "restarts-950"),  # 50 + 500 + 400
         ("restarts", {"steps": 7, "restarts": 3}, "restarts-427"),  # 21 + 70 + 48 * 7
+        ("restarts:16", {"steps": 50, "pathways": 4}, "restarts-950"),
+        ("restarts:48", {"steps": 50, "pathways": 4}, "restarts-1600"),  # 50 + 500 + 52 * 20 = 1590
         ("restarts-100", {"steps": 50}, "restarts-100"),
         ("restarts-101", {"steps": 50}, "restarts-150"),
         ("restarts-1", {"steps": 50}, "restarts-50"),

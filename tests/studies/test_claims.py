@@ -47,8 +47,7 @@ def test_the_numbers_of_a_comparison():
     assert result["p_seeds"] == 1 / 8 and result["p_seeds_opposite"] == 1.0
     # Images 0 to 3, summed over seeds: 1 + 1 - 1, 1 + 1 + 1, 0 + 0 + 1, 0: signs of 1, 3 and 1 reach 5 once in 8.
     assert result["p_images"] == 1 / 8 and result["p_images_opposite"] == 1.0
-    assert result["p"] == result["p_seeds"]  # seeds decide, however many images there are
-    assert "margin" not in result and "unit" not in result
+    assert not {"p_crossed", "margin", "among", "unit"} & result.keys()  # three seeds are too few to tell their spread
 
 
 def test_fewer_than_five_seeds_decide_nothing_however_clear_the_images():
@@ -66,16 +65,44 @@ def test_fewer_than_five_seeds_decide_nothing_however_clear_the_images():
     assert verdict("PGD", [versus(ALL, NONE)])["test"] == "exact sign-flip test over 1 seed: 5 or more can decide"
 
 
-def test_five_seeds_decide_by_seeds_alone():
+def test_five_seeds_that_agree_on_few_images_decide_nothing():
+    """Each is better on one image of two, the same: so would others be by chance."""
     more, less = five("10"), five("00")
-    assert judged(versus(more, less)) == ("holds", 1 / 32)
-    assert over_images(versus(more, less)) == ("undecided", 1 / 2)  # one image of two
-    assert judged(versus(less, more)) == ("does not hold", 1 / 32)
-    assert compare(versus(more, less))["test"] == "exact sign-flip test over 5 seeds"
-    # Four seeds by 1/2, one the other way by as much: 3/2 of 5/2 is reached by no or one flip of five: 6/32.
-    mixed = versus(side("10", "10", "10", "10", "00"), side("00", "00", "00", "00", "10"))
-    assert judged(mixed) == ("undecided", 6 / 32)
-    assert compare(mixed)["p_opposite"] == 31 / 32  # all but the single pattern of five pluses
+    result = compare(versus(more, less))
+    assert result["p_seeds"] == 1 / 32 and result["p_images"] == 1 / 2
+    assert judged(versus(more, less)) == ("undecided", result["p_crossed"])
+    # The mean is 1/2 and so is its error, that of two images' mean, of one degree of freedom: 1/2 - atan(1) / pi.
+    assert result["p_crossed"] == pytest.approx(0.25) and result["p_crossed_opposite"] == pytest.approx(0.75)
+    assert result["test"] == "t test over 5 seeds and 2 images, crossed"
+
+
+def test_many_images_on_which_five_seeds_agree_decide():
+    more, less = five("1" * 30 + "0" * 90), five("0" * 120)
+    found, p = judged(versus(more, less))
+    assert found == "holds" and 0 < p < 1e-6
+    assert judged(versus(less, more)) == ("does not hold", p)
+    # One seed that is as far the other way is a spread that five do not outweigh.
+    less[4], more[4] = more[4], less[4]
+    assert judged(versus(more, less))[0] == "undecided"
+
+
+def test_seeds_that_count_other_images_are_compared_by_their_means():
+    """As where only images count that a model is right on: the seeds' means stand, whatever their number of images."""
+    more = {seed: {image: image % (2 + seed % 2) == 0 for image in range(seed, 60 + 6 * seed)} for seed in range(5)}
+    less = {seed: dict.fromkeys(range(30 * (seed == 2), 90), False) for seed in range(5)}
+    result = compare(versus(more, less))
+    assert result["images"] == len(set().union(*(more[seed].keys() & less[seed].keys() for seed in range(5))))
+    assert judged(versus(more, less))[0] == "holds" and judged(versus(less, more))[0] == "does not hold"
+    assert result["p_crossed"] + result["p_crossed_opposite"] == pytest.approx(1)
+
+
+def test_one_of_several_that_would_do_counts_as_often():
+    numbers = {seed: 1.0 + seed for seed in range(6)}, dict.fromkeys(range(6), 0.0)
+    assert judged(Comparison("a", "b", *numbers)) == ("holds", 1 / 64)
+    assert judged(Comparison("a", "b", *numbers, among=3)) == ("holds", 3 / 64)
+    assert judged(Comparison("a", "b", *numbers, among=4)) == ("undecided", 4 / 64)
+    assert judged(Comparison("a", "b", *reversed(numbers), among=4)) == ("undecided", 1.0)
+    assert compare(Comparison("a", "b", *numbers, among=4))["among"] == 4
 
 
 def test_over_images_what_is_the_other_way_does_not_hold():
@@ -124,7 +151,9 @@ def test_non_inferiority_needs_every_seed_above_the_margin():
 
 def test_images_are_not_tested_against_a_margin():
     result = compare(Comparison("a", "b", five("11"), five("11"), margin=MARGIN))
-    assert result["p_seeds"] == 1 / 32 and "p_images" not in result and "images" not in result
+    assert result["p_seeds"] == 1 / 32 and "p_images" not in result
+    assert result["p_crossed"] == 1 / 32  # without any spread the seeds' signs are left
+    assert verdict("PGD", [Comparison("a", "b", five("11"), five("11"), margin=MARGIN)])["these_models"] is None
 
 
 def test_numbers_that_are_no_shares_keep_their_unit():

@@ -33,14 +33,14 @@ def test_every_radius_of_figure_2_is_judged(row):
     assert drops(Results()) == []
 
 
-def traced(clean, attacked, mean, std, distinct, entropy, unchanged="1100"):
+def traced(clean, attacked, mean, std, distinct, entropy, unchanged="1110"):
     """Pathways: the IoU's distributions, its mean and spread, and how many pathways there are."""
     parts = {"clean": clean, "adversarial": attacked}
     against = {
         kind: {"mean": mean, "std": std, "histogram": {"edges": [0, 0.5, 1], "shares": shares}}
         for kind, shares in parts.items()
     }
-    arrays = {"index": list(range(4)), "unchanged": [mark == "1" for mark in unchanged]}
+    arrays = {"index": list(range(8)), "unchanged": [mark == "1" for mark in 2 * unchanged]}
     content = {"clean": {"distinct": distinct, "entropy": entropy}, "against": against}
     return "pathways", content, {"pathways_examples": arrays}
 
@@ -78,11 +78,11 @@ def test_pathways_far_from_the_mask_and_diverse(row):
 
 @pytest.fixture
 def row_of(row, evaluated):
-    """Makes a row of five seeds that is right on so many of ten images, on one less in the worst case."""
+    """Makes a row of five seeds that is right on so many tenths of 100 images, on one tenth less in the worst case."""
 
     def make(method, right, **labels):
-        attacks = {"pgd-10": "1" * right + "0" * (10 - right), "pgd-10-margin": "0" + "1" * 9}
-        measured = {"accuracy": evaluated("1" * 10, attacks)}
+        attacks = {"pgd-10": ("1" * right + "0" * (10 - right)) * 10, "pgd-10-margin": ("0" + "1" * 9) * 10}
+        measured = {"accuracy": evaluated("1" * 100, attacks)}
         return row({"method": method, **labels}, dict.fromkeys(range(5), measured))
 
     return make

@@ -113,6 +113,15 @@ def test_fig7_is_a_line_for_each_number_of_experts_beside_dense(row_of):
     assert show("fig7", *moe).figures[0].options["references"] == []
 
 
+def test_fig7_attacks_dense_as_long_as_the_network_of_most_experts():
+    scale = scale_named("cpu")
+    (rows,) = (stage(scale, Results()) for stage in STUDIES["fig7"].stages)
+    assert (
+        rows[0].run.labels["method"] == "AT (Dense)"
+        and "restarts:112" in rows[0].measures["accuracy"].options["attacks"]
+    )
+
+
 def test_fig8_is_a_figure_for_each_backbone(row_of):
     def rows(backbone, more):
         dense = row_of("AT (Dense)", 7 + more, backbone=backbone)

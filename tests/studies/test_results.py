@@ -5,7 +5,6 @@ from math import sqrt
 
 import pytest
 
-from advmoe.studies.exact_tests import mean_std
 from advmoe.studies.plan import PlannedMeasure
 from advmoe.studies.results import (
     PGD,
@@ -23,6 +22,7 @@ from advmoe.studies.results import (
     seconds_per_epoch,
     unchanged_pathways,
 )
+from advmoe.studies.significance import mean_std
 
 ATTACKS = {"pgd-10-margin": "1100", "pgd-10": "1010", "pgd-10-soft": "1000", "routed": "1001"}
 COST = {

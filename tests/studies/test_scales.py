@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from advmoe import tables
 from advmoe.config import Config
 from advmoe.recipes import SETTINGS, recipe
 from advmoe.studies.catalogue import STUDIES
@@ -143,6 +144,27 @@ def test_a_standard_model_is_trained_longer_where_epochs_are_few():
     assert (
         paper.run("standard MoE").settings["training"]["epochs"] == paper.run("AT (MoE)").settings["training"]["epochs"]
     )
+
+
+def test_plain_models_are_attacked_by_the_choices_of_the_network_that_they_are_compared_with():
+    """ResNet-18 of two experts has 16 choices to change, which is what `restarts` makes up for without a number."""
+    scale = scale_named("cpu")
+
+    def third(run, **more):
+        return scale.accuracy(run, **more).options["attacks"][2]
+
+    assert third(scale.run("AT (Dense)")) == "restarts" and third(scale.run("AT (Dense)"), experts=4) == "restarts:48"
+    four = {"model": {"num_experts": 4}}
+    assert third(scale.run("AT (S-Dense)", more=four)) == third(scale.run("AT (S-Dense)", more=four), experts=2)
+    assert third(scale.run("AT (S-Dense)", more=four)) == "restarts:48"
+    assert third(scale.run("AT (S-Dense)", backbone="WRN-28-10")) == "restarts:6"
+    assert third(scale.run("AdvMoE"), experts=4) == "pgd-soft"
+
+
+def test_one_backbone_s_unknown_layers_leave_the_usual_number(monkeypatch):
+    monkeypatch.setitem(tables.BACKBONES, "resnet18", replace(tables.BACKBONES["resnet18"], moe_layers=None))
+    scale = scale_named("cpu")
+    assert scale.accuracy(scale.run("AT (Dense)"), experts=9).options["attacks"][2] == "restarts"
 
 
 @pytest.mark.parametrize("name", NAMES)

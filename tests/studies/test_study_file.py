@@ -3,8 +3,9 @@
 import pytest
 
 from advmoe.studies.labels import shared
+from advmoe.studies.plan import Planner
 from advmoe.studies.rows import Measure, Row
-from advmoe.studies.study_file import of_size
+from advmoe.studies.study_file import of_size, unfinished
 
 
 def rows(tiny_run, *changes, measures=None):
@@ -36,6 +37,25 @@ def test_a_longer_standard_training_is_told_where_another_run_starts_from_it(tin
 
 def test_nothing_is_told_of_nothing():
     assert of_size([]) == "" and shared([]) == {}
+
+
+def test_seeds_that_are_not_finished_are_told(tiny_run, tmp_path):
+    (first,) = Planner(tmp_path / "runs", range(3)).rows(
+        [Row(tiny_run("some"), {"accuracy": Measure("evaluate", {"num_examples": 20})})]
+    )
+    assert unfinished([first]) == []  # none is: there is no row to speak of
+    runs = list(first.runs.values())
+    for run in runs[:-1]:
+        run.path.mkdir(parents=True)
+        (run.path / "manifest.json").write_text('{"finished": "then"}')
+        (run.path / "put-away.json").write_text('{"model_sha256": "x"}')
+        measure = first.measures[run.seed]["accuracy"]
+        measure.path.mkdir(parents=True)
+        (measure.path / "done.json").write_text('{"model_sha256": "x"}')
+    said = "Not finished, and left out of means and verdicts: some, seed {}."
+    assert unfinished([first]) == [said.format(runs[-1].seed)]
+    (first.measures[runs[0].seed]["accuracy"].path / "done.json").unlink()
+    assert unfinished([first]) == [said.format("0, 2")]
 
 
 def test_shared_settings_are_those_that_all_runs_have():

@@ -1,11 +1,14 @@
 """Backbones by name, and Wide ResNets by their numbers."""
 
 import pytest
+import torch
 
 from advmoe.config import ModelConfig
 from advmoe.errors import InputError
+from advmoe.models import create_model
 from advmoe.models.layers import LayerFactory
 from advmoe.models.wide_resnet import WideResNet
+from advmoe.moe.routing import pathway
 from advmoe.tables import BACKBONES
 
 
@@ -31,3 +34,9 @@ def test_a_family_s_entry_builds_what_its_numbers_say():
     entry = BACKBONES.find("wrn-16-2")
     net = entry.build(LayerFactory(ModelConfig(kind="dense")), width=8, in_channels=1, num_classes=3, input_size=8)
     assert isinstance(net, WideResNet) and len(net.blocks) == 3 * 2 and entry.width == 16 * 2
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "wrn-10-2", "wrn-16-2"])
+def test_the_number_of_moe_layers_is_that_of_the_network(name):
+    model = create_model(name, num_classes=3, width=32 if "tiny" in name else 8, input_size=16).eval()
+    assert pathway(model, torch.rand(1, 3, 16, 16)).shape == (1, BACKBONES.find(name).moe_layers)

@@ -1,13 +1,14 @@
-"""Means and exact tests, against numbers worked by hand and against counting every case."""
+"""Means and tests, against numbers worked by hand, against counting every case, and against chance itself."""
 
 from itertools import product
-from math import comb, isclose
+from math import atan, comb, isclose, pi, sqrt
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advmoe.studies.exact_tests import bonferroni, image_test, mean_std, sign_flip
+from advmoe.studies.significance import bonferroni, crossed_test, image_test, mean_std, sign_flip
 
 
 def counted(differences):
@@ -79,6 +80,39 @@ def test_image_test_of_one_seed_is_the_binomial_tail_however_many_images():
     tail = sum(comb(1000, k) for k in range(wins, 1001)) / 2**1000
     assert isclose(image_test([1] * wins + [-1] * losses + [0] * 9000), tail, rel_tol=1e-9)
     assert isclose(image_test([-1] * wins + [1] * losses), 1 - tail + comb(1000, wins) / 2**1000, rel_tol=1e-9)
+
+
+def test_crossed_test_by_hand():
+    # Of 2 seeds and 3 images: the mean is 2; seeds 1 and 3, whose mean has variance 1; images 1, 2, 3, 1/3; no rest.
+    table = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
+    # The variances add up to 4/3, with (4/3)^2 / (1 + (1/3)^2 / 2) = 32/19 degrees of freedom.
+    from scipy.stats import t
+
+    assert isclose(crossed_test(table), t.sf(2 / sqrt(4 / 3), 32 / 19), rel_tol=1e-12)
+    # Seeds alone differ: Student's t of 1 degree of freedom, which is Cauchy's distribution.
+    assert isclose(crossed_test(np.array([[0.0] * 4, [2.0] * 4])), 0.5 - atan(1) / pi, rel_tol=1e-12)
+    assert isclose(crossed_test(-table), 1 - crossed_test(table), rel_tol=1e-12)
+
+
+def test_crossed_test_without_spread_falls_back_on_signs():
+    assert crossed_test(np.full((5, 7), 0.1)) == 1 / 32
+    assert crossed_test(np.zeros((5, 7))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("seed", "image", "rest"), [(0, 0.25, 0.3), (0.01, 0.12, 0.28), (0.04, 0.1, 0.28), (0, 0, 0.3)]
+)
+def test_crossed_test_errs_as_seldom_as_it_says(seed, image, rest):
+    """Drawn where nothing differs. In the first case the signs of five seeds alone err in one of seven."""
+    draws, (seeds, images) = np.random.default_rng(0), (5, 200)
+    errors = sum(
+        crossed_test(
+            draws.normal(0, seed, (seeds, 1)) + draws.normal(0, image, images) + draws.normal(0, rest, (seeds, images))
+        )
+        < 0.05
+        for _ in range(1500)
+    )
+    assert errors / 1500 < 0.07  # 5% and 3.5 standard errors of 1,500 draws
 
 
 def test_bonferroni():
