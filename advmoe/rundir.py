@@ -30,7 +30,8 @@ LAST, BEST, BOARD = "last", "best", "tensorboard"
 # what is measured of a run, and the folders of an evaluation under way: its results so far, and its tasks elsewhere,
 EVALUATION, EXAMPLES, JOURNAL = "evaluation.json", "evaluation-examples.npz", ".evaluation"
 TASKS = ".evaluation-tasks"
-SWEEP, DISSECTION, PATHWAYS, GALLERY = "sweep.json", "dissection.json", "pathways.json", "gallery.npz"
+SWEEP, SWEPT = "sweep.json", "sweep-examples.npz"
+DISSECTION, PATHWAYS, GALLERY = "dissection.json", "pathways.json", "gallery.npz"
 CERTIFICATION = "certification.json"
 # and what studies write: of a measurement, of all, how long passes take, and of a run whose weights were dropped.
 DONE, STUDY, CALIBRATION, PUT_AWAY = "done.json", "study.json", "calibration.json", "put-away.json"

@@ -33,7 +33,7 @@ from advmoe.files import write_arrays, write_text
 from advmoe.models import Classifier
 from advmoe.pool import threads_set
 from advmoe.progress import outermost
-from advmoe.rundir import DISSECTION, EVALUATION, EXAMPLES, JOURNAL, SWEEP, TASKS, sealed, write_result
+from advmoe.rundir import DISSECTION, EVALUATION, EXAMPLES, JOURNAL, SWEEP, SWEPT, TASKS, sealed, write_result
 
 
 def evaluate_run(
@@ -131,6 +131,14 @@ class _Radii:
             self.measured[eps] = robust, details
         return self.measured[eps][0]
 
+    def examples(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Whether each example was still right, by attack and radius."""
+        return {
+            f"{name}/{eps!r}": right.cpu().numpy()
+            for eps, (robust, _) in self.measured.items()
+            for name, right in robust.items()
+        }
+
     def details(self, name: str, eps: float) -> dict[str, Any]:
         """What else a point of the curve `name` holds, at a radius that was measured."""
         return self.measured[eps][1][name]
@@ -143,7 +151,8 @@ def sweep_run(
 
     Each attack's step is that of `suite.stretched`, which crosses every radius. keywords: `Options` by name.
 
-    Writes `sweep.json` beside the run's other results, and returns its folder and its content: a `sweep.sweep` by
+    Writes `sweep.json` and `sweep-examples.npz` (by `ATTACK/EPS` whether each image of `index` is still right) beside
+    the run's other results, and returns its folder and the former's content: a `sweep.sweep` by
     attack, whose points hold the attack's `settings`, `flags` and `gradient_passes` at that radius, and one under
     `worst case`, whose points hold `masking_gap` and `outcomes.gradient_passes`. Raises
     `InputError` for whatever cannot be used.
@@ -167,6 +176,8 @@ def sweep_run(
         "steps": attack.steps, "step_size": float(attack.step_size), "restarts": attack.restarts, "seed": subject.seed,
     }  # fmt: skip
     result = {"curves": curves, "threat": {"norm": norm}, "attack": settings, **subject.described}
+    subject.home.mkdir(parents=True, exist_ok=True)
+    write_arrays(subject.home / SWEPT, {"index": subject.index.numpy(), **radii.examples()})
     return subject.home, write_result(subject.home / SWEEP, result)
 
 

@@ -136,10 +136,12 @@ def _judgement(claim: PaperClaim, run: str, verdict: Mapping[str, Any]) -> Judge
         found.insert(0, _time(cost))
     if "price" in kept and (cheap(kept) or {}).get("verdict") == "does not hold":
         return Judgement(run, measure, "; ".join(found), f"does not hold (takes more than {PRICE} of the time)", "")
-    seeds = min((len(each["seeds"]) for each in compared if "seeds" in each), default=0)
+    number = min((len(each["seeds"]) for each in compared if "seeds" in each), default=0)
+    alone = number >= ENOUGH_SEEDS and not all("p_crossed" in each for each in compared)
+    seeds = _count(number, "seed") + " alone" * alone
     these = result["these_models"]
     images = "" if these is None else _words(these, _count(max(each["images"] for each in compared), "image"))
-    return Judgement(run, measure, "; ".join(found), _words(result, _count(seeds, "seed")), images)
+    return Judgement(run, measure, "; ".join(found), _words(result, seeds), images)
 
 
 def _time(ratio: float) -> str:
@@ -219,6 +221,7 @@ def _turned(numbers: Mapping[str, Any]) -> dict[str, Any]:
     shifted = [each + MARGIN for each in differences.values()]
     return {
         "more": numbers["less"], "less": numbers["more"], "seeds": numbers["seeds"], "margin": MARGIN,
+        "among": len(VARIANTS) - 1,
         "mean_more": numbers["mean_less"], "mean_less": numbers["mean_more"], "differences": differences,
         "p_seeds": sign_flip(shifted), "p_seeds_opposite": sign_flip([-each for each in shifted]),
         "test": numbers["test"],
@@ -228,9 +231,14 @@ def _turned(numbers: Mapping[str, Any]) -> dict[str, Any]:
 def _means(each: Mapping[str, Any]) -> str:
     if "mean_less" not in each:
         return ""
-    if "unit" in each:
-        return f"{each['mean_less']:.4g} against {each['mean_more']:.4g} {each['unit']}"
-    return f"{percent(each['mean_less'])} against {percent(each['mean_more'])} %"
+    by_seed, unit = list(each["differences"].values()), each.get("unit")
+    shown = percent if unit is None else "{:.4g}".format
+    spread = f" ({_signed(min(by_seed), unit)} to {_signed(max(by_seed), unit)})" if len(by_seed) > 1 else ""
+    return f"{shown(each['mean_less'])} against {shown(each['mean_more'])} {unit or '%'}{spread}"
+
+
+def _signed(difference: float, unit: str | None) -> str:
+    return f"{100 * difference:+.1f}" if unit is None else f"{difference:+.3g}"
 
 
 def _words(result: Mapping[str, Any], number: str) -> str:
@@ -299,9 +307,11 @@ def _count(number: int, noun: str) -> str:
 _RULE = (
     "A verdict speaks of trained models, on other images too: a t test at "
     f"{100 * LEVEL:g}% for which both the seeds and the images, the same for all, are drawn from many; an exact "
-    "sign-flip test over seeds where what is compared is no share of images, or stored without its images. Fewer than "
+    'sign-flip test where what is compared is stored without its images ("seeds alone"), which is of these images. '
+    "A collapse of training too rare to be among the seeds is not seen. Fewer than "
     f"{ENOUGH_SEEDS} seeds decide nothing. Tests are one-sided, made in both directions, and not corrected for the "
     f"number of claims: of those where nothing differs about one in {round(1 / (2 * LEVEL))} is decided by chance. "
+    "Where any of several variants would do, the p-value for it is multiplied by their number. "
     "Beside it, under a name of its own, stands what the images of these very models say, which says nothing of "
     f"training again. Losing nothing is a test of non-inferiority with a margin of {100 * MARGIN:g} point. Not judged "
     "is what was run, but stored without the numbers that the test needs."
@@ -326,8 +336,9 @@ def as_page(listed: Iterable[tuple[PaperClaim, Sequence[Judgement]]], studies: M
         "# Claims", "", "Every claim of the paper, where it stands, and what the stored studies say of it. Written by",
         "`advmoe study claims --page docs/results/claims.md`; none of it is written by hand.", "", _RULE,
         "Of two means the first ought to be the smaller, or larger by less than a point where the claim is to lose at",
-        "most a point.", "",
-        "| claim | where | study | measure | means | trained models, over seeds | these models, over images |",
+        "most a point. In brackets stands what the second has more with the seed of the least difference, and of the",
+        "largest.", "",
+        "| claim | where | study | measure | means | trained models, other images | these models, over images |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for claim, judgements in listed:

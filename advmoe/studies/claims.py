@@ -15,6 +15,7 @@ where the opposite of any is (the least p-value times their number), and is unde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe.studies.results import ImageOutcomes
+from advmoe.studies.results import ImageGains, ImageOutcomes
 from advmoe.studies.significance import bonferroni, crossed_test, image_test, sign_flip
 
 LEVEL = 0.05
@@ -40,15 +41,17 @@ class Comparison:
 
     more: str
     less: str
-    of_more: ImageOutcomes | Mapping[int, float]
+    of_more: ImageOutcomes | ImageGains | Mapping[int, float]
     """By seed: outcomes of images, or a number."""
-    of_less: ImageOutcomes | Mapping[int, float]
+    of_less: ImageOutcomes | ImageGains | Mapping[int, float]
     margin: float = field(default=0.0, kw_only=True)
     """How much `more` may be below `less` (a test of non-inferiority); negative: how much it must be above. Over
     images there is no test then.
     """
     among: int = field(default=1, kw_only=True)
-    """Of how many comparisons this is one, any of which would make the statement true: so often p-values count."""
+    """Of how many comparisons this is one, any of which would make the statement true: so often the p-value for it
+    counts.
+    """
     unit: str = field(default="", kw_only=True)
     """Of numbers that are no share of images."""
 
@@ -62,8 +65,11 @@ class Comparison:
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """The numbers of one comparison: means, differences per seed, p-values both ways (see the module)."""
-    seeds = sorted(comparison.of_more.keys() & comparison.of_less.keys())
+    """The numbers of one comparison: means, differences per seed, p-values both ways (see the module); none where the
+    two have no image in common of a seed.
+    """
+    both = comparison.of_more.keys() & comparison.of_less.keys()
+    seeds = sorted(seed for seed in both if _finite(comparison.of_more[seed]) and _finite(comparison.of_less[seed]))
     result: dict[str, Any] = {
         "more": comparison.more, "less": comparison.less, "seeds": seeds,
         **({"margin": comparison.margin} if comparison.margin else {}),
@@ -86,14 +92,19 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     }
     if images:
         result["images"] = len(set().union(*images))
-        if len(seeds) >= ENOUGH_SEEDS and result["images"] > 1:
-            result |= _both_ways("p_crossed", crossed_test, _matrix(images) + comparison.margin)
+        if len(seeds) >= ENOUGH_SEEDS:
+            table, margin = _matrix(images), comparison.margin
+            result |= {"p_crossed": crossed_test(table, margin), "p_crossed_opposite": crossed_test(-table, -margin)}
         if not comparison.margin:
             result |= _both_ways("p_images", image_test, np.array(_summed(images)))
     return {**result, "test": _tested(result)}
 
 
-_Side = Mapping[int, bool] | float
+_Side = Mapping[int, int] | float
+
+
+def _finite(side: _Side) -> bool:
+    return len(side) > 0 if isinstance(side, Mapping) else math.isfinite(side)
 
 
 def _per_image(more: _Side, less: _Side) -> dict[int, int] | None:
@@ -104,10 +115,11 @@ def _per_image(more: _Side, less: _Side) -> dict[int, int] | None:
 
 
 def _means(more: _Side, less: _Side) -> list[float]:
-    if not isinstance(more, Mapping) or not isinstance(less, Mapping):
-        return [float(each) for each in (more, less) if not isinstance(each, Mapping)]
-    common = more.keys() & less.keys()
-    return [sum(side[image] for image in common) / len(common) for side in (more, less)]
+    """Of both, over the images that both have; of images and a number, over all."""
+    if isinstance(more, Mapping) and isinstance(less, Mapping):
+        common = more.keys() & less.keys()
+        return [sum(side[image] for image in common) / len(common) for side in (more, less)]
+    return [sum(each.values()) / len(each) if isinstance(each, Mapping) else float(each) for each in (more, less)]
 
 
 def _summed(seeds: Sequence[Mapping[int, int]]) -> list[int]:
@@ -136,7 +148,7 @@ def _tested(numbers: Mapping[str, Any]) -> str:
     """In words, the test that decides a comparison of known numbers."""
     seeds = len(numbers["seeds"])
     if "p_crossed" in numbers:
-        among = f", times {numbers['among']} for so many looked at" if "among" in numbers else ""
+        among = f", for the claim times {numbers['among']}, so many were looked at" if "among" in numbers else ""
         return f"t test over {seeds} seeds and {numbers['images']} images, crossed{among}"
     few = "" if seeds >= ENOUGH_SEEDS else f": {ENOUGH_SEEDS} or more can decide"
     return f"exact sign-flip test over {seeds} seed{'s' * (seeds > 1)}{few}"
@@ -146,7 +158,7 @@ def _p_value(numbers: Mapping[str, Any], over: str, opposite: str = "") -> float
     """That of a comparison `over` trained models or the images of these; of opposites, against the claim."""
     names = ["p_images"] if over == "images" else ["p_crossed", "p_seeds"]
     found = next((float(numbers[name + opposite]) for name in names if name in numbers), 1.0)
-    return min(1.0, found * int(numbers.get("among", 1)))
+    return found if opposite else min(1.0, found * int(numbers.get("among", 1)))
 
 
 def _judged(numbers: Sequence[Mapping[str, Any]], over: str) -> dict[str, Any]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from advmoe.studies.claims import Comparison, claim, verdict
 from advmoe.studies.comparisons import MEASURED, between, leads, numbered
 from advmoe.studies.labels import in_name
 from advmoe.studies.results import (
-    PGD,
+    ImageGains,
     Results,
     RowResults,
     RunNumber,
     RunResults,
-    accuracy_under,
-    of_evaluation,
     of_pathways,
+    outcomes,
     swept,
+    swept_outcomes,
     unchanged_pathways,
 )
 
 _PLACE = "Zhang et al., ICCV 2023, "
-_ROBUST: Mapping[str, RunNumber] = {"PGD": accuracy_under(PGD), "worst case": of_evaluation("worst_case")}
 
 
 def drops(results: Results) -> list[dict[str, Any]]:
@@ -33,16 +32,12 @@ def drops(results: Results) -> list[dict[str, Any]]:
     claims = []
     for radius in sorted({radius for run in runs for radius in swept(run, "pgd")} - {0.0}):
         verdicts = [
-            verdict(way, [numbered(*names, rows, _at_radius(curve, radius))])
+            verdict(way, [Comparison(*names, *(swept_outcomes(row, curve, radius) for row in rows))])
             for way, curve in (("PGD", "pgd"), ("worst of three", "worst case"))
         ]
         statement = f"AT (MoE) is less robust than AT (S-Dense) at a radius of {radius:g}/255."
         claims.append(claim(f"drop, {radius:g}/255", statement, verdicts, f"{_PLACE}sec. 3, fig. 2"))
     return claims
-
-
-def _at_radius(curve: str, radius: float) -> RunNumber:
-    return lambda run: swept(run, curve).get(radius)
 
 
 # Figure 6
@@ -156,22 +151,20 @@ def by_scale(results: Results, where: str) -> list[dict[str, Any]]:
         claims += leads(Results([*dense, *results.select(scale=r)]), f"{where}, r = {r}")
     if len(ratios) > 1:
         least, most = min(ratios), max(ratios)
+        names = f"gain at r = {most}", f"gain at r = {least}"
         verdicts = [
-            verdict(way, [Comparison(
-                f"gain at r = {most}", f"gain at r = {least}", _gains(results, value, most),
-                _gains(results, value, least),
-            )])
-            for way, value in _ROBUST.items()
-        ]  # fmt: skip
+            verdict(way, [Comparison(*names, _gains(results, attack, most), _gains(results, attack, least))])
+            for way, attack in MEASURED.items()
+        ]
         statement = f"What AdvMoE gains over AT (S-Dense) rises from r = {least} to {most}{where}."
         claims.append(claim(f"gain-rises{where}", statement, verdicts, f"{_PLACE}sec. 5, fig. 8"))
     return claims
 
 
-def _gains(results: Results, value: RunNumber, r: float) -> dict[int, float]:
-    """By seed, how far AdvMoE is above AT (S-Dense)."""
-    sides: Sequence[Mapping[int, float]] = [
-        row.values(value) if (row := results.one(method=name, scale=r)) is not None else {}
-        for name in ("AdvMoE", "AT (S-Dense)")
-    ]
-    return {seed: sides[0][seed] - sides[1][seed] for seed in sides[0].keys() & sides[1].keys()}
+def _gains(results: Results, attack: str | None, r: float) -> ImageGains:
+    """By seed and image, whether AdvMoE is right less whether AT (S-Dense) is."""
+    ours, theirs = (outcomes(results.one(method=name, scale=r), attack) for name in ("AdvMoE", "AT (S-Dense)"))
+    return {
+        seed: {image: right - theirs[seed][image] for image, right in ours[seed].items() if image in theirs[seed]}
+        for seed in ours.keys() & theirs.keys()
+    }

@@ -12,7 +12,7 @@ from typing import Any
 
 from advmoe.config import merged
 from advmoe.report.pictures import Picture
-from advmoe.studies.claims import claim, verdict
+from advmoe.studies.claims import claim, compare, verdict
 from advmoe.studies.comparisons import MEASURED, between, measured, under_autoattack
 from advmoe.studies.results import (
     Results,
@@ -319,7 +319,12 @@ def _gate_note(results: Results) -> str:
 def _above(rows: Mapping[str, RowResults], more: str, less: str, name: str, who: str) -> dict[str, Any]:
     """The claim that the arm `more` is more robust than `less`, over the seeds that chose neither."""
     pair = [_fresh(rows.get(name)) for name in (more, less)]
-    verdicts = [verdict(way, [between(pair[0], pair[1], (more, less), attack)]) for way, attack in MEASURED.items()]
+    verdicts = []
+    for way, attack in MEASURED.items():
+        compared = between(pair[0], pair[1], (more, less), attack)
+        signs = compare(compared).get("p_seeds")
+        note = "" if signs is None else f"By the signs of the seeds alone, as registered first: p = {signs:.2g}."
+        verdicts.append(verdict(way, [compared], note))
     return claim(name, f"{who} is more robust than {less}.", verdicts, SOURCE)
 
 

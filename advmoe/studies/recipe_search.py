@@ -153,7 +153,7 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
 
 def _best_of_others(results: Results, seed: int) -> RowResults:
     """The recipe of `seed` that the other seeds' validation images choose: its own, where there is no other seed, so
-    that no model is tested for having been lucky.
+    that no model is tested for having been lucky. What the best together is made of, all seeds have chosen.
     """
     rows = [row for row in results.select(method="AdvMoE") if seed in row.by_seed]
 

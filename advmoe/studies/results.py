@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe.documents import read_arrays
-from advmoe.rundir import EXAMPLES, METRICS, Epochs, read_result
+from advmoe.rundir import EXAMPLES, METRICS, SWEPT, Epochs, read_result
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun
 from advmoe.studies.significance import mean_std
 
 ImageOutcomes = dict[int, dict[int, bool]]
 """Per seed and position of an image in the test set, whether the model was right."""
+ImageGains = dict[int, dict[int, int]]
+"""The same, whether one model was right less whether another was."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,33 @@ def of_pathways(*path: str) -> RunNumber:
 
 def swept(run: RunResults, curve: str) -> dict[float, float]:
     """Robust accuracy of a run's sweep by radius, in 1/255; `curve`: `pgd`, the first that was swept, or a name."""
+    return {_in_255(point["eps"]): point["robust_accuracy"] for point in _swept_curve(run, curve)[1]}
+
+
+def swept_outcomes(row: RowResults | None, curve: str, radius: float) -> ImageOutcomes | dict[int, float]:
+    """Per seed, whether each image was still right at a radius of a sweep, in 1/255 (see `swept`); robust accuracy
+    where not every seed's sweep has kept its images.
+    """
+    by_seed: ImageOutcomes = {}
+    for seed, arrays in _arrays_by_seed(row, "sweep", SWEPT):
+        name = _swept_curve(row.by_seed[seed], curve)[0] if row is not None else curve
+        for key, right in arrays.items():
+            attack, _, eps = key.rpartition("/")
+            if attack == name and _in_255(float(eps)) == radius:
+                by_seed[seed] = dict(zip(arrays["index"].tolist(), right.tolist(), strict=True))
+    numbers = row.values(lambda run: swept(run, curve).get(radius)) if row is not None else {}
+    return by_seed if by_seed.keys() == numbers.keys() else numbers
+
+
+def _swept_curve(run: RunResults, curve: str) -> tuple[str, list[dict[str, Any]]]:
+    """A sweep's curve: its attack's name, and its points."""
     curves = (run.measurement("sweep") or {}).get("curves") or {}
-    points = curves[next(iter(curves)) if curve == "pgd" else curve]["points"] if curves else []
-    return {round(255 * point["eps"], 4): point["robust_accuracy"] for point in points}
+    name = next(iter(curves), curve) if curve == "pgd" else curve
+    return name, curves[name]["points"] if curves else []
+
+
+def _in_255(eps: float) -> float:
+    return round(255 * eps, 4)
 
 
 PGD = r"pgd-\d+"

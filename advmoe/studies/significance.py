@@ -66,28 +66,33 @@ def image_test(differences: Sequence[int]) -> float:
     return float(min(1.0, chances[first:].sum()))
 
 
-def crossed_test(differences: NDArray[np.float64]) -> float:
-    """How likely chance makes the mean of `differences`, (S, N) of seeds and images, as large: by a t test for which
-    both the seeds and the images are drawn from many.
+def crossed_test(differences: NDArray[np.float64], margin: float = 0.0) -> float:
+    """How likely chance makes the mean of `differences`, (S, N) of seeds and images, as far above -`margin`: a t test,
+    for which both the seeds and the images are drawn from many, 2 of each at least (1.0 of fewer images).
 
     It speaks of training again and of other images at once. The variance of the mean is the seeds' and the images' less
-    what was counted twice, and is no less than either; degrees of freedom are Satterthwaite's. At least 2 of each.
-    Source: Clark, J. Verbal Learning and Verbal Behavior 1973 (quasi-F).
+    what both contain, and is no less than either; degrees of freedom are Satterthwaite's. Seeds' means are taken to be
+    about normal: a collapse too rare to be among these seeds is not seen. With a margin, images of a mean at the margin
+    differ at least as often as that, whatever these few do.
+    Source: Satterthwaite, Biometrics Bulletin 1946.
     """
     from scipy.special import stdtr  # a dependency of scikit-learn
 
     seeds, images = differences.shape
+    if images < 2:
+        return 1.0
     mean, of_seeds, of_images = differences.mean(), differences.mean(1), differences.mean(0)
     rest = differences - of_seeds[:, None] - of_images + mean
-    by_seed, by_image = of_seeds.var(ddof=1) / seeds, of_images.var(ddof=1) / images
-    twice = (rest**2).sum() / ((seeds - 1) * (images - 1) * seeds * images)
-    variance = max(by_seed + by_image - twice, by_seed, by_image)
+    by_seed = of_seeds.var(ddof=1) / seeds
+    by_image = max(of_images.var(ddof=1), abs(margin) * (1 - abs(margin))) / images
+    both = (rest**2).sum() / ((seeds - 1) * (images - 1) * seeds * images)
+    variance = float(max(by_seed + by_image - both, by_seed, by_image))
     if variance <= (1e-12 * np.abs(differences).max()) ** 2:  # all alike: nothing to take a spread from
-        return sign_flip(of_seeds.tolist())
+        return max(sign_flip(of_seeds.tolist()), float(0.5**images))
     freedom = variance**2 / (
-        by_seed**2 / (seeds - 1) + by_image**2 / (images - 1) + twice**2 / ((seeds - 1) * (images - 1))
+        by_seed**2 / (seeds - 1) + by_image**2 / (images - 1) + both**2 / ((seeds - 1) * (images - 1))
     )
-    return float(stdtr(freedom, -mean / np.sqrt(variance)))
+    return float(stdtr(freedom, -(mean + margin) / np.sqrt(variance)))
 
 
 def bonferroni(p_values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from advmoe import cli
 from advmoe.config import Config
+from advmoe.documents import read_arrays
 from advmoe.evaluation import runs
 from advmoe.evaluation.runs import dissect_run, evaluate_run, sweep_run
 from advmoe.ops import kernels_used
@@ -242,6 +243,15 @@ def test_a_sweep_falls_and_is_drawn(run_dir, command):
     assert accuracies[0] == pytest.approx(clean)
     assert worst["probe"]["eps"] == 1
     assert "worst case" in out and (run_dir / "sweep.svg").read_text().lstrip().startswith("<?xml")
+    kept = read_arrays(run_dir / "sweep-examples.npz")
+    assert len(kept.pop("index")) == 36
+    shares = {tuple(key.rsplit("/", 1)): float(right.mean()) for key, right in kept.items()}
+    points = {
+        (name, repr(point["eps"])): point["robust_accuracy"]
+        for name, curve in found.items()
+        for point in (*curve["points"], curve["probe"])
+    }
+    assert shares == pytest.approx(points)
 
 
 def test_a_sweep_records_each_attack_s_own_steps_and_the_gap(run_dir):

@@ -1,5 +1,7 @@
 """Verdicts on made-up outcomes, with the numbers worked by hand."""
 
+import math
+
 import pytest
 
 from advmoe.studies.claims import MARGIN, Comparison, claim, compare, verdict
@@ -36,6 +38,11 @@ def over_images(*comparisons):
 
 def five(marks):
     return side(*[marks] * 5)
+
+
+def numbers(seeds):
+    """Ones and zeros, which are no shares of images."""
+    return dict.fromkeys(range(seeds), 1.0), dict.fromkeys(range(seeds), 0.0)
 
 
 def test_the_numbers_of_a_comparison():
@@ -101,7 +108,7 @@ def test_one_of_several_that_would_do_counts_as_often():
     assert judged(Comparison("a", "b", *numbers)) == ("holds", 1 / 64)
     assert judged(Comparison("a", "b", *numbers, among=3)) == ("holds", 3 / 64)
     assert judged(Comparison("a", "b", *numbers, among=4)) == ("undecided", 4 / 64)
-    assert judged(Comparison("a", "b", *reversed(numbers), among=4)) == ("undecided", 1.0)
+    assert judged(Comparison("a", "b", *reversed(numbers), among=4)) == ("does not hold", 1 / 64)  # of this one alone
     assert compare(Comparison("a", "b", *numbers, among=4))["among"] == 4
 
 
@@ -116,15 +123,17 @@ def test_a_claim_is_as_sure_as_its_least_sure_comparison():
     assert over_images(sure, surer) == ("holds", 1 / 32) and over_images(surer) == ("holds", 1 / 64)
     open_ = Comparison("other", "less", three("111100"), three("000000"))
     assert over_images(surer, open_) == ("undecided", 1 / 16)
-    six = side(*["1"] * 6), side(*["0"] * 6)
-    assert judged(versus(*six), Comparison("other", "less", five("1"), five("0"))) == ("holds", 1 / 32)
+    six, fewer = numbers(6), numbers(5)
+    assert judged(versus(*six), Comparison("other", "less", *fewer)) == ("holds", 1 / 32)
 
 
 def test_a_claim_of_several_comparisons_falls_with_one_at_the_price_of_having_looked_at_all():
-    ones, zeros = side(*["1"] * 6), side(*["0"] * 6)
+    ones, zeros = numbers(6)
     sure, against = versus(ones, zeros), Comparison("low", "high", zeros, ones)
     assert judged(sure, against) == ("does not hold", 2 / 64)
-    assert judged(versus(five("1"), five("0")), Comparison("low", "high", five("0"), five("1"))) == ("undecided", 1.0)
+    ones, zeros = numbers(5)
+    assert judged(versus(ones, zeros), Comparison("low", "high", zeros, ones)) == ("undecided", 1.0)
+    ones, zeros = numbers(6)
     assert judged(against) == ("does not hold", 1 / 64)
 
 
@@ -152,8 +161,16 @@ def test_non_inferiority_needs_every_seed_above_the_margin():
 def test_images_are_not_tested_against_a_margin():
     result = compare(Comparison("a", "b", five("11"), five("11"), margin=MARGIN))
     assert result["p_seeds"] == 1 / 32 and "p_images" not in result
-    assert result["p_crossed"] == 1 / 32  # without any spread the seeds' signs are left
+    # At the margin one image in 100 would differ, whatever these two do: a standard error of sqrt(0.0099 / 2).
+    assert result["p_crossed"] == pytest.approx(0.5 - math.atan(0.01 / math.sqrt(0.0099 / 2)) / math.pi)
     assert verdict("PGD", [Comparison("a", "b", five("11"), five("11"), margin=MARGIN)])["these_models"] is None
+
+
+def test_one_image_and_numbers_that_are_none_decide_nothing():
+    assert judged(versus(five("1"), five("0"))) == ("undecided", 1.0)
+    nan = dict.fromkeys(range(5), float("nan"))
+    assert compare(versus(nan, dict.fromkeys(range(5), 0.0)))["test"] == "none: no seed has both"
+    assert compare(versus({**nan, 3: 1.0}, dict.fromkeys(range(5), 0.0)))["seeds"] == [3]
 
 
 def test_numbers_that_are_no_shares_keep_their_unit():
@@ -197,7 +214,7 @@ def test_where_nothing_can_be_compared_nothing_is_decided(more, less, why):
 
 def test_a_missing_comparison_leaves_the_rest_able_to_refute_but_not_to_confirm():
     missing = Comparison("a", "b", {}, {})
-    ones, zeros = side(*["1"] * 6), side(*["0"] * 6)
+    ones, zeros = numbers(6)
     assert judged(versus(ones, zeros), missing) == ("undecided", 1.0)
     result = verdict("PGD", [versus(zeros, ones), missing])
     assert (result["verdict"], result["p_value"]) == ("does not hold", 2 / 64)

@@ -35,7 +35,7 @@ def row_of(row, evaluated):
     return make
 
 
-LOW, MIDDLE, HIGH = "0" * 12, "1" * 6 + "0" * 6, "1" * 12
+LOW, MIDDLE, HIGH = "0" * 1000, "1" * 500 + "0" * 500, "1" * 1000
 
 
 def verdicts(claim):

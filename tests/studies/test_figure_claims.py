@@ -33,6 +33,28 @@ def test_every_radius_of_figure_2_is_judged(row):
     assert drops(Results()) == []
 
 
+def test_a_radius_is_judged_by_its_images_where_all_sweeps_kept_them(row):
+    """Of 100 images MoE loses 10, the same with every seed."""
+
+    def kept(right):
+        name, content, _ = swept({4: right / 100}, less=0.0)
+        marks = [image < right for image in range(100)]
+        images = {"index": list(range(100)), **{f"{attack}/{4 / 255!r}": marks for attack in content["curves"]}}
+        return {"sweep": (name, content, {"sweep_examples": images})}
+
+    dense = dict.fromkeys(range(5), kept(60))
+    moe = dict.fromkeys(range(5), kept(50))
+    (claim,) = drops(Results([row({"method": "AT (S-Dense)"}, dense), row({"method": "AT (MoE)"}, moe)]))
+    for verdict in claim["verdicts"]:
+        (numbers,) = verdict["numbers"].values()
+        assert verdict["verdict"] == "holds" and numbers["images"] == 100 and numbers["p_crossed"] < 0.01
+        assert numbers["mean_more"] == 0.6 and numbers["mean_less"] == 0.5
+    moe[4] = {"sweep": swept({4: 0.5})}
+    (claim,) = drops(Results([row({"method": "AT (S-Dense)"}, dense), row({"method": "AT (MoE)"}, moe)]))
+    (numbers,) = claim["verdicts"][0]["numbers"].values()
+    assert "images" not in numbers and numbers["p_seeds"] == 1 / 32
+
+
 def traced(clean, attacked, mean, std, distinct, entropy, unchanged="1110"):
     """Pathways: the IoU's distributions, its mean and spread, and how many pathways there are."""
     parts = {"clean": clean, "adversarial": attacked}

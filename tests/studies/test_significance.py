@@ -96,7 +96,34 @@ def test_crossed_test_by_hand():
 
 def test_crossed_test_without_spread_falls_back_on_signs():
     assert crossed_test(np.full((5, 7), 0.1)) == 1 / 32
-    assert crossed_test(np.zeros((5, 7))) == 1.0
+    assert crossed_test(np.full((5, 3), 0.1)) == 1 / 8  # three images of one sign
+    assert crossed_test(np.zeros((5, 7))) == crossed_test(np.full((5, 1), 0.1)) == 1.0
+
+
+def test_models_alike_on_few_images_are_not_shown_to_be_within_a_margin():
+    """Of 1,000 images that agree about one in 100 does not differ; of 100 it may."""
+    assert crossed_test(np.zeros((5, 100)), 0.01) > 0.05 > crossed_test(np.zeros((5, 1000)), 0.01)
+    # What differs more than that anyway is measured from the margin.
+    table = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
+    assert isclose(crossed_test(table, -0.1), crossed_test(table - 0.1), rel_tol=1e-12)
+
+
+def errors_at(margin, less, more, shared, *, images=200, draws=400):
+    """How often a mean difference of just -`margin` passes, of few images that differ, a share alike for all seeds."""
+    drawn = np.random.default_rng(1)
+
+    def signs(shape):
+        return drawn.choice([-1.0, 0.0, 1.0], shape, p=[less, 1 - less - more, more])
+
+    passed = 0
+    for _ in range(draws):
+        alike = drawn.random(images) < shared
+        passed += crossed_test(np.where(alike, signs(images), signs((5, images))), margin) < 0.05
+    return passed / draws
+
+
+def test_sparse_differences_pass_no_margin_by_having_no_spread():
+    assert errors_at(0.01, 0.01, 0.0, 1.0) < 0.03 and errors_at(0.01, 0.01, 0.0, 0.5) < 0.06
 
 
 @pytest.mark.parametrize(
