@@ -40,7 +40,7 @@ def _attack_steps_show(scale: Scale, results: Results) -> StudyFindings:
         )
         for quantity, id, title in ((RA, "ra", "PGD"), (WORST, "worst", "worst case"))
     ]  # fmt: skip
-    claims = [ordering(results, f", K = {steps}", K=steps) for steps in results.distinct("K")]
+    claims = [ordering(results.select(K=steps), f", K = {steps}") for steps in results.distinct("K")]
     return StudyFindings(
         tables=[table("Attack steps in training", results, ["K", "method"], [RA, WORST, SA])], figures=figures,
         claims=claims,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advmoe.report.pictures import Picture
-from advmoe.studies.claims import MARGIN, SOURCE, Comparison, claim, verdict
+from advmoe.studies.claims import MARGIN, Comparison, claim, verdict
 from advmoe.studies.results import PGD, Results, RowResults, RunNumber, of_cost, of_evaluation, outcomes, point
 from advmoe.studies.rows import Measure, Row, TrainingRun
 from advmoe.studies.scales import Scale
@@ -40,11 +40,10 @@ def under_autoattack(scale: Scale) -> Quantity:
 
 
 def compared(
-    results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", *, margin: float = 0.0,
-    **labels: Any,
-) -> Comparison:  # fmt: skip
-    """The comparison that the method `more` is right more often than `less`, all else alike (see `Comparison`)."""
-    sides = [outcomes(results.one(method=name, **labels), attack, measure) for name in (more, less)]
+    results: Results, more: str, less: str, attack: str | None, measure: str = "accuracy", margin: float = 0.0
+) -> Comparison:
+    """The comparison that the method `more` is right more often than `less` (see `Comparison`)."""
+    sides = [outcomes(results.one(method=name), attack, measure) for name in (more, less)]
     return Comparison(more, less, *sides, margin=margin)
 
 
@@ -61,10 +60,9 @@ def numbered(more: str, less: str, rows: Sequence[RowResults | None], value: Run
 
 
 def above(
-    results: Results, name: str, statement: str, pairs: Sequence[tuple[str, str]], *, strong: str = "AutoAttack",
-    margin: float = 0.0, source: str = SOURCE, **labels: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The claim that of each pair of methods the second is more robust, under all that was measured.
+    results: Results, pairs: Sequence[tuple[str, str]], *, strong: str = "AutoAttack", margin: float = 0.0
+) -> list[dict[str, Any]]:
+    """The verdicts of whether of each pair of methods the second is more robust, under all that was measured.
 
     Args:
         strong: the name of the attack that stands for AutoAttack. margin: of each comparison.
@@ -72,40 +70,34 @@ def above(
     ways: dict[str, tuple[str | None, str]] = {way: (attack, "accuracy") for way, attack in MEASURED.items()}
     if any("autoattack" in run.measures for row in results for run in row.by_seed.values()):
         ways[strong] = ("autoattack.*", "autoattack")
-    verdicts = [
-        verdict(way, [compared(results, more, less, *how, margin=margin, **labels) for less, more in pairs])
-        for way, how in ways.items()
+    return [
+        verdict(way, [compared(results, more, less, *how, margin) for less, more in pairs]) for way, how in ways.items()
     ]
-    return claim(name, statement, verdicts, source)
 
 
-def ordering(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> dict[str, Any]:
+def ordering(results: Results, where: str = "", strong: str = "AutoAttack") -> dict[str, Any]:
     """The claim AT (MoE) < AT (S-Dense) < AdvMoE. `strong`: the name of the attack that stands for AutoAttack."""
     pairs = [("AT (MoE)", "AT (S-Dense)"), ("AT (S-Dense)", "AdvMoE")]
     statement = f"AT (MoE) < AT (S-Dense) < AdvMoE in robust accuracy{where}."
-    return above(results, f"ordering{where}", statement, pairs, strong=strong, **labels)
+    return claim(f"ordering{where}", statement, above(results, pairs, strong=strong))
 
 
-def leads(results: Results, where: str = "", *, strong: str = "AutoAttack", **labels: Any) -> list[dict[str, Any]]:
+def leads(results: Results, where: str = "", strong: str = "AutoAttack") -> list[dict[str, Any]]:
     """The claims that AdvMoE is above the baselines that `ordering` leaves out, above AT (Dense) and by how much."""
-    how = {"strong": strong, "source": "Zhang et al., ICCV 2023, sec. 5.2", **labels}
-    dense = [("AT (Dense)", "AdvMoE")]
     baselines = [(name, "AdvMoE") for name in ("AT (S-Dense)", "AT (Sparse)", "AT (MoE)")]
+    dense, others, more = [("AT (Dense)", "AdvMoE")], "AT (Sparse) and AT (MoE)", "AdvMoE is more robust than"
+    claims = [
+        ("above-other-baselines", f"{more} {others}", baselines[1:], 0.0),
+        ("above-baselines-by-a-point", f"AdvMoE is a point or more above AT (S-Dense), {others}", baselines, -MARGIN),
+        ("above-dense", f"{more} AT (Dense)", dense, 0.0),
+        ("above-dense-by-a-point", "AdvMoE is a point or more above AT (Dense)", dense, -MARGIN),
+    ]
     return [
-        above(
-            results, f"above-other-baselines{where}", f"AdvMoE is more robust than AT (Sparse) and AT (MoE){where}.",
-            baselines[1:], **how,
-        ),
-        above(
-            results, f"above-baselines-by-a-point{where}",
-            f"AdvMoE is a point or more above AT (S-Dense), AT (Sparse) and AT (MoE){where}.", baselines,
-            margin=-MARGIN, **how,
-        ),
-        above(results, f"above-dense{where}", f"AdvMoE is more robust than AT (Dense){where}.", dense, **how),
-        above(
-            results, f"above-dense-by-a-point{where}", f"AdvMoE is a point or more above AT (Dense){where}.", dense,
-            margin=-MARGIN, **how,
-        ),
+        claim(
+            f"{name}{where}", f"{statement}{where}.", above(results, pairs, strong=strong, margin=margin),
+            "Zhang et al., ICCV 2023, sec. 5.2",
+        )
+        for name, statement, pairs, margin in claims
     ]  # fmt: skip
 
 
@@ -122,18 +114,18 @@ def saving(dense: float | None, ours: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def half_the_cost(results: Results, where: str = "", **labels: Any) -> dict[str, Any]:
+def half_the_cost(results: Results, where: str = "") -> dict[str, Any]:
     """The claim that AdvMoE saves more than half of AT (Dense)'s multiply-accumulates, routers included."""
-    rows = [results.one(method=name, **labels) for name in ("AT (Dense)", "AdvMoE")]
+    rows = [results.one(method=name) for name in ("AT (Dense)", "AdvMoE")]
     costs = [None if row is None else row.mean(of_cost("gmacs")) for row in rows]
     statement = f"AdvMoE saves more than half of AT (Dense)'s inference{where}."
     return claim(f"half-the-cost{where}", statement, [saving(*costs)], "Zhang et al., ICCV 2023, sec. 5.2")
 
 
-def setups(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Each data set and backbone of a table: in words as a claim's name and statement end, and as labels."""
+def setups(results: Results) -> list[tuple[str, Results]]:
+    """Each data set and backbone of a table: in words as a claim's name and statement end, and its rows."""
     return [
-        (f", {backbone}, {dataset}", {"dataset": dataset, "backbone": backbone})
+        (f", {backbone}, {dataset}", results.select(dataset=dataset, backbone=backbone))
         for dataset in results.distinct("dataset")
         for backbone in results.select(dataset=dataset).distinct("backbone")
     ]
@@ -141,7 +133,7 @@ def setups(results: Results) -> list[tuple[str, dict[str, Any]]]:
 
 def orderings(results: Results, strong: str = "AutoAttack") -> list[dict[str, Any]]:
     """The claim of `ordering` for each data set and backbone."""
-    return [ordering(results, where, strong=strong, **labels) for where, labels in setups(results)]
+    return [ordering(rows, where, strong) for where, rows in setups(results)]
 
 
 def overview(title: str, results: Results, quantities: Sequence[Quantity], paper_table: str) -> dict[str, Any]:
@@ -154,11 +146,8 @@ def overview(title: str, results: Results, quantities: Sequence[Quantity], paper
 def method_bars(id: str, title: str, results: Results, value: RunNumber, unit: str) -> Picture:
     """A group of bars for each backbone and data set, a bar for each method."""
     groups = {}
-    for _, labels in setups(results):
-        rows = results.select(**labels)
-        groups[f"{labels['backbone']}, {labels['dataset']}"] = {
-            str(row.labels["method"]): point(row, value, 0) for row in rows
-        }
+    for where, rows in setups(results):
+        groups[where.removeprefix(", ")] = {str(row.labels["method"]): point(row, value, 0) for row in rows}
     caption = "Mean over seeds, with one standard deviation to each side."
     return Picture("bars", id, title, with_heights(groups), {"ylabel": unit}, caption)
 

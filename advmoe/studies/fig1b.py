@@ -24,9 +24,9 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
     moe, dense = (clean_outcomes(results.one(method=name)) for name in names)
     claims = [
         *(
-            above(
-                results, f"at-makes-robust, {kind}", f"AT makes {kind} more robust than standard training.",
-                [(f"standard {kind}", f"AT ({kind})")], source=source,
+            claim(
+                f"at-makes-robust, {kind}", f"AT makes {kind} more robust than standard training.",
+                above(results, [(f"standard {kind}", f"AT ({kind})")]), source,
             )
             for kind in KINDS
         ),
@@ -36,8 +36,8 @@ def _show(scale: Scale, results: Results) -> StudyFindings:
             [verdict("clean", [Comparison(*names, moe, dense, margin=MARGIN)])], SOURCE.replace("sec. 4", "sec. 3"),
         ),
         ordering(results),
-        above(
-            results, "above-dense", "AdvMoE is more robust than AT (Dense).", [("AT (Dense)", "AdvMoE")], source=source
+        claim(
+            "above-dense", "AdvMoE is more robust than AT (Dense).", above(results, [("AT (Dense)", "AdvMoE")]), source
         ),
     ]  # fmt: skip
     return StudyFindings(

@@ -170,7 +170,7 @@ def _fig8_show(scale: Scale, results: Results) -> StudyFindings:
             )
         )  # fmt: skip
     ratios, backbones = results.distinct("scale"), results.distinct("backbone")
-    claims = [ordering(results, f", {b}, r = {r}", scale=r, backbone=b) for b in backbones for r in ratios]
+    claims = [ordering(results.select(scale=r, backbone=b), f", {b}, r = {r}") for b in backbones for r in ratios]
     for b in backbones:
         claims += by_scale(results.select(backbone=b), f", {b}")
     columns = [RA, WORST, SA, GMACS]

@@ -54,12 +54,8 @@ def _table1_show(scale: Scale, results: Results) -> StudyFindings:
         ],
         claims=[
             *orderings(results, scale.strong),
-            *(
-                each
-                for where, labels in setups(results)
-                for each in leads(results, where, strong=scale.strong, **labels)
-            ),
-            *(half_the_cost(results, where, **labels) for where, labels in setups(results)),
+            *(each for where, rows in setups(results) for each in leads(rows, where, scale.strong)),
+            *(half_the_cost(rows, where) for where, rows in setups(results)),
         ],
     )
 
@@ -76,11 +72,7 @@ def _table2_show(scale: Scale, results: Results) -> StudyFindings:
         figures=[method_bars("table2-aa", "Under AutoAttack", results, strong.value, strong.title)],
         claims=[
             *orderings(results, scale.strong),
-            *(
-                each
-                for where, labels in setups(results)
-                for each in leads(results, where, strong=scale.strong, **labels)
-            ),
+            *(each for where, rows in setups(results) for each in leads(rows, where, scale.strong)),
         ],
     )
 
@@ -98,10 +90,10 @@ def _table3_claims(results: Results) -> list[dict[str, Any]]:
     ours, theirs = (results.one(method=name) for name in ("AdvMoE", "AT (MoE)"))
     alike = Comparison("AdvMoE", "AT (MoE)", clean_outcomes(ours), clean_outcomes(theirs), margin=MARGIN)
     return [
-        above(results, "vit-above-at", "On a ViT AdvMoE is more robust than AT (MoE).", pair, source=source),
-        above(
-            results, "vit-by-a-point", "On a ViT AdvMoE is a point or more above AT (MoE).", pair, source=source,
-            margin=-MARGIN,
+        claim("vit-above-at", "On a ViT AdvMoE is more robust than AT (MoE).", above(results, pair), source),
+        claim(
+            "vit-by-a-point", "On a ViT AdvMoE is a point or more above AT (MoE).",
+            above(results, pair, margin=-MARGIN), source,
         ),
         claim(
             "vit-keeps-accuracy", "On a ViT AdvMoE loses no more than a point of AT (MoE)'s clean accuracy.",

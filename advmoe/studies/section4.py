@@ -138,7 +138,7 @@ def _fig3_show(scale: Scale, results: Results) -> StudyFindings:
                 for end, words, rows in _conventions(results)
             ),
             *(
-                above(rows, f"above-the-mask{end}", masked + words, [(M3, THETA)], scale=0.5)
+                claim(f"above-the-mask{end}", masked + words, above(rows.select(scale=0.5), [(M3, THETA)]))
                 for end, words, rows in _conventions(results)
             ),
         ],

@@ -22,7 +22,7 @@ def test_what_attacks_in_training_change(row, evaluated):
     robust = {"standard S-Dense": 0, "standard MoE": 0, "AT (S-Dense)": 6, "AT (MoE)": 4, "AdvMoE": 9, "AT (Dense)": 9}
 
     def marks(number):
-        return "1" * number + "0" * (10 - number)
+        return ("1" * number + "0" * (10 - number)) * 100
 
     rows = [
         row(
