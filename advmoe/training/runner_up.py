@@ -68,8 +68,12 @@ def runner_up(routing: Routing) -> Flips:
     return Flips(torch.stack(columns, 1), weights, weights)
 
 
+Worst = Callable[[Predict, Tensor, Tensor, Tensor], Flips]
+"""`worst_reachable` of a router's half-spaces within a threat."""
+
+
 def worst_reachable(
-    predict: Predict, space: Halfspaces, x: Tensor, pathway: Tensor, target: Tensor, threat: ThreatModel
+    predict: Predict, x: Tensor, pathway: Tensor, target: Tensor, *, space: Halfspaces, threat: ThreatModel
 ) -> Flips:
     """Of the pathways (N, L) behind bits that a perturbation within `threat` can flip, other than the image's own
     `pathway`, the one on which the clean image `x` (N, C, H, W) is told furthest from `target`, logits (N, K). The
@@ -122,24 +126,21 @@ class OtherWay:
 
     @staticmethod
     def of(
-        predict: Predict, space: Halfspaces | None, x: Tensor, share: float, search: Search, threat: ThreatModel,
+        predict: Predict, x: Tensor, share: float, search: Search, worst: Worst | None = None,
         target: Tensor | None = None,
     ) -> OtherWay:  # fmt: skip
-        """The `share` of images `x` (N, C, H, W) that are nearest to another pathway, two at least, attacked on it: the
-        worst that can be reached, where choices are the half-spaces `space`, else the runner-up.
+        """The `share` of images `x` (N, C, H, W) that are nearest to another pathway, two at least, attacked on it.
 
         Args:
             predict: a routed model in eval mode, (N, C, H, W) -> logits (N, K).
             search: leads away from `target`, logits (N, K), by default the model's own of the clean images.
+            worst: finds the other pathways (see `worst_reachable`); by default they are the runners-up.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             with route() as routing:
                 clean = predict(x).clone()  # what a replayed graph returns is overwritten by the next
             target = clean if target is None else target
-            if space is None:
-                flips = runner_up(routing)
-            else:
-                flips = worst_reachable(predict, space, x, routing.pathway(), target, threat)
+            flips = runner_up(routing) if worst is None else worst(predict, x, routing.pathway(), target)
         index = flips.near.topk(min(len(x), max(FEWEST, round(share * len(x))))).indices
         few = x[index].contiguous(memory_format=torch.channels_last)
         pathways = flips.pathways[index]

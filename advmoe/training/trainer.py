@@ -56,7 +56,7 @@ from advmoe.training.optim import clip, compile_step, make_optimizers, restore_s
 from advmoe.training.perturbations import Perturbations
 from advmoe.training.processes import average_buffers, average_gradients, total
 from advmoe.training.resizing import require_sizes, shrunk
-from advmoe.training.runner_up import OtherWay
+from advmoe.training.runner_up import OtherWay, worst_reachable
 from advmoe.training.schedule import rate
 from advmoe.training.statistics import fixed_norms, refresh
 from advmoe.training.teacher import Teacher, teacher_of
@@ -161,7 +161,8 @@ class Trainer:
             return None
         with frozen(self.model), self.fabric.autocast(), shown(False):
             search, space = self._search(generator), halfspaces_of(self.model, x)
-            return OtherWay.of(self.network, space, x, share, search, self.threat, taught)
+            worst = None if space is None else partial(worst_reachable, space=space, threat=self.threat)
+            return OtherWay.of(self.network, x, share, search, worst, taught)
 
     def _search(self, generator: torch.Generator, steps: int | None = None) -> Callable[..., Tensor]:
         """The inner attack of the epoch under way, in so many steps where they are given."""

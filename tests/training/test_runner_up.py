@@ -92,7 +92,7 @@ def test_only_what_can_be_reached_matters_and_of_that_the_worst():
     def told(images):
         return ((1 - active_routing().forced).float() @ says).to(images.dtype)
 
-    flips = worst_reachable(told, space, x, pathway, torch.zeros(4, 2), ThreatModel("linf", 0.1))
+    flips = worst_reachable(told, x, pathway, torch.zeros(4, 2), space=space, threat=ThreatModel("linf", 0.1))
     # Flipped alone the lower bit is worst (class 1 by 6), with the upper one class 1 leads by 2 alone.
     assert flips.pathways.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert flips.weights.tolist() == [1, 1, 1, 0]
@@ -105,8 +105,8 @@ def test_pixels_that_cannot_go_further_do_not_count():
     x[..., :4] = 1.0
     for eps, weight in ((0.15, 0.0), (0.25, 1.0)):
         flips = worst_reachable(
-            lambda z: torch.zeros(len(z), 2), halves(0.4), x, torch.ones(1, 4, dtype=torch.long),
-            torch.zeros(1, 2), ThreatModel("linf", eps),
+            lambda z: torch.zeros(len(z), 2), x, torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 2),
+            space=halves(0.4), threat=ThreatModel("linf", eps),
         )  # fmt: skip
         assert flips.weights.item() == weight  # the mean of 1/2 comes down by eps / 2
 
@@ -130,7 +130,7 @@ def test_the_attack_is_on_the_other_pathway_and_the_loss_is_its_divergence(model
 
     with route() as routing:
         clean = model(x)
-    other = OtherWay.of(model, None, x, 0.5, search, threat)
+    other = OtherWay.of(model, x, 0.5, search)
     flips = runner_up(routing)
     assert sorted(other.index.tolist()) == sorted(flips.weights.topk(4).indices.tolist())
     assert other.pathways.tolist() == flips.pathways[other.index].tolist()

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advmoe.attacks.pgd import LOSSES, ascend
+from advmoe.attacks.pgd import LOSSES, Loss, ascend
 from advmoe.attacks.routed.ascent import FirstFooling
 from advmoe.attacks.routed.target import Halfspaces, RoutedTarget
 from advmoe.threat import ThreatModel
@@ -177,16 +177,18 @@ def inside_regions(
             left = (able & ~fooled).nonzero()[:, 0]
             if len(left):
                 within = region(space, x[left], sides[left], threat)
-                result[left], fooled[left] = _inside(target, x[left], y[left], within, loss, sizes, generator)
+                first = FirstFooling(target, y[left], within.random_start(x[left], generator))
+                _climb(target, x[left], within, first, LOSSES[loss], sizes)
+                result[left], fooled[left] = first.x_adv, first.fooled
     return result, fooled
 
 
-def _inside(
-    target: RoutedTarget, x: Tensor, y: Tensor, within: Region, loss: str, sizes: Sequence[float],
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    forced = within.sides[:, within.space.layers].long()
-    ascended = LOSSES[loss].at(target.predict, x, y)
+def _climb(
+    target: RoutedTarget, x: Tensor, within: Region, first: FirstFooling, loss: Loss, sizes: Sequence[float]
+) -> None:
+    """Ascend `loss` along one pathway inside its region, from where `first` starts; it sees every iterate."""
+    forced, y = within.sides[:, within.space.layers].long(), first.labels
+    ascended = loss.at(target.predict, x, y)
     promising: Tensor | None = None
 
     def objective(x_adv: Tensor) -> Tensor:
@@ -195,9 +197,7 @@ def _inside(
         promising = logits.argmax(1) != y
         return ascended(logits)
 
-    start = within.random_start(x, generator)
-    first = FirstFooling(target, y, start)
+    start = first.x_adv
     first.look(
         ascend(objective, x, start, threat=within, step_sizes=sizes, visit=lambda _, z: first.look(z, promising))
     )
-    return first.x_adv, first.fooled
