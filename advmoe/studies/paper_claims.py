@@ -127,7 +127,10 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
         "Experts robustified after routers make the routers less robust (insight 3)", "sec. 4, fig. 5", "fig5",
         "insight-3", ("routers robust after < routers robust before",),
     ),
-    PaperClaim("AdvMoE converges", "sec. 4; app. C", "convergence", "converges"),
+    PaperClaim(
+        "AdvMoE converges, as far as both levels' training losses fall from the first epoch to the last", "sec. 4; app. C",
+        "convergence", "converges",
+    ),
     PaperClaim(
         "AT (MoE)'s routers are more fragile than AdvMoE's", "sec. 5.2, fig. 6", "fig6", "routers-of-at-moe-are-fragile"
     ),
