@@ -54,7 +54,9 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def nearest(name: object, names: Iterable[str]) -> str:
     """A hint at the one of `names` that a mistyped `name` may have meant, to end a message with; empty without any."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7) if isinstance(name, str) else []
+    near = []
+    if isinstance(name, str):
+        near = difflib.get_close_matches(name, [each for each in names if each != name], n=1, cutoff=0.7)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -6,6 +6,7 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -181,10 +182,13 @@ def pgd(
     for name, number in (("steps", steps), ("restarts", restarts)):
         if number < 1:
             raise InputError(f"{name} must be >= 1, got {number!r}")
+    if not (step_size >= 0 and math.isfinite(step_size)):
+        raise InputError(f"step_size must be a number >= 0, got {step_size!r}")
     if len(x) == 0 or len(x) != len(y):
         raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
+    y = y.to(x.device, torch.long)
     chosen = Loss.of(loss) if callable(loss) else LOSSES.find(loss)
     forward = surrogate or predict
 

@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with raised():
             words = _without_common(argv)
-            command, options = _parse(words)
-            if command != "recipes":
-                _require_memory()
             with shown(), warnings_told(), redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+                command, options = _parse(words)
+                if command != "recipes":
+                    _require_memory()
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:
@@ -263,12 +263,15 @@ def _complete(shell: str) -> NoReturn:
     for name, command in COMMANDS.items():
         own = command.parser()
         commands.add_parser(name, help=own.description, parents=[own], add_help=False)
-    print(shtab.complete(parser, shell))
+    print(shtab.complete(parser, shell), flush=True)
     raise SystemExit(0)
 
 
 def _accept_any_text() -> None:
     """Print what the terminal's encoding lacks, or what is no text, as names of files may be, with escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

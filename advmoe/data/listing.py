@@ -18,7 +18,7 @@ from advmoe.errors import InputError
 from advmoe.text import few, one_line
 
 EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".jpe", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jpe", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 """File names that count as images, by their ending in lower case; a note tells of others in a folder of images."""
 _NO_IMAGES = frozenset(

@@ -9,6 +9,7 @@ attack's signs amplify it.)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -43,6 +44,14 @@ Result = dict[str, Any]
 """The result of one task, as plain values."""
 
 
+def in_file_name(attack: str) -> str:
+    """An attack's name as a part of a file's: one that has more than lower case, digits and dashes, and might become
+    another's, with a digest of its own.
+    """
+    plain = re.sub("[^a-z0-9-]", "_", attack)
+    return plain if plain == attack else f"{plain}-{hashlib.sha256(attack.encode()).hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
 class BatchTask:
     """One attack on one batch."""
@@ -54,7 +63,7 @@ class BatchTask:
     @property
     def file(self) -> str:
         """The name of the file of its result."""
-        return f"{re.sub('[^a-z0-9-]', '_', self.attack)}.{self.first}.json"
+        return f"{in_file_name(self.attack)}.{self.first}.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,14 +38,24 @@ def in_memory(data: EvaluationData | Iterable[tuple[Tensor, Tensor]]) -> Evaluat
     """`data`, or the batches (pixels (N, C, H, W), classes (N,)) of an iterable, as one. Raises `InputError` for
     batches of no or of several image shapes.
     """
-    if isinstance(data, tuple | ImageSet | FileSet):
+    if isinstance(data, ImageSet | FileSet):
         return data
-    batches = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]
+    if isinstance(data, tuple):
+        pixels, classes = _pair(data)
+        return torch.as_tensor(pixels), torch.as_tensor(classes)
+    batches = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in map(_pair, data)]
     shapes = {tuple(x.shape[1:]) for x, _ in batches}
     if len(shapes) != 1:
         got = "no batch" if not shapes else f"images of {', '.join(map(str, sorted(shapes)))}"
         raise InputError(f"data must be batches of images of one shape, got {got}")
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def _pair(batch: Any) -> Any:
+    """A batch that is one. Raises `InputError` for anything else, a single image and its class among them."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(np.ndim(each) for each in batch):
+        raise InputError("data must be (pixels (N, C, H, W), classes (N,)) or batches of such, got something else")
+    return batch
 
 
 @contextmanager
@@ -74,7 +86,7 @@ def take(data: EvaluationData, index: slice, device: torch.device) -> tuple[Tens
         x, y = data[0][index], data[1][index]
     else:
         x, y = data.pixels(index), data.labels[index]
-    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
+    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device, torch.long)
 
 
 def device_of(predict: Predict) -> torch.device:
@@ -117,8 +129,10 @@ def is_routed(predict: Predict, data: EvaluationData, device: torch.device) -> b
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether each row's largest logit is its class's; a row with NaN has none, whatever `argmax` says."""
-    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+    """Whether each row's largest logit is its class's. A row with NaN or infinity has none, whatever `argmax` says;
+    minus infinity is a class that the model rules out.
+    """
+    return (logits.argmax(1) == y) & ~(logits.isnan() | logits.isposinf()).any(1)
 
 
 @dataclass

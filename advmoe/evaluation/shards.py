@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from advmoe.attacks.routed import RoutedPlan
 from advmoe.engines import Bug, EngineOptions, Ledger, MachineFailed, run
 from advmoe.errors import BugElsewhere, InputError, OtherSettings
 from advmoe.evaluation.fingerprint import fingerprint
-from advmoe.evaluation.harness import BatchTask, Job, Journal, tell_finished
+from advmoe.evaluation.harness import BatchTask, Job, Journal, in_file_name, tell_finished
 from advmoe.evaluation.outcomes import make_job
 from advmoe.evaluation.scoring import measuring, size, take
 from advmoe.evaluation.subject import Options, open_subject
@@ -51,8 +50,7 @@ class Shard:
     @property
     def id(self) -> str:
         """Its task's name."""
-        name = re.sub("[^a-z0-9-]", "_", self.attack)
-        return f"{name}.{self.batches[0]}-{self.batches[-1]}.{self.mark}"
+        return f"{in_file_name(self.attack)}.{self.batches[0]}-{self.batches[-1]}.{self.mark}"
 
     def tasks(self) -> Iterator[BatchTask]:
         """Its batches."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
 from advmoe.config import Config, file_digest, is_source, overlaid
-from advmoe.data import Images, load_dataset
+from advmoe.data import Dataset, Images, load_dataset
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Execution, checked, placed, positive
 from advmoe.evaluation.harness import Job, Load
@@ -209,6 +210,21 @@ def require_pgd(purpose: str, names: Sequence[str], *, single: bool = False) -> 
         raise InputError(f"attacks to {purpose} must be a single one, got {', '.join(names)}")
 
 
+def _dataset(config: Config, model: Predict) -> Dataset:
+    """The images of a configuration. Pictures in a folder that have not the model's size get it, as in `predict`,
+    unless the configuration names another.
+    """
+    load = partial(
+        load_dataset, config.data.name, root=config.data.root, download=config.data.download,
+        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed,
+    )  # fmt: skip
+    data = load(image_size=config.data.image_size)
+    size = model.spec["input_size"] if isinstance(model, Classifier) else None
+    if config.data.image_size is None and config.data.name == "folder" and size not in (None, data.test.shape[-1]):
+        return load(image_size=size)
+    return data
+
+
 def open_subject(
     target: str | Path, options: Options | None = None, *, writes: bool = True, **keywords: Any
 ) -> Subject:
@@ -228,10 +244,7 @@ def open_subject(
         require_writable("out", home)
     config = _config(target, options)
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
-    data = load_dataset(
-        config.data.name, root=config.data.root, download=config.data.download, image_size=config.data.image_size,
-        val_fraction=config.data.val_fraction, workers=config.data.workers, seed=config.training.seed,
-    )  # fmt: skip
+    data = _dataset(config, model)
     shape = data.num_classes, data.in_channels
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else shape
     if any(wanted not in (None, got) for wanted, got in zip(expected, shape, strict=True)):

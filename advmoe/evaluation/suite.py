@@ -249,6 +249,10 @@ class _Restarts:
         )  # fmt: skip
 
 
+_OTHERS = ("clean", "worst case")
+"""What results hold beside attacks, by name."""
+
+
 @dataclass(frozen=True)
 class FunctionAttack:
     """An attack that is a function `(predict, x, y, *, threat, seed) -> adversarial x`."""
@@ -257,6 +261,10 @@ class FunctionAttack:
     function: Callable[..., Tensor]
     for_routed: bool = False
     least_classes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.name in _OTHERS:
+            raise InputError(f"an attack's name must not be {' or '.join(_OTHERS)}, got {self.name!r}")
 
     def steps(self, setting: Setting) -> int:
         """Those of the setting: how far the function goes is its own affair."""
@@ -324,7 +332,7 @@ def _custom(name: str) -> NamedAttack | None:
 
 
 def _restarts(name: str) -> NamedAttack | None:
-    match = re.fullmatch(r"restarts(?:-([1-9][0-9]{0,6})|:([1-9][0-9]{0,4}))?", name)
+    match = re.fullmatch(r"restarts(?:-([1-9][0-9]{0,9})|:([1-9][0-9]{0,4}))?", name)
     return match and _Restarts(int(match[1]) if match[1] else None, int(match[2] or CHANGED))
 
 

@@ -105,6 +105,9 @@ def _pixels(picture: Picture, spec: Mapping[str, Any]) -> Tensor:
     prepare = CUTS[spec.get("cut") or "middle-square"](size)
     from PIL import Image
 
+    sides = picture.size if isinstance(picture, Image.Image) else getattr(picture, "shape", ())
+    if 0 in sides:
+        raise InputError(f"an image must have pixels, got {tuple(sides)}")
     if isinstance(picture, str | os.PathLike):
         path = Path(picture)
         try:
@@ -118,7 +121,8 @@ def _pixels(picture: Picture, spec: Mapping[str, Any]) -> Tensor:
     elif isinstance(picture, np.ndarray) and (
         picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))
     ):
-        bytes_ = rgb(Image.fromarray(picture.squeeze()), prepare)
+        grey = picture.ndim == 3 and picture.shape[2] == 1
+        bytes_ = rgb(Image.fromarray(picture[:, :, 0] if grey else picture), prepare)
     else:
         got = f"an array of shape {picture.shape}" if isinstance(picture, np.ndarray) else show(picture)
         raise InputError(

@@ -128,8 +128,8 @@ PAPER_CLAIMS: tuple[PaperClaim, ...] = (
         "insight-3", ("routers robust after < routers robust before",),
     ),
     PaperClaim(
-        "AdvMoE converges, as far as both levels' training losses fall from the first epoch to the last", "sec. 4; app. C",
-        "convergence", "converges",
+        "AdvMoE converges, as far as both levels' training losses fall from the first epoch to the last",
+        "sec. 4; app. C", "convergence", "converges",
     ),
     PaperClaim(
         "AT (MoE)'s routers are more fragile than AdvMoE's", "sec. 5.2, fig. 6", "fig6", "routers-of-at-moe-are-fragile"

@@ -310,5 +310,12 @@ def test_completion_knows_commands_and_options(shell: str, capsys: Any) -> None:
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+@pytest.mark.parametrize("command", [f"{sys.executable} -m advmoe --completion bash | head -n 1", "closed"])
+def test_a_reader_that_leaves_and_a_closed_output_are_no_bugs(command: str) -> None:
+    command = f"{sys.executable} -m advmoe recipes >&-" if command == "closed" else command
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_completion_for_another_shell_is_refused(tmp_path: Path) -> None:
     assert_refused(run(tmp_path, "--completion", "cmd"), "--completion must be one of bash, zsh, fish, got 'cmd'")

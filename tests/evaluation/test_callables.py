@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from advmoe import evaluate, load_dataset, pgd
 from advmoe.attacks.pgd import LOSSES
 from advmoe.errors import InputError
+from advmoe.evaluation.harness import BatchTask
+from advmoe.evaluation.shards import Shard
 from advmoe.evaluation.suite import ATTACKS
 from advmoe.threat import ThreatModel
 
@@ -84,3 +86,53 @@ def test_loaded_sets_are_torch_datasets() -> None:
         train[len(train)]
     pixels, labels = next(iter(DataLoader(train, batch_size=5)))
     assert torch.equal(pixels, train.pixels(slice(0, 5))) and torch.equal(labels, train.labels[:5])
+
+
+def _linear():
+    torch.manual_seed(0)
+    x = torch.rand(12, 3, 8, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 4
+    return model, x, y
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_classes_of_any_integer_type_and_numpy_s_are_the_same(dtype):
+    model, x, y = _linear()
+    options = {"attacks": ["pgd-2", "pgd-2-margin"], "threat": ThreatModel("linf", 0.02)}
+    expected = evaluate(model, (x, y), **options)["robust_accuracy"]
+    assert evaluate(model, (x, y.to(dtype)), **options)["robust_accuracy"] == expected
+    assert evaluate(model, (x.numpy(), y.to(dtype).numpy()), **options)["robust_accuracy"] == expected
+
+
+@pytest.mark.parametrize("wrong", ["list", "dataset"])
+def test_what_holds_no_batches_is_refused(wrong):
+    model, x, y = _linear()
+    data = [x, y] if wrong == "list" else torch.utils.data.TensorDataset(x, y)
+    with pytest.raises(ValueError, match=r"^data must be \(pixels \(N, C, H, W\), classes \(N,\)\) or batches of such"):
+        evaluate(model, data, attacks=["pgd-1"])
+
+
+def test_a_double_model_is_attacked_by_every_part_of_autoattack():
+    layer = _linear()[0][1].double()
+    _, x, y = _linear()
+    found = evaluate(lambda z: layer(z.flatten(1).double()), (x, y), attacks=["autoattack:fab"])
+    assert 0 <= found["worst_case"] <= found["clean_accuracy"]
+
+
+def test_names_that_results_use_otherwise_are_refused():
+    def clean(predict, x, y, *, threat, seed):
+        return x
+
+    model, x, y = _linear()
+    with pytest.raises(ValueError, match=r"^an attack's name must not be clean or worst case, got 'clean'$"):
+        evaluate(model, (x, y), attacks=["pgd-1", clean])
+
+
+def test_attacks_whose_names_differ_in_capitals_alone_have_results_of_their_own(tmp_path):
+    names = ["FGSM", "fgsm", "NOOP", "pgd-5-A", "pgd-5-B", "autoattack:apgd-ce+fab", "autoattack:apgd-ce-fab"]
+    files = [BatchTask(name, 0).file.lower() for name in names]
+    shards = [Shard(attack=name, batches=(0,), mark="m").id.lower() for name in names]
+    assert len(set(files)) == len(set(shards)) == len(names)
+    assert BatchTask("pgd-50-margin", 8).file == "pgd-50-margin.8.json"

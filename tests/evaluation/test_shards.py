@@ -158,5 +158,5 @@ def test_a_model_that_no_digest_tells_is_taken_as_it_is():
 
 def test_a_shard_is_called_by_its_batches_and_what_its_numbers_depend_on(tmp_path):
     shard = Shard("autoattack:apgd-ce+square", (0, 250), "0123abcd")
-    assert shard.id == "autoattack_apgd-ce_square.0-250.0123abcd"
+    assert shard.id == "autoattack_apgd-ce_square-94405e0cc35e.0-250.0123abcd"
     assert replace(shard, mark="f").id != shard.id and Ledger(tmp_path).log(shard.id).parent == tmp_path

@@ -1,12 +1,16 @@
 """What is measured, opened once: a run's model, images and threat model, or a classifier of the user's own."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from advmoe.config import Config
 from advmoe.evaluation.subject import digest_of
 from advmoe.evaluation.subject import open_subject as subject
 from advmoe.models.runs import load_run
 from advmoe.rundir import stored_digest
+from advmoe.training.run import train
 
 pytestmark = pytest.mark.usefixtures("shallow_backbones")
 
@@ -105,3 +109,24 @@ def test_every_image_is_attacked_within_the_ball(make_digits_run, tmp_path):
     assert torch.equal(torch.cat([y for *_, y in batches]), opened.data.labels)
     for x, x_adv, _ in batches:
         assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_pictures_of_another_size_get_the_model_s(tmp_path):
+    """As `predict` has them: stripes, which a wrong size would make others."""
+    for side in (16, 64):
+        for number, name in enumerate(("flat", "steep")):
+            (tmp_path / str(side) / name).mkdir(parents=True)
+            for shade in range(10):
+                picture = np.full((side, side, 3), 20 * shade, np.uint8)
+                picture[: side // 2 if number else side] = 255 - 10 * shade
+                Image.fromarray(picture).save(tmp_path / str(side) / name / f"{shade}.png")
+    run = tmp_path / "run"
+    small = {"name": "folder", "root": str(tmp_path / "16"), "val_fraction": 0.2}
+    settings = {"model": {"name": "wrn-10-1", "kind": "dense", "width": 4}, "data": small}
+    train(Config.from_dict({**settings, "training": {"method": "standard", "epochs": 1, "batch_size": 8}}), run_dir=run)
+    own = subject(run, accelerator="cpu")
+    assert own.data.shape == (3, 16, 16)
+    others = subject(run, overrides={"data": {"root": str(tmp_path / "64")}}, accelerator="cpu")
+    assert others.data.shape == (3, 16, 16)
+    asked = subject(run, overrides={"data": {"root": str(tmp_path / "64"), "image_size": 32}}, accelerator="cpu")
+    assert asked.data.shape == (3, 32, 32)

@@ -71,6 +71,15 @@ def test_a_grey_model_takes_coloured_pictures() -> None:
     assert seen[0].shape == (1, 1, 8, 8) and torch.allclose(seen[0], torch.tensor(61 / 255), atol=1 / 255)
 
 
+def test_a_picture_one_pixel_high_keeps_its_colours_and_one_without_pixels_is_refused() -> None:
+    row = np.tile(np.array([204, 51, 51], np.uint8), (1, 5, 1))
+    assert predict(redness, SPEC, row, 3) == predict(redness, SPEC, Image.fromarray(row), 3)
+    nothing: list[Any] = [np.zeros((0, 5, 3), np.uint8), np.zeros((0, 5), np.uint8), Image.new("RGB", (0, 5))]
+    for each in nothing:
+        with pytest.raises(InputError, match=r"^an image must have pixels, got"):
+            predict(redness, SPEC, each, 3)
+
+
 def test_many_pictures_are_as_each_alone() -> None:
     many: list[Any] = [picture(red=level) for level in range(0, 250, 2)]
     together = predict(redness, SPEC, many, 3)
