@@ -196,6 +196,25 @@ def config_note(folder: Path, digest: str) -> str | None:
     return f"{folder / CONFIG} is not what the run began with" if known not in (None, digest) else None
 
 
+DRAWN_FROM = "test_drawn_from"
+"""In a manifest, where the data have no test set: how many images it was drawn from, and the SHA-256 of their names."""
+
+
+def require_same_images(folder: Path, drawn_from: tuple[int, str] | None) -> None:
+    """Raise `InputError` where the test set that is drawn from so many images, of names with this SHA-256, is not the
+    one of the run in `folder`: it would hold images that the run was trained on.
+    """
+    path = folder / MANIFEST
+    known = read_object(path).get(DRAWN_FROM) if drawn_from is not None and path.is_file() else None
+    if drawn_from is None or not isinstance(known, dict) or known.get("sha256") == drawn_from[1]:
+        return
+    raise InputError(
+        f"data.root must hold the {known.get('images')} images that the run's test set was drawn from, got "
+        f"{drawn_from[0]} or others: of these another test set is drawn, which the run was trained on in part (lay new "
+        "pictures elsewhere, or test images in a folder test)"
+    )
+
+
 def diverged_note(folder: Path) -> str | None:
     """A note on a run whose training diverged: its model is the best until then, or the one it started from."""
     if not (path := folder / MANIFEST).is_file() or (why := read_object(path).get("diverged")) is None:

@@ -84,4 +84,5 @@ def load_dataset(
         notes=source.notes,
         cut=source.cut,
         chosen_size=source.chosen_size,
+        drawn_from=source.drawn_from,
     )

@@ -5,6 +5,7 @@ Axes: `N` images, `H` their side in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from advmoe.data.cache import load_decoded
 from advmoe.data.listing import ImageFolder, Listing, by_class, class_names, is_image, left_out, scan
-from advmoe.data.types import Request, Source, part_of
+from advmoe.data.types import DrawnFrom, Request, Source, part_of
 from advmoe.errors import InputError
 
 TEST_SHARE = 0.2
@@ -44,7 +45,7 @@ def load_folder(request: Request) -> Source:
     parts, sizes = load_decoded(request.root, folder.parts, image_size=request.image_size)
     return Source(
         train=parts["train"], test=parts["test"], classes=folder.classes, flip=True, notes=(*folder.notes, *sizes),
-        chosen_size=parts["train"].shape[-1] if sizes else None,
+        chosen_size=parts["train"].shape[-1] if sizes else None, drawn_from=folder.drawn_from,
     )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class FolderListing:
     parts: dict[str, Listing]
     """Of `train` and `test`."""
     notes: tuple[str, ...]
+    drawn_from: DrawnFrom | None = None
 
 
 def list_folder(root: Path) -> FolderListing:
@@ -64,18 +66,20 @@ def list_folder(root: Path) -> FolderListing:
     classes = class_names(train)
     if len(classes) < 2:  # one folder too many above the classes, whose images would all be of one
         raise InputError(f"data.root must hold >= 2 class folders{train.inside}, got {classes[0]!r} alone")
-    images, notes = by_class(train, classes), list(train.notes)
+    images, notes, drawn_from = by_class(train, classes), list(train.notes), None
     if test is None:
         listings = _divided(images)
         number, there = len(listings["test"]), f"{root}{f'/{train.name}' if train.name else ''}"
         notes.append(f"the test set is {number} of the {len(images)} images of {there}, the same for every seed")
+        names = "\0".join(path for path, _ in images)
+        drawn_from = DrawnFrom(len(images), hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest())
     else:
         class_names(test)
         listings = {"train": images, "test": by_class(test, classes)}
         notes += test.notes
     if train.name:
         notes += _beside(root, [part.name for part in (train, test) if part is not None])
-    return FolderListing(tuple(classes), listings, tuple(notes))
+    return FolderListing(tuple(classes), listings, tuple(notes), drawn_from)
 
 
 def _parts(root: Path) -> tuple[ImageFolder, ImageFolder | None]:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +113,14 @@ class Request:
     """Processes that decode images which are not held in memory; 0 decodes them in this one."""
 
 
+class DrawnFrom(NamedTuple):
+    """The images that a test set is drawn from, where the data have none of their own: of others another is drawn."""
+
+    images: int
+    sha256: str
+    """Of their names."""
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """What a reader of one kind of data returns: training and test set, before anything is held out."""
@@ -128,6 +137,7 @@ class Source:
     """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
     chosen_size: int | None = None
     """The images' side in pixels, where it was chosen for files of several sizes."""
+    drawn_from: DrawnFrom | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +166,7 @@ class Dataset:
     """How a picture becomes one of the test set's: a name of `decode.CUTS`."""
     chosen_size: int | None = None
     """The images' side in pixels, where it was chosen for files of several sizes."""
+    drawn_from: DrawnFrom | None = None
 
     @property
     def num_classes(self) -> int:

@@ -32,7 +32,7 @@ from advmoe.models.sources import load_classifier
 from advmoe.models.state import digest
 from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
-from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain
+from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain, require_same_images
 from advmoe.seeding import generator_for, seed_for
 from advmoe.threat import ThreatModel
 
@@ -245,6 +245,8 @@ def open_subject(
     config = _config(target, options)
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
     data = _dataset(config, model)
+    if not is_source(target) and "root" not in (options.overrides or {}).get("data", {}):
+        require_same_images(Path(target), data.drawn_from)
     shape = data.num_classes, data.in_channels
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else shape
     if any(wanted not in (None, got) for wanted, got in zip(expected, shape, strict=True)):

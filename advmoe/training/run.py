@@ -31,11 +31,13 @@ from advmoe.rundir import (
     BOARD,
     CONFIG,
     CONFIG_DIGEST,
+    DRAWN_FROM,
     LAST,
     MANIFEST,
     config_note,
     digest_at,
     require_plain,
+    require_same_images,
 )
 from advmoe.training import checkpoint as checkpoints
 from advmoe.training import manifest as manifests
@@ -94,6 +96,8 @@ def _train(fabric: Fabric, launch: _Launch, alone: ExitStack) -> None:
     if fabric.is_global_zero and not launch.fresh:
         _claim(folder, alone)
     dataset = load_data(config)
+    if not launch.fresh:
+        require_same_images(folder, dataset.drawn_from)
     if dataset.chosen_size is not None:  # whatever pictures are added later
         config = replace(config, data=replace(config.data, image_size=dataset.chosen_size))
         launch = replace(launch, config=config)
@@ -156,6 +160,8 @@ def _described(fabric: Fabric, launch: _Launch, dataset: Dataset) -> dict[str, A
         described["compiled"] = "whole passes" if described.get("compute", "masked") == "masked" else "pieces"
     if dataset.notes:
         described["data_notes"] = list(dataset.notes)
+    if dataset.drawn_from is not None:
+        described[DRAWN_FROM] = dataset.drawn_from._asdict()
     if config.training.init_from is not None and launch.fresh:
         described["init_from_sha256"] = digest_at(Path(config.training.init_from))
     if config.model.source is not None:

@@ -10,7 +10,7 @@ from advmoe.evaluation.subject import digest_of
 from advmoe.evaluation.subject import open_subject as subject
 from advmoe.models.runs import load_run
 from advmoe.rundir import stored_digest
-from advmoe.training.run import train
+from advmoe.training.run import resume, train
 
 pytestmark = pytest.mark.usefixtures("shallow_backbones")
 
@@ -111,22 +111,46 @@ def test_every_image_is_attacked_within_the_ball(make_digits_run, tmp_path):
         assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
 
 
-def test_pictures_of_another_size_get_the_model_s(tmp_path):
-    """As `predict` has them: stripes, which a wrong size would make others."""
-    for side in (16, 64):
-        for number, name in enumerate(("flat", "steep")):
-            (tmp_path / str(side) / name).mkdir(parents=True)
-            for shade in range(10):
-                picture = np.full((side, side, 3), 20 * shade, np.uint8)
-                picture[: side // 2 if number else side] = 255 - 10 * shade
-                Image.fromarray(picture).save(tmp_path / str(side) / name / f"{shade}.png")
-    run = tmp_path / "run"
-    small = {"name": "folder", "root": str(tmp_path / "16"), "val_fraction": 0.2}
+def pictures(folder, side, number=10):
+    """A folder of two classes of so many pictures each, without a test set."""
+    for which, name in enumerate(("flat", "steep")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for shade in range(number):
+            picture = np.full((side, side, 3), 20 * shade, np.uint8)
+            picture[: side // 2 if which else side] = 255 - 10 * shade
+            Image.fromarray(picture).save(folder / name / f"{shade}.png")
+    return folder
+
+
+@pytest.fixture
+def folder_run(tmp_path):
+    """A run on 20 pictures of 16 pixels in `16`, of which four are its test set."""
+    small = {"name": "folder", "root": str(pictures(tmp_path / "16", 16)), "val_fraction": 0.2}
     settings = {"model": {"name": "wrn-10-1", "kind": "dense", "width": 4}, "data": small}
-    train(Config.from_dict({**settings, "training": {"method": "standard", "epochs": 1, "batch_size": 8}}), run_dir=run)
-    own = subject(run, accelerator="cpu")
-    assert own.data.shape == (3, 16, 16)
-    others = subject(run, overrides={"data": {"root": str(tmp_path / "64")}}, accelerator="cpu")
-    assert others.data.shape == (3, 16, 16)
-    asked = subject(run, overrides={"data": {"root": str(tmp_path / "64"), "image_size": 32}}, accelerator="cpu")
-    assert asked.data.shape == (3, 32, 32)
+    config = Config.from_dict({**settings, "training": {"method": "standard", "epochs": 1, "batch_size": 8}})
+    return train(config, run_dir=tmp_path / "run")
+
+
+def test_pictures_of_another_size_get_the_model_s(folder_run, tmp_path):
+    """As `predict` has them."""
+    assert subject(folder_run, accelerator="cpu").data.shape == (3, 16, 16)
+    elsewhere = {"root": str(pictures(tmp_path / "64", 64))}
+    assert subject(folder_run, overrides={"data": elsewhere}, accelerator="cpu").data.shape == (3, 16, 16)
+    asked = {"data": {**elsewhere, "image_size": 32}}
+    assert subject(folder_run, overrides=asked, accelerator="cpu").data.shape == (3, 32, 32)
+
+
+def test_pictures_laid_beside_those_of_training_are_no_other_test_set(folder_run, tmp_path):
+    """Another would be drawn, with images that the run was trained on."""
+    pictures(tmp_path / "16", 16, number=12)
+    rule = r"^data.root must hold the 20 images that the run's test set was drawn from, got 24 or others: "
+    with pytest.raises(ValueError, match=rule):
+        subject(folder_run, accelerator="cpu")
+    with pytest.raises(ValueError, match=rule):
+        resume(folder_run)
+    named = subject(folder_run, overrides={"data": {"root": str(tmp_path / "16")}}, accelerator="cpu")
+    assert len(named.data) == 5  # who names a folder means it
+    for which in ("flat", "steep"):
+        for number in (10, 11):
+            (tmp_path / "16" / which / f"{number}.png").unlink()
+    assert len(subject(folder_run, accelerator="cpu").data) == 4
