@@ -245,8 +245,6 @@ def open_subject(
     config = _config(target, options)
     model = load(torch.device("cpu"))  # what cannot be loaded shows before the data are read
     data = _dataset(config, model)
-    if not is_source(target) and "root" not in (options.overrides or {}).get("data", {}):
-        require_same_images(Path(target), data.drawn_from)
     shape = data.num_classes, data.in_channels
     expected = (model.spec["num_classes"], model.spec["in_channels"]) if isinstance(model, Classifier) else shape
     if any(wanted not in (None, got) for wanted, got in zip(expected, shape, strict=True)):
@@ -254,6 +252,8 @@ def open_subject(
     if isinstance(model, Classifier) and (names := tuple(model.spec.get("classes", data.classes))) != data.classes:
         ours, theirs = next(pair for pair in zip(names, data.classes, strict=True) if pair[0] != pair[1])
         raise InputError(f"data must have the model's classes in their order, got {theirs!r} for {ours!r}")
+    if not is_source(target) and "root" not in (options.overrides or {}).get("data", {}):
+        require_same_images(Path(target), data.drawn_from)
     seed = config.training.seed if options.seed is None else options.seed
     index = sampled(len(data.test), options.num_examples, seed)
     load = replace(load, digest=digest_of(model))

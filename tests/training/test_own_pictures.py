@@ -42,8 +42,10 @@ def test_the_run_keeps_the_size_that_was_chosen(run: Path) -> None:
     assert any("4 of the 20 images" in note for note in notes) and any("resized to 32" in note for note in notes)
     # Many larger pictures added later: others would get 64 pixels; this run's model goes on with 32.
     fill(run.parent / "photos", number=30, side=100)
-    told = evaluate_run(run, attacks=["pgd"], workers=1)
-    assert told["num_examples"] == 16  # a fifth of 80
+    with pytest.raises(InputError, match=r"^data.root must hold the 20 images that the run's test set was drawn from"):
+        evaluate_run(run, attacks=["pgd"], workers=1)
+    named = {"data": {"root": str(run.parent / "photos")}}  # whose test set, a fifth of 80, the user is asked to know
+    assert evaluate_run(run, attacks=["pgd"], workers=1, overrides=named)["num_examples"] == 16
     assert json.loads((run / "manifest.json").read_text())["data_notes"] == notes
 
 
