@@ -41,7 +41,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise InputError(f"threat.norm must be linf or l2, got {self.norm!r}")
-        if not isinstance(self.eps, float | int) or isinstance(self.eps, bool):
+        if isinstance(self.eps, str | bytes | bool) or not hasattr(self.eps, "__float__"):
             raise InputError(f"threat.eps must be a number, got {self.eps!r}")
         if not (self.eps >= 0 and math.isfinite(self.eps)) or (self.norm == "linf" and self.eps > 1):
             raise InputError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")

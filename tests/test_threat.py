@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,3 +145,10 @@ def test_half_precision_has_the_norms_of_fp32(dtype, scale):
     start = threat.random_start(x, generator)
     assert start.dtype == dtype and start.isfinite().all()
     assert (lengths(start.float() - x.float(), "l2") < 0.51 + 0.1 * (dtype == torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("eps", ["8/255", "0.1", None, True, (0.1,)])
+def test_a_radius_that_is_no_number_is_refused(eps):
+    with pytest.raises(ValueError, match=r"^threat.eps must be a number, got "):
+        ThreatModel("linf", eps)
+    assert ThreatModel("linf", np.float32(0.25)).eps == 0.25
