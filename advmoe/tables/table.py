@@ -79,7 +79,14 @@ class Table(MutableMapping[str, Entry]):
         if not isinstance(name, str):
             return ""
         usual = [each for family in self.families for each in (family.example, *family.usual)]
-        return nearest(name, [*self, *(_with_numbers_of(name, each) for each in usual)])
+        return nearest(name, [*self, *filter(self._sound, (_with_numbers_of(name, each) for each in usual))])
+
+    def _sound(self, name: str) -> bool:
+        """Whether there is an entry called `name`."""
+        try:
+            return self._named(name) is not None
+        except InputError:
+            return False
 
     def _named(self, name: str) -> Entry | None:
         if name in self._entries:

@@ -85,3 +85,9 @@ def test_an_attack_says_what_it_was_told_and_where_its_steps_fall_short():
 
 def test_attacks_that_need_routing_are_told_apart_by_the_table():
     assert {name for name in ATTACKS if ATTACKS[name].for_routed} == {"routed"}
+
+
+@pytest.mark.parametrize(("mistyped", "meant"), [("pgd-0", "pgd"), ("pgd-50-margn", "pgd-50-margin")])
+def test_a_hint_is_at_a_name_that_is_taken(mistyped, meant):
+    assert ATTACKS.near(mistyped) == f" (did you mean {meant}?)"
+    assert ATTACKS.find(meant)
