@@ -28,7 +28,7 @@ NUMERIC := $(addprefix tests/,attacks evaluation models moe ops pruning training
 CALLING := tests/cli/test_cli.py tests/cli/test_export.py tests/cli/test_train.py tests/cli/test_evaluate.py tests/config \
 	tests/test_recipes.py tests/export tests/test_exported.py tests/hub tests/report --ignore=tests/report/test_browser.py \
 	tests/data/test_digits.py tests/data/test_folder.py tests/attacks/test_autoattack.py \
-	tests/evaluation/test_intervals.py tests/studies/test_exact_tests.py tests/test_files.py tests/test_progress.py \
+	tests/evaluation/test_intervals.py tests/studies/test_significance.py tests/test_files.py tests/test_progress.py \
 	tests/training/test_board.py tests/training/test_checkpoint.py tests/training/test_run.py
 
 # Compiled once and kept: else each process compiles again what it imports, and pytest rewrites every test.

@@ -3,6 +3,8 @@
 """
 
 import ast
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,11 @@ def test_a_test_file_elsewhere_is_not_the_module_s(tree: Path) -> None:
 def test_a_package_that_does_more_than_pass_names_on_needs_one(tree: Path) -> None:
     (tree / "advmoe/g/__init__.py").write_text("from advmoe.b import f\n\nf()\n")
     assert compared(tree)[0] == {"b/d.py", "g/__init__.py"}
+
+
+@pytest.mark.parametrize("target", ["lowest", "test-plain", "cuda", "triton"])
+def test_what_the_makefile_tests_is_there(target: str) -> None:
+    """pytest given a file that was renamed runs nothing at all."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = set(re.findall(r"tests/[\w./-]+", done.stdout))
+    assert named and [each for each in sorted(named) if not (ROOT / each).exists()] == []

@@ -64,7 +64,17 @@ def until(true):
 
 
 def test_a_job_that_is_requeued_within_an_epoch_ends_as_if_it_had_not_been(tmp_path):
-    words = [*TRAIN, "--training.epochs", "2", "--data.train_examples", "1000", "--run-dir"]
+    # Small batches make an epoch of about ten seconds, whose middle three seconds are.
+    words = [
+        *TRAIN,
+        "--training.batch_size",
+        "8",
+        "--training.epochs",
+        "2",
+        "--data.train_examples",
+        "1000",
+        "--run-dir",
+    ]
     advmoe(*words, "run", "--sbatch", "job.sh", cwd=tmp_path)
     job = run("sbatch", "--parsable", "job.sh", cwd=tmp_path).stdout.strip()
     until(lambda: (tmp_path / "run" / "config.yaml").exists())
