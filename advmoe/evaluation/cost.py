@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe.models import Classifier
 from advmoe.models.modes import evaluating, frozen
-from advmoe.moe import MoELayer
+from advmoe.moe import moe_layers
 from advmoe.ops import kernels_used
 from advmoe.precision import full_fp32
 from advmoe.progress import tracked
@@ -83,7 +83,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     """(stored, active): all parameters, and those that one image's pathway uses."""
     model = deployed(model)
     stored = sum(p.numel() for p in model.parameters())
-    idle = sum(layer.idle_parameters() for layer in model.modules() if isinstance(layer, MoELayer))
+    idle = sum(layer.idle_parameters() for layer in moe_layers(model))
     return stored, stored - idle
 
 

@@ -19,12 +19,13 @@ from advmoe.config import ModelKind
 from advmoe.errors import InputError
 from advmoe.evaluation.accuracy import Execution, placed, positive
 from advmoe.evaluation.cost import activation_bytes, gmacs, in_turn, parameters, setting, timing
+from advmoe.evaluation.dissection import expert_load
 from advmoe.evaluation.images import input_shape, random_images, run_images
 from advmoe.evaluation.subject import Options, options_of
 from advmoe.models import Classifier, create_model, find_backbone
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
-from advmoe.moe import pathway
+from advmoe.moe import moe_layers, pathway
 from advmoe.pool import threads_set
 from advmoe.pruning import deployed
 from advmoe.rundir import DIGEST, MODEL
@@ -191,7 +192,7 @@ def _report(subject: CostSubject, batches: Sequence[int], device: torch.device, 
         "activations": "peak bytes of live tensors" if device.type == "cpu" else "peak of the CUDA allocator",
         "models": {kind: _counts(model) for kind, model in models.items()},
         "batches": [
-            _timed(models, images[:batch], seconds) | _loads(pathways[:batch], spec.get("num_experts", 1))
+            _timed(models, images[:batch], seconds) | _loads(own, pathways[:batch])
             for batch in batches
         ],
     }
@@ -228,12 +229,11 @@ def _timed(models: Mapping[str, Classifier], x: Tensor, seconds: float) -> dict[
     }
 
 
-def _loads(pathways: Tensor, experts: int) -> dict[str, Any]:
+def _loads(model: Classifier, pathways: Tensor) -> dict[str, Any]:
     """The share of images, or tokens, that each expert gets, per MoE layer. `pathways`: (N, L) or (N, L, T)."""
     if pathways.shape[1] == 0:
         return {}
-    layers = pathways.transpose(0, 1).flatten(1)
-    loads = [[(layer == expert).float().mean().item() for expert in range(experts)] for layer in layers]
+    loads = expert_load(pathways, max(layer.num_experts for layer in moe_layers(model)))
     busiest = statistics.mean(max(shares) for shares in loads)
     return {"loads": [[round(share, 4) for share in shares] for shares in loads], "busiest": round(busiest, 4)}
 

@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 
 from advmoe.errors import InputError
 from advmoe.files import read_object
-from advmoe.moe.layer import MoELayer
+from advmoe.moe.layer import moe_layers
 from advmoe.text import one_line, show
 
 _MOST_CHANNELS = 1_000_000
@@ -39,11 +39,11 @@ _PAIRS = 4_000_000
 
 def units_of(model: nn.Module) -> list[Tensor]:
     """Which rows each expert of each MoE layer uses, L of (E, M) booleans. Raises `ValueError` without MoE layers."""
-    layers = {module.layer: module for module in model.modules() if isinstance(module, MoELayer)}
+    layers = {each.layer: each for each in moe_layers(model)}
     if not layers:
         raise InputError(f"model must have MoE layers, got {type(model).__name__} with none")
     units = []
-    for _, layer in sorted(layers.items()):
+    for layer in layers.values():
         used = torch.zeros(layer.num_experts, layer.bank_rows, dtype=torch.bool)
         for expert, rows in enumerate(layer.rows):
             used[expert, rows] = True

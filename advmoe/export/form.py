@@ -14,7 +14,7 @@ from torch import nn
 from advmoe.config import typed
 from advmoe.errors import InputError, lacking
 from advmoe.files import require_writable
-from advmoe.moe import MoELayer, routers_of
+from advmoe.moe import moe_layers, routers_of
 from advmoe.moe.routing import RoutingMode
 
 Format = Literal["onnx", "torch-export"]
@@ -67,7 +67,7 @@ def form_for(model: nn.Module, format: Format, dynamic_batch: bool, opset: int |
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise InputError(f"model must be on the CPU, got {next(model.parameters()).device}")
     mode: RoutingMode = "hard"
-    if any(isinstance(module, MoELayer) for module in model.modules()):
+    if moe_layers(model):
         per_token = any(getattr(router, "per_token", False) for router in routers_of(model))
         mode = "masked" if dynamic_batch or per_token else "gathered"
     return ExportForm(format, dynamic_batch, opset, mode)

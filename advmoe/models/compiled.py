@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from advmoe.models.classifier import Classifier
-from advmoe.moe.layer import MoELayer
+from advmoe.moe.layer import moe_layers
 from advmoe.moe.routing import Routing, RoutingMode, active_routing, in_graph
 from advmoe.progress import tell
 from advmoe.text import one_line
@@ -88,8 +88,7 @@ def compiled(model: Classifier, **options: Any) -> Network:
     """`model`, compiled: `WholePasses` where every MoE layer computes all experts (`set_compute`) and routing needs no
     host, else in pieces (`compile_model`). `options` of `torch.compile` are those of whole passes.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    return WholePasses(model, **options) if all(layer.masks for layer in layers) else compile_model(model)
+    return WholePasses(model, **options) if all(layer.masks for layer in moe_layers(model)) else compile_model(model)
 
 
 def compile_model(model: Classifier) -> Classifier:
@@ -99,9 +98,8 @@ def compile_model(model: Classifier) -> Classifier:
     which a compiled graph cannot. State dicts, modules and parameters keep their names.
     """
     _raise_limit()
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+    for layer in moe_layers(model):
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
     model.backbone.compile()
     return model
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from advmoe import ops
 from advmoe.errors import InputError
-from advmoe.moe.layer import MoELayer
+from advmoe.moe.layer import moe_layers
 
 MOST_MASKED = 4
 """Experts up to which a GPU computes all for every image. On paper: at CIFAR's size a step's arithmetic takes an H200
@@ -36,17 +36,16 @@ def compute_on(device: torch.device, wanted: str, num_experts: int) -> Way:
 
 def set_compute(model: nn.Module, wanted: str, device: torch.device) -> None:
     """Have every MoE layer of `model` compute by `wanted` on `device`, in hard passes, from now on."""
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            way = compute_on(device, wanted, layer.num_experts)
-            layer.masks, layer.kernels = way == "masked", way == "kernel"
+    for layer in moe_layers(model):
+        way = compute_on(device, wanted, layer.num_experts)
+        layer.masks, layer.kernels = way == "masked", way == "kernel"
 
 
 @contextmanager
 def computing(model: object, wanted: str, device: torch.device) -> Iterator[None]:
     """Inside, `model`, where it is a network, computes by `wanted` on `device` (`set_compute`); then as before."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    before = [(layer, layer.masks, layer.kernels) for layer in modules if isinstance(layer, MoELayer)]
+    layers = moe_layers(model) if isinstance(model, nn.Module) else []
+    before = [(layer, layer.masks, layer.kernels) for layer in layers]
     if isinstance(model, nn.Module):
         set_compute(model, wanted, device)
     try:

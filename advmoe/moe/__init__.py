@@ -1,7 +1,7 @@
 """Mixture-of-experts layers, routers, and the routing of a forward pass as a value."""
 
 from advmoe.moe.conv import MoEConv2d
-from advmoe.moe.layer import MoELayer
+from advmoe.moe.layer import MoELayer, moe_layers
 from advmoe.moe.linear import MoELinear
 from advmoe.moe.mlp import MoEMLP
 from advmoe.moe.routers import ImageRouter, LayerRouter, routers_of
@@ -15,6 +15,7 @@ __all__ = [
     "MoELinear",
     "MoEMLP",
     "Routing",
+    "moe_layers",
     "pathway",
     "route",
     "routers_of",

@@ -194,3 +194,8 @@ class MoELayer(RouterOwner, ABC):
                     return later
             scores = self.router(x)
             return scores
+
+
+def moe_layers(module: nn.Module) -> list[MoELayer]:
+    """The MoE layers in a module, by their numbers."""
+    return sorted((each for each in module.modules() if isinstance(each, MoELayer)), key=lambda each: each.layer)

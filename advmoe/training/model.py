@@ -16,7 +16,7 @@ from advmoe.models.convert import own_classifier
 from advmoe.models.runs import load_run
 from advmoe.models.sources import load_module
 from advmoe.models.upcycle import upcycle
-from advmoe.moe import MoELayer
+from advmoe.moe import moe_layers
 from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.pruning import adopt, deployed
 from advmoe.seeding import generator_for
@@ -93,8 +93,7 @@ def _own_model(config: Config, dataset: Dataset, module: nn.Module) -> Classifie
     reasons = [f"training.{name} is > 0" for name in ("balance", "margin", "runner_up") if getattr(t, name) > 0]
     if METHODS[method].apart:
         reasons.append(f"training.method is {method}")
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    if t.runner_up > 0 and any(layer.num_experts < 2 for layer in layers):
+    if t.runner_up > 0 and any(layer.num_experts < 2 for layer in moe_layers(model)):
         rule = "of two experts or more in each MoE layer when training.runner_up is > 0"
         raise InputError(f"model.source must be {rule}, got a layer of one")
     if reasons and not model.routed:

@@ -1,10 +1,11 @@
 """An epoch in numbers: mean losses, and how each MoE layer used its experts.
 
-Axes: `E` experts, `L` MoE layers, `N` samples (tokens, where those are routed one by one).
+Axes: `E` experts, the most of any layer, `L` MoE layers, `N` samples (tokens, where those are routed one by one).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advmoe.moe.routing import Routing
+from advmoe.training.objectives import stacked_scores
 from advmoe.training.processes import total
 
 
 class LayerUse:
-    """Expert counts (L, E) and summed routing entropy (L,), gathered over the clean passes of an epoch."""
+    """Expert counts (L, E) and summed routing entropy (L,) of an epoch's clean passes. Where a layer does not have an
+    expert, its count is -inf.
+    """
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -26,11 +30,9 @@ class LayerUse:
         """Count one pass."""
         if not routing.scores:
             return
-        layers = sorted(routing.scores)
-        scores = torch.stack([routing.scores[layer].detach().flatten(0, -2) for layer in layers])
-        choices = torch.stack([routing.choices[layer].flatten() for layer in layers])
-        experts = torch.arange(scores.shape[2], device=scores.device)
-        counts = (choices[:, :, None] == experts).sum(1).float()
+        scores, choices, experts = stacked_scores(routing)
+        scores, every = scores.detach(), torch.arange(scores.shape[2], device=scores.device)
+        counts = (choices[:, :, None] == every).sum(1).float().masked_fill(every >= experts[:, None], -math.inf)
         entropy = torch.special.entr(scores.softmax(2)).sum((1, 2))
         self.counts = counts if self.counts is None else self.counts + counts
         self.entropy = entropy if self.entropy is None else self.entropy + entropy
@@ -39,7 +41,7 @@ class LayerUse:
         """Share of samples of each expert, per layer, on this process."""
         if self.counts is None:
             return []
-        return [[round(v, 4) for v in (c / c.sum()).tolist()] for c in self.counts]
+        return [[round(v, 4) for v in (c / c.sum()).tolist()] for c in _present(self.counts)]
 
     def report(self, fabric: Fabric) -> list[dict[str, Any]]:
         """Per MoE layer: load (E shares), entropy of the softmax of the scores in nats, experts that no sample
@@ -49,11 +51,16 @@ class LayerUse:
             return []
         counts, entropy = total(fabric, self.counts), total(fabric, self.entropy)
         report = []
-        for layer, (c, h) in enumerate(zip(counts, entropy, strict=True)):
+        for layer, (c, h) in enumerate(zip(_present(counts), entropy, strict=True)):
             dead = (c == 0).nonzero().flatten().tolist()
             load = [round(v, 6) for v in (c / c.sum()).tolist()]
             report.append({"layer": layer, "load": load, "entropy": (h / c.sum()).item(), "dead_experts": dead})
         return report
+
+
+def _present(counts: Tensor) -> list[Tensor]:
+    """Each layer's counts, of the experts that it has."""
+    return [layer[layer >= 0] for layer in counts]
 
 
 class EpochMeans:

@@ -5,6 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -115,16 +116,24 @@ def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:
     """
     losses = []
     for routing in routings:
-        scores = _scores(routing)
-        choices = torch.stack([choice.flatten() for choice in routing.choices.values()])
+        scores, choices, experts = stacked_scores(routing)
         shares = F.one_hot(choices, scores.shape[2]).float().mean(1)
-        losses.append(scores.shape[2] * (shares * scores.softmax(2).mean(1)).sum(1).mean())
+        losses.append((experts * (shares * scores.softmax(2).mean(1)).sum(1)).mean())
     return weight * torch.stack(losses).mean()
 
 
-def _scores(routing: Routing) -> Tensor:
-    """The scores of all MoE layers, (L, N, E), in the order in which `routing` lists them."""
-    return torch.stack([scores.flatten(0, -2).float() for scores in routing.scores.values()])
+def stacked_scores(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores of all MoE layers (L, N, E) in order, the choices (L, N), and each layer's number of experts (L,).
+
+    E is the most that a layer has, and at least 2. An expert that a layer does not have scores -inf.
+    """
+    layers = sorted(routing.scores)
+    scores = [routing.scores[layer].flatten(0, -2).float() for layer in layers]
+    experts = [each.shape[1] for each in scores]
+    most = max(2, *experts)
+    wide = torch.stack([F.pad(each, (0, most - each.shape[1]), value=-math.inf) for each in scores])
+    choices = torch.stack([routing.choices[layer].flatten() for layer in layers])
+    return wide, choices, torch.tensor(experts).to(wide.device, non_blocking=True)
 
 
 def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
@@ -132,7 +141,7 @@ def choice_margin_loss(routing: Routing, weight: float) -> Tensor:
     choice is clear by 1, so that an attack must move scores far to change it. The hinge of support vector machines
     (Crammer & Singer, JMLR 2001), with the choice itself as the class.
     """
-    first, second = _scores(routing).topk(2, 2).values.unbind(2)
+    first, second = stacked_scores(routing)[0].topk(2, 2).values.unbind(2)
     return weight * (1 - (first - second)).relu().mean()
 
 
@@ -153,19 +162,19 @@ def radius_loss(router: HalfspaceRouter, x: Tensor, threat: ThreatModel, weight:
     return weight * (1 - router.radii(x, threat.norm) / threat.eps).relu().mean()
 
 
-def codewords(codes: Codes, num_classes: int, num_layers: int, num_experts: int, seed: int) -> Tensor:
-    """The table (K, L) of each class's codeword: one expert per MoE layer.
+def codewords(codes: Codes, num_classes: int, num_experts: Sequence[int], seed: int) -> Tensor:
+    """The table (K, L) of each class's codeword: one of the `num_experts` of each MoE layer.
 
-    `mod`: class modulo N in every layer. `random`: every column a balanced random assignment, so that the pathway is an
-    error-correcting code of the class.
+    `mod`: class modulo N in every layer of N experts. `random`: every column a balanced random assignment, so that the
+    pathway is an error-correcting code of the class.
     """
-    if num_experts > num_classes:
-        raise InputError(f"model.num_experts must be <= the {num_classes} classes with codewords, got {num_experts!r}")
-    balanced = torch.arange(num_classes) % num_experts
-    if codes == "mod":
-        return balanced[:, None].expand(-1, num_layers).clone()
+    if (most := max(num_experts)) > num_classes:
+        raise InputError(f"model.num_experts must be <= the {num_classes} classes with codewords, got {most!r}")
     generator = generator_for(seed, "codewords")
-    return torch.stack([balanced[torch.randperm(num_classes, generator=generator)] for _ in range(num_layers)], 1)
+    words = [torch.arange(num_classes)] * len(num_experts)
+    if codes == "random":
+        words = [torch.randperm(num_classes, generator=generator) for _ in num_experts]
+    return torch.stack([word % experts for word, experts in zip(words, num_experts, strict=True)], 1)
 
 
 def code_loss(routing: Routing, y: Tensor, table: Tensor, alpha: float) -> Tensor:

@@ -25,7 +25,7 @@ from advmoe.models import Classifier
 from advmoe.models.compiled import Network, compiled
 from advmoe.models.compute import set_compute
 from advmoe.models.modes import frozen
-from advmoe.moe import MoELayer
+from advmoe.moe import moe_layers
 from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routing import Routing
 from advmoe.progress import postfix, shown
@@ -110,9 +110,8 @@ class Trainer:
         sides = [each for each in map(t.image_size_at, range(t.epochs)) if each is not None]
         require_sizes(self.model, sides, self.dataset.image_size, self.dataset.in_channels)
         if t.router_objective == "codes":
-            layers = sum(isinstance(module, MoELayer) for module in self.model.modules())
-            arguments = (self.dataset.num_classes, layers, c.model.num_experts, t.seed)
-            self.table = codewords(t.codes, *arguments).to(device)
+            experts = [layer.num_experts for layer in moe_layers(self.model)]
+            self.table = codewords(t.codes, self.dataset.num_classes, experts, t.seed).to(device)
         self.levels = t.levels()
         self.follow = None if t.fixed_norms is None else t.fixed_norms == "running"
         fixed = fixed_norms(self.model, self.levels[0].part) if t.fixed_norms == "refresh" else []

@@ -32,6 +32,19 @@ def test_loads_and_entropy_by_hand():
     assert layer["entropy"] == pytest.approx(math.log(2) / 2)  # log 2 for two samples of four, 0 for the others
 
 
+def test_layers_report_the_experts_that_they_have():
+    use, routing = LayerUse(), Routing()
+    routing.scores = {0: torch.tensor([[0.0, 0.0, 0.0]] * 4), 1: torch.zeros(4, 1), 2: torch.tensor([[0.0, 0.0]] * 4)}
+    routing.choices = {0: torch.tensor([0, 1, 1, 1]), 1: torch.zeros(4, dtype=torch.long), 2: torch.tensor([1] * 4)}
+    for _ in range(2):
+        use.add(routing)
+    assert use.loads() == [[0.25, 0.75, 0.0], [1.0], [0.0, 1.0]]
+    report = use.report(Alone())
+    assert [each["load"] for each in report] == use.loads()
+    assert [each["dead_experts"] for each in report] == [[2], [], [0]]
+    assert [each["entropy"] for each in report] == pytest.approx([math.log(3), 0, math.log(2)])
+
+
 def test_a_model_without_moe_layers_leaves_nothing():
     use = LayerUse()
     use.add(Routing())

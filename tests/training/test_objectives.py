@@ -85,21 +85,21 @@ def test_trades_records_both_routings(make_routed, make_images):
 
 
 def test_mod_codewords():
-    table = codewords("mod", num_classes=5, num_layers=3, num_experts=2, seed=0)
+    table = codewords("mod", 5, [2, 2, 2], seed=0)
     assert table.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0]]
-    assert torch.equal(table, codewords("mod", 5, 3, 2, seed=9))
+    assert torch.equal(table, codewords("mod", 5, [2, 2, 2], seed=9))
 
 
 @pytest.mark.parametrize(("classes", "experts", "counts"), [(10, 2, [5, 5]), (10, 3, [4, 3, 3]), (100, 4, [25] * 4)])
 def test_random_codewords_are_balanced_columns(classes, experts, counts):
-    table = codewords("random", classes, 16, experts, seed=0)
+    table = codewords("random", classes, [experts] * 16, seed=0)
     assert table.shape == (classes, 16)
     for column in table.T:
         assert column.bincount(minlength=experts).tolist() == counts
     assert len(table.unique(dim=1).T) > 8  # the columns differ
     assert len(table.unique(dim=0)) == classes  # and so do the classes
-    assert torch.equal(table, codewords("random", classes, 16, experts, seed=0))
-    assert not torch.equal(table, codewords("random", classes, 16, experts, seed=1))
+    assert torch.equal(table, codewords("random", classes, [experts] * 16, seed=0))
+    assert not torch.equal(table, codewords("random", classes, [experts] * 16, seed=1))
 
 
 def test_code_loss_by_hand():
@@ -113,7 +113,7 @@ def test_code_loss_by_hand():
 
 def test_code_loss_reaches_the_routers_alone(make_routed, make_images):
     model, y = make_routed(router="embedding"), torch.arange(12) % 5
-    table = codewords("random", 5, 16, 2, seed=0)
+    table = codewords("random", 5, [2] * 16, seed=0)
     _, routing, _ = cross_entropy(model, make_images(), y)
     code_loss(routing, y, table, alpha=6.0).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -155,6 +155,19 @@ def test_choice_margin_by_hand():
     assert clear.tolist() == [0, 0] and unclear.tolist() == pytest.approx([1 / 6, -1 / 6])
     # Of three experts only the runner-up counts.
     assert choice_margin_loss(routed([[0.0, 0.5, 0.75]]), 1.0).item() == pytest.approx(0.75)
+
+
+def test_layers_of_different_numbers_of_experts():
+    # All to one of three, of two and of one: 3, 2 and 1 times the weight. Leads 1/4, 1/2, and none to lose.
+    assert balance_loss([routed([[50.0, 0.0, 0.0]], [[50.0, 0.0]], [[7.0]])], 1.0).item() == pytest.approx(2)
+    mixed = routed([[0.0, 0.5, 0.75]], [[0.5, 0.0]], [[7.0]])
+    assert choice_margin_loss(mixed, 1.0).item() == pytest.approx((0.75 + 0.5) / 3)
+    choice_margin_loss(mixed, 3.0).backward()
+    assert [scores.grad.tolist() for scores in mixed.scores.values()] == [[[0, 1, -1]], [[-1, 1]], [[0]]]
+    assert choice_margin_loss(routed([[7.0]]), 1.0).item() == 0
+    assert codewords("mod", 4, [3, 1, 2], seed=0).tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 0], [0, 0, 1]]
+    columns = codewords("random", 12, [3, 1, 2], seed=0).T
+    assert [column.bincount().tolist() for column in columns] == [[4, 4, 4], [12], [6, 6]]
 
 
 def test_radius_by_hand():

@@ -70,6 +70,15 @@ def function():
 def ready():
     import advmoe
     return advmoe.to_moe(Net(), example=torch.rand(3, 1, 8, 8))
+
+def mixed():
+    from advmoe.moe import MoEConv2d
+
+    made = Net()
+    made.stem[0] = MoEConv2d(1, 8, 3, padding=1, bank_rows=24, num_experts=3, layer=0)
+    made.conv = MoEConv2d(8, 8, 3, padding=1, groups=2, bank_rows=8, num_experts=1, layer=1)
+    made.down = MoEConv2d(8, 16, 1, stride=2, bank_rows=32, num_experts=2, layer=2)
+    return made
 """
 TINY = [
     "--config", "digits-advmoe", "--data.image_size", "8", "--training.epochs", "1", "--training.batch_size", "256",
@@ -173,6 +182,22 @@ def test_methods_train_own_networks(place, model, training):
     weights = load_file(run / "last" / "model.safetensors")
     state = loaded.state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
+
+
+@pytest.mark.parametrize("terms", [{"balance": 0.01, "margin": 0.1}, {"router_objective": "codes", "codes": "random"}])
+def test_layers_of_different_numbers_of_experts_are_trained_and_measured(place, terms):
+    run = train(settings(model={"source": "own.py:mixed"}, training=terms), run_dir="run", **ENGINE)
+    (epoch,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [len(layer["load"]) for layer in epoch["layers"]] == [3, 1, 2]
+    assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-5) for layer in epoch["layers"])
+    named = ["--model", "own.py:mixed", "--num-examples", "8", "--accelerator", "cpu"]
+    small = ["--attack.steps", "2", "--attack.queries", "2", "--attack.pathways", "1", "--attacks", "pgd,routed"]
+    assert cli.main(["evaluate", str(run), *named, *small]) == 0
+    assert cli.main(["certify", str(run), *named, "--radii", "0.01"]) == 0
+    assert cli.main(["cost", str(run), "--model", "own.py:mixed", "--batches", "4", "--json", "cost.json"]) == 0
+    (entry,) = json.loads(Path("cost.json").read_text())["batches"]
+    assert [sum(shares) for shares in entry["loads"]] == pytest.approx([1] * 3, abs=1e-3)
+    assert entry["loads"][1][0] == 1 and entry["busiest"] == pytest.approx(sum(map(max, entry["loads"])) / 3, abs=1e-3)
 
 
 def test_an_interrupted_run_ends_bit_identical(place):

@@ -29,8 +29,11 @@ def changed_choices(
     gradients.
     """
     with torch.no_grad():
-        clean = model(x).pathway
+        output = model(x)
+    clean, free = output.pathway, [layer for layer, scores in enumerate(output.scores) if scores.shape[-1] > 1]
     changed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if not free:
+        return changed
 
     def look(x_adv: Tensor) -> None:
         with torch.no_grad():
@@ -42,7 +45,7 @@ def changed_choices(
         nonlocal promising
         scores = model(x_adv).scores
         promising = (hard_choice(scores) != clean).flatten(1).any(1)
-        return -router_margins(scores, clean).flatten(1).amin(1).sum()
+        return -router_margins(scores, clean)[:, free].flatten(1).amin(1).sum()
 
     def visit(step: int, x_adv: Tensor) -> None:
         if bool((promising & ~changed).any()):

@@ -70,8 +70,8 @@ def router_margins(scores: tuple[Tensor, ...], pathway: Tensor) -> Tensor:
     """By how much each layer's score of the expert in `pathway` (N, L) exceeds its best other's, (N, L) or (N, L, T); 0
     where there is one expert.
     """
-    if scores[0].shape[-1] == 1:
-        return torch.zeros_like(pathway, dtype=torch.float32)
-    chosen = pathway.unbind(1)
-    each = (-margins(s.flatten(0, -2), c.flatten()).view(c.shape) for s, c in zip(scores, chosen, strict=True))
-    return torch.stack(list(each), 1)
+    each = [
+        -margins(s.flatten(0, -2), c.flatten()).view(c.shape) if s.shape[-1] > 1 else torch.zeros_like(s[..., 0])
+        for s, c in zip(scores, pathway.unbind(1), strict=True)
+    ]
+    return torch.stack(each, 1)

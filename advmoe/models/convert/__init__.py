@@ -23,7 +23,7 @@ from advmoe.models.classifier import Classifier
 from advmoe.models.convert.candidates import candidates, watch
 from advmoe.models.convert.probe import SAME, image_spec, logits_of, require_same, spec_of
 from advmoe.models.convert.replacing import Conversion, ConvertedClassifier, convert, normalizer
-from advmoe.moe.layer import MoELayer
+from advmoe.moe.layer import moe_layers
 from advmoe.tables import ROUTERS
 from advmoe.text import show
 
@@ -140,16 +140,14 @@ def _require_room(spec: dict[str, Any], module: nn.Module, most: int) -> None:
 
 
 def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:
-    routed = any(isinstance(each, MoELayer) for each in module.modules())
-    kind = "moe" if routed else "dense"
+    kind = "moe" if moe_layers(module) else "dense"
     spec = {"name": type(module).__name__, "kind": kind, "source": None, "mean": None, "std": None, **images}
     return Classifier(nn.Identity(), module, None, spec)
 
 
 def _require_plain(module: nn.Module) -> None:
-    layer = next((each for each in module.modules() if isinstance(each, MoELayer)), None)
-    if layer is not None:
-        raise InputError(f"module must have no MoE layers yet, got one with a {type(layer).__name__}")
+    if layers := moe_layers(module):
+        raise InputError(f"module must have no MoE layers yet, got one with a {type(layers[0]).__name__}")
 
 
 def _plain(numbers: Sequence[float] | None) -> list[float] | None:

@@ -31,4 +31,6 @@ def test_router_margins_by_hand():
 
 
 def test_a_lone_expert_has_no_margin():
+    beside_three = (torch.tensor([[1.0, 4.0, 6.0]]), torch.ones(1, 1))
+    assert router_margins(beside_three, torch.tensor([[1, 0]])).tolist() == [[4 - 6, 0]]
     assert router_margins((torch.ones(2, 1),) * 3, torch.zeros(2, 3, dtype=torch.long)).tolist() == [[0] * 3] * 2
