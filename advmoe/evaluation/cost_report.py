@@ -191,10 +191,7 @@ def _report(subject: CostSubject, batches: Sequence[int], device: torch.device, 
         "precision": "fp32, channels-last, eval mode",
         "activations": "peak bytes of live tensors" if device.type == "cpu" else "peak of the CUDA allocator",
         "models": {kind: _counts(model) for kind, model in models.items()},
-        "batches": [
-            _timed(models, images[:batch], seconds) | _loads(own, pathways[:batch])
-            for batch in batches
-        ],
+        "batches": [_timed(models, images[:batch], seconds) | _loads(own, pathways[:batch]) for batch in batches],
     }
 
 

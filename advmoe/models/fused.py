@@ -106,7 +106,7 @@ def _in_one_pass(
         return None
     routing, router = active_routing(), conv.router
     usual = routing.mode == "hard" and routing.forced is None and conv.layer not in routing.scores
-    if not usual or routing.repeats is not None or conv.copies or type(router) is not LayerRouter:
+    if not usual or routing.repeats is not None or type(router) is not LayerRouter:
         return None
     pooled = routing.pooled(x)
     if pooled is None or ops.listened(router) or ops.listened(act):

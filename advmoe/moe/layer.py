@@ -63,8 +63,6 @@ class MoELayer(RouterOwner, ABC):
         """
         self.kernels = False
         """Whether kernels for GPUs compute a hard pass (`by_kernels`); all experts are computed where they do not."""
-        self.copies = False
-        """Whether the output is copied, for a network that changes it in place: routers' gradients need it as it is."""
 
     @abstractmethod
     def banks(self) -> tuple[Tensor, ...]:

@@ -90,11 +90,8 @@ def hard(layer: MoELayer, x: Tensor, decision: Decision, weights: Weights) -> Ou
         routing.settle()
     if y is None:
         y = _expert_by_expert(layer, x, ahead, decision, banks)
-    if behind is not None:
-        y = _whole(ops.straight_through(y.merged(), behind))
-    if layer.copies:
-        whole = y.merged()
-        y = _whole(whole.clone() if whole.requires_grad else whole)
+    if behind is not None:  # a copy, as the network may change y in place and the gate's gradient needs it as it is
+        y = _whole(ops.straight_through(y.merged(), behind).clone())
     return y
 
 

@@ -82,7 +82,6 @@ def to_moe(
     conversion = Conversion(
         converted=tuple(each.name for each in wanted),
         skipped={each.name: each.reason for each in layers if each.reason is not None},
-        in_place=tuple(each.name for each in wanted if each.in_place),
     )
     images = image_spec(module) if example is None or logits is None else spec_of(example, logits)
     settings = {"num_experts": num_experts, "router": router, "mean": _plain(mean), "std": _plain(std), **images}
@@ -118,7 +117,7 @@ def rebuilt(spec: dict[str, Any], module: nn.Module, most: int) -> Classifier:
         logits_of(module, torch.zeros(2, spec["in_channels"], spec["input_size"], spec["input_size"]))
     if "layers" in spec:
         _require_plain(module)
-        conversion = Conversion(tuple(spec["layers"]), dict(spec["skipped"]), tuple(spec["in_place"]))
+        conversion = Conversion(tuple(spec["layers"]), dict(spec["skipped"]))
         model: Classifier = convert(module, conversion, spec)
     else:
         model = _as_it_is(module, spec)

@@ -35,8 +35,6 @@ class Candidate:
     """Why it stays plain, if so."""
     turn: int
     """Its place among the layers, in the order of the pathway."""
-    in_place: bool = True
-    """Whether the network changes its output in place, or may."""
 
 
 def candidates(
@@ -110,26 +108,25 @@ def _require_matches(argument: str, patterns: Sequence[str], names: Sequence[str
 
 
 def watch(layers: list[Candidate], model: nn.Module, example: Tensor) -> None:
-    """Run `model` on `example` (N, C, H, W), and note of each layer its turn, whether its output is changed in place,
-    and the reason to leave it plain: what it runs on, or that others read its parameters.
+    """Run `model` on `example` (N, C, H, W), and note of each layer its turn and the reason to leave it plain: what it
+    runs on, or that others read its parameters.
     """
-    outputs: dict[str, tuple[Tensor, int]] = {}
+    ran = set[str]()
 
-    def hook(each: Candidate, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(each: Candidate, args: tuple[Any, ...]) -> None:
         x = args[0] if args else None
         axes = 4 if isinstance(each.module, nn.Conv2d) else None
         if not isinstance(x, Tensor) or x.dim() != (axes or max(2, x.dim())) or len(x) != len(example):
             shape = tuple(x.shape) if isinstance(x, Tensor) else "no tensor"
             each.reason = f"it does not run on one row per image (of {len(example)}, on {shape})"
-        if each.name not in outputs:
-            each.turn = len(outputs)
-        outputs[each.name] = output, output._version
+        if each.name not in ran:
+            each.turn = len(ran)
+        ran.add(each.name)
 
     watched = [each for each in layers if each.reason is None]
     reads = _Reads(watched)
     handles = [
-        each.module.register_forward_hook(lambda _, args, output, each=each: hook(each, args, output))
-        for each in watched
+        each.module.register_forward_hook(lambda _, args, output, each=each: hook(each, args)) for each in watched
     ]
     for each in watched:
         handles.append(each.module.register_forward_pre_hook(lambda module, _: reads.running.add(id(module))))
@@ -141,11 +138,8 @@ def watch(layers: list[Candidate], model: nn.Module, example: Tensor) -> None:
         for handle in handles:
             handle.remove()
     for each in watched:
-        if each.name not in outputs:
+        if each.name not in ran:
             each.reason = each.reason or "it does not run"
-        else:
-            output, version = outputs[each.name]
-            each.in_place = output._version != version
 
 
 class _Reads(TorchFunctionMode):

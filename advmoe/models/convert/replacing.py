@@ -35,8 +35,6 @@ class Conversion:
     """Those that are MoE layers now, by name, in the order of the pathway."""
     skipped: dict[str, str]
     """Why each of the others stayed plain, by name."""
-    in_place: tuple[str, ...] = ()
-    """The converted layers whose output the network changes in place (or may, where no example was run)."""
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.skipped)
@@ -89,7 +87,6 @@ def convert(module: nn.Module, conversion: Conversion, settings: dict[str, Any])
         if not isinstance(plain, nn.Conv2d | nn.Linear):
             raise InputError(f"module must have the layers that were converted, got {name} without {layer}")
         routed = _moe_layer(plain, num_experts, index, make_router=ROUTERS[router].layer)
-        routed.copies = layer in conversion.in_place
         routed.title = f"MoE layer {index} ({layer})" if layer else routed.title
         _answer_for(routed, plain)
         if not layer:
@@ -99,7 +96,7 @@ def convert(module: nn.Module, conversion: Conversion, settings: dict[str, Any])
             setattr(module.get_submodule(parent), child, routed)
     spec = {
         "name": name, "kind": "moe", "source": None, **settings, "layers": list(conversion.converted),
-        "in_place": list(conversion.in_place), "skipped": conversion.skipped,
+        "skipped": conversion.skipped,
     }  # fmt: skip
     normalize = normalizer(settings["mean"], settings["std"]).to(place_of(module)[0])
     model = ConvertedClassifier(normalize, module, image_router, spec, conversion)

@@ -26,17 +26,15 @@ def test_candidates_are_convolutions_and_the_linear_layers_that_were_named():
     layers = candidates(net, ("block",), ("head",), depthwise=True)
     assert told(layers) == [(name, turn, "named in skip" if "block" in name else None) for turn, name in
                             enumerate([*convolutions, "head.1"])]  # fmt: skip
-    assert all(each.in_place for each in layers)  # as nobody has looked yet
 
 
-def test_watching_notes_turns_and_changes_in_place_and_leaves_no_hook():
+def test_watching_notes_turns_and_leaves_no_hook():
     net = make(Plain)
     layers = candidates(net, (), (), depthwise=True)
     watch(layers, net, images(3))
     assert [each.name for each in sorted(layers, key=lambda each: each.turn)] == [
         "conv1", "block.a", "block.b", "down", "block.depth",
     ]  # fmt: skip
-    assert {each.name for each in layers if each.in_place} == {"block.a", "block.b"}
     assert not any(each.reason for each in layers)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
@@ -46,8 +44,6 @@ def test_what_is_converted_and_what_is_not():
     # In the order in which they run; without an example in that of `named_modules`.
     assert model.conversion.converted == ("conv1", "block.a", "block.b", "down")
     assert model.conversion.skipped == {"block.depth": "depthwise"}
-    # The activation after `a` and the sum after `b` write into their outputs; batch norm does not.
-    assert model.conversion.in_place == ("block.a", "block.b")
     assert [m.layer for m in model.modules() if isinstance(m, MoEConv2d)] == [0, 1, 2, 3]
     assert "4 of 5 layers are MoE layers\n  plain  block.depth: depthwise" in str(model.conversion)
     bank = model.backbone.block["a"].bank

@@ -28,11 +28,11 @@ def test_a_conversion_is_a_line_and_one_for_each_plain_layer():
 def test_layers_are_replaced_by_copies_in_the_order_of_the_pathway():
     net = make(Plain)
     kept = {name: net.get_submodule(name).weight.detach().clone() for name in ("down", "conv1")}
-    model = convert(net, Conversion(("down", "conv1"), {"block.a": "named in skip"}, ("down",)), SETTINGS)
-    assert model.backbone is net and model.spec["layers"] == ["down", "conv1"] and model.spec["in_place"] == ["down"]
+    model = convert(net, Conversion(("down", "conv1"), {"block.a": "named in skip"}), SETTINGS)
+    assert model.backbone is net and model.spec["layers"] == ["down", "conv1"]
     for index, (name, weight) in enumerate(kept.items()):
         layer = net.get_submodule(name)
-        assert (layer.layer, layer.title, layer.copies) == (index, f"MoE layer {index} ({name})", name == "down")
+        assert (layer.layer, layer.title) == (index, f"MoE layer {index} ({name})")
         assert torch.equal(layer.bank, weight.repeat(3, 1, 1, 1))
     assert type(net.block["a"]) is nn.Conv2d
 
@@ -78,7 +78,6 @@ def test_subclasses_keep_their_forward_and_named_linear_layers_are_converted():
         "mlp.2": MoELinear,
     }  # fmt: skip
     assert list(kinds) == list(model.conversion.converted) and model.conversion.skipped == {}
-    assert set(model.conversion.in_place) == {"blocks.0", "se.0"}
     own = dict(model.backbone.blocks[0].named_parameters(recurse=False))
     assert {name: tuple(each.shape) for name, each in own.items()} == {
         "bank_weight": (16, 8, 3, 3), "bank_bias": (16,), "bank_gain": (16, 1, 1, 1),
