@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -53,7 +56,11 @@ def handled(
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so."""
+    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so.
+
+    Where Python discards exceptions (callbacks of weak references, `__del__`), `Ended` and Ctrl-C come again.
+    """
+    usual = sys.unraisablehook
 
     def end(number: int, _: FrameType | None) -> None:
         for name in NAMES:  # a second one must not cut short what the first began
@@ -61,8 +68,31 @@ def raised() -> Iterator[None]:
                 signal.signal(other, signal.SIG_IGN)
         raise Ended(number)
 
+    def discarded(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(error := lost.exc_value, KeyboardInterrupt):
+            usual(lost)
+            return
+        number = signal.Signals.SIGINT
+        if isinstance(error, Ended):
+            number = signal.Signals(error.number)
+            signal.signal(number, end)
+        threading.Thread(target=_again, args=(number,), daemon=True).start()
+
     with handled(NAMES, end, unless=lambda known: known != signal.SIG_DFL):
-        yield
+        sys.unraisablehook = discarded
+        try:
+            yield
+        finally:
+            sys.unraisablehook = usual
+
+
+def _again(number: signal.Signals) -> None:
+    """Send the main thread a signal, once it has left the code whose exceptions are discarded."""
+    time.sleep(0.05)
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(number)
 
 
 def leave_to_parent(*, terminable: bool = False) -> None:

@@ -15,6 +15,7 @@ from waiting import PATIENCE, alive, until
 
 from advmoe import cli
 from advmoe.config import Config
+from advmoe.signals import raised
 
 TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 
@@ -74,6 +75,53 @@ def test_what_asks_a_command_to_end_ends_it_with_one_line(tmp_path, ignored, sen
     process.send_signal(sent)
     _, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, error) == (code, "" if said is None else f"advmoe: error: {said}\n")
+
+
+DISCARDING = """
+import sys, time, weakref
+from advmoe.signals import described, raised
+
+class Watched: ...
+
+def callback(_):
+    if not waited:
+        waited.append(True)
+        print("ready", flush=True)
+        time.sleep(1000)
+
+waited = []
+try:
+    with raised():
+        thing = Watched()
+        kept = weakref.ref(thing, callback)
+        del thing
+        time.sleep(1000)
+except KeyboardInterrupt as error:
+    print(*described(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"), [(TERM, "ended by SIGTERM 143"), (HUP, "ended by SIGHUP 129"), (INT, "interrupted 130")]
+)
+def test_a_signal_that_comes_where_exceptions_are_discarded_ends_the_process_all_the_same(sent, said):
+    process = popen("-c", DISCARDING, preexec_fn=lambda: signal.signal(INT, signal.default_int_handler))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    assert process.communicate(timeout=PATIENCE) == (said + "\n", "")
+
+
+def test_other_exceptions_that_are_discarded_are_told_as_ever(monkeypatch):
+    class Fails:
+        def __del__(self):
+            raise ValueError("discarded")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(str(lost.exc_value)))
+    usual = sys.unraisablehook
+    with raised():
+        Fails()
+    assert told == ["discarded"] and sys.unraisablehook is usual
 
 
 @pytest.mark.slow

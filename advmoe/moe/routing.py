@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -184,7 +185,7 @@ class Routing:
         """
         if self.shares and not x.is_inference():
             key, known = id(x), self._beside_of
-            known[key] = weakref.ref(x, lambda _: known.pop(key, None)), x._version, pooled, again
+            known[key] = weakref.ref(x, partial(known.pop, key)), x._version, pooled, again
 
     def pooled(self, x: Tensor) -> Tensor | None:
         """The mean of `x` (N, C, H, W) over its pixels, (N, C), where this pass knows it."""

@@ -194,7 +194,10 @@ def test_layers_of_different_numbers_of_experts_are_trained_and_measured(place, 
     small = ["--attack.steps", "2", "--attack.queries", "2", "--attack.pathways", "1", "--attacks", "pgd,routed"]
     assert cli.main(["evaluate", str(run), *named, *small]) == 0
     assert cli.main(["certify", str(run), *named, "--radii", "0.01"]) == 0
-    assert cli.main(["cost", str(run), "--model", "own.py:mixed", "--batch", "4", "--seconds", "0", "--out", "cost.json"]) == 0
+    assert (
+        cli.main(["cost", str(run), "--model", "own.py:mixed", "--batch", "4", "--seconds", "0", "--out", "cost.json"])
+        == 0
+    )
     (entry,) = json.loads(Path("cost.json").read_text())["batches"]
     assert [sum(shares) for shares in entry["loads"]] == pytest.approx([1] * 3, abs=1e-3)
     assert entry["loads"][1][0] == 1 and entry["busiest"] == pytest.approx(sum(map(max, entry["loads"])) / 3, abs=1e-3)
