@@ -21,7 +21,6 @@ from advmoe.studies.paper_claims import PAPER_CLAIMS, PaperClaim
 from advmoe.studies.section4 import BY_ITSELF, ROBUST_FROM, too_short
 from advmoe.studies.section4 import M1 as STANDARD
 from advmoe.studies.significance import sign_flip
-from advmoe.studies.tables import RA
 from advmoe.text import one_line, percent, wrapped
 
 NOT_RUN, NOT_JUDGED = "not run at this size", "not judged at this size"
@@ -101,19 +100,12 @@ def _of_study(claim: PaperClaim, folder: str, content: Mapping[str, Any]) -> lis
         for verdict in _by_measure(stored_verdict)
         if str(verdict.get("measure")).startswith(claim.measure) and _speaks(claim, verdict["numbers"])
     ]
-    several, by_itself = len({setting for setting, _ in entries}) > 1, _by_itself(content)
+    several = len({setting for setting, _ in entries}) > 1
     judgements = []
     for setting, verdict in entries:
         run = f"{folder}, {setting}" if several and setting else folder
-        judgements.append(_judgement(claim, run, {**verdict, "numbers": {**by_itself, **verdict["numbers"]}}))
+        judgements.append(_judgement(claim, run, verdict))
     return judgements or ([] if claim.setting or claim.measure else _from_table(claim, folder, content))
-
-
-def _by_itself(content: Mapping[str, Any]) -> dict[str, float]:
-    """How robust the study's standard model is, by its tables: a study that was stored before verdicts had that."""
-    rows = (row for shown in content["tables"] for row in shown["rows"] if row.get("method") == STANDARD)
-    found = [row[RA.key]["mean"] for row in rows if isinstance(row.get(RA.key), dict)]
-    return {BY_ITSELF: found[0] / 100} if found and found[0] is not None else {}
 
 
 def _judgement(claim: PaperClaim, run: str, verdict: Mapping[str, Any]) -> Judgement:

@@ -255,7 +255,7 @@ def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
 @pytest.mark.parametrize(
     ("page", "studies", "keys", "count"),
     [
-        ("nine-studies.md", ("table1",), ("sa", "ra_pgd", "worst"), 5),
+        ("studies.md", ("table1",), ("sa", "ra_pgd", "worst"), 5),
         ("price.md", ("efficiency-32", "efficiency"), ("ra_pgd", "worst", "sa"), 14),
         ("recipes.md", ("recipes",), ("ra_pgd", "worst", "sa"), 15),
     ],

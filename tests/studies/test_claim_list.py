@@ -8,6 +8,7 @@ import pytest
 from advmoe.studies.claim_list import NOT_JUDGED, NOT_RUN, as_page, as_text, judge, judged_anew, stored
 from advmoe.studies.claims import Comparison, claim, compare, verdict
 from advmoe.studies.paper_claims import PAPER_CLAIMS
+from advmoe.studies.section4 import BY_ITSELF
 
 ROOT = Path(__file__).parents[2]
 CHEAPEST = "The cheapest variant that loses nothing at this size: every-4, 1.23 of AT (MoE)."
@@ -210,14 +211,19 @@ def test_a_folder_without_studies_is_refused(tmp_path):
         stored(tmp_path)
 
 
-@pytest.mark.parametrize(("percent", "models"), [(9.1, "undecided (5 seeds)"), (2.0, "holds (5 seeds, p = 0.031)")])
-def test_nothing_is_decided_beside_a_standard_model_that_is_robust_by_itself(study, tmp_path, percent, models):
-    """A study of before has that in its table alone; both conventions have a row."""
+@pytest.mark.parametrize(
+    ("by_itself", "models"),
+    [
+        ({BY_ITSELF: 0.091}, "undecided (5 seeds)"), ({BY_ITSELF: 0.02}, "holds (5 seeds, p = 0.031)"),
+        ({}, "holds (5 seeds, p = 0.031)"),  # of fig1b: that one is robust by itself changes nothing
+    ],
+)  # fmt: skip
+def test_nothing_is_decided_beside_a_standard_model_that_is_robust_by_itself(study, tmp_path, by_itself, models):
+    """Both conventions have a row."""
     standard, robust = "standard MoE", "router-robustified MoE"
-    verdicts = [verdict("PGD", [compared(standard, robust, 5)])]
-    rows = [{"method": standard, "ra_pgd": {"mean": percent, "std": 1.0, "n": 5}}]
-    tables = [{"title": "Accuracy", "columns": [], "rows": rows}]
-    study("fig4", [claim(f"insight-2{end}", "It is so.", verdicts) for end in ("", "-keep")], tables=tables)
+    judged = verdict("PGD", [compared(standard, robust, 5)])
+    judged["numbers"] |= by_itself
+    study("fig4", [claim(f"insight-2{end}", "It is so.", [judged]) for end in ("", "-keep")])
     told = listed(tmp_path)["fig4", "insight-2", (f"{standard} < {robust}",)]
     assert [(each.run, each.models) for each in told] == [
         ("fig4-cpu", models), ("fig4-cpu, statistics kept", models),
