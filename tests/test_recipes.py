@@ -156,3 +156,8 @@ def test_a_recipe_in_python() -> None:
     assert (mine.training.epochs, str(mine.threat.eps), str(mine.training.step_size)) == (3, "4/255", "2.5/255")
     with pytest.raises(ValueError, match="did you mean"):
         advmoe.recipe("digits-advmoe", training={"epoch": 3})
+    with pytest.raises(ValueError, match=r"^epochs is no known field: did you mean training\.epochs\?$"):
+        advmoe.recipe("digits-advmoe", epochs=3)
+    with pytest.raises(ValueError, match=r"^training must be a group of fields, got 3$"):
+        advmoe.recipe("digits-advmoe", training=3)
+    assert advmoe.recipe("digits-advmoe", training=None) == plain

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError, lacking
+from advmoe.faults import label_fault, require_attackable
 from advmoe.progress import BRIEF, counting
 from advmoe.threat import ThreatModel
 
@@ -66,13 +67,16 @@ def autoattack(
     """
     library = official_library()
     _check_choice(version, attacks)
-    dtype, (x, y) = x.dtype, _checked(x, y)
+    dtype, (x, y) = x.dtype, _checked(x, y, threat)
     if len(x) == 0:
         return Proposals(x.to(dtype))
     with _contained(library, predict) as messages:
         counted = _CountedPasses(predict, dtype)
         official = _official(counted, x.device, threat, seed, version, attacks)
-        notes = _fit(official, _count_classes(counted, x) if num_classes is None else num_classes)
+        classes = _count_classes(counted, x) if num_classes is None else num_classes
+        notes = _fit(official, classes)
+        if (fault := label_fault(y, len(y), classes)) is not None:
+            raise InputError(fault)
         with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as counted.after_pass:
             x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
     return Proposals(x_adv.to(dtype), (*notes, *_flags(messages)))
@@ -87,7 +91,7 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     library = official_library()
     if queries < 1:
         raise InputError(f"queries must be >= 1, got {queries!r}")
-    dtype, (x, y) = x.dtype, _checked(x, y)
+    dtype, (x, y) = x.dtype, _checked(x, y, threat)
     if len(x) == 0:
         return Proposals(x.to(dtype))
     with _contained(library, predict) as messages, torch.no_grad():
@@ -158,15 +162,12 @@ def _check_choice(version: str, attacks: Sequence[str] | None) -> None:
         raise InputError(f"attacks must be names out of {', '.join(ATTACKS)} for version custom, got {attacks!r}")
 
 
-def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
     """`x` and `y` as the official code takes them: it calls `view`, which a channels-last tensor refuses, and takes
     norms, whose squares underflow in half precision.
     """
-    if x.dim() != 4 or len(x) != len(y):
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise InputError(f"x and y must be images (N, C, H, W) and a class for each, got shapes {shapes}")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
+    if len(x) > 0:
+        require_attackable(x, y, threat)
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return wide.contiguous(), y.to(x.device, torch.long)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe.errors import InputError
+from advmoe.faults import label_fault, require_attackable
 from advmoe.progress import BRIEF, tracked
 from advmoe.tables import Table
 from advmoe.threat import ThreatModel, randn_like
@@ -177,27 +178,30 @@ def pgd(
         generator: source of the random starts.
 
     Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
-    Raises `ValueError` for pixels outside [0, 1], empty input, mismatched labels, or fewer than one step or restart.
+    Raises `ValueError` for pixels outside [0, 1], empty input, classes that do not match the images or the logits, no
+    `ThreatModel`, or fewer than one step or restart.
     """
     for name, number in (("steps", steps), ("restarts", restarts)):
         if number < 1:
             raise InputError(f"{name} must be >= 1, got {number!r}")
     if not (step_size >= 0 and math.isfinite(step_size)):
         raise InputError(f"step_size must be a number >= 0, got {step_size!r}")
-    if len(x) == 0 or len(x) != len(y):
-        raise InputError(f"x and y must hold the same, non-zero number of examples, got {len(x)} and {len(y)}")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise InputError(f"x must be pixels in [0, 1], got values from {x.min().item():g} to {x.max().item():g}")
-    y = y.to(x.device, torch.long)
+    require_attackable(x, y, threat)
+    y, highest = y.to(x.device, torch.long), int(y.max())
     chosen = Loss.of(loss) if callable(loss) else LOSSES.find(loss)
     forward = surrogate or predict
 
     def climb(clean: Tensor, labels: Tensor) -> Tensor:
         start = threat.random_start(clean, generator)
         of_logits = chosen.at(forward, clean, labels)
-        return ascend(
-            lambda x_adv: of_logits(forward(x_adv)), clean, start, threat=threat, step_sizes=[step_size] * steps
-        )
+
+        def objective(x_adv: Tensor) -> Tensor:
+            logits = forward(x_adv)
+            if logits.dim() != 2 or highest >= logits.shape[1]:
+                _require_logits(logits, y)
+            return of_logits(logits)
+
+        return ascend(objective, clean, start, threat=threat, step_sizes=[step_size] * steps)
 
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)
@@ -210,6 +214,12 @@ def pgd(
             if len(unbroken) == 0:
                 break
     return result
+
+
+def _require_logits(logits: Tensor, y: Tensor) -> None:
+    if logits.dim() != 2:
+        raise InputError(f"predict must make logits (N, K), got shape {tuple(logits.shape)}")
+    raise InputError(str(label_fault(y, len(y), logits.shape[1])))
 
 
 def _fp32(device: torch.device) -> AbstractContextManager[None]:

@@ -275,12 +275,12 @@ def near_matches(name: str, names: Iterable[str]) -> list[str]:
     names, by_leaf = list(names), dict[str, list[str]]()
     for known in names:
         by_leaf.setdefault(known.rsplit(".", 1)[-1], []).append(known)
-    leaf = name.rsplit(".", 1)[-1]
+    group, _, leaf = name.rpartition(".")
     if leaf in by_leaf:  # the right name in a wrong group, or in none
         return by_leaf[leaf]
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
-        return close
-    return [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
+    # The group's letters would make any two of its fields alike.
+    found = [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
+    return [known for known in found if known.rpartition(".")[0] == group] or found
 
 
 def unknown_field(name: str) -> InputError:

@@ -42,6 +42,7 @@ from advmoe.models.state import digest
 from advmoe.pool import Place, threads_set
 from advmoe.progress import shown, tell
 from advmoe.rundir import DIGEST
+from advmoe.text import show
 from advmoe.threat import ThreatModel
 
 
@@ -230,7 +231,7 @@ def evaluate(
     model: Predict,
     data: EvaluationData | Iterable[tuple[Tensor, Tensor]],
     *,
-    attacks: Sequence[str | Callable[..., Tensor]] | None = None,
+    attacks: str | Sequence[str | Callable[..., Tensor]] | None = None,
     threat: ThreatModel | None = None,
     steps: int = 50,
     step_size: float = 2 / 255,
@@ -248,10 +249,10 @@ def evaluate(
     Args:
         data: an `ImageSet` or `FileSet`, pixels (N, C, H, W) and classes (N,), or a `DataLoader` or other iterable of
             such batches, which is read into memory. threat: default l-inf, 8/255.
-        attacks: names such as `pgd-50`, `autoattack`, `routed`; by default PGD, and as many steps again: under
-            soft-routing gradients for a routed model of ours, on the margin for any other. Functions
-            `(predict, x, y, *, threat, seed) -> adversarial x` count in the worst case like any other, under their own
-            names (see `extend.register_attack`).
+        attacks: names such as `pgd-50`, `autoattack`, `routed`, in a list or separated by commas; by default PGD, and
+            as many steps again: under soft-routing gradients for a routed model of ours, on the margin for any other.
+            Functions `(predict, x, y, *, threat, seed) -> adversarial x` count in the worst case like any other, under
+            their own names (see `extend.register_attack`).
         steps, step_size, restarts: of PGD; `routed` takes its steps from them too. queries: of Square within `routed`.
         eot: of a randomised model, which is refused without, the draws that attacks and scores average over: its answer
             is the mean of their probabilities.
@@ -262,6 +263,8 @@ def evaluate(
     Returns `evaluation.json`'s content (fractions). Raises `ValueError` for data or a model that fail the checks, and
     for an unknown attack.
     """
+    if not isinstance(threat, ThreatModel | None):
+        raise InputError(f"threat must be a ThreatModel(norm, eps), got {show(threat)}")
     attack = AttackConfig(steps=steps, step_size=Pixels(step_size), restarts=restarts, queries=queries)
     execution = Execution(accelerator=str(device_of(model) if device is None else device))
     with shown(progress), named_for_now(attacks) as names:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import answering
+from advmoe.faults import integers, label_fault, outside, pixel_fault
 from advmoe.moe.routing import Routing, route
 from advmoe.text import one_line
 
@@ -126,14 +127,14 @@ def check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
     if len(images) == 0 or len(images) != len(labels):
         counts = f"{len(images)} images, {len(labels)} labels"
         raise InputError(f"data must hold at least 1 example, and a class for each, got {counts}")
-    for fault in (_pixel_fault(images), _label_fault(labels, len(images), num_classes)):
+    for fault in (pixel_fault(images), label_fault(labels, len(images), num_classes)):
         if fault is not None:
             raise InputError(fault)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check the classes of images that are known to be sound, (N,) integers; as `check_data` does."""
-    if (fault := _label_fault(labels, len(labels), num_classes)) is not None:
+    if (fault := label_fault(labels, len(labels), num_classes)) is not None:
         raise InputError(fault)
 
 
@@ -163,7 +164,7 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
 
 
 def _check_pixels(x: Tensor) -> Check:
-    fault = _pixel_fault(x)
+    fault = pixel_fault(x)
     if fault is None and not x.is_floating_point():
         fault = f"pixels must be floating-point in [0, 1], got {x.dtype}"
     if fault is None:
@@ -174,52 +175,12 @@ def _check_pixels(x: Tensor) -> Check:
     return Check("pixels", False, wrong, fault, fatal=True)
 
 
-def _pixel_fault(images: Tensor) -> str | None:
-    """What is wrong with `images`, uint8 or floating-point, if anything."""
-    if images.ndim != 4 or images.numel() == 0:
-        return f"images must be of shape (N, C, H, W), none of them 0, got {tuple(images.shape)}"
-    if images.dtype == torch.uint8:
-        return None
-    if not images.is_floating_point():
-        return f"pixels must be uint8, or floating-point in [0, 1], got {images.dtype}"
-    low, high = (bound.item() for bound in images.aminmax())
-    if math.isnan(low):
-        first = int(images.isnan().flatten(1).any(1).nonzero()[0])
-        return f"pixels must lie in [0, 1], got NaN in image {first}"
-    if low < 0 or high > 1:
-        return f"pixels must lie in [0, 1], got values from {low:.8g} to {high:.8g}"
-    return None
-
-
 def _check_labels(y: Tensor, n: int, num_classes: int | None) -> Check:
-    fault = _label_fault(y, n, num_classes)
+    fault = label_fault(y, n, num_classes)
     if fault is None:
         return Check("labels", True, 0, f"{len(y.unique())} classes in {n} images")
-    wrong = n if y.shape != (n,) or not _integers(y) else int(_outside(y, num_classes).sum())
+    wrong = n if y.shape != (n,) or not integers(y) else int(outside(y, num_classes).sum())
     return Check("labels", False, wrong, fault, fatal=True)
-
-
-def _label_fault(labels: Tensor, n: int, num_classes: int | None) -> str | None:
-    """What is wrong with `labels` of `n` images, if anything."""
-    rule = f"0..{'K-1' if num_classes is None else num_classes - 1}"
-    if labels.shape != (n,):
-        return f"labels must be of shape ({n},), one for each image, got {tuple(labels.shape)}"
-    if not _integers(labels):
-        return f"labels must be integers in {rule}, got {labels.dtype}"
-    wrong = _outside(labels, num_classes)
-    if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
-        return f"labels must lie in {rule}, got {labels[first].item()} for image {first}"
-    return None
-
-
-def _integers(labels: Tensor) -> bool:
-    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-
-
-def _outside(labels: Tensor, num_classes: int | None) -> Tensor:
-    labels = labels.long()  # as a uint8, 1000 classes would wrap around to 232
-    return (labels < 0) | (labels >= (math.inf if num_classes is None else num_classes))
 
 
 def _forward(predict: Predict, x: Tensor) -> tuple[Tensor, Routing]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import Predict
 from advmoe.errors import InputError
 from advmoe.evaluation.scoring import correct, device_of, measuring
+from advmoe.faults import label_fault
 from advmoe.moe.routing import route
 from advmoe.text import percent, tabular, wrapped
 
@@ -251,5 +252,7 @@ def _run(model: Predict, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         logits = model(x.contiguous(memory_format=torch.channels_last))
     if not routing.choices:
         raise InputError(f"model must have MoE layers to be dissected, got {type(model).__name__} with none")
+    if (fault := label_fault(y, len(x), logits.shape[1])) is not None:
+        raise InputError(fault)
     num_experts = max(scores.shape[-1] for scores in routing.scores.values())
     return routing.pathway().cpu(), correct(logits, y).cpu(), num_experts

@@ -294,11 +294,13 @@ class FunctionAttack:
 
 
 @contextmanager
-def named_for_now(attacks: Sequence[str | Callable[..., Tensor]] | None) -> Iterator[tuple[str, ...] | None]:
+def named_for_now(attacks: str | Sequence[str | Callable[..., Tensor]] | None) -> Iterator[tuple[str, ...] | None]:
     """Inside, functions among `attacks` are known by their names; yields all names. Raises `InputError` for a name that
     is taken, or a function without one.
     """
     names, ours = list[str](), list[str]()
+    if isinstance(attacks, str):
+        attacks = [name.strip() for name in attacks.split(",")]
     try:
         for each in attacks or ():
             if isinstance(each, str):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from advmoe.decode import CUTS, Bytes, Undecodable, decode, rgb
 from advmoe.errors import InputError
-from advmoe.text import show
+from advmoe.text import one_line, show
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,7 +98,11 @@ def _pixels(picture: Picture, spec: Mapping[str, Any]) -> Tensor:
     if isinstance(picture, Tensor):
         return _checked(picture.detach().cpu(), spec)
     if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
-        return _checked(torch.from_numpy(np.ascontiguousarray(picture)), spec)
+        if picture.dtype.kind != "f":
+            raise InputError(f"pixels must be floats in [0, 1] or bytes, got an array of {picture.dtype}")
+        # PyTorch knows neither another machine's order of bytes nor numbers of 16 bytes.
+        native = np.ascontiguousarray(picture, np.float32 if picture.dtype.itemsize <= 4 else np.float64)
+        return _checked(torch.from_numpy(native), spec)
     size = spec["input_size"]
     if size is None:
         raise InputError("a model without an input size must get pixels (C, H, W) in [0, 1], got a picture")
@@ -117,7 +121,12 @@ def _pixels(picture: Picture, spec: Mapping[str, Any]) -> Tensor:
                 f"an image must be a picture that can be decoded, got {str(path)!r}: {error.reason}"
             ) from None
     elif isinstance(picture, Image.Image):
-        bytes_ = rgb(picture, prepare)
+        try:
+            bytes_ = rgb(picture, prepare)
+        except Exception as error:  # as of `decode`
+            raise InputError(
+                f"an image must be a picture that can be decoded, got {show(picture)}: {one_line(error)}"
+            ) from error
     elif isinstance(picture, np.ndarray) and (
         picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))
     ):

@@ -10,6 +10,7 @@ neither.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -68,6 +69,9 @@ def configuration(name: str, **overrides: Any) -> Config:
     groups: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         group, dot, field = key.partition(".")
+        if not dot and not isinstance(value, Mapping):
+            Config.from_dict({key: value})  # says what is wrong; None is an empty group
+            value = {}
         groups.setdefault(group, {}).update({field: value} if dot else value)
     return Config.from_dict(overlaid(recipe(name), groups))
 

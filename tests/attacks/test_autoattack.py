@@ -368,8 +368,10 @@ def test_unknown_names_are_refused(official, settings, text):
 def test_unusable_input_is_refused(official):
     model, x, y = linear(4), images(2), torch.tensor([0, 1])
     cases = [
-        (x, y[:1], {}, "x and y must be images (N, C, H, W) and a class for each, got shapes (2, 3, 8, 8) and (1,)"),
-        (x + 1, y, {}, "x must be pixels in [0, 1], got values from 1"),
+        (x, y[:1], {}, "labels must be of shape (2,), one for each image, got (1,)"),
+        (x, y + 3, {}, "labels must lie in 0..3, got 4 for image 1"),
+        (x + 1, y, {}, "pixels must lie in [0, 1], got values from 1"),
+        (x, y, {"threat": 0.1}, "threat must be a ThreatModel(norm, eps), got 0.1"),
         (x, y, {"num_classes": 1}, "num_classes must be >= 2, got 1"),
         (
             x, y, {"version": "custom", "attacks": ["apgd-t"], "num_classes": 3},
@@ -378,7 +380,7 @@ def test_unusable_input_is_refused(official):
     ]  # fmt: skip
     for images_, classes, settings, text in cases:
         with pytest.raises(ValueError) as error:
-            autoattack(model, images_, classes, threat=LINF, seed=0, **settings)
+            autoattack(model, images_, classes, **{"threat": LINF, "seed": 0, **settings})
         assert str(error.value).startswith(text)
     with pytest.raises(ValueError, match="queries must be >= 1, got 0"):
         square(model, x, y, threat=LINF, seed=0, queries=0)

@@ -232,13 +232,17 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"x": torch.empty(0, 1, 1, 3), "y": torch.empty(0, dtype=torch.long)},
-            "non-zero number of examples, got 0 and 0",
-        ),
-        ({"y": torch.zeros(3, dtype=torch.long)}, "same, non-zero number of examples, got 2 and 3"),
-        ({"x": pixels([0.0, 0.5, 1.5], [0.0, 0.5, -0.25])}, r"pixels in \[0, 1\], got values from -0.25 to 1.5"),
-        ({"x": pixels([0.0, math.nan, 1.0], [0.0, 0.5, 0.5])}, r"pixels in \[0, 1\], got values from nan to nan"),
+        ({"x": torch.empty(0, 1, 1, 3), "y": torch.empty(0, dtype=torch.long)}, r"images .* got \(0, 1, 1, 3\)"),
+        ({"y": torch.zeros(3, dtype=torch.long)}, r"labels must be of shape \(2,\), .* got \(3,\)"),
+        ({"y": torch.tensor([0, 2])}, r"labels must lie in 0\.\.1, got 2 for image 1"),
+        ({"y": torch.tensor([-1, 0])}, r"labels must lie in 0\.\.K-1, got -1 for image 0"),
+        ({"y": torch.tensor([0.5, 1.0])}, "labels must be integers"),
+        ({"x": pixels([0.0, 0.5, 1.5], [0.0, 0.5, -0.25])}, r"in \[0, 1\], got values from -0.25 to 1.5"),
+        ({"x": pixels([0.0, math.nan, 1.0], [0.0, 0.5, 0.5])}, r"in \[0, 1\], got NaN in image 0"),
+        ({"x": torch.zeros(2, 1, 1, 3, dtype=torch.uint8)}, "floating-point"),
+        ({"x": [[0.5]]}, "x and y must be tensors, got list and Tensor"),
+        ({"threat": ("linf", 0.1)}, r"threat must be a ThreatModel\(norm, eps\), got \('linf', 0.1\)"),
+        ({"predict": lambda x: x.sum((1, 2, 3))}, r"predict must make logits \(N, K\), got shape \(2,\)"),
         ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, kl, pma, got 'hinge'"),
         ({"loss": "dlr"}, "loss dlr must have at least 3 classes, got 2"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
@@ -247,7 +251,7 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
 )
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
-        pgd(linear, threat=LINF, **{**GOOD, **change})
+        pgd(**{"predict": linear, "threat": LINF, **GOOD, **change})
 
 
 def test_the_first_step_is_fp32_s_under_autocast():

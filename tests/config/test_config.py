@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -123,10 +123,14 @@ def test_notes_tell_what_fields_do_not_do() -> None:
     ]
 
 
+NO_FIELD = "{} is no known field: training has " + ", ".join(get_type_hints(TrainingConfig))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"training": {"epoch": 3}}, "training.epoch is no known field: did you mean training.epochs?"),
+        ({"training": {"nonsense": 3}}, NO_FIELD.format("training.nonsense")),
         ({"trainin": {"epochs": 3}}, "trainin is no known field: did you mean training?"),
         ({"lr": 1}, "lr is no known field: did you mean training.lr?"),
         ({"training": {"eps": 1}}, "training.eps is no known field: did you mean threat.eps?"),

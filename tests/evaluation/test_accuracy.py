@@ -275,6 +275,17 @@ def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatc
         evaluate(model, (x, y), attacks=["routed"], steps=1, queries=0)
 
 
+def test_attacks_may_be_one_string():
+    told = evaluate(Threshold(), planted(), attacks="pgd-1, pgd-2", threat=ThreatModel("linf", 0.1))
+    assert list(told["robust_accuracy"]) == ["pgd-1", "pgd-2"]
+
+
+@pytest.mark.parametrize("threat", [("linf", 0.1), "linf", 0.1, {"norm": "linf"}])
+def test_a_threat_of_another_kind_is_refused(threat):
+    with pytest.raises(ValueError, match=r"^threat must be a ThreatModel\(norm, eps\), got "):
+        evaluate(Threshold(), planted(), threat=threat)
+
+
 def test_no_attack_at_all_is_refused():
     with pytest.raises(ValueError, match=r"^attacks must name at least one attack, got none$"):
         evaluate(Threshold(), planted(), attacks=[])

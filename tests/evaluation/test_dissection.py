@@ -170,6 +170,8 @@ def test_what_cannot_be_dissected(make_routed, make_images):
         dissect(plain, x, x, y)
     with pytest.raises(ValueError, match=r"x, x_adv and y must be .*\(3, 3, 16, 16\)"):
         dissect(make_routed(), x, x[:3], y)
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.4, got 5 for image 0"):
+        dissect(make_routed(), x, x, y + 5)
     with pytest.raises(ValueError, match="with N >= 1"):
         dissect(make_routed(), x[:0], x[:0], y[:0])
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):

@@ -1,5 +1,6 @@
 """From pictures, however they are given, to names."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def test_many_pictures_are_as_each_alone() -> None:
     assert [one.classes for one in together] == [one.classes for one in alone]
 
 
+def cut_short() -> Image.Image:
+    """A picture whose file ends before it does, opened and not yet decoded."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:-100]))
+
+
+@pytest.mark.parametrize("kind", [">f4", "<f8", "f2", np.longdouble])
+def test_numbers_of_any_size_and_order_are_pixels(kind: Any) -> None:
+    pixels = np.linspace(0, 1, 3 * 64).reshape(3, 8, 8)
+    (expected,), (told,) = (predict(redness, SPEC, [each], 1) for each in (pixels, pixels.astype(kind)))
+    assert told.probabilities == pytest.approx(expected.probabilities, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("bad", "part"),
     [
@@ -99,6 +114,10 @@ def test_many_pictures_are_as_each_alone() -> None:
         (7, "got 7"),
         (np.zeros((2, 2, 2, 2, 2)), "(2, 2, 2, 2, 2)"),
         (np.zeros((4, 4, 7), np.uint8), "(4, 4, 7)"),
+        (np.zeros((3, 8, 8), object), "an array of object"),
+        (np.full((3, 8, 8), "a"), "an array of <U1"),
+        (np.zeros((3, 8, 8), complex), "complex128"),
+        (cut_short(), "truncated"),
     ],
 )
 def test_what_is_no_picture_is_named(bad: Any, part: str) -> None:
