@@ -6,6 +6,7 @@ Axes: `N` batch, `C` channels, `H W` size. Pixels and `eps` are in [0, 1].
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +44,20 @@ class ThreatModel:
             raise InputError(f"threat.norm must be linf or l2, got {self.norm!r}")
         if isinstance(self.eps, str | bytes | bool) or not hasattr(self.eps, "__float__"):
             raise InputError(f"threat.eps must be a number, got {self.eps!r}")
-        if not (self.eps >= 0 and math.isfinite(self.eps)) or (self.norm == "linf" and self.eps > 1):
+        if not self._possible(self.norm, self.eps):
             raise InputError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
+
+    @staticmethod
+    def ascending(norm: Literal["linf", "l2"], epsilons: Iterable[float]) -> list[ThreatModel]:
+        """One for each radius of `epsilons`, from small to large; at least one."""
+        radii = sorted({float(eps) for eps in epsilons})
+        if not radii or not all(ThreatModel._possible(norm, eps) for eps in radii):
+            raise InputError(f"epsilons must be radii, at least one, >= 0 and, in linf, <= 1, got {radii}")
+        return [ThreatModel(norm, eps) for eps in radii]
+
+    @staticmethod
+    def _possible(norm: str, eps: float) -> bool:
+        return eps >= 0 and math.isfinite(eps) and (norm != "linf" or eps <= 1)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv`, (N, C, H, W), brought into the ball and the pixel range, for the clean images `x` of the same shape.

@@ -109,6 +109,13 @@ def test_a_ball_of_radius_0_holds_the_image_alone(norm):
     assert torch.equal(threat.random_start(x), x)
 
 
+def test_one_for_each_radius_from_small_to_large():
+    assert ThreatModel.ascending("l2", [2, 0.5, 0.5]) == [ThreatModel("l2", 0.5), ThreatModel("l2", 2)]
+    for norm, epsilons in (("l2", []), ("l2", [0.1, -1]), ("linf", [0.1, 1.5]), ("l2", [math.nan])):
+        with pytest.raises(ValueError, match=r"^epsilons must be radii, .* got \["):
+            ThreatModel.ascending(norm, epsilons)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -191,6 +191,8 @@ def _without_common(argv: list[str]) -> list[str]:
                 os.environ[LOG_FORMAT] = value
         else:
             rest.append(word)
+    if asked := os.environ.get(LOG_FORMAT):
+        require_one_of(LOG_FORMATS, LOG_FORMAT, asked)
     if log_format() != "text":  # its bars are not ours
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return rest

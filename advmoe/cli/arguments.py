@@ -168,7 +168,9 @@ def split_words(text: str) -> list[str]:
 
 def radii(option: str, text: str) -> list[float]:
     """The radii, in the unit of pixels, that an `option` lists. Raises `ValueError` for one that is none."""
-    return [float(typed(option, Pixels, word)) for word in split_words(text)]
+    listed = [float(typed(option, Pixels, word)) for word in split_words(text)]
+    require(bool(listed) and min(listed) >= 0, option, "at least one radius >= 0", text)
+    return listed
 
 
 def drawing(args: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.cli.arguments import Parser, new_parser, to_run
+from advmoe.config import require_path
 from advmoe.errors import InputError
 from advmoe.tables import DATASETS
 from advmoe.text import nearest, show, wrapped
@@ -72,6 +73,8 @@ def _fetch(args: dict[str, Any]) -> int:
 def _check(args: dict[str, Any]) -> int:
     if "what" not in args:
         raise InputError("data check must get a folder of pictures, got nothing")
+    require_path("data check", args["what"])
+
     from advmoe.data.inspect import check_folder, described
 
     found = check_folder(args["what"])

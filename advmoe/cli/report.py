@@ -9,7 +9,6 @@ from typing import Any
 
 from advmoe.cli.arguments import Parser, add_engine, add_fields, config_fields, engine_options, new_parser
 from advmoe.config import Config
-from advmoe.files import require_writable
 from advmoe.progress import tell
 
 REPORT_FIELDS = {"data": ("root", "workers")}
@@ -40,7 +39,6 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
 
     out = Path(args.get("out", "report.html"))
     figures_of(out)  # what cannot be written shows before anything is computed
-    require_writable("path", out.parent)
     results = [_judged(each) for each in load_results(args["results"])]
     if "no_gallery" not in args:
         results = [_with_gallery(each, options) for each in results]

@@ -160,7 +160,7 @@ def described(found: Findings) -> str:
     )
     for name, shown, why in what:
         if shown:
-            lines.append(f"{name}  {len(shown)} ({why}): {few(shown)}")
+            lines.append(f"{name}  {len(shown)} ({why}): {printable(few(shown))}")
     if found.enlarged:
         lines.append(f"enlarged  {found.enlarged} images are smaller than {found.image_size} pixels")
     lines += [f"note  {note}" for note in found.notes]

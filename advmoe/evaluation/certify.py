@@ -57,9 +57,7 @@ def certify_run(
         raise InputError(f"attacks to certify must be {rule}, got {show(options.attacks)}")
     subject = open_subject(target, options)
     attacked = subject.routed_under_pgd("certify")
-    threats = [ThreatModel(subject.threat.norm, float(eps)) for eps in sorted(set(epsilons))]
-    if not threats:
-        raise InputError("radii must hold at least one, got none")
+    threats = ThreatModel.ascending(subject.threat.norm, epsilons)
     with threads_set(options.threads):
         attacked.check(options.allow)
         space = attacked.job.setting.halfspaces

@@ -28,6 +28,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.intervals import wilson
 from advmoe.progress import tracked
 from advmoe.text import aligned, percent, radius, wrapped
+from advmoe.threat import ThreatModel
 
 PROBE_LIMIT = 0.01
 """Robust accuracy that the probe may leave (or one example, where that is more)."""
@@ -73,12 +74,10 @@ def sweep(
     }
 
 
-def _checked_radii(epsilons: Iterable[float], norm: str, probe: float | None) -> tuple[list[float], float]:
-    if norm not in ("linf", "l2"):
-        raise InputError(f"norm must be linf or l2, got {norm!r}")
-    radii = sorted({float(eps) for eps in epsilons})
-    if not radii or not all(math.isfinite(eps) and eps >= 0 for eps in radii) or (norm == "linf" and radii[-1] > 1):
-        raise InputError(f"epsilons must be at least one radius >= 0 and, in linf, <= 1, got {radii}")
+def _checked_radii(
+    epsilons: Iterable[float], norm: Literal["linf", "l2"], probe: float | None
+) -> tuple[list[float], float]:
+    radii = [threat.eps for threat in ThreatModel.ascending(norm, epsilons)]
     if probe is None and norm == "l2":
         raise InputError("probe must be given in l2 (the square root of the number of pixel values), got None")
     probe = 1.0 if probe is None else float(probe)

@@ -113,6 +113,8 @@ def _pixels(picture: Picture, spec: Mapping[str, Any]) -> Tensor:
     if 0 in sides:
         raise InputError(f"an image must have pixels, got {tuple(sides)}")
     if isinstance(picture, str | os.PathLike):
+        if (name := os.fspath(picture)) == "" or "://" in str(name):
+            raise InputError(f"an image must be a file on this machine, got {show(name)}")
         path = Path(picture)
         try:
             bytes_: Bytes = decode(path, prepare)

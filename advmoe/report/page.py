@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe.errors import InputError
+from advmoe.files import require_writable
 from advmoe.report.album import Album
 from advmoe.report.drawing import require_matplotlib
 from advmoe.report.html import Html, element
@@ -49,10 +50,7 @@ def write_report(
     with tempfile.TemporaryDirectory() as place:
         album = Album(Path(place))
         page = _page(results, album, title or _title(results), made_by, folder.name)
-        try:
-            _publish(page, path, Path(place), folder)
-        except OSError as error:
-            raise InputError(f"path must be where files can be written, got {str(path)!r}: {error}") from error
+        _publish(page, path, Path(place), folder)
     return folder if album.names else None
 
 
@@ -60,6 +58,7 @@ def figures_of(path: Path) -> Path:
     """The folder of the figures of a page. Raises `ValueError` where page or figures cannot be written so."""
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise InputError(f"path must be a file ending in .html, got {str(path)!r}")
+    require_writable("path", path.parent)
     require_matplotlib()
     folder = path.with_name(f"{path.stem}-figures")
     others = [each.name for each in folder.iterdir() if each.suffix not in (".svg", ".png")] if folder.is_dir() else []

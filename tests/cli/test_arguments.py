@@ -117,3 +117,6 @@ def test_a_list_of_radii_names_its_option():
     for text, told in (("nine", "'nine'"), ("2/255,1/0", "'1/0'")):
         with pytest.raises(ValueError, match=f"^--radii must be a number or a fraction such as 8/255, got {told}$"):
             radii("--radii", text)
+    for text in ("", " , ", "-1", "0.1,-2/255"):
+        with pytest.raises(ValueError, match=f"^--radii must be at least one radius >= 0, got {text!r}$"):
+            radii("--radii", text)

@@ -319,3 +319,13 @@ def test_a_reader_that_leaves_and_a_closed_output_are_no_bugs(command: str) -> N
 
 def test_completion_for_another_shell_is_refused(tmp_path: Path) -> None:
     assert_refused(run(tmp_path, "--completion", "cmd"), "--completion must be one of bash, zsh, fish, got 'cmd'")
+
+
+def test_a_log_format_that_the_environment_names_is_one_of_them(monkeypatch, capsys):
+    monkeypatch.setenv("ADVMOE_LOG_FORMAT", "xml")
+    assert cli.main(["recipes"]) == 2
+    said = "advmoe: error: ADVMOE_LOG_FORMAT must be one of text, json, quiet, got 'xml'\n"
+    assert capsys.readouterr() == ("", said)
+    for usual in ("", "json"):
+        monkeypatch.setenv("ADVMOE_LOG_FORMAT", usual)
+        assert cli.main(["recipes"]) == 0

@@ -28,6 +28,12 @@ def test_every_data_set_is_listed_with_its_licence(capsys: Any) -> None:
         assert all(part and part in told for part in (name, each.about, each.licence, each.origin))
 
 
+def test_check_of_no_name_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(photos)
+    assert cli.main(["data", "check", ""]) == 2
+    assert capsys.readouterr().err.startswith("advmoe: error: data check must be 1 to ")
+
+
 def test_check_ends_with_1_where_a_result_would_say_nothing(photos: Path, capsys: Any) -> None:
     assert cli.main(["data", "check", str(photos)]) == 0
     assert "ant" in capsys.readouterr().out

@@ -75,6 +75,12 @@ def test_damaged_images_are_named_and_not_counted(root: Path) -> None:
     assert found.counts["train"] == [2, 2] and not found.sound
 
 
+def test_names_with_line_ends_are_told_in_one_line(root: Path) -> None:
+    (root / "train" / "ant" / "b\nd.png").write_bytes(b"")
+    (line,) = [line for line in described(check_folder(root)).splitlines() if line.startswith("damaged")]
+    assert r"train/ant/b\nd.png: " in line
+
+
 def test_sizes(root: Path) -> None:
     for i, size in enumerate([(200, 100), (201, 100), (90, 300), *[(70, 70)] * 8]):
         save(root / "train" / "ant" / f"s{i}.png", 100 + i, size)

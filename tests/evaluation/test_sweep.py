@@ -135,7 +135,7 @@ def test_l2_needs_its_probe():
 @pytest.mark.parametrize(
     "epsilons, options, message",
     [
-        ([], {}, "epsilons must be at least one radius"),
+        ([], {}, "epsilons must be radii, at least one"),
         ([-0.1], {}, "epsilons must be"),
         ([1.5], {}, "epsilons must be .* <= 1"),
         ([math.nan], {}, "epsilons must be"),

@@ -106,6 +106,8 @@ def test_numbers_of_any_size_and_order_are_pixels(kind: Any) -> None:
     ("bad", "part"),
     [
         ("absent.png", "'absent.png'"),
+        ("http://a.b/c.png", "a file on this machine, got 'http://a.b/c.png'"),
+        ("", "got ''"),
         (torch.rand(3, 9, 9), "(3, 8, 8)"),
         (torch.rand(8, 8), "(8, 8)"),
         (torch.full((3, 8, 8), 255.0), "in [0, 1], got 255"),
