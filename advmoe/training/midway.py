@@ -54,9 +54,9 @@ class Midway:
         own |= {f"buffer.{name}": tensor for name, tensor in _buffers(trainer).items()}
         if trainer.use.counts is not None and trainer.use.entropy is not None:
             own |= {"use.counts": trainer.use.counts, "use.entropy": trainer.use.entropy}
-        for level, sums in trainer.means.sums.items():
-            own[f"count.{level}"] = torch.tensor(trainer.means.counts[level])
-            own |= {f"sum.{level}.{name}": value for name, value in sums.items()}
+        sums = [(level, each) for level, terms in trainer.means.sums.items() for each in terms.items()]
+        own |= {f"count.{level}": torch.tensor(count) for level, count in trainer.means.counts.items()}
+        own |= {f"sum.{place:03}.{level}.{term}": value for place, (level, (term, value)) in enumerate(sums)}
         return Midway(iterations, {name: _gathered(trainer.fabric, tensor) for name, tensor in own.items()})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,12 +85,12 @@ class Midway:
             torch.cuda.set_rng_state(mine["layers.cuda"].cpu(), device)
         if "use.counts" in mine:
             trainer.use.counts, trainer.use.entropy = (mine[f"use.{name}"].to(device) for name in ("counts", "entropy"))
-        for name, tensor in mine.items():
-            kind, _, rest = name.partition(".")
+        for name, tensor in sorted(mine.items()):  # a file keeps no order: an epoch's line lists terms as they came
+            kind, *parts = name.split(".", 3)
             if kind == "count":
-                trainer.means.counts[rest] = int(tensor)
+                trainer.means.counts[parts[0]] = int(tensor)
             elif kind == "sum":
-                level, _, term = rest.partition(".")
+                *_, level, term = parts
                 trainer.means.sums.setdefault(level, {})[term] = tensor.to(device)
 
 
