@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType
@@ -56,11 +56,9 @@ def handled(
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so.
-
-    Where Python discards exceptions (callbacks of weak references, `__del__`), `Ended` and Ctrl-C come again.
+    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so. None
+    is lost, nor is Ctrl-C.
     """
-    usual = sys.unraisablehook
 
     def end(number: int, _: FrameType | None) -> None:
         for name in NAMES:  # a second one must not cut short what the first began
@@ -68,27 +66,46 @@ def raised() -> Iterator[None]:
                 signal.signal(other, signal.SIG_IGN)
         raise Ended(number)
 
+    with handled(NAMES, end, unless=lambda known: known != signal.SIG_DFL), not_lost():
+        yield
+
+
+@contextmanager
+def not_lost() -> Iterator[None]:
+    """Inside, `Ended` and Ctrl-C come again where Python discarded them: in callbacks of weak references, `__del__`."""
+    usual, waiting = sys.unraisablehook, dict[signal.Signals, Any]()
+
+    def again(number: int, _: FrameType | None) -> None:
+        signal.signal(number, waiting.pop(signal.Signals(number)))
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # another came through, and what it began goes on
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
+
     def discarded(lost: sys.UnraisableHookArgs) -> None:
         if not isinstance(error := lost.exc_value, KeyboardInterrupt):
             usual(lost)
             return
-        number = signal.Signals.SIGINT
-        if isinstance(error, Ended):
-            number = signal.Signals(error.number)
-            signal.signal(number, end)
-        threading.Thread(target=_again, args=(number,), daemon=True).start()
+        number = signal.Signals(error.number if isinstance(error, Ended) else signal.SIGINT)
+        waiting.setdefault(number, signal.getsignal(number))
+        signal.signal(number, again)
+        threading.Thread(target=_send, args=(number, waiting), daemon=True).start()
 
-    with handled(NAMES, end, unless=lambda known: known != signal.SIG_DFL):
+    if threading.current_thread() is threading.main_thread():
         sys.unraisablehook = discarded
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is discarded:
             sys.unraisablehook = usual
+        while waiting:
+            signal.signal(*waiting.popitem())
 
 
-def _again(number: signal.Signals) -> None:
-    """Send the main thread a signal, once it has left the code whose exceptions are discarded."""
+def _send(number: signal.Signals, waiting: Mapping[signal.Signals, Any]) -> None:
+    """Send the main thread a signal, if it still waits, once that has left the code whose exceptions are discarded."""
     time.sleep(0.05)
+    if number not in waiting:
+        return
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:

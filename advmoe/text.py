@@ -44,6 +44,11 @@ def show(value: object, most: int = MOST_OF_A_VALUE) -> str:
     return cut(_short.repr(value), most)
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a list separated by commas."""
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """Type and text of an error, of which `most` characters are shown; of an `InputError` the text says all."""
     text = cut(" ".join(str(error).split()), most)

@@ -29,6 +29,14 @@ def _norms(delta: Tensor) -> Tensor:
     return norms.clamp_min(_TINY).view(-1, *[1] * (delta.dim() - 1))
 
 
+def _is_number(eps: object) -> bool:
+    return not isinstance(eps, str | bytes | bool) and hasattr(eps, "__float__")
+
+
+def _is_radius(eps: float, norm: str) -> bool:
+    return bool(eps >= 0 and math.isfinite(eps) and (norm != "linf" or eps <= 1))
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """A ball of radius `eps` in `norm` around each image, cut with the pixel range [0, 1].
@@ -42,22 +50,20 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise InputError(f"threat.norm must be linf or l2, got {self.norm!r}")
-        if isinstance(self.eps, str | bytes | bool) or not hasattr(self.eps, "__float__"):
+        if not _is_number(self.eps):
             raise InputError(f"threat.eps must be a number, got {self.eps!r}")
-        if not self._possible(self.norm, self.eps):
+        if not _is_radius(self.eps, self.norm):
             raise InputError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
 
     @staticmethod
     def ascending(norm: Literal["linf", "l2"], epsilons: Iterable[float]) -> list[ThreatModel]:
         """One for each radius of `epsilons`, from small to large; at least one."""
-        radii = sorted({float(eps) for eps in epsilons})
-        if not radii or not all(ThreatModel._possible(norm, eps) for eps in radii):
-            raise InputError(f"epsilons must be radii, at least one, >= 0 and, in linf, <= 1, got {radii}")
-        return [ThreatModel(norm, eps) for eps in radii]
-
-    @staticmethod
-    def _possible(norm: str, eps: float) -> bool:
-        return eps >= 0 and math.isfinite(eps) and (norm != "linf" or eps <= 1)
+        if not isinstance(epsilons, Iterable) or isinstance(epsilons, str | bytes) or not (listed := list(epsilons)):
+            raise InputError(f"epsilons must list at least one radius, got {epsilons!r}")
+        for eps in listed:
+            if not _is_number(eps) or not _is_radius(eps, norm):
+                raise InputError(f"epsilons must be numbers >= 0 and, in linf, <= 1, got {eps!r}")
+        return [ThreatModel(norm, eps) for eps in sorted(set(map(float, listed)))]
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv`, (N, C, H, W), brought into the ball and the pixel range, for the clean images `x` of the same shape.

@@ -54,9 +54,12 @@ def test_small_integers_do_not_wrap_around():
 def test_what_may_be_attacked():
     y, threat = torch.tensor([0, 1]), ThreatModel()
     require_attackable(HALF, y, threat)
-    for x, labels, given in (
-        (HALF, y, ("linf", 0.1)), (HALF, y, None), (HALF.numpy(), y, threat), (HALF, [0, 1], threat),
-        (HALF.to(torch.uint8), y, threat), (changed(2.0), y, threat), (HALF, y - 1, threat),
+    for x, labels, given, ends in (
+        (HALF, y, ("linf", 0.1), "ThreatModel(norm, eps), got ('linf', 0.1)"), (HALF, y, None, "got None"),
+        (HALF.numpy(), y, threat, "got ndarray and Tensor"), (HALF, [0, 1], threat, "got Tensor and list"),
+        (HALF.to(torch.uint8), y, threat, "floating-point in [0, 1], got torch.uint8"),
+        (changed(2.0), y, threat, "got values from 0.5 to 2"), (HALF, y - 1, threat, "got -1 for image 0"),
     ):  # fmt: skip
-        with pytest.raises(InputError):
+        with pytest.raises(InputError) as error:
             require_attackable(x, labels, given)
+        assert str(error.value).endswith(ends)

@@ -77,6 +77,11 @@ def test_what_asks_a_command_to_end_ends_it_with_one_line(tmp_path, ignored, sen
     assert (process.returncode, error) == (code, "" if said is None else f"advmoe: error: {said}\n")
 
 
+def as_usual():
+    """Have SIGINT do what it does in a terminal: a test runner may ignore it."""
+    signal.signal(INT, signal.default_int_handler)
+
+
 DISCARDING = """
 import sys, time, weakref
 from advmoe.signals import described, raised
@@ -105,10 +110,39 @@ except KeyboardInterrupt as error:
     ("sent", "said"), [(TERM, "ended by SIGTERM 143"), (HUP, "ended by SIGHUP 129"), (INT, "interrupted 130")]
 )
 def test_a_signal_that_comes_where_exceptions_are_discarded_ends_the_process_all_the_same(sent, said):
-    process = popen("-c", DISCARDING, preexec_fn=lambda: signal.signal(INT, signal.default_int_handler))
+    process = popen("-c", DISCARDING, preexec_fn=as_usual)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(sent)
     assert process.communicate(timeout=PATIENCE) == (said + "\n", "")
+
+
+BOTH = """
+import signal, time, weakref
+from advmoe.signals import described, raised
+
+class Watched: ...
+
+try:
+    with raised():
+        thing = Watched()
+        kept = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt as error:
+    time.sleep(0.3)
+    print(*described(error))
+"""
+
+
+def test_a_discarded_signal_cuts_short_nothing_that_another_began():
+    process = popen("-c", BOTH, preexec_fn=as_usual)
+    assert process.communicate(timeout=PATIENCE) == ("interrupted 130\n", "")
+
+
+def test_a_discarded_signal_ends_nothing_that_is_over():
+    alone = BOTH.replace("        signal.raise_signal(signal.SIGINT)\n", "")
+    process = popen("-c", alone + "else:\n    time.sleep(0.3)")
+    assert process.communicate(timeout=PATIENCE) == ("", "") and process.returncode == 0
 
 
 def test_other_exceptions_that_are_discarded_are_told_as_ever(monkeypatch):

@@ -111,9 +111,13 @@ def test_a_ball_of_radius_0_holds_the_image_alone(norm):
 
 def test_one_for_each_radius_from_small_to_large():
     assert ThreatModel.ascending("l2", [2, 0.5, 0.5]) == [ThreatModel("l2", 0.5), ThreatModel("l2", 2)]
-    for norm, epsilons in (("l2", []), ("l2", [0.1, -1]), ("linf", [0.1, 1.5]), ("l2", [math.nan])):
-        with pytest.raises(ValueError, match=r"^epsilons must be radii, .* got \["):
+    for norm, epsilons, told in (
+        ("l2", [], "[]"), ("l2", "0.1", "'0.1'"), ("l2", 0.1, "0.1"), ("l2", [0.1, -1], "-1"),
+        ("linf", [0.1, 1.5], "1.5"), ("l2", [math.nan], "nan"), ("l2", ["8/255"], "'8/255'"), ("l2", [True], "True"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^epsilons must ") as error:
             ThreatModel.ascending(norm, epsilons)
+        assert str(error.value).endswith(f", got {told}")
 
 
 @pytest.mark.parametrize(

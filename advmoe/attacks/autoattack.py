@@ -67,7 +67,7 @@ def autoattack(
     """
     library = official_library()
     _check_choice(version, attacks)
-    dtype, (x, y) = x.dtype, _checked(x, y, threat)
+    dtype, x, y = _checked(x, y, threat)
     if len(x) == 0:
         return Proposals(x.to(dtype))
     with _contained(library, predict) as messages:
@@ -75,8 +75,7 @@ def autoattack(
         official = _official(counted, x.device, threat, seed, version, attacks)
         classes = _count_classes(counted, x) if num_classes is None else num_classes
         notes = _fit(official, classes)
-        if (fault := label_fault(y, len(y), classes)) is not None:
-            raise InputError(fault)
+        _require_classes(y, classes)
         with counting("autoattack", _calls(official), unit="pass", delay=BRIEF) as counted.after_pass:
             x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
     return Proposals(x_adv.to(dtype), (*notes, *_flags(messages)))
@@ -91,11 +90,12 @@ def square(predict: Predict, x: Tensor, y: Tensor, *, threat: ThreatModel, seed:
     library = official_library()
     if queries < 1:
         raise InputError(f"queries must be >= 1, got {queries!r}")
-    dtype, (x, y) = x.dtype, _checked(x, y, threat)
+    dtype, x, y = _checked(x, y, threat)
     if len(x) == 0:
         return Proposals(x.to(dtype))
     with _contained(library, predict) as messages, torch.no_grad():
         counted = _CountedPasses(predict, dtype)
+        _require_classes(y, _count_classes(counted, x))
         attack = library.square.SquareAttack(
             counted, norm=_NORMS[threat.norm], n_queries=queries, eps=threat.eps, p_init=0.8, n_restarts=1, seed=seed,
             verbose=False, device=x.device, resc_schedule=False,
@@ -162,14 +162,19 @@ def _check_choice(version: str, attacks: Sequence[str] | None) -> None:
         raise InputError(f"attacks must be names out of {', '.join(ATTACKS)} for version custom, got {attacks!r}")
 
 
-def _checked(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
-    """`x` and `y` as the official code takes them: it calls `view`, which a channels-last tensor refuses, and takes
-    norms, whose squares underflow in half precision.
+def _checked(x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[torch.dtype, Tensor, Tensor]:
+    """The precision of `x`, and `x` and `y` as the official code takes them: it calls `view`, which a channels-last
+    tensor refuses, and takes norms, whose squares underflow in half precision.
     """
-    if len(x) > 0:
+    if not isinstance(x, Tensor) or len(x) > 0:
         require_attackable(x, y, threat)
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return wide.contiguous(), y.to(x.device, torch.long)
+    return x.dtype, wide.contiguous(), y.to(x.device, torch.long)
+
+
+def _require_classes(y: Tensor, classes: int) -> None:
+    if (fault := label_fault(y, len(y), classes)) is not None:
+        raise InputError(fault)
 
 
 def _official(

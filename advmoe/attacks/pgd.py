@@ -187,21 +187,17 @@ def pgd(
     if not (step_size >= 0 and math.isfinite(step_size)):
         raise InputError(f"step_size must be a number >= 0, got {step_size!r}")
     require_attackable(x, y, threat)
-    y, highest = y.to(x.device, torch.long), int(y.max())
+    y = y.to(x.device, torch.long)
     chosen = Loss.of(loss) if callable(loss) else LOSSES.find(loss)
-    forward = surrogate or predict
+    predict, own = _checked("predict", predict, y), predict
+    forward = predict if surrogate in (None, own) else _checked("surrogate", surrogate, y)
 
     def climb(clean: Tensor, labels: Tensor) -> Tensor:
         start = threat.random_start(clean, generator)
         of_logits = chosen.at(forward, clean, labels)
-
-        def objective(x_adv: Tensor) -> Tensor:
-            logits = forward(x_adv)
-            if logits.dim() != 2 or highest >= logits.shape[1]:
-                _require_logits(logits, y)
-            return of_logits(logits)
-
-        return ascend(objective, clean, start, threat=threat, step_sizes=[step_size] * steps)
+        return ascend(
+            lambda x_adv: of_logits(forward(x_adv)), clean, start, threat=threat, step_sizes=[step_size] * steps
+        )
 
     result = x.clone()
     unbroken = torch.arange(len(x), device=x.device)
@@ -216,10 +212,20 @@ def pgd(
     return result
 
 
-def _require_logits(logits: Tensor, y: Tensor) -> None:
-    if logits.dim() != 2:
-        raise InputError(f"predict must make logits (N, K), got shape {tuple(logits.shape)}")
-    raise InputError(str(label_fault(y, len(y), logits.shape[1])))
+def _checked(name: str, network: Predict, y: Tensor) -> Predict:
+    """`network`, called `name`, whose answers are looked at: logits (N, K) of N images, where K has room for `y`."""
+    highest = int(y.max())
+
+    def answer(x: Tensor) -> Tensor:
+        logits = network(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise InputError(f"{name} must make logits (N, K) of {len(x)} images, got {got}")
+        if highest >= logits.shape[1]:
+            raise InputError(str(label_fault(y, len(y), logits.shape[1])))
+        return logits
+
+    return answer
 
 
 def _fp32(device: torch.device) -> AbstractContextManager[None]:

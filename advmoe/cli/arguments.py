@@ -40,7 +40,7 @@ from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.tables.plugins import executed
-from advmoe.text import MOST_OF_A_VALUE, cut, show, wrapped
+from advmoe.text import MOST_OF_A_VALUE, cut, show, split_words, wrapped
 from advmoe.training.launchers import rank
 from advmoe.zoo import PREFIX, find
 
@@ -159,11 +159,6 @@ def target_and_options(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         **engine_options(args),
     }
     return target, options | {name: args[name] for name in ("out", "weights", "source") if name in args}
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a list separated by commas."""
-    return [word for word in (part.strip() for part in text.split(",")) if word]
 
 
 def radii(option: str, text: str) -> list[float]:

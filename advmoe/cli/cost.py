@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, opened_run, split_words
+from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, opened_run
 from advmoe.config import Batch, Classes, Experts, Share, Side, Threads, Width, Within, require, typed
 from advmoe.files import require_writable, write_text
+from advmoe.text import split_words
 from advmoe.zoo import PREFIX
 
 Device = Literal["cpu", "cuda"]

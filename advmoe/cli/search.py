@@ -17,7 +17,6 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
-    split_words,
     to_run,
 )
 from advmoe.cli.engine import add_engines, engine_of
@@ -25,7 +24,7 @@ from advmoe.cli.study import print_estimate
 from advmoe.cli.train import config_source
 from advmoe.config import Config, Count, Processes, Seed, Within, merged, require
 from advmoe.rundir import CALIBRATION
-from advmoe.text import aligned, duration, percent
+from advmoe.text import aligned, duration, percent, split_words
 
 JOBS_ELSEWHERE = "8"
 """Trials that a cluster has at once, unless the user says otherwise: TPE learns from those that have ended."""

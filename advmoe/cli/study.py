@@ -16,7 +16,6 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
-    split_words,
     to_run,
 )
 from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
@@ -24,7 +23,7 @@ from advmoe.config import Config, Count, Processes, Within, require
 from advmoe.errors import InputError
 from advmoe.files import require_writable, write_text
 from advmoe.rundir import CALIBRATION
-from advmoe.text import duration, listing, wrapped
+from advmoe.text import duration, listing, split_words, wrapped
 
 
 def parser() -> Parser:

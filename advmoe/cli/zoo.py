@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advmoe.cli.arguments import Parser, add_fields, config_fields, existing_run, new_parser, split_words, to_run
+from advmoe.cli.arguments import Parser, add_fields, config_fields, existing_run, new_parser, to_run
 from advmoe.config import Config
 from advmoe.errors import InputError
-from advmoe.text import aligned, macs_unit, nearest, passes, percent, radius, show, wrapped
+from advmoe.text import aligned, macs_unit, nearest, passes, percent, radius, show, split_words, wrapped
 from advmoe.zoo import INDEX, PLACE, PREFIX, entries, find
 from advmoe.zoo.leaderboard import interval, lines
 

@@ -280,7 +280,10 @@ def near_matches(name: str, names: Iterable[str]) -> list[str]:
         return by_leaf[leaf]
     # The group's letters would make any two of its fields alike.
     found = [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
-    return [known for known in found if known.rpartition(".")[0] == group] or found
+    here = {known.rpartition(".")[2]: known for known in names if group and known.rpartition(".")[0] == group}
+    if there := [known for known in found if known in here.values()] or found:
+        return there
+    return [here[near] for near in difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)]
 
 
 def unknown_field(name: str) -> InputError:

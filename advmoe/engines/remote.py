@@ -20,7 +20,7 @@ from advmoe.engines.schedule import Bug, MachineFailed, failure
 from advmoe.errors import BugElsewhere, InputError
 from advmoe.pool import Answer, Died, Place, Preempted, Prepare, threads_set
 from advmoe.progress import warnings_told
-from advmoe.signals import Ended, described, handled
+from advmoe.signals import Ended, described, handled, not_lost
 
 RETRIES = 3
 """How often a task is tried again whose process died."""
@@ -55,6 +55,7 @@ class Call:
             try:
                 with (
                     handled(SIGNALS, _end, unless=lambda handler: False),
+                    not_lost(),
                     warnings_told(),
                     threads_set(self.threads),
                     self.prepare(Place(self.threads, log=log), *self.arguments) as work,

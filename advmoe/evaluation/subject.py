@@ -34,6 +34,7 @@ from advmoe.progress import tell, tracked
 from advmoe.pruning import deployed
 from advmoe.rundir import CONFIG, DIGEST, config_note, diverged_note, require_plain, require_same_images
 from advmoe.seeding import generator_for, seed_for
+from advmoe.text import split_words
 from advmoe.threat import ThreatModel
 
 
@@ -47,8 +48,8 @@ class Options:
     """`FILE.py:FACTORY` of the network, where a run trained one of the user's own: see `load_run`."""
     out: str | Path | None = None
     """Where results go; by default the run, or `evaluations/<file>-<factory>`."""
-    attacks: Sequence[str] | None = None
-    """Names as in `suite`; None: the measurement's usual ones."""
+    attacks: Sequence[str] | str | None = None
+    """Names as in `suite`, in a list or separated by commas; None: the measurement's usual ones."""
     overrides: Mapping[str, Mapping[str, Any]] | None = None
     """Fields that replace those of the run's `config.yaml` (of the defaults, for a user's classifier)."""
     num_examples: int | None = None
@@ -65,6 +66,10 @@ class Options:
     """Checks that may fail: see `checks`."""
     eot: int | None = None
     """Draws that attacks and scores of a randomised model average over, by `evaluate` and `sweep-eps` alone."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attacks, str):
+            object.__setattr__(self, "attacks", split_words(self.attacks))
 
 
 def options_of(options: Options | None, keywords: Mapping[str, Any], **usual: Any) -> Options:

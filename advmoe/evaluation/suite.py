@@ -33,7 +33,7 @@ from advmoe.errors import InputError
 from advmoe.evaluation.scoring import OpenRouting
 from advmoe.moe.routing import soft_routing
 from advmoe.tables import Family, Table
-from advmoe.text import radius, show
+from advmoe.text import radius, show, split_words
 from advmoe.threat import ThreatModel
 
 
@@ -300,7 +300,9 @@ def named_for_now(attacks: str | Sequence[str | Callable[..., Tensor]] | None) -
     """
     names, ours = list[str](), list[str]()
     if isinstance(attacks, str):
-        attacks = [name.strip() for name in attacks.split(",")]
+        attacks = split_words(attacks)
+    if not isinstance(attacks, Iterable | None) or isinstance(attacks, bytes):
+        raise InputError(f"attacks must be names and functions in a list, got {show(attacks)}")
     try:
         for each in attacks or ():
             if isinstance(each, str):

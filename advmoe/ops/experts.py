@@ -23,8 +23,8 @@ def chosen(every: Tensor, choice: Tensor) -> Tensor:
     if every.is_cuda:
         picked: Tensor = _Picked.apply(every, choice)  # type: ignore[no-untyped-call]
         return picked
-    y, *others = every.unbind(1)
-    for expert, other in enumerate(others, 1):
+    y = every[:, 0]  # not by `unbind`, whose parts a network could not change in place
+    for expert, other in enumerate(every[:, 1:].unbind(1), 1):
         # Not the faster `lerp`: what is not finite in one expert would spoil the other's samples.
         y = torch.where((choice == expert).view(-1, *[1] * (y.dim() - 1)), other, y)
     return y

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advmoe.moe.routing import Routing
-from advmoe.training.objectives import stacked_scores
+from advmoe.training.objectives import stacked_choices, stacked_scores
 from advmoe.training.processes import total
 
 
@@ -26,13 +26,17 @@ class LayerUse:
         self.counts: Tensor | None = None
         self.entropy: Tensor | None = None
 
+    @torch.no_grad()
     def add(self, routing: Routing) -> None:
         """Count one pass."""
         if not routing.scores:
             return
-        scores, choices, experts = stacked_scores(routing)
-        scores, every = scores.detach(), torch.arange(scores.shape[2], device=scores.device)
-        counts = (choices[:, :, None] == every).sum(1).float().masked_fill(every >= experts[:, None], -math.inf)
+        scores, experts = stacked_scores(routing)
+        every = torch.arange(scores.shape[2], device=scores.device)
+        counts = (stacked_choices(routing)[:, :, None] == every).sum(1).float()
+        if min(experts) < len(every):
+            lacking = torch.tensor(experts, device=scores.device)[:, None] <= every
+            counts = counts.masked_fill(lacking, -math.inf)
         entropy = torch.special.entr(scores.softmax(2)).sum((1, 2))
         self.counts = counts if self.counts is None else self.counts + counts
         self.entropy = entropy if self.entropy is None else self.entropy + entropy

@@ -116,24 +116,29 @@ def balance_loss(routings: Sequence[Routing], weight: float) -> Tensor:
     """
     losses = []
     for routing in routings:
-        scores, choices, experts = stacked_scores(routing)
-        shares = F.one_hot(choices, scores.shape[2]).float().mean(1)
-        losses.append((experts * (shares * scores.softmax(2).mean(1)).sum(1)).mean())
+        scores, experts = stacked_scores(routing)
+        shares = F.one_hot(stacked_choices(routing), scores.shape[2]).float().mean(1)
+        together = (shares * scores.softmax(2).mean(1)).sum(1)
+        number = experts[0] if len(set(experts)) == 1 else together.new_tensor(experts)
+        losses.append((number * together).mean())
     return weight * torch.stack(losses).mean()
 
 
-def stacked_scores(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores of all MoE layers (L, N, E) in order, the choices (L, N), and each layer's number of experts (L,).
+def stacked_scores(routing: Routing) -> tuple[Tensor, list[int]]:
+    """The scores of all MoE layers (L, N, E), in order, and each layer's number of experts.
 
     E is the most that a layer has, and at least 2. An expert that a layer does not have scores -inf.
     """
-    layers = sorted(routing.scores)
-    scores = [routing.scores[layer].flatten(0, -2).float() for layer in layers]
+    scores = [routing.scores[layer].flatten(0, -2).float() for layer in sorted(routing.scores)]
     experts = [each.shape[1] for each in scores]
     most = max(2, *experts)
-    wide = torch.stack([F.pad(each, (0, most - each.shape[1]), value=-math.inf) for each in scores])
-    choices = torch.stack([routing.choices[layer].flatten() for layer in layers])
-    return wide, choices, torch.tensor(experts).to(wide.device, non_blocking=True)
+    wide = [F.pad(s, (0, most - e), value=-math.inf) if e < most else s for s, e in zip(scores, experts, strict=True)]
+    return torch.stack(wide), experts
+
+
+def stacked_choices(routing: Routing) -> Tensor:
+    """The choices of all MoE layers, (L, N), in order."""
+    return torch.stack([routing.choices[layer].flatten() for layer in sorted(routing.choices)])
 
 
 def choice_margin_loss(routing: Routing, weight: float) -> Tensor:

@@ -382,6 +382,11 @@ def test_unusable_input_is_refused(official):
         with pytest.raises(ValueError) as error:
             autoattack(model, images_, classes, **{"threat": LINF, "seed": 0, **settings})
         assert str(error.value).startswith(text)
+    for attack in (autoattack, partial(square, queries=1)):
+        with pytest.raises(ValueError, match="x and y must be tensors, got list and Tensor"):
+            attack(model, [[0.5]], y, threat=LINF, seed=0)
+        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 9 for image 0"):
+            attack(model, x, y + 9, threat=LINF, seed=0)
     with pytest.raises(ValueError, match="queries must be >= 1, got 0"):
         square(model, x, y, threat=LINF, seed=0, queries=0)
 

@@ -242,7 +242,12 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
         ({"x": torch.zeros(2, 1, 1, 3, dtype=torch.uint8)}, "floating-point"),
         ({"x": [[0.5]]}, "x and y must be tensors, got list and Tensor"),
         ({"threat": ("linf", 0.1)}, r"threat must be a ThreatModel\(norm, eps\), got \('linf', 0.1\)"),
-        ({"predict": lambda x: x.sum((1, 2, 3))}, r"predict must make logits \(N, K\), got shape \(2,\)"),
+        ({"predict": lambda x: x.sum((1, 2, 3))}, r"^predict must make logits \(N, K\) of 2 images, got shape \(2,\)"),
+        ({"predict": lambda x: None}, "^predict must make logits .* got a NoneType"),
+        ({"predict": lambda x: linear(x[:1])}, r"^predict must make logits .* got shape \(1, 2\)"),
+        ({"predict": lambda x: x.sum((1, 2, 3)), "loss": "kl"}, "^predict must make logits"),
+        ({"surrogate": lambda x: x.sum((1, 2, 3))}, "^surrogate must make logits"),
+        ({"predict": lambda x: x.sum((1, 2, 3)), "surrogate": linear, "restarts": 2}, "^predict must make logits"),
         ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, kl, pma, got 'hinge'"),
         ({"loss": "dlr"}, "loss dlr must have at least 3 classes, got 2"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
@@ -252,6 +257,16 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         pgd(**{"predict": linear, "threat": LINF, **GOOD, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_classes_of_any_integer_type(dtype):
+    x, y = GOOD["x"], torch.tensor([0, 1])
+    expected, found = (
+        pgd(linear, x, labels, threat=LINF, steps=2, generator=torch.Generator().manual_seed(0))
+        for labels in (y, y.to(dtype))
+    )
+    assert torch.equal(expected, found)
 
 
 def test_the_first_step_is_fp32_s_under_autocast():

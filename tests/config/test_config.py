@@ -131,6 +131,7 @@ NO_FIELD = "{} is no known field: training has " + ", ".join(get_type_hints(Trai
     [
         ({"training": {"epoch": 3}}, "training.epoch is no known field: did you mean training.epochs?"),
         ({"training": {"nonsense": 3}}, NO_FIELD.format("training.nonsense")),
+        ({"threat": {"esp": 3}}, "threat.esp is no known field: did you mean threat.eps?"),
         ({"trainin": {"epochs": 3}}, "trainin is no known field: did you mean training?"),
         ({"lr": 1}, "lr is no known field: did you mean training.lr?"),
         ({"training": {"eps": 1}}, "training.eps is no known field: did you mean threat.eps?"),

@@ -14,6 +14,7 @@ from advmoe.evaluation import accuracy
 from advmoe.evaluation.accuracy import assess, evaluate
 from advmoe.evaluation.outcomes import Measurement, outcomes, summary
 from advmoe.evaluation.scoring import device_of, run_attack
+from advmoe.evaluation.subject import Options
 from advmoe.moe.routing import active_routing
 from advmoe.threat import ThreatModel
 
@@ -276,7 +277,8 @@ def test_a_missing_extra_is_named_before_anything_runs(routed, names, monkeypatc
 
 
 def test_attacks_may_be_one_string():
-    told = evaluate(Threshold(), planted(), attacks="pgd-1, pgd-2", threat=ThreatModel("linf", 0.1))
+    assert Options(attacks="pgd-1, pgd-2,").attacks == ["pgd-1", "pgd-2"]
+    told = evaluate(Threshold(), planted(), attacks="pgd-1, pgd-2,", threat=ThreatModel("linf", 0.1))
     assert list(told["robust_accuracy"]) == ["pgd-1", "pgd-2"]
 
 
@@ -286,9 +288,16 @@ def test_a_threat_of_another_kind_is_refused(threat):
         evaluate(Threshold(), planted(), threat=threat)
 
 
-def test_no_attack_at_all_is_refused():
+@pytest.mark.parametrize("attacks", [[], "", " , "])
+def test_no_attack_at_all_is_refused(attacks):
     with pytest.raises(ValueError, match=r"^attacks must name at least one attack, got none$"):
-        evaluate(Threshold(), planted(), attacks=[])
+        evaluate(Threshold(), planted(), attacks=attacks)
+
+
+@pytest.mark.parametrize("attacks", [5, torch.sin, b"pgd-1"])
+def test_attacks_of_another_kind_are_refused(attacks):
+    with pytest.raises(ValueError, match=r"^attacks must be names and functions in a list, got "):
+        evaluate(Threshold(), planted(), attacks=attacks)
 
 
 def test_what_is_measured_is_fp32_whichever_flags_are_set():

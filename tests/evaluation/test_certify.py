@@ -85,5 +85,5 @@ def test_no_radii_and_plain_models_are_refused(folder):
     run = folder / "resnet18-fixed-top" if (folder / "resnet18-fixed-top").exists() else trained(folder, "fixed-top")
     with pytest.raises(ValueError, match=r"attacks to certify must be left out: .*got"):
         certify_run(folder / "resnet18-fixed-top", attacks=["pgd-5"])
-    with pytest.raises(ValueError, match="epsilons must be radii, at least one"):
+    with pytest.raises(ValueError, match="epsilons must list at least one radius"):
         certify_run(run, epsilons=[])

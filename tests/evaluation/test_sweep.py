@@ -135,7 +135,7 @@ def test_l2_needs_its_probe():
 @pytest.mark.parametrize(
     "epsilons, options, message",
     [
-        ([], {}, "epsilons must be radii, at least one"),
+        ([], {}, "epsilons must list at least one radius"),
         ([-0.1], {}, "epsilons must be"),
         ([1.5], {}, "epsilons must be .* <= 1"),
         ([math.nan], {}, "epsilons must be"),

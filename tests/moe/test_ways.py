@@ -3,13 +3,17 @@
 They do in outputs and all gradients; `gathered`, which is exported, is for one image and has none.
 """
 
+from itertools import product
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from advmoe.models.compute import set_compute
 from advmoe.models.folding import Folds, folding
-from advmoe.moe import MoEConv2d, route
+from advmoe.moe import LayerRouter, MoEConv2d, MoELinear, MoEMLP, route
+from advmoe.moe.wrapped import MoEWrapped
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -128,6 +132,44 @@ def test_gathered_is_for_one_image(make_routed, make_images):
     model = make_routed()
     with pytest.raises(ValueError, match=r"mode gathered must be for 1 image .*, got 2 choices"), route("gathered"):
         model(make_images(2))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+MADE = {
+    "3x3": lambda e: MoEConv2d(4, 8, 3, padding=1, bank_rows=8 * e, num_experts=e, layer=0),
+    "1x1": lambda e: MoEConv2d(4, 8, 1, bank_rows=8 * e, num_experts=e, layer=0),
+    "biased": lambda e: MoEConv2d(4, 8, 3, bias=True, bank_rows=8 * e, num_experts=e, layer=0),
+    "grouped": lambda e: MoEConv2d(4, 8, 3, groups=2, bank_rows=8 * e, num_experts=e, layer=0),
+    "overlapping": lambda e: MoEConv2d(4, 8, 3, bank_rows=4 * e + 4, num_experts=e, layer=0),
+    "linear": lambda e: MoELinear(4, 8, bank_rows=8 * e, num_experts=e, layer=0),
+    "MLP": lambda e: MoEMLP(4, 8, bank_rows=8 * e, num_experts=e, layer=0),
+    "wrapped": lambda e: MoEWrapped(Doubled(4, 8, 3), 4, num_experts=e, layer=0, make_router=LayerRouter),
+}
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("kind", MADE)
+def test_a_network_may_change_any_output_in_place(kind, experts):
+    torch.manual_seed(0)
+    layer, shape = MADE[kind](experts), {"linear": (6, 4), "MLP": (6, 3, 4)}.get(kind, (6, 4, 5, 5))
+
+    def gradients(x, mode, *, inplace):
+        with route(mode):
+            y = F.relu(layer(x), inplace=inplace)
+        leaves = [each for each in (x, *layer.parameters()) if each.requires_grad]
+        return y.detach().clone(), torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) if leaves else ()
+
+    for layer.masks, learns, attacked, mode in product((False, True), (False, True), (False, True), ("hard", "soft")):
+        layer.train(learns).requires_grad_(learns)
+        x = torch.rand(shape).requires_grad_(attacked)
+        expected, found = (gradients(x, mode, inplace=inplace) for inplace in (False, True))
+        assert torch.equal(expected[0], found[0])
+        for a, b in zip(expected[1], found[1], strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, 1e-4, 1e-5))
 
 
 def test_what_kernels_do_not_take_is_computed_as_by_masks(monkeypatch):

@@ -79,6 +79,18 @@ def mixed():
     made.conv = MoEConv2d(8, 8, 3, padding=1, groups=2, bank_rows=8, num_experts=1, layer=1)
     made.down = MoEConv2d(8, 16, 1, stride=2, bank_rows=32, num_experts=2, layer=2)
     return made
+
+def numbered(*numbers):
+    made = mixed()
+    for layer, number in zip((made.stem[0], made.conv, made.down), numbers):
+        layer.layer = number
+    return made
+
+def twice():
+    return numbered(0, 0, 1)
+
+def gap():
+    return numbered(0, 2, 3)
 """
 TINY = [
     "--config", "digits-advmoe", "--data.image_size", "8", "--training.epochs", "1", "--training.batch_size", "256",
@@ -303,6 +315,8 @@ MISTAKES = [
      "train mode too, got tuple"),
     (["--model", "own.py:Nervous", "--training.method", "at"], "in train mode too, got AssertionError: never in train"),
     (["--model", "own.py:ready", "--to-moe"], "module must have no MoE layers yet"),
+    (["--model", "own.py:twice"], "must be numbered 0, 1, 2, ... (`layer`), each number once, got 0, 0, 1"),
+    (["--model", "own.py:gap"], "must be numbered 0, 1, 2, ... (`layer`), each number once, got 0, 2, 3"),
     (["--model", "own.py:net", "--to-moe=perhaps"], "model.to_moe must be true or false, got 'perhaps'"),
     (["--model"], "expected one argument"),
 ]  # fmt: skip

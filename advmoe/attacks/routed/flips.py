@@ -30,10 +30,11 @@ def changed_choices(
     """
     with torch.no_grad():
         output = model(x)
-    clean, free = output.pathway, [layer for layer, scores in enumerate(output.scores) if scores.shape[-1] > 1]
+    clean, several = output.pathway, [scores.shape[-1] > 1 for scores in output.scores]
     changed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if not free:
+    if not any(several):
         return changed
+    wanted = [column for column, free in zip(clean.unbind(1), several, strict=True) if free]
 
     def look(x_adv: Tensor) -> None:
         with torch.no_grad():
@@ -45,7 +46,8 @@ def changed_choices(
         nonlocal promising
         scores = model(x_adv).scores
         promising = (hard_choice(scores) != clean).flatten(1).any(1)
-        return -router_margins(scores, clean)[:, free].flatten(1).amin(1).sum()
+        chosen = tuple(each for each, free in zip(scores, several, strict=True) if free)
+        return -router_margins(chosen, torch.stack(wanted, 1)).flatten(1).amin(1).sum()
 
     def visit(step: int, x_adv: Tensor) -> None:
         if bool((promising & ~changed).any()):

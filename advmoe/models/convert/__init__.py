@@ -139,7 +139,11 @@ def _require_room(spec: dict[str, Any], module: nn.Module, most: int) -> None:
 
 
 def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:
-    kind = "moe" if moe_layers(module) else "dense"
+    numbers = [each.layer for each in moe_layers(module)]
+    if numbers != list(range(len(numbers))):
+        rule = "numbered 0, 1, 2, ... (`layer`), each number once"
+        raise InputError(f"the MoE layers of module must be {rule}, got {', '.join(map(str, numbers))}")
+    kind = "moe" if numbers else "dense"
     spec = {"name": type(module).__name__, "kind": kind, "source": None, "mean": None, "std": None, **images}
     return Classifier(nn.Identity(), module, None, spec)
 
