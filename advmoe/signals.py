@@ -15,8 +15,8 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
 
-NAMES = ("SIGTERM", "SIGHUP")
-"""Signals that ask a process to end, besides Ctrl-C's SIGINT; not every system has the second."""
+NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
+"""Signals that ask a process to end, besides Ctrl-C's SIGINT; not every system has all. Clusters send the last."""
 
 
 class Ended(KeyboardInterrupt):
@@ -56,8 +56,8 @@ def handled(
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Ended` in the main thread, once; those that are ignored (nohup) stay so. None
-    is lost, nor is Ctrl-C.
+    """Inside, the signals of `NAMES` raise `Ended` in the main thread, once; those that are ignored (nohup) stay so.
+    None is lost, nor is Ctrl-C.
     """
 
     def end(number: int, _: FrameType | None) -> None:

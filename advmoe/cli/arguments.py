@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from advmoe.config import (
+    Accelerator,
     Batch,
     Config,
     Count,
@@ -46,8 +47,6 @@ from advmoe.zoo import PREFIX, find
 
 _LONGEST = 1000
 """Characters of a mistake's line: a path may be long, what else is shown of the input is cut where it is told."""
-
-Accelerator = Literal["auto", "cpu", "cuda"]
 
 # What `evaluate` may change of a run: how it is attacked and where its images lie, never the model.
 EVALUATE_FIELDS = {"threat": None, "attack": None, "data": ("name", "root", "download", "image_size", "workers")}
@@ -355,7 +354,9 @@ def to_run(*words: str | Path, plugins_of: Sequence[str] = ()) -> str:
         option, equals, value = word.partition("=")
         if option == "--plugin":
             plugins += [option, value if equals else following]
-    return shlex.join([*_program(), *map(str, words), *plugins])
+    # A path may begin like an option.
+    plain = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join([*_program(), *plain, *plugins])
 
 
 def _program() -> list[str]:

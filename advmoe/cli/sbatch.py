@@ -12,6 +12,8 @@ from advmoe.rundir import CONFIG
 
 NOTICE = 180
 """Seconds before its time is over that SLURM is asked for a signal: the run stops at the end of an iteration."""
+LEAST_HOURS = 0.1
+"""A job of less time would have its signal before it has begun."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ else
 fi
 srun --kill-on-bad-exit=1 "$@"
 code=$?
-# Stopped as it was told to, and saved: the same job goes on when there is room for it.
-if [ "$code" -eq 85 ]; then
+# Told to stop: the run is saved (85), or had not begun (138). The same job goes on when there is room for it.
+if [ "$code" -eq 85 ] || [ "$code" -eq 138 ]; then
     scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
 exit "$code"

@@ -19,13 +19,13 @@ from advmoe.cli.arguments import (
     number,
     to_run,
 )
-from advmoe.cli.sbatch import Job, script, without
+from advmoe.cli.sbatch import LEAST_HOURS, NOTICE, Job, script, without
 from advmoe.config import OWN_MODEL, Config, Hours, Processes, is_source, merged, read_yaml, require
 from advmoe.errors import InputError
 from advmoe.evaluation.targets import home_of
-from advmoe.files import require_writable, write_text
+from advmoe.files import read_object, require_writable, write_text
 from advmoe.recipes import recipe, recipe_names
-from advmoe.rundir import CONFIG, METRICS, Epochs
+from advmoe.rundir import CONFIG, MANIFEST, METRICS, Epochs
 from advmoe.tables import DATASETS
 from advmoe.text import nearest
 from advmoe.training.launchers import rank
@@ -80,6 +80,9 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     learns = ["--training.teacher", taught] if taught is not None and is_source(taught) else []
     again = to_run("train", "--resume", run_dir, *own, *learns, plugins_of=argv)
     if "sbatch" in args:
+        if resumed is not None:  # with the options of this command, whenever it runs
+            again = to_run(*without(argv, "--sbatch", "--max-hours"))
+            engine["accelerator"] = args.get("accelerator", read_object(run_dir / MANIFEST).get("accelerator", "auto"))
         return _write_script(Path(args["sbatch"]), run_dir, engine, argv, again)
     with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
@@ -115,10 +118,14 @@ def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], argv: list[
     require(not file.exists(), "--sbatch", "a file that is not there yet", str(file))
     require(file.parent.is_dir(), "--sbatch", "in a directory that exists", str(file))
     require_writable("--sbatch", file.parent)
-    nodes, tasks = engine["num_nodes"] or 1, engine["devices"] or 1
-    job = Job(run_dir, nodes, tasks, engine["accelerator"] != "cpu", engine["threads"], engine["max_hours"])
-    words = [*without(argv, "--sbatch", "--max-hours", "--resume", "--run-dir"), "--run-dir", str(run_dir)]
-    write_text(file, script(job, to_run(*words), again))
+    nodes, tasks, hours = engine["num_nodes"] or 1, engine["devices"] or 1, engine["max_hours"]
+    rule = f">= {LEAST_HOURS} with --sbatch (SLURM's signal comes {NOTICE} s before the end)"
+    require(hours is None or hours >= LEAST_HOURS, "--max-hours", rule, hours)
+    job = Job(run_dir, nodes, tasks, engine["accelerator"] != "cpu", engine["threads"], hours)
+    begin = again
+    if not any(word.partition("=")[0] == "--resume" for word in argv):
+        begin = to_run(*without(argv, "--sbatch", "--max-hours", "--run-dir"), "--run-dir", run_dir)
+    write_text(file, script(job, begin, again))
     print(f"written to {file}\nnext  sbatch {shlex.quote(str(file))}")
     return 0
 

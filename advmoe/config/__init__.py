@@ -6,6 +6,7 @@ Whatever is wrong with a value is a `ValueError` of one line that names the fiel
 
 from advmoe.config.config import Config, field_names, file_digest, merged, near_matches, overlaid, read_yaml
 from advmoe.config.fields import (
+    Accelerator,
     Batch,
     Channels,
     Classes,
@@ -45,9 +46,9 @@ from advmoe.config.sections import (
 )
 
 __all__ = [
-    "OWN_MODEL", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config", "Count", "DataConfig",
-    "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels", "Precision", "Processes",
-    "RoutePer", "RouterKind", "RouterNorm", "Seed", "Share", "Side", "Threads", "ThreatConfig", "TrainingConfig",
-    "Width", "Within", "field_names", "file_digest", "is_source", "merged", "near_matches", "overlaid", "read_yaml",
-    "require", "require_one_of", "require_path", "require_text", "typed",
+    "OWN_MODEL", "Accelerator", "AttackConfig", "Batch", "Channels", "Classes", "Codes", "Compute", "Config",
+    "Count", "DataConfig", "ExpertInit", "ExpertLayout", "Experts", "Hours", "ModelConfig", "ModelKind", "Pixels",
+    "Precision", "Processes", "RoutePer", "RouterKind", "RouterNorm", "Seed", "Share", "Side", "Threads",
+    "ThreatConfig", "TrainingConfig", "Width", "Within", "field_names", "file_digest", "is_source", "merged",
+    "near_matches", "overlaid", "read_yaml", "require", "require_one_of", "require_path", "require_text", "typed",
 ]  # fmt: skip

@@ -85,6 +85,9 @@ class Config(Strict):
             for weight in ("balance", "margin"):
                 value = getattr(training, weight)
                 require(value == 0, f"training.{weight}", f"0 when model.router is {name}", value)
+            for of_routers in ("router_lr", "router_momentum", "router_weight_decay"):
+                value = getattr(training, of_routers)
+                require(value is None, f"training.{of_routers}", f"left out when model.router is {name}", value)
         if training.radius > 0:
             able = " or ".join(each for each, entry in ROUTERS.items() if entry.pixels and entry.learnt)
             rule = f"{able} when training.radius is > 0"
@@ -100,6 +103,12 @@ class Config(Strict):
             self.training = replace(self.training, step_size=step)
         if isinstance(self.attack.step_size, FollowingStep):
             self.attack = replace(self.attack, step_size=FollowingStep.of(eps, 1 / 4))
+
+    def checked(self) -> Config:
+        """These settings, checked and converted as when they were made: fields may have been set since. Raises
+        `ValueError`.
+        """
+        return Config(**{each.name: replace(getattr(self, each.name)) for each in dataclasses.fields(self)})
 
     def require_trainable(self) -> None:
         """Raise `ValueError` for what can be measured but not trained: attacks within a radius of nothing."""
@@ -121,7 +130,9 @@ class Config(Strict):
             reason = f"model.kind is {model.kind}"
             add("model", "num_experts router router_norm route_per experts experts_init", reason)
             add("model", "scale" if model.kind == "dense" else "", reason)
-            add("training", "attack_routing", reason)
+            add("training", "attack_routing compute", reason)
+        elif model.kind == "moe" and model.num_experts == 1:
+            add("training", "attack_routing", "model.num_experts is 1")
         if not METHODS[t.method].adversarial:
             add("training", "attack_steps step_size beta attack_routing", f"training.method is {t.method}")
         if t.objective == "pgd-at":
@@ -130,10 +141,14 @@ class Config(Strict):
             add("training", "distill_weight", "training.teacher is left out")
         else:
             add("training", "beta", "training.teacher is given")
-        if t.warm:
+        if t.warm and t.runner_up == 0 and not isinstance(t.step_size, FollowingStep):
             add("training", "attack_steps", f"training.alternation is {t.alternation}")
         if t.fixed_norms is None:
             add("training", "frozen_norms", f"training.method is {t.method}")
+        if t.method == "sparse" and t.init_from is not None:
+            add("training", "epochs", "training.init_from is given, and is pruned at once")
+        if self.data.val_fraction == 0:
+            add("training", "val_attack_steps", "data.val_fraction is 0")
         if t.method != "sparse":
             add("training", "prune_epochs finetune_epochs", f"training.method is {t.method}")
         if t.router_objective != "codes":
@@ -163,7 +178,8 @@ class Config(Strict):
         if size > eps > 0:
             return [f"{group}.step_size {size} is longer than the radius threat.eps {eps}"]
         if steps * size < eps * (1 - 1e-6):
-            return [f"{steps} steps of {group}.step_size {size} are shorter than the radius threat.eps {eps}"]
+            taken = f"{steps} steps of {group}.step_size {size} are" if steps > 1 else f"a {group}.step_size {size} is"
+            return [f"{taken} shorter than the radius threat.eps {eps}"]
         return []
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -136,6 +136,7 @@ Seed = Annotated[int, Within(0, 2**32 - 1)]
 Workers = Annotated[int, Within(0, 256)]
 Threads = Annotated[int, Within(1, 256)]
 Processes = Annotated[int, Within(1, 256)]
+Accelerator = Literal["auto", "cpu", "cuda"]
 Hours = Annotated[float, Within(0, 100_000)]
 Count = Annotated[int, Within(1, 1_000_000_000)]
 """Of images."""

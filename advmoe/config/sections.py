@@ -105,8 +105,8 @@ class TrainingConfig(Strict):
     `shared-attack`: both on one batch, against one attack made before them; every image once an epoch, to both.
     `by-iteration`: in turns, the routers' level first; every image once an epoch, to one of them. `shared-every-K`: as
     `every-K`, but what the routers learn from is the experts' batch and the attack made on it. `warm-start`: as
-    `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng et al., CVPR 2020;
-    `attack_steps` says nothing then), which takes 2 bytes for each value of the training images.
+    `both`, but an attack is one step from the image's last perturbation (ATTA, Zheng et al., CVPR 2020), which takes 2
+    bytes for each value of the training images. Of `attack_steps` it has the `step_size` alone, if that is left out.
     """
     objective: Objective = "trades"
     """What is minimised against attacks. `trades` (Zhang et al., ICML 2019): cross-entropy on clean images, and `beta`
@@ -268,6 +268,9 @@ class TrainingConfig(Strict):
     """PGD steps on the validation split, once per epoch, to choose the best checkpoint."""
 
     def __post_init__(self) -> None:
+        for name in ("first_attack_steps", "first_image_sizes"):  # one number is no text in YAML
+            if type(number := getattr(self, name)) is int:
+                setattr(self, name, str(number))
         check_types(self, "training")
         if self.prune_epochs == 0:
             rule = "left out or >= 1 when training.prune_epochs is 0"

@@ -52,7 +52,7 @@ def recipe(name: str) -> dict[str, Any]:
     """The groups of fields that the recipe sets; `Config.from_dict` makes a configuration of them. Raises `ValueError`
     for an unknown name.
     """
-    if name not in _PARTS:
+    if not isinstance(name, str) or name not in _PARTS:
         raise InputError(f"a recipe must be a setting and a method (see `advmoe recipes`), got {name!r}")
     setting, method = _PARTS[name]
     data, backbone = SETTINGS[setting]

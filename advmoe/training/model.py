@@ -20,8 +20,8 @@ from advmoe.moe import moe_layers
 from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.pruning import adopt, deployed
 from advmoe.seeding import generator_for
-from advmoe.tables import METHODS
-from advmoe.text import one_line
+from advmoe.tables import METHODS, ROUTERS
+from advmoe.text import few, one_line
 from advmoe.training.methods import learning
 
 
@@ -37,7 +37,7 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
     Raises `ValueError`, which names the field, for a model that cannot be built, or does not fit the data.
     """
     init_from = None if resumed else config.training.init_from
-    start = None if init_from is None else load_run(init_from, config.model.source)
+    start = None if init_from is None else _start(config, dataset, init_from)
     # A plain network of the user's own, trained already, is converted with the weights that it has.
     upcycled = start.backbone if start is not None and config.model.to_moe and not start.routed else None
     with torch.random.fork_rng(devices=[]):
@@ -45,10 +45,7 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
         if config.model.source is not None:
             model = _own_model(config, dataset, upcycled or load_module(config.model.source))
         else:
-            model = create_model(
-                **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
-                in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
-            )  # fmt: skip
+            model = _described(config, dataset)
     model.spec |= labels(dataset.num_classes, dataset.classes, dataset.cut)
     if isinstance(model.router, HalfspaceRouter) and not resumed:
         _fit(model.router, dataset, config.training.seed)
@@ -64,6 +61,37 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
             reason = f"{init_from!r}, a {start.spec['kind']} {start.spec['name']} of other shape"
             raise InputError(f"training.init_from must hold a model of the shape in model.*, got {reason}") from error
     return model
+
+
+def _described(config: Config, dataset: Dataset) -> Classifier:
+    """The network of our own that the configuration describes, for images of the data's shape."""
+    try:
+        return create_model(
+            **config.model.backbone(), num_classes=dataset.num_classes, input_size=dataset.image_size,
+            in_channels=dataset.in_channels, mean=dataset.mean, std=dataset.std,
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(str(error).replace("input_size must", "data.image_size must", 1)) from error
+
+
+def _start(config: Config, dataset: Dataset, init_from: str) -> Classifier:
+    """The model of `training.init_from`. Raises `ValueError` where a part that training leaves fixed is not what
+    configuration and data say.
+    """
+    try:
+        start = load_run(init_from, config.model.source)
+    except ValueError as error:
+        raise InputError(f"training.init_from: {error}") from error
+    router, theirs = config.model.router, start.spec.get("router")
+    if config.model.kind == "moe" and not ROUTERS[router].learnt and start.router is not None and theirs != router:
+        rule = f"of a model with router {router}, as model.router has it (nothing is learnt there)"
+        raise InputError(f"training.init_from must be {rule}, got {theirs} in {init_from!r}")
+    classes = tuple(start.spec.get("classes") or dataset.classes)
+    fixed = not METHODS[config.training.method].trains_experts
+    if fixed and len(classes) == dataset.num_classes and classes != dataset.classes:
+        rule = f"of the data's classes in their order when training.method is {config.training.method}"
+        raise InputError(f"training.init_from must be {rule}, got {few(classes)} for {few(dataset.classes)}")
+    return start
 
 
 _FITTED = 5_000

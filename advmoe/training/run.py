@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from advmoe.config import Config, file_digest, is_source, require_path
+from advmoe.config import (
+    Accelerator,
+    Config,
+    Hours,
+    Processes,
+    Threads,
+    file_digest,
+    is_source,
+    require,
+    require_path,
+    typed,
+)
 from advmoe.data import Dataset, load_dataset
 from advmoe.errors import InputError
 from advmoe.files import checksum, require_writable
@@ -202,7 +213,7 @@ def _notes(config: Config, images: int) -> list[str]:
     if t.batch_size > images:
         lines.append(f"training.batch_size {t.batch_size} is more than the training images: batches are of {images}")
     total = t.epochs * (images // min(t.batch_size, images))
-    if max(level.every for level in t.levels()) > total:
+    if max(level.every for level in t.levels()) >= total:
         lines.append(f"training.alternation {t.alternation} trains the routers once: the run has {total} iterations")
     return lines
 
@@ -246,6 +257,7 @@ def _start(run: _Launch) -> Path:
         raise InputError(f"devices must divide training.batch_size={batch_size} into shares of >= 2, got {devices!r}")
     present, here = torch.cuda.device_count(), devices if member is None else member.local_world
     if present < here and (run.accelerator == "cuda" or (run.accelerator == "auto" and present)):
+        require(present > 0, "accelerator", "cpu or auto, as there is no CUDA device", run.accelerator)
         rule = f"<= the {present} CUDA devices present (or go with --accelerator cpu)"
         raise InputError(f"devices must be {rule}, got {here!r}")
     require_writable("run_dir", run.run_dir)
@@ -298,7 +310,11 @@ def train(
     """
     run_dir = Path(run_dir)
     require_path("run_dir", str(run_dir))
+    if not isinstance(config, Config):
+        raise InputError(f"config must be a Config (advmoe.recipe makes one), got a {type(config).__name__}")
+    config = config.checked()
     config.require_trainable()
+    _require_engine(devices, num_nodes, accelerator, threads, max_hours)
     devices = _processes(devices, num_nodes) or 1
     if rank() == 0:
         _require_empty(run_dir)
@@ -310,6 +326,17 @@ def train(
             notes=notes, max_hours=max_hours, after_epoch=after_epoch,
         )
     )  # fmt: skip
+
+
+def _require_engine(
+    devices: int | None, num_nodes: int | None, accelerator: str | None, threads: int | None, max_hours: float | None
+) -> None:
+    """Raise `ValueError` for what says where and how long to compute, and cannot be."""
+    typed("devices", Processes | None, devices)
+    typed("num_nodes", Processes | None, num_nodes)
+    typed("accelerator", Accelerator | None, accelerator)
+    typed("threads", Threads | None, threads)
+    typed("max_hours", Hours | None, max_hours)
 
 
 def _take_teacher(config: Config, given: str | None) -> None:
@@ -344,6 +371,7 @@ def resume(
     weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
+    _require_engine(devices, num_nodes, accelerator, threads, max_hours)
     run_dir = Path(run_dir)
     require_plain(run_dir)
     for name in (CONFIG, MANIFEST):

@@ -19,6 +19,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import trades_attack
 from advmoe.config import AttackConfig, Config, Pixels
 from advmoe.data import Dataset, Variation
+from advmoe.errors import InputError
 from advmoe.evaluation.halfspaces import halfspaces_of
 from advmoe.evaluation.outcomes import Clean, Measurement, outcomes, summary
 from advmoe.models import Classifier
@@ -148,6 +149,8 @@ class Trainer:
         t = self.config.training
         search = self._search(generator, None if earlier is None else 1)
         labels = y if t.inner[1] == "ce" else None
+        if labels is None and t.inner[1] == "ce":
+            raise InputError("y must be given for an attack that ascends the cross-entropy, got None")
         each = {"held": earlier, "labels": labels, "target": None if self.teacher is None else self.teacher(x)}
         with frozen(self.model), self.fabric.autocast(), shown(False):
             routing = t.attack_routing if self.model.routed else "straight-through"

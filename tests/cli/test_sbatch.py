@@ -1,5 +1,6 @@
 """The script for SLURM: what it asks for, what it starts and continues, and when it goes back into the queue."""
 
+import json
 import os
 import subprocess
 
@@ -7,6 +8,7 @@ import pytest
 
 from advmoe import cli
 from advmoe.cli.sbatch import without
+from advmoe.config import Config
 
 TRAIN = ["train", "--config", "digits-advmoe", "--run-dir", "runs/my run", "--training.seed", "3"]
 PROGRAMS = {
@@ -51,7 +53,30 @@ def test_a_script_begins_continues_and_requeues(workplace, capsys):
     assert ran(workplace, 2) == ([f"{begin} --run-dir runs/my run"], 2)
     (workplace / "runs" / "my run").mkdir(parents=True)
     (workplace / "runs" / "my run" / "config.yaml").touch()
-    assert ran(workplace, 85) == (["advmoe train --resume runs/my run", "scontrol requeue 77"], 0)
+    for code in (85, 138):  # saved, or signalled before there was anything to save
+        assert ran(workplace, code) == (["advmoe train --resume runs/my run", "scontrol requeue 77"], 0)
+
+
+def test_a_script_that_continues_a_run_keeps_the_options_of_its_command(workplace):
+    run = workplace / "runs" / "begun"
+    run.mkdir(parents=True)
+    Config.from_dict({}).dump(run / "config.yaml")
+    (run / "manifest.json").write_text(json.dumps({"accelerator": "cpu"}))
+    words = ["train", "--resume", "runs/begun", "--threads", "2", "--tensorboard", "--sbatch", "job.sh"]
+    assert cli.main([*words, "--max-hours", "2"]) == 0
+    assert "gpus" not in (workplace / "job.sh").read_text()
+    assert ran(workplace, 0) == (["advmoe train --resume runs/begun --threads 2 --tensorboard"], 0)
+
+
+def test_a_run_directory_may_begin_like_an_option(workplace):
+    assert cli.main(["train", "--config", "digits-advmoe", "--run-dir=-odd", "--sbatch", "job.sh"]) == 0
+    assert ran(workplace, 0) == (["advmoe train --config digits-advmoe --run-dir ./-odd"], 0)
+
+
+def test_a_job_has_time_to_begin(workplace, capsys):
+    assert cli.main([*TRAIN, "--sbatch", "job.sh", "--max-hours", "0.05"]) == 2
+    assert "--max-hours must be >= 0.1 with --sbatch" in capsys.readouterr().err
+    assert not (workplace / "job.sh").exists()
 
 
 @pytest.mark.parametrize("file", ["there.sh", "absent/job.sh"])

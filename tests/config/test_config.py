@@ -36,6 +36,10 @@ from advmoe.documents import parse_yaml
             "(nothing to train there), got 'advmoe'",
         ),
         (
+            lambda: Config(model=ModelConfig(router="fixed-top"), training=TrainingConfig(method="at", router_lr=1)),
+            "training.router_lr must be left out when model.router is fixed-top, got 1.0",
+        ),
+        (
             lambda: Config(model=ModelConfig(router="fixed-mean"), training=TrainingConfig(method="at", balance=1)),
             "training.balance must be 0 when model.router is fixed-mean, got 1",
         ),
@@ -82,6 +86,28 @@ def test_errors_name_field_rule_and_value(make, message: str) -> None:  # type: 
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_fields_that_were_set_since_are_checked_and_what_follows_follows() -> None:
+    config = Config()
+    config.threat.eps, config.training.lr = "4/255", "0.5"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^training\.lr must be a number, got '0.5'$"):
+        config.checked()
+    config.training.lr = 0.5
+    checked = config.checked()
+    assert (str(checked.threat.eps), str(checked.training.step_size)) == ("4/255", "2.5/255")
+    assert (
+        checked == checked.checked()
+        and Config(training=TrainingConfig(step_size=Pixels("3/255")))
+        == Config(training=TrainingConfig(step_size=Pixels("3/255"))).checked()
+    )
+
+
+def test_one_number_says_what_text_says() -> None:
+    numbers = {"epochs": 5, "first_attack_steps": 3, "first_image_sizes": 16}
+    assert Config.from_dict({"training": numbers}) == Config.from_dict(
+        {"training": {name: str(value) if name != "epochs" else value for name, value in numbers.items()}}
+    )
+
+
 def test_what_can_be_measured_but_not_trained() -> None:
     Config(training=TrainingConfig(method="standard"), threat=ThreatConfig(eps=0)).require_trainable()
     for eps in (0, 1e-7):
@@ -103,6 +129,13 @@ def test_notes_tell_what_fields_do_not_do() -> None:
     assert notes("training.beta", training={"objective": "pgd-at"}) == [
         "training.beta changes nothing: training.objective is pgd-at"
     ]
+    assert notes("training.attack_steps", training={"alternation": "warm-start"}) == []  # its step follows from them
+    assert notes("training.attack_steps", training={"alternation": "warm-start", "step_size": "8/255"}) == [
+        "training.attack_steps changes nothing: training.alternation is warm-start"
+    ]
+    assert notes("training.val_attack_steps", data={"val_fraction": 0}) == [
+        "training.val_attack_steps changes nothing: data.val_fraction is 0"
+    ]
     assert notes("", training={"optimizer": "adamw", "lr": 0.01}) == []
     assert notes("", training={"optimizer": "adamw"}) == [
         "training.lr 0.1 is long for adamw, whose steps are of about that size"
@@ -117,6 +150,9 @@ def test_notes_tell_what_fields_do_not_do() -> None:
     assert notes("", training={"step_size": "4/255"}) == []  # as long as the radius together
     assert notes("", training={"step_size": "3/255"}) == [
         "2 steps of training.step_size 3/255 are shorter than the radius threat.eps 8/255"
+    ]
+    assert notes("", training={"step_size": "3/255", "attack_steps": 1}) == [
+        "a training.step_size 3/255 is shorter than the radius threat.eps 8/255"
     ]
     assert notes("", attack={"steps": 3}) == [
         "3 steps of attack.step_size 2/255 are shorter than the radius threat.eps 8/255"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -221,6 +222,35 @@ def test_images_that_make_no_equal_shares_of_two_are_refused(images, processes):
     rule = rf"make batches that {processes} processes share equally, of >= 2 images each, got {images} a batch"
     with pytest.raises(ValueError, match=rule):
         run_module._require_shares(tiny(), SimpleNamespace(train=range(images)), processes)
+
+
+def test_settings_are_checked_again_where_fields_were_set_since(tmp_path):
+    config = tiny()
+    config.training.epochs = -5
+    with pytest.raises(ValueError, match=r"^training\.epochs must be >= 1, got -5$"):
+        train(config, run_dir=tmp_path / "run")
+    config = tiny()
+    config.training.method, config.training.margin = "standard", 0.5
+    with pytest.raises(ValueError, match=r"^training\.method must be .* when training\.margin is > 0, got 'standard'"):
+        train(config, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"devices": "2"}, "devices must be a whole number"), ({"devices": 0}, "devices must be >= 1"),
+        ({"devices": True}, "devices must be a whole number"), ({"threads": -1}, "threads must be >= 1"),
+        ({"threads": 1.5}, "threads must be a whole number"), ({"accelerator": "tpu"}, "accelerator must be one of"),
+        ({"max_hours": "1"}, "max_hours must be a number"), ({"max_hours": math.nan}, "max_hours must be >= 0"),
+        ({"config": {}}, r"config must be a Config \(advmoe.recipe makes one\), got a dict"),
+        ({"config": "digits-advmoe"}, "config must be a Config"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_before_anything_is_made(tmp_path, options, rule):
+    with pytest.raises(ValueError, match=f"^{rule}"):
+        train(**{"config": tiny(), "run_dir": tmp_path / "run", **options})
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_processes_than_gpus_are_refused_where_these_would_compute(tmp_path, monkeypatch):

@@ -280,6 +280,8 @@ def test_pgd_at_is_cross_entropy_on_what_its_attack_makes(level):
             model, x, threat=trainer.threat, steps=2, step_size=0.06, generator=seeded(), labels=y, uniform=True
         )
     assert torch.equal(trainer.attack(x, seeded(), y=y), x_adv)
+    with pytest.raises(ValueError, match=r"^y must be given for an attack that ascends the cross-entropy, got None$"):
+        trainer.attack(x, seeded())
     before = state(trainer.model)
     terms = trainer.step(level, x, y, seeded())
     with learning(model, level.part):
