@@ -22,6 +22,12 @@ def lacking(what: str, extra: str, error: ImportError) -> InputError:
     return InputError(f"{what} needs the extra {extra}: pip install 'advmoe[{extra}]', got: {error}")
 
 
+def require_whole(name: str, number: object, least: int) -> None:
+    """Raise `InputError` unless what is called `name` is a whole number of at least `least`."""
+    if type(number) is not int or number < least:
+        raise InputError(f"{name} must be a whole number >= {least}, got {number!r}")
+
+
 def of_machine(error: BaseException) -> bool:
     """Whether the machine failed: no room on the disk or in memory, a file or permission that went, no descriptors."""
     if isinstance(error, OSError | MemoryError):

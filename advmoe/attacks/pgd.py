@@ -136,7 +136,14 @@ class Loss:
         """The loss that `function`, (logits (N, K), classes (N,)) -> (N,), gives each image."""
 
         def at(forward: Predict, x: Tensor, labels: Tensor) -> AttackLoss:
-            return lambda logits: function(logits, labels).sum()
+            def total(logits: Tensor) -> Tensor:
+                each = function(logits, labels)
+                if not isinstance(each, Tensor) or each.shape != labels.shape:
+                    got = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
+                    raise InputError(f"a loss must give each image a number, {tuple(labels.shape)}, got {got}")
+                return each.sum()
+
+            return total
 
         return Loss(at, from_labels=from_labels, least_classes=least_classes)
 

@@ -101,6 +101,12 @@ def _settings(args: dict[str, Any]) -> Any:
         allow=split_words(args.get("allow", "")), **chosen,
     )  # fmt: skip
     settings.config.require_trainable()
+    if settings.attacks is not None:
+        from advmoe.evaluation.suite import ATTACKS
+
+        require(bool(settings.attacks), "--attacks", "at least one attack", "none")
+        for name in settings.attacks:
+            ATTACKS.require("--attacks", name)
     return settings
 
 

@@ -299,7 +299,8 @@ def near_matches(name: str, names: Iterable[str]) -> list[str]:
     here = {known.rpartition(".")[2]: known for known in names if group and known.rpartition(".")[0] == group}
     if there := [known for known in found if known in here.values()] or found:
         return there
-    return [here[near] for near in difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)]
+    swapped = [known for each, known in here.items() if sorted(each) == sorted(leaf)]  # of few letters most are others
+    return swapped or [here[near] for near in difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)]
 
 
 def unknown_field(name: str) -> InputError:

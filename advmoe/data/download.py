@@ -72,6 +72,8 @@ def _fetch(url: str, path: Path, expected: str, kind: str, field: str) -> None:
         try:
             if _receive(url, part, lambda: _CHECKSUMS[kind](part) == expected):
                 break
+        except ValueError as error:  # of an address that is none
+            raise InputError(f"{field} must name an address, got {url!r}: {one_line(error)}") from error
         except (OSError, http.client.HTTPException) as error:
             reason = one_line(error)
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:

@@ -112,7 +112,7 @@ def _run(target: str | Path, number: int, options: Options) -> CostSubject:
     input_shape(own)  # the ways to time it need one
     models = _with_references(own)
     models[own.spec["kind"]] = deployed(own)
-    if source is not None and "dense" not in models:
+    if source is not None and "layers" in own.spec:  # converted
         models["dense"] = Classifier(own.normalize, load_module(source), None, own.spec | {"kind": "dense"}).eval()
     images, which = run_images(target, own, number, source=source, overrides=options.overrides)
     repeated = images.repeat(-(-number // len(images)), 1, 1, 1)[:number]

@@ -288,6 +288,8 @@ class FunctionAttack:
             if not isinstance(adversarial, Tensor) or adversarial.shape != x.shape:
                 got = getattr(adversarial, "shape", type(adversarial).__name__)
                 raise InputError(f"the attack {self.name} must return images {tuple(x.shape)}, got {got}")
+            if not bool(adversarial.isfinite().all()):
+                raise InputError(f"the attack {self.name} must return finite pixels, got NaN or infinity")
             return Proposals(adversarial.detach().to(x))
 
         return Attack(self.name, (AttackPart(self.name, run),), {}, ())

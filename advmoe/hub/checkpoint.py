@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advmoe import __version__
 from advmoe.errors import InputError
 from advmoe.files import write_text
@@ -53,6 +55,10 @@ class PublishedModel:
         if isinstance(model, str | Path) and Path(model).is_dir():
             model = load_run(model, source)
         if isinstance(model, Classifier):
+            others = {each.dtype for each in model.state_dict().values() if each.is_floating_point()} - {torch.float32}
+            if others:
+                raise InputError(f"model must be in float32 to be saved (model.float()), got {others.pop()}")
+            class_names(model.spec)
             return PublishedModel(model, _recorded(model), license, repo_id)
         got = repr(str(model)) if isinstance(model, str | Path) else f"an object of type {type(model).__name__}"
         raise InputError(f"model must be a run directory or a model of advmoe's, got {got}")

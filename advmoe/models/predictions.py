@@ -76,6 +76,8 @@ def _predictions(network: Network, spec: Mapping[str, Any], pictures: Iterable[P
 
 def class_names(spec: Mapping[str, Any]) -> list[str]:
     """The names of a model's classes: numbers where it knows none."""
+    if spec.get("classes") is None and spec.get("num_classes") is None:
+        raise InputError("a model must know its number of classes (to_moe learns it of an `example`), got none")
     return list(spec.get("classes") or map(str, range(spec["num_classes"])))
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from advmoe.errors import InputError
+from advmoe.moe.layer import require_numbered
 from advmoe.text import few, one_line
 
 Predict = Callable[[Tensor], Tensor]
@@ -64,6 +65,7 @@ def load_classifier(spec: str, weights: str | None = None) -> Predict:
     with torch.random.fork_rng(devices=[]), _importable(file.parent, folder):
         model = _instance(_factory(_executed(file, folder), name, spec), file, spec)
     if isinstance(model, nn.Module):
+        require_numbered(model)
         if path is not None:
             _load_weights(model, path)
         model.eval()

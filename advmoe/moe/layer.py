@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe import ops
-from advmoe.errors import InputError
+from advmoe.errors import InputError, require_whole
 from advmoe.moe.repeats import unrecorded
 from advmoe.moe.routers import RouterOwner
 from advmoe.moe.routing import Routing, active_routing, keep
@@ -46,6 +46,11 @@ class MoELayer(RouterOwner, ABC):
         self, *, bank_rows: int, expert_rows: int, num_experts: int, layer: int, router: nn.Module | None
     ) -> None:
         super().__init__()
+        for name, number, least in (
+            ("num_experts", num_experts, 1), ("layer", layer, 0), ("expert_rows", expert_rows, 1),
+            ("bank_rows", bank_rows, expert_rows),
+        ):  # fmt: skip
+            require_whole(name, number, least)
         self.num_experts, self.layer, self.bank_rows, self.expert_rows = num_experts, layer, bank_rows, expert_rows
         self.rows = windows(bank_rows, expert_rows, num_experts)
         self.adjacent = [r[0] if r[-1] - r[0] + 1 == len(r) else None for r in self.rows]
@@ -192,6 +197,14 @@ class MoELayer(RouterOwner, ABC):
                     return later
             scores = self.router(x)
             return scores
+
+
+def require_numbered(module: nn.Module) -> None:
+    """Raise `InputError` unless the MoE layers in a module are numbered 0, 1, 2, ..., by which pathways are told."""
+    numbers = [each.layer for each in moe_layers(module)]
+    if numbers != list(range(len(numbers))):
+        rule = "numbered 0, 1, 2, ... (`layer`), each number once"
+        raise InputError(f"the MoE layers of a network must be {rule}, got {', '.join(map(str, numbers))}")
 
 
 def moe_layers(module: nn.Module) -> list[MoELayer]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe.errors import require_whole
 from advmoe.moe.routing import active_routing
 from advmoe.ops import router_scores
 
@@ -42,6 +43,7 @@ class LayerRouter(nn.Module):
 
     def __init__(self, channels: int, num_experts: int, *, per_token: bool = False, norm: NormKind = "batch") -> None:
         super().__init__()
+        require_whole("num_experts", num_experts, 1)
         self.per_token = per_token
         hidden = max(8, min(64, channels // 4))
         self.norm = _norm(norm, channels)

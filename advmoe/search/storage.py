@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe.errors import lacking
+from advmoe.errors import InputError, lacking
 from advmoe.search.settings import JOURNAL, SearchSettings
 from advmoe.search.space import Dimension
+from advmoe.text import one_line
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -50,10 +51,13 @@ def open_study(folder: Path, settings: SearchSettings, number: int = 0) -> Study
         "none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner(n_startup_trials=STARTUP // 2),
         "asha": optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     }[settings.pruner]  # fmt: skip
-    study: Study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file))), study_name=NAME,
-        direction="maximize", sampler=sampler, pruner=pruner, load_if_exists=True,
-    )  # fmt: skip
+    try:
+        study: Study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file))), study_name=NAME,
+            direction="maximize", sampler=sampler, pruner=pruner, load_if_exists=True,
+        )  # fmt: skip
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{file} must be a journal of Optuna's, got {one_line(error)}: it is damaged") from error
     return study
 
 

@@ -49,7 +49,7 @@ def discover() -> None:
             _executed.add(point.value)
             try:
                 point.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise InputError(f"the plugin {point.name} ({point.value}) must load, got {one_line(error)}") from error
 
 
@@ -66,7 +66,7 @@ def _execute(file: Path) -> None:
     _executed.add(str(file))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         _executed.discard(str(file))
         raise InputError(f"the plugin {str(file)!r} must run, got {one_line(error)}") from error

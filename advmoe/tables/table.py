@@ -103,7 +103,10 @@ class Table(MutableMapping[str, Entry]):
         return name in self._entries and name not in self._own
 
     def add(self, name: str, entry: Entry) -> None:
-        """Add an entry. Raises `InputError` where the name is taken."""
+        """Add an entry. Raises `InputError` for what is no name, or one that is taken."""
+        if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) is None:
+            rule = "a name of letters, digits, _, ., + and -, the first a letter, digit or _"
+            raise InputError(f"{self.field} must get {rule}, got {show(name)}")
         if self._named(name) is not None:
             raise InputError(f"{self.field} has {show(name)} already")
         self._entries[name] = entry

@@ -18,6 +18,7 @@ from advmoe.documents import MOST_JSON, parse_object
 from advmoe.errors import InputError
 from advmoe.files import checksum, read_object
 from advmoe.rundir import CONFIG, MODEL, WEIGHTS
+from advmoe.tables import KINDS
 from advmoe.text import nearest, one_line, printable, show
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ FILES = (CONFIG, MODEL, WEIGHTS)
 TIMEOUT = 30.0
 """Seconds without an answer after which an index is given up."""
 
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -120,8 +121,11 @@ class Entry:
                 same=_measured(agreement["same"] / agreement["images"], agreement["images"]),
                 routed=told["kind"] == "moe",
             )  # fmt: skip
-            sound = _NAME.fullmatch(name) and all(map(_SHA256.fullmatch, (entry.digest, *entry.files.values())))
-            if not (sound and "clean" in entry.accuracy and (_online(entry.url) or _NAME.fullmatch(entry.url))):
+            sound = NAME.fullmatch(name) and all(map(_SHA256.fullmatch, (entry.digest, *entry.files.values())))
+            sound = sound and told["kind"] in KINDS and isinstance(worst["attacks"], list)
+            sound = sound and 0 <= entry.eps <= 10_000 and 0 < entry.gmacs <= 1e6 and abs(entry.masking_gap or 0) <= 1
+            sound = sound and 0 < entry.active_parameters <= entry.parameters <= 10**12
+            if not (sound and "clean" in entry.accuracy and (online(entry.url) or NAME.fullmatch(entry.url))):
                 raise ValueError(name)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
@@ -133,8 +137,8 @@ class Entry:
         """The folder of its files, each with its checksum: where they lie or, of an address, in the user's cache, to
         which they are downloaded first. Raises `ValueError` for a file that is missing, damaged or not to be had.
         """
-        address = self.url if _online(self.url) else f"{self.zoo}/{self.url}"
-        if not _online(address):
+        address = self.url if online(self.url) else f"{self.zoo}/{self.url}"
+        if not online(address):
             for file, expected in self.files.items():
                 path = Path(address, file)
                 got = checksum(path) if path.is_file() else "no file"
@@ -151,7 +155,7 @@ class Entry:
 
 def _measured(value: Any, images: Any) -> Measured:
     measured = Measured(float(value), int(images))
-    if not (0 <= measured.value <= 1 and measured.images >= 1):
+    if not (0 <= measured.value <= 1 and 1 <= measured.images <= 1_000_000_000):
         raise ValueError(value)
     return measured
 
@@ -170,7 +174,7 @@ def entries() -> dict[str, Entry]:
     that cannot be read.
     """
     other = os.environ.get(PLACE)
-    first = {} if not other else entries_of(other.rstrip("/") if _online(other) else Path(other))
+    first = {} if not other else entries_of(other.rstrip("/") if online(other) else Path(other))
     return first | {name: entry for name, entry in entries_of(PACKED).items() if name not in first}
 
 
@@ -184,14 +188,14 @@ def entries_of(zoo: str | Path) -> dict[str, Entry]:
 
 def _index(zoo: str | Path) -> dict[str, Any]:
     path = f"{zoo}/{INDEX}"
-    if not _online(path):
+    if not online(path):
         if not Path(path).is_file():
             raise InputError(f"{PLACE} must be a folder or an address that holds {INDEX}, got {str(zoo)!r}")
         return read_object(Path(path), finite=True)
     try:
         with urllib.request.urlopen(path, timeout=TIMEOUT) as response:
             text = response.read(MOST_JSON + 1)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # an address that is none is a `ValueError`
         raise InputError(
             f"{PLACE} must be a folder or an address that holds {INDEX}, got {str(zoo)!r}: {one_line(error)}"
         ) from error
@@ -200,7 +204,8 @@ def _index(zoo: str | Path) -> dict[str, Any]:
     return parse_object(text, path, finite=True)
 
 
-def _online(address: str) -> bool:
+def online(address: str) -> bool:
+    """Whether this is an address, not a folder."""
     return address.startswith(("https://", "http://"))
 
 

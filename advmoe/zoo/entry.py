@@ -24,7 +24,7 @@ from advmoe.models.runs import load_run
 from advmoe.models.state import digest, savable, write_tensors
 from advmoe.rundir import CONFIG, DIGEST, EXAMPLES, MODEL, WEIGHTS, digest_at
 from advmoe.text import show
-from advmoe.zoo import FILES, INDEX, Entry
+from advmoe.zoo import FILES, INDEX, NAME, Entry, online
 
 LEAST_AGREEMENT = 0.99
 """The share of the evaluated images on which rounded weights must predict what the evaluated ones did."""
@@ -146,6 +146,11 @@ def make_entry(
     many it left is in the entry. Raises `ValueError` for what cannot be used, before anything is written.
     """
     run, out = Path(run), Path(out)
+    if not NAME.fullmatch(label.name):
+        rule = "small letters and digits, in words joined by -"
+        raise InputError(f"name must be {rule}, got {show(label.name)}")
+    if label.url and not (online(label.url) or NAME.fullmatch(label.url)):
+        raise InputError(f"url must be an http(s) address or a folder's name, got {show(label.url)}")
     model = load_run(run)
     if "source" in model.spec:
         raise InputError(f"a zoo's model must be of a backbone of this library's, got {run} with a network of its own")

@@ -33,6 +33,8 @@ def advmoe(tmp_path, monkeypatch, capsys):
         (["space.yaml", *FIELDS, "--training.lr", "0.1"], "--training.lr must be left out, as the space varies it"),
         (["space.yaml", *FIELDS, "--objective", "best"], "--objective must be one of worst_case, clean_accuracy"),
         (["space.yaml", *FIELDS, "--pruner", "half"], "--pruner must be one of none, median, asha, got 'half'"),
+        (["space.yaml", *FIELDS, "--attacks", "pdg"], "--attacks must be one of routed, autoattack"),
+        (["space.yaml", *FIELDS, "--attacks", ","], "--attacks must be at least one attack"),
         (["space.yaml", *FIELDS, "--calibrate"], "--calibrate must be with --dry-run, got 'no --dry-run'"),
         (["space.yaml", *FIELDS, "--trials", "0"], "--trials must be >= 1"),
         (["space.yaml", *FIELDS, "--partition", "gpu"], "--partition must go with --engine slurm"),

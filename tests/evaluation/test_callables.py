@@ -1,5 +1,7 @@
 """Attacks and data of the user's own in `evaluate`: functions, and whatever yields batches."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,11 @@ def test_a_function_that_fails_leaves_no_name_behind() -> None:
     def short(predict, x, y, *, threat, seed):
         return x[:1]
 
+    def nowhere(predict, x, y, *, threat, seed):
+        return x * math.nan
+
+    with pytest.raises(InputError, match="the attack nowhere must return finite pixels, got NaN or infinity"):
+        evaluate(redder, (X, Y), attacks=[nowhere], threat=THREAT)
     with pytest.raises(InputError, match=r"the attack short must return images \(4, 3, 2, 2\)"):
         evaluate(redder, (X, Y), attacks=[short], threat=THREAT)
     assert "short" not in ATTACKS

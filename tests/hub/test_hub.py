@@ -383,3 +383,14 @@ except ValueError as error:
     assert sorted(hub.files) == ["README.md", "config.json", "model.json", "model.safetensors"]
     assert "**Not evaluated.**" in hub.files["README.md"].decode()
     assert refused.startswith("lab/tiny cannot be pushed to the Hub: ") and "404" in refused
+
+
+def test_a_model_that_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model must be in float32 to be saved .*, got torch\.float16$"):
+        advmoe.save_pretrained(small().half(), tmp_path / "half")
+    unknown = advmoe.to_moe(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(5)))
+    with pytest.raises(ValueError, match=r"^a model must know its number of classes"):
+        advmoe.save_pretrained(unknown, tmp_path / "unknown")
+    with pytest.raises(ValueError, match=r"^a model must know its number of classes"):
+        unknown.predict(torch.rand(3, 9, 9))
+    assert not (tmp_path / "half").exists() and not (tmp_path / "unknown").exists()

@@ -357,3 +357,14 @@ def test_a_module_that_refuses_its_weights(write, weights):
     with pytest.raises(ZeroDivisionError):  # the user's own code, with its traceback
         load_classifier(f"{write(text)}:Net", weights())
     assert isinstance(load_classifier(f"{write(text)}:Net"), nn.Module)
+
+
+def test_moe_layers_of_one_number_are_refused(write):
+    text = """
+from torch import nn
+from advmoe.moe import MoELinear
+
+def build():
+    return nn.Sequential(*(MoELinear(3, 3, bank_rows=6, num_experts=2, layer=0) for _ in range(2)))
+"""
+    assert message(f"{write(text)}:build").startswith("the MoE layers of a network must be numbered 0, 1, 2, ")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from advmoe.moe import MoELinear, route
-from advmoe.moe.layer import windows
+from advmoe.moe.layer import require_numbered, windows
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,20 @@ def test_a_batch_of_another_length_than_its_scores_is_named():
     with route() as routing, pytest.raises(ValueError, match=r"MoE layer 0 must get one row for each of the 2 images"):
         routing.shared = [torch.zeros(2, 2)]
         linear(layer=0)(torch.rand(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("num_experts", 0, 1), ("num_experts", 2.0, 1), ("num_experts", True, 1), ("layer", -1, 0), ("layer", "a", 0),
+     ("layer", 1.5, 0), ("bank_rows", 1, 2), ("bank_rows", 0, 2)],
+)  # fmt: skip
+def test_what_no_layer_can_be(name, value, least):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number >= {least}, got {value!r}$"):
+        linear(**{name: value})
+
+
+def test_layers_of_a_network_are_numbered_once():
+    require_numbered(nn.Sequential(linear(layer=1), linear(layer=0), nn.ReLU()))
+    for numbers, told in (((0, 0, 1), "0, 0, 1"), ((5, 0), "0, 5"), ((1,), "1")):
+        with pytest.raises(ValueError, match=rf"must be numbered 0, 1, 2, .* once, got {told}$"):
+            require_numbered(nn.Sequential(*(linear(layer=number) for number in numbers)))

@@ -51,3 +51,11 @@ def test_without_optuna_one_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match=r"search needs the extra search: pip install 'advmoe\[search\]'"):
         require_optuna()
+
+
+def test_a_damaged_journal_is_named(make_settings, tmp_path):
+    ready(open_study(tmp_path, make_settings()), 2)
+    journal = tmp_path / "optuna.journal"
+    journal.write_text(journal.read_text() + "x\n{}\n")
+    with pytest.raises(InputError, match=r"optuna\.journal must be a journal of Optuna's, got JSONDecodeError"):
+        open_study(tmp_path, make_settings())

@@ -88,3 +88,10 @@ def test_a_package_registers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     points.append(Broken())
     with pytest.raises(InputError, match=r"the plugin two \(other\.module\) must load"):
         BACKBONES.find("what no table has")
+
+
+def test_a_plugin_that_ends_the_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.setenv(plugins.PLUGINS, str(tmp_path / "ends.py"))
+    with pytest.raises(InputError, match=r"^the plugin '.*ends\.py' must run, got SystemExit: 3$"):
+        plugins.discover()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,12 @@ def test_a_new_entry_is_a_choice_of_its_field(monkeypatch):
     assert "data.workers" not in Config(data=DataConfig(name="mine")).idle()
     with pytest.raises(InputError, match=r"training\.method must be one that trains routers"):
         TrainingConfig(method="experts-only", balance=0.1)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "--x", "a,b", "zoo:x", "\x1b[31m", 3, None])
+def test_what_is_no_name_is_not_added(name: Any) -> None:
+    table = Table[int]("thing", {"one": 1})
+    with pytest.raises(InputError, match=r"^thing must get a name of letters, digits"):
+        table.add(name, 2)
+    table.add("two-2.x+y_z", 2)
+    assert list(table) == ["one", "two-2.x+y_z"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import advmoe
 from advmoe.cli import main
+from advmoe.errors import InputError
 from advmoe.files import checksum
 from advmoe.rundir import stored_digest
 from advmoe.zoo import FILES, INDEX, PACKED, PLACE, Entry, entries, entries_of, find
@@ -102,6 +103,27 @@ def test_the_package_stays_small_and_holds_nothing_else() -> None:
     assert {each.name for each in folders} == set(NAMES)
     assert all({file.name for file in each.iterdir()} == {*FILES, "README.md"} for each in folders)
     assert sum(file.stat().st_size for each in folders for file in each.iterdir()) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value"),
+    [(None, "kind", "x"), (None, "kind", None), (None, "masking_gap", 1e5), ("worst_case", "images", 1e308),
+     ("worst_case", "attacks", "x"), ("threat", "eps", -1), ("cost", "gmacs", -1), ("cost", "gmacs", 1e308),
+     ("cost", "parameters", -1), (None, "url", "http://[::1")],
+)  # fmt: skip
+def test_numbers_that_no_model_has_are_refused(zoo: Path, group: str | None, field: str, value: Any) -> None:
+    index = json.loads((zoo / INDEX).read_text())
+    told = index["models"]["mine"]
+    (told if group is None else told[group])[field] = value
+    (zoo / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError):
+        entries()["mine"].folder()
+
+
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PLACE, "http://[::1")
+    with pytest.raises(InputError, match=r"^ADVMOE_ZOO must be a folder or an address"):
+        entries()
 
 
 def test_a_run_is_loaded_as_well(zoo: Path) -> None:

@@ -23,7 +23,7 @@ from advmoe.models.classifier import Classifier
 from advmoe.models.convert.candidates import candidates, watch
 from advmoe.models.convert.probe import SAME, image_spec, logits_of, require_same, spec_of
 from advmoe.models.convert.replacing import Conversion, ConvertedClassifier, convert, normalizer
-from advmoe.moe.layer import moe_layers
+from advmoe.moe.layer import moe_layers, require_numbered
 from advmoe.tables import ROUTERS
 from advmoe.text import show
 
@@ -139,11 +139,8 @@ def _require_room(spec: dict[str, Any], module: nn.Module, most: int) -> None:
 
 
 def _as_it_is(module: nn.Module, images: dict[str, Any]) -> Classifier:
-    numbers = [each.layer for each in moe_layers(module)]
-    if numbers != list(range(len(numbers))):
-        rule = "numbered 0, 1, 2, ... (`layer`), each number once"
-        raise InputError(f"the MoE layers of module must be {rule}, got {', '.join(map(str, numbers))}")
-    kind = "moe" if numbers else "dense"
+    require_numbered(module)
+    kind = "moe" if moe_layers(module) else "dense"
     spec = {"name": type(module).__name__, "kind": kind, "source": None, "mean": None, "std": None, **images}
     return Classifier(nn.Identity(), module, None, spec)
 
