@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from advmoe.errors import InputError, require_whole
 from advmoe.tables.table import Family, Table
 
 PAPER = "https://arxiv.org/abs/2308.10110"
@@ -34,6 +35,14 @@ class Level:
     warm: bool = False
     """Whether the attack is one step from an image's last perturbation (ATTA, Zheng et al., CVPR 2020)."""
 
+    def __post_init__(self) -> None:
+        if self.part not in get_args(Part):
+            raise InputError(f"a level's part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
+        for name, least in (("batch", 0), ("every", 1), ("turn", 0)):
+            require_whole(f"a level's {name}", getattr(self, name), least)
+        if self.turn >= self.every:
+            raise InputError(f"a level's turn must be less than its every={self.every}, got {self.turn}")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -51,6 +60,10 @@ class Method:
     """The one kind of network that it trains, where it trains no other."""
     frozen_norms: str | None = None
     """What `training.frozen_norms` is where it is left out; None where no part stays fixed for good."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.levels, tuple) or not self.levels or not all(isinstance(e, Level) for e in self.levels):
+            raise InputError(f"a method's levels must be Levels in a tuple, at least one, got {self.levels!r}")
 
     @property
     def adversarial(self) -> bool:

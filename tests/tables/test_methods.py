@@ -56,3 +56,25 @@ def test_k_is_a_whole_number_from_2(name):
 def test_every_k_runs_the_routers_level_in_every_kth_iteration():
     assert ALTERNATIONS.find("every-4").levels == (Level("routers", every=4), Level("experts", batch=1))
     assert ALTERNATIONS.find("shared-every-3").levels == (Level("routers", every=3), Level("experts"))
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("x", {}, "a level's part must be one of all, experts, routers, scores, got 'x'"),
+        ("all", {"batch": -1}, "a level's batch must be a whole number >= 0, got -1"),
+        ("all", {"batch": "1"}, "a level's batch must be a whole number >= 0, got '1'"),
+        ("all", {"every": 0}, "a level's every must be a whole number >= 1, got 0"),
+        ("all", {"every": 2, "turn": 5}, "a level's turn must be less than its every=2, got 5"),
+    ],
+)
+def test_what_no_level_can_be(part, options, message):
+    with pytest.raises(InputError) as error:
+        Level(part, **options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("levels", [(), ("routers",), Level("all"), [Level("all")]])
+def test_a_method_is_made_of_levels(levels):
+    with pytest.raises(InputError, match=r"^a method's levels must be Levels in a tuple, at least one, got "):
+        Method(levels, "x", "x")
