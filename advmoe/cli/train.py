@@ -80,10 +80,12 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     learns = ["--training.teacher", taught] if taught is not None and is_source(taught) else []
     again = to_run("train", "--resume", run_dir, *own, *learns, plugins_of=argv)
     if "sbatch" in args:
+        begin = to_run(*without(argv, "--sbatch", "--max-hours", "--run-dir"), "--run-dir", run_dir)
         if resumed is not None:  # with the options of this command, whenever it runs
-            again = to_run(*without(argv, "--sbatch", "--max-hours"))
+            begin = again = to_run(*without(argv, "--sbatch", "--max-hours"))
+            require((run_dir / MANIFEST).is_file(), "--resume", f"a run that holds {MANIFEST}", str(run_dir))
             engine["accelerator"] = args.get("accelerator", read_object(run_dir / MANIFEST).get("accelerator", "auto"))
-        return _write_script(Path(args["sbatch"]), run_dir, engine, argv, again)
+        return _write_script(Path(args["sbatch"]), run_dir, engine, begin, again)
     with continuable(run_dir, again, CONFIG):
         from advmoe.training import run as runs
         from advmoe.training.preemption import REQUEUE, Stopped
@@ -113,8 +115,8 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     return 0
 
 
-def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], argv: list[str], again: str) -> int:
-    """Write the script for SLURM that runs the command of `argv` there, and goes on by `again`; the exit code."""
+def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], begin: str, again: str) -> int:
+    """Write the script for SLURM that begins by one command line and goes on by the other; the exit code."""
     require(not file.exists(), "--sbatch", "a file that is not there yet", str(file))
     require(file.parent.is_dir(), "--sbatch", "in a directory that exists", str(file))
     require_writable("--sbatch", file.parent)
@@ -122,9 +124,6 @@ def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], argv: list[
     rule = f">= {LEAST_HOURS} with --sbatch (SLURM's signal comes {NOTICE} s before the end)"
     require(hours is None or hours >= LEAST_HOURS, "--max-hours", rule, hours)
     job = Job(run_dir, nodes, tasks, engine["accelerator"] != "cpu", engine["threads"], hours)
-    begin = again
-    if not any(word.partition("=")[0] == "--resume" for word in argv):
-        begin = to_run(*without(argv, "--sbatch", "--max-hours", "--run-dir"), "--run-dir", run_dir)
     write_text(file, script(job, begin, again))
     print(f"written to {file}\nnext  sbatch {shlex.quote(str(file))}")
     return 0

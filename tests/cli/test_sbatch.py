@@ -68,6 +68,14 @@ def test_a_script_that_continues_a_run_keeps_the_options_of_its_command(workplac
     assert ran(workplace, 0) == (["advmoe train --resume runs/begun --threads 2 --tensorboard"], 0)
 
 
+def test_a_run_without_a_manifest_is_refused(workplace, capsys):
+    (workplace / "runs" / "begun").mkdir(parents=True)
+    Config.from_dict({}).dump(workplace / "runs" / "begun" / "config.yaml")
+    assert cli.main(["train", "--resume", "runs/begun", "--sbatch", "job.sh"]) == 2
+    assert "--resume must be a run that holds manifest.json, got 'runs/begun'" in capsys.readouterr().err
+    assert not (workplace / "job.sh").exists()
+
+
 def test_a_run_directory_may_begin_like_an_option(workplace):
     assert cli.main(["train", "--config", "digits-advmoe", "--run-dir=-odd", "--sbatch", "job.sh"]) == 0
     assert ran(workplace, 0) == (["advmoe train --config digits-advmoe --run-dir ./-odd"], 0)
