@@ -6,12 +6,17 @@ A plugin is a file that `--plugin FILE.py` (or `ADVMOE_PLUGINS`) names, or a pac
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from advmoe.errors import InputError, of_machine
 from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS, Backbone, DataSet, Level, Method, Router
 from advmoe.tables.plugins import add_plugin
+from advmoe.text import in_file
 
+_PACKAGE = Path(__file__).parent
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
@@ -26,7 +31,8 @@ def register_backbone(
     """
 
     def add(build: Made) -> Made:
-        BACKBONES.add(name, Backbone(build, width, label or name, tokens=tokens, min_size=min_size))
+        made = _watched(f"the backbone {name}", build, _module)
+        BACKBONES.add(name, Backbone(made, width, label or name, tokens=tokens, min_size=min_size))
         return build
 
     return add
@@ -41,7 +47,8 @@ def register_router(name: str, *, in_layers: bool = False, apart: bool = True) -
     """
 
     def add(build: Made) -> Made:
-        ROUTERS.add(name, Router(layer=build) if in_layers else Router(build, apart=apart))
+        made = _watched(f"the router {name}", build, _module)
+        ROUTERS.add(name, Router(layer=made) if in_layers else Router(made, apart=apart))
         return build
 
     return add
@@ -54,7 +61,7 @@ def register_dataset(name: str, *, label: str | None = None, **about: Any) -> Ca
     """
 
     def add(reader: Made) -> Made:
-        DATASETS.add(name, DataSet(reader, label or name, **about))
+        DATASETS.add(name, DataSet(_watched(f"the data set {name}", reader, _source), label or name, **about))
         return reader
 
     return add
@@ -84,7 +91,8 @@ def register_attack(name: str, *, for_routed: bool = False, least_classes: int =
     from advmoe.evaluation.suite import ATTACKS, FunctionAttack
 
     def add(attack: Made) -> Made:
-        ATTACKS.add(name, FunctionAttack(name, attack, for_routed=for_routed, least_classes=least_classes))
+        made = _watched(f"the attack {name}", attack)
+        ATTACKS.add(name, FunctionAttack(name, made, for_routed=for_routed, least_classes=least_classes))
         return attack
 
     return add
@@ -96,6 +104,38 @@ def register_method(name: str, levels: tuple[Level, ...], *, label: str | None =
     `label` and `sentence` are what tables and model cards say of it.
     """
     METHODS.add(name, Method(levels, label or name, sentence or name))
+
+
+def _watched(what: str, made: Callable[..., Any], kind: Callable[[], type] | None = None) -> Callable[..., Any]:
+    """`made`, a plugin's, whose mistakes are `InputError`s of one line: what it raises, and anything but a `kind`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = made(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:]  # from the plugin's on
+            ours = bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+            if isinstance(error, InputError) or of_machine(error) or ours:  # a bug of ours keeps its traceback
+                raise
+            file = frames[0].filename if frames else ""
+            raise InputError(f"{what} must run without an error, got {in_file(error, file)}") from error
+        if kind is not None and not isinstance(result, kind()):
+            raise InputError(f"{what} must return a {kind().__name__}, got an object of type {type(result).__name__}")
+        return result
+
+    return call
+
+
+def _module() -> type:
+    from torch.nn import Module
+
+    return Module
+
+
+def _source() -> type:
+    from advmoe.data.types import Source
+
+    return Source
 
 
 __all__ = [

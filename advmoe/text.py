@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import textwrap
+import traceback
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,13 @@ def one_line(error: BaseException, most: int = 200) -> str:
     if isinstance(error, InputError):
         return text
     return f"{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def in_file(error: BaseException, file: object) -> str:
+    """An error and, where it passed through `file`, the last line there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f" (line {lines[-1]})" if lines else ""
+    return f"{one_line(error)}{where}"
 
 
 def nearest(name: object, names: Iterable[str]) -> str:

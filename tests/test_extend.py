@@ -13,9 +13,11 @@ import torch
 from advmoe import cli, extend
 from advmoe.attacks.pgd import LOSSES
 from advmoe.data.digits import load_digits
+from advmoe.data.types import Request
 from advmoe.errors import InputError
 from advmoe.evaluation.suite import ATTACKS
 from advmoe.tables import BACKBONES, DATASETS, METHODS, ROUTERS, Level
+from advmoe.threat import ThreatModel
 
 pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
@@ -29,24 +31,29 @@ ONE_THREAD = ("--threads", "1", "--accelerator", "cpu")
 
 def test_a_backbone_and_a_router() -> None:
     @extend.register_backbone("mine", width=8, tokens=True, min_size=16)
-    class Mine:
+    class Mine(torch.nn.Module):
         pass
 
     entry = BACKBONES.find("mine")
-    assert (entry.build, entry.width, entry.label, entry.tokens, entry.min_size) == (Mine, 8, "mine", True, 16)
+    assert (entry.width, entry.label, entry.tokens, entry.min_size) == (8, "mine", True, 16)
+    assert isinstance(entry.build(), Mine)
     assert extend.register_backbone("labelled", width=4, label="Mine")(Mine) is Mine  # what is decorated stays itself
     assert BACKBONES["labelled"].label == "Mine" and not BACKBONES["labelled"].tokens
 
-    ahead, within = (lambda *sizes, pool: None), (lambda channels, experts, *, per_token=False: None)
+    ahead, within = (lambda *sizes, pool: torch.nn.ReLU()), (lambda channels, experts, *, per_token=False: Mine())
     extend.register_router("ahead", apart=False)(ahead)
     extend.register_router("within", in_layers=True)(within)
-    assert (ROUTERS["ahead"].build, ROUTERS["ahead"].in_layers, ROUTERS["ahead"].apart) == (ahead, False, False)
-    assert (ROUTERS["within"].layer, ROUTERS["within"].in_layers, ROUTERS["within"].apart) == (within, True, True)
+    assert (ROUTERS["ahead"].in_layers, ROUTERS["ahead"].apart) == (False, False)
+    assert isinstance(ROUTERS["ahead"].build(3, pool=1), torch.nn.ReLU)
+    assert (ROUTERS["within"].in_layers, ROUTERS["within"].apart) == (True, True)
+    assert isinstance(ROUTERS["within"].layer(3, 2), Mine)
 
 
 def test_a_data_set_a_loss_and_a_method() -> None:
     extend.register_dataset("mine", licence="yours")(load_digits)
-    assert (DATASETS["mine"].reader, DATASETS["mine"].label, DATASETS["mine"].licence) == (load_digits, "mine", "yours")
+    assert (DATASETS["mine"].label, DATASETS["mine"].licence) == ("mine", "yours")
+    request = Request(root=Path(), download=False, image_size=8, workers=0)
+    assert len(DATASETS["mine"].reader(request).train) == len(load_digits(request).train)
 
     extend.register_loss("first", from_labels=False, least_classes=3)(lambda logits, labels: logits[:, 0] * labels)
     loss = LOSSES["first"]
@@ -64,7 +71,8 @@ def test_an_attack() -> None:
     def up(predict: Any, x: torch.Tensor, y: torch.Tensor, *, threat: Any, seed: int) -> torch.Tensor:
         return x + 1
 
-    assert ATTACKS["up"].function is up and ATTACKS["up"].for_routed
+    assert ATTACKS["up"].for_routed
+    assert torch.equal(ATTACKS["up"].function(None, torch.zeros(2), None, threat=None, seed=0), torch.ones(2))
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
@@ -144,3 +152,48 @@ def test_a_run_that_needs_a_plugin_says_so_without_it(beside: Path, capsys: Any,
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert any(name in err for name in ("experts-twice", "tiny", "shifted-digits", "brightness"))
+
+
+# Mistakes in a plugin
+
+
+def test_what_a_plugin_raises_or_returns_is_one_line() -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("mine")
+
+    for register, find, what in (
+        (extend.register_backbone("mine", width=8), lambda: BACKBONES["mine"].build, "the backbone mine"),
+        (extend.register_router("mine"), lambda: ROUTERS["mine"].build, "the router mine"),
+        (extend.register_dataset("mine"), lambda: DATASETS["mine"].reader, "the data set mine"),
+        (extend.register_attack("mine"), lambda: ATTACKS["mine"].function, "the attack mine"),
+    ):
+        register(fails)
+        with pytest.raises(InputError, match=rf"^{what} must run without an error, got KeyError: 'mine' \(line \d+\)$"):
+            find()(1, pool=2)
+    extend.register_router("none", in_layers=True)(lambda *sizes, **options: 3)
+    extend.register_backbone("other", width=8)(lambda layers: None)
+    without, other = ROUTERS["none"].layer, BACKBONES["other"].build
+    assert without is not None
+    with pytest.raises(InputError, match=r"^the router none must return a Module, got an object of type int$"):
+        without(4, 2)
+    with pytest.raises(InputError, match=r"^the backbone other must run without an error, got TypeError: .*'width'$"):
+        other(None, width=8)
+
+
+def test_what_a_plugin_s_exit_and_the_machine_mean() -> None:
+    @extend.register_attack("ends")
+    def ends(*args: Any, **kwargs: Any) -> Any:
+        raise SystemExit(0)
+
+    @extend.register_attack("full")
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    @extend.register_attack("ours")
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        ThreatModel.project(None, None, None)  # a bug of the package's keeps its traceback
+
+    for name, error in (("ends", InputError), ("full", MemoryError), ("ours", AttributeError)):
+        entry: Any = ATTACKS[name]
+        with pytest.raises(error):
+            entry.function()

@@ -44,6 +44,7 @@ from advmoe.progress import LOG_FORMAT, LOG_FORMATS, log_format, shown, warnings
 from advmoe.signals import described, raised
 from advmoe.tables.plugins import add_plugin
 from advmoe.text import nearest, show
+from advmoe.training.launchers import require_ranks
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
                 command, options = _parse(words)
                 if command != "recipes":
                     _require_memory()
+                    require_ranks()
                 code: int = COMMANDS[command].run(options, argv)
             return code if _flushed() else code or CLOSED
     except (KeyboardInterrupt, Exception) as error:

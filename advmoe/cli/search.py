@@ -20,7 +20,7 @@ from advmoe.cli.arguments import (
     to_run,
 )
 from advmoe.cli.engine import add_engines, engine_of
-from advmoe.cli.study import print_estimate
+from advmoe.cli.study import only_one_of, print_estimate
 from advmoe.cli.train import config_source
 from advmoe.config import Config, Count, Processes, Seed, Within, merged, require
 from advmoe.rundir import CALIBRATION
@@ -68,11 +68,10 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         jobs=number("--jobs", Processes, args.get("jobs", "1" if engine.local else JOBS_ELSEWHERE)),
         threads=here["threads"] or 1, accelerator=here["accelerator"], engine=engine, command=["advmoe", *argv],
     )  # fmt: skip
-    if "dry_run" in args:
-        return _plan(settings, options, "calibrate" in args)
-    require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
-    if "status" in args:
-        return _status(settings, options)
+    settings.require_same(options.out)
+    require("calibrate" not in args or "dry_run" in args, "--calibrate", "with --dry-run", "no --dry-run")
+    if asked := only_one_of(args, "dry_run", "status"):
+        return _status(settings, options) if asked == "status" else _plan(settings, options, "calibrate" in args)
     engine.require()
     from advmoe.search.settings import SEARCH
 

@@ -53,7 +53,7 @@ def parser() -> Parser:
 def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     if args["name"] == "list":
-        return _list()
+        return _list(args)
     if args["name"] == "claims":
         return _claims(args)
     if "page" in args:
@@ -77,19 +77,16 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         engine=engine,
         command=["advmoe", *argv],
     )
-    if "dry_run" in args:
-        return _plan(args["name"], options, "calibrate" in args)
-    require("calibrate" not in args, "--calibrate", "with --dry-run", "no --dry-run")
-    if "status" in args:
-        return _status(args["name"], options)
-    if "put_away" in args:
-        return _put_away(args["name"], options)
+    require("calibrate" not in args or "dry_run" in args, "--calibrate", "with --dry-run", "no --dry-run")
+    if asked := only_one_of(args, "dry_run", "status", "put_away"):
+        return {"dry_run": _plan, "status": _status, "put_away": _put_away}[asked](args, options)
     engine.require()
     with continuable(options.root, to_run(*argv), "runs"):
         return _run(args["name"], options, argv)
 
 
-def _list() -> int:
+def _list(args: dict[str, Any]) -> int:
+    _require_no_more(args)
     from advmoe.studies.catalogue import STUDIES
 
     print("\n".join(listing([(name, study.shows) for name, study in STUDIES.items()])))
@@ -98,8 +95,7 @@ def _list() -> int:
 
 def _claims(args: dict[str, Any]) -> int:
     """Print the paper's claims beside what stored studies say of them."""
-    if idle := [f"--{name.replace('_', '-')}" for name in args if name not in ("name", "out", "page")]:
-        raise InputError(f"`study claims` must have no options but --out and --page, got {', '.join(idle)}")
+    _require_no_more(args, "out", "page")
     from advmoe.studies.claim_list import as_page, as_text, judge, stored
 
     usual = Path("docs/results") if Path("docs/results/studies").is_dir() else Path("runs/studies")
@@ -116,15 +112,37 @@ def _claims(args: dict[str, Any]) -> int:
     return 0
 
 
-def _plan(name: str, options: Any, calibrate: bool) -> int:
+def _require_no_more(args: dict[str, Any], *of_it: str) -> None:
+    """Raise `InputError` for options that a list has not."""
+    if idle := [_option(name) for name in args if name not in ("name", *of_it)]:
+        able = " but " + " and ".join(map(_option, of_it)) if of_it else ""
+        raise InputError(f"`study {args['name']}` must have no options{able}, got {', '.join(idle)}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def only_one_of(args: dict[str, Any], *names: str) -> str | None:
+    """The one of the options `names` that was given, if any. Raises `InputError` for several."""
+    given = [name for name in names if name in args]
+    if len(given) > 1:
+        raise InputError(f"{_option(given[0])} must stand without {_option(given[1])}: each prints something and stops")
+    return given[0] if given else None
+
+
+def _plan(args: dict[str, Any], options: Any) -> int:
+    from advmoe.studies.plan import put_away_source
     from advmoe.studies.session import plan_study
 
-    tasks = plan_study(name, options)
+    tasks = plan_study(args["name"], options)
+    left = [task for task in tasks.values() if task.state() != "finished"]
     for task in tasks.values():
-        print(f"{task.state():11}  {described(task)}")
-    left = sum(task.state() != "finished" for task in tasks.values())
-    print(f"{len(tasks)} tasks, {left} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
-    if left and (calibrate or (options.root / CALIBRATION).is_file()):
+        lost = put_away_source(task) if task in left else None
+        lacks = "" if lost is None else f"  lacks the weights that --put-away dropped of {lost.path}"
+        print(f"{task.state():11}  {described(task)}{lacks}")
+    print(f"{len(tasks)} tasks, {len(left)} to do, by {options.jobs} process{'es' * (options.jobs > 1)}")
+    if left and ("calibrate" in args or (options.root / CALIBRATION).is_file()):
         from advmoe.studies.estimate_work import works
 
         print_estimate(works(tasks), options.root, options)
@@ -142,11 +160,11 @@ def print_estimate(works: Any, folder: Path, options: Any) -> None:
     print("\n".join(["", *lines(of, jobs=options.jobs, threads=options.threads, gpus=gpus)]))
 
 
-def _status(name: str, options: Any) -> int:
+def _status(args: dict[str, Any], options: Any) -> int:
     from advmoe.studies.session import plan_study
     from advmoe.studies.status import counted, status_of
 
-    tasks, ledger = plan_study(name, options), options.workers().ledger
+    tasks, ledger = plan_study(args["name"], options), options.workers().ledger
     states = [status_of(task, ledger) for task in tasks.values()]
     for task, now in zip(tasks.values(), states, strict=True):
         words = [
@@ -162,10 +180,10 @@ def _status(name: str, options: Any) -> int:
     return 0
 
 
-def _put_away(name: str, options: Any) -> int:
+def _put_away(args: dict[str, Any], options: Any) -> int:
     from advmoe.studies.session import put_away_runs
 
-    dropped = put_away_runs(name, options)
+    dropped = put_away_runs(args["name"], options)
     for run, _ in dropped:
         print(f"put away  {described(run)}")
     print(f"{len(dropped)} runs without weights, {sum(freed for _, freed in dropped) / 1e6:.1f} MB freed; results stay")

@@ -80,7 +80,7 @@ def from_pretrained(
     Runs no code from what it loads. Raises `ValueError` of one line for a file that is missing or damaged, a repository
     or revision that cannot be had, or a missing extra.
     """
-    if isinstance(name, Path) or Path(name).is_dir():
+    if isinstance(name, Path) or (name and Path(name).is_dir()):
         if revision is not None:
             raise InputError(f"revision must be left out for a folder, got {revision!r}")
         return load_run(name, source)

@@ -52,7 +52,7 @@ class PublishedModel:
         """The model of a run directory (`source`: see `load_run`), or a model, which has a record unless it has been
         changed since it was loaded from its run. Raises `ValueError` for anything else.
         """
-        if isinstance(model, str | Path) and Path(model).is_dir():
+        if isinstance(model, str | Path) and model != "" and Path(model).is_dir():
             model = load_run(model, source)
         if isinstance(model, Classifier):
             others = {each.dtype for each in model.state_dict().values() if each.is_floating_point()} - {torch.float32}

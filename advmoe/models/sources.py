@@ -14,7 +14,6 @@ import importlib.util
 import inspect
 import itertools
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from advmoe.errors import InputError
 from advmoe.moe.layer import require_numbered
-from advmoe.text import few, one_line
+from advmoe.text import few, in_file, one_line
 
 Predict = Callable[[Tensor], Tensor]
 """Pixels (N, C, H, W) -> logits (N, K)."""
@@ -206,7 +205,7 @@ def _executed(file: Path, folder: _Folder) -> ModuleType:
     except (Exception, SystemExit) as error:
         for each in [each for each in set(sys.modules) - there if each.startswith(folder.package.__name__)]:
             del sys.modules[each]
-        raise InputError(f"{file} must run without an error, got {_told(error, file)}") from error
+        raise InputError(f"{file} must run without an error, got {in_file(error, file)}") from error
     seeded = torch.get_rng_state() if torch.default_generator.initial_seed() != _OWN_SEED else None
     torch.set_rng_state(before if seeded is None else seeded)
     folder.sources[file] = _Source(content, module, seeded)
@@ -241,7 +240,7 @@ def _instance(factory: Callable[[], Any], file: Path, spec: str) -> Predict:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
-        raise InputError(f"{spec} must make the classifier without an error, got {_told(error, file)}") from error
+        raise InputError(f"{spec} must make the classifier without an error, got {in_file(error, file)}") from error
     if isinstance(model, type) or not callable(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
         raise InputError(f"{spec} must return a torch.nn.Module or another callable from pixels to logits, got {got}")
@@ -277,10 +276,3 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{path} must hold the weights of {type(model).__name__}, got {one_line(error)}") from error
-
-
-def _told(error: BaseException, file: Path) -> str:
-    """An error and, where it passed through `file`, the last line there."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    where = f" (line {lines[-1]})" if lines else ""
-    return f"{one_line(error)}{where}"

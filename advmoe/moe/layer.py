@@ -162,6 +162,9 @@ class MoELayer(RouterOwner, ABC):
         if scores.shape[0] != x.shape[0]:  # not `len`, which a graph for any batch size cannot keep open
             rule = f"{self.title} must get one row for each of the {len(scores)} images"
             raise InputError(f"{rule}, got shape {tuple(x.shape)}: leave it plain (`to_moe(..., skip=...)`)")
+        if scores.shape[-1] != self.num_experts:
+            rule = f"the router of {self.title} must score its {self.num_experts} experts"
+            raise InputError(f"{rule}, got shape {tuple(scores.shape)}")
         choice = routing.choose(self.layer, scores)
         return Decision(scores if routing.gated else scores.detach(), choice, routing)
 

@@ -33,6 +33,7 @@ from advmoe.rundir import (
     unsealed,
 )
 from advmoe.tables import KINDS, METHODS, ROUTERS
+from advmoe.tables.plugins import named
 from advmoe.text import radius
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -129,6 +130,7 @@ class RunFolder:
         run = shlex.quote(str(self.path))
         source = self.field("model", "source")
         own = f" --model {shlex.quote(str(source))}" if source is not None else ""
+        own += "".join(f" --plugin {shlex.quote(file)}" for file in named())
         evaluate, sweep, dissect, trace = self._evaluated(), self._swept(), self._dissected(), self._traced()
         wanted: list[tuple[str, object, str]] = [
             ("accuracy under attack", self.evaluation, f"evaluate {run}{own}{evaluate}"),

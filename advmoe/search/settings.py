@@ -15,7 +15,7 @@ from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
 from advmoe.errors import InputError
 from advmoe.files import write_text
 from advmoe.search.space import Dimension, overrides
-from advmoe.tables import METHODS
+from advmoe.tables import BACKBONES, METHODS
 
 SEARCH, JOURNAL, BEST, TRIALS = "search.yaml", "optuna.journal", "best.yaml", "trials"
 """What lies in a search's folder: its settings, Optuna's journal, the best configuration, and the trials."""
@@ -55,6 +55,10 @@ class SearchSettings:
         object.__setattr__(self, "config", config)
         require(config.data.val_fraction > 0, "data.val_fraction", "> 0, as trials are compared on that part",
                 config.data.val_fraction)  # fmt: skip
+        for each in self.space:
+            if each.name == "model.name":
+                for choice in each.choices:
+                    BACKBONES.require("model.name: choices", choice)
         usual = self.objective != "worst_case" or METHODS[config.training.method].adversarial
         require(usual, "--objective", f"clean_accuracy when training.method is {config.training.method}",
                 self.objective)  # fmt: skip
@@ -79,12 +83,16 @@ class SearchSettings:
 
     def keep(self, folder: Path) -> None:
         """Write `search.yaml` into a new search's folder. Raises `InputError` where another search lies there."""
-        file, ours = folder / SEARCH, dump_yaml(self.to_dict())
-        if not file.exists():
-            write_text(file, ours)
+        self.require_same(folder)
+        if not (file := folder / SEARCH).exists():
+            write_text(file, dump_yaml(self.to_dict()))
+
+    def require_same(self, folder: Path) -> None:
+        """Raise `InputError` where another search lies in `folder`."""
+        if not (file := folder / SEARCH).exists():
             return
         before = parse_yaml(read_text(file, MOST_YAML, "YAML"), str(file))
-        for name, value in parse_yaml(ours, "a search").items():
+        for name, value in parse_yaml(dump_yaml(self.to_dict()), "a search").items():
             if not isinstance(before, dict) or before.get(name) != value:
                 raise InputError(f"--out must be a new folder, or one of the same search, got {str(folder)!r}: "
                                  f"{file} has another {name}")  # fmt: skip

@@ -14,7 +14,7 @@ from advmoe.studies.pathway import PATHWAY
 from advmoe.studies.recipe_search import RECIPES
 from advmoe.studies.section4 import FIG3, FIG4, FIG5
 from advmoe.studies.study import Study
-from advmoe.text import nearest
+from advmoe.text import nearest, show
 
 STUDIES: Mapping[str, Study] = {
     study.name: study
@@ -28,5 +28,6 @@ STUDIES: Mapping[str, Study] = {
 def study_named(name: str) -> Study:
     """The study of that name. Raises `ValueError`, which lists those there are."""
     if name not in STUDIES:
-        raise InputError(f"NAME must be one of list, {', '.join(STUDIES)}, got {name!r}{nearest(name, STUDIES)}")
+        rule = f"must be one of list, claims, {', '.join(STUDIES)}"
+        raise InputError(f"NAME {rule}, got {show(name)}{nearest(name, STUDIES)}")
     return STUDIES[name]

@@ -136,6 +136,12 @@ ALONE = ("cost", "pace")
 StudyTask = PlannedRun | PlannedMeasure
 
 
+def put_away_source(task: StudyTask) -> PlannedRun | None:
+    """The first run that a task needs whose weights `--put-away` dropped."""
+    needed = (task.run, task.against) if isinstance(task, PlannedMeasure) else task.sources
+    return next((run for run in needed if run is not None and is_put_away(run.path)), None)
+
+
 def kind_of(task: object) -> str:
     """What a task does: `train`, or what is measured."""
     return task.kind if isinstance(task, PlannedMeasure) else "train"

@@ -117,9 +117,11 @@ class Session:
         for number, stage in enumerate(self.study.stages):
             stage_rows = _distinct(stage(self.scale, Results.read(rows)))
             wanted = only(stage_rows, self.options.only)
-            if number == 0 and not wanted:
+            unknown = [words for words in self.options.only if not only(stage_rows, [words])]
+            # Rows that a later stage adds may be called so.
+            if number == 0 and unknown and (not wanted or len(self.study.stages) == 1):
                 names = "; ".join(row.run.name for row in stage_rows)
-                raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(self.options.only)}")
+                raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(unknown)}")
             rows = [*rows, *self.planner.rows(wanted)]
             for task in self.planner.tasks(rows).values():
                 if isinstance(task, PlannedRun):

@@ -16,9 +16,9 @@ from advmoe.errors import InputError, OtherSettings
 from advmoe.files import write_arrays, write_text
 from advmoe.locks import exclusive
 from advmoe.pool import Preempted
-from advmoe.rundir import CONFIG, DIGEST, DONE, JOURNAL, MANIFEST, digest_at, is_put_away, write_result
+from advmoe.rundir import CONFIG, DIGEST, DONE, JOURNAL, MANIFEST, digest_at, write_result
 from advmoe.signals import Ended, described
-from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask
+from advmoe.studies.plan import PlannedMeasure, PlannedRun, StudyTask, put_away_source
 
 
 def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
@@ -36,11 +36,9 @@ def do(task: StudyTask, *, threads: int, accelerator: str) -> None:
 
 def _require_weights(task: StudyTask) -> None:
     """Raise `ValueError` where a task needs a run whose weights were dropped."""
-    needed = [task.run, task.against] if isinstance(task, PlannedMeasure) else task.sources
-    for run in needed:
-        if run is not None and is_put_away(run.path):
-            rule = "must hold its weights, which --put-away dropped: remove the folder, and it is trained again"
-            raise InputError(f"{run.path} {rule}, for {task.id}")
+    if (run := put_away_source(task)) is not None:
+        rule = "must hold its weights, which --put-away dropped: remove the folder, and it is trained again"
+        raise InputError(f"{run.path} {rule}, for {task.id}")
 
 
 class Placed(Protocol):

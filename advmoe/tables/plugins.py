@@ -29,10 +29,14 @@ def add_plugin(path: str | os.PathLike[str]) -> None:
     Raises `InputError` where it is no file, or fails.
     """
     file = Path(path).expanduser().resolve()
-    named = os.environ.get(PLUGINS, "").split(os.pathsep)
     _execute(file)
-    if str(file) not in named:
-        os.environ[PLUGINS] = os.pathsep.join([*filter(None, named), str(file)])
+    if str(file) not in named():
+        os.environ[PLUGINS] = os.pathsep.join([*named(), str(file)])
+
+
+def named() -> list[str]:
+    """The files that are named as plugins."""
+    return [*filter(None, os.environ.get(PLUGINS, "").split(os.pathsep))]
 
 
 def executed() -> bool:
@@ -42,7 +46,7 @@ def executed() -> bool:
 
 def discover() -> None:
     """Execute what is named and has not been executed yet. Raises `InputError` for what fails."""
-    for name in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
+    for name in named():
         _execute(Path(name))
     for point in entry_points(group=GROUP):
         if point.value not in _executed:

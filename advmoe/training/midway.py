@@ -64,8 +64,8 @@ class Midway:
         return {f"{_PREFIX}{name}": tensor for name, tensor in self.of_all.items()}
 
     def restore(self, trainer: Trainer, generator: torch.Generator) -> None:
-        """Go on from here. With another number of processes than there were, the first one's statistics are all's, and
-        each draws anew.
+        """Go on from here. With another number of processes than there were, the first one's statistics are all's, each
+        draws anew, and the epoch's sums are shared out among them.
         """
         fabric, device = trainer.fabric, trainer.fabric.device
         same = len(self.of_all["drawn"]) == fabric.world_size
@@ -78,17 +78,18 @@ class Midway:
             seed = trainer.config.training.seed
             drawn = generator_for(seed, "from", self.iterations, fabric.global_rank, device=device).get_state()
         generator.set_state(drawn)
-        if not same:
-            return
-        torch.set_rng_state(mine["layers.cpu"].cpu())
-        if device.type == "cuda" and "layers.cuda" in mine:
-            torch.cuda.set_rng_state(mine["layers.cuda"].cpu(), device)
+        if same:
+            torch.set_rng_state(mine["layers.cpu"].cpu())
+            if device.type == "cuda" and "layers.cuda" in mine:
+                torch.cuda.set_rng_state(mine["layers.cuda"].cpu(), device)
+        else:
+            mine = {name: tensor.sum(0) / fabric.world_size for name, tensor in self.of_all.items()}
         if "use.counts" in mine:
             trainer.use.counts, trainer.use.entropy = (mine[f"use.{name}"].to(device) for name in ("counts", "entropy"))
         for name, tensor in sorted(mine.items()):  # a file keeps no order: an epoch's line lists terms as they came
             kind, *parts = name.split(".", 3)
             if kind == "count":
-                trainer.means.counts[parts[0]] = int(tensor)
+                trainer.means.counts[parts[0]] = tensor.item()
             elif kind == "sum":
                 *_, level, term = parts
                 trainer.means.sums.setdefault(level, {})[term] = tensor.to(device)

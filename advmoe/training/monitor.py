@@ -72,7 +72,7 @@ class EpochMeans:
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
 
     def add(self, level: str, values: dict[str, Tensor], count: int) -> None:
         """Add the means `values` of `count` samples."""

@@ -39,6 +39,7 @@ def advmoe(tmp_path, monkeypatch, capsys):
         (["space.yaml", *FIELDS, "--trials", "0"], "--trials must be >= 1"),
         (["space.yaml", *FIELDS, "--partition", "gpu"], "--partition must go with --engine slurm"),
         (["space.yaml", *FIELDS, "--data.val_fraction", "0"], "data.val_fraction must be > 0, as trials are compared"),
+        (["space.yaml", *FIELDS, "--dry-run", "--status"], "--dry-run must stand without --status"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(advmoe, tmp_path, words, message):

@@ -36,7 +36,10 @@ def test_list_says_of_every_study_what_it_shows(advmoe, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fig9"], "NAME must be one of list, table1, "),
+        (["fig9"], "NAME must be one of list, claims, table1, "),
+        (["list", "--only", "VGG"], "`study list` must have no options, got --only"),
+        (["fig2", "--put-away", "--status"], " must stand without --"),
+        (["fig2", "--only", "AdvMoE,VGG"], "got VGG"),
         (["fig2", "--scale", "huge"], "--scale must be one of smoke, cpu, paper, got 'huge'"),
         (["fig2", "--seeds", "0"], "--seeds must be >= 1, got 0"),
         (["fig2", "--seeds", "99"], "--seeds must be <= 20, got 99"),

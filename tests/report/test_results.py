@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,12 @@ def test_a_network_of_the_users_own_is_named_in_every_command(make_run):
     run = loaded(path)
     assert run.model.startswith("a network of the user's")
     assert all(" --model 'net.py:make net'" in command for command in commands(run).values())
+
+
+def test_plugins_are_named_in_every_command(make_run, monkeypatch):
+    monkeypatch.setenv("ADVMOE_PLUGINS", os.pathsep.join(["a.py", "my plugin.py"]))
+    shown = commands(loaded(make_run("a", only={"metrics"})))
+    assert all(" --plugin a.py --plugin 'my plugin.py'" in command for command in shown.values())
 
 
 def test_a_study(make_study):

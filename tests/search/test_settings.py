@@ -32,6 +32,12 @@ def test_a_mistake_is_one_line(make_settings, groups, options, message):
     assert message in str(told.value)
 
 
+def test_a_backbone_to_choose_must_be_one(make_settings):
+    assert make_settings(varied={"model.name": {"choices": ["resnet18", "wrn-10-1"]}}).space
+    with pytest.raises(InputError, match=r"^model.name: choices must be one of .*, got 'resnet19'"):
+        make_settings(varied={"model.name": {"choices": ["resnet18", "resnet19"]}})
+
+
 def test_a_folder_holds_one_search(make_settings, tmp_path):
     make_settings().keep(tmp_path)
     kept = yaml.safe_load((tmp_path / "search.yaml").read_text())

@@ -27,7 +27,8 @@ def test_every_study_is_there_by_its_name():
     assert all(study.name == name and study.title and study.shows.endswith(".") for name, study in STUDIES.items())
     assert study_named("fig2") is STUDIES["fig2"]
     with pytest.raises(
-        ValueError, match=rf"^NAME must be one of list, {', '.join(STUDIES)}, got 'fig9' \(did you mean fig8\?\)$"
+        ValueError,
+        match=rf"^NAME must be one of list, claims, {', '.join(STUDIES)}, got 'fig9' \(did you mean fig8\?\)$",
     ):
         study_named("fig9")
 

@@ -11,7 +11,7 @@ from advmoe.config import Config
 from advmoe.report.pictures import Picture
 from advmoe.studies.catalogue import STUDIES
 from advmoe.studies.comparisons import ordering
-from advmoe.studies.plan import PlannedMeasure
+from advmoe.studies.plan import PlannedMeasure, put_away_source
 from advmoe.studies.results import Results, best_validation, point
 from advmoe.studies.rows import Measure, Row
 from advmoe.studies.session import Session, StudyOptions, plan_study, put_away_runs, run_study
@@ -304,6 +304,8 @@ def test_weights_are_put_away_and_the_study_stays_what_it_was(done, tmp_path):
         assert second[part] == content[part]
     # What would need the weights says so, and how to have them again.
     (measured.path / "done.json").unlink()
+    left = [task for task in plan_study("tiny", here).values() if task.state() == "missing"]
+    assert [(task.id, put_away_source(task)) for task in left] == [(measured.id, measured.run)]
     _, third = run_study("tiny", here)
     (failed,) = [each for each in third["runs"] if each["status"] != "finished"]
     assert "must hold its weights, which --put-away dropped: remove the folder" in failed["error"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from waiting import PATIENCE
 
 from advmoe.errors import InputError
-from advmoe.training.launchers import first_host, launched, rank
+from advmoe.training.launchers import first_host, launched, rank, require_ranks
 
 ROOT = str(Path(__file__).parents[2])
 TORCHRUN = {
@@ -58,6 +58,28 @@ def test_nodes_share_the_processes_equally(monkeypatch):
     for name, value in unequal.items():
         monkeypatch.setenv(name, value)
     assert rank() == 3  # errors say whose they are all the same
+
+
+def test_what_is_no_number_is_refused_by_name(monkeypatch):
+    rule = "must be a whole number, or not in the environment, got 'gold'"
+    for values, name in ((TORCHRUN, "RANK"), (TORCHRUN, "MASTER_PORT"), (SRUN, "SLURM_PROCID"), (SRUN, "MASTER_PORT")):
+        with pytest.raises(InputError, match=rf"^{name} {rule}$"):
+            launched({**values, name: "gold"})
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):  # read when Lightning is imported
+        require_ranks({name: "3"})
+        with pytest.raises(InputError, match=f"^{name} must be a whole number"):
+            require_ranks({name: ""})
+    monkeypatch.setenv("SLURM_PROCID", "gold")
+    assert rank() == 0
+
+
+@pytest.mark.parametrize("name", ["RANK", "JSM_NAMESPACE_RANK"])
+def test_a_rank_that_is_none_is_one_line(name, tmp_path):
+    command = [sys.executable, "-m", "advmoe", "train", "--config", "digits-advmoe", "--run-dir", "run"]
+    environment = {**os.environ, name: "gold", "PYTHONPATH": ROOT}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert done.stderr == f"advmoe: error: {name} must be a whole number, or not in the environment, got 'gold'\n"
 
 
 @pytest.mark.parametrize(

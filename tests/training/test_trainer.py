@@ -22,6 +22,7 @@ from advmoe.moe import routers_of
 from advmoe.tables import METHODS, Level
 from advmoe.training import trainer as trainers
 from advmoe.training.methods import learning
+from advmoe.training.midway import Midway
 from advmoe.training.objectives import trades
 from advmoe.training.run import resume, train
 from advmoe.training.trainer import Trainer, build_model
@@ -71,6 +72,21 @@ def make(training=(), **groups):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def test_the_sums_of_an_epoch_are_shared_out_among_another_number_of_processes():
+    half, x, y = make()
+    half.step(ROUTERS, x, y, seeded())
+    one = Midway.now(half, 1, seeded())
+    # As of two processes, of which the other had three times the images, with losses four times as large.
+    more = {name: each * (12 if "sum" in name else 3) for name, each in one.of_all.items()}
+    of_two = Midway(1, {name: torch.cat([each, more[name]]) for name, each in one.of_all.items()})
+    on, _, _ = make()
+    of_two.restore(on, seeded())
+    assert on.means.counts == {"routers": 4 * half.means.counts["routers"]}
+    before, after = (each.means.report(each.fabric)["routers"] for each in (half, on))
+    assert after == pytest.approx({name: value * 13 / 4 for name, value in before.items()})
+    assert torch.equal(on.use.counts, 4 * half.use.counts)
 
 
 def state(model):

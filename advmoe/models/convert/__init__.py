@@ -10,7 +10,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE lay
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +25,7 @@ from advmoe.models.convert.probe import SAME, image_spec, logits_of, require_sam
 from advmoe.models.convert.replacing import Conversion, ConvertedClassifier, convert, normalizer
 from advmoe.moe.layer import moe_layers, require_numbered
 from advmoe.tables import ROUTERS
-from advmoe.text import show
+from advmoe.text import one_line, show
 
 
 def to_moe(
@@ -69,13 +69,14 @@ def to_moe(
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or not 1 <= num_experts <= 1024:
         raise InputError(f"num_experts must be a whole number >= 1 and <= 1024, got {show(num_experts)}")
     ROUTERS.require("router", router)
-    module = module if inplace else copy.deepcopy(module)
+    skipped, wanted_too = _patterns("skip", skip), _patterns("linear", linear)
+    module = _own(module, inplace)
     if isinstance(module, Classifier) and mean is None and std is None:
         mean, std, module = module.spec["mean"], module.spec["std"], module.backbone
     _require_plain(module)
     normalize = normalizer(mean, std)
     logits = None if example is None else logits_of(nn.Sequential(normalize, module), example)
-    layers = candidates(module, _patterns(skip), _patterns(linear), depthwise=depthwise)
+    layers = candidates(module, skipped, wanted_too, depthwise=depthwise)
     if example is not None:
         watch(layers, nn.Sequential(normalize, module), example)
     wanted = sorted((each for each in layers if each.reason is None), key=lambda each: each.turn)
@@ -84,6 +85,8 @@ def to_moe(
         skipped={each.name: each.reason for each in layers if each.reason is not None},
     )
     images = image_spec(module) if example is None or logits is None else spec_of(example, logits)
+    if mean is not None and images["in_channels"] not in (None, len(mean)):
+        raise InputError(f"mean and std must have one number per channel ({images['in_channels']}), got {show(mean)}")
     settings = {"num_experts": num_experts, "router": router, "mean": _plain(mean), "std": _plain(std), **images}
     model = convert(module, conversion, settings)
     if example is not None and logits is not None:
@@ -99,7 +102,7 @@ def own_classifier(module: nn.Module, config: ModelConfig, example: Tensor) -> C
     if config.to_moe:
         skip, linear = ((text or "").split(",") for text in (config.skip, config.linear))
         model: Classifier = to_moe(
-            module, config.num_experts, config.router, _patterns(skip), _patterns(linear), example=example, inplace=True
+            module, config.num_experts, config.router, skip, linear, example=example, inplace=True
         )
     else:
         model = _as_it_is(module, spec_of(example, logits_of(module, example)))
@@ -154,8 +157,25 @@ def _plain(numbers: Sequence[float] | None) -> list[float] | None:
     return None if numbers is None else [float(number) for number in numbers]
 
 
-def _patterns(names: Sequence[str]) -> tuple[str, ...]:
-    patterns = [names] if isinstance(names, str) else names
+def _own(module: Any, inplace: bool) -> nn.Module:
+    """The module to convert: a copy, unless `inplace`. Raises `ValueError` for what cannot be converted, or copied."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module must be a torch.nn.Module, got {show(module)}")
+    if hasattr(module, "_orig_mod"):  # its layers would be those of the compiled code
+        raise InputError(f"module must be the network before torch.compile, got an {type(module).__name__}")
+    if inplace:
+        return module
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        rule = "module must be one that copy.deepcopy takes, or inplace must be true"
+        raise InputError(f"{rule}, got {one_line(error)}") from error
+
+
+def _patterns(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(each, str) for each in patterns):
+        raise InputError(f"{name} must be names or patterns of layers, got {show(given)}")
     return tuple(each.strip() for each in patterns if each.strip())
 
 

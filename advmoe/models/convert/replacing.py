@@ -6,6 +6,7 @@ Axes: `N` batch, `C` channels, `H W` size, `K` classes, `E` experts, `L` MoE lay
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +166,10 @@ def normalizer(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.
     """Normalisation of pixels, or none. Raises `ValueError` for statistics that do not fit each other."""
     if mean is None and std is None:
         return nn.Identity()
-    if mean is None or std is None or len(mean) != len(std) or not min(std) > 0:
+    try:
+        means, stds = ([float(each) for each in statistics or ()] for statistics in (mean, std))
+    except (TypeError, ValueError):
+        means, stds = [], []
+    if not means or len(means) != len(stds) or not all(map(math.isfinite, [*means, *stds])) or min(stds) <= 0:
         raise InputError(f"mean and std must both have one entry per channel, std > 0, got {mean!r} and {std!r}")
-    return Normalize(mean, std)
+    return Normalize(means, stds)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -205,6 +206,11 @@ class Wrong(nn.Module):
         return self.make(self.conv(x))
 
 
+class Uncopied(Plain):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("not this one")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -222,6 +228,15 @@ class Wrong(nn.Module):
         (lambda: to_moe(to_moe(make(Plain))), "module must have no MoE layers yet, got one with a MoEConv2d"),
         (lambda: to_moe(make(Plain), mean=[0.5]), "mean and std must both have one entry per channel, std > 0"),
         (lambda: to_moe(make(Plain), mean=[0.5], std=[0.0]), "mean and std must both have one entry per channel"),
+        (lambda: to_moe(make(Plain), mean=0.5, std=0.5), "mean and std must both have one entry per channel"),
+        (lambda: to_moe(make(Plain), mean=[0.5], std=[math.nan]), "mean and std must both have one entry per channel"),
+        (lambda: to_moe(make(Plain), mean=[0.5], std=[0.5]), "mean and std must have one number per channel (3), got"),
+        (lambda: to_moe(make), "module must be a torch.nn.Module, got <function make"),
+        (lambda: to_moe(torch.compile(make(Plain))), "module must be the network before torch.compile, got an Optimi"),
+        (lambda: to_moe(make(Uncopied)), "module must be one that copy.deepcopy takes, or inplace must be true, got Run"
+         "timeError: "),
+        (lambda: to_moe(make(Plain), skip=None), "skip must be names or patterns of layers, got None"),
+        (lambda: to_moe(make(Plain), linear=[1]), "linear must be names or patterns of layers, got [1]"),
         (lambda: to_moe(make(Plain), example=images(1)), "example must be floating-point images (N, C, H, W) with N >="
          " 2, got torch.float32 of shape (1, 3, 12, 12)"),
         (lambda: to_moe(make(Plain), example=3), "got a int"),
