@@ -303,23 +303,30 @@ def _robustness(record: Record) -> str:
         return f"## Accuracy and robustness\n\n**Not evaluated.** {reason} {unknown}"
     data, threat = evaluation.get("data", {}), _threat(evaluation["threat"])
     reports, number = evaluation.get("attacks", {}), int(evaluation["num_examples"])
-    count = f"{number:,} images of `{data.get('name', 'unknown')}` ({data.get('split', 'test')})"
-    named = {"none (clean, SA)": evaluation["clean_accuracy"]}
-    named |= {f"{name} (RA)": value for name, value in evaluation["robust_accuracy"].items()}
-    named["worst case over all of them"] = evaluation["worst_case"]
-    rows = [[name, percent(value), _interval(value, number)] for name, value in named.items()]
+    images: Mapping[str, int] = evaluation.get("images", {})
+    count = "the images in the table," if images else f"{number:,} images"
+    count += f" of `{data.get('name', 'unknown')}` ({data.get('split', 'test')})"
+    named = {"clean": ("none (clean, SA)", evaluation["clean_accuracy"])}
+    named |= {name: (f"{name} (RA)", value) for name, value in evaluation["robust_accuracy"].items()}
+    named[""] = "worst case over all of them", evaluation["worst_case"]
+    rows = []
+    for name, (title, value) in named.items():
+        on = images.get(name, number)
+        rows.append([title, percent(value), _interval(value, on), *([f"{on:,}"] if images else [])])
     lines = [
         "## Accuracy and robustness",
         "",
         f"Measured on {count}, threat model {threat}; an image counts as robust in the worst case only if every attack "
         "failed on it.",
         "",
-        _table(["attack", "accuracy, %", "95% interval (Wilson)"], rows),
+        _table(["attack", "accuracy, %", "95% interval (Wilson)", *(["images"] if images else [])], rows),
         "",
     ]
     if evaluation.get("masking_gap") is not None:
         gap = f"{100 * evaluation['masking_gap']:.1f} points"
-        lines.append(f"- Masking gap (straight-through PGD less the worst case): {gap}. {passes(evaluation)}".rstrip())
+        on = f", both on the {number:,} images" if images else ""
+        what = f"- Masking gap (straight-through PGD less the worst case{on}): {gap}."
+        lines.append(f"{what} {passes(evaluation)}".rstrip())
     lines += [f"- `{name}` was skipped: {r['skipped']}." for name, r in reports.items() if "skipped" in r]
     lines += _flags(evaluation, reports)
     lines += [

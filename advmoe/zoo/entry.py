@@ -97,6 +97,15 @@ def _strongest(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(evaluations, key=lambda each: (len(each["robust_accuracy"]), each["num_examples"]))
 
 
+def _together(evaluations: Sequence[Mapping[str, Any]], known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The evaluations as a card shows them, with the numbers that the index has (`numbers`)."""
+    accuracy = known["accuracy"]
+    robust = {name: each["value"] for name, each in accuracy.items() if name != "clean"}
+    told = {"clean_accuracy": accuracy["clean"]["value"], "robust_accuracy": robust, "cost": known["cost"]}
+    images = {name: each["images"] for name, each in accuracy.items()}
+    return {**_strongest(evaluations), **told, **({"images": images} if len(set(images.values())) > 1 else {})}
+
+
 def rounded(model: Classifier) -> tuple[Classifier, dict[str, Tensor]]:
     """A model with its weights rounded to float16, in float32 as it computes, and its state as float16. Raises
     `ValueError` for a weight beyond float16's range.
@@ -169,7 +178,7 @@ def make_entry(
         "architecture": model.spec["name"], "kind": model.spec["kind"], "method": record.config.training.method,
         **known, "agreement": max(agreements, key=lambda each: each["images"]), "model_sha256": digest(small),
     }  # fmt: skip
-    shown = replace(record, evaluation=_strongest(results), note=None)
+    shown = replace(record, evaluation=_together(results, known), note=None)
     texts = {
         CONFIG: record.texts[CONFIG], MODEL: json.dumps(small.spec, indent=2) + "\n",
         "README.md": model_card(small.spec, shown, name=label.name, license=label.licence),

@@ -17,6 +17,7 @@ from advmoe.documents import read_arrays
 from advmoe.evaluation.runs import evaluate_run
 from advmoe.models import create_model, save_model
 from advmoe.rundir import read_result, write_result
+from advmoe.text import percent
 from advmoe.zoo import FILES, INDEX, PACKED, PLACE, entries_of
 from advmoe.zoo.entry import numbers
 
@@ -147,6 +148,25 @@ def test_a_run_becomes_an_entry_that_every_command_takes(
     assert main(["predict", "zoo:mine", str(tmp_path / "a.npy")]) == 2  # no picture
     assert "a.npy" in capsys.readouterr().err
     assert {each: each.stat().st_mtime_ns for each in folder.iterdir()} == there
+
+
+def test_of_several_evaluations_each_number_is_the_largest_s(run: Path, tmp_path: Path) -> None:
+    quick = ["--attack.steps", "2", "--threads", "1", "--workers", "1", "--num-examples"]
+    assert main(["evaluate", "run", *quick, "20", "--attacks", "pgd-2,pgd-2-soft,pgd-2-margin", "--out", "strong"]) == 0
+    assert main(["zoo", "entry", "run", *WORDS, "--evaluations", "strong,run"]) == 0
+    entry, large = entries_of(tmp_path / "zoo")["mine"], read_result(run / "evaluation.json")
+    strong = read_result(tmp_path / "strong" / "evaluation.json")
+    assert entry.accuracy["clean"].value == large["clean_accuracy"] and entry.accuracy["clean"].images == 60
+    assert entry.worst_case.value == strong["worst_case"] and entry.worst_case.images == 20
+    card = (tmp_path / "zoo" / "mine" / "README.md").read_text()
+    cells = [line[2:-2].split(" | ") for line in card.splitlines() if line[:2] == "| "]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 4}
+    shown = {"clean": "none (clean, SA)", "pgd-2": "pgd-2 (RA)", "pgd-2-margin": "pgd-2-margin (RA)"}
+    for name, title in shown.items():
+        accuracy = entry.accuracy[name]
+        assert (rows[title][0], rows[title][2]) == (percent(accuracy.value), str(accuracy.images))
+    assert rows["worst case over all of them"][2] == "20" and "both on the 20 images): " in card
+    assert "ms per image" not in card  # nobody says on what it was taken
 
 
 def test_an_exported_model_lies_in_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
