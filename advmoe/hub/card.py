@@ -311,8 +311,8 @@ def _robustness(record: Record) -> str:
     named[""] = "worst case over all of them", evaluation["worst_case"]
     rows = []
     for name, (title, value) in named.items():
-        on = images.get(name, number)
-        rows.append([title, percent(value), _interval(value, on), *([f"{on:,}"] if images else [])])
+        of = images.get(name, number)
+        rows.append([title, percent(value), _interval(value, of), *([f"{of:,}"] if images else [])])
     lines = [
         "## Accuracy and robustness",
         "",
