@@ -288,19 +288,21 @@ def overlaid(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
 def near_matches(name: str, names: Iterable[str]) -> list[str]:
     """Those of the dotted `names` that a misspelt or misplaced one may have meant, most often one."""
-    names, by_leaf = list(names), dict[str, list[str]]()
-    for known in names:
-        by_leaf.setdefault(known.rsplit(".", 1)[-1], []).append(known)
     group, _, leaf = name.rpartition(".")
-    if leaf in by_leaf:  # the right name in a wrong group, or in none
-        return by_leaf[leaf]
-    # The group's letters would make any two of its fields alike.
-    found = [known for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7) for known in by_leaf[near]]
-    here = {known.rpartition(".")[2]: known for known in names if group and known.rpartition(".")[0] == group}
-    if there := [known for known in found if known in here.values()] or found:
-        return there
-    swapped = [known for each, known in here.items() if sorted(each) == sorted(leaf)]  # of few letters most are others
-    return swapped or [here[near] for near in difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)]
+
+    def likeness(known: str) -> float:
+        there, _, other = known.rpartition(".")
+        if other == leaf:  # the right name in a wrong group, or in none
+            return 2.0
+        # The group's letters would make any two of its fields alike.
+        alike = difflib.SequenceMatcher(None, other, leaf).ratio()
+        if not group or there != group:
+            return alike
+        return max(alike + 0.1, sorted(other) == sorted(leaf))  # letters that were swapped: of few most are others
+
+    likenesses = {known: likeness(known) for known in names}
+    best = max(likenesses.values(), default=0.0)
+    return [known for known, alike in likenesses.items() if alike == best >= 0.7]
 
 
 def unknown_field(name: str) -> InputError:
