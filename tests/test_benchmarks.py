@@ -275,3 +275,12 @@ def test_device_reports_mistakes_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("device.py: error: ")
     assert done.stderr.count("\n") == 1 and "absent.tar" in done.stderr and list(tmp_path.iterdir()) == []
     assert "--only must name some of" in run("device.py", "--only", "speed", cwd=tmp_path).stderr
+
+
+def test_error_rates_are_those_of_a_test_where_it_is_exact(tmp_path: Path) -> None:
+    done = run("error_rates.py", "--trials", "400", cwd=tmp_path)
+    lines = [[float(number) for number in line.split()] for line in done.stdout.splitlines()[1:]]
+    # Where images differ no more alike than chance has them, the signs of five seeds are exact: 1 in 32.
+    alone = [signs for difference, _, of_image, signs, _ in lines if difference == of_image == 0]
+    assert len(lines) == 24 and abs(sum(alone) / len(alone) - 100 / 32) < 2
+    assert all(seen > 20 for difference, *_, seen in lines if difference)

@@ -57,8 +57,8 @@ class DataConfig(Strict):
     image_size: Side | None = None
     """Side in pixels that images are resized to; by default their own, for `imagenet` 224."""
     augment: bool = True
-    """Random crop (padding of an eighth of the side; for `imagenet` of 8% to 100% of the area, resized) and, where the
-    images have no handedness, horizontal flip.
+    """Random crop (padding of an eighth of the side; for `imagenet` of 8% to 100% of the area, resized) and, but for
+    `digits`, horizontal flip.
     """
     val_fraction: Annotated[float, Within(0, 0.5)] = 0.02
     """Share of the training set held out, by seed, to choose the best checkpoint. In [0, 0.5]."""

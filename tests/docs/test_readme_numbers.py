@@ -68,7 +68,7 @@ def test_the_best_under_pgd_is_the_weakest_in_the_worst_case() -> None:
 def test_the_size_of_the_largest_trainings() -> None:
     words = (
         r"(\d+) epochs of ([\d,]+) CIFAR-10 images at 32 pixels, or (\d+) at 16 pixels, at a quarter of the paper's "
-        "width; the paper trains 100 epochs"
+        "width; the recipes of its settings train 100 epochs"
     )
     epochs, images, small = re.findall(words, BOX)[0]
     pathway = [Config.load(each) for each in (ROOT / "docs/results/pathway/runs").glob("*/config.yaml")]
