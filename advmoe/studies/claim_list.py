@@ -328,7 +328,7 @@ def as_page(listed: Iterable[tuple[PaperClaim, Sequence[Judgement]]], studies: M
         "# Claims", "", "Every claim of the paper, where it stands, and what the stored studies say of it. Written by",
         "`advmoe study claims --page docs/results/claims.md`; none of it is written by hand.", "", _RULE,
         "The claim has the second mean above the first or, where it is to lose at most a point, less than a point",
-        "below. In brackets: the second less the first, for the seed with the smallest difference and for that with the",
+        "below. In brackets: the second less the first, for the seed with the smallest difference and that with the",
         "largest.", "",
         "| claim | where | study | measure | means | trained models, other images | these models, over images |",
         "|---|---|---|---|---|---|---|",
