@@ -21,6 +21,7 @@ from advmoe.config import Config, field_names
 from advmoe.models import create_model, save_model
 from advmoe.recipes import recipe_names
 from advmoe.studies.catalogue import study_named
+from advmoe.studies.paper import numbers
 from advmoe.tables import DATASETS
 from advmoe.tables.plugins import add_plugin
 
@@ -250,6 +251,13 @@ def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
         found = json.loads((DOCS / "results/attacks" / run / "dissection.json").read_text())["pgd-50"]
         shares = [*found["categories"].values(), found["robust_accuracy"], found["router_robustness"]]
         assert all(map(agrees, shown, shares))
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    for line in (DOCS / "results/studies.md").read_text().splitlines():
+        if line.startswith("| A") and "±" in line:
+            method, *_, paper = (cell.strip() for cell in line.strip("|").split("|"))
+            assert float(paper) == numbers("table1", "CIFAR-10", "ResNet-18", method)["ra_pgd50"]
 
 
 @pytest.mark.parametrize(
