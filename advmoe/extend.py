@@ -6,6 +6,7 @@ A plugin is a file that `--plugin FILE.py` (or `ADVMOE_PLUGINS`) names, or a pac
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,8 @@ def register_loss(name: str, *, from_labels: bool = True, least_classes: int = 2
     from advmoe.attacks.pgd import LOSSES, Loss
 
     def add(loss: Made) -> Made:
+        if isinstance(name, str) and re.search("(^|-)soft$", name):
+            raise InputError(f"loss must get a name that does not end in soft, which says how PGD routes, got {name!r}")
         LOSSES.add(name, Loss.of(loss, from_labels=from_labels, least_classes=least_classes))
         return loss
 

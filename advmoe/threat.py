@@ -54,6 +54,9 @@ class ThreatModel:
             raise InputError(f"threat.eps must be a number, got {self.eps!r}")
         if not _is_radius(self.eps, self.norm):
             raise InputError(f"threat.eps must be >= 0 and, in linf, <= 1, got {self.eps!r}")
+        given: object = self.eps
+        if not isinstance(given, int | float):  # a fraction, say
+            object.__setattr__(self, "eps", float(self.eps))
 
     @staticmethod
     def ascending(norm: Literal["linf", "l2"], epsilons: Iterable[float]) -> list[ThreatModel]:
@@ -69,11 +72,16 @@ class ThreatModel:
         """`x_adv`, (N, C, H, W), brought into the ball and the pixel range, for the clean images `x` of the same shape.
 
         In linf this is the nearest allowed image. In l2 it is an allowed one: the ball is applied before the pixel
-        range and, as `x` lies in the range, clipping only shortens the perturbation.
+        range and, as `x` lies in the range, clipping only shortens the perturbation. In half precision the ball of linf
+        is smaller by what rounding may add to a pixel.
         """
+        dtype = torch.promote_types(x_adv.dtype, x.dtype)
         if self.norm == "linf":
-            return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
-        clean, dtype = _wide(x), torch.promote_types(x_adv.dtype, x.dtype)
+            eps = self.eps
+            if torch.finfo(dtype).bits < 32:  # of numbers below 1, half of the last digit
+                x_adv, x, eps = _wide(x_adv), _wide(x), max(0.0, eps - torch.finfo(dtype).eps / 4)
+            return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1).to(dtype)
+        clean = _wide(x)
         delta = _wide(x_adv) - clean
         return (clean + delta * (self.eps / _norms(delta)).clamp_max(1)).clamp(0, 1).to(dtype)
 

@@ -197,3 +197,13 @@ def test_what_a_plugin_s_exit_and_the_machine_mean() -> None:
         entry: Any = ATTACKS[name]
         with pytest.raises(error):
             entry.function()
+
+
+def test_a_loss_is_not_called_like_a_way_to_route() -> None:
+    for name in ("soft", "mine-soft"):
+        with pytest.raises(InputError, match=r"^loss must get a name that does not end in soft"):
+            extend.register_loss(name)(lambda logits, labels: logits[:, 0])
+    extend.register_loss("a.b")(lambda logits, labels: logits[:, 0])
+    ATTACKS.find("pgd-2-a.b")
+    with pytest.raises(InputError, match="got 'pgd-2-axb'"):
+        ATTACKS.find("pgd-2-axb")

@@ -2,9 +2,11 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 
+from advmoe.errors import InputError
 from advmoe.seeding import drawing_for, generator_for, seed_for
 
 
@@ -35,3 +37,10 @@ def test_what_layers_draw_follows_from_its_purpose():
     assert torch.equal(drawn(0, "layers", 1), torch.rand(4, generator=generator_for(0, "layers", 1)))
     assert not torch.equal(drawn(0, "layers", 1), drawn(0, "layers", 2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_number_of_any_type_seeds_alike():
+    assert seed_for(np.int64(3), "a") == seed_for(3, "a") == seed_for(torch.tensor(3), "a") != seed_for("3", "a")
+    for wrong in (0.5, None, [1]):
+        with pytest.raises(InputError, match=r"^a seed must be a whole number, got "):
+            seed_for(wrong)

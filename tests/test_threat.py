@@ -1,6 +1,7 @@
 """The geometry of the threat model: projection, starts, steps."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -163,3 +164,17 @@ def test_a_radius_that_is_no_number_is_refused(eps):
     with pytest.raises(ValueError, match=r"^threat.eps must be a number, got "):
         ThreatModel("linf", eps)
     assert ThreatModel("linf", np.float32(0.25)).eps == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_half_precision_leaves_no_ball(dtype):
+    threat = ThreatModel("linf", 8 / 255)
+    x = torch.rand(4, 3, 16, 16).to(dtype)
+    x_adv = threat.project(x + torch.randn(x.shape).sign().to(dtype), x)
+    far = (x_adv.double() - x.double()).abs().max().item()
+    assert x_adv.dtype == dtype and 0.9 * threat.eps < far <= threat.eps
+
+
+def test_a_fraction_is_a_radius():
+    threat = ThreatModel("linf", Fraction(8, 255))
+    assert threat.eps == 8 / 255 and threat == ThreatModel("linf", 8 / 255)

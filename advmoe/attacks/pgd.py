@@ -7,6 +7,8 @@ Source: Madry et al., ICLR 2018 (the loop); Zhang et al., ICML 2019 (the KL asce
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe.errors import InputError
-from advmoe.faults import label_fault, require_attackable
+from advmoe.errors import InputError, require_whole
+from advmoe.faults import label_fault, pixel_fault, require_attackable
 from advmoe.progress import BRIEF, tracked
 from advmoe.tables import Table
+from advmoe.text import show
 from advmoe.threat import ThreatModel, randn_like
 
 Predict = Callable[[Tensor], Tensor]
@@ -184,17 +187,15 @@ def pgd(
             margin of probabilities; or a function (logits (N, K), classes (N,)) -> (N,) to ascend.
         generator: source of the random starts.
 
-    Returns (N, C, H, W): the last iterate of the first start that fools `predict`, or of the last start.
+    Returns (N, C, H, W), detached: the last iterate of the first start that fools `predict`, or of the last start.
+    Warns where no gradient reaches the pixels, so that random starts are all that is tried.
     Raises `ValueError` for pixels outside [0, 1], empty input, classes that do not match the images or the logits, no
-    `ThreatModel`, or fewer than one step or restart.
+    `ThreatModel`, fewer than one step or restart, or within `torch.inference_mode`, which has no gradients.
     """
-    for name, number in (("steps", steps), ("restarts", restarts)):
-        if number < 1:
-            raise InputError(f"{name} must be >= 1, got {number!r}")
-    if not (step_size >= 0 and math.isfinite(step_size)):
-        raise InputError(f"step_size must be a number >= 0, got {step_size!r}")
+    _require_steps(steps, step_size)
+    require_whole("restarts", restarts, 1)
     require_attackable(x, y, threat)
-    y = y.to(x.device, torch.long)
+    x, y = x.detach(), y.to(x.device, torch.long)
     chosen = Loss.of(loss) if callable(loss) else LOSSES.find(loss)
     predict, own = _checked("predict", predict, y), predict
     forward = predict if surrogate in (None, own) else _checked("surrogate", surrogate, y)
@@ -203,7 +204,7 @@ def pgd(
         start = threat.random_start(clean, generator)
         of_logits = chosen.at(forward, clean, labels)
         return ascend(
-            lambda x_adv: of_logits(forward(x_adv)), clean, start, threat=threat, step_sizes=[step_size] * steps
+            lambda x_adv: _felt(of_logits(forward(x_adv))), clean, start, threat=threat, step_sizes=[step_size] * steps
         )
 
     result = x.clone()
@@ -217,6 +218,24 @@ def pgd(
             if len(unbroken) == 0:
                 break
     return result
+
+
+def _require_steps(steps: object, step_size: object) -> None:
+    """Raise `InputError` for what is no number of steps, or no size, and where nothing has a gradient."""
+    require_whole("steps", steps, 1)
+    number = isinstance(step_size, numbers.Real) and not isinstance(step_size, bool)
+    if not (number and math.isfinite(float(step_size)) and float(step_size) >= 0):  # type: ignore[arg-type]
+        raise InputError(f"step_size must be a number >= 0, got {show(step_size)}")
+    if torch.is_inference_mode_enabled():
+        rule = "an attack must be made outside torch.inference_mode, which has no gradients"
+        raise InputError(f"{rule}, got inside (torch.no_grad does no harm)")
+
+
+def _felt(value: Tensor) -> Tensor:
+    """An attack's `value`; warns where it has no gradient."""
+    if not value.requires_grad:
+        warnings.warn("no gradient reaches the pixels: the attack is its random start alone", stacklevel=2)
+    return value
 
 
 def _checked(name: str, network: Predict, y: Tensor) -> Predict:
@@ -269,11 +288,18 @@ def trades_attack(
     Under autocast the clean logits and the first step are in fp32 all the same: so close to the clean image the KL is
     all rounding in bf16, and its gradient points elsewhere.
 
-    Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients.
+    Returns adversarial pixels (N, C, H, W), detached. Parameters get no gradients. Warns and raises as `pgd` does; on
+    other devices than the CPU, whose host would wait, pixels are not looked at.
 
     Source: Zhang et al., ICML 2019, Algorithm 1; `held`: ATTA, Zheng et al., CVPR 2020; `labels`: Madry et al., ICLR
     2018; `target`: RSLAD, Zi et al., ICCV 2021.
     """
+    _require_steps(steps, step_size)
+    if not isinstance(threat, ThreatModel):
+        raise InputError(f"threat must be a ThreatModel(norm, eps), got {show(threat)}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and (fault := pixel_fault(x)) is not None:
+        raise InputError(fault)
+    x = x.detach()
     if labels is not None:
         loss = cross_entropy_loss(labels)
     else:
@@ -282,7 +308,7 @@ def trades_attack(
     delta = threat.random_start(x, generator) - x if uniform else 0.001 * randn_like(x, generator)
     if held is not None:
         delta = torch.where(held == 0, delta, held)
-    climb, sizes = partial(ascend, lambda x_adv: loss(predict(x_adv)), x, threat=threat), [step_size] * steps
+    climb, sizes = partial(ascend, lambda x_adv: _felt(loss(predict(x_adv))), x, threat=threat), [step_size] * steps
     with _fp32(x.device):
         first = climb(threat.project(x + delta, x), step_sizes=sizes[:1])
     return climb(first, step_sizes=sizes[1:])

@@ -323,7 +323,7 @@ def named_for_now(attacks: str | Sequence[str | Callable[..., Tensor]] | None) -
 
 
 def _pgd(name: str) -> NamedAttack | None:
-    losses = "|".join(loss for loss in LOSSES if loss != "ce")
+    losses = "|".join(re.escape(loss) for loss in LOSSES if loss != "ce")
     match = re.fullmatch(rf"pgd(?:-([1-9][0-9]{{0,4}}))?(?:-({losses}))?(-soft)?", name)
     return match and _Pgd(int(match[1]) if match[1] else None, match[2] or "ce", match[3] is not None)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -129,8 +130,13 @@ def create_model(
 def _pixel_statistics(
     channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    mean = [0.5] * channels if mean is None else list(mean)
-    std = [0.25] * channels if std is None else list(std)
+    try:
+        mean = [0.5] * channels if mean is None else [float(each) for each in mean]
+        std = [0.25] * channels if std is None else [float(each) for each in std]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"mean and std must be numbers, one for each channel, got {show(mean)} and {show(std)}"
+        ) from None
     if len(mean) != channels or len(std) != channels:
         raise InputError(f"mean and std must have in_channels={channels} entries, got {mean!r} and {std!r}")
     if not all(map(math.isfinite, mean)):
@@ -223,6 +229,17 @@ def load_model(folder: Path, module: nn.Module | None = None) -> Classifier:
     return model
 
 
+@contextmanager
+def _of_fp32() -> Iterator[None]:
+    """Inside, what is made is of fp32, as files are, whatever the user's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def load_files(description: Path, weights: Path, module: nn.Module | None = None) -> Classifier:
     """As `load_model`, of the two files themselves, wherever they lie."""
     folder = description.parent
@@ -244,7 +261,7 @@ def load_files(description: Path, weights: Path, module: nn.Module | None = None
                 model = None if module is None else rebuilt(spec, module, count(shapes))
             else:
                 _require_described(spec, shapes)
-                with Undrawn():
+                with Undrawn(), _of_fp32():
                     model = create_model(**spec)
     except _Misfit as error:
         raise InputError(f"{misfit} {error}") from None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advmoe.models.modes import evaluating
 from advmoe.models.predictions import Picture, predict
 from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.repeats import unrecorded
@@ -58,9 +59,9 @@ class Classifier(RouterOwner):
             top: how many of the most probable classes.
 
         Raises `ValueError` that names the first picture which cannot be used. The model computes in eval mode, on its
-        own device, and is left in the mode it is in.
+        own device; each of its parts is left in the mode it is in.
         """
-        device, mode = next(self.parameters()).device, self.training
+        device = next(self.parameters()).device
 
         @torch.no_grad()
         def network(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -68,11 +69,8 @@ class Classifier(RouterOwner):
                 logits = self(x.to(device))
             return logits.float().cpu(), routing.pathway().cpu() if routing.choices else None
 
-        self.eval()
-        try:
+        with evaluating(self):
             return predict(network, self.spec, pictures, top)
-        finally:
-            self.train(mode)
 
     @property
     def routed(self) -> bool:

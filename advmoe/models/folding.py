@@ -5,6 +5,7 @@ Axes: `N` batch, `C` channels, `H W` size, `M` rows of a bank, `E` experts.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,7 +31,7 @@ Folded = tuple[Tensor, Tensor, ops.Packed | None]
 class Folds:
     """The folded filters of each norm, with the state of what they were computed from: a change of it folds anew."""
 
-    by_norm: dict[nn.Module, tuple[tuple[object, ...], Folded]] = field(default_factory=dict)
+    by_norm: dict[nn.Module, tuple[tuple[Tensor, ...], tuple[object, ...], Folded]] = field(default_factory=dict)
 
     def of(self, conv: nn.Conv2d | MoEConv2d, norm: BatchNorm2d, dtype: torch.dtype) -> Folded:
         """The filters of `conv` followed by `norm`, in `dtype`."""
@@ -40,7 +41,8 @@ class Folds:
         sources = (filters, norm.weight, norm.bias, mean, var)
         state = (dtype, norm.eps, *((each.data_ptr(), each._version) for each in sources))
         known = self.by_norm.get(norm)
-        if known is None or known[0] != state:
+        # The tensors themselves are kept: an address says nothing of weights that were passed in for one call.
+        if known is None or known[1] != state or any(map(operator.is_not, known[0], sources)):
             # Computed outside inference mode, as a later pass may want gradients.
             with torch.inference_mode(False), torch.no_grad():
                 scale = norm.weight * (var + norm.eps).rsqrt()
@@ -49,8 +51,8 @@ class Folds:
                 each = (filters * scale.repeat(experts).view(-1, 1, 1, 1), shift.repeat(experts))
                 folded = each[0].to(dtype), each[1].to(dtype)
                 packed = conv.packed(*folded) if isinstance(conv, MoEConv2d | Projection) else None
-                known = self.by_norm[norm] = state, (*folded, packed)
-        return known[1]
+                known = self.by_norm[norm] = sources, state, (*folded, packed)
+        return known[2]
 
 
 _active: ContextVar[Folds | None] = ContextVar("advmoe_folds", default=None)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from advmoe.errors import InputError
-from advmoe.moe.layer import require_numbered
+from advmoe.moe.routing import require_numbered
 from advmoe.text import few, in_file, one_line
 
 Predict = Callable[[Tensor], Tensor]

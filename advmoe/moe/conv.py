@@ -121,6 +121,8 @@ class MoEConv2d(MoELayer):
             return F.conv2d(ops.kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
         if self.sides is not None:
             x = F.pad(x, self.sides, self.padding_mode)
+            if self.kernel_size == (1, 1):
+                return F.conv2d(ops.kept_pixels(x, _pair(self.stride)), weights[0], bias, groups=self.groups)
             return F.conv2d(x, weights[0], bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weights[0], bias, self.stride, self.padding, self.dilation, self.groups)
 

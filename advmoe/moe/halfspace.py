@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe.errors import InputError
+from advmoe.moe.routers import FullPrecision
 
 GRID = 4
 STEEPNESS = 32.0
@@ -27,7 +28,7 @@ _FORMS: dict[str, tuple[tuple[int, ...], ...]] = {
 """Of each form the grid's rows whose mean brightness is a bit; a bit of no rows is never set."""
 
 
-class HalfspaceRouter(nn.Module):
+class HalfspaceRouter(FullPrecision):
     """[0, 1] pixels, not normalised -> scores (N, 2) for each of the L layers, from B bits.
 
     Layer l takes expert 1 where bit floor(l B / L) is set: with two bits the first drives the first half of the layers,

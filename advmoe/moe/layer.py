@@ -6,6 +6,7 @@ Axes: `N` batch, `M` rows of a bank, `R` rows of one expert, `E` experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ class MoELayer(RouterOwner, ABC):
         """
         self.kernels = False
         """Whether kernels for GPUs compute a hard pass (`by_kernels`); all experts are computed where they do not."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As a module does; of a layer that was made without memory, what no file holds is filled in too."""
+        with torch.no_grad():
+            self.row_index.copy_(torch.tensor(self.rows))
+        super()._load_from_state_dict(*args, **kwargs)
 
     @abstractmethod
     def banks(self) -> tuple[Tensor, ...]:
@@ -200,14 +207,6 @@ class MoELayer(RouterOwner, ABC):
                     return later
             scores = self.router(x)
             return scores
-
-
-def require_numbered(module: nn.Module) -> None:
-    """Raise `InputError` unless the MoE layers in a module are numbered 0, 1, 2, ..., by which pathways are told."""
-    numbers = [each.layer for each in moe_layers(module)]
-    if numbers != list(range(len(numbers))):
-        rule = "numbered 0, 1, 2, ... (`layer`), each number once"
-        raise InputError(f"the MoE layers of a network must be {rule}, got {', '.join(map(str, numbers))}")
 
 
 def moe_layers(module: nn.Module) -> list[MoELayer]:

@@ -7,7 +7,7 @@ the precision of the backbone: a choice must not depend on rounding to 8 bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,20 @@ def _norm(kind: NormKind, channels: int, *, maps: bool = False) -> nn.Module:
     return nn.BatchNorm2d(channels) if maps else nn.BatchNorm1d(channels)
 
 
-class LayerRouter(nn.Module):
+class FullPrecision(nn.Module):
+    """A module that stays in fp32 where a network is put into half precision (`bfloat16()`, `half()`)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def wide(tensor: Tensor) -> Tensor:
+            put = fn(tensor)
+            narrower = put.is_floating_point() and torch.finfo(put.dtype).bits < min(32, torch.finfo(tensor.dtype).bits)
+            return tensor.to(put.device) if narrower else put
+
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class LayerRouter(FullPrecision):
     """An MoE layer's own router: its input -> global average pool -> norm -> small MLP -> scores (N, E).
 
     By default the `norm` is a batch norm: pooled features of different images lie close together, and only centred over
@@ -62,7 +75,7 @@ class LayerRouter(nn.Module):
         return router_scores(x, pooled, self.norm, self.hidden, self.scores, training=self.training)
 
 
-class ImageRouter(nn.Module):
+class ImageRouter(FullPrecision):
     """A router that sees the image once, ahead of all layers: a shallow convolutional embedding and linear heads.
 
     With `shared` one head chooses the same expert in all L layers (`router="image"`); otherwise each layer has its own

@@ -35,6 +35,7 @@ from advmoe.errors import InputError
 from advmoe.moe.dispatch import Plan, on_host
 from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
+from advmoe.text import show
 
 RoutingMode = Literal["hard", "soft", "masked", "gathered"]
 _Beside = tuple["weakref.ref[Tensor]", int, Tensor | None, Tensor | None]
@@ -361,12 +362,18 @@ def route(
     """Route the forward passes inside by `mode`; the value yielded holds the last pass's scores and choices. `forced`,
     `gated`: as of `Routing`.
 
-    Raises `ValueError` for an unknown mode or a temperature that is not positive.
+    It holds in this thread, as PyTorch's modes do: another that is to compute inside has to open its own.
+    Raises `ValueError` for an unknown mode, a temperature that is not positive, and choices that nothing could follow.
     """
     if mode not in get_args(RoutingMode):
         raise InputError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
-    if not temperature > 0:
-        raise InputError(f"temperature must be > 0, got {temperature!r}")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not temperature > 0:
+        raise InputError(f"temperature must be a number > 0, got {show(temperature)}")
+    if forced is not None and mode == "soft":
+        raise InputError("forced must be left out with mode soft, which mixes every expert, got choices")
+    if forced is not None and not isinstance(forced, Tensor):
+        raise InputError(f"forced must be a tensor (N, L), an expert for each image and layer, got {show(forced)}")
     with opened(Routing(mode, temperature, forced, gated)) as routing:
         yield routing
 
@@ -383,6 +390,18 @@ def soft_routing(model: Callable[[Tensor], Tensor], temperature: float = 1.0) ->
     return predict
 
 
+def require_numbered(module: nn.Module) -> None:
+    """Raise `InputError` unless the MoE layers in a module are numbered 0, 1, 2, ..., by which pathways are told."""
+    from advmoe.moe.layer import moe_layers  # which imports this module
+
+    if not isinstance(module, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {show(module)}")
+    numbers = [each.layer for each in moe_layers(module)]
+    if numbers != list(range(len(numbers))):
+        rule = "numbered 0, 1, 2, ... (`layer`), each number once"
+        raise InputError(f"the MoE layers of a network must be {rule}, got {', '.join(map(str, numbers))}")
+
+
 def pathway(model: nn.Module, x: Tensor) -> Tensor:
     """The expert index per sample and MoE layer, (N, L), for images `x` (N, C, H, W) in [0, 1]; (N, 0) for a plain
     model, (N, L, T) for one whose tokens are routed one by one (`route_per="token"`).
@@ -390,6 +409,7 @@ def pathway(model: nn.Module, x: Tensor) -> Tensor:
     The model is run in eval mode, and left in the mode it was in. What it computes in fp32 is not rounded to less
     (TF32), as in evaluations: between experts whose scores are close that would decide.
     """
+    require_numbered(model)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

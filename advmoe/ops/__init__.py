@@ -12,7 +12,7 @@ from advmoe.ops.grouping import Grouped, merge, split
 from advmoe.ops.hooks import heard, listened
 from advmoe.ops.norm import fixed_norm
 from advmoe.ops.products import Sorted, sorted_by_expert
-from advmoe.ops.raw import Packed, kernels_used, without_kernels
+from advmoe.ops.raw import Packed, as_written, kernels_used, without_kernels
 from advmoe.ops.rectifier import Rectified, norm_act, rectify
 from advmoe.ops.routed import Routed, kernels_missing, routed, routed_linear
 from advmoe.ops.routers import global_pool, router_scores, whole_layer
@@ -24,6 +24,7 @@ __all__ = [
     "Rectified",
     "Routed",
     "Sorted",
+    "as_written",
     "chosen",
     "chosen_probability",
     "convolved",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advmoe.ops import raw
+from advmoe.ops.once import once
 from advmoe.ops.raw import Packed
 
 _WORTH_PACKING = 16
@@ -89,7 +90,8 @@ def kept_pixels(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The pixels of `x` (N, C, H, W) that a 1x1 convolution of this stride looks at.
 
     Left to PyTorch (2.11 and 2.13 on CPU), the backward pass of a strided 1x1 convolution with 3 to 8 input channels,
-    channels-last, at sides of 48 to 64, writes beyond its memory. On these pixels stride 1 computes the same.
+    channels-last, writes beyond its memory (seen at sides of 6 and of 48 to 64). On these pixels stride 1 computes the
+    same.
     """
     if type(x) is Tensor and x.requires_grad and torch.is_grad_enabled() and raw.eager():
         strided: Tensor = _Strided.apply(x, stride)  # type: ignore[no-untyped-call]
@@ -109,7 +111,7 @@ class _Convolution(torch.autograd.Function):
         return filters.convolve(x, choice)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, choice, _ = ctx.saved_tensors
         gated = ctx.gate_dtype is not None

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe.ops import raw
+from advmoe.ops.once import once
+
 _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Output channels of fp32 that a CPU's convolutions compute at once: fewer take as long."""
 
@@ -20,7 +23,7 @@ def chosen(every: Tensor, choice: Tensor) -> Tensor:
         # Not `where`: fused with a batch norm's statistics, inductor (2.13, CPU) mixed up the samples of large batches.
         index = choice.view(-1, *[1] * (every.dim() - 1)).expand(-1, 1, *every.shape[2:])
         return every.gather(1, index)[:, 0]
-    if every.is_cuda:
+    if every.is_cuda and not raw.as_written():
         picked: Tensor = _Picked.apply(every, choice)  # type: ignore[no-untyped-call]
         return picked
     y = every[:, 0]  # not by `unbind`, whose parts a network could not change in place
@@ -51,7 +54,7 @@ class _Picked(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         axis = len(ctx.shape) - 2

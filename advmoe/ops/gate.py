@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advmoe.ops import raw
+from advmoe.ops.once import once
 from advmoe.ops.rows import row_products
 
 
@@ -24,7 +25,7 @@ def chosen_probability(scores: Tensor, choice: Tensor) -> Tensor:
 
 def straight_through(y: Tensor, gate: Tensor) -> Tensor:
     """y * (1 + gate - stop_grad(gate)): `y` (N, ...) unchanged; backward gives `gate` (N,) the gradient <dL/dy, y>."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or raw.as_written():
         return y * (1 + (gate - gate.detach())).to(y.dtype).view(-1, *[1] * (y.dim() - 1))
     gated: Tensor = _Gate.apply(y, gate)  # type: ignore[no-untyped-call]
     return gated
@@ -47,7 +48,7 @@ class _Chosen(torch.autograd.Function):
         return raw.chosen_probability(scores, choice)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         scores, choice = ctx.saved_tensors
         return raw.chosen_probability_backward(scores, choice, grad.contiguous()), None
@@ -61,7 +62,7 @@ class _Gate(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (y,) = ctx.saved_tensors
         return grad, row_products(grad, y).to(ctx.gate_dtype)
@@ -74,7 +75,7 @@ class _Mix(torch.autograd.Function):
         return raw.mixed(every, weights)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         every, weights = ctx.saved_tensors
         every, grad = (each.contiguous(memory_format=torch.channels_last) for each in (every, grad))

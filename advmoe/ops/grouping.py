@@ -13,6 +13,7 @@ from torch import Tensor
 
 from advmoe.ops import raw
 from advmoe.ops.gate import straight_through
+from advmoe.ops.once import once
 from advmoe.ops.rows import merge_rows, row_products, split_rows
 
 
@@ -20,8 +21,9 @@ def split(x: Tensor, members: tuple[Tensor, ...], gate: Tensor | None = None) ->
     """The samples of each part, `x[index]`, (n_e, ...) each, of `x` (N, ...), `straight_through` the `gate` (N,) if
     there is one.
     """
-    if not members:
-        return (x if gate is None else straight_through(x, gate),)
+    if not members or raw.as_written():
+        gated = x if gate is None else straight_through(x, gate)
+        return tuple(gated.index_select(0, each) for each in members) if members else (gated,)
     if gate is None:
         parts: tuple[Tensor, ...] = _Split.apply(x, *members)  # type: ignore[no-untyped-call]
     else:
@@ -33,6 +35,8 @@ def merge(parts: tuple[Tensor, ...], members: tuple[Tensor, ...]) -> Tensor:
     """The inverse of `split`: (N, ...) in the batch's own order."""
     if not members:
         return parts[0]
+    if raw.as_written():
+        return torch.cat(parts).index_select(0, torch.cat(members).argsort())
     merged: Tensor = _Merge.apply(members, *parts)  # type: ignore[no-untyped-call]
     return merged
 
@@ -55,7 +59,7 @@ class _Split(torch.autograd.Function):
         return split_rows(x, members)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return merge_rows(grads, ctx.members), *[None] * len(ctx.members)
 
@@ -70,7 +74,7 @@ class _GatedSplit(torch.autograd.Function):
         return split_rows(x, members)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if raw.suits(x, *grads):
@@ -88,6 +92,6 @@ class _Merge(torch.autograd.Function):
         return merge_rows(parts, members)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *split_rows(grad, ctx.members)

@@ -7,19 +7,39 @@ from torch import nn
 
 
 def listened(module: nn.Module) -> bool:
-    """Whether the module itself has hooks."""
+    """Whether the module itself has to run: it has hooks, all modules have, or its `forward` was replaced."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _everywhere()
     )
 
 
 def heard(model: nn.Module) -> bool:
-    """Whether any part of `model` has hooks, so that somebody may hold one of its activations."""
+    """Whether somebody may hold an activation within `model`: by hooks, or in a part that is neither ours nor
+    PyTorch's.
+    """
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if listened(module):
+        if listened(module) or type(module).__module__.partition(".")[0] not in _KNOWN:
             return True
         waiting.extend(child for child in module._modules.values() if child is not None)
+    return False
+
+
+_KNOWN = ("advmoe", "torch")
+
+
+def _everywhere() -> bool:
+    """Whether all modules have hooks."""
     hooks = torch.nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advmoe.ops import raw
+from advmoe.ops.once import once
+
 
 def fixed_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """What `norm` in eval mode makes of `x` (N, C, H, W), with a gradient for `x` alone.
@@ -18,7 +21,9 @@ def fixed_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     scale repeated W times) the same arithmetic fills the vector units. Forward alone gains nothing.
     """
     last = x.is_contiguous(memory_format=torch.channels_last)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not last or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not last:
+        return nn.BatchNorm2d.forward(norm, x)
+    if torch.compiler.is_compiling() or raw.as_written():
         return nn.BatchNorm2d.forward(norm, x)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -38,7 +43,7 @@ class _Affine(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from advmoe.ops import raw
 from advmoe.ops.convolution import Convolved
 from advmoe.ops.grouping import Grouped
 from advmoe.ops.hooks import listened
+from advmoe.ops.once import once
 from advmoe.ops.routed import Routed
 from advmoe.ops.rows import split_rows
 
@@ -144,7 +145,7 @@ class _Rectify(torch.autograd.Function):
         return x, pooled, x.detach() if out is None else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         upstream, members = _upstream(x, *gradients), ctx.members
@@ -182,7 +183,7 @@ class _NormRectify(torch.autograd.Function):
         return normed.x, normed.pooled, normed.x.detach(), normed.mean, normed.variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -217,7 +218,7 @@ class _ConvolutionRectify(torch.autograd.Function):
         return y, pooled, y.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(
         ctx: Any, grad: Tensor | None, pooled: Tensor | None, branch: Tensor | None
     ) -> tuple[Tensor | None, ...]:

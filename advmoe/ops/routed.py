@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.ops import raw
+from advmoe.ops.once import once
 from advmoe.ops.rows import row_products
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,7 +145,7 @@ class _Routed(torch.autograd.Function):
         return y, pooled, y.detach() if rectify else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, filters, order, starts, y = ctx.saved_tensors
         kernels, needs = _triton(), ctx.needs_input_grad

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from advmoe.ops import raw
 from advmoe.ops.hooks import listened
+from advmoe.ops.once import once
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def global_pool(x: Tensor) -> Tensor:
     suits = raw.suits(x)
     if suits and not torch.is_grad_enabled():
         return raw.pooled(x)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or raw.as_written():
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
     if suits or x.dtype in (torch.bfloat16, torch.float16):
@@ -114,7 +115,7 @@ class _Pool(torch.autograd.Function):
         return x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _, _, h, w = ctx.shape
         spread: Tensor = (grad / (h * w)).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)
@@ -132,7 +133,7 @@ class _Scored(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         hidden, *_ = ctx.saved_tensors
         scorer: raw.Scorer = ctx.scorer

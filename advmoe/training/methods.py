@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from advmoe.errors import InputError
+from advmoe.errors import InputError, require_whole
 from advmoe.models import split_parameters
 from advmoe.models.sparse import scores_of
 from advmoe.moe.routers import routers_of
@@ -35,8 +35,14 @@ def epoch_plan(levels: Sequence[Level], num_images: int, batch_size: int, *, see
         seed: of the run. epoch: from 0. The order of the images follows from both.
 
     In an epoch each batch number sees every image at most once, and the batches of an iteration share none wherever
-    the set holds enough. A level with `every` K runs in each K-th iteration, counted from the run's start.
+    the set holds enough. A level with `every` K runs in each K-th iteration, counted from the run's start. Raises
+    `ValueError` for no levels, images, or batch.
     """
+    for name, number in (("num_images", num_images), ("batch_size", batch_size)):
+        require_whole(name, number, 1)
+    require_whole("epoch", epoch, 0)
+    if not levels:
+        raise InputError("levels must be one at least, got none")
     plan = batches(num_images, batch_size, seed=seed, epoch=epoch, levels=1 + max(level.batch for level in levels))
     iterations = []
     for iteration, indices in enumerate(plan, epoch * len(plan)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advmoe.config import TrainingConfig
+from advmoe.errors import InputError
 from advmoe.seeding import generator_for
 
 
@@ -16,6 +17,8 @@ def cosine(step: int, total: int) -> float:
 
     Source: Loshchilov & Hutter, ICLR 2017, without restarts.
     """
+    if not 0 <= step <= total or total < 1:
+        raise InputError(f"step must be from 0 to total={total}, which is 1 at least, got {step!r}")
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 

@@ -1,6 +1,7 @@
 """PGD and TRADES' inner step against optima known by hand and loops written out."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -250,13 +251,42 @@ GOOD = {"x": torch.rand(2, 1, 1, 3), "y": torch.zeros(2, dtype=torch.long)}
         ({"predict": lambda x: x.sum((1, 2, 3)), "surrogate": linear, "restarts": 2}, "^predict must make logits"),
         ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, kl, pma, got 'hinge'"),
         ({"loss": "dlr"}, "loss dlr must have at least 3 classes, got 2"),
-        ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"restarts": 0}, "restarts must be >= 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number >= 1, got 2.5"),
+        ({"restarts": 0}, "restarts must be a whole number >= 1, got 0"),
+        ({"step_size": "2/255"}, "step_size must be a number >= 0, got '2/255'"),
+        ({"step_size": math.nan}, "step_size must be a number >= 0, got nan"),
     ],
 )
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         pgd(**{"predict": linear, "threat": LINF, **GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": GOOD["x"] - 1}, r"pixels must lie in \[0, 1\], got values from -"),
+        ({"threat": 0.1}, r"threat must be a ThreatModel\(norm, eps\), got 0.1"),
+        ({"steps": -1}, "steps must be a whole number >= 1, got -1"),
+        ({"step_size": math.nan}, "step_size must be a number >= 0, got nan"),
+    ],
+)
+def test_the_training_attack_s_bad_input_is_named(change, message):
+    given = {"predict": linear, "x": GOOD["x"], "threat": LINF, "steps": 2, "step_size": 0.1, **change}
+    with pytest.raises(ValueError, match=message):
+        trades_attack(**given)
+
+
+@pytest.mark.parametrize("attack", [trades_attack, partial(pgd, y=GOOD["y"])], ids=["training", "pgd"])
+def test_an_attack_without_gradients_is_not_silent(attack):
+    how = {"x": GOOD["x"], "threat": LINF, "steps": 2, "step_size": 0.1}
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"^an attack must be made outside torch"):
+        attack(linear, **how)
+    with pytest.warns(UserWarning, match="no gradient reaches the pixels"):
+        attack(torch.no_grad()(linear), **how)
+    wanted = GOOD["x"].clone().requires_grad_()
+    assert not attack(linear, **{**how, "x": wanted}).requires_grad and wanted.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])

@@ -1,6 +1,7 @@
 """A model at its outermost: pixels are normalised first, and a router that sees the image decides for all layers."""
 
 import torch
+from torch import nn
 
 from advmoe.models import create_model
 from advmoe.models.runs import load_run
@@ -43,3 +44,12 @@ def test_where_it_came_from_is_known_of_a_loaded_model_alone(make_digits_run, tm
     loaded = load_run(run)
     assert small().origin is None
     assert loaded.origin.run == run and loaded.origin.digest == stored_digest(run / "model.safetensors")
+
+
+def test_predict_leaves_each_part_in_its_own_mode():
+    model = create_model("resnet18", num_classes=3, width=4, input_size=8).train()
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    model.predict(torch.rand(3, 8, 8))
+    assert model.training and not any(norm.training for norm in norms)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from advmoe.models import create_model, split_parameters
+from advmoe.models import create_model, save_model, split_parameters
 from advmoe.models.modes import frozen
-from advmoe.moe import MoEConv2d, route, routers_of
+from advmoe.moe import MoEConv2d, MoELayer, pathway, route, routers_of
 
 ROUTERS = ["layer", "embedding", "image"]
 
@@ -193,3 +193,48 @@ def test_frozen_restores_what_it_found():
     assert [p.requires_grad for p in model.parameters()] == wanted
     with frozen(lambda x: x):  # any callable can be attacked
         pass
+
+
+@pytest.mark.parametrize("router", ["layer", "embedding", "image", "fixed-top", "linear"])
+def test_in_half_precision_routers_stay_in_fp32(router):
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=3, width=8, input_size=8, router=router).eval()
+    x, paths = torch.rand(4, 3, 8, 8), None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    paths = pathway(model, x)
+    low = model.bfloat16()
+    assert low(x.bfloat16()).dtype == torch.bfloat16
+    for name, value in low.state_dict().items():
+        routers = "router" in name
+        assert not value.is_floating_point() or value.dtype == (torch.float32 if routers else torch.bfloat16)
+        assert not routers or torch.equal(value, before[name])
+    if router not in ("layer",):  # which sees features that were rounded
+        close = (pathway(low, x.bfloat16()) == paths).float().mean()
+        assert close > 0.7
+
+
+def test_a_model_made_without_memory_computes_what_it_loads():
+    settings = {"num_classes": 3, "width": 8, "input_size": 8, "scale": 0.7}
+    torch.manual_seed(0)
+    model, x = create_model("resnet18", **settings).eval(), torch.rand(4, 3, 8, 8)
+    with torch.device("meta"):
+        empty = create_model("resnet18", **settings)
+    empty = empty.to_empty(device="cpu")
+    for layer in empty.modules():
+        if isinstance(layer, MoELayer):
+            layer.row_index.fill_(10**6)  # what there was in that memory
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("wrong", [0.5, ["a", "b", "c"], [None] * 3])
+def test_statistics_are_numbers(wrong):
+    with pytest.raises(ValueError, match=r"^mean and std must be numbers, one for each channel, got "):
+        create_model("resnet18", num_classes=3, width=4, input_size=8, mean=wrong)
+
+
+def test_statistics_of_a_tensor_are_kept_as_numbers(tmp_path):
+    mean = torch.tensor([0.25, 0.5, 0.75])
+    model = create_model("resnet18", num_classes=3, width=4, input_size=8, mean=mean)
+    assert model.spec["mean"] == [0.25, 0.5, 0.75]
+    save_model(model, tmp_path)

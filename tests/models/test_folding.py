@@ -68,14 +68,14 @@ def test_folded_and_unfolded_agree_in_outputs_and_input_gradients(name, kwargs, 
     x = make_images(10).double().contiguous(memory_format=memory_format)
     layers = sum(isinstance(module, MoEConv2d) for module in model.modules())
     forced = torch.arange(10)[:, None].expand(-1, layers) % 2 if layers else None
-    for mode in ("hard", "soft"):
+    for mode, given in (("hard", forced), ("soft", None)):
         normed.clear()
-        expected = passed(model, x, mode, forced)
+        expected = passed(model, x, mode, given)
         unfolded = len(normed)
         with frozen(model):
             normed.clear()
-            fused = passed(model, x, mode, forced)
-            with torch.no_grad(), route(mode, forced=forced):
+            fused = passed(model, x, mode, given)
+            with torch.no_grad(), route(mode, forced=given):
                 torch.testing.assert_close(model(x), expected[0])
         assert len(normed) < 2 * unfolded
         torch.testing.assert_close(fused[0], expected[0])
@@ -155,6 +155,25 @@ def test_a_change_is_seen_at_once(kind, change):
         after = run(x)
     torch.testing.assert_close(after, run(x), atol=1e-5, rtol=1e-5)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("kind", ["moe", "plain", "projection"])
+def test_weights_of_one_call_are_its_own(kind):
+    # Their memory may be that of another call's, which is gone.
+    conv, norm = pair(kind)
+    name = "bank" if kind == "moe" else "weight"
+    net, x = nn.ModuleList([conv, norm]), torch.rand(4, 4, 6, 6)
+    scaled, run = conv.get_parameter(name).detach(), steps_of(conv, norm)
+    net.forward = lambda x: run(x)
+
+    def call(scale):
+        return torch.func.functional_call(net, {f"0.{name}": scaled * scale}, (x,))
+
+    with torch.no_grad():
+        expected = [call(scale) for scale in (1.0, 2.0, 3.0)]
+        with folding():
+            for scale, each in zip((1.0, 2.0, 3.0), expected, strict=True):
+                torch.testing.assert_close(call(scale), each, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["moe", "plain"])

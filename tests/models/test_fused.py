@@ -311,6 +311,33 @@ def test_who_asks_for_a_feature_s_gradient_gets_all_of_it(kind, mode, part, way,
     assert_nearly(*gradients)
 
 
+class Keeps(nn.Module):
+    """A part that keeps its output, as for Grad-CAM, without a hook."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        self.seen = self.part(x)
+        return self.seen
+
+
+@pytest.mark.usefixtures("shallow_backbones")
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+def test_what_a_part_of_one_s_own_keeps_has_all_of_its_gradient(mode, make_images):
+    gradients = []
+    for kernels in (True, False):
+        model, x = resnet("moe").train(), make_images(20).requires_grad_()
+        model.backbone.blocks[0] = kept = Keeps(model.backbone.blocks[0])
+        with (
+            contextlib.nullcontext() if kernels else raw.without_kernels(),
+            frozen(model) if mode == "frozen" else contextlib.nullcontext(),
+        ):
+            gradients.append(torch.autograd.grad(model(x).square().sum(), kept.seen)[0])
+    assert_nearly(*gradients)
+
+
 @pytest.mark.usefixtures("shallow_backbones")
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_blocks_called_by_hand_share_nothing(kind, make_images):

@@ -168,3 +168,15 @@ def test_initialisations_that_draw_again_end_where_nothing_is_drawn():
         nn.init.trunc_normal_(tensor, std=0.02)
         linear = nn.Linear(2, 3)
     assert (tensor.abs() <= 2).all() and not linear.weight.any()
+
+
+def test_a_users_default_dtype_changes_no_file(tmp_path):
+    model = create_model("resnet18", num_classes=3, width=4, input_size=8).eval()
+    save_model(model, tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = load_model(tmp_path)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))

@@ -293,3 +293,16 @@ def test_a_strided_1x1_convolution_is_pytorch_s(stride, groups, bias):
     grads = [torch.autograd.grad((y * weight).sum(), (x, layer.bank), retain_graph=True) for y in (ours, theirs)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+def test_strided_filters_of_one_pixel_write_nowhere_else(padding_mode):
+    layer = MoEConv2d(3, 8, 1, (2, 1), 1, bank_rows=16, num_experts=2, layer=0, padding_mode=padding_mode)
+    layer = layer.to(memory_format=torch.channels_last)
+    for _ in range(40):
+        x = torch.rand(17, 3, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+        with route(forced=torch.zeros(17, 1, dtype=torch.long), gated=False):
+            y = layer(x)
+        y.sum().backward()
+        plain = F.conv2d(F.pad(x, (1, 1, 1, 1), padding_mode), layer.bank[:8])[:, :, ::2]
+        torch.testing.assert_close(y, plain)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from advmoe.moe import MoELinear, route
-from advmoe.moe.layer import require_numbered, windows
+from advmoe.moe.layer import windows
+from advmoe.moe.routing import require_numbered
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,14 @@ def test_bf16_training_pass_gives_fp32_gradients_to_all(make_routed, make_images
 
 
 def test_errors_name_what_is_wrong(make_routed, make_images):
-    with pytest.raises(ValueError, match="temperature must be > 0, got 0"), route("soft", temperature=0):
+    with pytest.raises(ValueError, match="temperature must be a number > 0, got 0"), route("soft", temperature=0):
+        pass
+    with (
+        pytest.raises(ValueError, match="forced must be left out with mode soft"),
+        route("soft", forced=torch.zeros(4, 4)),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"forced must be a tensor \(N, L\), .*, got \[\[0\]\]"), route(forced=[[0]]):
         pass
     with pytest.raises(ValueError, match="mode must be one of hard, soft, masked, gathered, got 'sfot'"), route("sfot"):
         pass
@@ -193,7 +200,7 @@ def test_errors_name_what_is_wrong(make_routed, make_images):
             model(make_images(4))
 
 
-@pytest.mark.parametrize("mode", ["hard", "masked", "soft"])
+@pytest.mark.parametrize("mode", ["hard", "masked"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("router", ["layer", "image"])
 def test_experts_that_there_are_not_are_refused(make_routed, make_images, monkeypatch, router, elsewhere, mode):

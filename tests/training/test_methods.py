@@ -226,3 +226,22 @@ def test_norms_of_other_kinds_that_are_fixed_keep_their_buffers(make_images):
     assert moved("routers") and all(".router." in name for name in moved("routers"))
     assert any("backbone.1." in name for name in moved("experts"))
     assert moved("all", record=False) == set()
+
+
+def test_an_epoch_that_cannot_be_is_refused():
+    for changed, message in (
+        ({"batch_size": -3}, "batch_size must be a whole number >= 1, got -3"),
+        ({"num_images": 0}, "num_images must be a whole number >= 1, got 0"),
+        ({"epoch": -1}, "epoch must be a whole number >= 0, got -1"),
+        ({"levels": ()}, "levels must be one at least, got none"),
+    ):
+        given = {
+            "levels": METHODS["advmoe"].levels,
+            "num_images": 20,
+            "batch_size": 4,
+            "seed": 0,
+            "epoch": 0,
+            **changed,
+        }
+        with pytest.raises(ValueError, match=f"^{message}"):
+            epoch_plan(**given)

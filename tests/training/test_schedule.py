@@ -82,3 +82,10 @@ def test_one_level_is_the_same_whatever_the_others():
     # A method's first level sees the images in the order of a method with one level.
     alone, pair = batches(50, 8, seed=1, epoch=2), batches(50, 8, seed=1, epoch=2, levels=2)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, pair, strict=True))
+
+
+def test_a_cosine_ends_at_its_total():
+    assert cosine(0, 10) == 1 and abs(cosine(10, 10)) < 1e-12
+    for step, total in ((15, 10), (-1, 10), (0, 0)):
+        with pytest.raises(ValueError, match=r"^step must be from 0 to total="):
+            cosine(step, total)

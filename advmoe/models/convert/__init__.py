@@ -20,10 +20,11 @@ from torch.nn.parameter import is_lazy
 from advmoe.config import Channels, Experts, ModelConfig, RouterKind, Within, typed
 from advmoe.errors import InputError
 from advmoe.models.classifier import Classifier
-from advmoe.models.convert.candidates import candidates, watch
+from advmoe.models.convert.candidates import Candidate, candidates, watch
 from advmoe.models.convert.probe import SAME, image_spec, logits_of, require_same, spec_of
 from advmoe.models.convert.replacing import Conversion, ConvertedClassifier, convert, normalizer
-from advmoe.moe.layer import moe_layers, require_numbered
+from advmoe.moe.layer import moe_layers
+from advmoe.moe.routing import require_numbered
 from advmoe.tables import ROUTERS
 from advmoe.text import one_line, show
 
@@ -71,11 +72,18 @@ def to_moe(
     ROUTERS.require("router", router)
     skipped, wanted_too = _patterns("skip", skip), _patterns("linear", linear)
     module = _own(module, inplace)
-    if isinstance(module, Classifier) and mean is None and std is None:
-        mean, std, module = module.spec["mean"], module.spec["std"], module.backbone
+    told: dict[str, Any] = {}
+    if isinstance(module, Classifier):
+        if module.spec["kind"] == "sparse":
+            raise InputError("module must be a network without masks (advmoe.models.compact), got a sparse one")
+        told = {name: module.spec[name] for name in _TOLD if module.spec.get(name) is not None}
+        if mean is None and std is None:
+            mean, std, module = module.spec["mean"], module.spec["std"], module.backbone
     _require_plain(module)
     normalize = normalizer(mean, std)
     logits = None if example is None else logits_of(nn.Sequential(normalize, module), example)
+    if example is not None and not bool(example.isfinite().all()):
+        raise InputError("example must be finite images, which tell whether the network stays the same, got NaN or inf")
     layers = candidates(module, skipped, wanted_too, depthwise=depthwise)
     if example is not None:
         watch(layers, nn.Sequential(normalize, module), example)
@@ -87,11 +95,29 @@ def to_moe(
     images = image_spec(module) if example is None or logits is None else spec_of(example, logits)
     if mean is not None and images["in_channels"] not in (None, len(mean)):
         raise InputError(f"mean and std must have one number per channel ({images['in_channels']}), got {show(mean)}")
-    settings = {"num_experts": num_experts, "router": router, "mean": _plain(mean), "std": _plain(std), **images}
+    settings = {
+        "num_experts": num_experts, "router": router, "mean": _plain(mean), "std": _plain(std), **images, **told,
+    }  # fmt: skip
     model = convert(module, conversion, settings)
     if example is not None and logits is not None:
-        require_same(model, example, logits)
+        try:
+            require_same(model, example, logits)
+        except InputError:
+            _undo(module, wanted)
+            raise
     return model
+
+
+_TOLD = ("num_classes", "in_channels", "input_size", "classes", "cut")
+"""What a model of ours knows of its images and classes, and keeps."""
+
+
+def _undo(module: nn.Module, layers: Iterable[Candidate]) -> None:
+    """Put the plain layers back into a network that was converted in place."""
+    for each in layers:
+        parent, _, child = each.name.rpartition(".")
+        if each.name:
+            setattr(module.get_submodule(parent), child, each.module)
 
 
 def own_classifier(module: nn.Module, config: ModelConfig, example: Tensor) -> Classifier:

@@ -78,10 +78,10 @@ def _obstacle(
     others += [other for parameter in layer.parameters() for other in owners[id(parameter)] if other != name]
     if others:
         return f"shared with {others[0]}"
-    if any(map(listened, layer.modules())):
-        return "it has hooks"
     if "forward" in vars(layer):
         return "its forward was replaced"
+    if any(map(listened, layer.modules())):
+        return "it has hooks"
     inside = chain.from_iterable(child.parameters() for child in layer.children())
     if next(chain(inside, layer.buffers()), None) is not None:
         return f"a {type(layer).__name__} with buffers, or parameters of modules inside"

@@ -44,8 +44,8 @@ def spec_of(example: Tensor, logits: Tensor) -> dict[str, Any]:
 
 def logits_of(model: nn.Module, example: Tensor) -> Tensor:
     """The logits (N, K) of `example`, in eval mode and without gradients. Raises `ValueError` where there are none."""
+    rule = "example must be floating-point images (N, C, H, W) with N >= 2"
     if not isinstance(example, Tensor) or example.dim() != 4 or len(example) < 2 or not example.is_floating_point():
-        rule = "example must be floating-point images (N, C, H, W) with N >= 2"
         raise InputError(f"{rule}, got {_shown(example)}")
     device, dtype = place_of(model)
     shape = tuple(example.shape)

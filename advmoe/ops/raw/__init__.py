@@ -24,7 +24,7 @@ from advmoe.ops.raw.activations import (
 )
 from advmoe.ops.raw.convolution import LayerOutput, Packed, whole_layer
 from advmoe.ops.raw.routers import Scorer, chosen_probability, chosen_probability_backward
-from advmoe.ops.raw.tensors import LANES, available, eager, kernels_used, missing, suits, without_kernels
+from advmoe.ops.raw.tensors import LANES, as_written, available, eager, kernels_used, missing, suits, without_kernels
 
 __all__ = [
     "LANES",
@@ -34,6 +34,7 @@ __all__ = [
     "Packed",
     "Parts",
     "Scorer",
+    "as_written",
     "available",
     "chosen_probability",
     "chosen_probability_backward",

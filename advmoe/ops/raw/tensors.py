@@ -36,9 +36,16 @@ def kernels_used() -> str:
     return "advmoe" if available() else f"PyTorch ({missing() or 'ours are switched off'})"
 
 
+def as_written() -> bool:
+    """Whether operations are to be computed as they are defined, by PyTorch's own: within `without_kernels`."""
+    return not torch.compiler.is_compiling() and _off.get()
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside, everything is computed by PyTorch alone: what second derivatives need, which kernels do not have."""
+    """Inside, everything is computed by PyTorch's own operations: what second derivatives need, which our backward
+    passes do not have, by kernels or not.
+    """
     token = _off.set(True)
     try:
         yield

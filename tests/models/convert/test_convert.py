@@ -260,3 +260,26 @@ def test_mistakes_name_argument_rule_and_value(make, message):
 def test_the_public_name():
     assert advmoe.to_moe is to_moe and "to_moe" in dir(advmoe) and "to_moe" in advmoe.__all__
     assert issubclass(type(advmoe.to_moe(make(Plain))), Classifier)
+
+
+def test_what_a_model_of_ours_knows_of_its_images_stays():
+    model = create_model("resnet18", num_classes=3, width=4, input_size=12, kind="dense", classes=["a", "b", "c"],
+                         cut="central-crop").eval()  # fmt: skip
+    for example in (None, images(3)):
+        spec = to_moe(model, example=example).spec
+        assert {name: spec[name] for name in ("num_classes", "classes", "cut", "input_size", "in_channels")} == {
+            "num_classes": 3, "classes": ["a", "b", "c"], "cut": "central-crop", "input_size": 12, "in_channels": 3,
+        }  # fmt: skip
+
+
+def test_a_network_that_is_refused_stays_as_it_was():
+    net = make(Reads)
+    before = {name: type(part) for name, part in net.named_modules()}
+    with pytest.raises(ValueError, match="module must compute the same"):
+        to_moe(net, example=images(3), inplace=True)
+    assert {name: type(part) for name, part in net.named_modules()} == before
+    with pytest.raises(ValueError, match="example must be finite images"):
+        to_moe(net, example=images(3) * math.nan)
+    sparse = create_model("resnet18", num_classes=3, width=4, input_size=12, kind="sparse")
+    with pytest.raises(ValueError, match=r"module must be a network without masks \(advmoe.models.compact\)"):
+        to_moe(sparse)
