@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 
 
 def listened(module: nn.Module) -> bool:
     """Whether the module itself has to run: it has hooks, all modules have, or its `forward` was replaced."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _everywhere()
-    )
+    return _own(module) or _everywhere()
 
 
 def heard(model: nn.Module) -> bool:
@@ -25,13 +20,27 @@ def heard(model: nn.Module) -> bool:
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if listened(module) or type(module).__module__.partition(".")[0] not in _KNOWN:
+        if _own(module) or _foreign(type(module).__module__):
             return True
         waiting.extend(child for child in module._modules.values() if child is not None)
-    return False
+    return _everywhere()
 
 
-_KNOWN = ("advmoe", "torch")
+def _own(module: nn.Module) -> bool:
+    """Whether the module has hooks, or another `forward` than its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+@cache
+def _foreign(home: str) -> bool:
+    """Whether a class of the module `home` is somebody else's."""
+    return home.partition(".")[0] not in ("advmoe", "torch")
 
 
 def _everywhere() -> bool:
