@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from advmoe import create_model, route
-from advmoe.errors import InputError
 from advmoe.native import without_kernels
 from advmoe.ops import kernels_used
 
@@ -46,12 +45,3 @@ def test_second_derivatives_are_right_without_kernels(name, width, router, learn
         model, x = model.float(), x.float()
         torch.testing.assert_close(second(model, x, "soft"), second(model.double(), x.double(), "soft").float(),
                                    rtol=1e-3, atol=1e-5)  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_elsewhere_they_are_refused_in_one_line(dtype):
-    model = create_model("resnet18", num_classes=3, width=8, input_size=8).to(dtype).eval()
-    with pytest.raises(
-        InputError, match=r"^a backward pass with create_graph must be made of a pass within advmoe.nat"
-    ):
-        second(model.to(memory_format=torch.channels_last), torch.rand(4, 3, 8, 8, dtype=dtype), "hard")

@@ -63,7 +63,7 @@ class ChoiceBounds:
         if not isinstance(model, Classifier):
             raise Unbounded(f"a {type(model).__name__}")
         self._original = model
-        if ops.heard(model):
+        if ops.hooked(model):
             raise Unbounded("modules with hooks")
         with _or_unbounded():
             self._model = copy.deepcopy(model).double().eval().requires_grad_(False)

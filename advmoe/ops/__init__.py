@@ -9,7 +9,7 @@ from advmoe.ops.convolution import Convolved, convolved, fixed_convolution, kept
 from advmoe.ops.experts import chosen, fits_a_vector, pointwise
 from advmoe.ops.gate import chosen_probability, mix, straight_through
 from advmoe.ops.grouping import Grouped, merge, split
-from advmoe.ops.hooks import heard, listened
+from advmoe.ops.hooks import heard, hooked, listened
 from advmoe.ops.norm import fixed_norm
 from advmoe.ops.products import Sorted, sorted_by_expert
 from advmoe.ops.raw import Packed, as_written, kernels_used, without_kernels
@@ -33,6 +33,7 @@ __all__ = [
     "fixed_norm",
     "global_pool",
     "heard",
+    "hooked",
     "kept_pixels",
     "kernels_missing",
     "kernels_used",

@@ -13,17 +13,24 @@ def listened(module: nn.Module) -> bool:
     return _own(module) or _everywhere()
 
 
+def hooked(model: nn.Module) -> bool:
+    """Whether any part of `model` is `listened` to."""
+    return _everywhere() or any(map(_own, _parts(model)))
+
+
 def heard(model: nn.Module) -> bool:
-    """Whether somebody may hold an activation within `model`: by hooks, or in a part that is neither ours nor
+    """Whether somebody may hold an activation within `model`: it is `hooked`, or has a part that is neither ours nor
     PyTorch's.
     """
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if _own(module) or _foreign(type(module).__module__):
-            return True
-        waiting.extend(child for child in module._modules.values() if child is not None)
-    return _everywhere()
+    return _everywhere() or any(_own(part) or _foreign(type(part).__module__) for part in _parts(model))
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model`; one that is there twice comes twice, which costs less than to remember them."""
+    parts = [model]
+    for part in parts:  # which grows meanwhile
+        parts.extend([child for child in part._modules.values() if child is not None])
+    return parts
 
 
 def _own(module: nn.Module) -> bool:
