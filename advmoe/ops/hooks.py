@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import nn
 
@@ -22,7 +20,9 @@ def heard(model: nn.Module) -> bool:
     """Whether somebody may hold an activation within `model`: it is `hooked`, or has a part that is neither ours nor
     PyTorch's.
     """
-    return _everywhere() or any(_own(part) or _foreign(type(part).__module__) for part in _parts(model))
+    return _everywhere() or any(
+        _own(part) or (type(part) not in _known and _foreign(type(part))) for part in _parts(model)
+    )
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:
@@ -44,10 +44,16 @@ def _own(module: nn.Module) -> bool:
     )
 
 
-@cache
-def _foreign(home: str) -> bool:
-    """Whether a class of the module `home` is somebody else's."""
-    return home.partition(".")[0] not in ("advmoe", "torch")
+_known: set[type] = set()
+"""Classes of ours and of PyTorch's that were seen."""
+
+
+def _foreign(kind: type) -> bool:
+    """Whether a class is somebody else's."""
+    if kind.__module__.partition(".")[0] not in ("advmoe", "torch"):
+        return True
+    _known.add(kind)
+    return False
 
 
 def _everywhere() -> bool:
