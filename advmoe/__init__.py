@@ -67,6 +67,9 @@ _HOMES = {
     "train": "advmoe.training.run",
 }
 
+_MODULES = ("attacks", "data", "evaluation", "export", "extend", "models", "moe", "native", "training")
+"""Imported on first use, too."""
+
 _NAMES = {"recipe": "configuration"}
 """What is called otherwise at home."""
 
@@ -77,8 +80,8 @@ except PackageNotFoundError:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "native":
-        return import_module("advmoe.native")
+    if name in _MODULES:
+        return import_module(f"advmoe.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'advmoe' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), _NAMES.get(name, name))

@@ -89,7 +89,10 @@ class Execution:
     def devices(self) -> list[torch.device]:
         """The device of each process, repeated if there are more processes. Raises `ValueError` without CUDA."""
         if self.accelerator not in ("auto", "cpu", "cuda"):
-            return [torch.device(self.accelerator)]
+            try:
+                return [torch.device(self.accelerator)]
+            except RuntimeError as error:
+                raise InputError(f"device must be one that PyTorch knows, got {show(self.accelerator)}") from error
         present = torch.cuda.device_count() if self.accelerator != "cpu" else 0
         if self.accelerator == "cuda" and not present:
             raise InputError("accelerator must be auto or cpu where no CUDA device is present, got 'cuda'")
@@ -265,6 +268,9 @@ def evaluate(
     """
     if not isinstance(threat, ThreatModel | None):
         raise InputError(f"threat must be a ThreatModel(norm, eps), got {show(threat)}")
+    if not isinstance(allow, Iterable):
+        raise InputError(f"allow must be names of checks, got {show(allow)}")
+    positive("batch_size", batch_size)
     attack = AttackConfig(steps=steps, step_size=Pixels(step_size), restarts=restarts, queries=queries)
     execution = Execution(accelerator=str(device_of(model) if device is None else device))
     with shown(progress), named_for_now(attacks) as names:
@@ -281,6 +287,8 @@ def evaluate(
 
 def positive(name: str, value: int) -> int:
     """`value`, which must be at least 1: else a `ValueError` that calls it `name`."""
+    if not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, got {show(value)}")
     if value < 1:
         raise InputError(f"{name} must be >= 1, got {value!r}")
     return value

@@ -27,7 +27,7 @@ from advmoe.models.modes import frozen
 from advmoe.moe.routing import route
 from advmoe.precision import full_fp32
 from advmoe.seeding import seed_for
-from advmoe.text import one_line
+from advmoe.text import one_line, show
 from advmoe.threat import ThreatModel
 
 EvaluationData = Images | tuple[Tensor, Tensor]
@@ -43,6 +43,8 @@ def in_memory(data: EvaluationData | Iterable[tuple[Tensor, Tensor]]) -> Evaluat
     if isinstance(data, tuple):
         pixels, classes = _pair(data)
         return torch.as_tensor(pixels), torch.as_tensor(classes)
+    if not isinstance(data, Iterable):
+        raise InputError(f"data must be (pixels (N, C, H, W), classes (N,)) or batches of such, got {show(data)}")
     batches = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in map(_pair, data)]
     shapes = {tuple(x.shape[1:]) for x, _ in batches}
     if len(shapes) != 1:
@@ -53,7 +55,8 @@ def in_memory(data: EvaluationData | Iterable[tuple[Tensor, Tensor]]) -> Evaluat
 
 def _pair(batch: Any) -> Any:
     """A batch that is one. Raises `InputError` for anything else, a single image and its class among them."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(np.ndim(each) for each in batch):
+    sound = isinstance(batch, tuple | list) and len(batch) == 2 and not any(isinstance(each, tuple) for each in batch)
+    if not sound or not all(np.ndim(each) for each in batch):
         raise InputError("data must be (pixels (N, C, H, W), classes (N,)) or batches of such, got something else")
     return batch
 

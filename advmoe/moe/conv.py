@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import ops
-from advmoe.errors import InputError
+from advmoe.errors import InputError, require_whole
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
 from advmoe.moe.ways import Output
+from advmoe.text import show
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -51,7 +52,9 @@ class MoEConv2d(MoELayer):
         make_router: MakeRouter | None = LayerRouter,
         shared_init: bool = False,
     ) -> None:
-        if groups < 1 or c_in % groups or c_out % groups:
+        for name, number in (("c_in", c_in), ("c_out", c_out), ("groups", groups)):
+            require_whole(name, number, 1)
+        if c_in % groups or c_out % groups:
             raise InputError(f"groups must divide c_in={c_in} and c_out={c_out}, got {groups!r}")
         if padding_mode not in PADDING_MODES:
             raise InputError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
@@ -59,6 +62,9 @@ class MoEConv2d(MoELayer):
         super().__init__(
             bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router
         )  # fmt: skip
+        given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        for name, size in {**given, **({} if isinstance(padding, str) else {"padding": padding})}.items():
+            _require_sizes(name, size, least=0 if name == "padding" else 1)
         kernel = _pair(kernel_size)
         self.c_in, self.c_out, self.groups = c_in, c_out, groups
         self.in_channels, self.out_channels, self.kernel_size = c_in, c_out, kernel  # as a `Conv2d` calls them
@@ -160,6 +166,13 @@ class MoEConv2d(MoELayer):
         return (
             f"{self.c_in}, {self.c_out}, experts={self.num_experts}, bank={tuple(self.bank.shape)}, layer={self.layer}"
         )
+
+
+def _require_sizes(name: str, sizes: object, *, least: int) -> None:
+    """Raise `InputError` unless `sizes` are a whole number, or two."""
+    each = sizes if isinstance(sizes, tuple | list) else (sizes, sizes)
+    if len(each) != 2 or not all(type(size) is int and size >= least for size in each):
+        raise InputError(f"{name} must be a whole number >= {least}, or two, got {show(sizes)}")
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -194,6 +194,9 @@ class MoELayer(RouterOwner, ABC):
                 routing.again[self.layer] = scores.detach().requires_grad_(scores.requires_grad)
             return scores
         if self.router is None:
+            if len(routing.shared) <= self.layer:
+                rule = f"{self.title} must have a router, or scores made ahead of it (a model's router of the image)"
+                raise InputError(f"{rule}, got scores of {len(routing.shared)} layers")
             return routing.shared[self.layer]
         if routing.repeats is None:
             scores = self.router(x)

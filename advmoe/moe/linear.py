@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import ops
+from advmoe.errors import require_whole
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
@@ -37,6 +38,7 @@ class MoELinear(MoELayer):
         make_router: MakeRouter | None = LayerRouter,
         shared_init: bool = False,
     ) -> None:
+        require_whole("c_in", c_in, 1)
         router = make_router(c_in, num_experts) if make_router else None
         super().__init__(bank_rows=bank_rows, expert_rows=c_out, num_experts=num_experts, layer=layer, router=router)
         self.c_in, self.c_out = c_in, c_out

@@ -209,7 +209,11 @@ class Routing:
         return pooled, again
 
     def pathway(self) -> Tensor:
-        """The expert index per sample and MoE layer, (N, L); (N, L, T) where tokens are routed one by one."""
+        """The expert index per sample and MoE layer, (N, L); (N, L, T) where tokens are routed one by one. Raises
+        `ValueError` where no MoE layer has run.
+        """
+        if not self.choices:
+            raise InputError("a pathway must be of a pass that ran an MoE layer, got none")
         return torch.stack([self.choices[layer] for layer in sorted(self.choices)], 1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from advmoe.attacks.base import Attack, AttackPart, Proposals
 from advmoe.config import AttackConfig, Pixels
 from advmoe.data import ImageSet
+from advmoe.errors import InputError
 from advmoe.evaluation import accuracy
 from advmoe.evaluation.accuracy import assess, evaluate
 from advmoe.evaluation.outcomes import Measurement, outcomes, summary
@@ -340,3 +341,20 @@ def test_by_default_images_are_put_where_the_module_is(monkeypatch):
         evaluate(model, planted())
     evaluate(Elsewhere(False), planted(), device="cpu")
     assert chosen == [[torch.device(name)] for name in ("meta", "cpu", "cpu", "cpu")]
+
+
+X, Y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": None}, r"^data must be \(pixels"), ({"data": ((X, Y), (X, Y))}, r"^data must be \(pixels"),
+        ({"batch_size": 2.5}, "^batch_size must be a whole number, got 2.5"), ({"allow": None}, "^allow must be names of"),
+        ({"device": "foo"}, "^device must be one that PyTorch knows, got 'foo'"), ({"seed": 0.5}, "^a seed must be a whole"),
+    ],
+)  # fmt: skip
+def test_what_evaluate_is_given_is_checked(changed, message):
+    given = {"model": nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), "data": (X, Y), "attacks": "pgd-1", **changed}
+    with pytest.raises(InputError, match=message):
+        evaluate(**given)

@@ -245,7 +245,12 @@ def test_a_bias_is_a_bank_of_its_own():
     ("kwargs", "message"),
     [
         ({"groups": 3}, "groups must divide c_in=4 and c_out=8, got 3"),
-        ({"groups": 0}, "groups must divide c_in=4 and c_out=8, got 0"),
+        ({"groups": 0}, "groups must be a whole number >= 1, got 0"),
+        ({"groups": "1"}, "groups must be a whole number >= 1, got '1'"),
+        ({"stride": 0}, "stride must be a whole number >= 1, or two, got 0"),
+        ({"stride": 1.5}, "stride must be a whole number >= 1, or two, got 1.5"),
+        ({"dilation": (1, 0)}, r"dilation must be a whole number >= 1, or two, got \(1, 0\)"),
+        ({"padding": (1, 1, 1)}, r"padding must be a whole number >= 0, or two, got \(1, 1, 1\)"),
         ({"padding_mode": "mirror"}, "padding_mode must be one of zeros, reflect, replicate, circular, got 'mirror'"),
         ({"padding": "full"}, "padding must be a size, same or valid, got 'full'"),
         ({"padding": "same", "stride": 2}, r"stride must be 1 where padding is same, got \(2, 2\)"),
@@ -254,6 +259,20 @@ def test_a_bias_is_a_bank_of_its_own():
 def test_what_is_no_convolution(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, **kwargs)
+
+
+@pytest.mark.parametrize("size", [0, (3,), (3, 3, 7), "3"])
+def test_a_kernel_has_two_sides(size):
+    with pytest.raises(ValueError, match="^kernel_size must be a whole number >= 1, or two, got "):
+        MoEConv2d(4, 8, size, bank_rows=16, num_experts=2, layer=0)
+
+
+def test_a_layer_without_a_router_says_so():
+    layer = MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, make_router=None)
+    with pytest.raises(
+        ValueError, match=r"^MoE layer 0 must have a router, or scores made ahead of it .* of 0 layers$"
+    ):
+        layer(torch.rand(2, 4, 5, 5))
 
 
 NARROW = """
