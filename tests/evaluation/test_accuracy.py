@@ -350,8 +350,10 @@ X, Y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     ("changed", "message"),
     [
         ({"data": None}, r"^data must be \(pixels"), ({"data": ((X, Y), (X, Y))}, r"^data must be \(pixels"),
-        ({"batch_size": 2.5}, "^batch_size must be a whole number, got 2.5"), ({"allow": None}, "^allow must be names of"),
-        ({"device": "foo"}, "^device must be one that PyTorch knows, got 'foo'"), ({"seed": 0.5}, "^a seed must be a whole"),
+        ({"batch_size": 2.5}, "^batch_size must be a whole number, got 2.5"),
+        ({"allow": None}, "^allow must be names of checks, got None"),
+        ({"device": "foo"}, "^device must be one that PyTorch knows, got 'foo'"),
+        ({"seed": 0.5}, "^a seed must be a whole number, got 0.5"),
     ],
 )  # fmt: skip
 def test_what_evaluate_is_given_is_checked(changed, message):

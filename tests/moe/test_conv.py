@@ -263,15 +263,13 @@ def test_what_is_no_convolution(kwargs, message):
 
 @pytest.mark.parametrize("size", [0, (3,), (3, 3, 7), "3"])
 def test_a_kernel_has_two_sides(size):
-    with pytest.raises(ValueError, match="^kernel_size must be a whole number >= 1, or two, got "):
+    with pytest.raises(ValueError, match=r"^kernel_size must be a whole number >= 1, or two, got "):
         MoEConv2d(4, 8, size, bank_rows=16, num_experts=2, layer=0)
 
 
 def test_a_layer_without_a_router_says_so():
     layer = MoEConv2d(4, 8, 3, bank_rows=16, num_experts=2, layer=0, make_router=None)
-    with pytest.raises(
-        ValueError, match=r"^MoE layer 0 must have a router, or scores made ahead of it .* of 0 layers$"
-    ):
+    with pytest.raises(ValueError, match=r"^MoE layer 0 must have a router, or scores .* of 0 layers$"):
         layer(torch.rand(2, 4, 5, 5))
 
 
