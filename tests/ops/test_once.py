@@ -43,6 +43,6 @@ def test_a_routed_model_s_too(dtype, mode):
     except InputError as error:
         assert "without_kernels" in str(error)
     else:  # of PyTorch's own operations alone
-        assert mode == "soft" and dtype == torch.float64
+        assert mode == "soft"
         (second,) = torch.autograd.grad(first.square().sum(), x)
         assert second.isfinite().all() and second.abs().max() > 0
