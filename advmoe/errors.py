@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import traceback
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -22,9 +23,14 @@ def lacking(what: str, extra: str, error: ImportError) -> InputError:
     return InputError(f"{what} needs the extra {extra}: pip install 'advmoe[{extra}]', got: {error}")
 
 
+def whole(number: object) -> bool:
+    """Whether `number` is a whole one, of whatever type; a bool is none."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def require_whole(name: str, number: object, least: int) -> None:
     """Raise `InputError` unless what is called `name` is a whole number of at least `least`."""
-    if type(number) is not int or number < least:
+    if not whole(number) or number < least:  # type: ignore[operator]
         raise InputError(f"{name} must be a whole number >= {least}, got {number!r}")
 
 

@@ -58,6 +58,11 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return f"{type(error).__name__}{': ' if text else ''}{text}"
 
 
+def as_option(name: str) -> str:
+    """An argument's `name` as the command line writes it: `--dry-run` for `dry_run`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def in_file(error: BaseException, file: object) -> str:
     """An error and, where it passed through `file`, the last line there."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]

@@ -3,11 +3,12 @@
 import errno
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from advmoe.config import require
-from advmoe.errors import BugElsewhere, InputError, of_machine, portable, reason
+from advmoe.errors import BugElsewhere, InputError, of_machine, portable, reason, require_whole
 from advmoe.training.trainer import TrainingDiverged
 
 
@@ -70,3 +71,11 @@ def test_an_error_that_cannot_be_made_anew_is_told_as_the_kind_that_it_was(kind)
 
     told = portable(Odd("a", "b"))
     assert type(told) is kind and str(told) == "a b"
+
+
+def test_whole_numbers_are_of_any_type():
+    for number in (2, np.int64(2), np.uint8(3)):
+        require_whole("n", number, 2)
+    for wrong in (1, np.int64(1), 2.0, True, "2", None):
+        with pytest.raises(InputError, match=r"^n must be a whole number >= 2, got "):
+            require_whole("n", wrong, 2)

@@ -41,7 +41,7 @@ from advmoe.progress import log_format
 from advmoe.rundir import CONFIG, require_plain
 from advmoe.tables import Table
 from advmoe.tables.plugins import executed
-from advmoe.text import MOST_OF_A_VALUE, cut, show, split_words, wrapped
+from advmoe.text import MOST_OF_A_VALUE, as_option, cut, show, split_words, wrapped
 from advmoe.training.launchers import rank
 from advmoe.zoo import PREFIX, find
 
@@ -291,6 +291,16 @@ def number(option: str, hint: Any, text: str | None) -> Any:
     Raises `ValueError` for anything else.
     """
     return None if text is None else typed(option, hint, parse_yaml(text, option))
+
+
+def only_one_of(args: dict[str, Any], *names: str) -> str | None:
+    """The one of the options `names` that was given, if any. Raises `InputError` for several."""
+    given = [name for name in names if name in args]
+    if len(given) > 1:
+        raise InputError(
+            f"{as_option(given[0])} must stand without {as_option(given[1])}: each prints something and stops"
+        )
+    return given[0] if given else None
 
 
 def grouped(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from advmoe.cli.arguments import Parser, add_fields, config_fields, new_parser, number, opened_run
 from advmoe.config import Batch, Classes, Experts, Share, Side, Threads, Width, Within, require, typed
 from advmoe.files import require_writable, write_text
-from advmoe.text import split_words
+from advmoe.text import as_option, split_words
 from advmoe.zoo import PREFIX
 
 Device = Literal["cpu", "cuda"]
@@ -43,7 +43,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     """Run the command on its parsed options; returns the exit code."""
     numbers = {"input_size": Side, "num_classes": Classes, "num_experts": Experts, "width": Width, "scale": Share}
     model: dict[str, Any] = {
-        name: number(f"--{name.replace('_', '-')}", hint, args[name]) for name, hint in numbers.items() if name in args
+        name: number(as_option(name), hint, args[name]) for name, hint in numbers.items() if name in args
     }
     model |= {"router": args["router"]} if "router" in args else {}
     options: dict[str, Any] = {

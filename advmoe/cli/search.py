@@ -17,10 +17,11 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
+    only_one_of,
     to_run,
 )
 from advmoe.cli.engine import add_engines, engine_of
-from advmoe.cli.study import only_one_of, print_estimate
+from advmoe.cli.study import print_estimate
 from advmoe.cli.train import config_source
 from advmoe.config import Config, Count, Processes, Seed, Within, merged, require
 from advmoe.rundir import CALIBRATION

@@ -16,6 +16,7 @@ from advmoe.cli.arguments import (
     fail,
     new_parser,
     number,
+    only_one_of,
     to_run,
 )
 from advmoe.cli.engine import USUAL_JOBS, add_engines, engine_of
@@ -23,7 +24,7 @@ from advmoe.config import Config, Count, Processes, Within, require
 from advmoe.errors import InputError
 from advmoe.files import require_writable, write_text
 from advmoe.rundir import CALIBRATION
-from advmoe.text import duration, listing, split_words, wrapped
+from advmoe.text import as_option, duration, listing, split_words, wrapped
 
 
 def parser() -> Parser:
@@ -114,21 +115,9 @@ def _claims(args: dict[str, Any]) -> int:
 
 def _require_no_more(args: dict[str, Any], *of_it: str) -> None:
     """Raise `InputError` for options that a list has not."""
-    if idle := [_option(name) for name in args if name not in ("name", *of_it)]:
-        able = " but " + " and ".join(map(_option, of_it)) if of_it else ""
+    if idle := [as_option(name) for name in args if name not in ("name", *of_it)]:
+        able = " but " + " and ".join(map(as_option, of_it)) if of_it else ""
         raise InputError(f"`study {args['name']}` must have no options{able}, got {', '.join(idle)}")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def only_one_of(args: dict[str, Any], *names: str) -> str | None:
-    """The one of the options `names` that was given, if any. Raises `InputError` for several."""
-    given = [name for name in names if name in args]
-    if len(given) > 1:
-        raise InputError(f"{_option(given[0])} must stand without {_option(given[1])}: each prints something and stops")
-    return given[0] if given else None
 
 
 def _plan(args: dict[str, Any], options: Any) -> int:

@@ -27,7 +27,7 @@ from advmoe.files import read_object, require_writable, write_text
 from advmoe.recipes import recipe, recipe_names
 from advmoe.rundir import CONFIG, MANIFEST, METRICS, Epochs
 from advmoe.tables import DATASETS
-from advmoe.text import nearest
+from advmoe.text import as_option, nearest
 from advmoe.training.launchers import rank
 from advmoe.training.leftovers import START_ANEW, begun, startable
 
@@ -63,7 +63,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     model = overrides.get("model", {})
     engine = engine_options(args) | {"tensorboard": "tensorboard" in args}
     for name in ("devices", "num_nodes"):
-        engine[name] = number(f"--{name.replace('_', '-')}", Processes, args.get(name))
+        engine[name] = number(as_option(name), Processes, args.get(name))
     engine["max_hours"] = number("--max-hours", Hours, args.get("max_hours"))
     first = rank() == 0
     name, run_dir, config = _continued(args, overrides) if resumed is not None else _new(args, overrides)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan
 from advmoe.config import AttackConfig, Pixels
-from advmoe.errors import InputError
+from advmoe.errors import InputError, whole
 from advmoe.evaluation.checks import CHECKED, CHECKS, Check, check, check_data, check_labels, require_passed
 from advmoe.evaluation.fingerprint import fingerprint
 from advmoe.evaluation.harness import Helpers, Job, Journal, Load, run_tasks
@@ -287,7 +287,7 @@ def evaluate(
 
 def positive(name: str, value: int) -> int:
     """`value`, which must be at least 1: else a `ValueError` that calls it `name`."""
-    if not isinstance(value, int):
+    if not whole(value):
         raise InputError(f"{name} must be a whole number, got {show(value)}")
     if value < 1:
         raise InputError(f"{name} must be >= 1, got {value!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe import ops
-from advmoe.errors import InputError, require_whole
+from advmoe.errors import InputError, require_whole, whole
 from advmoe.moe.described import Described
 from advmoe.moe.layer import MoELayer
 from advmoe.moe.routers import LayerRouter, MakeRouter
@@ -171,7 +171,7 @@ class MoEConv2d(MoELayer):
 def _require_sizes(name: str, sizes: object, *, least: int) -> None:
     """Raise `InputError` unless `sizes` are a whole number, or two."""
     each = sizes if isinstance(sizes, tuple | list) else (sizes, sizes)
-    if len(each) != 2 or not all(type(size) is int and size >= least for size in each):
+    if len(each) != 2 or not all(whole(size) and size >= least for size in each):
         raise InputError(f"{name} must be a whole number >= {least}, or two, got {show(sizes)}")
 
 

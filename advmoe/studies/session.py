@@ -28,6 +28,7 @@ from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
 from advmoe.studies.task_pool import OnProgress, TaskWorkers, WorkOptions, run_tasks
 from advmoe.tables import BACKBONES, DATASETS, Table
+from advmoe.text import as_option
 
 FIXED = (
     "model.kind", "model.name", "model.source", "model.to_moe", "data.name", "training.method", "training.seed",
@@ -61,7 +62,7 @@ class StudyOptions(WorkOptions):
         scale_named(self.scale)
         for name in ("seeds", "num_examples", "jobs", "threads"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')}", ">= 1", value)
+            require(value is None or value >= 1, as_option(name), ">= 1", value)
         require((self.seeds or 1) <= MOST_SEEDS, "--seeds", f"<= {MOST_SEEDS}", self.seeds)
         require(self.root.is_dir() or not self.root.exists(), "--out", "a folder, or new", str(self.root))
 
