@@ -9,8 +9,18 @@ from pathlib import Path
 
 from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
-from advmoe.data.types import Dataset, Images, ImageSet, Request, Source, channel_statistics, drawn, split
-from advmoe.errors import InputError
+from advmoe.data.types import (
+    Dataset,
+    Images,
+    ImageSet,
+    Request,
+    Source,
+    channel_statistics,
+    drawn,
+    require_share,
+    split,
+)
+from advmoe.errors import InputError, require_whole
 from advmoe.progress import shown, tell
 from advmoe.tables import DATASETS
 from advmoe.text import printable
@@ -54,14 +64,16 @@ def load_dataset(
             `data.val_fraction`, `data.train_examples`, `data.workers`), the rule and the value.
     """
     read = DATASETS.find(name).reader
-    if image_size is not None and (not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1):
-        raise InputError(f"data.image_size must be an integer >= 1, got {image_size!r}")
-    if not 0 <= val_fraction <= 0.5:
-        raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {val_fraction!r}")
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-        raise InputError(f"data.workers must be an integer >= 0, got {workers!r}")
-    folder = Path(root).expanduser()
-    request = Request(root=folder, download=download, image_size=image_size, workers=workers)
+    if not isinstance(root, str | os.PathLike):
+        raise InputError(f"data.root must be a path, got {root!r}")
+    if image_size is not None:
+        require_whole("data.image_size", image_size, 1)
+    if train_examples is not None:
+        require_whole("data.train_examples", train_examples, 2)
+    require_share(val_fraction)
+    require_whole("data.workers", workers, 0)
+    require_whole("seed", seed, 0)
+    request = Request(root=Path(root).expanduser(), download=download, image_size=image_size, workers=workers)
     with shown() if progress else nullcontext():
         source: Source = read(request)
     for note in source.notes if parent_process() is None else ():  # others read again what the first one told of

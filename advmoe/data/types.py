@@ -9,6 +9,7 @@ import math
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
-from advmoe.errors import InputError
+from advmoe.errors import InputError, whole
 from advmoe.seeding import generator_for
 
 # Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
@@ -192,8 +193,8 @@ def drawn(data: Images, examples: int | None) -> Images:
     """
     if examples is None:
         return data
-    if not isinstance(examples, int) or isinstance(examples, bool) or not 2 <= examples <= len(data):
-        rule = f"an integer >= 2 and <= the {len(data)} training images"
+    if not whole(examples) or not 2 <= examples <= len(data):
+        rule = f"a whole number >= 2 and <= the {len(data)} training images"
         raise InputError(f"data.train_examples must be {rule}, got {examples!r}")
     index = torch.randperm(len(data), generator=generator_for(0, "train examples"))[:examples].sort().values
     return data.subset(index.to(data.labels.device))
@@ -217,13 +218,18 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     Raises:
         ValueError: `fraction` is out of range, or positive where no class has two images.
     """
-    if not 0 <= fraction <= 0.5:
-        raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
+    require_share(fraction)
     drawn = part_of(data.labels.cpu(), fraction, seed)
     if fraction > 0 and not drawn.any():
         raise InputError(f"data.val_fraction must be 0 when every class has a single image, got {fraction!r}")
     device = data.labels.device
     return data.subset((~drawn).nonzero()[:, 0].to(device)), data.subset(drawn.nonzero()[:, 0].to(device))
+
+
+def require_share(fraction: object) -> None:
+    """Raise `ValueError` unless such a share of a training set can be held out."""
+    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= float(fraction) <= 0.5:
+        raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
 
 
 def part_of(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -103,7 +103,7 @@ class Classifier(RouterOwner):
 def _point_out(x: Tensor, spec: dict[str, Any]) -> None:
     """Warn of images of another size than the model's, and of pixels beyond [0, 1]: logits come out all the same."""
     size = spec["input_size"]
-    if size is not None and tuple(x.shape[2:]) != (size, size):
+    if size is not None and x.ndim == 4 and tuple(x.shape[2:]) != (size, size):
         got = "x".join(map(str, x.shape[2:]))
         warnings.warn(f"the model was made for images of {size}x{size} pixels, got {got}", stacklevel=5)
     if x.numel() and type(x) is Tensor and not x.is_meta:  # no tracer, no outline of a tensor

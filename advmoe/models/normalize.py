@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from advmoe.errors import InputError
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, for `x` (N, C, H, W) in [0, 1]."""
@@ -23,5 +25,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images, in the shape and memory format of `x`."""
+        """Normalised images, in the shape and memory format of `x`. Raises `ValueError` for other axes or channels."""
+        if x.ndim != 4 or x.shape[1] != self.mean.shape[1]:  # broadcasting would make images of them
+            raise InputError(f"images must be (N, {self.mean.shape[1]}, H, W), got {tuple(x.shape)}")
         return (x - self.mean) / self.std

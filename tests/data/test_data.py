@@ -19,9 +19,14 @@ from advmoe.tables import DATASETS
             {"name": "mnist"},
             "data.name must be one of digits, cifar10, cifar100, folder, tiny-imagenet, imagenet, got 'mnist'",
         ),
-        ({"image_size": 0}, "data.image_size must be an integer >= 1, got 0"),
-        ({"image_size": 8.0}, "data.image_size must be an integer >= 1, got 8.0"),
+        ({"image_size": 0}, "data.image_size must be a whole number >= 1, got 0"),
+        ({"image_size": 8.0}, "data.image_size must be a whole number >= 1, got 8.0"),
         ({"val_fraction": 1.0}, "data.val_fraction must be >= 0 and <= 0.5, got 1.0"),
+        ({"val_fraction": "0.1"}, "data.val_fraction must be >= 0 and <= 0.5, got '0.1'"),
+        ({"root": 5}, "data.root must be a path, got 5"),
+        ({"train_examples": "9"}, "data.train_examples must be a whole number >= 2, got '9'"),
+        ({"workers": -1}, "data.workers must be a whole number >= 0, got -1"),
+        ({"seed": 0.5}, "seed must be a whole number >= 0, got 0.5"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:

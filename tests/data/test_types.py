@@ -121,7 +121,7 @@ def test_drawn_names_a_wrong_number(examples: int) -> None:
     with pytest.raises(ValueError) as error:
         drawn(image_set([0, 0]), examples)
     assert str(error.value) == (
-        f"data.train_examples must be an integer >= 2 and <= the 2 training images, got {examples!r}"
+        f"data.train_examples must be a whole number >= 2 and <= the 2 training images, got {examples!r}"
     )
 
 
