@@ -7,7 +7,8 @@ import os
 import pickle
 import sys
 import traceback
-from numbers import Integral
+from numbers import Integral, Real
+from typing import SupportsFloat, TypeGuard
 
 
 class InputError(ValueError):
@@ -26,6 +27,11 @@ def lacking(what: str, extra: str, error: ImportError) -> InputError:
 def whole(number: object) -> bool:
     """Whether `number` is a whole one, of whatever type; a bool is none."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def real(number: object) -> TypeGuard[SupportsFloat]:
+    """Whether `number` is a real one, of whatever type; a bool is none."""
+    return isinstance(number, Real) and not isinstance(number, bool)
 
 
 def require_whole(name: str, number: object, least: int) -> None:

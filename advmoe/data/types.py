@@ -9,7 +9,6 @@ import math
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from advmoe.data.augment import Variation
 from advmoe.data.stream import FileSet
-from advmoe.errors import InputError, whole
+from advmoe.errors import InputError, real, whole
 from advmoe.seeding import generator_for
 
 # Values handled at once where uint8 has to become a wider type: bounds the extra memory, whatever the image size.
@@ -228,7 +227,7 @@ def split(data: Images, fraction: float, seed: int) -> tuple[Images, Images]:
 
 def require_share(fraction: object) -> None:
     """Raise `ValueError` unless such a share of a training set can be held out."""
-    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= float(fraction) <= 0.5:
+    if not real(fraction) or not 0 <= float(fraction) <= 0.5:
         raise InputError(f"data.val_fraction must be >= 0 and <= 0.5, got {fraction!r}")
 
 

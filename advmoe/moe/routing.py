@@ -31,7 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from advmoe.errors import InputError
+from advmoe.errors import InputError, real
 from advmoe.moe.dispatch import Plan, on_host
 from advmoe.moe.repeats import Moment, Stretch, moment, stretches_of, stretching
 from advmoe.precision import full_fp32
@@ -359,6 +359,9 @@ def forward_scope(*, shares: bool = False) -> Iterator[Routing]:
             routing.one_pass, routing.shares, routing._beside_of = before
 
 
+_LEAST_TEMPERATURE = 1e-6
+
+
 @contextmanager
 def route(
     mode: RoutingMode = "hard", *, temperature: float = 1.0, forced: Tensor | None = None, gated: bool = True
@@ -367,18 +370,18 @@ def route(
     `gated`: as of `Routing`.
 
     It holds in this thread, as PyTorch's modes do: another that is to compute inside has to open its own.
-    Raises `ValueError` for an unknown mode, a temperature that is not positive, and choices that nothing could follow.
+    Raises `ValueError` for an unknown mode, a temperature below 1e-6 (there the mixture is hard routing in all but its
+    gradient, and scores divided by less overflow), and choices that nothing could follow.
     """
     if mode not in get_args(RoutingMode):
         raise InputError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {mode!r}")
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not number or not temperature > 0:
-        raise InputError(f"temperature must be a number > 0, got {show(temperature)}")
+    if not real(temperature) or not float(temperature) >= _LEAST_TEMPERATURE:
+        raise InputError(f"temperature must be a number >= {_LEAST_TEMPERATURE:g}, got {show(temperature)}")
     if forced is not None and mode == "soft":
         raise InputError("forced must be left out with mode soft, which mixes every expert, got choices")
     if forced is not None and not isinstance(forced, Tensor):
         raise InputError(f"forced must be a tensor (N, L), an expert for each image and layer, got {show(forced)}")
-    with opened(Routing(mode, temperature, forced, gated)) as routing:
+    with opened(Routing(mode, float(temperature), forced, gated)) as routing:
         yield routing
 
 

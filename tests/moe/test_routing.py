@@ -1,5 +1,6 @@
 """Routing of whole models: what it depends on, how it is recorded, and the context that carries it."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -110,7 +111,7 @@ def test_contexts_nest_and_close_after_an_exception(make_routed, make_images):
     assert active_routing().mode == "hard"
     with torch.no_grad():
         torch.testing.assert_close(soft_routing(model, 0.5)(x), soft)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="images must be"):
         model(torch.rand(4, 2, 16, 16))  # a failing pass leaves nothing open either
     assert active_routing() is not active_routing()
 
@@ -174,9 +175,22 @@ def test_bf16_training_pass_gives_fp32_gradients_to_all(make_routed, make_images
     assert sum(phi) > 0
 
 
+def test_the_coldest_mixture_is_hard_routing(make_routed, make_images):
+    model, x = make_routed().eval(), make_images().requires_grad_()
+    with route("soft", temperature=np.float32(1e-5)):
+        cold = model(x)
+    torch.testing.assert_close(cold, model(x), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(cold.sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_errors_name_what_is_wrong(make_routed, make_images):
-    with pytest.raises(ValueError, match="temperature must be a number > 0, got 0"), route("soft", temperature=0):
-        pass
+    for wrong in (0, 1e-40, float("nan"), "1", True):
+        with (
+            pytest.raises(ValueError, match="temperature must be a number >= 1e-06, got "),
+            route("soft", temperature=wrong),
+        ):
+            pass
     with (
         pytest.raises(ValueError, match="forced must be left out with mode soft"),
         route("soft", forced=torch.zeros(4, 4)),
