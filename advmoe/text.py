@@ -130,6 +130,18 @@ def passes(evaluation: Mapping[str, Any]) -> str:
     return f"Gradient passes that a robust image withstood: {worst:,} in the worst case, {usual:,} under that PGD."
 
 
+def complete(evaluation: Mapping[str, Any]) -> str:
+    """A sentence where an attack left no pathway within reach out, else nothing."""
+    reports = (evaluation.get("attacks") or {}).values()
+    if all((report.get("settings") or {}).get("routing") != "complete" for report in reports):
+        return ""
+    return f"Every pathway within reach was attacked: {MISSED}, and the gap holds the flips that PGD missed."
+
+
+MISSED = "what the worst case still misses is the prediction's"
+"""Where the routing hides nothing."""
+
+
 def macs_unit(gmacs: Iterable[float | None]) -> tuple[str, float]:
     """The unit of numbers that stand together, MMACs where the largest would start with zeros, and its number in one
     GMAC.

@@ -1,6 +1,7 @@
-"""Train and evaluate the table of docs/results/methods.md, five methods on one image folder, on CPU cores; print it.
+"""Train the models of docs/results/methods.md, five methods on one image folder, on CPU cores; print their table under
+PGD-50.
 
-    python benchmarks/table.py --root data/cifar10-jpeg --epochs 2
+    python benchmarks/table.py --root data/cifar10-jpeg
 
 Runs go to `--runs`, one directory a row, `--jobs` at a time with one thread each; finished ones are kept, interrupted
 ones continued. Times per image are measured last, with nothing else running, all models in turn in one process.
@@ -52,7 +53,8 @@ def run_row(method: str, options: argparse.Namespace) -> None:
         recipe = f"cifar10-resnet18-{method}"
         call(["train", "--config", recipe, "--run-dir", str(run), *overrides, *shared_init, *threads], log)
     if not (run / "evaluation.json").exists():
-        call(["evaluate", str(run), "--num-examples", str(options.num_examples), "--workers", "1", *threads], log)
+        images = [] if options.num_examples is None else ["--num-examples", str(options.num_examples)]
+        call(["evaluate", str(run), "--attacks", "pgd-50", *images, "--workers", "1", *threads], log)
 
 
 def times(runs: dict[str, Path], threads: int, batch: int = 128, repeats: int = 9) -> dict[str, float]:
@@ -77,13 +79,13 @@ def times(runs: dict[str, Path], threads: int, batch: int = 128, repeats: int = 
 
 
 def describe_load(run: Path) -> str:
-    """How the last epoch used its experts: the mean over layers of the busiest expert's share, and the dead experts."""
+    """Two cells of the last epoch: the mean over layers of the busiest expert's share, and the dead experts."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     layers: list[dict[str, Any]] = lines[-1]["layers"]
     if not layers:
-        return "-"
+        return "- | -"
     busiest = statistics.mean(max(layer["load"]) for layer in layers)
-    return f"{busiest:.2f}, {sum(len(layer['dead_experts']) for layer in layers)} dead"
+    return f"{busiest:.2f} | {sum(len(layer['dead_experts']) for layer in layers)}"
 
 
 def main() -> None:
@@ -91,12 +93,12 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="image folder: train/<class>/*, test/<class>/*")
     parser.add_argument("--runs", default="runs/table")
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of training")
-    parser.add_argument("--num-examples", type=int, default=2000)
+    parser.add_argument("--num-examples", type=int, help="test images (default: all)")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -105,20 +107,15 @@ def main() -> None:
     print(f"trained and evaluated in {(time.perf_counter() - started) / 60:.0f} minutes\n", file=sys.stderr)
     runs = {name: Path(options.runs) / method for name, method in reversed(ROWS.items())}
     milliseconds = times(runs, options.jobs)
-    print(
-        "| model | SA % | RA PGD-50 % | RA PGD-50, soft % | worst of both % | masking gap | GMACs | ms/image | "
-        "busiest expert's load |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | SA % | RA PGD-50 % | MMACs | ms/image | busiest expert's load | dead experts |")
+    print("|---|---|---|---|---|---|---|")
     for name, run in runs.items():
         result = json.loads((run / "evaluation.json").read_text())
-        robust = {k.removeprefix("pgd-50"): f"{100 * v:.1f}" for k, v in result["robust_accuracy"].items()}
-        cells = [
-            name, f"{100 * result['clean_accuracy']:.1f}", robust[""], robust.get("-soft", "-"),
-            f"{100 * result['worst_case']:.1f}", f"{100 * result['masking_gap']:.1f}", f"{result['cost']['gmacs']:.4f}",
-            f"{milliseconds[name]:.3f}", describe_load(run),
-        ]  # fmt: skip
-        print("| " + " | ".join(cells) + " |")
+        clean, robust = (
+            f"{100 * each:.1f}" for each in (result["clean_accuracy"], result["robust_accuracy"]["pgd-50"])
+        )
+        cost = f"{1000 * result['cost']['gmacs']:.1f} | {milliseconds[name]:.2f}"
+        print(f"| {name} | {clean} | {robust} | {cost} | {describe_load(run)} |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from advmoe.cli.engine import add_engines, engine_of
 from advmoe.config import Count, Processes
 from advmoe.evaluation.targets import home_of
 from advmoe.rundir import JOURNAL
-from advmoe.text import listing, macs_unit, percent, radius, wrapped
+from advmoe.text import MISSED, listing, macs_unit, percent, radius, wrapped
 
 _GAP = "straight-through PGD less the worst case"
 
@@ -60,7 +60,7 @@ def _table(result: dict[str, Any]) -> str:
         if len(parts := report.get("parts", {})) > 1:
             rows += [(f"  {part}", f"{n['broken']}", f"broken of {n['attempted']}") for part, n in parts.items()]
         if (routing := report.get("settings", {}).get("routing")) is not None:
-            rows.append(("  routing", str(routing), "every pathway within reach was attacked"))
+            rows.append(("  routing", str(routing), f"every pathway within reach was attacked: {MISSED}"))
         if (known := report.get("settings", {}).get("pathways")) is not None and isinstance(known, dict):
             rows.append(("  pathways reached", f"{known['reached']}", f"of them attacked: {known['attacked']}"))
     rows.append(("worst case", f"{percent(result['worst_case'])} %", ""))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from advmoe.attacks.routed import Halfspaces, stride
 from advmoe.attacks.routed.flips import changed_choices
-from advmoe.attacks.routed.regions import radii, reachable
+from advmoe.attacks.routed.regions import distances, radii, reachable
 from advmoe.errors import InputError
 from advmoe.evaluation.bounds import ChoiceBounds
 from advmoe.evaluation.boxes import Unbounded
+from advmoe.evaluation.halfspaces import halfspace_router
 from advmoe.evaluation.intervals import wilson
 from advmoe.evaluation.scoring import OpenRouting, measuring, stream, take
 from advmoe.evaluation.subject import Options, UnderAttack, open_subject, options_of
@@ -44,12 +45,13 @@ def certify_run(
         options, keywords: see `Options`; the attack on choices takes steps and restarts of `attack`.
 
     Writes `certification.json`; returns its folder and its content: `method` (`exact` for choices that are sides of
-    hyperplanes, else `bounds` or, where none can be computed, `attack`, with `unbounded`, of what none are known), and
-    for each radius in `points` the shares of images whose every choice is `proved` (with a 95% `interval`), `changed`
-    by some perturbation, and `unknown`. By bounds `points` also hold the share proved in each of the L `layers`. Exact
-    results hold the `radius` of each image in both norms (null where nothing changes a choice) with `quantiles`, and in
-    `points` the share of images by the number of `pathways` within reach. Raises `InputError` for a model without MoE
-    layers and whatever else cannot be used.
+    hyperplanes, else `bounds` or, where none can be computed, `attack`, with `unbounded`, of what none are known),
+    `pathways_in_use`, how many the images take (a constant route is proved too), and for each radius in `points` the
+    shares of images whose every choice is `proved` (with a 95% `interval`), `changed` by some perturbation, and
+    `unknown`. By bounds `points` also hold the share proved in each of the L `layers`. Exact results hold the `radius`
+    of each image in both norms (null where nothing changes a choice) with `quantiles`, and in `points` the share of
+    images by the number of `pathways` within reach. Raises `InputError` for a model without MoE layers and whatever
+    else cannot be used.
     """
     options = options_of(options, keywords)
     if options.attacks is not None:
@@ -62,6 +64,7 @@ def certify_run(
         attacked.check(options.allow)
         space = attacked.job.setting.halfspaces
         found = _by_attack(attacked, threats) if space is None else _exact(attacked, space, threats)
+        found["pathways_in_use"] = _in_use(attacked)
     result = {
         **found, "num_examples": len(subject.data), "index": subject.index.tolist(),
         "threat": {"norm": subject.threat.norm}, "seed": subject.seed, **subject.described,
@@ -70,18 +73,31 @@ def certify_run(
     return subject.home, write_result(subject.home / CERTIFICATION, result)
 
 
+@torch.no_grad()
+def _in_use(attacked: UnderAttack) -> int:
+    """How many pathways the images take."""
+    model = OpenRouting(attacked.predict)
+    examples = stream(attacked.job.data, _batches(attacked), attacked.device)
+    with closing(examples), measuring(attacked.predict, attacked.device):
+        taken = [model(x).pathway.flatten(1).cpu().unique(dim=0) for x, _ in examples]
+    return len(torch.cat(taken).unique(dim=0))
+
+
 def _batches(attacked: UnderAttack) -> list[slice]:
     job = attacked.job
     return [job.examples(task) for task in job.tasks(attacked.names[:1])]
 
 
 def _exact(attacked: UnderAttack, space: Halfspaces, threats: Sequence[ThreatModel]) -> dict[str, Any]:
-    norm, parts = threats[0].norm, list[tuple[Tensor, ...]]()
-    surely = space._replace(slack=-space.slack)  # the distance at which the model's own score has changed sides
+    norm, parts, router = threats[0].norm, list[tuple[Tensor, ...]](), halfspace_router(attacked.predict)
+    assert router is not None
     with closing(stream(attacked.job.data, slices := _batches(attacked), attacked.device)) as examples:
         for x, _ in tracked(examples, "radii", total=len(slices)):
-            linf, l2 = radii(space, x, "linf").amin(1), radii(space, x, "l2").amin(1)
-            kept, lost = (radii(plane, x, norm, proved=True).amin(1) for plane in (space, surely))
+            own, away = router.bits(x), distances(space, x)
+            if bool(((own != (away > 0)) & (away.abs() > space.slack)).any()):
+                raise RuntimeError("a choice is on another side of its hyperplane than computed: please report this")
+            linf, l2 = (radii(space, x, each, own=own).amin(1) for each in ("linf", "l2"))
+            kept, lost = (radii(space, x, norm, own=own, rounding=r).amin(1) for r in (-1, 1))
             reach = [torch.stack([able for _, able in reachable(space, x, threat)]).sum(0) for threat in threats]
             parts.append(tuple(each.cpu() for each in (linf, l2, kept, lost, *reach)))
     linf, l2, kept, lost, *numbers = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -186,8 +202,10 @@ def table(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     heads = ["eps", "proved", "95% interval", "changed", "unknown"]
     heads += ["images by pathways within reach, %"] if exact else []
+    how = _METHODS[result["method"]].format_map(result)
+    in_use = f"pathways in use: {result['pathways_in_use']}"
     lines = [
-        *wrapped(f"{result['num_examples']} images, {norm}; {_METHODS[result['method']].format_map(result)}"), "",
+        *wrapped(f"{result['num_examples']} images, {norm}; {in_use}; {how}"), "",
         *tabular(heads, rows, "><><><"),
     ]  # fmt: skip
     layers = [(radius(each["eps"], norm), by_layer(each["layers"])) for each in result["points"] if "layers" in each]

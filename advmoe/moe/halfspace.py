@@ -37,7 +37,7 @@ class HalfspaceRouter(FullPrecision):
     Args:
         weight: of each cell's mean, (B, C, G, G). learnt: whether it and the thresholds are parameters.
 
-    Raises `ValueError` for another number of experts than two.
+    Raises `ValueError` for another number of experts than two, and for more bits than two.
     """
 
     weight: Tensor
@@ -47,6 +47,8 @@ class HalfspaceRouter(FullPrecision):
         super().__init__()
         if num_experts != 2:
             raise InputError(f"model.num_experts must be 2 for a router that chooses by bits, got {num_experts!r}")
+        if len(weight) not in (1, 2):
+            raise InputError(f"weight must be of one bit or two, got {len(weight)}")
         weight = weight[-num_layers:]
         self.num_layers, self.learnt = num_layers, learnt
         threshold = weight.flatten(1).sum(1) / 2  # of an image of middle grey
@@ -68,11 +70,19 @@ class HalfspaceRouter(FullPrecision):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Scores (N, 2) of each of the L layers for pixels `x` (N, C, H, W) in [0, 1]."""
+        half = self._halves(x)
+        scores = torch.stack([-half, half], 2).unbind(1)
+        return [scores[bit] for bit in self.layers]
+
+    def bits(self, x: Tensor) -> Tensor:
+        """Whether each bit is set of pixels `x` (N, C, H, W), as the scores have it, (N, B)."""
+        return self._halves(x) > 0
+
+    def _halves(self, x: Tensor) -> Tensor:
+        """The score of expert 1 by each bit, (N, B); expert 0 has its negative."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            half = STEEPNESS / 2 * (self.projections(x) - self.threshold) / self._norm("linf", x)
-            scores = torch.stack([-half, half], 2).unbind(1)
-        return [scores[bit] for bit in self.layers]
+            return STEEPNESS / 2 * (self.projections(x) - self.threshold) / self._norm("linf", x)
 
     def radii(self, x: Tensor, norm: Literal["linf", "l2"]) -> Tensor:
         """|w . x - t| / ||w||_1 (l2: / ||w||_2) of each bit, (N, B), were pixels free to leave [0, 1].

@@ -50,8 +50,10 @@ def certification(run: RunFolder, album: Album) -> Content:
         f"{name}: " + ", ".join(f"{q} {'none' if value is None else number(value)}" for q, value in each.items())
         for name, each in (result.get("quantiles") or {}).items()
     ]
+    used = result.get("pathways_in_use")
     return [
         element("p", _method(result)),
+        None if used is None else element("p", f"Pathways in use: {used}."),
         element("div", album.draw(picture, run.label), class_="figures"),
         table(caption, columns, rows),
         element("p", f"Smallest perturbation that changes a choice, by percentile; {'; '.join(smallest)}.")

@@ -18,7 +18,7 @@ from advmoe.report.pictures import Picture
 from advmoe.report.results import RunFolder
 from advmoe.report.sections import Section, Subsection, section
 from advmoe.report.tables import DASH, Cell, Column, number, pairs, percent, seconds, share_cell, table
-from advmoe.text import few, macs, passes
+from advmoe.text import complete, few, macs, passes
 
 _LOSSES = {
     "ce": "cross-entropy", "kl": "beta x KL(clean || adversarial)",
@@ -123,7 +123,7 @@ def accuracy(run: RunFolder) -> Content:
     columns = ["Attack", "Accuracy, %", "95 % interval", "Broken of attacked", "Time"]
     gap = evaluation.get("masking_gap")
     masking = f"Masking gap, straight-through PGD less the worst case: {percent(gap)} percentage points. "
-    masking += passes(evaluation)
+    masking += f"{passes(evaluation)} {complete(evaluation)}"
     return [
         table(caption, columns, rows),
         None if gap is None else element("p", masking.rstrip()),

@@ -81,7 +81,7 @@ def worst_reachable(
 
     Each bit can be flipped; several at once perhaps not, where they look at the same pixels, or in l2.
     """
-    away = radii(space, x, threat.norm, proved=True)
+    away = radii(space, x, threat.norm, rounding=-1)
     worst = torch.full((len(x),), -torch.inf, device=x.device)
     pathways = pathway
     for flipped in list(product((False, True), repeat=away.shape[1]))[1:]:

@@ -177,17 +177,20 @@ def test_pages_made_of_the_code_name_all_of_it() -> None:
     assert made["reference/api.md"].count("::: ") == len(advmoe.__all__) - 1  # but `__version__`
 
 
+METHODS = DOCS / "results/methods.md"
 RUNS = ("at-s-dense", "at-moe", "advmoe-image-mod", "advmoe", "advmoe-embedding-random")
 
 
-def stored(kind: str, run: str) -> dict:
-    return json.loads((DOCS / "results" / kind / run / "evaluation.json").read_text())
+def stored(run: str, which: str) -> dict:
+    """An evaluation of a zoo's model: `all` is of every test image under PGD-50, `strong` of 1,000 under everything."""
+    return json.loads((DOCS / "results/zoo" / run / which / "evaluation.json").read_text())
 
 
-def rows(page: Path, columns: int) -> list[list[str]]:
-    """The rows of models of the page's table with so many columns, without the models' names."""
-    lines = [line.strip("|").split("|") for line in page.read_text().splitlines() if re.match(r"\| (AT|AdvMoE)", line)]
-    return [[cell.strip() for cell in line[1:]] for line in lines if len(line) == columns]
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """The rows of models in the section of a page with that heading, without the models' names."""
+    section = re.split(r"^## ", page.read_text().split(f"## {heading}\n")[1], flags=re.MULTILINE)[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if re.match(r"\| (AT|AdvMoE)", line)]
+    return [[cell.strip() for cell in line[1:]] for line in lines]
 
 
 def agrees(shown: str, share: float | None) -> bool:
@@ -195,41 +198,31 @@ def agrees(shown: str, share: float | None) -> bool:
     return shown == "-" if share is None else abs(float(shown) - 100 * share) < 0.0501
 
 
-def test_the_readme_is_a_page_and_its_results_are_the_stored_ones() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
-    for run, shown in zip(RUNS, rows(ROOT / "README.md", 6), strict=True):
-        usual, strong = stored("table", run), stored("attacks", run)
-        assert (usual["num_examples"], strong["num_examples"]) == (2000, 200)
+@pytest.mark.parametrize("page", [ROOT / "README.md", METHODS], ids=["README", "methods"])
+def test_results_of_the_zoos_models_are_the_stored_ones(page: Path) -> None:
+    for run, shown in zip(RUNS, rows(page, "Results"), strict=True):
+        usual, strong = stored(run, "all"), stored(run, "strong")
+        assert (usual["num_examples"], strong["num_examples"]) == (10_000, 1000)
         accuracies = (usual["clean_accuracy"], usual["robust_accuracy"]["pgd-50"])
         assert all(map(agrees, shown, (*accuracies, strong["worst_case"], strong["masking_gap"])))
         assert float(shown[4]) == pytest.approx(1000 * usual["cost"]["gmacs"], abs=0.0501)
-    gaps = [100 * stored("attacks", run)["masking_gap"] for run in RUNS]
-    assert f"it lies {min(gaps):g} to {max(gaps):g} points under PGD-50" in text
 
 
-@pytest.mark.parametrize(
-    ("page", "columns", "kind", "attacks"),
-    [
-        ("methods.md", 9, "table", ("pgd-50", "pgd-50-soft")),
-        ("stronger-attacks.md", 9, "attacks", ("pgd-50", "pgd-50-soft", "autoattack", "routed")),
-    ],
-)
-def test_results_on_pages_are_the_stored_ones(page, columns, kind, attacks) -> None:
-    for run, shown in zip(RUNS, rows(DOCS / "results" / page, columns), strict=True):
-        found = stored(kind, run)
-        robust = [found["robust_accuracy"].get(name) for name in attacks]
-        of_several = [found["worst_case"], found["masking_gap"]] if len(found["robust_accuracy"]) > 1 else [None, None]
-        assert all(map(agrees, shown, [found["clean_accuracy"], *robust, *of_several]))
+def test_the_readme_is_a_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    gaps = [100 * stored(run, "strong")["masking_gap"] for run in RUNS]
+    assert f"it lies {min(gaps):.2g} to {max(gaps):.3g} points under PGD-50" in text
 
 
-def test_budgets_on_a_page_are_those_of_the_stored_results() -> None:
-    for run, shown in zip(RUNS, rows(DOCS / "results/stronger-attacks.md", 3), strict=True):
-        found = stored("attacks", run)
-        made = {name: each["model_calls"]["gradient"] for name, each in found["attacks"].items() if "parts" in each}
-        right = found["clean_accuracy"] * found["num_examples"]
-        most, less = sum(made.values()), sum(made.values()) - made["autoattack"]
-        assert shown == [f"{most / right:,.0f}", f"{less / right:,.0f}"]
+def test_results_attack_by_attack_are_the_stored_ones() -> None:
+    for run, shown in zip(RUNS, rows(METHODS, "Attack by attack"), strict=True):
+        found = stored(run, "strong")
+        robust = found["robust_accuracy"]
+        second, last = ("pgd-50-margin", "restarts-1550") if run == "at-s-dense" else ("pgd-50-soft", "routed")
+        broken = [found["clean_accuracy"], *(robust[name] for name in ("pgd-50", second, "autoattack", last))]
+        assert all(map(agrees, shown, [*broken, found["worst_case"]])) and len(robust) == 4
+        assert shown[-1] == f"{found['gradient_passes']['worst_case']:,}"
 
 
 def test_margins_on_a_page_are_those_of_the_stored_results() -> None:
@@ -237,20 +230,21 @@ def test_margins_on_a_page_are_those_of_the_stored_results() -> None:
         ("at-s-dense", ""),
         *((run, how) for run in ("at-moe", "advmoe-embedding-random") for how in ("", "-soft")),
     ]
-    for (run, how), (_, *shown) in zip(places, rows(DOCS / "results/stronger-attacks.md", 6), strict=True):
-        with np.load(DOCS / "results/probability-margin" / run / "evaluation-examples.npz") as examples:
+    folder = DOCS / "results/probability-margin"
+    for (run, how), (_, *shown) in zip(places, rows(METHODS, "The margin of probabilities"), strict=True):
+        with np.load(folder / run / "evaluation-examples.npz") as examples:
             margin, pma = (examples[f"robust/pgd-50-{loss}{how}"] for loss in ("margin", "pma"))
-        robust = stored("probability-margin", run)["robust_accuracy"]
+        robust = json.loads((folder / run / "evaluation.json").read_text())["robust_accuracy"]
         assert agrees(shown[0], robust[f"pgd-50-margin{how}"]) and agrees(shown[1], robust[f"pgd-50-pma{how}"])
         assert shown[2:] == [str((~margin & pma).sum()), str((margin & ~pma).sum())]
 
 
 def test_what_attacks_broke_on_a_page_is_what_is_stored() -> None:
-    runs = ("at-moe", "advmoe", "advmoe-image-mod", "advmoe-embedding-random")
-    for run, shown in zip(runs, rows(DOCS / "results/stronger-attacks.md", 7), strict=True):
-        found = json.loads((DOCS / "results/attacks" / run / "dissection.json").read_text())["pgd-50"]
+    routed = [run for run in RUNS if run != "at-s-dense"]
+    for run, (*shown, pathways) in zip(routed, rows(METHODS, "What fails"), strict=True):
+        found = json.loads((DOCS / "results/zoo" / run / "dissection.json").read_text())["pgd-50"]
         shares = [*found["categories"].values(), found["robust_accuracy"], found["router_robustness"]]
-        assert all(map(agrees, shown, shares))
+        assert all(map(agrees, shown, shares)) and int(pathways) == found["distinct_pathways"]["clean"]
 
 
 def test_the_papers_numbers_stand_beside_ours() -> None:

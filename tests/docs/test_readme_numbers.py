@@ -33,9 +33,8 @@ def test_the_table_holds_the_zoos_models_with_their_numbers() -> None:
     assert {row[0] for row in cells} == set(ZOO)
     for title, *shown in cells:
         entry = ZOO[title]
-        assert (entry.accuracy["clean"].images, entry.accuracy["pgd-50"].images, entry.worst_case.images) == (
-            2000, 2000, 200,
-        )  # fmt: skip
+        images = (entry.accuracy["clean"].images, entry.accuracy["pgd-50"].images, entry.worst_case.images)
+        assert images == (10_000, 10_000, 1000)
         numbers = (entry.accuracy["clean"].value, pgd(entry), entry.worst_case.value, entry.masking_gap)
         for text, share in zip(shown, numbers, strict=False):
             assert share is not None and abs(float(text) - 100 * share) < 0.0501, (title, text)
@@ -49,8 +48,8 @@ def test_what_is_said_above_the_table() -> None:
         assert (config.model.name, config.model.width, config.training.epochs) == ("resnet18", 16, 3)
         assert entry.data == "CIFAR-10 (JPEG)" and config.training.seed == 0
         assert {"pgd-50", "autoattack"} <= set(entry.attacks) and ("routed" in entry.attacks) == entry.routed
-    # "on 2,000 test images, whose intervals are about 2 points; ... on 200, whose intervals are about 6"
-    for images, points in ((2000, 2), (200, 6)):
+    # "on all 10,000 test images, whose intervals are about 1 point; ... on 1,000, whose intervals are about 3"
+    for images, points in ((10_000, 1), (1000, 3)):
         assert f"{images:,}" in RESULTS and f"about {points}" in RESULTS
         for entry in ZOO.values():
             low, high = wilson(round(pgd(entry) * images), images)
@@ -123,7 +122,7 @@ def test_what_training_again_would_give() -> None:
 def test_how_far_the_worst_case_lies_under_pgd() -> None:
     gaps = sorted(entry.masking_gap or 0 for entry in ZOO.values())
     least, most = (percent(gap).removesuffix(".0") for gap in (gaps[0], gaps[-1]))
-    assert f"it lies {least} to {most} points under PGD-50, on 200 images of five models" in BOX and len(ZOO) == 5
+    assert f"it lies {least} to {most} points under PGD-50, on 1,000 images of five models" in BOX and len(ZOO) == 5
 
 
 def test_the_versions_that_tests_run_with() -> None:

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from advmoe import load_run
 from advmoe.config import Config
 from advmoe.evaluation.certify import certify_run, shares, table
+from advmoe.models import save_model
 from advmoe.training.run import train
 
 
@@ -43,6 +45,7 @@ def test_a_fixed_router_is_trained_by_at_and_certified(folder):
         assert point["interval"][0] <= point["proved"] <= point["interval"][1]
         assert point["pathways"].get("1", 0) == pytest.approx(point["proved"])
     assert result["points"][-1]["changed"] > 0.9
+    assert result["pathways_in_use"] == len(set((away > 0).tolist())) == 2 and "pathways in use: 2" in table(result)
     assert all(l2 >= linf for linf, l2 in zip(*result["radius"].values(), strict=True))
     assert json.loads((run / "certification.json").read_text())["points"] == result["points"]
     assert "exact radii" in table(result) and list(shares(result)) == ["2/255", "8/255", "0.5"]
@@ -71,6 +74,19 @@ def test_other_routers_have_three_shares(folder, router):
     assert zero["proved"] > 0.9 and small["layers"][0] > 0.5 and large["proved"] == 0
     assert zero["changed"] == 0 and small["changed"] <= large["changed"]
     assert "0 to 15: 100.0" in table(result) and "pathways within reach" not in table(result)
+
+
+def test_a_choice_that_nothing_can_change_is_not_called_changed(folder):
+    run = trained(folder, "fixed-mean", name="wrn-10-1")
+    weights = load_file(run / "model.safetensors")
+    weights["router.threshold"] = torch.ones(1)  # of white: no image is brighter, and all take expert 0
+    model = load_run(run)
+    model.load_state_dict(weights)
+    save_model(model, run)
+    _, result = certify_run(run, num_examples=20, epsilons=[8 / 255, 1.0])
+    assert result["pathways_in_use"] == 1
+    assert [each["changed"] for each in result["points"]] == [0, 0]
+    assert result["radius"]["linf"] == result["radius"]["l2"] == [None] * 20
 
 
 def test_where_no_bounds_are_known_the_reason_is_told(folder):

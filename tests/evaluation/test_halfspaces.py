@@ -10,6 +10,7 @@ from advmoe.config import AttackConfig
 from advmoe.evaluation.halfspaces import halfspaces_of
 from advmoe.evaluation.outcomes import Measurement, make_job
 from advmoe.evaluation.suite import build
+from advmoe.models import Classifier
 from advmoe.threat import ThreatModel
 
 
@@ -31,6 +32,25 @@ def test_other_models_have_none():
     assert halfspaces_of(model, x) is None and halfspaces_of(lambda x: model(x), x) is None
 
 
+class Shifted(Classifier):
+    def forward(self, x):
+        return super().forward(1 - x)
+
+
+def test_a_model_that_may_do_something_else_has_none():
+    model, x = (
+        create_model("resnet18", num_classes=4, width=4, input_size=8, router="fixed-top"),
+        torch.rand(1, 3, 8, 8),
+    )
+    assert halfspaces_of(model, x) is not None
+    for module in (model, model.router):
+        handle = module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+        assert halfspaces_of(model, x) is None
+        handle.remove()
+    assert halfspaces_of(model, x) is not None
+    assert halfspaces_of(Shifted(model.normalize, model.backbone, model.router, model.spec), x) is None
+
+
 @pytest.mark.parametrize(("router", "complete"), [("fixed-top", True), ("image", False)])
 def test_routed_says_where_it_is_complete_in_the_routing(router, complete):
     torch.manual_seed(0)
@@ -40,4 +60,4 @@ def test_routed_says_where_it_is_complete_in_the_routing(router, complete):
     job, (name,) = make_job(model, data, measurement, torch.device("cpu"))
     attack = build(name, model, job.setting, RoutedPlan(Combination(), (), 0, 0, ()))
     assert (attack.settings.get("routing") == "complete") == complete
-    assert ("regions" in [part.name for part in attack.parts]) == complete
+    assert ({"own region", "other regions"} <= {part.name for part in attack.parts}) == complete

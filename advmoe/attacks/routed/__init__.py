@@ -52,7 +52,7 @@ def routed_attack(target: RoutedTarget, plan: RoutedPlan, budget: Budget) -> Att
     parts.append(AttackPart("pathways", lambda x, y, seed: _pathways(target, plan, budget, x, y, seed)))
     settings = {**asdict(budget), **plan.to_dict()}
     if target.halfspaces is not None:
-        parts.append(AttackPart("regions", lambda x, y, seed: _regions(target, budget, x, y, seed)))
+        parts += [_inside(target, budget, "own region", False), _inside(target, budget, "other regions", True)]
         settings["routing"] = "complete"
     parts.append(climbing("strongest", plan.best, effort=2))
     flags: tuple[str, ...] = ("the black-box part is left out (0 queries)",)
@@ -73,9 +73,15 @@ def _repeated(attack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tens
     return result
 
 
-def _regions(target: RoutedTarget, budget: Budget, x: Tensor, y: Tensor, seed: int) -> Proposals:
+def _inside(target: RoutedTarget, budget: Budget, name: str, flipped: bool) -> AttackPart:
+    """The attack on images' own pathways inside their regions, or on every other one within reach."""
     sizes = budget.sizes(budget.steps, target.threat.eps)
-    return Proposals(inside_regions(target, x, y, sizes, torch.Generator().manual_seed(seed))[0])
+
+    def run(x: Tensor, y: Tensor, seed: int) -> Proposals:
+        generator = torch.Generator().manual_seed(seed)
+        return Proposals(inside_regions(target, x, y, sizes, flipped=flipped, generator=generator)[0])
+
+    return AttackPart(name, run)
 
 
 def _pathways(target: RoutedTarget, plan: RoutedPlan, budget: Budget, x: Tensor, y: Tensor, seed: int) -> Proposals:

@@ -2,9 +2,9 @@
 
 Axes: `N` batch, `C` channels, `H W` size, `D` = C H W, `B` bits, `L` MoE layers. Pixels and `eps` are in [0, 1].
 
-Bit b of image x is w_b . x > t_b. A perturbation within eps in linf that keeps pixels in [0, 1] changes the bit if and
+Bit b of image x is w_b . x > t_b. A perturbation within eps in linf that keeps pixels in [0, 1] unsets the bit if and
 only if |w . x - t| <= sum_i |w_i| min(eps, room_i), room_i being the way from x_i to the end of the pixel range on the
-side that brings the bit nearer to its threshold.
+side that brings the bit nearer to its threshold; to set it, it must come further than to the threshold (<).
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from advmoe.attacks.routed.ascent import FirstFooling
 from advmoe.attacks.routed.target import Halfspaces, RoutedTarget
 from advmoe.threat import ThreatModel
 
-_ROUNDS = 50
-"""Of projections onto several bits and the ball in turn, until a point of the region is found."""
 _HALVINGS = 30
 
 
@@ -32,24 +30,33 @@ def distances(space: Halfspaces, x: Tensor) -> Tensor:
     return x.double().flatten(1) @ space.weights.flatten(1).T - space.thresholds
 
 
-def radii(space: Halfspaces, x: Tensor, norm: Literal["linf", "l2"], *, proved: bool = False) -> Tensor:
+def radii(
+    space: Halfspaces, x: Tensor, norm: Literal["linf", "l2"], *, own: Tensor | None = None, rounding: int = 0
+) -> Tensor:
     """The norm of the smallest perturbation of `x` (N, C, H, W), kept in [0, 1], that brings each bit to its threshold,
-    (N, B); infinite where none does.
+    (N, B), or beyond it by however little to set it; infinite where none does.
 
-    proved: a little less, by what rounding can move the model's own score, so that the model keeps the bit within it.
+    Args:
+        own: the bits that images have, (N, B); by default as fp64 has them.
+        rounding: -1 takes off what rounding can move the model's own score, so that the model keeps the bit within the
+            radius; 1 adds it, so that the model changes the bit there.
     """
     away = distances(space, x)
-    need = (away.abs() - space.slack).clamp_min(0) if proved else away.abs()
+    own = away > 0 if own is None else own
+    need = torch.where(own, away, -away) + rounding * space.slack
     flat, columns = x.double().flatten(1), []
-    for bit, weight in enumerate(space.weights.flatten(1)):
-        room = torch.where((weight > 0) == (away[:, bit, None] > 0), flat, 1 - flat)
+    for bit, (weight, least) in enumerate(zip(space.weights.flatten(1), need.clamp_min(0).unbind(1), strict=True)):
+        room = torch.where((weight > 0) == own[:, bit, None], flat, 1 - flat)
         size = weight.abs()
         if norm == "linf":
-            columns.append(_level(size.expand_as(room), room, need[:, bit]))
+            level = _level(size.expand_as(room), room, least)
         else:
-            level = _level(size.square().expand_as(room), room / size.clamp_min(1e-30), need[:, bit])
-            moved = torch.minimum(level[:, None].nan_to_num(posinf=0) * size, room)
-            columns.append(moved.norm(dim=1).where(level.isfinite(), level))
+            spread = _level(size.square().expand_as(room), room / size.clamp_min(1e-30), least)
+            moved = torch.minimum(spread[:, None].nan_to_num(posinf=0) * size, room)
+            level = moved.norm(dim=1).where(spread.isfinite(), spread)
+        if rounding == 0:  # a bit is set beyond its threshold, not at it
+            level = level.where(own[:, bit] | ((size * room).sum(1) > least), torch.inf)
+        columns.append(level)
     return torch.stack(columns, 1)
 
 
@@ -67,15 +74,63 @@ def _level(rate: Tensor, full: Tensor, need: Tensor) -> Tensor:
 
 
 def reachable(space: Halfspaces, x: Tensor, threat: ThreatModel) -> Iterator[tuple[tuple[bool, ...], Tensor]]:
-    """Which bits are flipped, and of which images (N,) an attacker may flip just these: every combination once.
-
-    Each bit of the combination can be flipped alone. Of one bit that is exact, and of several in linf that look at
-    other pixels; else images may be named that no perturbation brings there, never the reverse.
+    """Which bits are flipped, and of which images (N,) an attacker can flip just these: every combination once. What
+    rounding may do is held possible.
     """
-    movable = radii(space, x, threat.norm, proved=True) <= threat.eps
+    own = distances(space, x) > 0
+    movable = radii(space, x, threat.norm, rounding=-1) <= threat.eps
     for flipped in product((False, True), repeat=movable.shape[1]):
         chosen = torch.tensor(flipped, device=x.device)
-        yield flipped, (movable | ~chosen).all(1)
+        able = (movable | ~chosen).all(1)
+        if any(flipped) and len(flipped) > 1:  # each for itself, but together?
+            index = able.nonzero()[:, 0]
+            able[index] = deepest(space, x[index], own[index] ^ chosen, threat)[1] >= 0
+        yield flipped, able
+
+
+def deepest(space: Halfspaces, x: Tensor, sides: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+    """Of all images within `threat` of `x` (N, C, H, W) those deepest in the half-spaces of `sides` (N, B), of one bit
+    or two, (N, C, H, W), and how deep that is, (N,): the least of the bits' distances from what rounding leaves of
+    their thresholds, in units of ||w||_1. Negative where there is no image on these sides.
+
+    By duality: the least of two distances is largest where some mean of both is, and of a mean that is one step. As a
+    mean leans to a bit that bit's distance grows, so that the mean where both are the same is found by halving.
+    """
+    size = space.weights.flatten(1).abs().sum(1).clamp_min(1e-30)
+    signs = torch.where(sides, 1.0, -1.0).double() / size
+    rows = (signs[:, :, None] * space.weights.flatten(1)).unbind(1)
+
+    def depths(z: Tensor) -> Tensor:
+        return signs * (z @ space.weights.flatten(1).T - space.thresholds) + space.slack / size
+
+    most = [_furthest(row, x, threat) for row in rows]
+    if len(rows) == 1:
+        best = most[0]
+    else:
+        to_first, to_second = most
+        low, high = x.new_zeros(len(x), 1, dtype=torch.float64), x.new_ones(len(x), 1, dtype=torch.float64)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            z = _furthest(middle * rows[0] + (1 - middle) * rows[1], x, threat)
+            first, second = depths(z).split(1, 1)
+            high, low = torch.where(first >= second, middle, high), torch.where(first >= second, low, middle)
+            to_first, to_second = torch.where(first >= second, z, to_first), torch.where(first >= second, to_second, z)
+        ahead, behind = (depths(z)[:, :1] - depths(z)[:, 1:] for z in (to_first, to_second))
+        share = (-behind / (ahead - behind).clamp_min(1e-30)).clamp(0, 1)
+        best = to_second + share * (to_first - to_second)
+    return best.to(x.dtype).view_as(x), depths(best).amin(1)
+
+
+def _furthest(direction: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """The image within `threat` of each of `x` that lies furthest in a direction (N, D), in fp64, (N, D)."""
+    flat = x.double().flatten(1)
+    if threat.norm == "linf":
+        low, high = ((each.clamp(0, 1)).double().flatten(1) for each in (x - threat.eps, x + threat.eps))
+        return torch.where(direction > 0, high, torch.where(direction < 0, low, flat))
+    size, room = direction.abs(), torch.where(direction > 0, 1 - flat, flat)
+    full = (room / size.clamp_min(1e-30)).square()
+    level = _level(size.square(), full, torch.full_like(flat[:, 0], threat.eps**2)).sqrt()
+    return flat + direction.sign() * torch.minimum(level[:, None].nan_to_num(posinf=1e30) * size, room)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,7 +141,7 @@ class Region(ThreatModel):
     sides: Tensor
     """The bits that the region's images have, (N, B)."""
     inside: Tensor
-    """A point of each image's region, (N, C, H, W); where none was found, the nearest thing to one."""
+    """The deepest point of each image's region, (N, C, H, W)."""
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv` brought into the region of the clean images `x`, (N, C, H, W). In linf and of one bit it is the point
@@ -146,23 +201,22 @@ class Region(ThreatModel):
 
 
 def region(space: Halfspaces, x: Tensor, sides: Tensor, threat: ThreatModel) -> Region:
-    """The regions of the bits `sides` (N, B) within `threat` of images `x` (N, C, H, W), a point of each found."""
-    made = Region(threat.norm, threat.eps, space=space, sides=sides, inside=x)
-    z = x
-    for _ in range(_ROUNDS):
-        z = made.pushed(z, x)
-        if threat.norm == "l2":
-            z = threat.project(z, x)
-        if bool(made.holds(z, x).all()):
-            break
-    return Region(threat.norm, threat.eps, space=space, sides=sides, inside=z)
+    """The regions of the bits `sides` (N, B) within `threat` of images `x` (N, C, H, W)."""
+    inside, _ = deepest(space, x, sides, threat)
+    return Region(threat.norm, threat.eps, space=space, sides=sides, inside=inside)
 
 
 def inside_regions(
-    target: RoutedTarget, x: Tensor, y: Tensor, sizes: Sequence[float], generator: torch.Generator | None = None
+    target: RoutedTarget,
+    x: Tensor,
+    y: Tensor,
+    sizes: Sequence[float],
+    *,
+    flipped: bool,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attack every pathway that an attacker can reach, inside its own region, by steps of these `sizes`: on the margin,
-    then on cross-entropy.
+    """Attack images inside the region of their own pathway, or (`flipped`) inside that of every other one that an
+    attacker can reach, by steps of these `sizes`: on the margin, then on cross-entropy.
 
     Inside a region the pathway is fixed, so that the routing hides nothing from the gradient. Returns the images
     (N, C, H, W) and whether each fools `target.predict`, (N,).
@@ -171,8 +225,10 @@ def inside_regions(
     assert space is not None
     result, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     own = distances(space, x) > 0
-    for flipped, able in reachable(space, x, threat):
-        sides = own ^ torch.tensor(flipped, device=x.device)
+    for bits, able in reachable(space, x, threat):
+        if any(bits) != flipped:
+            continue
+        sides = own ^ torch.tensor(bits, device=x.device)
         for loss in ("margin", "ce"):
             left = (able & ~fooled).nonzero()[:, 0]
             if len(left):
