@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,8 +77,7 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
         require(startable(run_dir), "the run directory", rule, str(run_dir))
     named = model.get("source", config.model.source)
     own = ["--model", named] if named is not None else []
-    taught = overrides.get("training", {}).get("teacher", config.training.teacher)
-    learns = ["--training.teacher", taught] if taught is not None and is_source(taught) else []
+    learns = _taught_by(config, overrides.get("training", {}) if resumed is not None else {})
     again = to_run("train", "--resume", run_dir, *own, *learns, plugins_of=argv)
     if "sbatch" in args:
         begin = to_run(*without(argv, "--sbatch", "--max-hours", "--run-dir"), "--run-dir", run_dir)
@@ -115,6 +115,14 @@ def run(args: dict[str, Any], argv: list[str]) -> int:
     return 0
 
 
+def _taught_by(config: Config, moved: Mapping[str, Any]) -> list[str]:
+    """The words that a command to continue needs of a teacher: where it was named on resuming, and code always."""
+    named = config.training.teacher
+    words = {"teacher": named} if named is not None and is_source(named) else {}
+    words |= {name: moved[name] for name in ("teacher", "teacher_weights") if name in moved}
+    return [word for name, value in words.items() for word in (f"--training.{name}", value)]
+
+
 def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], begin: str, again: str) -> int:
     """Write the script for SLURM that begins by one command line and goes on by the other; the exit code."""
     require(not file.exists(), "--sbatch", "a file that is not there yet", str(file))
@@ -132,7 +140,8 @@ def _write_script(file: Path, run_dir: Path, engine: dict[str, Any], begin: str,
 def _continued(args: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Path, Config]:
     """Of the run to be continued: its name, which it keeps, its directory and its configuration."""
     resumed, given = args["resume"], {(group, name) for group, fields in overrides.items() for name in fields}
-    alone = given <= {("model", "source"), ("training", "teacher")} and "config" not in args and "run_dir" not in args
+    movable = {("model", "source"), ("training", "teacher"), ("training", "teacher_weights")}
+    alone = given <= movable and "config" not in args and "run_dir" not in args
     require(alone, "--resume", "without --config, --run-dir and fields (a run keeps its own)", resumed)
     if begun(Path(resumed)) and not (Path(resumed) / CONFIG).is_file():
         raise InputError(

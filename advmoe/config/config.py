@@ -147,6 +147,12 @@ class Config(Strict):
             add("training", "attack_steps", f"training.alternation is {t.alternation}")
         if t.fixed_norms is None:
             add("training", "frozen_norms", f"training.method is {t.method}")
+        if t.method == "sparse" and t.finetune_epochs == 0:
+            add("training", "finetune_lr", "training.finetune_epochs is 0")
+        if t.method == "sparse" and t.prune_epochs == 0:
+            add("training", "frozen_norms", "training.prune_epochs is 0")
+        if t.method == "at-experts" and model.router_norm != "batch":
+            add("training", "frozen_norms", f"model.router_norm is {model.router_norm}")
         if t.method == "sparse" and t.init_from is not None:
             add("training", "epochs", "training.init_from is given, and is pruned at once")
         if self.data.val_fraction == 0:
@@ -227,14 +233,16 @@ class Config(Strict):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Config:
-        """Read what `dump` wrote, be it of a version with fewer fields: the run was trained as these say nothing of.
+        """Read what `dump` wrote, be it of a version with fewer fields: the run was trained as these say nothing of. A
+        file of fewer fields than any version had is read as a recipe.
 
         Raises `ValueError`, which names the file, or `FileNotFoundError`.
         """
         values = read_yaml(path)
         try:
             config = Config.from_dict(values)
-            if "frozen_norms" not in (values.get("training") or {}):
+            fields = values.get("training") or {}
+            if fields.keys() >= {"method", "epochs", "batch_size", "lr", "seed"} and "frozen_norms" not in fields:
                 config.training.frozen_norms = METHODS[config.training.method].earlier_norms  # type: ignore[assignment]
             return config
         except ValueError as error:

@@ -137,8 +137,9 @@ class TrainingConfig(Strict):
     weight_decay: WeightDecay = 5e-4
     """Weight decay; AdamW's does not pass through its moments."""
     decay: Decay = "all"
-    """What decays: `all` parameters, or `weights`: no biases, no parameters of norms, and of routers not the last
-    layer, which makes their scores. The paper does not say; transformers are trained by `weights` (DeiT, ICML 2021).
+    """What decays: `all` parameters, or `weights`: no biases, no parameters of norms, no scores of channels, no
+    positions or class token of a transformer, and of routers not the last layer, which makes their scores, nor the
+    hyperplanes of `linear`. The paper does not say; transformers are trained by `weights` (DeiT, ICML 2021).
     """
     router_lr: LearningRate | None = None
     """The routers' own peak learning rate; by default `lr`."""

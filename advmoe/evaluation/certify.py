@@ -203,9 +203,9 @@ def table(result: dict[str, Any]) -> str:
     heads = ["eps", "proved", "95% interval", "changed", "unknown"]
     heads += ["images by pathways within reach, %"] if exact else []
     how = _METHODS[result["method"]].format_map(result)
-    in_use = f"pathways in use: {result['pathways_in_use']}"
     lines = [
-        *wrapped(f"{result['num_examples']} images, {norm}; {in_use}; {how}"), "",
+        *wrapped(f"{result['num_examples']} images, {norm}; {how}"),
+        f"pathways in use: {result['pathways_in_use']}", "",
         *tabular(heads, rows, "><><><"),
     ]  # fmt: skip
     layers = [(radius(each["eps"], norm), by_layer(each["layers"])) for each in result["points"] if "layers" in each]

@@ -159,7 +159,7 @@ def require_passed(checks: Sequence[Check], allow: Collection[str] = ()) -> None
     if not any(each.fatal for each in failed):
         hint = f"to go on all the same: {' '.join(f'--allow {each.name}' for each in failed)}"
         if any(each.name == "deterministic" for each in failed):
-            hint += " (evaluate and sweep-eps average a randomised model with --eot K)"
+            hint += " (evaluate and sweep-eps average a model that draws from PyTorch's generators with --eot K)"
     raise InputError(f"model and data must pass the checks made before an attack, got {faults}; {hint}")
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks.pgd import Predict
-from advmoe.errors import InputError
+from advmoe.errors import InputError, require_whole
 from advmoe.evaluation.scoring import correct, device_of, measuring
 from advmoe.faults import label_fault
 from advmoe.moe.routing import route
@@ -232,8 +232,7 @@ def dissect(model: Predict, x: Tensor, x_adv: Tensor, y: Tensor, *, batch_size: 
     if x.shape != x_adv.shape or y.shape != x.shape[:1] or len(x) == 0:
         shapes = f"{tuple(x.shape)}, {tuple(x_adv.shape)}, {tuple(y.shape)}"
         raise InputError(f"x, x_adv and y must be (N, C, H, W) twice and (N,) with N >= 1, got {shapes}")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be >= 1, got {batch_size!r}")
+    require_whole("batch_size", batch_size, 1)
     device = device_of(model) if isinstance(model, nn.Module) else x.device
     with measuring(model, device), torch.no_grad():
         batches = zip(x.split(batch_size), x_adv.split(batch_size), y.split(batch_size), strict=True)

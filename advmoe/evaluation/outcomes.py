@@ -17,7 +17,7 @@ from torch import Tensor
 from advmoe.attacks.pgd import Predict
 from advmoe.attacks.routed import RoutedPlan, RoutedTarget, plan_attack
 from advmoe.config import AttackConfig
-from advmoe.errors import InputError
+from advmoe.errors import InputError, require_whole
 from advmoe.evaluation.halfspaces import halfspaces_of
 from advmoe.evaluation.harness import Job, Journal, run_tasks
 from advmoe.evaluation.intervals import wilson
@@ -58,9 +58,9 @@ class Measurement:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name, value in (("batch_size", self.batch_size), ("eot", 1 if self.eot is None else self.eot)):
-            if value < 1:
-                raise InputError(f"{name} must be >= 1, got {value!r}")
+        require_whole("batch_size", self.batch_size, 1)
+        if self.eot is not None:
+            require_whole("eot", self.eot, 1)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,9 @@ def _teacher(name: str, weights: str | None) -> Any:
     if name.startswith(PREFIX):
         return find(name).digest
     if is_source(name):
-        files = (Path(name.rpartition(":")[0]).expanduser(), *([] if weights is None else [Path(weights).expanduser()]))
-        return [checksum(file) if file.is_file() else str(file) for file in files]
+        file, _, factory = name.rpartition(":")
+        files = [Path(each).expanduser() for each in (file, weights) if each is not None]
+        return [factory, *(checksum(each) if each.is_file() else str(each) for each in files)]
     return digest_at(Path(name).expanduser()) or name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from advmoe.config import TrainingConfig
+from advmoe.moe.halfspace import HalfspaceRouter
 from advmoe.moe.routers import routers_of
 from advmoe.tables import Part
 from advmoe.training.methods import parts_of
@@ -43,11 +44,21 @@ def _own(part: Part, training: TrainingConfig, name: str) -> float:
     return own
 
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_TOKENS = ("class_token", "positions", "cls_token", "pos_embed", "dist_token")
+"""Of our transformers and of timm's; DeiT's own training decays neither."""
+
+
 def _undecayed(model: nn.Module) -> set[int]:
-    """Of which parameters, by identity, nothing decays under `decay=weights`: biases and parameters of norms (one
-    axis), and all of each router's last linear layer.
+    """Of which parameters, by identity, nothing decays under `decay=weights`: those of one axis (biases, channels'
+    scores), of norms, what is added to a transformer's tokens, all of each router's last linear layer, and a router of
+    half-spaces: shrunk weights would move its hyperplanes.
     """
     plain = {id(each) for each in model.parameters() if each.dim() <= 1}
+    plain |= {id(each) for name, each in model.named_parameters() if name.rpartition(".")[2] in _TOKENS}
+    for module in model.modules():
+        if isinstance(module, (*_NORMS, HalfspaceRouter)):
+            plain |= {id(each) for each in module.parameters()}
     for router in routers_of(model):
         layers = [module for module in router.modules() if isinstance(module, nn.Linear)]
         plain |= {id(each) for layer in layers[-1:] for each in layer.parameters()}

@@ -339,14 +339,20 @@ def _require_engine(
     typed("max_hours", Hours | None, max_hours)
 
 
-def _take_teacher(config: Config, given: str | None) -> None:
-    """Have `config`, of a run to be resumed, name the teacher that was `given`, if one was or must be."""
+def _take_teacher(config: Config, given: str | None, weights: str | None) -> None:
+    """Have `config`, of a run to be resumed, name the teacher that was `given`, if one was or must be, and where its
+    `weights` lie by now.
+    """
     named = config.training.teacher
     if named is None and given is not None:
         raise InputError(f"training.teacher must be left out for a run without a teacher, got {given!r}")
     if named is not None and given is None and is_source(named):
         raise InputError(f"training.teacher must be given again for {named} (code is never run unasked), got nothing")
     config.training.teacher = given or named
+    if weights is not None:
+        rule = "left out for a run whose teacher has no file of weights"
+        require(config.training.teacher_weights is not None, "training.teacher_weights", rule, weights)
+        config.training.teacher_weights = weights
 
 
 def resume(
@@ -354,6 +360,7 @@ def resume(
     *,
     source: str | None = None,
     teacher: str | None = None,
+    teacher_weights: str | None = None,
     devices: int | None = None,
     num_nodes: int | None = None,
     accelerator: str | None = None,
@@ -367,8 +374,9 @@ def resume(
 
     `source` is the `FILE.py:FACTORY` of a run that trains a network of the user's own: what the run names is never
     executed. So it is with the `teacher` of a run that learns from the user's own network; any may be given that lies
-    elsewhere by now. What `run_dir/tensorboard` shows goes on, or with `tensorboard` begins (see `train`). On CPU the
-    weights end bit-identical to those of a run that was never interrupted. Returns `run_dir`.
+    elsewhere by now, and so may the file of its weights. What `run_dir/tensorboard` shows goes on, or with
+    `tensorboard` begins (see `train`). On CPU the weights end bit-identical to those of a run that was never
+    interrupted. Returns `run_dir`.
     Raises `ValueError` for a directory that holds no run, or only damaged checkpoints.
     """
     _require_engine(devices, num_nodes, accelerator, threads, max_hours)
@@ -386,7 +394,7 @@ def resume(
             rule = f"given again for a run of {config.model.source} (code is never run unasked)"
         raise InputError(f"--model FILE.py:FACTORY must be {rule}, got {source or 'nothing'}")
     config.model.source = source
-    _take_teacher(config, teacher)
+    _take_teacher(config, teacher, teacher_weights)
     devices = _processes(devices, num_nodes) or manifest["devices"]
     threads = threads or manifest["threads"]
     accelerator = accelerator or manifest.get("accelerator") or "auto"

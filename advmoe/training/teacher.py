@@ -14,10 +14,12 @@ from advmoe import zoo
 from advmoe.config import TrainingConfig, is_source
 from advmoe.data import Dataset
 from advmoe.errors import InputError
+from advmoe.evaluation.checks import SUM_LIMIT
 from advmoe.evaluation.scoring import measuring
 from advmoe.evaluation.subject import digest_of
 from advmoe.models import Classifier
 from advmoe.models.sources import load_classifier
+from advmoe.seeding import generator_for
 from advmoe.text import one_line
 
 
@@ -82,11 +84,25 @@ def _require_fitting(name: str, network: nn.Module, dataset: Dataset) -> None:
             one, other = next(pair for pair in zip(dataset.classes, theirs, strict=True) if pair[0] != pair[1])
             rule = "of the data's classes in their order"
             raise InputError(f"training.teacher must be {rule}, got {other!r} for {one!r} in {name}")
+        side = network.spec["input_size"]
+        if side not in (None, size):
+            rule = f"of the data's images, {size}x{size}"
+            raise InputError(f"training.teacher must be {rule}, got one of {side}x{side}: {name}")
+    x = torch.rand(8, channels, size, size, generator=generator_for(0, "teacher"))
     try:
-        logits = Teacher(network)(torch.zeros(2, channels, size, size))
+        with measuring(network, x.device), torch.no_grad():
+            first, again = network(x), network(x.clone())
     except Exception as error:
         rule = f"take the data's images, ({channels}, {size}, {size})"
         raise InputError(f"training.teacher must {rule}, got {one_line(error)} of {name}") from error
-    if logits.shape != (2, classes):
-        got = tuple(logits.shape[1:])
+    if not isinstance(first, Tensor) or first.shape != (len(x), classes):
+        got = tuple(first.shape[1:]) if isinstance(first, Tensor) else f"a {type(first).__name__}"
         raise InputError(f"training.teacher must make logits of the data's {classes} classes, got {got} of {name}")
+    rows = first.double()
+    for wrong, got in (
+        (not bool(rows.isfinite().all()), "NaN or infinite ones"),
+        (bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() <= SUM_LIMIT).all()), "probabilities"),
+        (not torch.allclose(first, again, rtol=1e-3, atol=1e-4), "others at each call"),
+    ):
+        if wrong:
+            raise InputError(f"training.teacher must make finite logits, the same each time, got {got} of {name}")

@@ -303,5 +303,8 @@ def test_a_run_of_an_earlier_version_means_what_it_was_trained_with(tmp_path, me
     del stored["training"]["frozen_norms"]
     path.write_text(yaml.safe_dump(stored))
     assert Config.load(path).training.fixed_norms == meant
+    path.write_text(yaml.safe_dump({"training": {"method": method, "init_from": "start"}, "model": {"kind": kind}}))
+    assert Config.load(path) == config  # a recipe of one's own, which no run wrote
+    path.write_text(yaml.safe_dump(stored))
     # Such a run's manifest holds a digest of the fields that there were.
     assert file_digest(path) not in (config.digest(), Config.load(path).digest())

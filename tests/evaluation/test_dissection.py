@@ -174,7 +174,7 @@ def test_what_cannot_be_dissected(make_routed, make_images):
         dissect(make_routed(), x, x, y + 5)
     with pytest.raises(ValueError, match="with N >= 1"):
         dissect(make_routed(), x[:0], x[:0], y[:0])
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
         dissect(make_routed(), x, x, y, batch_size=0)
 
 

@@ -45,8 +45,14 @@ def test_passes_are_those_of_the_pgd_that_the_gap_starts_from_and_of_all_attacks
 
 
 def test_a_batch_of_no_image_is_an_error():
-    with pytest.raises(ValueError, match=r"^batch_size must be >= 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number >= 1, got 0$"):
         Measurement(threat=ThreatModel(), attack=AttackConfig(), batch_size=0)
+
+
+@pytest.mark.parametrize("eot", ["3", [2], 2.5, float("nan"), True, 0])
+def test_draws_to_be_averaged_are_a_whole_number(eot):
+    with pytest.raises(ValueError, match=r"^eot must be a whole number >= 1, got "):
+        Measurement(threat=ThreatModel(), attack=AttackConfig(), eot=eot)
 
 
 def test_routed_adds_nothing_for_a_plain_model():

@@ -71,6 +71,7 @@ def test_a_teacher_counts_by_what_it_is(tmp_path):
         return key(training={"method": "at", "teacher": f"{tmp_path / name}.py:net", "teacher_weights": file})
 
     assert of("a") == of("b") != of("c")
+    assert of("a") != key(training={"method": "at", "teacher": f"{tmp_path / 'a'}.py:other"})
     assert of("a", "a") == of("b", "b") != of("a", "c") and of("a", "a") != of("a")
     zoo = [key(training={"method": "at", "teacher": f"zoo:{name}"}) for name in ("advmoe", "at-moe")]
     assert len({*zoo, of("a"), key()}) == 4

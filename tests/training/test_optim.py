@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from advmoe.config import TrainingConfig
@@ -62,6 +63,25 @@ def test_weights_alone_decay(shallow_backbones, optimizer, router):
     }
     assert {name for name, each in model.named_parameters() if each.dim() == 1} <= kept
     assert any("bank" in name for name in shrunk) and any("hidden" in n or "embedding" in n for n in shrunk)
+
+
+def test_half_spaces_and_what_is_added_to_tokens_do_not_decay(shallow_backbones):
+    routed = create_model("resnet18", num_classes=3, width=8, input_size=8, router="linear")
+    transformer = create_model("deit-tiny", num_classes=3, width=8, input_size=8, kind="dense")
+    for model, names in (
+        (routed, {"router.weight", "router.threshold"}),
+        (transformer, {n for n, _ in transformer.named_parameters() if n.endswith(("class_token", "positions"))}),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm([2, 4, 4])), {"1.weight", "1.bias"}),
+    ):
+        plain = {
+            id(each)
+            for optimizer in make_optimizers(model, TrainingConfig(decay="weights")).values()
+            for group in optimizer.param_groups
+            if group["weight_decay"] == 0
+            for each in group["params"]
+        }
+        assert len(names) == 2 and {id(model.get_parameter(name)) for name in names} <= plain
+        assert any(id(each) not in plain for each in model.parameters())
 
 
 def test_no_group_is_empty(shallow_backbones):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,26 @@ def few():
 
 def function():
     return lambda x: x.flatten(1)[:, :10]
+
+class Odd(Net):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(super().forward(x))
+
+def probabilities():
+    return Odd(lambda z: z.softmax(1))
+
+def nan():
+    return Odd(lambda z: z * float("nan"))
+
+def several():
+    return Odd(lambda z: (z, z))
+
+def random():
+    return Odd(lambda z: z + torch.randn_like(z))
 """
 
 
@@ -226,10 +247,34 @@ def test_a_network_of_the_user_s_own_teaches_and_is_never_executed_unasked(own, 
     with pytest.raises(InputError, match=r"training.teacher must be given again for .*own.py:net .*got nothing"):
         resume(run)
     resume(run, teacher=f"{own}:net")
+    with pytest.raises(
+        InputError, match="teacher_weights must be left out for a run whose teacher has no file of weig"
+    ):
+        resume(run, teacher=f"{own}:net", teacher_weights="w.safetensors")
+
+
+def test_a_teacher_and_its_weights_may_lie_elsewhere_when_a_run_goes_on(own, tmp_path, capsys):
+    torch.manual_seed(1)
+    save_file({f"fc.{n}": value for n, value in nn.Linear(64, 10).state_dict().items()}, tmp_path / "w.safetensors")
+    training = {
+        "method": "at",
+        "epochs": 1,
+        "teacher": f"{own}:net",
+        "teacher_weights": str(tmp_path / "w.safetensors"),
+    }
+    run = train(tiny(training), run_dir=tmp_path / "run", **THREADS)
+    Path(own).rename(tmp_path / "moved.py")
+    (tmp_path / "w.safetensors").rename(tmp_path / "v.safetensors")
+    words = ["--training.teacher", f"{tmp_path / 'moved.py'}:net"]
+    words += ["--training.teacher_weights", str(tmp_path / "v.safetensors")]
+    assert cli.main(["train", "--resume", str(run), *words]) == 0
+    script = tmp_path / "job.sh"
+    assert cli.main(["train", "--resume", str(run), *words, "--sbatch", str(script)]) == 0
+    assert " ".join(words) in script.read_text()
 
 
 def test_teachers_that_do_not_fit_are_refused_in_one_line(own, taught_by, tmp_path):
-    for name in ("coloured", "few", "named"):
+    for name in ("coloured", "few", "named", "small"):
         (tmp_path / name).mkdir()
     coloured = create_model("wrn-10-1", kind="dense", width=4, num_classes=10, input_size=8, in_channels=3)
     save_model(coloured, tmp_path / "coloured")
@@ -238,12 +283,19 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(own, taught_by, tmp_pa
     named = create_model("wrn-10-1", kind="dense", width=4, num_classes=10, input_size=8, in_channels=1)
     named.spec["classes"] = ["zero", *"123456789"]
     save_model(named, tmp_path / "named")
+    small = create_model("wrn-10-1", kind="dense", width=4, num_classes=10, input_size=16, in_channels=1)
+    save_model(small, tmp_path / "small")
     for name, message in {
         str(tmp_path / "nothing"): "training.teacher .*nothing: ",
         "zoo:nothing": "training.teacher zoo:nothing: zoo:NAME must be one of ",
         str(tmp_path / "coloured"): r"must be of the data's \(classes, channels\) \(10, 1\), got \(10, 3\) of ",
         str(tmp_path / "few"): r"must be of the data's \(classes, channels\) \(10, 1\), got \(3, 1\) of ",
         str(tmp_path / "named"): "must be of the data's classes in their order, got 'zero' for '0' in ",
+        str(tmp_path / "small"): "must be of the data's images, 8x8, got one of 16x16: ",
+        f"{own}:probabilities": "must make finite logits, the same each time, got probabilities of ",
+        f"{own}:nan": "must make finite logits, the same each time, got NaN or infinite ones of ",
+        f"{own}:random": "must make finite logits, the same each time, got others at each call of ",
+        f"{own}:several": "must make logits of the data's 10 classes, got a tuple of ",
         f"{own}:few": r"must make logits of the data's 10 classes, got \(3,\) of ",
         f"{own}:function": "must be a torch.nn.Module, got a function of ",
         f"{own}:none": "training.teacher .*own.py:none: ",
