@@ -247,7 +247,8 @@ class TrainingConfig(Strict):
     init_from: str | None = None
     """A run to start from: the standard-trained model for `at-routers`, the router-robust one for `at-experts`; for
     `sparse` one of the Dense backbone, in place of pretraining, or a sparse one, whose scores learn on. The experts of
-    a mixture may all start as copies of an S-Dense or Sparse run."""
+    a mixture may all start as copies: of an S-Dense or Sparse run, or of the channels of a Dense CNN with the largest
+    weights."""
     teacher: str | None = None
     """A trained network to learn from instead of classes: a run, `zoo:NAME`, or your own as FILE.py:FACTORY, which is
     executed. It says what the clean images are; attacks lead away from that, and the loss is KL from it on clean and

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.errors import InputError
-from advmoe.models import Classifier, create_model
+from advmoe.models import Classifier, create_model, find_backbone
 from advmoe.models.sparse import SparseBackbone
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,6 +35,18 @@ def compact(model: Classifier) -> Classifier:
     small.load_state_dict(state, assign=True)
     small.origin = model.origin
     return small.train(model.training)
+
+
+def slimmed(dense: Classifier, scale: float) -> Classifier:
+    """What is left of a Dense model, a CNN, of whose channels those with the largest weights are kept, `scale` of each
+    layer (kind `s-dense`, the same mode); nothing was trained for it. Raises `ValueError` for another network.
+    """
+    if dense.spec["kind"] != "dense" or find_backbone(dense.spec["name"]).tokens:
+        kind = f"{dense.spec['kind']} {dense.spec['name']}"
+        raise InputError(f"training.init_from must be of a dense CNN for experts to have a part of, got a {kind}")
+    masked = create_model(**{**dense.spec, "kind": "sparse", "scale": scale})
+    adopt(masked, dense)
+    return compact(masked.train(dense.training))
 
 
 def deployed(model: Module) -> Module:

@@ -18,7 +18,7 @@ from advmoe.models.sources import load_module
 from advmoe.models.upcycle import upcycle
 from advmoe.moe import moe_layers
 from advmoe.moe.halfspace import HalfspaceRouter
-from advmoe.pruning import adopt, deployed
+from advmoe.pruning import adopt, deployed, slimmed
 from advmoe.seeding import generator_for
 from advmoe.tables import METHODS, ROUTERS
 from advmoe.text import few, one_line
@@ -55,6 +55,8 @@ def build_model(config: Config, dataset: Dataset, *, resumed: bool = False) -> C
                 adopt(model, start)
             elif config.model.kind == "moe" and start.spec["kind"] in ("s-dense", "sparse"):
                 upcycle(model, deployed(start))
+            elif config.model.kind == "moe" and start.spec["kind"] == "dense" and config.model.source is None:
+                upcycle(model, slimmed(start, config.model.scale))
             else:
                 model.load_state_dict(start.state_dict())
         except RuntimeError as error:

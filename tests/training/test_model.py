@@ -10,6 +10,7 @@ from torch import nn
 from advmoe.config import Config
 from advmoe.data import Dataset, ImageSet
 from advmoe.models import Classifier, save_model
+from advmoe.moe import route
 from advmoe.training.model import build_model
 from advmoe.training.run import train
 
@@ -123,6 +124,31 @@ def test_a_mixture_starts_as_the_plain_network_of_a_pathway_s_cost(tmp_path: Pat
         assert torch.allclose(model(x), start(x), atol=1e-5)
     drawn = build_model(settings({"method": "at", "seed": 3}), DATASET)
     assert model.spec == drawn.spec and model.spec["kind"] == "moe"
+
+
+def test_a_mixture_starts_from_a_dense_network_s_largest_channels(tmp_path: Path) -> None:
+    dense = build_model(settings({"method": "at"}, kind="dense"), DATASET).eval()
+    run = saved(dense, settings({"method": "at"}, kind="dense"), tmp_path / "start")
+    model = build_model(settings({"method": "at", "init_from": run, "seed": 3}), DATASET).eval()
+    # What a sparse model scores highest of the same weights before anything is trained.
+    sparse = build_model(settings({"method": "sparse", "init_from": run}, kind="sparse"), DATASET).eval()
+    x = torch.rand(4, 1, 8, 8)
+    for expert in (0, 1):
+        with torch.no_grad(), route(forced=torch.full((4, 16), expert)):
+            assert torch.allclose(model(x), sparse(x), atol=1e-5)
+    width = settings({"method": "at", "init_from": run}, width=8)
+    with pytest.raises(
+        ValueError, match=r"training.init_from must hold a model of the shape in model.*a dense resnet18"
+    ):
+        build_model(width, DATASET)
+
+
+def test_a_transformer_is_not_slimmed(tmp_path: Path) -> None:
+    tiny = {"name": "deit-tiny", "width": 8}
+    dense = build_model(settings({"method": "at"}, kind="dense", **tiny), DATASET)
+    run = saved(dense, settings({"method": "at"}, kind="dense", **tiny), tmp_path / "start")
+    with pytest.raises(ValueError, match="must be of a dense CNN for experts to have a part of, got a dense deit-tiny"):
+        build_model(settings({"method": "at", "init_from": run}, **tiny), DATASET)
 
 
 @pytest.mark.parametrize(("model", "shape"), [({"width": 8}, "a moe resnet18"), ({"num_experts": 3}, "a moe resnet18")])
