@@ -35,7 +35,7 @@ def halfspaces_of(predict: Predict, x: Tensor) -> Halfspaces | None:
     if (router := halfspace_router(predict)) is None:
         return None
     _, channels, height, width = x.shape
-    weights, thresholds = router.pixel_weights(channels, height, width), router.threshold.detach().double()
+    weights, thresholds = router.pixel_weights(channels, height, width), router.thresholds.detach().double()
     # In fp32 a sum of n terms is off by at most n 2^-24 of the sum of their sizes: of a cell, then of all cells.
     terms = (height // GRID + 2) * (width // GRID + 2) + channels * GRID**2 + 8
     size = weights.flatten(1).abs().sum(1) + thresholds.abs()

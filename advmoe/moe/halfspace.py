@@ -34,14 +34,17 @@ class HalfspaceRouter(FullPrecision):
     Layer l takes expert 1 where bit floor(l B / L) is set: with two bits the first drives the first half of the layers,
     the second the others. Of more bits than layers the last are kept. At the threshold itself a bit is not set.
 
+    A learnt w has the mean of w . x for its threshold: of the batch in train mode, of those before (a running mean, as
+    of batch norms) in eval mode. A threshold that learnt would run away, for a route that is the same for all images is
+    the safest.
+
     Args:
-        weight: of each cell's mean, (B, C, G, G). learnt: whether it and the thresholds are parameters.
+        weight: of each cell's mean, (B, C, G, G). learnt: whether it is a parameter.
 
     Raises `ValueError` for another number of experts than two, and for more bits than two.
     """
 
     weight: Tensor
-    threshold: Tensor
 
     def __init__(self, weight: Tensor, num_layers: int, num_experts: int, *, learnt: bool) -> None:
         super().__init__()
@@ -54,7 +57,8 @@ class HalfspaceRouter(FullPrecision):
         threshold = weight.flatten(1).sum(1) / 2  # of an image of middle grey
         threshold[_empty(weight)] = 1.0
         if learnt:
-            self.weight, self.threshold = nn.Parameter(weight), nn.Parameter(threshold)
+            self.weight, self.centre = nn.Parameter(weight), nn.BatchNorm1d(len(weight), affine=False)
+            self.centre.running_mean = threshold
         else:
             self.register_buffer("weight", weight)
             self.register_buffer("threshold", threshold)
@@ -63,6 +67,13 @@ class HalfspaceRouter(FullPrecision):
     def layers(self) -> list[int]:
         """The bit of each layer."""
         return [layer * len(self.weight) // self.num_layers for layer in range(self.num_layers)]
+
+    @property
+    def thresholds(self) -> Tensor:
+        """t of each bit in eval mode, (B,): a buffer, to be written in place."""
+        thresholds = self.centre.running_mean if self.learnt else self.threshold
+        assert isinstance(thresholds, Tensor)
+        return thresholds
 
     def projections(self, x: Tensor) -> Tensor:
         """w . x of each bit, (N, B), for pixels `x` (N, C, H, W)."""
@@ -82,7 +93,14 @@ class HalfspaceRouter(FullPrecision):
         """The score of expert 1 by each bit, (N, B); expert 0 has its negative."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return STEEPNESS / 2 * (self.projections(x) - self.threshold) / self._norm("linf", x)
+            projections = self.projections(x)
+            if self.learnt and self.training:
+                self.centre(projections)  # which records their mean
+            return STEEPNESS / 2 * self._distances(projections) / self._norm("linf", x)
+
+    def _distances(self, projections: Tensor) -> Tensor:
+        """w . x - t, (N, B), of w . x."""
+        return projections - (projections.mean(0) if self.learnt and self.training else self.thresholds)
 
     def radii(self, x: Tensor, norm: Literal["linf", "l2"]) -> Tensor:
         """|w . x - t| / ||w||_1 (l2: / ||w||_2) of each bit, (N, B), were pixels free to leave [0, 1].
@@ -90,8 +108,7 @@ class HalfspaceRouter(FullPrecision):
         Exact where the images' sides are multiples of `GRID`; cells overlap by a pixel otherwise.
         """
         with torch.autocast(x.device.type, enabled=False):
-            distance = self.projections(x.float()) - self.threshold
-            radii: Tensor = distance.abs() / self._norm(norm, x)
+            radii: Tensor = self._distances(self.projections(x.float())).abs() / self._norm(norm, x)
         return radii
 
     def _norm(self, norm: str, x: Tensor) -> Tensor:
@@ -103,9 +120,12 @@ class HalfspaceRouter(FullPrecision):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Put each threshold at the median over images, pixels (N, C, H, W): both experts get half of them."""
-        median = torch.cat([self.projections(x) for x in batches]).quantile(0.5, dim=0)
-        self.threshold.copy_(torch.where(_empty(self.weight), self.threshold, median))
+        """Put each threshold at the median over images, pixels (N, C, H, W), that of learnt weights at the mean: both
+        experts get about half of them.
+        """
+        projections = torch.cat([self.projections(x) for x in batches])
+        middle = projections.mean(0) if self.learnt else projections.quantile(0.5, dim=0)
+        self.thresholds.copy_(torch.where(_empty(self.weight), self.thresholds, middle))
 
     def pixel_weights(self, channels: int, height: int, width: int) -> Tensor:
         """w of each bit as an image, (B, C, H, W) in fp64."""
@@ -138,5 +158,5 @@ def fixed_router(
 def linear_router(
     in_channels: int, width: int, num_layers: int, num_experts: int, *, pool: int = 1, bits: int
 ) -> HalfspaceRouter:
-    """A router of so many `bits` that is learnt through the straight-through estimate, from random weights on."""
+    """A router of so many `bits` whose weights are random first, then learnt through the straight-through estimate."""
     return HalfspaceRouter(torch.randn(bits, in_channels, GRID, GRID), num_layers, num_experts, learnt=True)

@@ -36,7 +36,7 @@ def test_a_fixed_router_is_trained_by_at_and_certified(folder):
     # The top quarter's brightness of the images themselves, as far as pixels can move it to the threshold.
     x = load_test_images(result["index"])
     top = x[:, 0, : x.shape[2] // 4].double()
-    away = top.mean((1, 2)) - model.router.threshold.double()
+    away = top.mean((1, 2)) - model.router.thresholds.double()
     for point in result["points"]:
         room = torch.where((away > 0)[:, None, None], top, 1 - top).clamp_max(point["eps"]).mean((1, 2))
         kept = (away.abs() > room + 1e-6).double().mean().item()

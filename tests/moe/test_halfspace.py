@@ -5,6 +5,7 @@ import torch
 
 from advmoe import create_model, pathway
 from advmoe.moe.halfspace import STEEPNESS, HalfspaceRouter, fixed_router, linear_router
+from advmoe.moe.repeats import unrecorded
 
 BRIGHT_ABOVE = torch.zeros(1, 1, 8, 8)
 BRIGHT_ABOVE[:, :, :2] = 1
@@ -34,9 +35,9 @@ def test_late_layers_alone_may_be_routed():
     router = fixed_router(3, 8, 5, 2, form="late")
     dark, bright = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
     router.fit([torch.cat([dark, bright, bright])])
-    assert router.threshold.tolist() == [1.0, 1.0]  # the first bit's is left alone: no image reaches it
+    assert router.thresholds.tolist() == [1.0, 1.0]  # the first bit's is left alone: no image reaches it
     router.fit([torch.cat([dark, dark, bright])])
-    assert router.threshold.tolist() == [1.0, 0.0]
+    assert router.thresholds.tolist() == [1.0, 0.0]
     chosen = [scores.argmax(1).tolist() for scores in router(torch.cat([dark, bright]))]
     assert chosen == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
     assert all(scores.isfinite().all() for scores in router(bright))
@@ -50,15 +51,32 @@ def test_thresholds_are_medians(channels):
     router = fixed_router(channels, 8, 2, 2, form="mean")
     grey = [torch.full((1, channels, 8, 8), value) for value in (0.1, 0.2, 0.9, 0.7)]
     router.fit([torch.cat(grey[:2]), torch.cat(grey[2:])])
-    assert router.threshold.item() == pytest.approx(0.45)  # between 0.2 and 0.7
+    assert router.thresholds.item() == pytest.approx(0.45)  # between 0.2 and 0.7
     assert router(torch.cat(grey))[0].argmax(1).tolist() == [0, 0, 1, 1]
+
+
+def test_a_learnt_threshold_is_the_mean_of_batches():
+    router = linear_router(1, 8, 2, 2, bits=1).train()
+    with torch.no_grad():
+        router.weight.fill_(1 / 16)
+    router.fit([torch.full((1, 1, 8, 8), value) for value in (0.2, 0.6)])
+    assert router.thresholds.item() == pytest.approx(0.4)
+    batch = torch.cat([torch.full((1, 1, 8, 8), value) for value in (0.7, 0.8, 0.9)])
+    scores = router(batch)[0]  # against 0.8, and nine tenths of 0.4 with one of 0.8 are kept
+    assert scores[:, 1].tolist() == pytest.approx([-STEEPNESS / 20, 0, STEEPNESS / 20], abs=1e-4)
+    assert router.thresholds.item() == pytest.approx(0.44)
+    assert router.eval()(batch)[0].argmax(1).tolist() == [1, 1, 1] and router.thresholds.item() == pytest.approx(0.44)
+    with unrecorded(router.train()):
+        router(batch)
+    assert router.thresholds.item() == pytest.approx(0.44)
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
 
 
 def test_radii_by_hand():
     weight = torch.zeros(1, 1, 4, 4)
     weight[0, 0, 0, 0], weight[0, 0, 3, 3] = 3, -1
     router = HalfspaceRouter(weight, 1, 2, learnt=False)
-    router.threshold.fill_(1.2)
+    router.thresholds.fill_(1.2)
     x = torch.full((1, 1, 8, 8), 0.5)  # w . x = 1, 0.2 from the threshold; each cell has four pixels
     assert router.radii(x, "linf").item() == pytest.approx(0.2 / 4)
     assert router.radii(x, "l2").item() == pytest.approx(0.2 / (10 / 4) ** 0.5)
