@@ -58,14 +58,16 @@ def test_the_page_holds_every_packed_model_with_its_numbers() -> None:
     assert set(rows) == set(known) and len(lines) == len(known)
     for name, each in known.items():
         cells = rows[name]
-        assert cells[2] == f"{100 * each.worst_case.value:.1f}" and cells[4] == str(each.worst_case.images)
+        assert cells[2] == f"{100 * each.worst_case.value:.1f}" and cells[4] == f"{each.worst_case.images:,}"
         assert cells[9:11] == [f"{each.gmacs:.4f}", f"{each.parameters:,}"]
         assert f"\n### {name}\n" in page and all(flag.split(": ", 1)[1] in page for flag in each.flags)
     assert rows["at-s-dense"] == [
-        "2", "[`at-s-dense`](#at-s-dense)", "24.5", "19.1 to 30.9", "200", "47.0", "27.3", "24.5", "2.5", "0.0089",
-        "176,402", "0.15",
+        "1", "[`at-s-dense`](#at-s-dense)", "24.5", "21.9 to 27.3", "1,000", "47.1", "26.0", "24.5", "4.2", "0.0089",
+        "176,402", "-",
     ]  # fmt: skip
-    assert rows["moe-vit"][0] == "-" and "- `moe-vit` has no place: autoattack was not tried on it." in page
+    assert rows["moe-vit"][0] == "1"  # alone at its radius
+    untried = entry("few", 0.1, attacks=("pgd-50", "routed"))
+    assert "- `few` has no place: autoattack was not tried on it." in leaderboard({"few": untried})
 
 
 def row(line: str) -> list[str]:

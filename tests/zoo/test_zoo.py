@@ -251,8 +251,8 @@ def test_list_and_show(zoo: Path, capsys: Any) -> None:
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     ranked = [line.split()[:2] for line in text.splitlines() if re.match(r"[\d-] ", line)]
-    assert ranked[:4] == [["1", "advmoe-image-mod"], ["2", "mine"], ["2", "at-s-dense"], ["4", "advmoe"]]
-    assert ranked[-1] == ["-", "moe-vit"]
+    assert sorted(ranked[:2]) == [["1", "at-s-dense"], ["1", "mine"]]
+    assert ranked[2:5] == [["3", "advmoe"], ["4", "at-moe"], ["5", "advmoe-image-mod"]]
     assert main(["zoo", "show", "zoo:mine"]) == 0
     shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
     assert shown["zoo:mine"] == "Mine" and shown["worst case"].split()[0] == "24.5"
