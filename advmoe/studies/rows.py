@@ -29,6 +29,11 @@ class TrainingRun:
     teacher: TrainingRun | None = None
     """The run that this one learns from (`training.teacher`), of the same seed."""
 
+    def behind(self) -> list[TrainingRun]:
+        """The runs that this one starts and learns from, with theirs."""
+        nearest = [each for each in (self.start, self.teacher) if each is not None]
+        return [run for each in nearest for run in (each, *each.behind())]
+
 
 @dataclass(frozen=True, eq=False)
 class Measure:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from advmoe.config import Config, Pixels, merged, require_one_of
+from advmoe.errors import InputError
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
@@ -79,6 +80,21 @@ class DataOrBackbone:
     """The paper's name of what this stands for; None where its numbers say nothing about it."""
 
 
+def useless_for(settings: Settings, name: str, value: Any) -> InputError | None:
+    """Why a run of these settings cannot have the field `training.name` so, where that is its method or kind of model:
+    what another row of a study may have a use for.
+    """
+    if METHODS[settings["training"]["method"]].start:
+        settings = merged({"training": {"init_from": "start"}}, settings)
+    try:
+        Config.from_dict(settings)
+        Config.from_dict(merged(settings, {"training": {name: value}}))
+    except InputError as error:
+        of_row = str(error).startswith(("training.method must be", "model.kind must be"))
+        return error if of_row and name != "method" else None
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """One size: settings that all runs share, data, backbones, and how much is measured."""
@@ -103,7 +119,7 @@ class Scale:
     """How many times the epochs of others a standard model is trained for: one that is robust by itself, as all are at
     first, is not what the paper compares with. Its epochs take a fraction of the time."""
     overrides: Settings = field(default_factory=dict)
-    """Fields that the user sets for all runs."""
+    """Fields that the user sets for all runs, those of `training` for runs that have a use for them."""
 
     def pick(self, **choices: T) -> T:
         """The choice for this scale, of `smoke`, `cpu` and `paper`."""
@@ -143,7 +159,7 @@ class Scale:
             labels["statistics"] = statistics
             more = merged(more, {"training": {"frozen_norms": statistics}})
         usual = merged(self.base, data.settings, net.settings, how.settings, more)
-        settings = merged(usual, self.overrides)
+        settings = merged(usual, self._taken(usual))
         if how.settings["training"]["method"] == "standard":
             longer = self.standard_longer * settings["training"]["epochs"]
             settings = merged(settings, {"training": {"epochs": longer}})
@@ -156,6 +172,14 @@ class Scale:
             "paper_backbone": net.paper, "routed": how.routed,
         }  # fmt: skip
         return TrainingRun(", ".join([*name, every["backbone"], every["dataset"]]), settings, every, start, teacher)
+
+    def _taken(self, usual: Settings) -> Settings:
+        """What the user set of training, as far as a run of these settings has a use for it, and of all else. What only
+        another method or kind of model has is left out: a study's rows are of several.
+        """
+        training = self.overrides.get("training", {})
+        useless = {name for name, value in training.items() if useless_for(usual, name, value) is not None}
+        return {**self.overrides, "training": {name: training[name] for name in training.keys() - useless}}
 
     # What is measured
 

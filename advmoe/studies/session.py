@@ -21,8 +21,8 @@ from advmoe.rundir import put_away, require_plain
 from advmoe.studies.catalogue import study_named
 from advmoe.studies.plan import PlannedMeasure, PlannedRow, PlannedRun, Planner, StudyTask, only
 from advmoe.studies.results import Results
-from advmoe.studies.rows import Row, Settings
-from advmoe.studies.scales import DataOrBackbone, Scale, scale_named
+from advmoe.studies.rows import Row, Settings, TrainingRun
+from advmoe.studies.scales import DataOrBackbone, Scale, scale_named, useless_for
 from advmoe.studies.significance import MOST_SEEDS
 from advmoe.studies.study import Study
 from advmoe.studies.study_file import write_study_file
@@ -123,6 +123,8 @@ class Session:
             if number == 0 and unknown and (not wanted or len(self.study.stages) == 1):
                 names = "; ".join(row.run.name for row in stage_rows)
                 raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(unknown)}")
+            if number == 0:
+                _require_used(self.options.overrides, [row.run for row in stage_rows])
             rows = [*rows, *self.planner.rows(wanted)]
             for task in self.planner.tasks(rows).values():
                 if isinstance(task, PlannedRun):
@@ -142,6 +144,15 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         distinct.setdefault((row.run.name, *row.measures), row)
     return list(distinct.values())
+
+
+def _require_used(overrides: Settings, runs: Sequence[TrainingRun]) -> None:
+    """Refuse what the user sets of training and none of the runs, nor one that they start from, has a use for."""
+    every = [each for run in runs for each in (run, *run.behind())]
+    for name, value in overrides.get("training", {}).items():
+        reasons = [useless_for(run.settings, name, value) for run in every]
+        if (first := next(iter(reasons), None)) is not None and None not in reasons:
+            raise first
 
 
 def _require_free(study: Study, overrides: Settings) -> None:

@@ -135,6 +135,20 @@ def test_what_the_user_sets_holds_for_every_run():
         assert each.settings["data"]["image_size"] == 8 and each.settings["data"]["name"] == "digits"
 
 
+def test_what_only_another_row_can_use_is_left_out_of_a_run():
+    given = {"router_lr": 0.01, "finetune_lr": 0.02, "objective": "pgd-at", "lr": 0.3}
+    scale = replace(scale_named("smoke"), overrides={"training": given})
+    for method, taken in (
+        ("AT (S-Dense)", {"objective", "lr"}), ("AT (MoE)", {"router_lr", "objective", "lr"}),
+        ("AT (Sparse)", {"finetune_lr", "objective", "lr"}), ("standard MoE", {"router_lr", "lr"}),
+        ("router-robustified MoE", {"router_lr", "objective", "lr"}),
+    ):  # fmt: skip
+        settings = scale.run(method).settings["training"]
+        assert {name for name, value in given.items() if settings.get(name) == value} == taken, method
+    with pytest.raises(ValueError, match=r"training.lr must be"):  # no row can have that: it is not left out
+        Config.from_dict(replace(scale, overrides={"training": {"lr": -1.0}}).run("AT (MoE)").settings)
+
+
 def test_a_standard_model_is_trained_longer_where_epochs_are_few():
     scale = replace(scale_named("cpu"), overrides={"training": {"epochs": 2}})
     robust = scale.run("router-robustified MoE")

@@ -261,6 +261,12 @@ def test_what_a_study_sets_or_varies_is_left_to_it(studies, tmp_path, group, fie
     assert str(error.value) == f"{group}.{field} must be left to the study tiny, got {value!r}"
 
 
+def test_a_field_that_no_row_can_use_is_refused(tmp_path):
+    options = StudyOptions(scale="smoke", root=tmp_path, overrides={"training": {"finetune_lr": 0.01}})
+    with pytest.raises(ValueError, match=r"^training.method must be sparse when training.finetune_lr is 0.01, got "):
+        plan_study("fig2", options)
+
+
 def test_only_must_leave_something(studies, tmp_path):
     with pytest.raises(ValueError) as error:
         plan_study("tiny", options(tmp_path, only=["VGG", "AdvMoE"]))
