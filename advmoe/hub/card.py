@@ -361,7 +361,8 @@ def _cost(record: Record) -> str:
     cost = (record.evaluation or {}).get("cost")
     if not cost:
         return "## Cost\n\nNot measured."
-    setting = f"batch {cost.get('batch', '?')}, {cost.get('device', '?')}, {cost.get('threads', '?')} threads"
+    threads = cost.get("threads", "?")
+    setting = f"batch {cost.get('batch', '?')}, {cost.get('device', '?')}, {threads} thread{'s' * (threads != 1)}"
     setting += f", {cost['precision']}" if "precision" in cost else ""
     unit, factor = macs_unit([cost.get("gmacs")])
     if "gmacs" in cost:

@@ -121,7 +121,7 @@ def test_a_randomised_model_is_refused_unless_it_is_averaged():
     assert result["worst_case"] < result["clean_accuracy"]
     # Each step takes a gradient pass for each draw.
     assert result["attacks"]["pgd-2"]["gradient_passes"] == 2 * 4
-    with pytest.raises(ValueError, match="eot must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="eot must be a whole number >= 1, got 0"):
         assessed(eot=0)
 
 
