@@ -138,7 +138,9 @@ def test_the_card_reports_intervals_and_autoattacks_flags(stored_run: Path, tmp_
     flags = evaluation["attacks"]["autoattack"]["flags"]
     assert flags and all(f"AutoAttack's flag (`autoattack`): {flag}" in card for flag in flags)
     assert "AutoAttack was not run" not in card and "raised no flag" not in card
-    assert "Masking gap (straight-through PGD less the worst case): 5.0 points. Gradient passes that a robust im" in card
+    assert (
+        "Masking gap (straight-through PGD less the worst case): 5.0 points. Gradient passes that a robust im" in card
+    )
     evaluation["gradient_passes"] = {"straight_through": 50, "worst_case": 1600}
     del evaluation["checksum"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
