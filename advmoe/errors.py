@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Input that cannot be used. The message is one line that names the field, the rule and the value received."""
 
 
+class OfNoUse(InputError):
+    """A setting that the method, the kind of model or its router has no use for: others have."""
+
+
 class OtherSettings(InputError):
     """These settings do not continue that unfinished work, which was begun with others."""
 

@@ -16,7 +16,7 @@ from advmoe.config.fields import FollowingStep, Pixels, Strict, check_types, req
 from advmoe.config.network import ModelConfig
 from advmoe.config.sections import AttackConfig, DataConfig, ThreatConfig, TrainingConfig
 from advmoe.documents import MOST_YAML, dump_yaml, parse_yaml, read_text
-from advmoe.errors import InputError
+from advmoe.errors import InputError, OfNoUse
 from advmoe.files import write_text
 from advmoe.tables import DATASETS, METHODS, ROUTERS
 from advmoe.text import MOST_OF_A_VALUE, cut
@@ -42,7 +42,7 @@ class Config(Strict):
             require(routed, "model.kind", f"moe when training.method is {self.training.method}", self.model.kind)
         for name in ("balance", "margin", "runner_up"):
             if getattr(self.training, name) > 0:
-                require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind)
+                require(routed, "model.kind", f"moe when training.{name} is > 0", self.model.kind, OfNoUse)
                 rule = f">= 2 when training.{name} is > 0"
                 require(self.model.num_experts >= 2, "model.num_experts", rule, self.model.num_experts)
         if self.training.runner_up > 0:
@@ -54,7 +54,7 @@ class Config(Strict):
         self._require_learnt(routed)
         for name in ("router_lr", "router_momentum", "router_weight_decay"):
             if getattr(self.training, name) is not None:
-                require(routed, "model.kind", f"moe when training.{name} is given", self.model.kind)
+                require(routed, "model.kind", f"moe when training.{name} is given", self.model.kind, OfNoUse)
         if self.training.warm:
             streamed = ", ".join(name for name, each in DATASETS.items() if each.streamed)
             rule = f"of images held in memory (not {streamed}) when training.alternation is {self.training.alternation}"
@@ -84,14 +84,15 @@ class Config(Strict):
             require(not apart, "training.method", rule, training.method)
             for weight in ("balance", "margin"):
                 value = getattr(training, weight)
-                require(value == 0, f"training.{weight}", f"0 when model.router is {name}", value)
+                require(value == 0, f"training.{weight}", f"0 when model.router is {name}", value, OfNoUse)
             for of_routers in ("router_lr", "router_momentum", "router_weight_decay"):
                 value = getattr(training, of_routers)
-                require(value is None, f"training.{of_routers}", f"left out when model.router is {name}", value)
+                rule = f"left out when model.router is {name}"
+                require(value is None, f"training.{of_routers}", rule, value, OfNoUse)
         if training.radius > 0:
             able = " or ".join(each for each, entry in ROUTERS.items() if entry.pixels and entry.learnt)
             rule = f"{able} when training.radius is > 0"
-            require(routed and router.pixels and router.learnt, "model.router", rule, name)
+            require(routed and router.pixels and router.learnt, "model.router", rule, name, OfNoUse)
 
     def _follow(self) -> None:
         """Have steps that nobody has set follow the radius: 1.25 eps / K in training and eps / 4 in attacks, which are

@@ -88,11 +88,11 @@ class FollowingStep(Pixels):
         return FollowingStep, (self.text,)
 
 
-def require(ok: bool, name: str, rule: str, value: object) -> None:
+def require(ok: bool, name: str, rule: str, value: object, error: type[InputError] = InputError) -> None:
     """Raise the one-line `ValueError` that names field, rule and value unless `ok`."""
     if not ok:
         shown = cut(str(value), MOST_OF_A_VALUE) if isinstance(value, Pixels) else show(value)
-        raise InputError(f"{name} must be {rule}, got {shown}")
+        raise error(f"{name} must be {rule}, got {shown}")
 
 
 def require_one_of(options: Sequence[str], name: str, value: object) -> None:

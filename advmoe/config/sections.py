@@ -39,6 +39,7 @@ from advmoe.config.fields import (
     require,
     require_path,
 )
+from advmoe.errors import OfNoUse
 from advmoe.tables import ALTERNATIONS, DATASETS, METHODS, Level, levels
 
 
@@ -291,7 +292,7 @@ class TrainingConfig(Strict):
         method = METHODS[self.method]
         if self.alternation not in (type(self).alternation, "both"):  # older runs name `both` whatever their method
             rule = f"advmoe when training.alternation is {self.alternation}"
-            require(self.method == "advmoe", "training.method", rule, self.method)
+            require(self.method == "advmoe", "training.method", rule, self.method, OfNoUse)
         against = "one that trains against attacks"
         for names, rule, fit in (
             ("balance router_lr router_momentum router_weight_decay", "one that trains routers", method.trains_routers),
@@ -305,7 +306,7 @@ class TrainingConfig(Strict):
                 value = getattr(self, name)
                 if value != getattr(type(self), name):
                     told = "> 0" if name in ("balance", "margin", "radius", "runner_up", "awp") else value
-                    require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method)
+                    require(fit, "training.method", f"{rule} when training.{name} is {told}", self.method, OfNoUse)
 
     def _check_first_epochs(self) -> None:
         """Refuse what is said of more first epochs than there are."""

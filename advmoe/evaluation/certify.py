@@ -91,7 +91,8 @@ def _batches(attacked: UnderAttack) -> list[slice]:
 def _exact(attacked: UnderAttack, space: Halfspaces, threats: Sequence[ThreatModel]) -> dict[str, Any]:
     norm, parts, router = threats[0].norm, list[tuple[Tensor, ...]](), halfspace_router(attacked.predict)
     assert router is not None
-    with closing(stream(attacked.job.data, slices := _batches(attacked), attacked.device)) as examples:
+    examples = stream(attacked.job.data, slices := _batches(attacked), attacked.device)
+    with closing(examples), measuring(attacked.predict, attacked.device), torch.no_grad():
         for x, _ in tracked(examples, "radii", total=len(slices)):
             own, away = router.bits(x), distances(space, x)
             if bool(((own != (away > 0)) & (away.abs() > space.slack)).any()):

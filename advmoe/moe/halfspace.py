@@ -35,8 +35,8 @@ class HalfspaceRouter(FullPrecision):
     the second the others. Of more bits than layers the last are kept. At the threshold itself a bit is not set.
 
     A learnt w has the mean of w . x for its threshold: of the batch in train mode, of those before (a running mean, as
-    of batch norms) in eval mode. A threshold that learnt would run away, for a route that is the same for all images is
-    the safest.
+    of batch norms: of the process's own batch, of two images at least) in eval mode. A threshold that learnt would run
+    away, for a route that is the same for all images is the safest.
 
     Args:
         weight: of each cell's mean, (B, C, G, G). learnt: whether it is a parameter.
@@ -94,8 +94,8 @@ class HalfspaceRouter(FullPrecision):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             projections = self.projections(x)
-            if self.learnt and self.training:
-                self.centre(projections)  # which records their mean
+            if self.learnt and self.centre.training:  # which may be so alone, when statistics are estimated anew
+                self.centre(projections)  # records their mean
             return STEEPNESS / 2 * self._distances(projections) / self._norm("linf", x)
 
     def _distances(self, projections: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from advmoe.config import Config, Pixels, merged, require_one_of
-from advmoe.errors import InputError
+from advmoe.errors import InputError, OfNoUse
 from advmoe.recipes import recipe
 from advmoe.studies.labels import in_name, of_backbone, of_data, other_folder, same_threat
 from advmoe.studies.rows import Measure, ScaleName, Settings, TrainingRun
@@ -81,17 +81,21 @@ class DataOrBackbone:
 
 
 def useless_for(settings: Settings, name: str, value: Any) -> InputError | None:
-    """Why a run of these settings cannot have the field `training.name` so, where that is its method or kind of model:
-    what another row of a study may have a use for.
+    """Why a run of these settings has no use for the field `training.name` so, where that is its method, kind of model
+    or router: another row of a study may have one.
     """
     if METHODS[settings["training"]["method"]].start:
         settings = merged({"training": {"init_from": "start"}}, settings)
     try:
         Config.from_dict(settings)
+    except InputError:
+        return None  # whatever is wrong, it is not this field
+    try:
         Config.from_dict(merged(settings, {"training": {name: value}}))
-    except InputError as error:
-        of_row = str(error).startswith(("training.method must be", "model.kind must be"))
-        return error if of_row and name != "method" else None
+    except OfNoUse as error:
+        return error if name != "method" else None
+    except InputError:
+        return None
     return None
 
 
@@ -175,7 +179,7 @@ class Scale:
 
     def _taken(self, usual: Settings) -> Settings:
         """What the user set of training, as far as a run of these settings has a use for it, and of all else. What only
-        another method or kind of model has is left out: a study's rows are of several.
+        another method, kind of model or router has is left out: a study's rows are of several.
         """
         training = self.overrides.get("training", {})
         useless = {name for name, value in training.items() if useless_for(usual, name, value) is not None}

@@ -123,7 +123,7 @@ class Session:
             if number == 0 and unknown and (not wanted or len(self.study.stages) == 1):
                 names = "; ".join(row.run.name for row in stage_rows)
                 raise InputError(f"--only must be words of a run's name ({names}), got {', '.join(unknown)}")
-            if number == 0:
+            if len(self.study.stages) == 1:  # else a later row may have a use for it
                 _require_used(self.options.overrides, [row.run for row in stage_rows])
             rows = [*rows, *self.planner.rows(wanted)]
             for task in self.planner.tasks(rows).values():

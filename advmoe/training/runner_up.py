@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe.attacks.routed import Halfspaces
-from advmoe.attacks.routed.regions import radii
+from advmoe.attacks.routed.regions import radii, reachable
 from advmoe.errors import InputError
 from advmoe.moe.routing import Routing, route
 from advmoe.threat import ThreatModel
@@ -78,17 +77,17 @@ def worst_reachable(
     """Of the pathways (N, L) behind bits that a perturbation within `threat` can flip, other than the image's own
     `pathway`, the one on which the clean image `x` (N, C, H, W) is told furthest from `target`, logits (N, K). The
     weight is 1 where there is one, else 0.
-
-    Each bit can be flipped; several at once perhaps not, where they look at the same pixels, or in l2.
     """
     away = radii(space, x, threat.norm, rounding=-1)
     worst = torch.full((len(x),), -torch.inf, device=x.device)
     pathways = pathway
-    for flipped in list(product((False, True), repeat=away.shape[1]))[1:]:
+    for flipped, able in reachable(space, x, threat):
+        if not any(flipped):
+            continue
         bits = torch.tensor(flipped, device=x.device)
         there = torch.where(bits[space.layers], 1 - pathway, pathway)
         far = _divergence(target, along(predict, there)(x))
-        better = ((away <= threat.eps) | ~bits).all(1) & (far > worst)
+        better = able & (far > worst)
         worst, pathways = torch.where(better, far, worst), torch.where(better[:, None], there, pathways)
     return Flips(pathways, worst.isfinite().float(), -away.amin(1))
 

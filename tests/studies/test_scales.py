@@ -145,6 +145,15 @@ def test_what_only_another_row_can_use_is_left_out_of_a_run():
     ):  # fmt: skip
         settings = scale.run(method).settings["training"]
         assert {name for name, value in given.items() if settings.get(name) == value} == taken, method
+    routers = replace(scale_named("smoke"), overrides={"training": {"balance": 0.1, "radius": 1.0, "router_lr": 0.01}})
+    for router, taken in (
+        ("linear", {"balance", "radius", "router_lr"}),
+        ("fixed-top", set()),
+        ("layer", {"balance", "router_lr"}),
+    ):
+        settings = routers.run("AT (MoE)", more={"model": {"router": router}}).settings["training"]
+        assert {name for name in ("balance", "radius", "router_lr") if name in settings} == taken
+    assert routers.run("AT (Dense)").settings["training"].keys().isdisjoint({"balance", "radius", "router_lr"})
     with pytest.raises(ValueError, match=r"training.lr must be"):  # no row can have that: it is not left out
         Config.from_dict(replace(scale, overrides={"training": {"lr": -1.0}}).run("AT (MoE)").settings)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from advmoe.config import Config
 from advmoe.data import ImageSet, load_dataset
+from advmoe.models import create_model
 from advmoe.models.runs import load_run
 from advmoe.moe import routers_of
 from advmoe.training.model import build_model
@@ -92,6 +93,16 @@ def test_an_estimate_is_the_mean_over_batches_and_leaves_all_else():
     assert model.norm.momentum is None and model.norm.num_batches_tracked == 0
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(model.norm.weight, torch.ones(1))
+
+
+def test_the_mean_that_is_a_learnt_router_s_threshold_is_estimated_too():
+    model = create_model("resnet18", num_classes=2, width=4, in_channels=1, input_size=8, router="linear").eval()
+    images = ImageSet(torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8), torch.zeros(60, dtype=torch.int64))
+    (batch,) = sampled(images, 60, 0)
+    expected = model.router.projections(images.pixels(batch)).mean(0)
+    refresh(model, [model.router.centre], images, batch_size=60, seed=0)
+    torch.testing.assert_close(model.router.thresholds, expected.detach())
+    assert not any(module.training for module in model.modules())
 
 
 def test_batches_are_of_the_same_images_each_time_and_of_at_most_so_many():
