@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,9 +82,7 @@ def worst_reachable(
     away = radii(space, x, threat.norm, rounding=-1)
     worst = torch.full((len(x),), -torch.inf, device=x.device)
     pathways = pathway
-    for flipped, able in reachable(space, x, threat):
-        if not any(flipped):
-            continue
+    for flipped, able in islice(reachable(space, x, threat), 1, None):  # without the image's own
         bits = torch.tensor(flipped, device=x.device)
         there = torch.where(bits[space.layers], 1 - pathway, pathway)
         far = _divergence(target, along(predict, there)(x))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Literal
 
 import torch
@@ -74,8 +74,8 @@ def _level(rate: Tensor, full: Tensor, need: Tensor) -> Tensor:
 
 
 def reachable(space: Halfspaces, x: Tensor, threat: ThreatModel) -> Iterator[tuple[tuple[bool, ...], Tensor]]:
-    """Which bits are flipped, and of which images (N,) an attacker can flip just these: every combination once. What
-    rounding may do is held possible.
+    """Which bits are flipped, and of which images (N,) an attacker can flip just these: every combination once,
+    none of them first. What rounding may do is held possible.
     """
     own = distances(space, x) > 0
     movable = radii(space, x, threat.norm, rounding=-1) <= threat.eps
@@ -225,9 +225,8 @@ def inside_regions(
     assert space is not None
     result, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     own = distances(space, x) > 0
-    for bits, able in reachable(space, x, threat):
-        if any(bits) != flipped:
-            continue
+    pathways = reachable(space, x, threat)  # the own one first
+    for bits, able in islice(pathways, 1, None) if flipped else islice(pathways, 1):
         sides = own ^ torch.tensor(bits, device=x.device)
         for loss in ("margin", "ce"):
             left = (able & ~fooled).nonzero()[:, 0]
