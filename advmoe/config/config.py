@@ -116,7 +116,7 @@ class Config(Strict):
         method = self.training.method
         rule = f">= 1e-06 when training.method is {method} (standard trains without attacks)"
         require(not METHODS[method].adversarial or self.threat.eps >= 1e-6, "threat.eps", rule, self.threat.eps)
-        rule = "> 0 when training.radius is, which is weighed by it"
+        rule = "> 0 when training.radius is > 0 (its hinge is in units of threat.eps)"
         require(self.training.radius == 0 or self.threat.eps > 0, "threat.eps", rule, self.threat.eps)
 
     def idle(self) -> dict[str, str]:

@@ -114,7 +114,7 @@ def test_what_can_be_measured_but_not_trained() -> None:
         with pytest.raises(ValueError, match=r"^threat\.eps must be >= 1e-06 when training\.method is advmoe .* got"):
             Config(threat=ThreatConfig(eps=eps)).require_trainable()
     hinged = TrainingConfig(method="standard", radius=1.0)
-    with pytest.raises(ValueError, match=r"^threat\.eps must be > 0 when training\.radius is, .*, got 0"):
+    with pytest.raises(ValueError, match=r"^threat\.eps must be > 0 when training\.radius is > 0 \(.*\), got 0"):
         Config(model=ModelConfig(router="linear"), training=hinged, threat=ThreatConfig(eps=0)).require_trainable()
 
 

@@ -93,8 +93,9 @@ def deepest(space: Halfspaces, x: Tensor, sides: Tensor, threat: ThreatModel) ->
     or two, (N, C, H, W), and how deep that is, (N,): the least of the bits' distances from what rounding leaves of
     their thresholds, in units of ||w||_1. Negative where there is no image on these sides.
 
-    By duality: the least of two distances is largest where some mean of both is, and of a mean that is one step. As a
-    mean leans to a bit that bit's distance grows, so that the mean where both are the same is found by halving.
+    By duality, the lesser of two distances is largest where some weighted mean of both is, and where a mean is largest
+    is known (`_furthest`). The more weight a bit has, the larger its distance there: halving finds the weight at which
+    both distances are the same.
     """
     size = space.weights.flatten(1).abs().sum(1).clamp_min(1e-30)
     signs = torch.where(sides, 1.0, -1.0).double() / size
