@@ -107,15 +107,15 @@ def pathway_claims(results: Results) -> list[dict[str, Any]]:
 
 
 def _called(row: RowResults | None, otherwise: str) -> str:
-    """A row by its method, N and r."""
+    """A row by its method and, unless it is AT (Dense)'s, N and r."""
     labels: Mapping[str, Any] = row.labels if row is not None else {"method": otherwise}
-    given = [in_name(name, labels[name]) for name in ("experts", "scale") if name in labels]
+    given = [in_name(name, labels[name]) for name in ("experts", "scale") if "scale" in labels]
     return ", ".join([str(labels["method"]), *given])
 
 
 def regimes(results: Results) -> list[dict[str, Any]]:
     """Figure 7: where AdvMoE is above AT (Dense), where below, and that more experts are harder to make robust."""
-    dense, moe, source = results.one(method="AT (Dense)"), results.select(method="AdvMoE"), f"{_PLACE}sec. 5, fig. 7"
+    moe, source = results.select(method="AdvMoE"), f"{_PLACE}sec. 5, fig. 7"
 
     def judged(name: str, statement: str, more: RowResults | None, less: RowResults | None) -> dict[str, Any]:
         names = _called(more, "AT (Dense)"), _called(less, "AT (Dense)")
@@ -127,7 +127,7 @@ def regimes(results: Results) -> list[dict[str, Any]]:
     claims = []
     for row in moe:
         number, r = row.labels["experts"], row.labels["scale"]
-        where = f"N = {number}, r = {r}"
+        where, dense = f"N = {number}, r = {r}", results.one(method="AT (Dense)", experts=number)
         if number < 8 and 0.5 <= r <= 0.9:
             statement = f"AdvMoE is more robust than AT (Dense), {where}."
             claims.append(judged(f"moe-regime, {where}", statement, row, dense))

@@ -114,13 +114,14 @@ def test_the_regimes_of_experts_and_their_size(row_of):
     """Above AT (Dense) with few experts of some size, below it with many small ones; elsewhere nothing is claimed."""
     right = {(2, 0.2): 4, (2, 0.5): 8, (4, 0.5): 6, (8, 0.2): 2, (8, 0.5): 3}
     moe = [row_of("AdvMoE", number, experts=n, scale=r) for (n, r), number in right.items()]
-    told = verdicts(regimes(Results([row_of("AT (Dense)", 7), *moe])))
+    dense = [row_of("AT (Dense)", 7, experts=n) for n in (2, 4, 8)]
+    told = verdicts(regimes(Results([*dense, *moe])))
     assert {name: each["PGD"] for name, each in told.items()} == {
         "moe-regime, N = 2, r = 0.5": "holds", "moe-regime, N = 4, r = 0.5": "does not hold",
         "ineffective-regime, N = 8, r = 0.2": "holds", "more-experts-are-harder, r = 0.2": "holds",
         "more-experts-are-harder, r = 0.5": "holds",
     }  # fmt: skip
-    claims = {claim["name"]: claim for claim in regimes(Results([row_of("AT (Dense)", 7), *moe]))}
+    claims = {claim["name"]: claim for claim in regimes(Results([*dense, *moe]))}
     (name,) = claims["moe-regime, N = 2, r = 0.5"]["verdicts"][0]["numbers"]
     assert name == "AT (Dense) < AdvMoE, N = 2, r = 0.5"
     assert verdicts(regimes(Results(moe[:1]))) == {}
