@@ -284,3 +284,19 @@ def test_error_rates_are_those_of_a_test_where_it_is_exact(tmp_path: Path) -> No
     alone = [signs for difference, _, of_image, signs, _ in lines if difference == of_image == 0]
     assert len(lines) == 24 and abs(sum(alone) / len(alone) - 100 / 32) < 2
     assert all(seen > 20 for difference, *_, seen in lines if difference)
+
+
+def test_the_first_step_of_the_attack_is_fp32_s(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for at in range(10):
+            folder = tmp_path / "images" / part / str(at)
+            folder.mkdir(parents=True)
+            for copy in range(4):
+                picture = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(40 * at + copy))
+                Image.fromarray(picture.byte().numpy()).save(folder / f"{copy}.png")
+    done = run("bf16_attack.py", "--root", "images", "--num-examples", "4", "--repeats", "1", cwd=tmp_path)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 4, done.stderr
+    for line in lines:
+        shares = line["share of fp32's KL"]
+        assert shares["one step"] == 1 != shares["one step, bf16 alone"] and line["price"] > 0 and line["images"] == 4

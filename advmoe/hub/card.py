@@ -327,6 +327,7 @@ def _robustness(record: Record) -> str:
         on = f", both on the {number:,} images" if images else ""
         what = f"- Masking gap (straight-through PGD less the worst case{on}): {gap}."
         lines.append(f"{what} {passes(evaluation)}".rstrip())
+    lines += _attack_settings(evaluation)
     lines += [f"- `{name}` was skipped: {r['skipped']}." for name, r in reports.items() if "skipped" in r]
     lines += _flags(evaluation, reports)
     lines += [
@@ -335,6 +336,17 @@ def _robustness(record: Record) -> str:
         if not check.get("passed")
     ]
     return "\n".join(lines)
+
+
+def _attack_settings(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the attacks were given, which may be other than the configuration's."""
+    given = evaluation.get("attack")
+    settings = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+    settings.pop("batch_size", None)  # which changes no result
+    if isinstance(size := settings.get("step_size"), int | float):
+        settings["step_size"] = radius(size, str(evaluation["threat"]["norm"]))
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return [f"- Settings of these attacks: {told}."] if told else []
 
 
 def _interval(share: float, number: int) -> str:

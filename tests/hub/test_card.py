@@ -41,6 +41,12 @@ def evaluated(**changes: Any) -> str:
     return model_card(SPEC, Record(evaluation={**EVALUATION, **changes}), name="m")
 
 
+def test_the_attacks_settings_are_those_of_the_evaluation() -> None:
+    given = {"steps": 50, "step_size": 0.5 / 255, "queries": 5000, "seed": None, "batch_size": 250}
+    assert "- Settings of these attacks: steps 50, step_size 0.5/255, queries 5000.\n" in evaluated(attack=given)
+    assert "Settings of these attacks" not in evaluated()
+
+
 def test_front_matter_is_for_the_hub() -> None:
     front = yaml.safe_load(model_card(SPEC, Record(), name="m", license="mit").split("---\n", 2)[1])
     assert front["license"] == "mit" and front["library_name"] == "advmoe" and "resnet18" in front["tags"]
