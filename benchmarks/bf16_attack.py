@@ -10,13 +10,14 @@ alone.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from speed import write
 from torch import Tensor
 
 import advmoe
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--num-examples", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file to append the lines to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     x = advmoe.load_dataset("folder", root=options.root, image_size=32).test.pixels(slice(options.num_examples))
@@ -89,7 +91,7 @@ def main() -> None:
             for words, way in ((", bf16 alone", alone()), ("", nullcontext()))
         }
         line = {"model": name, "share of fp32's KL": shares, "price": round(price(model, x, options.repeats), 2)}
-        print(json.dumps(line | {"images": len(x)} | made_on), flush=True)
+        write(line | {"images": len(x)} | made_on, options.out)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_what_is_said_above_the_table() -> None:
 
 
 def test_the_best_under_pgd_is_the_weakest_in_the_worst_case() -> None:
-    assert "The model that looks best under PGD-50 has the lowest worst case once the attack sees its routing" in README
+    assert "The model that looks best under PGD-50 has the lowest worst case" in README
     lowest = min(ZOO.values(), key=lambda each: each.worst_case.value)
     assert max(ZOO.values(), key=pgd) == lowest
 
@@ -128,12 +128,12 @@ def test_what_training_again_would_give() -> None:
             if claim.study == "table1" and claim.statement == statement and told.measure == "worst case"
         }
 
-    below = "put AdvMoE *below* AT (Sparse), which is trained longer, in the worst case (p = 0.018, one-sided)"
+    below = "is *below* AT (Sparse), which is trained longer, in the worst case (p = 0.018, one-sided)"
     assert below in BOX and worst("AdvMoE is more robust than AT (Sparse)") == {"does not hold (5 seeds, p = 0.018)"}
-    assert "do not tell it from AT (Dense) or AT (S-Dense)" in BOX
+    assert "It is not told apart from AT (Dense) or AT (S-Dense)" in BOX
     assert worst("AdvMoE is more robust than AT (Dense)") == {"undecided"}
     assert worst("AdvMoE is more robust than AT (S-Dense)") == {"undecided"}
-    assert "nor AT (MoE) from AT (S-Dense)" in BOX
+    assert "nor is AT (MoE) from AT (S-Dense)" in BOX
     assert worst("AT (MoE) is less robust than AT (S-Dense)") == {"undecided"}
     assert "those on cost hold (more than half of the inference saved, about twice the time of training)" in BOX
     costs = {"half-the-cost", "twice-the-time"}
@@ -151,4 +151,4 @@ def test_how_far_the_worst_case_lies_under_pgd() -> None:
 
 def test_the_versions_that_tests_run_with() -> None:
     pinned = re.findall(r"^torch==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert f"The tests run with Python 3.11 and PyTorch {pinned[0]};" in BOX
+    assert f"The tests run with Python 3.11 and PyTorch {pinned[0]}." in BOX
