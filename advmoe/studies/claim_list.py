@@ -297,16 +297,15 @@ def _count(number: int, noun: str) -> str:
 
 
 _RULE = (
-    "A verdict speaks of trained models, on other images too: a t test at "
-    f"{100 * LEVEL:g}% for which both the seeds and the images, the same for all, are drawn from many; an exact "
-    'sign-flip test where what is compared is stored without its images ("seeds alone"), which is of these images. '
-    "A collapse of training too rare to be among the seeds is not seen. Fewer than "
-    f"{ENOUGH_SEEDS} seeds decide nothing. Tests are one-sided, made in both directions, and not corrected for the "
-    f"number of claims: of those where nothing differs about one in {round(1 / (2 * LEVEL))} is decided by chance. "
-    "Where any of several variants would do, the p-value for it is multiplied by their number. "
-    "Beside it, under a name of its own, stands what the images of these very models say, which says nothing of "
-    f"training again. Losing nothing is a test of non-inferiority with a margin of {100 * MARGIN:g} point. Not judged "
-    "is what was run, but stored without the numbers that the test needs."
+    f"A verdict speaks of training again and of other images: a t test at {100 * LEVEL:g}% takes both the seeds and "
+    "the images, the same for all, as drawn from many. What is stored without its images has an exact sign-flip test "
+    'over seeds ("seeds alone"), which speaks of these images. A collapse of training too rare to be among the seeds '
+    f"is not seen. Fewer than {ENOUGH_SEEDS} seeds decide nothing. Tests are one-sided, made in both directions, and "
+    "not corrected for the number of claims: of those where nothing differs about one in "
+    f"{round(1 / (2 * LEVEL))} is decided by chance. If a claim needs only one of several variants, its p-value is "
+    "multiplied by their number. What is told of these models tests them on other images, and says nothing of training "
+    f"again. Losing nothing is a test of non-inferiority with a margin of {100 * MARGIN:g} point. Not judged is what "
+    "was run, but stored without the numbers that the test needs."
 )
 
 
