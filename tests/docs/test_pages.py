@@ -188,7 +188,7 @@ def stored(run: str, which: str) -> dict:
 
 def rows(page: Path, heading: str) -> list[list[str]]:
     """The rows of models in the section of a page with that heading, without the models' names."""
-    section = re.split(r"^## ", page.read_text().split(f"## {heading}\n")[1], flags=re.MULTILINE)[0]
+    section = re.split(r"^##+ ", page.read_text().split(f"## {heading}\n")[1], flags=re.MULTILINE)[0]
     lines = [line.strip("|").split("|") for line in section.splitlines() if re.match(r"\| (AT|AdvMoE)", line)]
     return [[cell.strip() for cell in line[1:]] for line in lines]
 
@@ -223,6 +223,17 @@ def test_results_attack_by_attack_are_the_stored_ones() -> None:
         broken = [found["clean_accuracy"], *(robust[name] for name in ("pgd-50", second, "autoattack", last))]
         assert all(map(agrees, shown, [*broken, found["worst_case"]])) and len(robust) == 4
         assert shown[-1] == f"{found['gradient_passes']['worst_case']:,}"
+
+
+def test_what_one_attack_leaves_to_the_other_is_what_is_stored() -> None:
+    for run, shown in zip(RUNS, rows(METHODS, "What one leaves to the other"), strict=True):
+        with np.load(DOCS / "results/zoo" / run / "strong/evaluation-examples.npz") as examples:
+            ours, autoattack = (
+                examples[f"robust/{name}"]
+                for name in ("restarts-1550" if run == "at-s-dense" else "routed", "autoattack")
+            )
+        counts = autoattack.sum(), (autoattack & ~ours).sum(), ours.sum(), (ours & ~autoattack).sum()
+        assert shown == list(map(str, counts))
 
 
 def test_margins_on_a_page_are_those_of_the_stored_results() -> None:
