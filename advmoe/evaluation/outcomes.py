@@ -42,7 +42,9 @@ from advmoe.threat import ThreatModel
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size or `eot` below 1."""
+    """Under which attacks accuracy is measured. Raises `ValueError` for a batch size or `eot` below 1, and for a seed
+    that is no whole number.
+    """
 
     threat: ThreatModel
     attack: AttackConfig
@@ -59,6 +61,7 @@ class Measurement:
     def __post_init__(self) -> None:
         """Check the numbers."""
         require_whole("batch_size", self.batch_size, 1)
+        seed_for(self.seed)  # raises, also where no image is left to be attacked
         if self.eot is not None:
             require_whole("eot", self.eot, 1)
 

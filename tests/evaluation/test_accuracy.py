@@ -357,6 +357,11 @@ X, Y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     ],
 )  # fmt: skip
 def test_what_evaluate_is_given_is_checked(changed, message):
-    given = {"model": nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), "data": (X, Y), "attacks": "pgd-1", **changed}
-    with pytest.raises(InputError, match=message):
-        evaluate(**given)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with torch.no_grad():  # so that it is wrong about every image, of which none is attacked
+        model[1].bias.copy_(torch.tensor([-9.0, 0.0, -9.0]))
+    wrong = Y.clone().fill_(2)
+    for labels in (Y, wrong):
+        given = {"model": model, "data": (X, labels), "attacks": "pgd-1", **changed}
+        with pytest.raises(InputError, match=message):
+            evaluate(**given)
