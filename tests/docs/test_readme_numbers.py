@@ -135,10 +135,8 @@ def test_what_training_again_would_give() -> None:
     assert worst("AdvMoE is more robust than AT (S-Dense)") == {"undecided"}
     assert "nor is AT (MoE) from AT (S-Dense)" in BOX
     assert worst("AT (MoE) is less robust than AT (S-Dense)") == {"undecided"}
-    assert (
-        "[more than a point below AT (S-Dense)](docs/results/price.md) in the worst case (20.9 against 23.6%, p = 0.021)"
-        in BOX
-    )
+    place = "[more than a point below AT (S-Dense)](docs/results/price.md)"
+    assert f"{place} in the worst case (20.9 against 23.6%, p = 0.021)" in BOX
     lost = [
         (told.found.partition(" %")[0], told.models)
         for claim, judged in judge(studies)
